@@ -1,0 +1,39 @@
+# make demo: quantize and verify the embedded model. make test: lint, types, tests. Both install what they need.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+OUT := out
+
+.PHONY: venv demo test style quality clean
+
+venv: $(STAMP)
+
+# constraints.txt is the exact set that was tested; with it torch is the pinned build.
+$(STAMP): setup.cfg constraints.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "onecard needs Python 3.11 or later")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+demo: venv
+	$(BIN)/onecard quantize demo $(OUT)/demo-rtn --recipe rtn-int4 --overwrite
+	$(BIN)/onecard quantize demo $(OUT)/demo-int4 --recipe demo --overwrite
+	$(BIN)/onecard generate $(OUT)/demo-int4 "Which module defines the name dumps?"
+
+test: venv quality
+	$(BIN)/python -m pytest
+
+style: venv
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# The package is the repository's root; mypy finds it under its name through a link.
+quality: venv
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	mkdir -p build/types && ln -sfn ../.. build/types/onecard
+	MYPYPATH=build/types $(BIN)/mypy -p onecard
+
+clean:
+	rm -rf $(OUT) build .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,5 @@
+"""`python -m onecard` is the command `onecard`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,80 @@
+"""Emitting: shards that are written as soon as their last tensor is there, the index, and the files carried along."""
+
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ..core.layout import StoredTensor
+from ..core.tensors import DTYPE_NAMES
+from . import files
+from .source import INDEX_NAME
+
+# Files that belong to a checkpoint and are no weights: tokenizer, processor, templates, generation config, licences.
+CARRIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+NOT_CARRIED = ("config.json", INDEX_NAME, "onecard.json")
+
+
+class ShardPlan(Protocol):
+    """One file to write: planner/plan.py's Shard."""
+
+    @property
+    def file(self) -> str: ...
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]: ...
+
+
+class ShardWriter:
+    """Takes the tensors of some shards in any order; a shard is written, and its memory freed, when it is complete.
+
+    A tensor of another name, shape or dtype than planned is a bug of ours and asserts.
+    """
+
+    def __init__(self, shards: Iterable[ShardPlan], folder: Path) -> None:
+        self.folder = folder
+        self._shards = list(shards)
+        self._home = {t.name: (i, t) for i, s in enumerate(self._shards) for t in s.tensors}
+        self._held: list[dict[str, torch.Tensor]] = [{} for _ in self._shards]
+        self._seen: set[str] = set()
+
+    def names(self) -> Iterator[str]:
+        """Every planned name, in the order of the plan."""
+        return iter(list(self._home))
+
+    def has(self, name: str) -> bool:
+        return name in self._seen
+
+    def put(self, name: str, tensor: torch.Tensor) -> None:
+        index, planned = self._home[name]
+        assert name not in self._seen, f"{name} was put twice"
+        assert (tuple(tensor.shape), DTYPE_NAMES[tensor.dtype]) == (planned.shape, planned.dtype), (name, tensor.shape)
+        self._seen.add(name)
+        self._held[index][name] = tensor.contiguous()
+        shard = self._shards[index]
+        if len(self._held[index]) == len(shard.tensors):
+            files.write_tensors(self.folder / shard.file, self._held[index])
+            self._held[index] = {}
+
+    def check_complete(self) -> None:
+        missing = self._home.keys() - self._seen
+        assert not missing, f"planned and never put: {sorted(missing)[:5]}"
+
+
+def index_json(shards: Iterable[ShardPlan]) -> dict[str, Any]:
+    """The content of model.safetensors.index.json."""
+    weight_map = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
+    total = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def carry_side_files(source: Path, out: Path) -> None:
+    """Copy what belongs to the checkpoint beside its weights."""
+    for pattern in CARRIED:
+        for path in sorted(source.glob(pattern)):
+            if path.is_file() and path.name not in NOT_CARRIED:
+                target = out / path.name
+                with files.disk_errors(target):
+                    shutil.copyfile(path, target)

@@ -1,0 +1,94 @@
+"""Writing that survives a power cut: into a temporary name, fsynced, renamed, and the folder fsynced.
+
+A reader sees the old file, no file, or the whole new file. A full disk becomes one ResourceError
+that says how to go on.
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from ..core.errors import ResourceError
+from ..core.layout import METADATA
+
+TEMPORARY = ".partial"
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what a full or failing disk raises while writing `path` into a ResourceError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # safetensors reports the system's error in its text only.
+        text = str(error)
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in text
+        path.with_name(path.name + TEMPORARY).unlink(missing_ok=True)
+        if full:
+            raise ResourceError(
+                f"the disk is full: {path.name} could not be written in {path.parent}. Free space there and run the "
+                "same command again with --resume; everything finished so far is kept"
+            ) from error
+        raise ResourceError(
+            f"{path} could not be written ({text}). Mend that and run the same command again with --resume"
+        ) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` last."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _commit(temporary: Path, path: Path) -> None:
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """A safetensors file, whole or not at all."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    with disk_errors(path):
+        save_file(tensors, temporary, metadata=METADATA)
+        _commit(temporary, path)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """A file, whole or not at all."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    with disk_errors(path):
+        temporary.write_bytes(data)
+        _commit(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def move(path: Path, target: Path) -> None:
+    """Rename, or across file systems copy, fsync and remove; `target` appears whole."""
+    try:
+        os.replace(path, target)
+        sync_folder(target.parent)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        temporary = target.with_name(target.name + TEMPORARY)
+        with disk_errors(target):
+            shutil.copyfile(path, temporary)
+            _commit(temporary, target)
+        path.unlink()

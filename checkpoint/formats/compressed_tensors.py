@@ -1,0 +1,121 @@
+"""compressed-tensors `pack-quantized`: the int4/int8 weight-only layout that vLLM and transformers load.
+
+A Linear `[out, in]` becomes `weight_packed` int32 `[out, ceil(in * bits / 32)]` (code + 2^(bits-1) as an unsigned
+field, element j of a word at bits `bits * j`), `weight_scale` `[out, in / group]` in the model's dtype and
+`weight_shape` int64 `[2]`; asymmetric adds `weight_zero_point`, packed the same way along out. Packing is a pair of
+pure functions. The config block is built and validated by the compressed-tensors package's own classes.
+
+Specification: compressed-tensors, `compressors/pack_quantized` (the reader that the tests hold this against).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    QuantizationStatus,
+    QuantizationStrategy,
+    QuantizationType,
+)
+
+from ...core.scheme import QuantizedWeight, Scheme
+
+NAME = "compressed-tensors"
+PACKED, SCALE, SHAPE, ZERO = "weight_packed", "weight_scale", "weight_shape", "weight_zero_point"
+
+
+def layout(scheme: Scheme, outputs: int, inputs: int, model_dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Suffix -> (safetensors dtype, shape) of the tensors that store one weight."""
+    per_word = 32 // scheme.bits
+    stored: dict[str, tuple[str, tuple[int, ...]]] = {
+        PACKED: ("I32", (outputs, inputs // per_word)),
+        SCALE: (model_dtype, (outputs, scheme.groups(inputs))),
+        SHAPE: ("I64", (2,)),
+    }
+    if not scheme.symmetric:
+        stored[ZERO] = ("I32", (-(-outputs // per_word), scheme.groups(inputs)))
+    return stored
+
+
+def pack_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """int8 codes [R, C] -> int32 words [R, ceil(C * bits / 32)], little end first; missing fields are zero bits."""
+    per_word = 32 // bits
+    missing = -codes.shape[1] % per_word
+    unsigned = codes.to(torch.int32) + (1 << (bits - 1))
+    fields = torch.nn.functional.pad(unsigned, (0, missing)).unflatten(1, (-1, per_word))
+    words = torch.zeros(fields.shape[:2], dtype=torch.int32, device=codes.device)
+    for j in range(per_word):
+        words |= fields[:, :, j] << (bits * j)
+    return words
+
+
+def unpack_words(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    """The inverse of pack_words: int32 [R, W] -> int8 codes [R, columns]."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
+    fields = (words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
+    return (fields.flatten(1)[:, :columns] - (1 << (bits - 1))).to(torch.int8)
+
+
+def pack(weight: QuantizedWeight) -> dict[str, torch.Tensor]:
+    """One 2-D QuantizedWeight -> its stored tensors by suffix, on the CPU."""
+    bits = weight.scheme.bits
+    stored = {
+        PACKED: pack_words(weight.codes, bits).cpu(),
+        SCALE: weight.scales.cpu().contiguous(),
+        SHAPE: torch.tensor(weight.codes.shape, dtype=torch.int64),
+    }
+    if weight.zero_points is not None:
+        stored[ZERO] = pack_words(weight.zero_points.T.contiguous(), bits).T.contiguous().cpu()
+    return stored
+
+
+def unpack(stored: Mapping[str, torch.Tensor], scheme: Scheme) -> QuantizedWeight:
+    """The inverse of pack, bit for bit."""
+    outputs, inputs = stored[SHAPE].tolist()
+    zero = None
+    if not scheme.symmetric:
+        zero = unpack_words(stored[ZERO].T.contiguous(), scheme.bits, outputs).T.contiguous()
+    return QuantizedWeight(unpack_words(stored[PACKED], scheme.bits, inputs), stored[SCALE], zero, scheme)
+
+
+def quantization_config(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
+    """The `quantization_config` block of config.json. `ignore` names every Linear module that stays as it was."""
+    weights = QuantizationArgs(
+        num_bits=scheme.bits,
+        type=QuantizationType.INT,
+        symmetric=scheme.symmetric,
+        strategy=QuantizationStrategy.GROUP,
+        group_size=scheme.group_size,
+        dynamic=False,
+    )
+    config = QuantizationConfig(
+        # The class name `Linear` must be a target: vLLM looks its MoE scheme up under it.
+        config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=weights)},
+        format="pack-quantized",
+        quantization_status=QuantizationStatus.COMPRESSED,
+        ignore=ignore,
+    )
+    return dict(config.model_dump(mode="json", exclude_none=True))
+
+
+def read_schemes(block: dict[str, Any]) -> dict[str, Scheme]:
+    """Config-group name -> Scheme of a `quantization_config` block. Raises ValueError for other schemes."""
+    config = QuantizationConfig.model_validate(block)
+    schemes = {}
+    for name, group in config.config_groups.items():
+        args = getattr(group, "weights", None)
+        if args is None or str(args.type) != "int" or args.group_size is None or config.format != "pack-quantized":
+            raise ValueError(f"group {name} of format {config.format!r} is no integer group scheme")
+        schemes[name] = Scheme(args.num_bits, args.group_size, args.symmetric)
+    return schemes
+
+
+def scheme_of(stem: str, shape_of: Callable[[str], tuple[int, ...]], names: Any, bits_known: int) -> Scheme:
+    """The scheme of one stored weight from its shapes: group size from the scales, symmetry from the zero point."""
+    outputs_scale, groups = shape_of(f"{stem}.{SCALE}")
+    inputs = shape_of(f"{stem}.{PACKED}")[1] * (32 // bits_known)
+    assert outputs_scale == shape_of(f"{stem}.{PACKED}")[0]
+    return Scheme(bits_known, inputs // groups, f"{stem}.{ZERO}" not in names)

@@ -1,0 +1,227 @@
+"""Reading safetensors folders: headers once, tensors and slices on demand, and every refusal before the first read.
+
+What is refused (one message with every offender): a missing or truncated shard, an index that names a file outside the
+folder, tensors the index promises and no shard holds, shapes that contradict config.json, pickle files. A hub
+snapshot's links lead to the blobs of the same repository; any other link that leaves the folder is refused.
+"""
+
+import hashlib
+import json
+import re
+import struct
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..core.errors import InputError, input_error
+from ..core.tensors import TORCH_DTYPES, Index, TensorInfo, TensorSource
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# A safetensors header may be 100 MB long; the library refuses longer ones too.
+MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A safetensors folder. `files` maps each tensor to its shard; implements TensorSource."""
+
+    path: Path
+    infos: dict[str, TensorInfo]
+    files: dict[str, Path]
+    shards: tuple[Path, ...]
+    digest: str
+    _open: dict[Path, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def names(self) -> Collection[str]:
+        return self.infos.keys()
+
+    def info(self, name: str) -> TensorInfo:
+        return self.infos[name]
+
+    def get(self, name: str, index: Index = ()) -> torch.Tensor:
+        """A fresh CPU tensor; with `index` only that part of it is read."""
+        file = self.files[name]
+        # One handle a shard: opening parses the header again. Only the last is kept, so that the pages of finished
+        # shards are given back to the system.
+        if file not in self._open:
+            self._open.clear()
+            self._open[file] = safe_open(file, framework="pt", device="cpu")
+        handle = self._open[file]
+        return handle.get_slice(name)[index] if index else handle.get_tensor(name)
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(info.nbytes for info in self.infos.values())
+
+    @property
+    def file_bytes(self) -> int:
+        return sum(shard.stat().st_size for shard in self.shards)
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file, from its header alone; the file's length must be what the header says.
+
+    Raises ValueError with one line that says what is wrong.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        first = file.read(8)
+        length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
+        if len(first) < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+            raise ValueError("is no safetensors file, or its header is cut off")
+        try:
+            header = json.loads(file.read(length))
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise ValueError("has a damaged header") from None
+    infos: dict[str, TensorInfo] = {}
+    end = 0
+    try:
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            if entry["dtype"] not in TORCH_DTYPES:
+                raise ValueError(f"holds {name} in the dtype {entry['dtype']}, which onecard does not read")
+            info = TensorInfo(tuple(entry["shape"]), entry["dtype"])
+            begin, stop = entry["data_offsets"]
+            if stop - begin != info.nbytes:
+                raise ValueError(f"has a damaged header (the size of {name})")
+            infos[name] = info
+            end = max(end, stop)
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError("has a damaged header") from None
+    if size != 8 + length + end:
+        raise ValueError(f"is truncated or damaged: {size:,} bytes, and its header promises {8 + length + end:,}")
+    return infos
+
+
+def _allowed_root(folder: Path) -> Path:
+    """Where links may lead: the folder, or for a hub snapshot the cache of its repository."""
+    resolved = folder.resolve()
+    if resolved.parent.name == "snapshots" and resolved.parent.parent.name.startswith("models--"):
+        return resolved.parent.parent
+    return resolved
+
+
+def open_folder(path: Path) -> Folder:
+    """Open a checkpoint folder, single file or sharded. Raises InputError listing every problem found."""
+    if path.is_file():
+        raise InputError(f"{path} is a file: name the folder that holds it and its config.json")
+    if not path.is_dir():
+        raise InputError(f"{path} is no folder: name a local checkpoint, a hub id or `demo`")
+    root = _allowed_root(path)
+    weight_map: dict[str, str] | None = None
+    if (path / INDEX_NAME).exists():
+        try:
+            weight_map = json.loads((path / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"]
+            shard_names = sorted(set(weight_map.values()))
+            assert all(isinstance(n, str) for n in shard_names)
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
+            raise InputError(f"{path / INDEX_NAME} is damaged: fetch it again") from None
+    elif (path / SINGLE_NAME).exists():
+        shard_names = [SINGLE_NAME]
+    else:
+        _refuse_without_safetensors(path)
+    problems: list[str] = []
+    infos: dict[str, TensorInfo] = {}
+    files: dict[str, Path] = {}
+    shards = []
+    for name in shard_names:
+        shard = path / name
+        if re.search(r"[/\\]", name) or name in ("", ".", ".."):
+            problems.append(f"{INDEX_NAME} names {name!r}, which is not a file name inside the folder")
+            continue
+        if not shard.is_file():
+            problems.append(f"the shard {name} is missing")
+            continue
+        if not shard.resolve().is_relative_to(root):
+            problems.append(f"{name} is a link that leaves the folder (to {shard.resolve()})")
+            continue
+        try:
+            found = read_header(shard)
+        except ValueError as error:
+            problems.append(f"{name} {error}")
+            continue
+        shards.append(shard)
+        for tensor in sorted(infos.keys() & found.keys()):
+            problems.append(f"{tensor} is in {files[tensor].name} and in {name}")
+        infos |= found
+        files |= dict.fromkeys(found, shard)
+    if weight_map is not None and not problems:
+        problems += [f"{name} is in the index and in no shard" for name in sorted(weight_map.keys() - infos.keys())]
+    if problems:
+        raise input_error(f"{path} cannot be read:", problems, "Fetch the named files again, whole, into that folder.")
+    return Folder(path, infos, files, tuple(shards), _digest(path, shards))
+
+
+def _refuse_without_safetensors(path: Path) -> None:
+    pickles = sorted(p.name for p in path.iterdir() if p.suffix in PICKLES)
+    if pickles:
+        raise input_error(
+            f"{path} holds pickle files, which can run code and are never unpickled:",
+            pickles,
+            "Use the safetensors version of the checkpoint, or convert it on a machine that may run it.",
+        )
+    stray = sorted(p.name for p in path.glob("*.safetensors"))
+    if stray:
+        raise InputError(
+            f"{path} has {len(stray)} safetensors files but neither {SINGLE_NAME} nor {INDEX_NAME}: fetch the index"
+        )
+    raise InputError(f"{path} holds no safetensors checkpoint ({SINGLE_NAME} or {INDEX_NAME})")
+
+
+def _digest(path: Path, shards: list[Path]) -> str:
+    """SHA-256 over config.json, the index, and each shard's name, size and header: a run's source."""
+    sha = hashlib.sha256()
+    for name in ("config.json", INDEX_NAME):
+        if (path / name).exists():
+            sha.update(name.encode() + (path / name).read_bytes())
+    for shard in shards:
+        with shard.open("rb") as file:
+            first = file.read(8)
+            sha.update(f"{shard.name}:{shard.stat().st_size}".encode() + first)
+            sha.update(file.read(struct.unpack("<Q", first)[0]))
+    return sha.hexdigest()
+
+
+def check_shapes(path: Path, source: TensorSource, expected: dict[str, tuple[int, ...]]) -> None:
+    """Every promised tensor is there, in the promised shape, in a dtype that is a weight. Raises InputError."""
+    problems = [f"{name} is missing" for name in expected if name not in source.names]
+    for name in expected.keys() & source.names:
+        info, shape = source.info(name), expected[name]
+        if info.shape != shape:
+            problems.append(f"{name} is {list(info.shape)}, and config.json says {list(shape)}")
+        if info.dtype not in ("BF16", "F16", "F32"):
+            problems.append(f"{name} is stored as {info.dtype}: onecard reads BF16, F16 and F32 weights")
+    unknown = [name for name in source.names if name not in expected]
+    problems.sort()
+    problems += [f"{name} is in the checkpoint and config.json knows no such tensor" for name in unknown]
+    if problems:
+        shown = problems[:40] + ([f"... and {len(problems) - 40} more"] if len(problems) > 40 else [])
+        raise input_error(
+            f"{path} contradicts its config.json:", shown, "Fetch the config.json that belongs to these weights."
+        )
+
+
+def nonfinite(folder: Folder, name: str) -> str | None:
+    """'3 NaN, 1 Inf' when the tensor holds such values; read in slices of its first axis, so memory stays small."""
+    shape = folder.infos[name].shape
+    # 64 Mi values at a time: 128 MB in bf16.
+    rows = max(1, 2**26 // max(1, int(torch.Size(shape[1:]).numel()))) if shape else 1
+    nan = inf = 0
+    for start in range(0, shape[0] if shape else 1, rows):
+        part = folder.get(name, (slice(start, start + rows),)) if shape else folder.get(name)
+        # One cheap pass decides: a sum of finite bf16 values in fp64 is finite.
+        if not torch.isfinite(part.sum(dtype=torch.float64)):
+            nan += int(torch.isnan(part).sum())
+            inf += int(torch.isinf(part).sum())
+    return f"{nan} NaN, {inf} Inf" if nan or inf else None
+
+
+__all__ = ["INDEX_NAME", "Folder", "SafetensorError", "check_shapes", "nonfinite", "open_folder", "read_header"]

@@ -1,0 +1,152 @@
+"""The work directory: where a run keeps what is finished, so that a killed one goes on and ends in the same bytes.
+
+    state.json                identity of the run (recipe, source, texts, versions) and the number of finished stages
+    lock                      held with flock by the live run; the system frees it however the run ends
+    acts/NNNN/STREAM-KKKKK.safetensors   hidden rows that enter block NNNN, one file a batch
+    shards/                   finished shards of the checkpoint
+    blocks/NNNN.json          what the record says of a finished block
+
+state.json is the only commit point: files of a stage are written and fsynced first, then the number in it grows.
+Whatever a killed stage left behind is written again. Nothing here is ever unpickled.
+"""
+
+import fcntl
+import json
+import shutil
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from safetensors.torch import load_file
+
+from ..core.errors import InputError, input_error
+from . import files
+
+STATE = "state.json"
+
+
+class WorkDir:
+    """One run's folder, locked while this object is open. `done` is the number of finished stages."""
+
+    def __init__(self, path: Path, identity: dict[str, str], resume: bool, overwrite: bool) -> None:
+        """Raises InputError when another run holds the folder, when it is not empty and neither flag was given, or
+        when a resumed run is not the run that was begun (saying what changed)."""
+        self.path = path
+        occupied = path.is_dir() and any(p.name != "lock" for p in path.iterdir())
+        if path.exists() and not path.is_dir():
+            raise InputError(f"the work directory {path} is a file: name another with --work")
+        if occupied and not (path / STATE).exists() and not (path / "lock").exists():
+            raise InputError(f"{path} is not empty and is no work directory of onecard: name another with --work")
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = self._acquire()
+        try:
+            if occupied and not (resume or overwrite):
+                raise InputError(
+                    f"the work directory {path} holds an unfinished run: go on with --resume, or start anew with "
+                    "--overwrite"
+                )
+            if overwrite:
+                self.clear()
+            self.state: dict[str, Any] = {"identity": identity, "done": 0}
+            if (path / STATE).exists():
+                self.state = self._read_state()
+                self._refuse_changed(identity)
+            else:
+                self._write_state()
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def _acquire(self) -> TextIO:
+        lock = (self.path / "lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            raise InputError(
+                f"the work directory {self.path} is held by a run that is still alive: wait for it, or name another "
+                "folder with --work"
+            ) from None
+        return lock
+
+    def _read_state(self) -> dict[str, Any]:
+        try:
+            state = json.loads((self.path / STATE).read_text(encoding="utf-8"))
+            assert isinstance(state["done"], int)
+            assert isinstance(state["identity"], dict)
+        except (ValueError, KeyError, TypeError, AssertionError):
+            raise InputError(f"{self.path / STATE} is damaged: start anew with --overwrite") from None
+        return dict(state)
+
+    def _refuse_changed(self, identity: dict[str, str]) -> None:
+        old = self.state["identity"]
+        changed = [
+            f"{key} was {old.get(key)} and is {identity.get(key)}"
+            for key in sorted(old.keys() | identity.keys())
+            if old.get(key) != identity.get(key)
+        ]
+        if changed:
+            raise input_error(
+                f"the run in {self.path} cannot be resumed, since it would not end in the same bytes:",
+                changed,
+                "Put back what changed, or start anew with --overwrite.",
+            )
+
+    def _write_state(self) -> None:
+        files.write_json(self.path / STATE, self.state)
+
+    @property
+    def done(self) -> int:
+        return int(self.state["done"])
+
+    def commit(self, done: int) -> None:
+        """`done` stages are finished: all their files are on disk."""
+        self.state["done"] = done
+        self._write_state()
+
+    def clear(self) -> None:
+        """Empty the folder, but for the lock that is held."""
+        for item in self.path.iterdir():
+            if item.name == "lock":
+                continue
+            shutil.rmtree(item) if item.is_dir() else item.unlink()
+
+    def folder(self, *parts: str) -> Path:
+        folder = self.path.joinpath(*parts)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def close(self, remove: bool = False) -> None:
+        """Free the lock; with `remove` the folder goes too (the run is finished)."""
+        if remove:
+            shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.close()
+
+    def __enter__(self) -> "WorkDir":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._lock.closed:
+            self._lock.close()
+
+
+class Activations:
+    """Hidden rows between blocks, one file a batch: memory does not grow with the number of rows."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def _file(self, block: int, stream: str, batch: int) -> Path:
+        return self.folder / f"{block:04d}" / f"{stream}-{batch:05d}.safetensors"
+
+    def put(self, block: int, stream: str, batch: int, hidden: torch.Tensor) -> None:
+        path = self._file(block, stream, batch)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_tensors(path, {"hidden": hidden.cpu().contiguous()})
+
+    def get(self, block: int, stream: str, batch: int) -> torch.Tensor:
+        return load_file(self._file(block, stream, batch))["hidden"]
+
+    def drop(self, block: int) -> None:
+        """Forget what entered `block`: the next block's rows are committed."""
+        shutil.rmtree(self.folder / f"{block:04d}", ignore_errors=True)

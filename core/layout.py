@@ -1,0 +1,87 @@
+"""How many bytes a safetensors file will have, known before a weight is read; and which tensors share a shard.
+
+A safetensors file is 8 bytes, a JSON header padded with spaces to a multiple of 8, and the data. The header's length
+depends on the order in which the library lays tensors out (by falling dtype rank, then name), so that order is
+repeated here; a test holds the sum against files that the library wrote.
+"""
+
+import json
+from dataclasses import dataclass
+from math import prod
+
+from .tensors import TORCH_DTYPES
+
+# Rank of each dtype in the safetensors library's own ordering (its Dtype enumeration).
+_RANK = {
+    name: rank
+    for rank, name in enumerate(
+        [
+            "BOOL",
+            "U8",
+            "I8",
+            "F8_E5M2",
+            "F8_E4M3",
+            "I16",
+            "U16",
+            "F16",
+            "BF16",
+            "I32",
+            "U32",
+            "F32",
+            "F64",
+            "I64",
+            "U64",
+        ]
+    )
+}
+METADATA = {"format": "pt"}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a file to be written."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * TORCH_DTYPES[self.dtype].itemsize
+
+
+def file_bytes(tensors: list[StoredTensor]) -> int:
+    """Exact size of the safetensors file that holds `tensors`."""
+    header: dict[str, object] = {"__metadata__": METADATA}
+    offset = 0
+    for tensor in sorted(tensors, key=lambda t: (-_RANK[t.dtype], t.name)):
+        header[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + (length + 7) // 8 * 8 + offset
+
+
+def split_shards(stages: list[list[list[StoredTensor]]], max_bytes: int) -> list[tuple[int, list[StoredTensor]]]:
+    """Fill shards in order; returns (stage, tensors) a shard. `stages[i]` holds the atoms of one stage (a block, or
+    the rest): lists of tensors that stay together. A shard never crosses a stage, so that it is finished with it; an
+    atom over `max_bytes` stands alone.
+    """
+    shards: list[tuple[int, list[StoredTensor]]] = []
+    for stage, atoms in enumerate(stages):
+        shard: list[StoredTensor] = []
+        for atom in atoms:
+            if shard and file_bytes(shard + atom) > max_bytes:
+                shards.append((stage, shard))
+                shard = []
+            shard = shard + atom
+        if shard:
+            shards.append((stage, shard))
+    return shards
+
+
+def shard_name(index: int, total: int) -> str:
+    return f"model-{index + 1:05d}-of-{total:05d}.safetensors"

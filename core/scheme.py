@@ -1,0 +1,81 @@
+"""Scheme and QuantizedWeight: what a weight is stored as, and the only thing that passes from a method to a format.
+
+Codes are decided once, by a method of quantize/; no format rounds again and no method packs bits.
+Shape legend: B batch (experts), O output features, I input features, G groups along I (I / group size).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How one weight matrix is stored: integer codes of `bits`, one scale a group of `group_size` inputs.
+
+    Contradictions are refused at construction with a ValueError (a recipe turns that into its own message).
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = True
+    grid: Literal["int"] = "int"
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.bits not in (4, 8):
+            problems.append(f"bits is {self.bits}; the engines load 4 and 8")
+        if self.group_size < 8 or self.group_size % 8:
+            problems.append(f"group_size is {self.group_size}; it must be a positive multiple of 8")
+        if self.grid != "int":
+            problems.append(f"grid is {self.grid!r}; only 'int' is known")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    @property
+    def code_min(self) -> int:
+        """Least signed code: -8 for four bits. Asymmetric codes are kept signed too, shifted by their zero point."""
+        return -(2 ** (self.bits - 1))
+
+    @property
+    def code_max(self) -> int:
+        return 2 ** (self.bits - 1) - 1
+
+    def groups(self, in_features: int) -> int:
+        """Number of groups along the inputs; the group size must divide them (checked before a run starts)."""
+        assert in_features % self.group_size == 0, (in_features, self.group_size)
+        return in_features // self.group_size
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """Integer codes with their scales. A leading batch axis B (experts of equal shape) is allowed everywhere.
+
+    codes: int8 [(B,) O, I], within [code_min, code_max]
+    scales: the stored dtype [(B,) O, G]
+    zero_points: int8 [(B,) O, G], or None when the scheme is symmetric
+    The weight is `(code - zero_point) * scale`.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zero_points: torch.Tensor | None
+    scheme: Scheme
+
+    def __post_init__(self) -> None:
+        assert self.codes.dtype == torch.int8
+        assert self.scales.shape == (*self.codes.shape[:-1], self.scheme.groups(self.codes.shape[-1]))
+        assert (self.zero_points is None) == self.scheme.symmetric
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight [(B,) O, I] in `dtype`, multiplied in fp32 and rounded once."""
+        grouped = self.codes.unflatten(-1, (-1, self.scheme.group_size)).to(torch.float32)
+        if self.zero_points is not None:
+            grouped = grouped - self.zero_points.to(torch.float32).unsqueeze(-1)
+        return (grouped * self.scales.to(torch.float32).unsqueeze(-1)).flatten(-2).to(dtype)
+
+    def item(self, index: int, rows: slice) -> "QuantizedWeight":
+        """One matrix out of a batch, and of it the given rows (gate and up are quantized as one matrix)."""
+        zero = None if self.zero_points is None else self.zero_points[index, rows]
+        return QuantizedWeight(self.codes[index, rows], self.scales[index, rows], zero, self.scheme)

@@ -1,0 +1,109 @@
+"""The twin walk: two checkpoints side by side, block by block, on the same rows; neither is ever whole in memory.
+
+It is independent of how the quantized files were made: it opens them as any reader would. Hidden rows of both models
+live in a store on disk, so memory holds one block and one batch.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..core.rows import Row, RowStore, Step, batches
+from ..core.tensors import TensorSource
+from ..models.adapter import Adapter, read
+from ..models.walk import Calls, Embedder, final_norm, load_block, run_block
+from .kl import TokenResults, compare, concatenate
+
+# Logits of 1024 tokens x 16384 columns are 64 MiB in fp32; about six such arrays live at once.
+TOKENS_PER_SLICE, COLUMNS_PER_SLICE = 1024, 16384
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two models: a name for its stream, its adapter and its tensors."""
+
+    name: str
+    adapter: Adapter
+    source: TensorSource
+
+
+def twin_walk(
+    reference: Side,
+    quantized: Side,
+    rows: list[Row],
+    batch_tokens: int,
+    store: RowStore,
+    device: torch.device,
+    dtype: torch.dtype,
+    step: Step,
+) -> TokenResults:
+    """Results for every predicted token of `rows`, in the order of the rows' batches. Leaves the store empty."""
+    sides = (reference, quantized)
+    groups = batches(rows, batch_tokens)
+    for side in sides:
+        step.begin("verify: embed")
+        embedder = Embedder(side.adapter, side.source, rows, device, dtype)
+        for k, numbers in enumerate(groups):
+            store.put(0, side.name, k, embedder.batch(numbers))
+    del embedder
+    calls = Calls(reference.adapter, device, dtype)
+    for index in range(reference.adapter.n_blocks):
+        for side in sides:
+            step.begin(f"verify: {side.name}", index)
+            block = load_block(side.adapter, side.source, index, device, dtype)
+            for k, numbers in enumerate(groups):
+                hidden = store.get(index, side.name, k).to(device)
+                store.put(index + 1, side.name, k, run_block(block, hidden, calls.of(hidden.shape[1])[index]))
+                step.advance(len(numbers) * hidden.shape[1])
+            del block
+        store.drop(index)
+    step.begin("verify: head")
+    parts = _through_heads(sides, rows, groups, store, device, dtype, step)
+    store.drop(reference.adapter.n_blocks)
+    return concatenate(parts)
+
+
+def _through_heads(
+    sides: tuple[Side, Side],
+    rows: list[Row],
+    groups: list[list[int]],
+    store: RowStore,
+    device: torch.device,
+    dtype: torch.dtype,
+    step: Step,
+) -> list[TokenResults]:
+    last = sides[0].adapter.n_blocks
+    norms = [final_norm(side.adapter, side.source, device, dtype) for side in sides]
+    heads = [read(side.adapter, side.source, side.adapter.head_name).to(device) for side in sides]
+    if torch.equal(*heads):
+        heads[1] = heads[0]  # one copy serves both
+    placeholder = sides[0].adapter.image_token_id
+    parts = []
+    for k, numbers in enumerate(groups):
+        tokens_NT = torch.stack([rows[n].tokens for n in numbers])
+        targets = tokens_NT[:, 1:].reshape(-1)
+        document = torch.tensor(numbers).repeat_interleave(tokens_NT.shape[1] - 1)
+        # What a model "predicts" where an image placeholder follows is never read by anyone.
+        wanted = torch.ones_like(targets, dtype=torch.bool) if placeholder is None else targets != placeholder
+        hidden = []
+        for side, norm in zip(sides, norms, strict=True):
+            with torch.inference_mode():
+                h = norm(store.get(last, side.name, k).to(device))[:, :-1]
+            hidden.append(h.reshape(-1, h.shape[-1])[wanted.to(device)])
+        targets, document = targets[wanted].to(device), document[wanted]
+        for start in range(0, len(targets), TOKENS_PER_SLICE):
+            part = slice(start, start + TOKENS_PER_SLICE)
+            with torch.inference_mode():
+                slices = (
+                    (
+                        c,
+                        *(
+                            h[part] @ w[c : c + COLUMNS_PER_SLICE].to(dtype).T
+                            for h, w in zip(hidden, heads, strict=True)
+                        ),
+                    )
+                    for c in range(0, len(heads[0]), COLUMNS_PER_SLICE)
+                )
+                parts.append(compare(slices, targets[part], document[part]))
+        step.advance(tokens_NT.numel())
+    return parts

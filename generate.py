@@ -1,0 +1,48 @@
+"""The smoke test: load a checkpoint with transformers, as a stranger would, and let it answer."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .calibration.documents import Document
+from .calibration.tokens import Encoder
+from .core.errors import InputError
+from .prepare import open_model
+
+
+def load_with_transformers(path: Path, dtype: torch.dtype | str = "auto") -> Any:
+    """The checkpoint as transformers' own class, dequantized to `dtype` when it is loaded."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, CompressedTensorsConfig
+
+    config = AutoConfig.from_pretrained(str(path), local_files_only=True)
+    cls = AutoModelForImageTextToText if config.model_type == "llama4" else AutoModelForCausalLM
+    kwargs: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "trust_remote_code": False}
+    if getattr(config, "quantization_config", None) is not None:
+        # Left compressed, the first forward pass ends in an AttributeError on a CPU.
+        kwargs["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    return cls.from_pretrained(str(path), **kwargs).eval()
+
+
+def generate(checkpoint: str, prompt: str, max_new_tokens: int, image: Path | None = None) -> str:
+    """The greedy answer to `prompt`, in the chat template when the checkpoint has one."""
+    opened = open_model(checkpoint)
+    encoder = Encoder(opened.path, opened.adapter)
+    if image is not None and not image.is_file():
+        raise InputError(f"the picture {image} does not exist")
+    parts: list[dict[str, Any]] = [{"type": "text", "text": prompt}]
+    if image is not None:
+        parts.insert(0, {"type": "image", "path": str(image)})
+    content: Any = parts if image is not None else prompt
+    if encoder.tokenizer.chat_template or image is not None:
+        document = Document("prompt", "prompt", None, [{"role": "user", "content": content}], (image,) if image else ())
+    else:
+        document = Document("prompt", "prompt", prompt, None)
+    row = encoder.encode(document, ask=True)
+    model = load_with_transformers(opened.path)
+    inputs: dict[str, Any] = {"input_ids": row.tokens[None], "attention_mask": torch.ones_like(row.tokens[None])}
+    if row.pixels is not None:
+        inputs["pixel_values"] = row.pixels.to(model.dtype)
+    with torch.inference_mode():
+        out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    return str(encoder.tokenizer.decode(out[0, len(row.tokens) :], skip_special_tokens=True)).strip()

@@ -1,0 +1,154 @@
+"""The adapter contract: everything that is known of one family of checkpoints, in one place.
+
+Canonical names. Checkpoints of one family spell the same weight differently: Llama 4's experts are one fused 3-D
+tensor on disk and one 2-D Linear an expert in the file that an engine loads. Every weight therefore has one canonical
+name, the unfused one with a 2-D weight `[out, in]`, and `locate` says where a given checkpoint keeps it. Reading an
+original and reading an emitted checkpoint are then the same call.
+
+Nobody outside models/ may test a tensor name.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..core.tensors import Index, TensorSource
+
+
+class Role(StrEnum):
+    """What a tensor is for. Recipes choose what to quantize by role."""
+
+    EXPERT = "expert"
+    SHARED = "shared_expert"
+    MLP = "mlp"
+    ATTENTION = "attention"
+    ROUTER = "router"
+    EMBEDDING = "embedding"
+    HEAD = "head"
+    NORM = "norm"
+    VISION = "vision"
+
+
+# Roles whose weights are Linear matrices of the text blocks: the only ones that may be quantized.
+QUANTIZABLE = (Role.EXPERT, Role.SHARED, Role.MLP, Role.ATTENTION)
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where one canonical weight lies in a checkpoint: a tensor, a part of it, and whether it is stored `[in, out]`."""
+
+    tensor: str
+    index: Index = ()
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Site:
+    """Weights of one block that read the same input, and so share one second moment.
+
+    `members[e]` are the canonical module names whose weights, stacked along the outputs, are quantized as one matrix:
+    gate and up of expert e. A site that is no expert site has one entry. All entries have equal shapes.
+    """
+
+    key: str
+    role: Role
+    members: tuple[tuple[str, ...], ...]
+    out_features: tuple[int, ...]
+    in_features: int
+
+
+class Adapter(ABC):
+    """One family, bound to one config. `config` is the transformers config object of the whole model."""
+
+    family: str
+    n_blocks: int
+    n_experts: int
+    top_k: int
+    vocab_size: int
+    hidden_size: int
+    tied_head: bool
+    image_token_id: int | None = None
+    has_vision: bool = False
+    embedding_name: str
+    head_name: str
+    norm_name: str
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @property
+    @abstractmethod
+    def text_config(self) -> Any:
+        """The config of the text model: what the decoder layers are built from."""
+
+    @abstractmethod
+    def expected(self) -> dict[str, tuple[int, ...]]:
+        """Canonical name -> shape of every tensor that config.json promises."""
+
+    @abstractmethod
+    def locate(self, name: str, available: Collection[str]) -> Location:
+        """Where a checkpoint with the tensors `available` keeps the canonical tensor `name`."""
+
+    @abstractmethod
+    def disk_shapes(self, available: Collection[str]) -> dict[str, tuple[int, ...]]:
+        """Stored name -> shape of every tensor, in the layout (fused or not) that the checkpoint uses."""
+
+    @abstractmethod
+    def role(self, name: str) -> Role:
+        """The role of a tensor, by its canonical or its stored name."""
+
+    @abstractmethod
+    def block_prefix(self, block: int) -> str: ...
+
+    @abstractmethod
+    def sites(self, block: int) -> tuple[Site, ...]:
+        """Every site of a block, in the order of the computation."""
+
+    @abstractmethod
+    def build_block(self, block: int) -> nn.Module:
+        """The family's decoder layer on the meta device, its experts replaced by RoutedExperts."""
+
+    @abstractmethod
+    def text_skeleton(self) -> nn.Module:
+        """The family's text model on the meta device: used to record what a layer is called with."""
+
+    @abstractmethod
+    def unit(self, module_name: str) -> str:
+        """The unit of a canonical module: what the engine fuses, and so what must share one scheme."""
+
+    def image_features(
+        self, source: TensorSource, pixels: torch.Tensor, device: torch.device, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Vision tower and projector: pixels fp32 [N, 3, S, S] -> features [N * tokens an image, hidden]."""
+        raise AssertionError(f"{self.family} has no vision tower")
+
+    def image_token_count(self) -> int:
+        """Placeholder tokens that one image tile takes in a row."""
+        raise AssertionError(f"{self.family} has no vision tower")
+
+    def image_text(self) -> str:
+        """What the chat template's image marker becomes in a row: markers and placeholders of one tile."""
+        raise AssertionError(f"{self.family} has no vision tower")
+
+    def faults(self, raw_config: dict[str, Any]) -> list[str]:
+        """Known published faults found in config.json, each with what it should be. Warned of, not refused."""
+        return []
+
+    def modules(self, block: int) -> Iterator[tuple[Site, str, int, int]]:
+        """Every quantizable module of a block: (site, canonical module name, outputs, inputs)."""
+        for site in self.sites(block):
+            for member in site.members:
+                for name, out in zip(member, site.out_features, strict=True):
+                    yield site, name, out, site.in_features
+
+
+def read(adapter: Adapter, source: TensorSource, name: str) -> torch.Tensor:
+    """The canonical tensor `name`, 2-D weights as `[out, in]`, whatever the checkpoint's layout."""
+    where = adapter.locate(name, source.names)
+    tensor = source.get(where.tensor, where.index)
+    return tensor.T.contiguous() if where.transposed else tensor

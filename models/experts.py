@@ -1,0 +1,72 @@
+"""RoutedExperts: every expert sees its own rows and no others.
+
+transformers computes all experts on all rows (Llama 4) or loops with a boolean mask. Here tokens are sorted by expert
+once and each expert multiplies its own slice, so the work of a layer grows with tokens x top-k. Weights are kept in one
+stack `[E, out, in]` for gate and up and one for down, whatever the checkpoint's layout.
+
+Shape legend: T tokens, K top-k, E experts, H hidden size, M expert intermediate size, R rows routed to one expert.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# (input name, expert, rows [R, in]): called with what each expert's matrices really get. 'gate_up' or 'down'.
+Observer = Callable[[str, int, torch.Tensor], None]
+
+
+class RoutedExperts(nn.Module):
+    """SwiGLU experts. `scale_input` multiplies the routing weight into the expert's input (Llama 4), which is another
+    function than scaling its output (Qwen3 and most others), since SwiGLU is not homogeneous."""
+
+    def __init__(self, n_experts: int, hidden: int, intermediate: int, scale_input: bool) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(n_experts, 2 * intermediate, hidden), requires_grad=False)
+        self.down = nn.Parameter(torch.empty(n_experts, hidden, intermediate), requires_grad=False)
+        self.intermediate = intermediate
+        self.scale_input = scale_input
+        self.observer: Observer | None = None
+
+    def weight(self, expert: int, projection: str) -> torch.Tensor:
+        """A view `[out, in]` of one expert's 'gate_proj', 'up_proj' or 'down_proj'."""
+        match projection:
+            case "gate_proj":
+                return self.gate_up[expert, : self.intermediate]
+            case "up_proj":
+                return self.gate_up[expert, self.intermediate :]
+            case "down_proj":
+                return self.down[expert]
+        raise AssertionError(projection)
+
+    def forward(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+        """Sum over the chosen experts [T, H]; `experts_TK` int64 and `weights_TK` are the router's choice."""
+        top_k = experts_TK.shape[1]
+        flat_experts = experts_TK.reshape(-1)
+        # Stable: equal inputs give equal bytes, whatever the sort's algorithm.
+        order = torch.argsort(flat_experts, stable=True)
+        counts = torch.bincount(flat_experts, minlength=self.gate_up.shape[0]).tolist()
+        token = order // top_k
+        weight = weights_TK.reshape(-1)[order].unsqueeze(-1)
+        out_TH = torch.zeros_like(x_TH)
+        start = 0
+        for expert, count in enumerate(counts):
+            if not count:
+                continue
+            rows = slice(start, start + count)
+            start += count
+            x_RH = x_TH[token[rows]]
+            if self.scale_input:
+                x_RH = x_RH * weight[rows]
+            if self.observer is not None:
+                self.observer("gate_up", expert, x_RH)
+            gate_RM, up_RM = F.linear(x_RH, self.gate_up[expert]).chunk(2, dim=-1)
+            h_RM = F.silu(gate_RM) * up_RM
+            if self.observer is not None:
+                self.observer("down", expert, h_RM)
+            y_RH = F.linear(h_RM, self.down[expert])
+            if not self.scale_input:
+                y_RH = y_RH * weight[rows]
+            out_TH.index_add_(0, token[rows], y_RH)
+        return out_TH

@@ -1,0 +1,215 @@
+"""Llama 4: Scout's and Maverick's structure, text with or without the vision tower.
+
+On disk the experts are fused 3-D tensors `[experts, in, out]`, gate the first half of the last axis of gate_up_proj and
+up the second; an engine wants one 2-D Linear `[out, in]` an expert. The router's score multiplies the expert's INPUT.
+Maverick interleaves dense layers. The multimodal class puts everything of the text model under `language_model.`.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.models.llama4 import modeling_llama4 as hf
+
+from ..core.tensors import TensorSource
+from .adapter import Adapter, Location, Role, Site
+from .experts import RoutedExperts
+from .meta import cast_floating, meta_module, meta_shapes
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+class Llama4Moe(nn.Module):
+    """The MoE feed-forward with RoutedExperts in place of transformers' all-experts-on-all-rows."""
+
+    def __init__(self, block: Any, config: Any) -> None:
+        super().__init__()
+        self.router = block.router
+        self.shared_expert = block.shared_expert
+        self.top_k = config.num_experts_per_tok
+        self.experts = RoutedExperts(
+            config.num_local_experts, config.hidden_size, config.intermediate_size, scale_input=True
+        )
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x_TH = hidden.reshape(-1, hidden.shape[-1])
+        logits_TE = nn.functional.linear(x_TH, self.router.weight)
+        top, experts_TK = torch.topk(logits_TE, self.top_k, dim=-1)
+        scores_TK = torch.sigmoid(top.float()).to(x_TH.dtype)
+        return self.shared_expert(x_TH) + self.experts(x_TH, experts_TK, scores_TK), logits_TE
+
+
+class Llama4Adapter(Adapter):
+    """`config` is a Llama4Config (multimodal) or a Llama4TextConfig."""
+
+    family = "llama4"
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.has_vision = config.model_type == "llama4"
+        self.prefix = "language_model." if self.has_vision else ""
+        text = self.text_config
+        self.n_blocks = text.num_hidden_layers
+        self.n_experts = text.num_local_experts
+        self.top_k = text.num_experts_per_tok
+        self.vocab_size = text.vocab_size
+        self.hidden_size = text.hidden_size
+        self.tied_head = bool(text.tie_word_embeddings)
+        self.image_token_id = config.image_token_index if self.has_vision else None
+        self.embedding_name = f"{self.prefix}model.embed_tokens.weight"
+        self.norm_name = f"{self.prefix}model.norm.weight"
+        self.head_name = self.embedding_name if self.tied_head else f"{self.prefix}lm_head.weight"
+
+    @property
+    def text_config(self) -> Any:
+        return self.config.text_config if self.has_vision else self.config
+
+    def block_prefix(self, block: int) -> str:
+        return f"{self.prefix}model.layers.{block}."
+
+    def is_moe(self, block: int) -> bool:
+        return block in self.text_config.moe_layers
+
+    def sites(self, block: int) -> tuple[Site, ...]:
+        c, p = self.text_config, self.block_prefix(block)
+        q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        attn, ff = f"{p}self_attn.", f"{p}feed_forward."
+        sites = [
+            Site(
+                "self_attn.qkv",
+                Role.ATTENTION,
+                ((f"{attn}q_proj", f"{attn}k_proj", f"{attn}v_proj"),),
+                (q, kv, kv),
+                c.hidden_size,
+            ),
+            Site("self_attn.o", Role.ATTENTION, ((f"{attn}o_proj",),), (c.hidden_size,), q),
+        ]
+
+        def mlp(key: str, role: Role, names: list[str], width: int) -> None:
+            gate_up = tuple((f"{n}gate_proj", f"{n}up_proj") for n in names)
+            down = tuple((f"{n}down_proj",) for n in names)
+            sites.append(Site(f"{key}gate_up", role, gate_up, (width, width), c.hidden_size))
+            sites.append(Site(f"{key}down", role, down, (c.hidden_size,), width))
+
+        if self.is_moe(block):
+            mlp("feed_forward.shared_expert.", Role.SHARED, [f"{ff}shared_expert."], c.intermediate_size)
+            experts = [f"{ff}experts.{e}." for e in range(self.n_experts)]
+            mlp("feed_forward.experts.", Role.EXPERT, experts, c.intermediate_size)
+        else:
+            mlp("feed_forward.", Role.MLP, [ff], c.intermediate_size_mlp)
+        return tuple(sites)
+
+    def unit(self, module_name: str) -> str:
+        head, _, leaf = module_name.rpartition(".")
+        if ".experts." in module_name:
+            return head.rpartition(".")[0]  # all experts of a layer
+        return head + {"q_proj": ".qkv", "k_proj": ".qkv", "v_proj": ".qkv"}.get(
+            leaf, ".gate_up" if leaf in ("gate_proj", "up_proj") else f".{leaf}"
+        )
+
+    def expected(self) -> dict[str, tuple[int, ...]]:
+        shapes = self.disk_shapes(())
+        for block in range(self.n_blocks):
+            if self.is_moe(block):
+                stem = f"{self.block_prefix(block)}feed_forward.experts."
+                shapes.pop(f"{stem}gate_up_proj")
+                shapes.pop(f"{stem}down_proj")
+                for _, name, out, inp in self.modules(block):
+                    shapes.setdefault(f"{name}.weight", (out, inp))
+        return shapes
+
+    def disk_shapes(self, available: Collection[str]) -> dict[str, tuple[int, ...]]:
+        unfused = any(".experts.0." in name for name in available)
+        if unfused:
+            return self.expected()
+        cls = hf.Llama4ForConditionalGeneration if self.has_vision else hf.Llama4ForCausalLM
+        shapes = meta_shapes(cls, self.config)
+        if self.tied_head:
+            shapes.pop(f"{self.prefix}lm_head.weight", None)
+        return shapes
+
+    def locate(self, name: str, available: Collection[str]) -> Location:
+        if name in available or ".experts." not in name:
+            return Location(name)
+        stem, _, rest = name.partition(".experts.")
+        expert, projection, _ = rest.split(".")
+        width = self.text_config.intermediate_size
+        if projection == "down_proj":
+            return Location(f"{stem}.experts.down_proj", (int(expert),), transposed=True)
+        columns = slice(0, width) if projection == "gate_proj" else slice(width, 2 * width)
+        return Location(f"{stem}.experts.gate_up_proj", (int(expert), slice(None), columns), transposed=True)
+
+    def role(self, name: str) -> Role:
+        if name.startswith(("vision_model.", "multi_modal_projector.")):
+            return Role.VISION
+        if ".embed_tokens." in name:
+            return Role.EMBEDDING
+        if "lm_head." in name:
+            return Role.HEAD
+        if "norm" in name.rsplit(".", 2)[-2]:
+            return Role.NORM
+        if ".experts." in name:
+            return Role.EXPERT
+        if ".shared_expert." in name:
+            return Role.SHARED
+        if ".router." in name:
+            return Role.ROUTER
+        return Role.ATTENTION if ".self_attn." in name else Role.MLP
+
+    def build_block(self, block: int) -> nn.Module:
+        layer = meta_module(hf.Llama4TextDecoderLayer, self.text_config, block)
+        if self.is_moe(block):
+            with torch.device("meta"):
+                layer.feed_forward = Llama4Moe(layer.feed_forward, self.text_config)
+        return layer
+
+    def text_skeleton(self) -> nn.Module:
+        return meta_module(hf.Llama4TextModel, self.text_config)
+
+    def image_token_count(self) -> int:
+        v = self.config.vision_config
+        return int((v.image_size // v.patch_size) ** 2 * v.pixel_shuffle_ratio**2)
+
+    def image_text(self) -> str:
+        # What transformers' Llama4Processor writes for an image of one tile.
+        return "<|image_start|><|image|>" + "<|patch|>" * self.image_token_count() + "<|image_end|>"
+
+    def image_features(
+        self, source: TensorSource, pixels: torch.Tensor, device: torch.device, dtype: torch.dtype
+    ) -> torch.Tensor:
+        tower = meta_module(hf.Llama4VisionModel, self.config.vision_config)
+        projector = meta_module(hf.Llama4MultiModalProjector, self.config)
+        for module, prefix in ((tower, "vision_model."), (projector, "multi_modal_projector.")):
+            state = {name: source.get(prefix + name).to(device, dtype) for name in module.state_dict()}
+            module.load_state_dict(state, assign=True)
+        # A complex buffer that is computed, not stored: casting it to bf16 would drop its imaginary part.
+        tower.rotary_embedding = hf.Llama4VisionRotaryEmbedding(self.config.vision_config).to(device)
+        out = []
+        with torch.inference_mode():
+            for chunk in pixels.split(16):  # 16 tiles at a time: Scout's tower needs about 0.2 GB for them
+                features = tower(cast_floating(chunk, device, dtype)).last_hidden_state
+                out.append(projector(features.reshape(-1, features.shape[-1])).cpu())
+        return torch.cat(out)
+
+    def faults(self, raw_config: dict[str, Any]) -> list[str]:
+        text = raw_config.get("text_config", raw_config)
+        found = []
+        rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
+        if rope.get("rope_type") == "llama3" and (rope.get("factor"), rope.get("high_freq_factor")) == (8.0, 4.0):
+            found.append(
+                "rope scaling has factor 8 and high_freq_factor 4, as early copies of config.json had: Scout's are "
+                "factor 16, low_freq_factor 1, high_freq_factor 1"
+            )
+        if text.get("rms_norm_eps") == 1e-6:
+            found.append("rms_norm_eps is 1e-06 (it is the QK-norm's eps too): Llama 4 was trained with 1e-05")
+        wrong = {
+            "num_hidden_layers": (80, 48),
+            "hidden_size": (8192, 5120),
+            "num_attention_heads": (64, 40),
+            "num_experts_per_tok": (2, 1),
+        }
+        for key, (published, true) in wrong.items():
+            if text.get(key) == published:
+                found.append(f"{key} is {published}, a figure of public model cards that is wrong: Llama 4 has {true}")
+        return found

@@ -1,0 +1,127 @@
+"""Qwen3-MoE: one 2-D tensor an expert on disk, top-k routing, routing weights on the expert's output."""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.models.qwen3_moe import modeling_qwen3_moe as hf
+
+from .adapter import Adapter, Location, Role, Site
+from .experts import RoutedExperts
+from .meta import meta_module, meta_shapes
+
+
+class Qwen3Moe(nn.Module):
+    """The sparse block with RoutedExperts; the softmax is taken in fp32 as the family does."""
+
+    def __init__(self, block: Any, config: Any) -> None:
+        super().__init__()
+        self.gate = block.gate
+        self.top_k = config.num_experts_per_tok
+        self.normalize = config.norm_topk_prob
+        self.experts = RoutedExperts(
+            config.num_experts, config.hidden_size, config.moe_intermediate_size, scale_input=False
+        )
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        x_TH = hidden.reshape(-1, hidden.shape[-1])
+        probs_TE = torch.softmax(nn.functional.linear(x_TH, self.gate.weight), dim=-1, dtype=torch.float32)
+        weights_TK, experts_TK = torch.topk(probs_TE, self.top_k, dim=-1)
+        if self.normalize:
+            weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+        return self.experts(x_TH, experts_TK, weights_TK.to(x_TH.dtype)).reshape(hidden.shape)
+
+
+class Qwen3MoeAdapter(Adapter):
+    """`config` is a Qwen3MoeConfig."""
+
+    family = "qwen3_moe"
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.n_blocks = config.num_hidden_layers
+        self.n_experts = config.num_experts
+        self.top_k = config.num_experts_per_tok
+        self.vocab_size = config.vocab_size
+        self.hidden_size = config.hidden_size
+        self.tied_head = bool(config.tie_word_embeddings)
+        self.embedding_name = "model.embed_tokens.weight"
+        self.norm_name = "model.norm.weight"
+        self.head_name = self.embedding_name if self.tied_head else "lm_head.weight"
+
+    @property
+    def text_config(self) -> Any:
+        return self.config
+
+    def block_prefix(self, block: int) -> str:
+        return f"model.layers.{block}."
+
+    def is_moe(self, block: int) -> bool:
+        c = self.config
+        return block not in c.mlp_only_layers and c.num_experts > 0 and (block + 1) % c.decoder_sparse_step == 0
+
+    def sites(self, block: int) -> tuple[Site, ...]:
+        c, p = self.config, self.block_prefix(block)
+        q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        qkv = tuple(f"{p}self_attn.{n}_proj" for n in "qkv")
+        if self.is_moe(block):
+            key, role, width = "mlp.experts.", Role.EXPERT, c.moe_intermediate_size
+            names = [f"{p}mlp.experts.{e}." for e in range(self.n_experts)]
+        else:
+            key, role, width, names = "mlp.", Role.MLP, c.intermediate_size, [f"{p}mlp."]
+        gate_up = tuple((f"{n}gate_proj", f"{n}up_proj") for n in names)
+        down = tuple((f"{n}down_proj",) for n in names)
+        return (
+            Site("self_attn.qkv", Role.ATTENTION, (qkv,), (q, kv, kv), c.hidden_size),
+            Site("self_attn.o", Role.ATTENTION, ((f"{p}self_attn.o_proj",),), (c.hidden_size,), q),
+            Site(f"{key}gate_up", role, gate_up, (width, width), c.hidden_size),
+            Site(f"{key}down", role, down, (c.hidden_size,), width),
+        )
+
+    def unit(self, module_name: str) -> str:
+        head, _, leaf = module_name.rpartition(".")
+        if ".experts." in module_name:
+            return head.rpartition(".")[0]
+        if leaf in ("q_proj", "k_proj", "v_proj"):
+            return f"{head}.qkv"
+        return f"{head}.gate_up" if leaf in ("gate_proj", "up_proj") else module_name
+
+    def expected(self) -> dict[str, tuple[int, ...]]:
+        # transformers 5 fuses the experts in its module; the checkpoint on disk never does.
+        shapes = {n: s for n, s in meta_shapes(hf.Qwen3MoeForCausalLM, self.config).items() if ".experts." not in n}
+        for block in range(self.n_blocks):
+            for _, name, out, inp in self.modules(block):
+                shapes.setdefault(f"{name}.weight", (out, inp))
+        if self.tied_head:
+            shapes.pop("lm_head.weight", None)
+        return shapes
+
+    def disk_shapes(self, available: Collection[str]) -> dict[str, tuple[int, ...]]:
+        return self.expected()
+
+    def locate(self, name: str, available: Collection[str]) -> Location:
+        return Location(name)
+
+    def role(self, name: str) -> Role:
+        if ".embed_tokens." in name:
+            return Role.EMBEDDING
+        if name.startswith("lm_head."):
+            return Role.HEAD
+        if "norm" in name.rsplit(".", 2)[-2]:
+            return Role.NORM
+        if ".experts." in name:
+            return Role.EXPERT
+        if ".mlp.gate." in name:
+            return Role.ROUTER
+        return Role.ATTENTION if ".self_attn." in name else Role.MLP
+
+    def build_block(self, block: int) -> nn.Module:
+        layer = meta_module(hf.Qwen3MoeDecoderLayer, self.config, block)
+        if self.is_moe(block):
+            with torch.device("meta"):
+                layer.mlp = Qwen3Moe(layer.mlp, self.config)
+        return layer
+
+    def text_skeleton(self) -> nn.Module:
+        return meta_module(hf.Qwen3MoeModel, self.config)

@@ -1,0 +1,117 @@
+"""Plan: every tensor that will be emitted, in its shard, to the byte, before any weight is read."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+
+from ..core.layout import StoredTensor, file_bytes, shard_name, split_shards
+from ..core.scheme import Scheme
+from ..core.tensors import TensorSource
+from ..models.adapter import Adapter, Role
+
+# (scheme, outputs, inputs, model dtype) -> suffix -> (dtype, shape): what a format stores for one weight.
+Layout = Callable[[Scheme, int, int, str], dict[str, tuple[str, tuple[int, ...]]]]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of the checkpoint. `stage` is its block, or the number of blocks for what lies outside them."""
+
+    file: str
+    stage: int
+    tensors: tuple[StoredTensor, ...]
+
+    @property
+    def file_bytes(self) -> int:
+        return file_bytes(list(self.tensors))
+
+    @property
+    def data_bytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will write. `parameters` counts the model's weights, quantized or not."""
+
+    shards: tuple[Shard, ...]
+    schemes: dict[str, Scheme]
+    parameters: int
+    quantized_parameters: int
+    quantized_bytes: int
+    source_bytes: int
+    role_bytes: dict[str, int]
+
+    @property
+    def emitted_bytes(self) -> int:
+        """All safetensors files, headers included."""
+        return sum(shard.file_bytes for shard in self.shards)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of all shards over all parameters, kept ones included."""
+        return self.emitted_bytes * 8 / self.parameters
+
+    @property
+    def quantized_bits_per_weight(self) -> float:
+        """Codes, scales and shapes of the quantized matrices over their weights."""
+        return self.quantized_bytes * 8 / self.quantized_parameters
+
+    def tensors(self) -> Iterator[tuple[Shard, StoredTensor]]:
+        for shard in self.shards:
+            for tensor in shard.tensors:
+                yield shard, tensor
+
+
+def make_plan(
+    adapter: Adapter, source: TensorSource, schemes: dict[str, Scheme], layout: Layout, max_shard_bytes: int
+) -> Plan:
+    """Lay out the whole emitted checkpoint from names and shapes alone."""
+    shapes = adapter.expected()
+    prefixes = [adapter.block_prefix(block) for block in range(adapter.n_blocks)]
+    by_prefix: dict[str, list[str]] = {prefix: [] for prefix in prefixes}
+    rest: list[str] = []
+    for name in sorted(shapes):
+        prefix = _block_prefix(name, by_prefix)
+        (rest if prefix is None else by_prefix[prefix]).append(name)
+    quantized = quantized_bytes = 0
+    role_bytes: dict[str, int] = {}
+
+    def atom(name: str) -> list[StoredTensor]:
+        nonlocal quantized, quantized_bytes
+        dtype = source.info(adapter.locate(name, source.names).tensor).dtype
+        module = name.removesuffix(".weight")
+        if module in schemes and name.endswith(".weight"):
+            outputs, inputs = shapes[name]
+            stored = layout(schemes[module], outputs, inputs, dtype)
+            tensors = [StoredTensor(f"{module}.{suffix}", d, s) for suffix, (d, s) in stored.items()]
+            quantized += outputs * inputs
+            quantized_bytes += sum(t.nbytes for t in tensors)
+        else:
+            tensors = [StoredTensor(name, dtype, shapes[name])]
+        role: Role = adapter.role(name)
+        role_bytes[role.value] = role_bytes.get(role.value, 0) + sum(t.nbytes for t in tensors)
+        return tensors
+
+    stages = [[atom(name) for name in by_prefix[prefix]] for prefix in prefixes] + [[atom(name) for name in rest]]
+    split = split_shards(stages, max_shard_bytes)
+    shards = tuple(Shard(shard_name(i, len(split)), stage, tuple(tensors)) for i, (stage, tensors) in enumerate(split))
+    return Plan(
+        shards=shards,
+        schemes=schemes,
+        parameters=sum(prod(shape) for shape in shapes.values()),
+        quantized_parameters=quantized,
+        quantized_bytes=quantized_bytes,
+        source_bytes=sum(source.info(name).nbytes for name in source.names),
+        role_bytes=dict(sorted(role_bytes.items(), key=lambda item: -item[1])),
+    )
+
+
+def _block_prefix(name: str, prefixes: dict[str, list[str]]) -> str | None:
+    """The prefix of the block that `name` belongs to: 'a.layers.12.' of 'a.layers.12.x.weight'."""
+    parts = name.split(".")
+    for end in range(1, len(parts)):
+        prefix = ".".join(parts[:end]) + "."
+        if prefix in prefixes:
+            return prefix
+    return None

@@ -1,0 +1,233 @@
+"""Everything that is looked at before the first weight is read: model, recipe, texts, paths, plan.
+
+Every refusal happens here, with one message that lists all offenders, so that a run that starts can finish.
+"""
+
+import hashlib
+import re
+import shutil
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .calibration.documents import Document, read_dataset, read_jsonl, refuse_shared
+from .calibration.tokens import Encoder, document_rows, pack_rows
+from .checkpoint.formats import compressed_tensors as ct
+from .checkpoint.packed import PackedSource, open_packed
+from .checkpoint.source import Folder, check_shapes, open_folder
+from .core.errors import InputError, ResourceError
+from .core.rows import Row
+from .core.scheme import Scheme
+from .models.adapter import Adapter
+from .models.families import load_adapter, read_config
+from .planner.assign import assign
+from .planner.plan import Plan, make_plan
+from .recipe import Recipe, Texts, matches
+
+# What is fetched from the hub: never pickles, never code.
+HUB_PATTERNS = [
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "*.txt",
+    "*.model",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "USE_POLICY*",
+]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint that has been opened and found sound. `source` gives dense weights, whatever is stored."""
+
+    name: str
+    path: Path
+    config: dict[str, Any]
+    adapter: Adapter
+    folder: Folder
+    source: Folder | PackedSource
+
+    @property
+    def quantized(self) -> bool:
+        return isinstance(self.source, PackedSource)
+
+    def facts(self) -> dict[str, Any]:
+        """What the record says of a model."""
+        return {
+            "name": self.name,
+            "family": self.adapter.family,
+            "blocks": self.adapter.n_blocks,
+            "experts": self.adapter.n_experts,
+            "digest": self.folder.digest,
+        }
+
+
+def demo_folder() -> Path:
+    """The embedded model's folder with its texts."""
+    return Path(str(resources.files(f"{__package__}.demo")))
+
+
+def resolve_model(name: str) -> Path:
+    """`demo`, a local folder, or a hub id (downloaded). Raises InputError or ResourceError."""
+    if name == "demo":
+        return demo_folder() / "model"
+    path = Path(name)
+    if path.exists():
+        return path
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
+        raise InputError(f"{name} is no folder and no hub id: name a local checkpoint, a hub id (owner/name) or `demo`")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS))
+    except Exception as error:  # the hub client raises its own and its HTTP library's kinds
+        raise ResourceError(
+            f"{name} is no local folder, and the hub could not give it ({type(error).__name__}). On a machine without "
+            "network copy the checkpoint's folder here and name that; for a gated model log in with `hf auth login`"
+        ) from error
+
+
+def open_model(name: str) -> Model:
+    """Open and check a checkpoint: headers, names and shapes against config.json. Reads no weights."""
+    path = resolve_model(name)
+    if not path.is_dir():
+        raise InputError(f"{path} is a file: name the folder that holds it and its config.json")
+    config = read_config(path)
+    adapter = load_adapter(path)
+    folder = open_folder(path)
+    block = config.get("quantization_config")
+    source: Folder | PackedSource = folder
+    if block is not None:
+        source = open_packed(folder, block)
+        check_shapes(path, source, adapter.expected())
+    else:
+        check_shapes(path, folder, adapter.disk_shapes(folder.names))
+    return Model(name, path, config, adapter, folder, source)
+
+
+def open_source(name: str) -> Model:
+    """A model to be quantized: it must not be quantized already."""
+    model = open_model(name)
+    if model.quantized:
+        raise InputError(f"{name} is quantized already: quantize the original checkpoint")
+    return model
+
+
+def plan_for(model: Model, recipe: Recipe) -> Plan:
+    """Match the recipe to the model and lay out what will be emitted. Raises InputError."""
+    if recipe.family not in (None, model.adapter.family):
+        raise InputError(f"the recipe {recipe.name} is for {recipe.family}, and {model.name} is {model.adapter.family}")
+    scheme = Scheme(recipe.bits, recipe.group_size, recipe.symmetric)
+    schemes = assign(model.adapter, scheme, recipe.quantize_roles, recipe.keep_modules, matches, recipe.name)
+    return make_plan(model.adapter, model.source, schemes, ct.layout, recipe.max_shard_bytes)
+
+
+def check_out(out: Path, model: Path, resume: bool, overwrite: bool) -> None:
+    """The output path is free, or the user said what to do with it; and it does not touch the model."""
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite contradict each other: give one of them")
+    inside, source = out.resolve(), model.resolve()
+    if inside.is_relative_to(source) or source.is_relative_to(inside):
+        raise InputError(f"the output {out} and the model {model} lie in each other: name another output folder")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"the output {out} is a file: name a folder")
+    if out.is_dir() and any(out.iterdir()) and not (resume or overwrite):
+        raise InputError(
+            f"the output {out} is not empty: go on with --resume, replace it with --overwrite, or name another"
+        )
+
+
+def check_space(folder: Path, needed_bytes: int) -> None:
+    """Refuse at once what the disk certainly cannot hold. Raises ResourceError."""
+    existing = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise ResourceError(
+            f"{existing} has {free / 1e9:.1f} GB free and the run needs {needed_bytes / 1e9:.1f} GB: free space, or "
+            "name another place for OUT and --work"
+        )
+
+
+def choose_device(name: str) -> torch.device:
+    """'auto' takes a GPU when there is one. Raises InputError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"the device {name!r} is not known: cpu, cuda or auto") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"the device {name!r} is not supported: cpu, cuda or auto")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("there is no CUDA device that this torch can use: give --device cpu, or install a CUDA build")
+    return device
+
+
+def choose_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
+    if recipe.compute_dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return torch.float32 if recipe.compute_dtype == "float32" else torch.bfloat16
+
+
+def _documents(texts: Texts, which: str, override: Path | None, limit: int, adapter: Adapter) -> list[Document]:
+    if override is not None:
+        return read_jsonl(override)
+    if texts.source == "demo":
+        found = read_jsonl(demo_folder() / "data" / f"{which}.jsonl")
+        # The embedded texts serve any family; pictures only one that can see.
+        return [d for d in found if adapter.has_vision or not d.images]
+    return read_dataset(texts.source, texts.split, texts.column, limit)
+
+
+@dataclass(frozen=True)
+class RunTexts:
+    """Token rows of a run and what the record says of them. `calibration` is empty when the method needs none."""
+
+    calibration: list[Row]
+    evaluation: list[Row]
+    facts: dict[str, Any]
+
+
+def prepare_texts(
+    model: Model, recipe: Recipe, calibration: Path | None, evaluation: Path | None, needs_calibration: bool
+) -> RunTexts:
+    """Read, check and tokenise both sets of texts; refuse a document that is in both."""
+    encoder = Encoder(model.path, model.adapter)
+    evaluated = _documents(recipe.evaluation, "evaluation", evaluation, recipe.evaluation_rows, model.adapter)
+    evaluated = _renderable(evaluated, encoder, evaluation)
+    rows = document_rows([encoder.encode(d) for d in evaluated], recipe.evaluation_row_tokens, recipe.evaluation_rows)
+    facts = {"evaluation": _facts(evaluated, rows, evaluation, recipe.evaluation)}
+    packed: list[Row] = []
+    if needs_calibration:
+        # Four documents a row are enough for rows of 2048 tokens of conversations; what is too much is not used.
+        limit = recipe.calibration_rows * 4
+        calibrated = _documents(recipe.calibration, "calibration", calibration, limit, model.adapter)
+        calibrated = _renderable(calibrated, encoder, calibration)
+        refuse_shared(calibrated, evaluated)
+        encoded = [encoder.encode(d) for d in calibrated]
+        packed = pack_rows(encoded, recipe.calibration_row_tokens, recipe.calibration_rows, recipe.calibration_seed)
+        facts["calibration"] = _facts(calibrated, packed, calibration, recipe.calibration)
+    return RunTexts(packed, rows, facts)
+
+
+def _renderable(documents: list[Document], encoder: Encoder, override: Path | None) -> list[Document]:
+    """The embedded texts hold conversations; a model without a chat template is measured on the plain ones."""
+    if override is not None or encoder.tokenizer.chat_template:
+        return documents
+    return [d for d in documents if d.text is not None]
+
+
+def _facts(documents: list[Document], rows: list[Row], override: Path | None, texts: Texts) -> dict[str, Any]:
+    sha = hashlib.sha256("\n".join(d.digest for d in documents).encode())
+    return {
+        "source": texts.source if override is None else override.name,
+        "digest": sha.hexdigest(),
+        "documents": len(documents),
+        "rows": len(rows),
+        "tokens": sum(len(row.tokens) for row in rows),
+    }

@@ -1,0 +1,107 @@
+"""GPTQ (Frantar et al., arXiv 2210.17323) for a batch of experts at once.
+
+Columns are rounded one by one in the order of falling second moment; what rounding a column cost is spread over the
+columns still to come, through the Cholesky factor of the inverse second moment. Scales belong to static groups of the
+ORIGINAL column order and are fixed before the loop, so the stored file needs no `g_idx`. All experts of a site go
+through the column loop together: one Python step per column, whatever the number of experts.
+
+Shape legend: B experts, O outputs, I inputs, G groups; t marks a transposed weight [B, I, O] (a column is contiguous).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..core.scheme import QuantizedWeight, Scheme
+from .grid import round_codes
+
+# Columns between two updates of all later columns (the paper's lazy batch): 128 keeps the small updates in cache.
+BLOCK_COLUMNS = 128
+# Damping grows tenfold at each failed factorisation; after this many the site falls back to its diagonal.
+MAX_DAMPING_STEPS = 6
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Upper U [B, I, I] with inv(damped second moment) = U^T U, and what it took to get it."""
+
+    upper: torch.Tensor
+    damping_raised: int
+    diagonal_fallbacks: int
+
+
+def factor(moment_BII: torch.Tensor, damping: float) -> Factor:
+    """Damp by `damping` x mean diagonal, factor, and raise the damping tenfold for those experts where that fails."""
+    n = moment_BII.shape[-1]
+    diagonal = moment_BII.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(-1)
+    # A moment of zeros (a site whose inputs are all zero) is as good as any: round-to-nearest is then optimal.
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+    eye = torch.eye(n, device=moment_BII.device, dtype=moment_BII.dtype)
+    upper = torch.empty_like(moment_BII)
+    todo = torch.arange(len(moment_BII), device=moment_BII.device)
+    raised = 0
+    for step in range(MAX_DAMPING_STEPS + 1):
+        damped = moment_BII[todo] + (mean[todo] * damping * 10.0**step)[:, None, None] * eye
+        lower, info = torch.linalg.cholesky_ex(damped)
+        inverse = torch.cholesky_inverse(lower)
+        factored, info_inverse = torch.linalg.cholesky_ex(inverse, upper=True)
+        good = (info == 0) & (info_inverse == 0) & torch.isfinite(factored).flatten(1).all(-1)
+        upper[todo[good]] = factored[good]
+        todo = todo[~good]
+        if not len(todo):
+            break
+        raised += len(todo)
+    if len(todo):
+        safe = torch.where(torch.isfinite(diagonal[todo]), diagonal[todo], 0.0) + mean[todo, None] * max(damping, 1e-3)
+        upper[todo] = torch.diag_embed(safe.rsqrt())
+    return Factor(upper, raised, len(todo))
+
+
+def gptq(
+    w_BOI: torch.Tensor,
+    moment_BII: torch.Tensor,
+    scale_BOG: torch.Tensor,
+    zero_BOG: torch.Tensor | None,
+    scheme: Scheme,
+    damping: float,
+    activation_order: bool = True,
+) -> tuple[QuantizedWeight, Factor]:
+    """Codes for `w_BOI` (fp32 or fp64) under fixed scales, minimising tr(E moment E^T) greedily by column."""
+    batch, outputs, inputs = w_BOI.shape
+    if activation_order:
+        order_BI = torch.argsort(moment_BII.diagonal(dim1=-2, dim2=-1), dim=-1, descending=True, stable=True)
+    else:
+        order_BI = torch.arange(inputs, device=w_BOI.device).expand(batch, inputs)
+    each = torch.arange(batch, device=w_BOI.device)
+    ordered = moment_BII[each[:, None, None], order_BI[:, :, None], order_BI[:, None, :]]
+    factored = factor(ordered, damping)
+    del ordered
+    upper = factored.upper
+    wt = w_BOI.transpose(1, 2)[each[:, None], order_BI].contiguous()  # [B, I, O], permuted: a copy of our own
+    group_BI = order_BI // scheme.group_size
+    scale_BGO = scale_BOG.to(wt.dtype).transpose(1, 2).contiguous()
+    zero_BGO = None if zero_BOG is None else zero_BOG.to(wt.dtype).transpose(1, 2).contiguous()
+    codes_t = torch.empty(wt.shape, dtype=torch.int8, device=wt.device)
+    for begin in range(0, inputs, BLOCK_COLUMNS):
+        end = min(begin + BLOCK_COLUMNS, inputs)
+        errors = torch.empty(batch, end - begin, outputs, dtype=wt.dtype, device=wt.device)
+        block = wt[:, begin:end]
+        for j in range(end - begin):
+            column = begin + j
+            w_BO = block[:, j]
+            scale = scale_BGO[each, group_BI[:, column]]
+            zero = None if zero_BGO is None else zero_BGO[each, group_BI[:, column]]
+            codes = round_codes(w_BO, scale, zero, scheme)
+            codes_t[:, column] = codes.to(torch.int8)
+            value = (codes if zero is None else codes - zero) * scale
+            errors[:, j] = (w_BO - value) / upper[:, column, column, None]
+            if j + 1 < end - begin:
+                block[:, j + 1 :].baddbmm_(upper[:, column, column + 1 : end, None], errors[:, j, None, :], alpha=-1)
+        if end < inputs:
+            wt[:, end:].baddbmm_(upper[:, begin:end, end:].transpose(1, 2), errors, alpha=-1)
+    codes_BOI = torch.empty(w_BOI.shape, dtype=torch.int8, device=w_BOI.device)
+    back = torch.argsort(order_BI, dim=-1)
+    codes_BOI.copy_(codes_t[each[:, None], back].transpose(1, 2))
+    zero_int = None if zero_BOG is None else zero_BOG.to(torch.int8)
+    return QuantizedWeight(codes_BOI, scale_BOG, zero_int, scheme), factored

@@ -1,0 +1,82 @@
+"""One site through one method: (weights, second moments, scheme) -> codes, with the error it leaves.
+
+The batch of experts is cut so that working copies stay within a budget of memory; cutting changes no code.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ..core.scheme import QuantizedWeight, Scheme
+from .gptq import gptq
+from .grid import absmax_scales, round_to_nearest, searched_scales
+
+
+@dataclass(frozen=True)
+class Method:
+    """How codes are found. `name` is 'rtn' (no statistics needed) or 'gptq'."""
+
+    name: str
+    scale_search: bool = True
+    damping: float = 0.01
+    activation_order: bool = True
+
+    @property
+    def needs_statistics(self) -> bool:
+        return self.name == "gptq"
+
+
+@dataclass(frozen=True)
+class SiteResult:
+    """Codes for a batch of equal matrices, and per matrix the relative output error tr(EHE^T) / tr(WHW^T)."""
+
+    weight: QuantizedWeight
+    output_error: list[float]
+    damping_raised: int
+    diagonal_fallbacks: int
+
+
+def relative_output_error(w_BOI: torch.Tensor, q_BOI: torch.Tensor, moment_BII: torch.Tensor | None) -> list[float]:
+    """Expected squared error of the output over its expected square; with no moment, inputs are taken as white."""
+
+    def energy(x_BOI: torch.Tensor) -> torch.Tensor:
+        y = x_BOI if moment_BII is None else torch.bmm(x_BOI, moment_BII)
+        return (y * x_BOI).sum((1, 2))
+
+    return (energy(w_BOI - q_BOI) / energy(w_BOI).clamp_min(1e-30)).tolist()
+
+
+def cuts(batch: int, outputs: int, inputs: int, budget_bytes: int) -> Iterator[slice]:
+    """Slices of the batch whose working set (about five fp32 weights and four moments) fits the budget."""
+    one = 4 * (5 * outputs * inputs + 4 * inputs * inputs)
+    step = max(1, budget_bytes // one)
+    for start in range(0, batch, step):
+        yield slice(start, min(start + step, batch))
+
+
+def quantize_batch(
+    w_BOI: torch.Tensor,
+    moment_BII: torch.Tensor | None,
+    scheme: Scheme,
+    method: Method,
+    scale_dtype: torch.dtype,
+) -> SiteResult:
+    """Quantize fp32 weights [B, O, I]; `moment_BII` fp32 is needed by gptq and by the scale search's weighting."""
+    raised = diagonal = 0
+    if method.needs_statistics:
+        assert moment_BII is not None
+        if method.scale_search:
+            importance = moment_BII.diagonal(dim1=-2, dim2=-1)
+            # An input that was never seen still must not lose its weight: give it a little of the mean.
+            importance = importance + 1e-4 * importance.mean(-1, keepdim=True)
+            scale, zero = searched_scales(w_BOI, importance, scheme, scale_dtype)
+        else:
+            scale, zero = absmax_scales(w_BOI, scheme, scale_dtype)
+        weight, factored = gptq(w_BOI, moment_BII, scale, zero, scheme, method.damping, method.activation_order)
+        raised, diagonal = factored.damping_raised, factored.diagonal_fallbacks
+    else:
+        scale, zero = absmax_scales(w_BOI, scheme, scale_dtype)
+        weight = round_to_nearest(w_BOI, scale, zero, scheme)
+    errors = relative_output_error(w_BOI, weight.dequantize(w_BOI.dtype), moment_BII)
+    return SiteResult(weight, errors, raised, diagonal)

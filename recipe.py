@@ -1,0 +1,127 @@
+"""Recipe: one flat YAML file that says what is quantized, how, on which texts, and what the run may not do.
+
+It can be read aloud. Unknown keys are errors; so is a pattern that matches nothing (found when the recipe meets a
+model). Every field has its unit in its name and its reason in its description.
+"""
+
+import hashlib
+import json
+from fnmatch import fnmatchcase
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .core.errors import InputError, input_error
+
+QuantizableRole = Literal["expert", "shared_expert", "mlp", "attention"]
+
+
+class Texts(BaseModel):
+    """Where rows come from: `demo`, or a Hugging Face data set with its split and column."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    source: str = "demo"
+    split: str = "train"
+    column: str = "messages"
+
+
+class Recipe(BaseModel):
+    """A frozen recipe. Field names are the YAML's keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    description: str
+    family: Literal["llama4", "qwen3_moe"] | None = None  # None: any family
+    note: str | None = None  # printed with the plan and kept in the record
+
+    method: Literal["gptq", "rtn"] = "gptq"
+    format: Literal["compressed-tensors"] = "compressed-tensors"
+    bits: Literal[4, 8] = 4
+    group_size: int = 128
+    symmetric: bool = True
+    quantize_roles: tuple[QuantizableRole, ...] = ("expert", "shared_expert")
+    keep_modules: tuple[str, ...] = ()  # glob patterns of module names that stay as they are
+
+    scale_search: bool = True
+    activation_order: bool = True
+    damping: float = Field(default=0.01, gt=0, le=1)
+    # tau = shrinkage * inputs rows of the layer's pooled moment join each expert's own: calibration/moments.py
+    shrinkage: float = Field(default=0.1, ge=0)
+
+    calibration: Texts = Texts()
+    calibration_rows: int = Field(default=512, ge=1)
+    calibration_row_tokens: int = Field(default=2048, ge=2)
+    calibration_seed: int = 0
+    warn_below_expert_rows: int = Field(default=256, ge=0)
+    fail_below_expert_rows: int = Field(default=0, ge=0)
+    max_fallbacks: int = Field(default=0, ge=0)  # matrices whose second moment could not be factored
+
+    evaluation: Texts = Texts(split="test")
+    evaluation_rows: int = Field(default=128, ge=1)
+    evaluation_row_tokens: int = Field(default=2048, ge=2)
+
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on a CPU, bfloat16 on a GPU
+    batch_tokens: int = Field(default=16384, ge=1)
+    max_shard_bytes: int = Field(default=5_000_000_000, ge=1_000)
+
+    @model_validator(mode="after")
+    def _sound(self) -> "Recipe":
+        if self.group_size < 8 or self.group_size % 8:
+            raise ValueError(f"group_size is {self.group_size}; it must be a positive multiple of 8")
+        if not self.quantize_roles:
+            raise ValueError("quantize_roles is empty: nothing would be quantized")
+        return self
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    return sorted(
+        f.name.removesuffix(".yaml")
+        for f in resources.files(f"{__package__}.recipes").iterdir()
+        if f.name.endswith(".yaml")
+    )
+
+
+def recipe_text(name: str) -> str:
+    """The YAML of a shipped recipe, or of a file. Raises InputError."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"the recipe {name} cannot be read: {error}") from None
+    if name not in recipe_names():
+        raise InputError(f"there is no recipe {name!r}: {', '.join(recipe_names())}, or the path of a .yaml file")
+    return (resources.files(f"{__package__}.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def load_recipe(name: str) -> Recipe:
+    """Read and check a recipe. Raises InputError listing every offending key."""
+    try:
+        data = yaml.safe_load(recipe_text(name))
+    except yaml.YAMLError as error:
+        raise InputError(f"the recipe {name} is not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise InputError(f"the recipe {name} holds no keys: print one with `onecard recipes demo`")
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        problems = []
+        for item in error.errors():
+            where = ".".join(str(part) for part in item["loc"]) or "recipe"
+            known = "unknown key" if item["type"] == "extra_forbidden" else item["msg"]
+            problems.append(f"{where}: {known}")
+        keys = ", ".join(Recipe.model_fields)
+        raise input_error(f"the recipe {name} cannot be used:", problems, f"Known keys: {keys}.") from None
+
+
+def matches(pattern: str, module: str) -> bool:
+    return fnmatchcase(module, pattern)

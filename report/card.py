@@ -1,0 +1,73 @@
+"""The card that ends a run, for people: drawn from the record alone."""
+
+from rich import box
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from .progress import clock, gigabytes
+from .record import RunRecord
+
+FEW_DOCUMENTS = 20
+
+
+def size(count: float) -> str:
+    """Decimal units, said as such: 64.9 GB, 4.4 MB."""
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
+
+
+def draw_card(record: RunRecord, out: str, console: Console) -> None:
+    """Print the card on `console` (stderr)."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column()
+    plan, kl, machine = record.plan, record.kl, record.machine
+    name = record.model["name"]
+    grid.add_row(
+        "model",
+        f"{name} ({record.model['family']}, {record.model['blocks']} blocks, {record.model['experts']} experts)",
+    )
+    if record.recipe:
+        recipe = record.recipe
+        grid.add_row(
+            "recipe", f"{recipe['name']}: {recipe['method']}, int{recipe['bits']}, group {recipe['group_size']}"
+        )
+    ratio = plan["source_bytes"] / plan["emitted_bytes"]
+    grid.add_row(
+        "size", f"{size(plan['emitted_bytes'])}, from {size(plan['source_bytes'])} ({ratio:.2f} times smaller)"
+    )
+    grid.add_row(
+        "bits per weight",
+        f"{plan['bits_per_weight']:.3f} over all, {plan['quantized_bits_per_weight']:.3f} where quantized "
+        f"({plan['quantized_share']:.1%} of the weights)",
+    )
+    grid.add_row(
+        "KL(bf16 || int)",
+        f"{kl['kl_mean_nats']:.5f} nats a token (95 %: {kl['kl_low_nats']:.5f} to {kl['kl_high_nats']:.5f}, "
+        f"{kl['documents']} documents, {kl['tokens']:,} tokens)",
+    )
+    grid.add_row(
+        "",
+        f"median {kl['kl_median_nats']:.5f}, p90 {kl['kl_p90_nats']:.5f}, p99 {kl['kl_p99_nats']:.4f}, "
+        f"max {kl['kl_max_nats']:.3f}",
+    )
+    grid.add_row("same top-1", f"{kl['same_top1']:.2%}")
+    grid.add_row("perplexity", f"{kl['perplexity_reference']:.3f} bf16, {kl['perplexity_quantized']:.3f} quantized")
+    if record.fallbacks:
+        counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in record.fallbacks.items())
+        grid.add_row("coverage", counts)
+    stages = sorted(machine["stage_seconds"].items(), key=lambda item: -item[1])
+    if stages:
+        stage, seconds = stages[0]
+        grid.add_row("time", f"{clock(machine['seconds'])}; slowest stage: {stage} ({seconds:.1f} s)")
+    memory = f"RAM peak {gigabytes(machine['peak_rss_bytes'])}"
+    if machine.get("peak_device_bytes"):
+        memory += f", device peak {gigabytes(machine['peak_device_bytes'])}"
+    grid.add_row("memory", memory)
+    grid.add_row("where", Text(out, overflow="fold"))
+    if kl["documents"] < FEW_DOCUMENTS:
+        grid.add_row("note", f"{kl['documents']} documents are too few for the interval to mean much")
+    for warning in record.warnings:
+        grid.add_row("warning", Text(warning, style="yellow"))
+    console.print(Panel(grid, title=f"onecard {record.command}", box=box.ROUNDED, expand=False))

@@ -1,0 +1,78 @@
+"""`onecard plan` and `onecard inspect`, drawn for people."""
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from .card import size
+from .progress import clock
+
+
+def draw_plan(result: Any, tensors: bool, console: Console) -> None:
+    """`result` is pipeline.PlanResult."""
+    plan, cost = result.plan, result.cost
+    if tensors:
+        table = Table("tensor", "dtype", "shape", "bytes", "file", box=box.SIMPLE_HEAD)
+        for shard, tensor in plan.tensors():
+            shape = " x ".join(map(str, tensor.shape))
+            table.add_row(tensor.name, tensor.dtype, shape, f"{tensor.nbytes:,}", shard.file)
+        console.print(table)
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column()
+    grid.add_row("model", f"{result.model.name} ({result.model.adapter.family}, {plan.parameters:,} parameters)")
+    grid.add_row("recipe", result.recipe.name)
+    if result.recipe.note:
+        grid.add_row("note", Text(result.recipe.note, style="yellow"))
+    grid.add_row("emitted", f"{plan.emitted_bytes:,} bytes ({size(plan.emitted_bytes)}) in {len(plan.shards)} files")
+    grid.add_row("source", f"{plan.source_bytes:,} bytes ({size(plan.source_bytes)})")
+    grid.add_row(
+        "bits per weight",
+        f"{plan.bits_per_weight:.3f} over all, {plan.quantized_bits_per_weight:.3f} where quantized "
+        f"({plan.quantized_parameters / plan.parameters:.1%} of the weights)",
+    )
+    for role, count in plan.role_bytes.items():
+        grid.add_row(f"  {role}", f"{count:,} bytes")
+    rate = f"{cost.flops_per_second / 1e9:,.0f} GFLOP/s measured here"
+    grid.add_row(
+        "time",
+        f"about {clock(cost.seconds)} (an estimate: {cost.flops / 1e12:,.2f} TFLOP at {rate}, and 1 GB/s of disk)",
+    )
+    memory = f"about {size(cost.ram_bytes)} of RAM"
+    if cost.device_bytes:
+        memory += f", {size(cost.device_bytes)} of device memory"
+    grid.add_row("memory", memory + " (an estimate)")
+    grid.add_row("disk", f"{size(cost.disk_bytes)} free are needed")
+    for warning in result.warnings:
+        grid.add_row("warning", Text(warning, style="yellow"))
+    console.print(Panel(grid, title="onecard plan", box=box.ROUNDED, expand=False))
+
+
+def draw_inspection(facts: dict[str, Any], console: Console) -> None:
+    """`facts` is what pipeline.inspect returns."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column()
+    grid.add_row("model", Text(f"{facts['model']} ({facts['family']})"))
+    grid.add_row(
+        "blocks",
+        f"{facts['blocks']}, {facts['moe_blocks']} with {facts['experts']} experts, "
+        f"{facts['experts_per_token']} per token",
+    )
+    grid.add_row("sizes", f"hidden {facts['hidden_size']:,}, vocabulary {facts['vocab_size']:,}")
+    grid.add_row("vision tower", "yes" if facts["vision"] else "no")
+    grid.add_row("parameters", f"{facts['parameters']:,}")
+    grid.add_row(
+        "files", f"{facts['file_bytes']:,} bytes ({size(facts['file_bytes'])}) in {facts['shards']}, "
+        f"{facts['bits_per_weight']:.3f} bits per weight"
+    )  # fmt: skip
+    for role, entry in sorted(facts["roles"].items(), key=lambda item: -item[1]["parameters"]):
+        widths = ", ".join(f"{count:,} in {width}" for width, count in entry["widths"].items())
+        grid.add_row(f"  {role}", widths)
+    for fault in facts["config_faults"]:
+        grid.add_row("config fault", Text(fault, style="yellow"))
+    console.print(Panel(grid, title="onecard inspect", box=box.ROUNDED, expand=False))

@@ -1,0 +1,113 @@
+"""What a long run is doing: a live line on a terminal, plain lines elsewhere, and the seconds of every stage."""
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from .resources import peak_device_bytes, peak_rss_bytes
+
+# On a pipe or in a log: at most one line in this many seconds, but for the first of a stage.
+PLAIN_SECONDS = 10.0
+
+
+def clock(seconds: float) -> str:
+    whole = int(seconds)
+    return f"{whole // 3600:d}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def gigabytes(count: float) -> str:
+    return f"{count / 1e9:.2f} GB"
+
+
+class Progress:
+    """Keeps the seconds by stage (`seconds`), and draws. Used as a context manager around a run."""
+
+    def __init__(self, title: str, blocks: int, console: Console | None = None, quiet: bool = False) -> None:
+        self.title, self.blocks, self.quiet = title, blocks, quiet
+        self.console = console or Console(file=sys.stderr)
+        self.seconds: dict[str, float] = {}
+        self.stage = "starting"
+        self.block: int | None = None
+        self._began = self._stage_began = time.monotonic()
+        self._tokens = 0
+        self._phase_began, self._phase_first, self._phase = self._began, 0, ""
+        self._last_plain = 0.0
+        self._live: Live | None = None
+
+    def __enter__(self) -> "Progress":
+        if self.console.is_terminal and not self.quiet:
+            self._live = Live(get_renderable=self._draw, console=self.console, refresh_per_second=4, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close_stage()
+        if self._live is not None:
+            self._live.stop()
+
+    def _close_stage(self) -> None:
+        now = time.monotonic()
+        self.seconds[self.stage] = self.seconds.get(self.stage, 0.0) + now - self._stage_began
+        self._stage_began = now
+
+    def begin(self, stage: str, block: int | None = None) -> None:
+        """A new stage; `block` when it is one of a walk over the blocks."""
+        self._close_stage()
+        phase = stage.partition(":")[0] if block is not None else stage
+        if block is not None and (phase != self._phase or self.block is None):
+            if not (
+                self._phase in ("statistics", "quantize", "propagate")
+                and phase in ("statistics", "quantize", "propagate")
+            ):
+                self._phase_began, self._phase_first = time.monotonic(), block
+            self._phase = phase
+        changed = stage != self.stage
+        self.stage, self.block, self._tokens = stage, block, 0
+        if self._live is None and not self.quiet:
+            now = time.monotonic()
+            if now - self._last_plain >= PLAIN_SECONDS or (block is None and changed) or self._last_plain == 0.0:
+                self._last_plain = now
+                self.console.print(Text(self._line()), soft_wrap=True)
+
+    def advance(self, tokens: int) -> None:
+        self._tokens += tokens
+
+    def eta_seconds(self) -> float | None:
+        """Left in the present walk over the blocks, from the mean of the blocks it has finished."""
+        if self.block is None or self.block <= self._phase_first:
+            return None
+        each = (time.monotonic() - self._phase_began) / (self.block - self._phase_first)
+        return each * (self.blocks - self.block) - (time.monotonic() - self._stage_began)
+
+    def _line(self) -> str:
+        parts = [self.title]
+        if self.block is not None:
+            parts.append(f"block {self.block + 1} of {self.blocks}")
+        parts.append(self.stage)
+        spent = time.monotonic() - self._stage_began
+        if self._tokens and spent > 0:
+            parts.append(f"{self._tokens / spent:,.0f} tokens/s")
+        parts.append(f"elapsed {clock(time.monotonic() - self._began)}")
+        eta = self.eta_seconds()
+        if eta is not None:
+            parts.append(f"ETA {clock(max(0.0, eta))}")
+        parts.append(f"RAM peak {gigabytes(peak_rss_bytes())}")
+        if peak_device_bytes():
+            parts.append(f"GPU peak {gigabytes(peak_device_bytes())}")
+        return " · ".join(parts)
+
+    def _draw(self) -> Table:
+        grid = Table.grid()
+        done = 0 if self.block is None else self.block
+        width = 32
+        filled = width * done // max(1, self.blocks)
+        grid.add_row(Text("█" * filled, style="green") + Text("░" * (width - filled), style="dim"))
+        grid.add_row(Text(self._line()))
+        return grid

@@ -1,0 +1,51 @@
+"""RunRecord: every number of a run, with its unit, as JSON with a schema version.
+
+The terminal card and the JSON line are drawn from it alone. What two honest runs of one recipe on one source must have
+in common lies outside `machine`; time, memory and the machine's name lie inside it.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+SCHEMA_VERSION = 1
+FILE_NAME = "onecard.json"
+
+
+@dataclass
+class RunRecord:
+    """Filled while a run goes on. `blocks` holds one entry a block: rows by expert, output errors by site."""
+
+    command: str
+    onecard: str
+    model: dict[str, Any]
+    recipe: dict[str, Any]
+    texts: dict[str, Any] = field(default_factory=dict)
+    plan: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    blocks: list[dict[str, Any]] = field(default_factory=list)
+    fallbacks: dict[str, int] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    kl: dict[str, Any] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def result_line(record: RunRecord, out: str) -> dict[str, Any]:
+    """The one JSON line for scripts."""
+    line = {
+        "out": out,
+        "emitted_bytes": record.plan["emitted_bytes"],
+        "bits_per_weight": record.plan["bits_per_weight"],
+        **{
+            k: record.kl[k]
+            for k in ("kl_mean_nats", "kl_low_nats", "kl_high_nats", "kl_p99_nats", "same_top1", "tokens")
+        },
+        "seconds": record.machine["seconds"],
+        "peak_rss_bytes": record.machine["peak_rss_bytes"],
+    }
+    if record.machine.get("peak_device_bytes"):
+        line["peak_device_bytes"] = record.machine["peak_device_bytes"]
+    return line

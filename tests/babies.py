@@ -1,0 +1,158 @@
+"""Babies: tiny random models, one a family, written to disk as the family's real checkpoints are.
+
+Dimensions are multiples of 32 (tests use group size 32) and no expert matrix is square. Weights are random but not
+small, so that routing, attention and the head all matter.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, Llama4Config, Llama4ForConditionalGeneration, Qwen3MoeConfig
+from transformers.models.llama4 import modeling_llama4 as hf_llama4
+
+VOCAB = 256
+PATCH, IMAGE = 250, 251
+
+
+def llama4_config(layers: int = 4, moe_step: int = 1, hidden: int = 64, intermediate: int = 96) -> Llama4Config:
+    text = {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "intermediate_size_mlp": 160,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": VOCAB,
+        "num_local_experts": 8,
+        "interleave_moe_layer_step": moe_step,
+        "attention_chunk_size": 8,
+        "floor_scale": 8,
+        "max_position_embeddings": 256,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 16.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 1.0,
+            "original_max_position_embeddings": 32,
+        },
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+    }
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 4,
+        "vision_output_dim": 48,
+        "projector_input_dim": 48,
+        "projector_output_dim": 48,
+    }
+    return Llama4Config(
+        text_config=text,
+        vision_config=vision,
+        image_token_index=PATCH,
+        boi_token_index=252,
+        eoi_token_index=253,
+        architectures=["Llama4ForConditionalGeneration"],
+    )
+
+
+def qwen3_config(layers: int = 3) -> Qwen3MoeConfig:
+    return Qwen3MoeConfig(
+        hidden_size=64,
+        intermediate_size=160,
+        moe_intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=VOCAB,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        mlp_only_layers=[1],
+        max_position_embeddings=256,
+        architectures=["Qwen3MoeForCausalLM"],
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+
+
+def randomize(model: torch.nn.Module, seed: int) -> None:
+    """Weights large enough that every part of the model shows in the logits."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "norm" in name and parameter.dim() == 1:
+            noise = 1.0 + 0.1 * torch.randn(parameter.shape, generator=generator)
+        else:
+            scale = 1.0 if "embed" in name else parameter.shape[-1] ** -0.5
+            noise = scale * torch.randn(parameter.shape, generator=generator)
+        parameter.data.copy_(noise.to(torch.bfloat16))
+
+
+def split_experts(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Qwen3-MoE's published layout: transformers 5 fuses the experts in memory, the files hold one tensor each."""
+    out: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        if name.endswith(".experts.gate_up_proj"):
+            stem = name.removesuffix("gate_up_proj")
+            for e, both in enumerate(tensor):
+                gate, up = both.chunk(2, dim=0)
+                out[f"{stem}{e}.gate_proj.weight"], out[f"{stem}{e}.up_proj.weight"] = gate, up
+        elif name.endswith(".experts.down_proj"):
+            stem = name.removesuffix("down_proj")
+            for e, down in enumerate(tensor):
+                out[f"{stem}{e}.down_proj.weight"] = down
+        else:
+            out[name] = tensor
+    return out
+
+
+def save(folder: Path, config: Any, state: dict[str, torch.Tensor], shards: int = 1) -> Path:
+    """Write config.json and bf16 safetensors, sharded with an index when `shards` > 1."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config.dtype = "bfloat16"
+    config.save_pretrained(str(folder))
+    state = {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in state.items()}
+    if shards == 1:
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+    names = sorted(state)
+    weight_map = {}
+    for shard in range(shards):
+        part = {name: state[name] for name in names[shard::shards]}
+        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        save_file(part, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def make_model(family: str, layers: int | None = None, seed: int = 0) -> Any:
+    """A random fp32 transformers model whose weights are exact in bf16: scout, maverick, llama4-text, qwen3."""
+    if family == "qwen3":
+        model = AutoModelForCausalLM.from_config(qwen3_config(layers or 3), dtype=torch.float32)
+    elif family == "llama4-text":
+        text = llama4_config(layers or 4).text_config
+        text.architectures = ["Llama4ForCausalLM"]
+        model = hf_llama4.Llama4ForCausalLM(text)
+    else:
+        model = Llama4ForConditionalGeneration(llama4_config(layers or 4, moe_step=2 if family == "maverick" else 1))
+    model = model.float().eval()
+    randomize(model, seed)
+    return model
+
+
+def make_baby(folder: Path, family: str, layers: int | None = None, seed: int = 0, shards: int = 1) -> Path:
+    model = make_model(family, layers, seed)
+    state = model.state_dict()
+    return save(folder, model.config, split_experts(state) if family == "qwen3" else state, shards)
