@@ -1,0 +1,118 @@
+"""Synthetic checkpoints for the benchmarks: a family's true layout, random weights, a tokenizer of 256 tokens.
+
+They carry no meaning: memory and time may be measured on them, quality may not.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+VOCABULARY = 512
+
+
+def text_config(blocks: int, hidden: int, intermediate: int, experts: int) -> dict[str, object]:
+    """config.json of a text-only Llama 4 of the given width."""
+    return {
+        "architectures": ["Llama4ForCausalLM"],
+        "model_type": "llama4_text",
+        "dtype": "bfloat16",
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "intermediate_size_mlp": intermediate * 2,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": hidden // 128,
+        "num_key_value_heads": max(1, hidden // 640),
+        "head_dim": 128,
+        "num_local_experts": experts,
+        "num_experts_per_tok": 1,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        "attention_chunk_size": 8192,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Bytes as tokens, two specials: enough for texts to become rows."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def write_model(folder: Path, blocks: int, hidden: int, intermediate: int, experts: int) -> Path:
+    """One shard a block, tensor by tensor: making a model takes no more memory than one block of it."""
+    folder.mkdir(parents=True)
+    config = text_config(blocks, hidden, intermediate, experts)
+    (folder / "config.json").write_text(json.dumps(config))
+    write_tokenizer(folder)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        out = torch.empty(shape, dtype=torch.bfloat16)
+        flat = out.view(-1)
+        for start in range(0, flat.numel(), 2**24):
+            part = flat[start : start + 2**24]
+            part.copy_(torch.randn(part.numel(), generator=generator) * shape[-1] ** -0.5)
+        return out
+
+    heads, kv = hidden, int(str(config["num_key_value_heads"])) * 128
+    weight_map: dict[str, str] = {}
+
+    def write(index: int, tensors: dict[str, torch.Tensor]) -> None:
+        file = f"model-{index + 1:05d}-of-{blocks + 1:05d}.safetensors"
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, file))
+
+    for block in range(blocks):
+        p, ff = f"model.layers.{block}.", f"model.layers.{block}.feed_forward."
+        write(
+            block,
+            {
+                f"{p}input_layernorm.weight": torch.ones(hidden, dtype=torch.bfloat16),
+                f"{p}post_attention_layernorm.weight": torch.ones(hidden, dtype=torch.bfloat16),
+                f"{p}self_attn.q_proj.weight": random(heads, hidden),
+                f"{p}self_attn.k_proj.weight": random(kv, hidden),
+                f"{p}self_attn.v_proj.weight": random(kv, hidden),
+                f"{p}self_attn.o_proj.weight": random(hidden, heads),
+                f"{ff}router.weight": random(experts, hidden),
+                f"{ff}shared_expert.gate_proj.weight": random(intermediate, hidden),
+                f"{ff}shared_expert.up_proj.weight": random(intermediate, hidden),
+                f"{ff}shared_expert.down_proj.weight": random(hidden, intermediate),
+                f"{ff}experts.gate_up_proj": random(experts, hidden, 2 * intermediate),
+                f"{ff}experts.down_proj": random(experts, intermediate, hidden),
+            },
+        )
+    write(
+        blocks,
+        {
+            "model.embed_tokens.weight": random(VOCABULARY, hidden),
+            "model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16),
+            "lm_head.weight": random(VOCABULARY, hidden),
+        },
+    )
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def write_texts(path: Path, documents: int, characters: int, seed: int) -> Path:
+    """Random letters: one token a character."""
+    generator = torch.Generator().manual_seed(seed)
+    lines = []
+    for _ in range(documents):
+        letters = torch.randint(97, 123, (characters,), generator=generator).tolist()
+        lines.append(json.dumps({"text": bytes(letters).decode()}))
+    path.write_text("\n".join(lines))
+    return path
