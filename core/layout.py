@@ -35,6 +35,9 @@ _RANK = {
     )
 }
 METADATA = {"format": "pt"}
+# No header entry is longer than this beside its tensor's name (dtype, shape, two offsets): errs high, so that a shard
+# never passes its limit.
+HEADER_ENTRY_BYTES = 160
 
 
 @dataclass(frozen=True)
@@ -73,11 +76,14 @@ def split_shards(stages: list[list[list[StoredTensor]]], max_bytes: int) -> list
     shards: list[tuple[int, list[StoredTensor]]] = []
     for stage, atoms in enumerate(stages):
         shard: list[StoredTensor] = []
+        size = 0
         for atom in atoms:
-            if shard and file_bytes(shard + atom) > max_bytes:
+            atom_bytes = sum(t.nbytes + len(t.name.encode()) + HEADER_ENTRY_BYTES for t in atom)
+            if shard and size + atom_bytes + HEADER_ENTRY_BYTES > max_bytes:
                 shards.append((stage, shard))
-                shard = []
-            shard = shard + atom
+                shard, size = [], 0
+            shard.extend(atom)
+            size += atom_bytes
         if shard:
             shards.append((stage, shard))
     return shards

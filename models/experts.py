@@ -2,7 +2,8 @@
 
 transformers computes all experts on all rows (Llama 4) or loops with a boolean mask. Here tokens are sorted by expert
 once and each expert multiplies its own slice, so the work of a layer grows with tokens x top-k. Weights are kept in one
-stack `[E, out, in]` for gate and up and one for down, whatever the checkpoint's layout.
+stack `[E, out, in]` for gate and up and one for down, whatever the checkpoint's layout, and may be narrower than the
+rows they multiply.
 
 Shape legend: T tokens, K top-k, E experts, H hidden size, M expert intermediate size, R rows routed to one expert.
 """
@@ -61,11 +62,11 @@ class RoutedExperts(nn.Module):
                 x_RH = x_RH * weight[rows]
             if self.observer is not None:
                 self.observer("gate_up", expert, x_RH)
-            gate_RM, up_RM = F.linear(x_RH, self.gate_up[expert]).chunk(2, dim=-1)
+            gate_RM, up_RM = F.linear(x_RH, self.gate_up[expert].to(x_RH.dtype)).chunk(2, dim=-1)
             h_RM = F.silu(gate_RM) * up_RM
             if self.observer is not None:
                 self.observer("down", expert, h_RM)
-            y_RH = F.linear(h_RM, self.down[expert])
+            y_RH = F.linear(h_RM, self.down[expert].to(h_RM.dtype))
             if not self.scale_input:
                 y_RH = y_RH * weight[rows]
             out_TH.index_add_(0, token[rows], y_RH)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..core.rows import Row
-from ..core.tensors import TensorSource
+from ..core.tensors import TORCH_DTYPES, TensorSource
 from .adapter import Adapter, Site, read
 from .experts import RoutedExperts
 from .meta import materialize_buffers
@@ -79,10 +79,21 @@ def weight_view(adapter: Adapter, block: nn.Module, index: int, module_name: str
     return weight
 
 
+def _narrower(adapter: Adapter, source: TensorSource, index: int, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that the block's experts are stored in, or `dtype` if that is no wider."""
+    name = next(name for _, name, _, _ in adapter.modules(index) if ".experts." in name)
+    stored = TORCH_DTYPES[source.info(adapter.locate(f"{name}.weight", source.names).tensor).dtype]
+    return stored if stored.itemsize < dtype.itemsize else dtype
+
+
 def load_block(
     adapter: Adapter, source: TensorSource, index: int, device: torch.device, dtype: torch.dtype
 ) -> nn.Module:
-    """Block `index` with its weights on `device` in `dtype`, read expert by expert."""
+    """Block `index` with its weights on `device` in `dtype`, read expert by expert.
+
+    Expert stacks stay in the checkpoint's dtype when that is the narrower one, and are widened one expert at a time
+    when they are used: an fp32 walk over a bf16 model then needs half the memory.
+    """
     block = adapter.build_block(index)
     stacks = expert_stacks(block)
     prefix = adapter.block_prefix(index)
@@ -90,7 +101,7 @@ def load_block(
     for name, parameter in list(block.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         if id(parameter) in expert_parameters:
-            value = torch.empty(parameter.shape, device=device, dtype=dtype)
+            value = torch.empty(parameter.shape, device=device, dtype=_narrower(adapter, source, index, dtype))
         else:
             value = read(adapter, source, prefix + name).to(device, dtype)
         setattr(block.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))

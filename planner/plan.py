@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 from ..core.layout import StoredTensor, file_bytes, shard_name, split_shards
@@ -21,7 +22,7 @@ class Shard:
     stage: int
     tensors: tuple[StoredTensor, ...]
 
-    @property
+    @cached_property
     def file_bytes(self) -> int:
         return file_bytes(list(self.tensors))
 
