@@ -53,9 +53,10 @@ def _verb(function: Callable[..., None]) -> Callable[..., None]:
 def _console() -> Any:
     from rich.console import Console
 
-    console = Console(file=sys.stderr)
+    # Names of folders and recipes are no markup.
+    console = Console(file=sys.stderr, markup=False, emoji=False)
     # A log or a pipe has no width of its own: 110 columns hold every line of the card.
-    return console if console.is_terminal else Console(file=sys.stderr, width=110)
+    return console if console.is_terminal else Console(file=sys.stderr, width=110, markup=False, emoji=False)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -104,6 +105,7 @@ def quantize(
     Stopped? The same line with --resume goes on where it was.
     """
     from .pipeline import quantize as run
+    from .prepare import work_folder
     from .recipe import load_recipe
     from .report.card import draw_card
     from .report.record import result_line
@@ -123,9 +125,9 @@ def quantize(
             console=console,
         )
     except KeyboardInterrupt:
-        where = work if work is not None else out.with_name(out.name + ".work")
         click.echo(
-            f"stopped: what is finished lies in {where}. Go on with the same command and --resume, or remove it.",
+            f"stopped: what is finished lies in {work_folder(out, work)}. Go on with the same command and --resume, or "
+            "remove it.",
             err=True,
         )
         sys.exit(130)
@@ -147,10 +149,10 @@ def verify(source: str, checkpoint: str, recipe: str | None, evaluation: Path | 
     Example:
       onecard verify ./Llama-4-Scout-17B-16E-Instruct ./scout-int4 --evaluation held-out.jsonl
     """
-    from .pipeline import verify as run
     from .recipe import load_recipe
     from .report.card import draw_card
     from .report.record import result_line
+    from .verification import verify as run
 
     console = _console()
     record = run(
@@ -178,7 +180,7 @@ def plan(model: str, recipe: str, device: str, tensors: bool) -> None:
     Example:
       onecard plan ./Llama-4-Scout-17B-16E-Instruct --recipe llama4-scout-h100 --tensors
     """
-    from .pipeline import plan as run
+    from .inspection import plan as run
     from .recipe import load_recipe
     from .report.plan_card import draw_plan
 
@@ -197,7 +199,7 @@ def inspect(model: str) -> None:
     Example:
       onecard inspect demo
     """
-    from .pipeline import inspect as run
+    from .inspection import inspect as run
     from .report.plan_card import draw_inspection
 
     facts = run(model)

@@ -1,4 +1,4 @@
-"""The one story: plan, calibrate, quantize, emit, verify. The only file, with prepare.py, that sees every room.
+"""The one story: plan, calibrate, quantize, emit, verify.
 
 A run is a row of stages; after each one the work directory is committed, so a killed run goes on where it was:
 
@@ -10,10 +10,8 @@ A run is a row of stages; after each one the work directory is committed, so a k
 """
 
 import json
-import shutil
-import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,74 +20,98 @@ from rich.console import Console
 
 from . import __version__
 from .checkpoint import files
-from .checkpoint.emit import ShardWriter, carry_side_files, index_json
+from .checkpoint.emit import ShardWriter, carry_side_files, clear_checkpoint, index_json, side_files_digest
 from .checkpoint.formats import compressed_tensors as ct
 from .checkpoint.packed import open_packed
-from .checkpoint.source import Folder, nonfinite, open_folder
-from .checkpoint.workdir import Activations, WorkDir
-from .core.errors import InputError, LimitError, input_error
-from .core.rows import batches
-from .eval.summary import summarize
-from .eval.twin import Side, twin_walk
+from .checkpoint.source import open_folder, refuse_nonfinite
+from .checkpoint.workdir import Activations, WorkDir, has_run, refuse_changed
+from .core.errors import InputError, LimitError
+from .core.rows import Row, batches
+from .eval.twin import Side
 from .models.adapter import Adapter, Role
 from .models.walk import Calls, Embedder
-from .planner.cost import Cost, estimate, measure_flops
+from .planner.cost import estimate
 from .planner.plan import Plan
 from .prepare import (
     Model,
     RunTexts,
-    check_out,
+    check_paths,
     check_space,
     choose_device,
     choose_dtype,
-    open_model,
+    method_of,
     open_source,
     plan_for,
     prepare_texts,
+    site_budget,
 )
 from .quantize.site import Method
 from .recipe import Recipe
 from .report.progress import Progress
 from .report.record import FILE_NAME, RunRecord
-from .report.resources import describe_machine, package_versions, peak_device_bytes, peak_rss_bytes
+from .report.resources import package_versions
 from .stages import BlockJob, quantize_block
+from .verification import close_machine, compare
 
 RECORD = "record.json"
 
 
-def method_of(recipe: Recipe) -> Method:
-    return Method(recipe.method, recipe.scale_search, recipe.damping, recipe.activation_order)
+@dataclass(frozen=True)
+class Run:
+    """What a run was asked to do, checked and prepared: nothing of it changes any more."""
+
+    model: Model
+    plan: Plan
+    recipe: Recipe
+    method: Method
+    texts: RunTexts
+    out: Path
+    device: torch.device
+    dtype: torch.dtype
+    began: float
+
+    @property
+    def adapter(self) -> Adapter:
+        return self.model.adapter
+
+    def identity(self) -> dict[str, str]:
+        """All that the bytes of a run depend on. A resumed run must find every one of them again."""
+        identity = {
+            "onecard": __version__,
+            "recipe": f"{self.recipe.name} {self.recipe.digest[:16]}",
+            "source": self.model.folder.digest,
+            "tokenizer and other files beside the weights": side_files_digest(self.model.path),
+            "device": self.device.type,
+            "compute dtype": str(self.dtype).removeprefix("torch."),
+            # Sums over another number of threads round differently.
+            "threads": str(torch.get_num_threads()),
+        }
+        identity |= {f"{which} texts": str(facts["digest"]) for which, facts in self.texts.facts.items()}
+        return identity | {f"version of {name}": v for name, v in package_versions().items() if name != "datasets"}
+
+    def new_record(self) -> RunRecord:
+        return RunRecord(
+            command="quantize",
+            onecard=__version__,
+            model=self.model.facts(),
+            recipe=self.recipe.model_dump(mode="json") | {"digest": self.recipe.digest},
+            texts=self.texts.facts,
+            plan=self.plan.facts(),
+            versions=package_versions(),
+            identity=self.identity(),
+            warnings=self.adapter.faults(self.model.config),
+        )
+
+    def check_space(self, work: Path) -> None:
+        cost = estimate(
+            self.adapter, self.plan, self.method.needs_statistics, _tokens(self.texts.calibration),
+            _tokens(self.texts.evaluation), self.dtype.itemsize, 1.0, self.device, site_budget(self.device),
+        )  # fmt: skip
+        check_space(work, cost.disk_bytes)
 
 
-def plan_facts(plan: Plan) -> dict[str, Any]:
-    """What the record says of a plan."""
-    return {
-        "emitted_bytes": plan.emitted_bytes,
-        "source_bytes": plan.source_bytes,
-        "parameters": plan.parameters,
-        "quantized_parameters": plan.quantized_parameters,
-        "quantized_share": plan.quantized_parameters / plan.parameters,
-        "bits_per_weight": plan.bits_per_weight,
-        "quantized_bits_per_weight": plan.quantized_bits_per_weight,
-        "shards": len(plan.shards),
-    }
-
-
-def _identity(
-    model: Model, recipe: Recipe, texts: RunTexts, device: torch.device, dtype: torch.dtype
-) -> dict[str, str]:
-    """All that the bytes of a run depend on. A resumed run must find every one of them again."""
-    identity = {
-        "onecard": __version__,
-        "recipe": f"{recipe.name} {recipe.digest[:16]}",
-        "source": model.folder.digest,
-        "device": device.type,
-        "compute dtype": str(dtype).removeprefix("torch."),
-        # Sums over another number of threads round differently.
-        "threads": str(torch.get_num_threads()),
-    }
-    identity |= {f"{which} texts": str(facts["digest"]) for which, facts in texts.facts.items()}
-    return identity | {f"version of {name}": v for name, v in package_versions().items() if name != "datasets"}
+def _tokens(rows: list[Row]) -> int:
+    return sum(len(row.tokens) for row in rows)
 
 
 def quantize(
@@ -109,156 +131,132 @@ def quantize(
     """Run the whole job; returns its record, which lies in OUT as onecard.json too."""
     began = time.monotonic()
     device = choose_device(device_name)
-    dtype = choose_dtype(recipe, device)
     method = method_of(recipe)
     model = open_source(model_name)
     plan = plan_for(model, recipe)
-    work_path = work if work is not None else out.with_name(out.name + ".work")
-    check_out(out, model.path, resume, overwrite)
-    if work_path.resolve() == out.resolve():
-        raise InputError(f"--work and OUT are both {out}: name two folders")
+    work_path = check_paths(out, work, model.path, resume, overwrite)
     texts = prepare_texts(model, recipe, calibration, evaluation, method.needs_statistics)
-    identity = _identity(model, recipe, texts, device, dtype)
-    if resume and not work_path.exists() and (out / "config.json").exists() and (out / FILE_NAME).exists():
-        return _finished(out, recipe, model)
-    cost = estimate(
-        model.adapter, plan, method.needs_statistics, _tokens(texts.calibration), _tokens(texts.evaluation),
-        dtype.itemsize, 1.0, device, site_budget(device),
-    )  # fmt: skip
-    if not resume:
-        check_space(work_path, cost.disk_bytes)
-    record = RunRecord(
-        command="quantize",
-        onecard=__version__,
-        model=model.facts(),
-        recipe=recipe.model_dump(mode="json") | {"digest": recipe.digest},
-        texts=texts.facts,
-        plan=plan_facts(plan),
-        versions=package_versions(),
-        warnings=model.adapter.faults(model.config),
-    )
-    with (
-        WorkDir(work_path, identity, resume, overwrite) as workdir,
-        Progress(f"onecard quantize {model_name}", model.adapter.n_blocks, console, quiet) as progress,
-    ):
-        if workdir.done == 0:
-            _scan(model, workdir, progress)
-        record = _stages(
-            model, plan, recipe, method, texts, out, overwrite, device, dtype, workdir, progress, record, began
+    run = Run(model, plan, recipe, method, texts, out, device, choose_dtype(recipe, device), began)
+    finished = None
+    if resume and not has_run(work_path):
+        finished = _finished(run)
+    elif not resume:
+        run.check_space(work_path)
+    with WorkDir(work_path, run.identity(), resume, overwrite) as workdir:
+        if finished is None:
+            if workdir.moving_to not in (None, str(out.resolve())):
+                raise InputError(
+                    f"the run in {work_path} has begun to move its files to {workdir.moving_to}, and {out} is another "
+                    "folder: name that one, or start anew with --overwrite"
+                )
+            with Progress(f"onecard quantize {model_name}", model.adapter.n_blocks, console, quiet) as progress:
+                finished = _stages(run, workdir, progress)
+        workdir.remove()
+    return finished
+
+
+def _finished(run: Run) -> RunRecord | None:
+    """The record of the finished run that OUT holds, when it was this very run; None when OUT is empty."""
+    if not run.out.is_dir() or not any(run.out.iterdir()):
+        return None
+    path = run.out / FILE_NAME
+    if not path.exists() or not (run.out / "config.json").exists():
+        raise InputError(
+            f"{run.out} is not empty and there is no run to resume: replace it with --overwrite, or name another folder"
         )
-        workdir.close(remove=True)
+    try:
+        record = RunRecord(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise InputError(f"{path} is damaged: start anew with --overwrite") from None
+    refuse_changed(record.identity, run.identity(), run.out)
     return record
 
 
-def _tokens(rows: list[Any]) -> int:
-    return sum(len(row.tokens) for row in rows)
-
-
-def site_budget(device: torch.device) -> int:
-    """Working memory for one cut of a site: 1 GB of RAM, or an eighth of the card."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory // 8
-    return 1_000_000_000
-
-
-def _finished(out: Path, recipe: Recipe, model: Model) -> RunRecord:
-    """OUT is finished and its work directory is gone: there is nothing to resume."""
-    record = RunRecord(**json.loads((out / FILE_NAME).read_text(encoding="utf-8")))
-    if record.recipe.get("digest") != recipe.digest or record.model["digest"] != model.folder.digest:
-        raise InputError(f"{out} is a finished run of another recipe or source: replace it with --overwrite")
-    return record
-
-
-def _scan(model: Model, workdir: WorkDir, progress: Progress) -> None:
-    """Every weight is read once before anything is written: NaN or Inf would pass through silently otherwise."""
-    progress.begin("check weights")
-    problems = []
-    for name in model.folder.names:
-        found = nonfinite(model.folder, name)
-        if found:
-            problems.append(f"{name} holds {found}")
-    if problems:
-        workdir.close(remove=True)
-        raise input_error(
-            f"{model.name} holds values that are no numbers:", problems, "The checkpoint is damaged: fetch it again."
-        )
-
-
-def _stages(
-    model: Model,
-    plan: Plan,
-    recipe: Recipe,
-    method: Method,
-    texts: RunTexts,
-    out: Path,
-    overwrite: bool,
-    device: torch.device,
-    dtype: torch.dtype,
-    workdir: WorkDir,
-    progress: Progress,
-    record: RunRecord,
-    began: float,
-) -> RunRecord:
-    adapter, blocks = model.adapter, model.adapter.n_blocks
+def _stages(run: Run, workdir: WorkDir, progress: Progress) -> RunRecord:
+    """Every stage that is not done yet."""
+    record = run.new_record()
+    for warning in record.warnings:
+        progress.warn(warning)
+    blocks = run.adapter.n_blocks
+    if workdir.done == 0:
+        progress.begin("check weights")
+        try:
+            refuse_nonfinite(run.model.folder, run.model.name)
+        except InputError:
+            workdir.remove()
+            raise
     store = Activations(workdir.path / "acts")
-    groups = batches(texts.calibration, recipe.batch_tokens)
+    groups = batches(run.texts.calibration, run.recipe.batch_tokens)
     if workdir.done < 1:
-        if method.needs_statistics:
-            progress.begin("embed")
-            embedder = Embedder(adapter, model.source, texts.calibration, device, dtype)
-            for k, numbers in enumerate(groups):
-                hidden = embedder.batch(numbers)
-                store.put(0, "reference", k, hidden)
-                store.put(0, "quantized", k, hidden)
-            del embedder
+        if run.method.needs_statistics:
+            _embed(run, groups, store, progress)
         workdir.commit(1)
-    calls = Calls(adapter, device, dtype)
+    calls = Calls(run.adapter, run.device, run.dtype)
     for index in range(blocks):
         file = workdir.folder("blocks") / f"{index:04d}.json"
         if workdir.done < 2 + index:
             job = BlockJob(
-                adapter, model.source, plan, recipe, method, index, groups, store, calls, device, dtype,
-                site_budget(device), workdir.folder("shards"),
+                run.adapter, run.model.source, run.plan, run.recipe, run.method, index, groups, store, calls,
+                run.device, run.dtype, site_budget(run.device), workdir.folder("shards"),
             )  # fmt: skip
             facts = quantize_block(job, progress)
             files.write_json(file, facts)
             workdir.commit(2 + index)
             store.drop(index)
         record.blocks.append(json.loads(file.read_text(encoding="utf-8")))
-        _check_limits(record, recipe)
-    _summarise_coverage(record, recipe)
+        _check_limits(record, run.recipe)
+    _summarise_coverage(record, run.recipe)
     if workdir.done < 2 + blocks:
         progress.begin("copy the rest")
-        writer = ShardWriter([s for s in plan.shards if s.stage == blocks], workdir.folder("shards"))
+        writer = ShardWriter([s for s in run.plan.shards if s.stage == blocks], workdir.folder("shards"))
         for name in writer.names():
-            writer.put(name, model.source.get(name))
+            writer.put(name, run.model.source.get(name))
         workdir.commit(2 + blocks)
     if workdir.done < 3 + blocks:
         progress.begin("move to OUT")
-        if overwrite and out.is_dir():
-            _clear_out(out)
-        out.mkdir(parents=True, exist_ok=True)
-        for shard in plan.shards:
-            finished = workdir.path / "shards" / shard.file
-            if finished.exists():
-                files.move(finished, out / shard.file)
-        files.write_json(out / "model.safetensors.index.json", index_json(plan.shards))
-        carry_side_files(model.path, out)
+        _move(run, workdir)
         workdir.commit(3 + blocks)
-    config = model.config | {"quantization_config": _quantization_config(adapter, plan)}
+    config = run.model.config | {"quantization_config": _quantization_config(run.adapter, run.plan)}
     if workdir.done < 4 + blocks:
-        emitted = open_folder(out)
-        assert emitted.file_bytes == plan.emitted_bytes, (emitted.file_bytes, plan.emitted_bytes)
-        record.kl = _compare(model, Side("quantized", adapter, open_packed(emitted, config["quantization_config"])),
-                             texts, recipe.batch_tokens, workdir.folder("verify"), device, dtype, progress)  # fmt: skip
-        _close_machine(record, progress, device, began)
+        emitted = open_folder(run.out)
+        assert emitted.file_bytes == run.plan.emitted_bytes, (emitted.file_bytes, run.plan.emitted_bytes)
+        quantized = Side("quantized", run.adapter, open_packed(emitted, config["quantization_config"]))
+        record.kl = compare(
+            run.model, quantized, run.texts, run.recipe.batch_tokens, workdir.folder("verify"), run.device, run.dtype,
+            progress,
+        )  # fmt: skip
+        close_machine(record, progress, run.device, run.began)
         files.write_json(workdir.path / RECORD, record.to_json())
         workdir.commit(4 + blocks)
     else:
         record = RunRecord(**json.loads((workdir.path / RECORD).read_text(encoding="utf-8")))
-    files.write_json(out / FILE_NAME, record.to_json())
-    files.write_json(out / "config.json", config)
+    files.write_json(run.out / FILE_NAME, record.to_json())
+    files.write_json(run.out / "config.json", config)
     return record
+
+
+def _embed(run: Run, groups: list[list[int]], store: Activations, progress: Progress) -> None:
+    progress.begin("embed")
+    embedder = Embedder(run.adapter, run.model.source, run.texts.calibration, run.device, run.dtype)
+    for k, numbers in enumerate(groups):
+        hidden = embedder.batch(numbers)
+        store.put(0, "reference", k, hidden)
+        store.put(0, "quantized", k, hidden)
+
+
+def _move(run: Run, workdir: WorkDir) -> None:
+    """Everything but config.json: a folder without it is no checkpoint to any engine."""
+    if workdir.moving_to is None:
+        if run.out.is_dir():
+            clear_checkpoint(run.out)  # OUT holds files only if the user said --overwrite
+        files.make_folder(run.out)
+        workdir.begin_move(run.out)
+    for shard in run.plan.shards:
+        finished = workdir.path / "shards" / shard.file
+        if finished.exists():
+            files.move(finished, run.out / shard.file)
+    files.write_json(run.out / "model.safetensors.index.json", index_json(run.plan.shards))
+    carry_side_files(run.model.path, run.out)
 
 
 def _check_limits(record: RunRecord, recipe: Recipe) -> None:
@@ -312,176 +310,3 @@ def _quantization_config(adapter: Adapter, plan: Plan) -> dict[str, Any]:
     if adapter.tied_head:
         ignore.append("lm_head")
     return ct.quantization_config(next(iter(plan.schemes.values())), sorted(ignore))
-
-
-def _clear_out(out: Path) -> None:
-    """--overwrite: the old config goes first, so that a half-cleared folder cannot be loaded; folders are left."""
-    (out / "config.json").unlink(missing_ok=True)
-    for item in out.iterdir():
-        if item.is_file() or item.is_symlink():
-            item.unlink()
-
-
-def _compare(
-    model: Model,
-    quantized: Side,
-    texts: RunTexts,
-    batch_tokens: int,
-    folder: Path,
-    device: torch.device,
-    dtype: torch.dtype,
-    progress: Progress,
-) -> dict[str, Any]:
-    reference = Side("reference", model.adapter, model.source)
-    shutil.rmtree(folder, ignore_errors=True)
-    results = twin_walk(
-        reference, quantized, texts.evaluation, batch_tokens, Activations(folder), device, dtype, progress
-    )
-    return asdict(summarize(results))
-
-
-def _close_machine(record: RunRecord, progress: Progress, device: torch.device, began: float) -> None:
-    progress.begin("finish")
-    record.machine = describe_machine(device.type) | {
-        "seconds": round(time.monotonic() - began, 3),
-        "stage_seconds": {stage: round(s, 3) for stage, s in progress.seconds.items()},
-        "peak_rss_bytes": peak_rss_bytes(),
-        "peak_device_bytes": peak_device_bytes(),
-    }
-
-
-def verify(
-    source_name: str,
-    checkpoint: str,
-    recipe: Recipe,
-    *,
-    evaluation: Path | None = None,
-    device_name: str = "auto",
-    console: Console | None = None,
-    quiet: bool = False,
-) -> RunRecord:
-    """The independent proof: KL of `checkpoint`, as its files are read back, against `source_name`."""
-    began = time.monotonic()
-    device = choose_device(device_name)
-    dtype = choose_dtype(recipe, device)
-    source, quantized = open_model(source_name), open_model(checkpoint)
-    a, b = source.adapter, quantized.adapter
-    if (a.family, a.n_blocks, a.hidden_size, a.vocab_size) != (b.family, b.n_blocks, b.hidden_size, b.vocab_size):
-        raise InputError(f"{checkpoint} is no version of {source_name}: their families or sizes differ")
-    texts = prepare_texts(source, recipe, None, evaluation, needs_calibration=False)
-    parameters = sum(torch.Size(shape).numel() for shape in a.expected().values())
-    low_bit = quantized.source.schemes if not isinstance(quantized.source, Folder) else {}
-    shapes = a.expected()
-    quantized_parameters = sum(torch.Size(shapes[f"{module}.weight"]).numel() for module in low_bit)
-    quantized_bytes = sum(
-        info.nbytes for name, info in quantized.folder.infos.items() if name.rpartition(".")[0] in low_bit
-    )
-    record = RunRecord(
-        command="verify",
-        onecard=__version__,
-        model=source.facts(),
-        recipe={},
-        texts=texts.facts,
-        plan={
-            "emitted_bytes": quantized.folder.file_bytes,
-            "source_bytes": source.folder.weight_bytes,
-            "bits_per_weight": quantized.folder.file_bytes * 8 / parameters,
-            "quantized_bits_per_weight": quantized_bytes * 8 / max(1, quantized_parameters),
-            "quantized_share": quantized_parameters / parameters,
-        },
-        versions=package_versions(),
-        warnings=a.faults(source.config),
-    )
-    with (
-        tempfile.TemporaryDirectory(prefix="onecard-verify-") as folder,
-        Progress(f"onecard verify {checkpoint}", a.n_blocks, console, quiet) as progress,
-    ):
-        record.kl = _compare(
-            source, Side("quantized", b, quantized.source), texts, recipe.batch_tokens, Path(folder) / "acts",
-            device, dtype, progress,
-        )  # fmt: skip
-        _close_machine(record, progress, device, began)
-    return record
-
-
-@dataclass(frozen=True)
-class PlanResult:
-    """What `onecard plan` shows."""
-
-    model: Model
-    recipe: Recipe
-    plan: Plan
-    cost: Cost
-    warnings: list[str]
-
-    def line(self) -> dict[str, Any]:
-        """The JSON line for scripts."""
-        return {
-            "model": self.model.name,
-            "recipe": self.recipe.name,
-            **plan_facts(self.plan),
-            "role_bytes": self.plan.role_bytes,
-            "estimated_seconds": self.cost.seconds,
-            "estimated_ram_bytes": self.cost.ram_bytes,
-            "estimated_device_bytes": self.cost.device_bytes,
-            "estimated_disk_bytes": self.cost.disk_bytes,
-        }
-
-
-def plan(model_name: str, recipe: Recipe, device_name: str = "auto") -> PlanResult:
-    """What quantizing would emit and take; reads headers only."""
-    device = choose_device(device_name)
-    dtype = choose_dtype(recipe, device)
-    model = open_source(model_name)
-    laid_out = plan_for(model, recipe)
-    method = method_of(recipe)
-    cost = estimate(
-        model.adapter,
-        laid_out,
-        method.needs_statistics,
-        recipe.calibration_rows * recipe.calibration_row_tokens if method.needs_statistics else 0,
-        recipe.evaluation_rows * recipe.evaluation_row_tokens,
-        dtype.itemsize,
-        measure_flops(device, dtype),
-        device,
-        site_budget(device),
-    )
-    return PlanResult(model, recipe, laid_out, cost, model.adapter.faults(model.config))
-
-
-def inspect(model_name: str) -> dict[str, Any]:
-    """Facts of a checkpoint, original or quantized, from config.json and headers alone."""
-    model = open_model(model_name)
-    adapter, folder = model.adapter, model.folder
-    shapes = adapter.expected()
-    schemes = {} if isinstance(model.source, Folder) else model.source.schemes
-    roles: dict[str, dict[str, Any]] = {}
-    for name, shape in shapes.items():
-        role = roles.setdefault(adapter.role(name).value, {"parameters": 0, "widths": {}})
-        count = torch.Size(shape).numel()
-        role["parameters"] += count
-        scheme = schemes.get(name.removesuffix(".weight"))
-        width = f"int{scheme.bits} group {scheme.group_size}" if scheme else model.source.info(
-            adapter.locate(name, model.source.names).tensor).dtype  # fmt: skip
-        role["widths"][width] = role["widths"].get(width, 0) + count
-    parameters = sum(role["parameters"] for role in roles.values())
-    moe_blocks = [b for b in range(adapter.n_blocks) if any(s.role is Role.EXPERT for s in adapter.sites(b))]
-    return {
-        "model": model_name,
-        "path": str(model.path),
-        "family": adapter.family,
-        "blocks": adapter.n_blocks,
-        "moe_blocks": len(moe_blocks),
-        "experts": adapter.n_experts,
-        "experts_per_token": adapter.top_k,
-        "hidden_size": adapter.hidden_size,
-        "vocab_size": adapter.vocab_size,
-        "vision": adapter.has_vision,
-        "quantized": model.quantized,
-        "parameters": parameters,
-        "file_bytes": folder.file_bytes,
-        "shards": len(folder.shards),
-        "bits_per_weight": folder.file_bytes * 8 / parameters,
-        "roles": roles,
-        "config_faults": adapter.faults(model.config),
-    }

@@ -25,6 +25,7 @@ from .models.adapter import Adapter
 from .models.families import load_adapter, read_config
 from .planner.assign import assign
 from .planner.plan import Plan, make_plan
+from .quantize.site import Method
 from .recipe import Recipe, Texts, matches
 
 # What is fetched from the hub: never pickles, never code.
@@ -127,19 +128,33 @@ def plan_for(model: Model, recipe: Recipe) -> Plan:
     return make_plan(model.adapter, model.source, schemes, ct.layout, recipe.max_shard_bytes)
 
 
-def check_out(out: Path, model: Path, resume: bool, overwrite: bool) -> None:
-    """The output path is free, or the user said what to do with it; and it does not touch the model."""
+def check_paths(out: Path, work: Path | None, model: Path, resume: bool, overwrite: bool) -> Path:
+    """OUT is free, or the user said what to do with it; OUT, WORK and MODEL do not touch. Returns the work folder."""
     if resume and overwrite:
         raise InputError("--resume and --overwrite contradict each other: give one of them")
-    inside, source = out.resolve(), model.resolve()
-    if inside.is_relative_to(source) or source.is_relative_to(inside):
-        raise InputError(f"the output {out} and the model {model} lie in each other: name another output folder")
-    if out.exists() and not out.is_dir():
-        raise InputError(f"the output {out} is a file: name a folder")
+    _refuse_nested("output", out, "model", model)
+    _refuse_file("output", out)
     if out.is_dir() and any(out.iterdir()) and not (resume or overwrite):
         raise InputError(
             f"the output {out} is not empty: go on with --resume, replace it with --overwrite, or name another"
         )
+    folder = work_folder(out, work)
+    _refuse_nested("work directory", folder, "model", model)
+    _refuse_nested("work directory", folder, "output", out)
+    _refuse_file("work directory", folder)
+    return folder
+
+
+def _refuse_nested(what: str, path: Path, other_what: str, other: Path) -> None:
+    a, b = path.resolve(), other.resolve()
+    if a.is_relative_to(b) or b.is_relative_to(a):
+        raise InputError(f"the {what} {path} and the {other_what} {other} lie in each other: name two folders")
+
+
+def _refuse_file(what: str, path: Path) -> None:
+    for place in (path.absolute(), *path.absolute().parents):
+        if place.exists() and not place.is_dir():
+            raise InputError(f"the {what} {path} cannot be made, since {place} is a file: name another folder")
 
 
 def check_space(folder: Path, needed_bytes: int) -> None:
@@ -151,6 +166,35 @@ def check_space(folder: Path, needed_bytes: int) -> None:
             f"{existing} has {free / 1e9:.1f} GB free and the run needs {needed_bytes / 1e9:.1f} GB: free space, or "
             "name another place for OUT and --work"
         )
+
+
+def method_of(recipe: Recipe) -> Method:
+    """The recipe's words for quantize/."""
+    return Method(
+        recipe.method,
+        recipe.scale_search,
+        recipe.damping,
+        recipe.activation_order,
+        recipe.refine_rounds,
+        recipe.scale_trials,
+    )
+
+
+def site_budget(device: torch.device) -> int:
+    """Working memory for one cut of a site: 1 GB of RAM, or an eighth of the card."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 8
+    return 1_000_000_000
+
+
+def work_folder(out: Path, work: Path | None) -> Path:
+    """Where the run keeps what is finished: beside OUT if the user named nothing."""
+    if work is not None:
+        return work
+    named = out if out.name not in ("", "..") else out.resolve()
+    if not named.name:
+        raise InputError(f"the output {out} has no name: name a folder in it, or a work directory with --work")
+    return named.with_name(named.name + ".work")
 
 
 def choose_device(name: str) -> torch.device:
@@ -200,19 +244,27 @@ def prepare_texts(
     encoder = Encoder(model.path, model.adapter)
     evaluated = _documents(recipe.evaluation, "evaluation", evaluation, recipe.evaluation_rows, model.adapter)
     evaluated = _renderable(evaluated, encoder, evaluation)
-    rows = document_rows([encoder.encode(d) for d in evaluated], recipe.evaluation_row_tokens, recipe.evaluation_rows)
+    encoded = encoder.encode_all(evaluated, skip_unusable=_is_dataset(recipe.evaluation, evaluation))
+    rows = document_rows(encoded, recipe.evaluation_row_tokens, recipe.evaluation_rows)
     facts = {"evaluation": _facts(evaluated, rows, evaluation, recipe.evaluation)}
     packed: list[Row] = []
+    if calibration is not None and not calibration.is_file():
+        raise InputError(f"the texts {calibration} are no file")  # a misspelt name is a mistake, needed or not
     if needs_calibration:
         # Four documents a row are enough for rows of 2048 tokens of conversations; what is too much is not used.
         limit = recipe.calibration_rows * 4
         calibrated = _documents(recipe.calibration, "calibration", calibration, limit, model.adapter)
         calibrated = _renderable(calibrated, encoder, calibration)
         refuse_shared(calibrated, evaluated)
-        encoded = [encoder.encode(d) for d in calibrated]
+        encoded = encoder.encode_all(calibrated, skip_unusable=_is_dataset(recipe.calibration, calibration))
         packed = pack_rows(encoded, recipe.calibration_row_tokens, recipe.calibration_rows, recipe.calibration_seed)
         facts["calibration"] = _facts(calibrated, packed, calibration, recipe.calibration)
     return RunTexts(packed, rows, facts)
+
+
+def _is_dataset(texts: Texts, override: Path | None) -> bool:
+    """A public data set is nobody's to mend: what the model cannot take of it is left out."""
+    return override is None and texts.source != "demo"
 
 
 def _renderable(documents: list[Document], encoder: Encoder, override: Path | None) -> list[Document]:

@@ -31,7 +31,7 @@ class Texts(BaseModel):
 class Recipe(BaseModel):
     """A frozen recipe. Field names are the YAML's keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str
     description: str
@@ -51,6 +51,14 @@ class Recipe(BaseModel):
     damping: float = Field(default=0.01, gt=0, le=1)
     # tau = shrinkage * inputs rows of the layer's pooled moment join each expert's own: calibration/moments.py
     shrinkage: float = Field(default=0.1, ge=0)
+    refine_rounds: int = Field(default=2, ge=0)  # after GPTQ: scales refitted and codes swept, this many times
+    # GPTQ is run once for each of these multiples of the searched scales; every row keeps its best.
+    scale_trials: tuple[float, ...] = (1.0,)
+    # How much a token counts in the statistics: alike, or by 1 / mean square of the residual row that leaves the block.
+    token_weighting: Literal["none", "residual"] = "none"
+    # Aim at the reference stream before rounding, with a ridge of strength * inputs / rows: quantize/correction.py
+    reference_correction: bool = True
+    correction_strength: float = Field(default=10.0, gt=0)
 
     calibration: Texts = Texts()
     calibration_rows: int = Field(default=512, ge=1)

@@ -1,14 +1,18 @@
 """One block's way through: statistics on the quantized stream, codes, packed tensors, and the next block's inputs.
 
-    reference stream h  -> block as it was         -> h of the next block
-    quantized stream h' -> block as it was          -> second moments of every site, per expert
-    codes, scales       -> packed into shards, and written back into the block, dequantized
-    quantized stream h' -> block as it will be read -> h' of the next block
+    for each stage of the block (q/k/v, o, gate and up, down):
+        quantized stream h' -> target block    -> second moments of what its sites read
+        reference stream h  -> original block  -> what the quantized stream misses of it
+        codes, scales       -> packed into shards, and written into the target block as a reader will see them
+    reference stream h  -> original block -> h of the next block
+    quantized stream h' -> target block   -> h' of the next block
 
 Round-to-nearest needs no statistics: then no block is loaded and weights are read expert by expert.
 Shape legend: B experts, O outputs, I inputs.
 """
 
+import copy
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +28,7 @@ from .core.tensors import TORCH_DTYPES, TensorSource
 from .models.adapter import Adapter, Role, Site, read
 from .models.walk import Calls, load_block, observed, run_block, weight_view
 from .planner.plan import Plan
+from .quantize.correction import corrected
 from .quantize.site import Method, cuts, quantize_batch
 from .recipe import Recipe
 
@@ -54,50 +59,107 @@ def quantize_block(job: BlockJob, step: Step) -> dict[str, Any]:
     """Do the block and return what the record says of it. All its shards are on disk afterwards."""
     facts: dict[str, Any] = {"block": job.index, "damping_raised": 0, "diagonal_fallbacks": 0, "output_error": {}}
     writer = ShardWriter([s for s in job.plan.shards if s.stage == job.index], job.shard_folder)
-    block: nn.Module | None = None
-    moments: dict[str, SiteMoments] = {}
     if job.method.needs_statistics:
-        step.begin("statistics", job.index)
-        block = load_block(job.adapter, job.source, job.index, job.device, job.dtype)
-        moments = _statistics(job, block, step)
-        facts["expert_rows"] = next((moments[s.key].rows for s in job.quantized_sites() if s.role is Role.EXPERT), [])
-    step.begin("quantize", job.index)
-    for site in job.quantized_sites():
-        facts["output_error"][site.key] = []
-        _quantize_site(job, site, block, moments.pop(site.key, None), writer, facts)
+        _with_statistics(job, writer, facts, step)
+    else:
+        step.begin("quantize", job.index)
+        for site in job.quantized_sites():
+            _quantize_site(job, site, None, None, writer, facts)
     for name in writer.names():
         if not writer.has(name):
             writer.put(name, read(job.adapter, job.source, name))
     writer.check_complete()
-    if block is not None and job.index + 1 < job.adapter.n_blocks:
-        step.begin("propagate", job.index)
-        for k, numbers in enumerate(job.groups):
-            hidden = job.store.get(job.index, "quantized", k).to(job.device)
-            out = run_block(block, hidden, job.calls.of(hidden.shape[1])[job.index])
-            job.store.put(job.index + 1, "quantized", k, out)
-            step.advance(len(numbers) * hidden.shape[1])
     return facts
 
 
-def _statistics(job: BlockJob, block: nn.Module, step: Step) -> dict[str, SiteMoments]:
-    """Both streams through the block as it was; second moments of what the quantized stream brings to each site."""
-    moments = {site.key: SiteMoments(len(site.members), site.in_features, job.device) for site in job.quantized_sites()}
+def _with_statistics(job: BlockJob, writer: ShardWriter, facts: dict[str, Any], step: Step) -> None:
+    """Stage by stage: what a later stage reads is what the quantized earlier ones leave."""
+    original = load_block(job.adapter, job.source, job.index, job.device, job.dtype)
+    target = copy.deepcopy(original)
+    sites = job.quantized_sites()
+    facts["expert_rows"] = []
+    for number in sorted({site.stage for site in sites}):
+        step.begin("statistics", job.index)
+        present = [site for site in sites if site.stage == number]
+        moments = _statistics(job, original, target, present, step)
+        step.begin("quantize", job.index)
+        for site in present:
+            if site.role is Role.EXPERT:
+                facts["expert_rows"] = moments[site.key].rows
+            _quantize_site(job, site, target, moments.pop(site.key), writer, facts)
+    if job.index + 1 == job.adapter.n_blocks:
+        return
+    step.begin("propagate", job.index)
+    for stream, block in (("reference", original), ("quantized", target)):
+        for k, numbers in enumerate(job.groups):
+            hidden = job.store.get(job.index, stream, k).to(job.device)
+            out = run_block(block, hidden, job.calls.of(hidden.shape[1])[job.index])
+            job.store.put(job.index + 1, stream, k, out)
+            step.advance(len(numbers) * hidden.shape[1])
 
-    def observe(site: Site, expert: int, rows: torch.Tensor) -> None:
-        if site.key in moments:
-            moments[site.key].add(expert, rows)
 
-    last = job.index + 1 == job.adapter.n_blocks
-    for k, numbers in enumerate(job.groups):
-        hidden = job.store.get(job.index, "reference", k).to(job.device)
-        call = job.calls.of(hidden.shape[1])[job.index]
-        if not last:
-            job.store.put(job.index + 1, "reference", k, run_block(block, hidden, call))
-        hidden = job.store.get(job.index, "quantized", k).to(job.device)
-        with observed(job.adapter, block, job.index, observe):
-            run_block(block, hidden, call)
-        step.advance(2 * len(numbers) * hidden.shape[1])
+def _statistics(
+    job: BlockJob, original: nn.Module, target: nn.Module, sites: list[Site], step: Step
+) -> dict[str, SiteMoments]:
+    """Second moments of what the quantized stream brings to `sites` of the half-quantized block, and what it misses of
+    the reference stream: at the sites' inputs, or for sites that write to the residual stream at the block's output.
+    """
+    correct = job.recipe.reference_correction
+    moments = {}
+    for site in sites:
+        miss_rows = (sum(site.out_features) if site.adds_to_residual else site.in_features) if correct else 0
+        moments[site.key] = SiteMoments(len(site.members), site.in_features, job.device, miss_rows)
+    for k in range(len(job.groups)):
+        seen = _Seen(job, target, "quantized", k, moments.keys())
+        step.advance(seen.tokens)
+        weight = seen.weights() if job.recipe.token_weighting == "residual" else torch.ones_like(seen.out[:, 0])
+        for (key, expert), (tokens, rows) in seen.rows.items():
+            moments[key].add(expert, rows, weight[tokens])
+        if not correct:
+            continue
+        reference = _Seen(job, original, "reference", k, moments.keys())
+        step.advance(reference.tokens)
+        alike = seen.routes == reference.routes
+        for site in sites:
+            for expert in range(len(site.members)):
+                mine, theirs = seen.rows.get((site.key, expert)), reference.rows.get((site.key, expert))
+                if mine is None or theirs is None:
+                    continue
+                (tokens, x), (their_tokens, their_x) = mine, theirs
+                kept = alike[tokens]
+                if site.adds_to_residual:
+                    miss = (reference.out - seen.out)[tokens[kept]]
+                else:
+                    miss = their_x[alike[their_tokens]].float() - x[kept].float()
+                moments[site.key].add_miss(expert, x[kept], miss, weight[tokens[kept]])
     return moments
+
+
+class _Seen:
+    """One batch of one stream through a block: what chosen sites read, where tokens went, what left the block."""
+
+    def __init__(self, job: BlockJob, block: nn.Module, stream: str, batch: int, keys: Collection[str]) -> None:
+        hidden = job.store.get(job.index, stream, batch).to(job.device)
+        self.tokens = hidden.shape[0] * hidden.shape[1]
+        self.rows: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        # A token's route as one number: equal sets of experts give equal sums, others different ones (62 random bits).
+        self.routes = torch.zeros(self.tokens, dtype=torch.int64, device=job.device)
+        marks = torch.randint(2**62, (max(1, job.adapter.n_experts),), generator=torch.Generator().manual_seed(0))
+
+        def observe(site: Site, expert: int, tokens: torch.Tensor, rows: torch.Tensor) -> None:
+            if site.role is Role.EXPERT and not site.adds_to_residual and site.stage == 2:
+                self.routes[tokens] += int(marks[expert])
+            if site.key in keys:
+                self.rows[site.key, expert] = (tokens, rows)
+
+        with observed(job.adapter, block, job.index, observe):
+            out = run_block(block, hidden, job.calls.of(hidden.shape[1])[job.index])
+        self.out = out.reshape(self.tokens, -1).float()
+
+    def weights(self) -> torch.Tensor:
+        """1 / mean square of the rows that leave the block: what reads them next normalises them, so an error counts
+        by its size relative to its row."""
+        return 1.0 / self.out.square().mean(-1).clamp_min(1e-12)
 
 
 def _quantize_site(
@@ -123,11 +185,18 @@ def _quantize_site(
                 else:
                     w_BOI[i, start : start + out] = weight_view(job.adapter, block, job.index, name)
                 start += out
-        moment = None if moments is None else moments.shrunk(job.recipe.shrinkage, cut)
+        moment = None
+        if moments is not None:
+            moment = moments.shrunk(job.recipe.shrinkage, cut)
+            miss = moments.miss(job.recipe.shrinkage, cut)
+            if miss is not None:
+                rows = torch.tensor(moments.rows[cut], device=job.device).clamp_min(1)
+                ridge = job.recipe.correction_strength * site.in_features / rows
+                w_BOI = corrected(w_BOI, moment, miss if site.adds_to_residual else w_BOI @ miss, ridge)
         result = quantize_batch(w_BOI, moment, scheme, job.method, TORCH_DTYPES[stored])
         facts["damping_raised"] += result.damping_raised
         facts["diagonal_fallbacks"] += result.diagonal_fallbacks
-        facts["output_error"][site.key] += result.output_error
+        facts["output_error"].setdefault(site.key, []).extend(result.output_error)
         for i, member in enumerate(members):
             start = 0
             for name, out in zip(member, site.out_features, strict=True):

@@ -1,7 +1,7 @@
 """`onecard plan` on the true shapes of published models: `python benchmarks/scout_plan.py`.
 
-Writes Scout's, Maverick's and Qwen3-30B-A3B's config.json with safetensors files whose headers are real and whose data is a hole
-(sparse files: a few megabytes of disk), runs the planner on them, and prints exact sizes. No weight is ever read.
+Writes the config.json of Scout, Maverick and Qwen3-30B-A3B with safetensors files whose headers are real and whose data
+is a hole (sparse files: a few megabytes of disk), runs the planner on them, and prints exact sizes. No weight is read.
 """
 
 import json
@@ -13,8 +13,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from onecard.inspection import inspect, plan
 from onecard.models.families import load_adapter
-from onecard.pipeline import inspect, plan
 from onecard.recipe import load_recipe
 
 VISION = {

@@ -38,7 +38,8 @@ class Document:
 def read_jsonl(path: Path) -> list[Document]:
     """Every document of a JSONL file. Raises InputError listing the bad lines."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: JSON may hold the characters that Unicode counts as line ends.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         raise InputError(f"the texts {path} do not exist") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -51,6 +52,8 @@ def read_jsonl(path: Path) -> list[Document]:
             documents.append(_document(json.loads(line), f"{path.stem}:{number}", path.parent))
         except json.JSONDecodeError as error:
             problems.append(f"line {number} is not JSON ({error})")
+        except RecursionError:
+            problems.append(f"line {number} is nested too deeply")
         except ValueError as error:
             problems.append(f"line {number} {error}")
     if problems:
@@ -70,6 +73,7 @@ def _document(row: Any, default_id: str, folder: Path) -> Document:
     if isinstance(row.get("text"), str):
         if not row["text"]:
             raise ValueError("has an empty text")
+        _refuse_half_characters(row["text"])
         return Document(name, kind, row["text"], None)
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
@@ -81,12 +85,25 @@ def _document(row: Any, default_id: str, folder: Path) -> Document:
         parts = message["content"] if isinstance(message["content"], list) else []
         if not parts and not isinstance(message["content"], str):
             raise ValueError("has a message whose content is neither a string nor a list of parts")
+        _refuse_half_characters(message["content"] if isinstance(message["content"], str) else "")
         for part in parts:
             if not isinstance(part, dict) or part.get("type") not in ("text", "image"):
                 raise ValueError("has a content part that is neither text nor image")
             if part["type"] == "image":
                 images.append(_image_path(part, folder))
+            elif not isinstance(part.get("text"), str):
+                raise ValueError("has a text part without a text")
+            else:
+                _refuse_half_characters(part["text"])
     return Document(name, kind, None, messages, tuple(images))
+
+
+def _refuse_half_characters(text: str) -> None:
+    """JSON can spell half of a surrogate pair; no tokenizer can read it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"has half of a surrogate pair at character {error.start}") from None
 
 
 def _image_path(part: dict[str, Any], folder: Path) -> Path:

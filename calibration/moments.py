@@ -1,13 +1,21 @@
 """Second moments of what each site really reads, per expert, and what an expert with few rows borrows.
 
-    S_e  = (1 / n_e) sum of x x^T over the n_e rows that expert e got            (fp32)
+    S_e  = sum of w x x^T / sum of w over the n_e rows that expert e got        (fp32)
     S    = the same over all experts of the layer                               (the pooled moment)
     S_e* = (n_e S_e + tau S) / (n_e + tau),   tau = shrinkage * inputs
 
 So an expert with many rows keeps its own statistics, one with none takes the layer's, and none has a singular matrix
-while its layer has not. A row never feeds an expert that would not get it.
+while its layer has not. A row never feeds an expert that would not get it. The weights w are 1 unless the caller knows
+which tokens an error hurts more.
 
-Shape legend: E experts, I inputs, R rows.
+The x are the quantized stream's. Beside them goes the miss of the reference stream,
+
+    M_e* = n_e / (n_e + tau) * sum of w m x^T / sum of w,
+
+where the sum of m x^T runs over the tokens that both streams route alike, with m what the reference stream has more
+than the quantized one: at a site's input or at the block's output. quantize/correction.py says what for.
+
+Shape legend: E experts, I inputs, X rows of the miss, R rows.
 """
 
 import torch
@@ -16,26 +24,53 @@ import torch
 class SiteMoments:
     """Running sums for one site; kept on the device that computes them."""
 
-    def __init__(self, experts: int, inputs: int, device: torch.device) -> None:
+    def __init__(self, experts: int, inputs: int, device: torch.device, miss_rows: int = 0) -> None:
         self.sum_EII = torch.zeros(experts, inputs, inputs, dtype=torch.float32, device=device)
+        self.miss_EXI = torch.zeros(experts, miss_rows, inputs, device=device) if miss_rows else None
+        self.weight_E = torch.zeros(experts, dtype=torch.float64, device=device)
         self.rows: list[int] = [0] * experts
 
-    def add(self, expert: int, x_RI: torch.Tensor) -> None:
+    def add(self, expert: int, x_RI: torch.Tensor, weight_R: torch.Tensor | None = None) -> None:
+        """Rows that `expert` reads; `weight_R` fp32, positive, or None for ones."""
         x = x_RI.float()
-        self.sum_EII[expert].addmm_(x.T, x)
+        self.sum_EII[expert].addmm_(x.T if weight_R is None else (x * weight_R[:, None]).T, x)
+        self.weight_E[expert] += len(x) if weight_R is None else weight_R.sum(dtype=torch.float64)
         self.rows[expert] += len(x)
+
+    def add_miss(
+        self, expert: int, x_RI: torch.Tensor, miss_RX: torch.Tensor, weight_R: torch.Tensor | None = None
+    ) -> None:
+        """Rows that both streams send to `expert`, with the reference's miss for the same tokens in the same order."""
+        assert self.miss_EXI is not None
+        miss = miss_RX.float() if weight_R is None else miss_RX.float() * weight_R[:, None]
+        self.miss_EXI[expert].addmm_(miss.T, x_RI.float())
+
+    def _tau(self, shrinkage: float) -> float:
+        return shrinkage * self.sum_EII.shape[-1] if len(self.rows) > 1 else 0.0
+
+    def _rows(self, experts: slice) -> torch.Tensor:
+        return torch.tensor(self.rows[experts], dtype=torch.float32, device=self.sum_EII.device)[:, None, None]
+
+    def _mean(self, sums: torch.Tensor, experts: slice) -> torch.Tensor:
+        """Sums over the sum of the weights; zero for an expert without rows."""
+        weight = self.weight_E[experts].float()[:, None, None]
+        return torch.where(weight > 0, sums / weight, 0.0)
 
     def shrunk(self, shrinkage: float, experts: slice) -> torch.Tensor:
         """S_e* [E', I, I] of the given experts, by the formula at the head of this file."""
         inputs = self.sum_EII.shape[-1]
-        total = sum(self.rows)
-        if total == 0:  # the layer saw nothing: white inputs, for which GPTQ is round-to-nearest
+        if sum(self.rows) == 0:  # the layer saw nothing: white inputs, for which GPTQ is round-to-nearest
             eye = torch.eye(inputs, device=self.sum_EII.device)
             return eye.expand(len(self.rows[experts]), inputs, inputs).clone()
-        tau = shrinkage * inputs if len(self.rows) > 1 else 0.0
-        own = self.sum_EII[experts]
-        rows = torch.tensor(self.rows[experts], dtype=torch.float32, device=own.device)[:, None, None]
+        tau, rows, own = self._tau(shrinkage), self._rows(experts), self._mean(self.sum_EII[experts], experts)
         if tau == 0.0:
-            return own / rows.clamp_min(1)
-        pooled = self.sum_EII.sum(0) / total
-        return (own + tau * pooled) / (rows + tau)
+            return own
+        pooled = self.sum_EII.sum(0) / self.weight_E.sum().float()
+        return (rows * own + tau * pooled) / (rows + tau)
+
+    def miss(self, shrinkage: float, experts: slice) -> torch.Tensor | None:
+        """M_e* [E', X, I] of the given experts."""
+        if self.miss_EXI is None:
+            return None
+        rows = self._rows(experts)
+        return self._mean(self.miss_EXI[experts], experts) * rows / (rows + self._tau(shrinkage)).clamp_min(1)

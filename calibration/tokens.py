@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from ..core.errors import InputError
+from ..core.errors import InputError, input_error
 from ..core.rows import Row
 from ..models.adapter import Adapter
 from .documents import Document
@@ -36,16 +36,40 @@ class Encoder:
         except Exception as error:  # transformers raises many kinds for a missing or damaged tokenizer
             raise InputError(f"{folder} has no tokenizer that transformers can load: {error}") from error
 
+    def encode_all(self, documents: list[Document], skip_unusable: bool = False) -> list[Row]:
+        """Every document's row. Raises one InputError that names all documents that this model cannot take;
+        `skip_unusable` leaves them out, as long as others remain."""
+        rows, problems = [], []
+        for document in documents:
+            try:
+                rows.append(self._encode(document, False))
+            except ValueError as error:
+                problems.append(f"{document.id} {error}")
+        if problems and not (skip_unusable and rows):
+            shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
+            raise input_error("the model cannot take these texts:", shown, "Leave them out, or mend them.")
+        return rows
+
     def encode(self, document: Document, ask: bool = False) -> Row:
         """Token ids and pixels of one document, uncut; `ask` ends it where an answer begins. Raises InputError."""
+        try:
+            return self._encode(document, ask)
+        except ValueError as error:
+            raise InputError(f"{document.id} {error}") from None
+
+    def _encode(self, document: Document, ask: bool) -> Row:
+        """Raises ValueError with what is wrong with the document, InputError for what is wrong with the model."""
         if document.images and not self.adapter.has_vision:
-            raise InputError(f"{document.id} has images, and this model has no vision tower: leave such rows out")
+            raise ValueError("has images, and this model has no vision tower")
         if document.text is not None:
             ids = self.tokenizer(document.text)["input_ids"]
         else:
             if not self.tokenizer.chat_template:
-                raise InputError(f"{document.id} is a conversation, and {self.folder} has no chat template")
-            text = self.tokenizer.apply_chat_template(document.messages, tokenize=False, add_generation_prompt=ask)
+                raise ValueError(f"is a conversation, and {self.folder} has no chat template")
+            try:
+                text = self.tokenizer.apply_chat_template(document.messages, tokenize=False, add_generation_prompt=ask)
+            except Exception as error:  # the template is a program of the checkpoint's, run in jinja2's sandbox
+                raise ValueError(f"is refused by the chat template ({error})") from None
             if document.images:
                 text = text.replace("<|image|>", self.adapter.image_text())
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -53,19 +77,33 @@ class Encoder:
             raise InputError(
                 f"the tokenizer in {self.folder} gives ids past the model's vocabulary: it is another model's"
             )
+        if self.adapter.has_vision:
+            promised = len(document.images) * self.adapter.image_token_count()
+            if ids.count(self.adapter.image_token_id) != promised:
+                raise ValueError("spells the marker of an image in its text")
         pixels = torch.stack([self._pixels(path) for path in document.images]) if document.images else None
         return Row(document.id, document.kind, torch.tensor(ids, dtype=torch.int64), pixels)
 
+    def _settings(self) -> dict[str, Any]:
+        path = self.folder / "preprocessor_config.json"
+        if not path.exists():
+            return {}
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            return {key: settings[key] for key in ("resample", "image_mean", "image_std", "rescale_factor")
+                    if key in settings}  # fmt: skip
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{path} is damaged ({error}): fetch the checkpoint again") from None
+
     def _pixels(self, path: Path) -> torch.Tensor:
         """One image as one tile: fp32 [3, S, S], resized, rescaled and normalised as preprocessor_config.json says."""
-        settings_path = self.folder / "preprocessor_config.json"
-        settings = json.loads(settings_path.read_text(encoding="utf-8")) if settings_path.exists() else {}
+        settings = self._settings()
         side = int(self.adapter.config.vision_config.image_size)
         try:
             with Image.open(path) as image:
                 rgb = image.convert("RGB").resize((side, side), Image.Resampling(settings.get("resample", _BILINEAR)))
-        except (UnidentifiedImageError, OSError) as error:
-            raise InputError(f"the image {path} cannot be read: {error}") from None
+        except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
+            raise ValueError(f"has the image {path}, which cannot be read ({error})") from None
         values = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8).view(side, side, 3).permute(2, 0, 1)
         mean = torch.tensor(settings.get("image_mean", [0.5] * 3)).view(3, 1, 1)
         std = torch.tensor(settings.get("image_std", [0.5] * 3)).view(3, 1, 1)

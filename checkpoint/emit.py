@@ -1,5 +1,6 @@
 """Emitting: shards that are written as soon as their last tensor is there, the index, and the files carried along."""
 
+import hashlib
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -70,11 +71,31 @@ def index_json(shards: Iterable[ShardPlan]) -> dict[str, Any]:
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
+def _side_files(source: Path) -> list[Path]:
+    found = {path for pattern in CARRIED for path in source.glob(pattern)}
+    return sorted(path for path in found if path.is_file() and path.name not in NOT_CARRIED)
+
+
 def carry_side_files(source: Path, out: Path) -> None:
     """Copy what belongs to the checkpoint beside its weights."""
-    for pattern in CARRIED:
-        for path in sorted(source.glob(pattern)):
-            if path.is_file() and path.name not in NOT_CARRIED:
-                target = out / path.name
-                with files.disk_errors(target):
-                    shutil.copyfile(path, target)
+    for path in _side_files(source):
+        target = out / path.name
+        with files.disk_errors(target):
+            shutil.copyfile(path, target)
+
+
+def side_files_digest(source: Path) -> str:
+    """SHA-256 over the names and contents of what `carry_side_files` copies."""
+    sha = hashlib.sha256()
+    for path in _side_files(source):
+        sha.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return sha.hexdigest()
+
+
+def clear_checkpoint(out: Path) -> None:
+    """Remove the files of an older checkpoint, its config.json first, so that a half-cleared folder cannot be loaded;
+    folders in it are left."""
+    (out / "config.json").unlink(missing_ok=True)
+    for item in out.iterdir():
+        if item.is_file() or item.is_symlink():
+            item.unlink()

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ def disk_errors(path: Path) -> Iterator[None]:
         # safetensors reports the system's error in its text only.
         text = str(error)
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in text
-        path.with_name(path.name + TEMPORARY).unlink(missing_ok=True)
+        with suppress(OSError):
+            path.with_name(path.name + TEMPORARY).unlink(missing_ok=True)
         if full:
             raise ResourceError(
                 f"the disk is full: {path.name} could not be written in {path.parent}. Free space there and run the "
@@ -79,16 +80,22 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+def make_folder(path: Path) -> None:
+    """The folder and all above it."""
+    with disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
 def move(path: Path, target: Path) -> None:
     """Rename, or across file systems copy, fsync and remove; `target` appears whole."""
-    try:
-        os.replace(path, target)
-        sync_folder(target.parent)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        temporary = target.with_name(target.name + TEMPORARY)
-        with disk_errors(target):
+    with disk_errors(target):
+        try:
+            os.replace(path, target)
+            sync_folder(target.parent)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            temporary = target.with_name(target.name + TEMPORARY)
             shutil.copyfile(path, temporary)
             _commit(temporary, target)
-        path.unlink()
+            path.unlink()

@@ -65,7 +65,11 @@ def open_packed(folder: Folder, quantization_config: dict[str, object]) -> Packe
             if missing:
                 problems.append(f"{module} has no {' and no '.join(missing)}")
                 continue
-            scheme = ct.scheme_of(module, lambda n: folder.infos[n].shape, folder.infos, next(iter(bits)))
+            try:
+                scheme = ct.scheme_of(module, lambda n: folder.infos[n].shape, folder.infos, next(iter(bits)))
+            except ValueError as error:
+                problems.append(f"{module} {error}")
+                continue
             if scheme not in groups.values():
                 problems.append(f"{module} is stored as {scheme}, which config.json does not announce")
                 continue

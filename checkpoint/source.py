@@ -106,27 +106,44 @@ def read_header(path: Path) -> dict[str, tuple[TensorInfo, int]]:
             raise ValueError("is no safetensors file, or its header is cut off")
         try:
             header = json.loads(file.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError):
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
             raise ValueError("has a damaged header") from None
     infos: dict[str, tuple[TensorInfo, int]] = {}
-    end = 0
+    spans = []
     try:
         for name, entry in header.items():
             if name == "__metadata__":
+                if not all(isinstance(value, str) for value in entry.values()):
+                    raise ValueError("has a damaged header (__metadata__)")
                 continue
             if entry["dtype"] not in TORCH_DTYPES:
                 raise ValueError(f"holds {name} in the dtype {entry['dtype']}, which onecard does not read")
-            info = TensorInfo(tuple(entry["shape"]), entry["dtype"])
             begin, stop = entry["data_offsets"]
+            if any(type(n) is not int or n < 0 for n in (*entry["shape"], begin, stop)):
+                raise ValueError(f"has a damaged header (the numbers of {name})")
+            info = TensorInfo(tuple(entry["shape"]), entry["dtype"])
             if stop - begin != info.nbytes:
                 raise ValueError(f"has a damaged header (the size of {name})")
             infos[name] = (info, 8 + length + begin)
-            end = max(end, stop)
+            spans.append((begin, stop, name))
     except (KeyError, TypeError, AttributeError):
         raise ValueError("has a damaged header") from None
+    end = 0
+    for begin, stop, name in sorted(spans):
+        # The specification allows neither holes nor tensors that share bytes.
+        if begin != end:
+            raise ValueError(f"has a damaged header ({name} does not begin where the tensor before it ends)")
+        end = stop
     if size != 8 + length + end:
         raise ValueError(f"is truncated or damaged: {size:,} bytes, and its header promises {8 + length + end:,}")
     return infos
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file system can hold
+        return False
 
 
 def _allowed_root(folder: Path) -> Path:
@@ -165,7 +182,7 @@ def open_folder(path: Path) -> Folder:
         if re.search(r"[/\\]", name) or name in ("", ".", ".."):
             problems.append(f"{INDEX_NAME} names {name!r}, which is not a file name inside the folder")
             continue
-        if not shard.is_file():
+        if not _is_file(shard):
             problems.append(f"the shard {name} is missing")
             continue
         if not shard.resolve().is_relative_to(root):
@@ -237,9 +254,22 @@ def check_shapes(path: Path, source: TensorSource, expected: dict[str, tuple[int
         )
 
 
+def refuse_nonfinite(folder: Folder, name: str) -> None:
+    """Read every weight once: NaN or Inf would pass silently through all that follows. Raises InputError."""
+    found = {tensor: nonfinite(folder, tensor) for tensor in folder.names}
+    problems = [f"{tensor} holds {what}" for tensor, what in found.items() if what]
+    if problems:
+        raise input_error(
+            f"{name} holds values that are no numbers:", problems, "The checkpoint is damaged: fetch it again."
+        )
+
+
 def nonfinite(folder: Folder, name: str) -> str | None:
     """'3 NaN, 1 Inf' when the tensor holds such values; read in slices of its first axis, so memory stays small."""
-    shape = folder.infos[name].shape
+    info = folder.infos[name]
+    if not TORCH_DTYPES[info.dtype].is_floating_point:
+        return None
+    shape = info.shape
     # 64 Mi values at a time: 128 MB in bf16.
     rows = max(1, 2**26 // max(1, int(torch.Size(shape[1:]).numel()))) if shape else 1
     nan = inf = 0

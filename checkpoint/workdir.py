@@ -1,6 +1,7 @@
 """The work directory: where a run keeps what is finished, so that a killed one goes on and ends in the same bytes.
 
-    state.json                identity of the run (recipe, source, texts, versions) and the number of finished stages
+    state.json                identity of the run (recipe, source, texts, versions), the number of finished stages, and
+                              the OUT that its files have begun to move to
     lock                      held with flock by the live run; the system frees it however the run ends
     acts/NNNN/STREAM-KKKKK.safetensors   hidden rows that enter block NNNN, one file a batch
     shards/                   finished shards of the checkpoint
@@ -25,6 +26,26 @@ from . import files
 STATE = "state.json"
 
 
+def has_run(path: Path) -> bool:
+    """Whether `path` holds a run that was begun and not removed."""
+    return (path / STATE).exists()
+
+
+def refuse_changed(old: dict[str, str], new: dict[str, str], where: Path) -> None:
+    """Raises InputError that names every part of a run's identity that is not what it was."""
+    changed = [
+        f"{key} was {old.get(key)} and is {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+    if changed:
+        raise input_error(
+            f"the run in {where} cannot be resumed, since it would not end in the same bytes:",
+            changed,
+            "Put back what changed, or start anew with --overwrite.",
+        )
+
+
 class WorkDir:
     """One run's folder, locked while this object is open. `done` is the number of finished stages."""
 
@@ -37,7 +58,7 @@ class WorkDir:
             raise InputError(f"the work directory {path} is a file: name another with --work")
         if occupied and not (path / STATE).exists() and not (path / "lock").exists():
             raise InputError(f"{path} is not empty and is no work directory of onecard: name another with --work")
-        path.mkdir(parents=True, exist_ok=True)
+        files.make_folder(path)
         self._lock = self._acquire()
         try:
             if occupied and not (resume or overwrite):
@@ -50,7 +71,7 @@ class WorkDir:
             self.state: dict[str, Any] = {"identity": identity, "done": 0}
             if (path / STATE).exists():
                 self.state = self._read_state()
-                self._refuse_changed(identity)
+                refuse_changed(self.state["identity"], identity, path)
             else:
                 self._write_state()
         except BaseException:
@@ -58,7 +79,8 @@ class WorkDir:
             raise
 
     def _acquire(self) -> TextIO:
-        lock = (self.path / "lock").open("w")
+        with files.disk_errors(self.path / "lock"):
+            lock = (self.path / "lock").open("w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -78,20 +100,6 @@ class WorkDir:
             raise InputError(f"{self.path / STATE} is damaged: start anew with --overwrite") from None
         return dict(state)
 
-    def _refuse_changed(self, identity: dict[str, str]) -> None:
-        old = self.state["identity"]
-        changed = [
-            f"{key} was {old.get(key)} and is {identity.get(key)}"
-            for key in sorted(old.keys() | identity.keys())
-            if old.get(key) != identity.get(key)
-        ]
-        if changed:
-            raise input_error(
-                f"the run in {self.path} cannot be resumed, since it would not end in the same bytes:",
-                changed,
-                "Put back what changed, or start anew with --overwrite.",
-            )
-
     def _write_state(self) -> None:
         files.write_json(self.path / STATE, self.state)
 
@@ -104,22 +112,34 @@ class WorkDir:
         self.state["done"] = done
         self._write_state()
 
+    @property
+    def moving_to(self) -> str | None:
+        """The OUT that files have begun to move to."""
+        return self.state.get("moving_to")
+
+    def begin_move(self, out: Path) -> None:
+        self.state["moving_to"] = str(out.resolve())
+        self._write_state()
+
     def clear(self) -> None:
-        """Empty the folder, but for the lock that is held."""
+        """Empty the folder, but for the lock that is held. The state goes last: until then it can be resumed or
+        cleared again."""
         for item in self.path.iterdir():
-            if item.name == "lock":
+            if item.name in ("lock", STATE):
                 continue
             shutil.rmtree(item) if item.is_dir() else item.unlink()
+        (self.path / STATE).unlink(missing_ok=True)
 
     def folder(self, *parts: str) -> Path:
         folder = self.path.joinpath(*parts)
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder)
         return folder
 
-    def close(self, remove: bool = False) -> None:
-        """Free the lock; with `remove` the folder goes too (the run is finished)."""
-        if remove:
-            shutil.rmtree(self.path, ignore_errors=True)
+    def remove(self) -> None:
+        """The run is finished, or was refused: the folder goes."""
+        self.clear()
+        (self.path / "lock").unlink()
+        self.path.rmdir()
         self._lock.close()
 
     def __enter__(self) -> "WorkDir":
@@ -141,7 +161,7 @@ class Activations:
 
     def put(self, block: int, stream: str, batch: int, hidden: torch.Tensor) -> None:
         path = self._file(block, stream, batch)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        files.make_folder(path.parent)
         files.write_tensors(path, {"hidden": hidden.cpu().contiguous()})
 
     def get(self, block: int, stream: str, batch: int) -> torch.Tensor:

@@ -35,8 +35,7 @@ _RANK = {
     )
 }
 METADATA = {"format": "pt"}
-# No header entry is longer than this beside its tensor's name (dtype, shape, two offsets): errs high, so that a shard
-# never passes its limit.
+# No header entry is longer than this beside its tensor's name (dtype, shape, two offsets).
 HEADER_ENTRY_BYTES = 160
 
 
@@ -79,7 +78,9 @@ def split_shards(stages: list[list[list[StoredTensor]]], max_bytes: int) -> list
         size = 0
         for atom in atoms:
             atom_bytes = sum(t.nbytes + len(t.name.encode()) + HEADER_ENTRY_BYTES for t in atom)
-            if shard and size + atom_bytes + HEADER_ENTRY_BYTES > max_bytes:
+            # The bound is cheap, the exact size is not: it is asked for only where the bound would end a shard.
+            full = shard and size + atom_bytes + HEADER_ENTRY_BYTES > max_bytes
+            if full and file_bytes(shard + atom) > max_bytes:
                 shards.append((stage, shard))
                 shard, size = [], 0
             shard.extend(atom)

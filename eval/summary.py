@@ -19,14 +19,17 @@ FEW_DOCUMENTS = 20
 
 @dataclass(frozen=True)
 class KlSummary:
-    """Nats per token unless said otherwise. `kl_low_nats`, `kl_high_nats`: 95 % interval of the mean."""
+    """Nats per token unless said otherwise. `kl_low_nats`, `kl_high_nats`: 95 % interval of the mean.
+
+    One document has no standard error and no interval: None, which JSON can write, and NaN cannot.
+    """
 
     tokens: int
     documents: int
     kl_mean_nats: float
-    kl_standard_error_nats: float
-    kl_low_nats: float
-    kl_high_nats: float
+    kl_standard_error_nats: float | None
+    kl_low_nats: float | None
+    kl_high_nats: float | None
     kl_median_nats: float
     kl_p90_nats: float
     kl_p99_nats: float
@@ -36,8 +39,8 @@ class KlSummary:
     perplexity_quantized: float
 
 
-def cluster_standard_error(values: torch.Tensor, document: torch.Tensor) -> float:
-    """Standard error of the token mean over documents, by the formula above; NaN for fewer than two documents."""
+def cluster_standard_error(values: torch.Tensor, document: torch.Tensor) -> float | None:
+    """Standard error of the token mean over documents, by the formula above; None for fewer than two documents."""
     values = values.double()
     index = document - document.min()
     count = int(index.max()) + 1
@@ -47,7 +50,7 @@ def cluster_standard_error(values: torch.Tensor, document: torch.Tensor) -> floa
     sums, sizes = sums[present], sizes[present]
     documents = len(sums)
     if documents < 2:
-        return float("nan")
+        return None
     mean = sums.sum() / sizes.sum()
     spread = (sums - mean * sizes).square().sum()
     return float((documents / (documents - 1) * spread).sqrt() / sizes.sum())
@@ -58,7 +61,7 @@ def summarize(results: TokenResults) -> KlSummary:
     mean = float(kl.mean())
     error = cluster_standard_error(kl, results.document)
     # 1.96: the normal distribution's 97.5 % point.
-    low, high = max(0.0, mean - 1.96 * error), mean + 1.96 * error
+    low, high = (None, None) if error is None else (max(0.0, mean - 1.96 * error), mean + 1.96 * error)
     p90, p99 = (
         float(torch.quantile(kl, q)) if len(kl) < 2**24 else float(kl.sort().values[int(q * len(kl))])
         for q in (0.9, 0.99)

@@ -75,7 +75,7 @@ def _through_heads(
     last = sides[0].adapter.n_blocks
     norms = [final_norm(side.adapter, side.source, device, dtype) for side in sides]
     heads = [read(side.adapter, side.source, side.adapter.head_name).to(device) for side in sides]
-    if torch.equal(*heads):
+    if heads[0].dtype == heads[1].dtype and torch.equal(*heads):
         heads[1] = heads[0]  # one copy serves both
     placeholder = sides[0].adapter.image_token_id
     parts = []

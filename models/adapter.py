@@ -52,7 +52,9 @@ class Site:
     """Weights of one block that read the same input, and so share one second moment.
 
     `members[e]` are the canonical module names whose weights, stacked along the outputs, are quantized as one matrix:
-    gate and up of expert e. A site that is no expert site has one entry. All entries have equal shapes.
+    gate and up of expert e. A site that is no expert site has one entry. All entries have equal shapes. Sites of one
+    `stage` are quantized together, after those of earlier stages. `adds_to_residual`: the outputs are added to the
+    residual stream as they are, unscaled, and nothing of the block reads them.
     """
 
     key: str
@@ -60,6 +62,8 @@ class Site:
     members: tuple[tuple[str, ...], ...]
     out_features: tuple[int, ...]
     in_features: int
+    stage: int
+    adds_to_residual: bool = False
 
 
 class Adapter(ABC):

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# (input name, expert, rows [R, in]): called with what each expert's matrices really get. 'gate_up' or 'down'.
-Observer = Callable[[str, int, torch.Tensor], None]
+# What an expert's matrices really get: ('gate_up' or 'down', expert, token numbers [R] rising, rows [R, in]).
+Observer = Callable[[str, int, torch.Tensor, torch.Tensor], None]
 
 
 class RoutedExperts(nn.Module):
@@ -61,11 +61,11 @@ class RoutedExperts(nn.Module):
             if self.scale_input:
                 x_RH = x_RH * weight[rows]
             if self.observer is not None:
-                self.observer("gate_up", expert, x_RH)
+                self.observer("gate_up", expert, token[rows], x_RH)
             gate_RM, up_RM = F.linear(x_RH, self.gate_up[expert].to(x_RH.dtype)).chunk(2, dim=-1)
             h_RM = F.silu(gate_RM) * up_RM
             if self.observer is not None:
-                self.observer("down", expert, h_RM)
+                self.observer("down", expert, token[rows], h_RM)
             y_RH = F.linear(h_RM, self.down[expert].to(h_RM.dtype))
             if not self.scale_input:
                 y_RH = y_RH * weight[rows]

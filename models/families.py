@@ -37,17 +37,22 @@ def load_adapter(folder: Path) -> Adapter:
     raw = read_config(folder)
     model_type = raw.get("model_type")
     if raw.get("auto_map"):
+        wanted = ", ".join(sorted(raw["auto_map"])) if isinstance(raw["auto_map"], dict) else repr(raw["auto_map"])
         raise InputError(
-            f"{folder / 'config.json'} wants remote code (auto_map: {', '.join(sorted(raw['auto_map']))}), which "
+            f"{folder / 'config.json'} wants remote code (auto_map: {wanted}), which "
             "onecard never runs: use the family's plain checkpoint, or remove auto_map if transformers' own class fits"
         )
-    if model_type not in ADAPTERS:
+    if not isinstance(model_type, str) or model_type not in ADAPTERS:
         raise InputError(
             f"{folder / 'config.json'} has the unknown model type {model_type!r}; "
             f"onecard knows {', '.join(sorted(ADAPTERS))}"
         )
     try:
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        return ADAPTERS[model_type](config)
+        adapter = ADAPTERS[model_type](config)
+        if adapter.top_k > adapter.n_experts:
+            raise ValueError(f"{adapter.top_k} experts a token of {adapter.n_experts}")
+        adapter.expected()  # transformers finds most contradictions only when it builds the model
+        return adapter
     except Exception as error:  # transformers raises many kinds for a contradictory config
         raise InputError(f"{folder / 'config.json'} is not a valid {model_type} config: {error}") from error

@@ -82,22 +82,24 @@ class Llama4Adapter(Adapter):
                 ((f"{attn}q_proj", f"{attn}k_proj", f"{attn}v_proj"),),
                 (q, kv, kv),
                 c.hidden_size,
+                stage=0,
             ),
-            Site("self_attn.o", Role.ATTENTION, ((f"{attn}o_proj",),), (c.hidden_size,), q),
+            Site("self_attn.o", Role.ATTENTION, ((f"{attn}o_proj",),), (c.hidden_size,), q, stage=1),
         ]
 
-        def mlp(key: str, role: Role, names: list[str], width: int) -> None:
+        def mlp(key: str, role: Role, names: list[str], width: int, last_stage: int) -> None:
             gate_up = tuple((f"{n}gate_proj", f"{n}up_proj") for n in names)
             down = tuple((f"{n}down_proj",) for n in names)
-            sites.append(Site(f"{key}gate_up", role, gate_up, (width, width), c.hidden_size))
-            sites.append(Site(f"{key}down", role, down, (c.hidden_size,), width))
+            sites.append(Site(f"{key}gate_up", role, gate_up, (width, width), c.hidden_size, stage=2))
+            sites.append(Site(f"{key}down", role, down, (c.hidden_size,), width, last_stage, adds_to_residual=True))
 
         if self.is_moe(block):
-            mlp("feed_forward.shared_expert.", Role.SHARED, [f"{ff}shared_expert."], c.intermediate_size)
+            # The shared expert's down projection comes last: it sees every token and mends what the others left.
+            mlp("feed_forward.shared_expert.", Role.SHARED, [f"{ff}shared_expert."], c.intermediate_size, 4)
             experts = [f"{ff}experts.{e}." for e in range(self.n_experts)]
-            mlp("feed_forward.experts.", Role.EXPERT, experts, c.intermediate_size)
+            mlp("feed_forward.experts.", Role.EXPERT, experts, c.intermediate_size, 3)
         else:
-            mlp("feed_forward.", Role.MLP, [ff], c.intermediate_size_mlp)
+            mlp("feed_forward.", Role.MLP, [ff], c.intermediate_size_mlp, 3)
         return tuple(sites)
 
     def unit(self, module_name: str) -> str:

@@ -73,10 +73,10 @@ class Qwen3MoeAdapter(Adapter):
         gate_up = tuple((f"{n}gate_proj", f"{n}up_proj") for n in names)
         down = tuple((f"{n}down_proj",) for n in names)
         return (
-            Site("self_attn.qkv", Role.ATTENTION, (qkv,), (q, kv, kv), c.hidden_size),
-            Site("self_attn.o", Role.ATTENTION, ((f"{p}self_attn.o_proj",),), (c.hidden_size,), q),
-            Site(f"{key}gate_up", role, gate_up, (width, width), c.hidden_size),
-            Site(f"{key}down", role, down, (c.hidden_size,), width),
+            Site("self_attn.qkv", Role.ATTENTION, (qkv,), (q, kv, kv), c.hidden_size, stage=0),
+            Site("self_attn.o", Role.ATTENTION, ((f"{p}self_attn.o_proj",),), (c.hidden_size,), q, stage=1),
+            Site(f"{key}gate_up", role, gate_up, (width, width), c.hidden_size, stage=2),
+            Site(f"{key}down", role, down, (c.hidden_size,), width, 3, adds_to_residual=role is Role.MLP),
         )
 
     def unit(self, module_name: str) -> str:

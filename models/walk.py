@@ -21,8 +21,8 @@ from .adapter import Adapter, Site, read
 from .experts import RoutedExperts
 from .meta import materialize_buffers
 
-# (site, expert, rows [R, in]); the expert is 0 at a site that is no expert site.
-Observe = Callable[[Site, int, torch.Tensor], None]
+# (site, expert, token numbers [R] rising, rows [R, in]); the expert is 0 at a site that is no expert site.
+Observe = Callable[[Site, int, torch.Tensor, torch.Tensor], None]
 
 
 class _Recorder(nn.Module):
@@ -122,7 +122,7 @@ def run_block(block: nn.Module, hidden_NTH: torch.Tensor, call: dict[str, Any]) 
 
 @contextmanager
 def observed(adapter: Adapter, block: nn.Module, index: int, observe: Observe) -> Iterator[None]:
-    """While open, `observe(site, expert, rows [R, in])` is called with every site's real inputs (expert 0 if plain)."""
+    """While open, `observe(site, expert, tokens [R], rows [R, in])` is called with every site's real inputs."""
     sites: dict[str, Site] = {site.key: site for site in adapter.sites(index)}
     handles = []
     for site in sites.values():
@@ -131,13 +131,14 @@ def observed(adapter: Adapter, block: nn.Module, index: int, observe: Observe) -
         local = site.members[0][0].removeprefix(adapter.block_prefix(index))
 
         def hook(_module: nn.Module, args: tuple[Any, ...], site: Site = site) -> None:
-            observe(site, 0, args[0].reshape(-1, args[0].shape[-1]))
+            rows = args[0].reshape(-1, args[0].shape[-1])
+            observe(site, 0, torch.arange(len(rows), device=rows.device), rows)
 
         handles.append(block.get_submodule(local).register_forward_pre_hook(hook))
     stacks = expert_stacks(block)
     if stacks is not None:
         by_input = {key.rpartition(".")[2]: site for key, site in sites.items() if ".experts." in key}
-        stacks.observer = lambda name, expert, rows: observe(by_input[name], expert, rows)
+        stacks.observer = lambda name, expert, tokens, rows: observe(by_input[name], expert, tokens, rows)
     try:
         yield
     finally:

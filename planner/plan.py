@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import Any
 
 from ..core.layout import StoredTensor, file_bytes, shard_name, split_shards
 from ..core.scheme import Scheme
@@ -57,6 +58,19 @@ class Plan:
     def quantized_bits_per_weight(self) -> float:
         """Codes, scales and shapes of the quantized matrices over their weights."""
         return self.quantized_bytes * 8 / self.quantized_parameters
+
+    def facts(self) -> dict[str, Any]:
+        """What the record says of a plan."""
+        return {
+            "emitted_bytes": self.emitted_bytes,
+            "source_bytes": self.source_bytes,
+            "parameters": self.parameters,
+            "quantized_parameters": self.quantized_parameters,
+            "quantized_share": self.quantized_parameters / self.parameters,
+            "bits_per_weight": self.bits_per_weight,
+            "quantized_bits_per_weight": self.quantized_bits_per_weight,
+            "shards": len(self.shards),
+        }
 
     def tensors(self) -> Iterator[tuple[Shard, StoredTensor]]:
         for shard in self.shards:

@@ -58,26 +58,42 @@ def factor(moment_BII: torch.Tensor, damping: float) -> Factor:
     return Factor(upper, raised, len(todo))
 
 
-def gptq(
-    w_BOI: torch.Tensor,
-    moment_BII: torch.Tensor,
-    scale_BOG: torch.Tensor,
-    zero_BOG: torch.Tensor | None,
-    scheme: Scheme,
-    damping: float,
-    activation_order: bool = True,
-) -> tuple[QuantizedWeight, Factor]:
-    """Codes for `w_BOI` (fp32 or fp64) under fixed scales, minimising tr(E moment E^T) greedily by column."""
-    batch, outputs, inputs = w_BOI.shape
+@dataclass(frozen=True)
+class Prepared:
+    """What does not depend on the weights: the order of the columns [B, I] and the factor in that order."""
+
+    order_BI: torch.Tensor
+    factor: Factor
+
+
+def prepare(moment_BII: torch.Tensor, damping: float, activation_order: bool = True) -> Prepared:
+    """Order the columns by falling second moment (or not) and factor."""
+    batch, inputs = moment_BII.shape[:2]
     if activation_order:
         order_BI = torch.argsort(moment_BII.diagonal(dim1=-2, dim2=-1), dim=-1, descending=True, stable=True)
     else:
-        order_BI = torch.arange(inputs, device=w_BOI.device).expand(batch, inputs)
-    each = torch.arange(batch, device=w_BOI.device)
+        order_BI = torch.arange(inputs, device=moment_BII.device).expand(batch, inputs)
+    each = torch.arange(batch, device=moment_BII.device)
     ordered = moment_BII[each[:, None, None], order_BI[:, :, None], order_BI[:, None, :]]
-    factored = factor(ordered, damping)
-    del ordered
-    upper = factored.upper
+    return Prepared(order_BI, factor(ordered, damping))
+
+
+def zero_int(zero_BOG: torch.Tensor | None) -> torch.Tensor | None:
+    return None if zero_BOG is None else zero_BOG.to(torch.int8)
+
+
+def gptq(
+    w_BOI: torch.Tensor,
+    prepared: Prepared,
+    scale_BOG: torch.Tensor,
+    zero_BOG: torch.Tensor | None,
+    scheme: Scheme,
+) -> QuantizedWeight:
+    """Codes for `w_BOI` (fp32 or fp64) under fixed scales, minimising tr(E moment E^T) greedily by column."""
+    batch, outputs, inputs = w_BOI.shape
+    order_BI = prepared.order_BI
+    each = torch.arange(batch, device=w_BOI.device)
+    upper = prepared.factor.upper
     wt = w_BOI.transpose(1, 2)[each[:, None], order_BI].contiguous()  # [B, I, O], permuted: a copy of our own
     group_BI = order_BI // scheme.group_size
     scale_BGO = scale_BOG.to(wt.dtype).transpose(1, 2).contiguous()
@@ -103,5 +119,4 @@ def gptq(
     codes_BOI = torch.empty(w_BOI.shape, dtype=torch.int8, device=w_BOI.device)
     back = torch.argsort(order_BI, dim=-1)
     codes_BOI.copy_(codes_t[each[:, None], back].transpose(1, 2))
-    zero_int = None if zero_BOG is None else zero_BOG.to(torch.int8)
-    return QuantizedWeight(codes_BOI, scale_BOG, zero_int, scheme), factored
+    return QuantizedWeight(codes_BOI, scale_BOG, zero_int(zero_BOG), scheme)

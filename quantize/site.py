@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from ..core.scheme import QuantizedWeight, Scheme
-from .gptq import gptq
+from .gptq import Factor, gptq, prepare, zero_int
 from .grid import absmax_scales, round_to_nearest, searched_scales
+from .refine import damped, refine
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class Method:
     scale_search: bool = True
     damping: float = 0.01
     activation_order: bool = True
+    refine_rounds: int = 0
+    scale_trials: tuple[float, ...] = (1.0,)
 
     @property
     def needs_statistics(self) -> bool:
@@ -55,6 +58,43 @@ def cuts(batch: int, outputs: int, inputs: int, budget_bytes: int) -> Iterator[s
         yield slice(start, min(start + step, batch))
 
 
+def _best_of(
+    w_BOI: torch.Tensor,
+    moment_BII: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    scheme: Scheme,
+    method: Method,
+) -> tuple[QuantizedWeight, Factor]:
+    """GPTQ and refinement once for each multiple of the scales; every row keeps the trial that leaves it least error.
+
+    Rows are independent under the objective, and the search by the diagonal alone does not know how well GPTQ will make
+    up for a scale: the objective itself decides between a few.
+    """
+    objective = damped(moment_BII, method.damping)
+    prepared = prepare(moment_BII, method.damping, method.activation_order)
+    best: QuantizedWeight | None = None
+    least_BO = torch.empty(0)
+    for multiple in method.scale_trials:
+        tried = (scale.float() * multiple).to(scale.dtype)
+        weight = gptq(w_BOI, prepared, tried, zero, scheme)
+        if method.refine_rounds:
+            weight = refine(weight, w_BOI, objective, method.refine_rounds)
+        if len(method.scale_trials) == 1:
+            return weight, prepared.factor
+        e_BOI = w_BOI - weight.dequantize(w_BOI.dtype)
+        error_BO = (torch.bmm(e_BOI, objective) * e_BOI).sum(-1)
+        if best is None:
+            best, least_BO = weight, error_BO
+            continue
+        better = (error_BO < least_BO).unsqueeze(-1)
+        least_BO = torch.minimum(error_BO, least_BO)
+        codes = torch.where(better, weight.codes, best.codes)
+        best = QuantizedWeight(codes, torch.where(better, weight.scales, best.scales), zero_int(zero), scheme)
+    assert best is not None
+    return best, prepared.factor
+
+
 def quantize_batch(
     w_BOI: torch.Tensor,
     moment_BII: torch.Tensor | None,
@@ -73,7 +113,7 @@ def quantize_batch(
             scale, zero = searched_scales(w_BOI, importance, scheme, scale_dtype)
         else:
             scale, zero = absmax_scales(w_BOI, scheme, scale_dtype)
-        weight, factored = gptq(w_BOI, moment_BII, scale, zero, scheme, method.damping, method.activation_order)
+        weight, factored = _best_of(w_BOI, moment_BII, scale, zero, scheme, method)
         raised, diagonal = factored.damping_raised, factored.diagonal_fallbacks
     else:
         scale, zero = absmax_scales(w_BOI, scheme, scale_dtype)

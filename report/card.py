@@ -1,5 +1,7 @@
 """The card that ends a run, for people: drawn from the record alone."""
 
+from typing import Any
+
 from rich import box
 from rich.console import Console
 from rich.panel import Panel
@@ -15,6 +17,12 @@ FEW_DOCUMENTS = 20
 def size(count: float) -> str:
     """Decimal units, said as such: 64.9 GB, 4.4 MB."""
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
+
+
+def interval(kl: dict[str, Any]) -> str:
+    if kl["kl_low_nats"] is None:
+        return "no interval"
+    return f"95 %: {kl['kl_low_nats']:.5f} to {kl['kl_high_nats']:.5f}"
 
 
 def draw_card(record: RunRecord, out: str, console: Console) -> None:
@@ -44,8 +52,7 @@ def draw_card(record: RunRecord, out: str, console: Console) -> None:
     )
     grid.add_row(
         "KL(bf16 || int)",
-        f"{kl['kl_mean_nats']:.5f} nats a token (95 %: {kl['kl_low_nats']:.5f} to {kl['kl_high_nats']:.5f}, "
-        f"{kl['documents']} documents, {kl['tokens']:,} tokens)",
+        f"{kl['kl_mean_nats']:.5f} nats a token ({interval(kl)}, {kl['documents']} documents, {kl['tokens']:,} tokens)",
     )
     grid.add_row(
         "",
@@ -68,6 +75,8 @@ def draw_card(record: RunRecord, out: str, console: Console) -> None:
     grid.add_row("where", Text(out, overflow="fold"))
     if kl["documents"] < FEW_DOCUMENTS:
         grid.add_row("note", f"{kl['documents']} documents are too few for the interval to mean much")
+    if record.recipe.get("note"):
+        grid.add_row("note", Text(record.recipe["note"], style="yellow"))
     for warning in record.warnings:
         grid.add_row("warning", Text(warning, style="yellow"))
     console.print(Panel(grid, title=f"onecard {record.command}", box=box.ROUNDED, expand=False))

@@ -13,14 +13,18 @@ from .progress import clock
 
 
 def draw_plan(result: Any, tensors: bool, console: Console) -> None:
-    """`result` is pipeline.PlanResult."""
+    """`result` is inspection.PlanResult."""
     plan, cost = result.plan, result.cost
     if tensors:
-        table = Table("tensor", "dtype", "shape", "bytes", "file", box=box.SIMPLE_HEAD)
-        for shard, tensor in plan.tensors():
-            shape = " x ".join(map(str, tensor.shape))
-            table.add_row(tensor.name, tensor.dtype, shape, f"{tensor.nbytes:,}", shard.file)
-        console.print(table)
+        rows = [("tensor", "dtype", "shape", "bytes", "file")] + [
+            (tensor.name, tensor.dtype, " x ".join(map(str, tensor.shape)), f"{tensor.nbytes:,}", shard.file)
+            for shard, tensor in plan.tensors()
+        ]
+        name, dtype, shape, count, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
+        for row in rows:  # lines, not a table: a table would cut long names
+            console.print(
+                f"{row[0]:{name}}  {row[1]:{dtype}}  {row[2]:{shape}}  {row[3]:>{count}}  {row[4]}", soft_wrap=True
+            )
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column()
@@ -53,7 +57,7 @@ def draw_plan(result: Any, tensors: bool, console: Console) -> None:
 
 
 def draw_inspection(facts: dict[str, Any], console: Console) -> None:
-    """`facts` is what pipeline.inspect returns."""
+    """`facts` is what inspection.inspect returns."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column()

@@ -60,14 +60,10 @@ class Progress:
     def begin(self, stage: str, block: int | None = None) -> None:
         """A new stage; `block` when it is one of a walk over the blocks."""
         self._close_stage()
-        phase = stage.partition(":")[0] if block is not None else stage
-        if block is not None and (phase != self._phase or self.block is None):
-            if not (
-                self._phase in ("statistics", "quantize", "propagate")
-                and phase in ("statistics", "quantize", "propagate")
-            ):
-                self._phase_began, self._phase_first = time.monotonic(), block
-            self._phase = phase
+        # A walk over the blocks has several stages a block; the ETA is that of the walk.
+        phase = stage.partition(":")[0] if ":" in stage else "quantize"
+        if block is not None and phase != self._phase:
+            self._phase, self._phase_began, self._phase_first = phase, time.monotonic(), block
         changed = stage != self.stage
         self.stage, self.block, self._tokens = stage, block, 0
         if self._live is None and not self.quiet:
@@ -75,6 +71,11 @@ class Progress:
             if now - self._last_plain >= PLAIN_SECONDS or (block is None and changed) or self._last_plain == 0.0:
                 self._last_plain = now
                 self.console.print(Text(self._line()), soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """Said at once, and again on the card."""
+        if not self.quiet:
+            self.console.print(Text(f"warning: {text}", style="yellow"), soft_wrap=True)
 
     def advance(self, tokens: int) -> None:
         self._tokens += tokens

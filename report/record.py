@@ -13,7 +13,9 @@ FILE_NAME = "onecard.json"
 
 @dataclass
 class RunRecord:
-    """Filled while a run goes on. `blocks` holds one entry a block: rows by expert, output errors by site."""
+    """Filled while a run goes on. `blocks` holds one entry a block: rows by expert, output errors by site.
+    `identity` is all that the emitted bytes depend on.
+    """
 
     command: str
     onecard: str
@@ -22,6 +24,7 @@ class RunRecord:
     texts: dict[str, Any] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    identity: dict[str, str] = field(default_factory=dict)
     blocks: list[dict[str, Any]] = field(default_factory=list)
     fallbacks: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)

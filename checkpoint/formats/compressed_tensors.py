@@ -114,8 +114,14 @@ def read_schemes(block: dict[str, Any]) -> dict[str, Scheme]:
 
 
 def scheme_of(stem: str, shape_of: Callable[[str], tuple[int, ...]], names: Any, bits_known: int) -> Scheme:
-    """The scheme of one stored weight from its shapes: group size from the scales, symmetry from the zero point."""
-    outputs_scale, groups = shape_of(f"{stem}.{SCALE}")
-    inputs = shape_of(f"{stem}.{PACKED}")[1] * (32 // bits_known)
-    assert outputs_scale == shape_of(f"{stem}.{PACKED}")[0]
+    """The scheme of one stored weight from its shapes: group size from the scales, symmetry from the zero point.
+
+    Raises ValueError with one line when codes and scales do not belong together.
+    """
+    codes, scales = shape_of(f"{stem}.{PACKED}"), shape_of(f"{stem}.{SCALE}")
+    if len(codes) != 2 or len(scales) != 2 or codes[0] != scales[0]:
+        raise ValueError(f"has codes {list(codes)} and scales {list(scales)}")
+    inputs, groups = codes[1] * (32 // bits_known), scales[1]
+    if groups == 0 or inputs % groups:
+        raise ValueError(f"has {groups} groups for {inputs} inputs")
     return Scheme(bits_known, inputs // groups, f"{stem}.{ZERO}" not in names)

@@ -1,0 +1,22 @@
+"""The picture of the card in the README: `python benchmarks/card_svg.py out/demo-int4 docs/card.svg`."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from onecard.report.card import draw_card
+from onecard.report.record import FILE_NAME, RunRecord
+
+
+def main(out: str, picture: str) -> None:
+    record = RunRecord(**json.loads((Path(out) / FILE_NAME).read_text(encoding="utf-8")))
+    console = Console(record=True, width=118, file=io.StringIO(), force_terminal=True)
+    draw_card(record, out, console)
+    Path(picture).write_text(console.export_svg(title="onecard"), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3])

@@ -1,0 +1,85 @@
+"""Refinement after GPTQ: scales refitted by least squares and codes improved by coordinate descent, alternated.
+
+Both steps lower the same quadratic J = tr(E S E^T), E = W - Q, and neither ever raises it:
+
+- scale of a group: J is a parabola in it; its minimum is s + (c G) / (c S_gg c^T), with c the group's codes (less the
+  zero point) and G = E S. The new scale is rounded to its stored dtype and kept only if J falls.
+- code of a column: with all others fixed the best real value is q_j + G_j / S_jj, and the nearest code to it is the
+  best code, since J is a parabola here too.
+
+GPTQ fixes a code once and never looks back; a sweep lets early columns answer to what later ones left. (Coordinate
+descent on this objective: Behdin et al., QuantEase, arXiv 2309.01885.)
+
+Shape legend: B experts, O outputs, I inputs, G groups; t marks a transposed matrix [B, I, O].
+"""
+
+import torch
+
+from ..core.scheme import QuantizedWeight
+from .gptq import BLOCK_COLUMNS
+from .grid import TINY_SCALE, round_codes
+
+
+def damped(moment_BII: torch.Tensor, damping: float) -> torch.Tensor:
+    """The moment with `damping` x mean diagonal added to its diagonal: the objective that GPTQ minimises."""
+    mean = moment_BII.diagonal(dim1=-2, dim2=-1).mean(-1)
+    eye = torch.eye(moment_BII.shape[-1], device=moment_BII.device, dtype=moment_BII.dtype)
+    return moment_BII + (damping * mean)[:, None, None] * eye
+
+
+def refine(weight: QuantizedWeight, w_BOI: torch.Tensor, moment_BII: torch.Tensor, rounds: int) -> QuantizedWeight:
+    """`rounds` times: refit every scale, then sweep every column. `moment_BII` must have a positive diagonal."""
+    scheme = weight.scheme
+    codes_t = weight.codes.to(w_BOI.dtype).transpose(1, 2).contiguous()
+    scale_BGO = weight.scales.to(w_BOI.dtype).transpose(1, 2).contiguous()
+    zero_BGO = None if weight.zero_points is None else weight.zero_points.to(w_BOI.dtype).transpose(1, 2).contiguous()
+    value_t = weight.dequantize(w_BOI.dtype).transpose(1, 2)
+    gradient_t = torch.bmm(moment_BII, w_BOI.transpose(1, 2) - value_t)  # S is symmetric: (E S)^T = S E^T
+    group = scheme.group_size
+    for _ in range(rounds):
+        for g in range(scale_BGO.shape[1]):
+            columns = slice(g * group, (g + 1) * group)
+            c = codes_t[:, columns] if zero_BGO is None else codes_t[:, columns] - zero_BGO[:, g, None]
+            slope = (c * gradient_t[:, columns]).sum(1)
+            curvature = (c * torch.bmm(moment_BII[:, columns, columns], c)).sum(1)
+            old = scale_BGO[:, g]
+            new = old + slope / curvature.clamp_min(torch.finfo(c.dtype).tiny)
+            new = new.clamp_min(TINY_SCALE).to(weight.scales.dtype).to(c.dtype)
+            change = new - old
+            change = torch.where(change * (change * curvature - 2 * slope) < 0, change, 0.0)
+            scale_BGO[:, g] = old + change
+            gradient_t.baddbmm_(moment_BII[:, :, columns], c * change[:, None], alpha=-1)
+        _sweep(codes_t, scale_BGO, zero_BGO, gradient_t, moment_BII, weight)
+    scales = scale_BGO.transpose(1, 2).contiguous().to(weight.scales.dtype)
+    codes = codes_t.transpose(1, 2).contiguous().to(torch.int8)
+    return QuantizedWeight(codes, scales, weight.zero_points, scheme)
+
+
+def _sweep(
+    codes_t: torch.Tensor,
+    scale_BGO: torch.Tensor,
+    zero_BGO: torch.Tensor | None,
+    gradient_t: torch.Tensor,
+    moment_BII: torch.Tensor,
+    weight: QuantizedWeight,
+) -> None:
+    """One pass of coordinate descent over all columns; codes and gradient are changed in place."""
+    inputs, group = codes_t.shape[1], weight.scheme.group_size
+    for begin in range(0, inputs, BLOCK_COLUMNS):
+        end = min(begin + BLOCK_COLUMNS, inputs)
+        local = gradient_t[:, begin:end].clone()
+        moves = torch.zeros_like(local)
+        for j in range(end - begin):
+            column = begin + j
+            scale = scale_BGO[:, column // group]
+            zero = None if zero_BGO is None else zero_BGO[:, column // group]
+            old = codes_t[:, column]
+            value = (old if zero is None else old - zero) * scale
+            best = value + local[:, j] / moment_BII[:, column, column, None]
+            new = round_codes(best, scale, zero, weight.scheme)
+            move = (new - old) * scale
+            codes_t[:, column] = new
+            moves[:, j] = move
+            if j + 1 < end - begin:
+                local[:, j + 1 :].baddbmm_(moment_BII[:, column, begin + j + 1 : end, None], move[:, None], alpha=-1)
+        gradient_t.baddbmm_(moment_BII[:, :, begin:end], moves, alpha=-1)

@@ -1,0 +1,145 @@
+"""Refinement and reference correction against slow, obvious twins in fp64."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from onecard.calibration.moments import SiteMoments
+from onecard.core.scheme import QuantizedWeight, Scheme
+from onecard.quantize.correction import corrected
+from onecard.quantize.grid import absmax_scales, round_to_nearest
+from onecard.quantize.refine import damped, refine
+from onecard.quantize.site import Method, quantize_batch
+
+
+def problem(seed: int, batch: int = 2, outputs: int = 6, inputs: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and the damped second moment of correlated inputs, fp64."""
+    g = torch.Generator().manual_seed(seed)
+    w = torch.randn(batch, outputs, inputs, generator=g, dtype=torch.float64)
+    mix = torch.randn(inputs, inputs, generator=g, dtype=torch.float64) / inputs**0.5
+    x = torch.randn(batch, 3 * inputs, inputs, generator=g, dtype=torch.float64) @ mix
+    return w, damped(x.transpose(1, 2) @ x / x.shape[1], 0.01)
+
+
+def objective(weight: QuantizedWeight, w: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+    """tr(E S E^T) of each matrix, row by row."""
+    e = w - weight.dequantize(torch.float64)
+    return torch.stack([sum((row @ moment[b] @ row for row in e[b]), torch.zeros(())) for b in range(len(w))])
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+@given(seed=st.integers(0, 10_000))
+@settings(max_examples=15, deadline=None)
+def test_no_round_ever_raises_the_objective(bits: int, symmetric: bool, seed: int) -> None:
+    w, moment = problem(seed)
+    scheme = Scheme(bits, 16, symmetric)
+    start = round_to_nearest(w, *absmax_scales(w, scheme, torch.bfloat16), scheme)
+    values = [objective(refine(start, w, moment, rounds), w, moment) for rounds in range(4)]
+    assert torch.equal(values[0], objective(start, w, moment))
+    for before, after in pairwise(values):
+        assert (after <= before * (1 + 1e-12)).all()
+    assert (values[3] < values[0]).all(), "round-to-nearest is never a minimum for correlated inputs"
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_many_rounds_end_where_no_single_code_can_be_bettered(symmetric: bool) -> None:
+    w, moment = problem(3, batch=1, outputs=3, inputs=32)
+    scheme = Scheme(4, 16, symmetric)
+    start = round_to_nearest(w, *absmax_scales(w, scheme, torch.bfloat16), scheme)
+    end = refine(start, w, moment, 60)
+    assert torch.equal(end.codes, refine(start, w, moment, 61).codes), "not yet at rest"
+    least = float(objective(end, w, moment))
+    for o in range(3):
+        for i in range(32):
+            for code in range(scheme.code_min, scheme.code_max + 1):
+                codes = end.codes.clone()
+                codes[0, o, i] = code
+                other = QuantizedWeight(codes, end.scales, end.zero_points, scheme)
+                assert float(objective(other, w, moment)) >= least * (1 - 1e-12)
+
+
+def test_a_batch_is_refined_as_each_matrix_alone_and_scales_stay_in_their_dtype() -> None:
+    w, moment = problem(5, batch=3)
+    scheme = Scheme(4, 32)
+    start = round_to_nearest(w, *absmax_scales(w, scheme, torch.bfloat16), scheme)
+    together = refine(start, w, moment, 2)
+    assert together.scales.dtype == torch.bfloat16
+    assert int(together.codes.min()) >= -8
+    assert int(together.codes.max()) <= 7
+    for b in range(3):
+        part = slice(b, b + 1)
+        one = QuantizedWeight(start.codes[part], start.scales[part], None, scheme)
+        alone = refine(one, w[part], moment[part], 2)
+        assert torch.equal(alone.codes[0], together.codes[b])
+        assert torch.equal(alone.scales[0], together.scales[b])
+
+
+def test_refined_gptq_is_better_than_gptq() -> None:
+    w, moment = problem(7, outputs=24, inputs=128)
+    plain = quantize_batch(w.float(), moment.float(), Scheme(4, 64), Method("gptq"), torch.bfloat16)
+    refined = quantize_batch(w.float(), moment.float(), Scheme(4, 64), Method("gptq", refine_rounds=2), torch.bfloat16)
+    assert all(after < before for before, after in zip(plain.output_error, refined.output_error, strict=True))
+
+
+def streams(seed: int, rows: int = 200, inputs: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    reference = torch.randn(rows, inputs, generator=g, dtype=torch.float64)
+    return reference, reference + 0.1 * reference.roll(1, 1) + 0.05 * torch.randn(rows, inputs, generator=g)
+
+
+def test_correction_is_the_ridge_least_squares_solution() -> None:
+    reference, x = streams(0)
+    w = torch.randn(1, 5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    moment, shift = x.T @ x / 200, (reference - x).T @ x / 200
+    ridge = 0.02
+    found = corrected(w, moment[None], w @ shift, torch.tensor([ridge]))[0]
+    # min |W' X - W R|^2 / n + r |W' - W|^2 as one stacked least-squares problem.
+    r = ridge * float(moment.diagonal().mean())
+    stacked = torch.cat([x / 200**0.5, r**0.5 * torch.eye(24, dtype=torch.float64)])
+    wanted = torch.cat([reference @ w[0].T / 200**0.5, r**0.5 * w[0].T])
+    expected = torch.linalg.lstsq(stacked, wanted).solution.T
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    before = ((x - reference) @ w[0].T).square().mean()
+    after = (x @ found.T - reference @ w[0].T).square().mean()
+    assert after < 0.5 * before
+
+
+def test_equal_streams_and_hopeless_moments_leave_the_weights_alone() -> None:
+    w = torch.randn(2, 5, 24)
+    moment = torch.eye(24).expand(2, 24, 24).clone()
+    assert torch.equal(corrected(w, moment, torch.zeros(2, 5, 24), torch.full((2,), 0.01)), w)
+    moment[1] = -moment[1]  # cannot be factored
+    out = corrected(w, moment, torch.ones(2, 5, 24), torch.full((2,), 0.01))
+    assert not torch.equal(out[0], w[0])
+    assert torch.equal(out[1], w[1])
+
+
+def test_miss_counts_common_rows_over_all_rows() -> None:
+    reference, x = streams(4)
+    moments = SiteMoments(2, 24, torch.device("cpu"), miss_rows=24)
+    moments.add(0, x)
+    moments.add_miss(0, x[:150], reference[:150] - x[:150])  # 50 rows went to another expert in the reference
+    tau = 0.1 * 24
+    expected = (reference[:150] - x[:150]).T @ x[:150] / (200 + tau)  # 200 / (200 + tau) of the mean over 200
+    miss = moments.miss(0.1, slice(0, 2))
+    assert miss is not None
+    torch.testing.assert_close(miss[0].double(), expected, rtol=1e-4, atol=1e-6)
+    assert torch.equal(miss[1], torch.zeros(24, 24)), "an expert without rows is not corrected"
+    assert SiteMoments(2, 24, torch.device("cpu")).miss(0.1, slice(0, 2)) is None
+
+
+def test_weights_count_as_repetitions_would() -> None:
+    """A row of weight 3 among rows of weight 1 is that row three times, but for the count of rows."""
+    _, x = streams(6, rows=40)
+    weight = torch.ones(40)
+    weight[7] = 3
+    weighted, repeated = SiteMoments(1, 24, torch.device("cpu")), SiteMoments(1, 24, torch.device("cpu"))
+    weighted.add(0, x, weight)
+    repeated.add(0, torch.cat([x, x[7:8], x[7:8]]))
+    one = slice(0, 1)
+    torch.testing.assert_close(weighted.shrunk(0.1, one), repeated.shrunk(0.1, one))
+    assert weighted.rows == [40]

@@ -1,0 +1,302 @@
+"""The walk gives the logits that transformers gives on the whole model (invariant 1), and nothing of it stays behind.
+
+The twin is the transformers model itself, in fp32, one row at a time, with the weights that were written to disk.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Llama4ForConditionalGeneration
+
+import babies
+from onecard.checkpoint.source import open_folder
+from onecard.core.rows import Row, batches
+from onecard.core.tensors import Index, TensorInfo, TensorSource
+from onecard.models.adapter import Adapter, Site, read
+from onecard.models.families import load_adapter
+from onecard.models.walk import Calls, Embedder, expert_stacks, final_norm, load_block, observed, run_block
+
+CPU = torch.device("cpu")
+FAMILIES = ("scout", "maverick", "maverick-as-published", "llama4-text", "qwen3", "qwen3-tied")
+IMAGE_TOKENS = 4  # the babies' tile: (16 / 4)^2 patches, shuffled 2 x 2 into one
+
+
+def make_variant(family: str) -> tuple[Any, dict[str, torch.Tensor]]:
+    """(model, its tensors as stored). Two variants have settings that babies.py lacks and published models have."""
+    if family == "maverick-as-published":  # no QK norm, plain RoPE
+        config = babies.llama4_config(moe_step=2)
+        config.text_config.use_qk_norm = False
+        config.text_config.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+        model: Any = Llama4ForConditionalGeneration(config).float().eval()
+    elif family == "qwen3-tied":  # tied head, routing weights as the softmax left them, every second block sparse
+        config = babies.qwen3_config(layers=4)
+        config.tie_word_embeddings, config.norm_topk_prob = True, False
+        config.mlp_only_layers, config.decoder_sparse_step = [], 2
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    else:
+        model = babies.make_model(family)
+        return model, babies.split_experts(model.state_dict()) if family == "qwen3" else model.state_dict()
+    babies.randomize(model, seed=1)
+    state = model.state_dict()
+    if family == "qwen3-tied":
+        state = babies.split_experts({name: t for name, t in state.items() if name != "lm_head.weight"})
+    return model, state
+
+
+def make_rows(adapter: Adapter) -> list[Row]:
+    """Several rows of a length; lengths below, at, just over and far over the attention chunk of 8; some images."""
+    generator = torch.Generator().manual_seed(7)
+    rows = []
+    for number, length in enumerate([33, 33, 8, 9, 9, 33, 5, 1]):
+        tokens = torch.randint(3, 240, (length,), generator=generator)
+        pixels = None
+        if adapter.has_vision and number in (0, 3, 5):
+            images = 2 if number == 5 else 1
+            pixels = torch.randn(images, 3, 16, 16, generator=generator)
+            for image in range(images):
+                start = 2 + image * (IMAGE_TOKENS + 3)
+                tokens[start : start + IMAGE_TOKENS] = babies.PATCH
+        rows.append(Row(f"row-{number}", "text", tokens, pixels))
+    return rows
+
+
+def walk_logits(
+    adapter: Adapter, source: TensorSource, rows: list[Row], batch_tokens: int = 70, dtype: torch.dtype = torch.float32
+) -> list[torch.Tensor]:
+    """Logits [T, V] of each row, by the walk's own pieces."""
+    groups = batches(rows, batch_tokens)
+    embedder = Embedder(adapter, source, rows, CPU, dtype)
+    hidden = [embedder.batch(numbers) for numbers in groups]
+    calls = Calls(adapter, CPU, dtype)
+    for index in range(adapter.n_blocks):
+        block = load_block(adapter, source, index, CPU, dtype)
+        hidden = [run_block(block, h, calls.of(h.shape[1])[index]) for h in hidden]
+    norm, head = final_norm(adapter, source, CPU, dtype), read(adapter, source, adapter.head_name).to(dtype)
+    logits: dict[int, torch.Tensor] = {}
+    with torch.inference_mode():
+        for numbers, h in zip(groups, hidden, strict=True):
+            logits |= dict(zip(numbers, norm(h) @ head.T, strict=True))
+    return [logits[n] for n in range(len(rows))]
+
+
+def whole_logits(model: Any, row: Row) -> torch.Tensor:
+    """Logits [T, V] of one row, by transformers."""
+    inputs: dict[str, Any] = {"input_ids": row.tokens[None]}
+    if row.pixels is not None:
+        inputs["pixel_values"] = row.pixels.to(model.dtype)
+    with torch.inference_mode():
+        return model(**inputs, use_cache=False).logits[0]
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference over the largest value of b."""
+    assert a.shape == b.shape
+    return float((a.double() - b.double()).abs().max() / b.double().abs().max())
+
+
+@dataclass
+class Pair:
+    """One family: the model in memory and the same weights on disk."""
+
+    family: str
+    model: Any
+    folder: Path
+    adapter: Adapter
+    source: TensorSource
+    rows: list[Row] = field(default_factory=list)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    model, state = make_variant(request.param)
+    folder = babies.save(tmp_path_factory.mktemp(request.param), model.config, state)
+    model.config.dtype = torch.float32
+    adapter = load_adapter(folder)
+    return Pair(request.param, model, folder, adapter, open_folder(folder), make_rows(adapter))
+
+
+def test_logits_equal_the_whole_models(pair: Pair) -> None:
+    got = walk_logits(pair.adapter, pair.source, pair.rows)
+    for row, logits in zip(pair.rows, got, strict=True):
+        assert relative(logits, whole_logits(pair.model, row)) < 1e-5, row.document
+
+
+def test_a_batch_of_rows_gives_what_each_row_gives_alone(pair: Pair) -> None:
+    together = walk_logits(pair.adapter, pair.source, pair.rows, batch_tokens=10_000)
+    alone = walk_logits(pair.adapter, pair.source, pair.rows, batch_tokens=1)
+    assert max(len(group) for group in batches(pair.rows, 10_000)) == 3
+    for a, b in zip(together, alone, strict=True):
+        assert relative(a, b) < 1e-5
+
+
+def test_the_first_token_and_the_images_show_in_the_last_logits(pair: Pair) -> None:
+    """Guards the tests above: were context or pixels ignored on both sides, they would prove little."""
+    row = pair.rows[0]
+    changed = [Row("first", "text", torch.cat([row.tokens[:1] + 1, row.tokens[1:]]), row.pixels)]
+    if row.pixels is not None:
+        changed.append(Row("blank", "text", row.tokens, torch.zeros_like(row.pixels)))
+    as_is, *others = (walk_logits(pair.adapter, pair.source, [r])[0] for r in (row, *changed))
+    for other, same_until in zip(others, (0, 2), strict=False):
+        assert relative(as_is[-1:], other[-1:]) > 1e-3
+        if same_until:
+            assert relative(as_is[:same_until], other[:same_until]) < 1e-5, "nothing is seen before it comes"
+    assert len(row.tokens) > 4 * getattr(pair.adapter.text_config, "attention_chunk_size", 0)
+
+
+@pytest.mark.parametrize("family", ["scout", "qwen3"])
+def test_a_sharded_checkpoint_gives_the_same_bits(family: str, tmp_path: Path) -> None:
+    one = babies.make_baby(tmp_path / "one", family)
+    many = babies.make_baby(tmp_path / "many", family, shards=5)
+    assert len(list(many.glob("*.safetensors"))) == 5
+    adapter = load_adapter(many)
+    rows = make_rows(adapter)
+    whole, sharded = (walk_logits(adapter, open_folder(folder), rows) for folder in (one, many))
+    for a, b in zip(whole, sharded, strict=True):
+        assert torch.equal(a, b)
+
+
+@dataclass
+class Spy:
+    """A TensorSource that writes down what is read."""
+
+    inner: TensorSource
+    reads: list[tuple[str, Index]] = field(default_factory=list)
+
+    @property
+    def names(self) -> Collection[str]:
+        return self.inner.names
+
+    def info(self, name: str) -> TensorInfo:
+        return self.inner.info(name)
+
+    def get(self, name: str, index: Index = ()) -> torch.Tensor:
+        self.reads.append((name, index))
+        return self.inner.get(name, index)
+
+
+def test_a_block_reads_its_own_tensors_and_experts_one_by_one(pair: Pair) -> None:
+    for index in range(pair.adapter.n_blocks):
+        spy = Spy(pair.source)
+        load_block(pair.adapter, spy, index, CPU, torch.float32)
+        prefix = pair.adapter.block_prefix(index)
+        assert {name for name, _ in spy.reads} == {n for n in pair.source.names if n.startswith(prefix)}
+        assert len(set(map(str, spy.reads))) == len(spy.reads), "nothing is read twice"
+        for name, where in spy.reads:
+            if name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+                assert isinstance(where[0], int), f"{name} is fused: one expert at a time"
+
+
+def test_loaded_blocks_hold_no_gradients_and_nothing_on_meta(pair: Pair) -> None:
+    for index in range(pair.adapter.n_blocks):
+        block = load_block(pair.adapter, pair.source, index, CPU, torch.bfloat16)
+        for name, parameter in block.named_parameters():
+            assert (parameter.device, parameter.dtype, parameter.requires_grad) == (CPU, torch.bfloat16, False), name
+        assert not [name for name, buffer in block.named_buffers() if buffer.is_meta]
+
+
+# Observing
+
+
+def hooks_left(module: torch.nn.Module) -> list[str]:
+    found = [n for n, m in module.named_modules() if m._forward_pre_hooks or m._forward_hooks]
+    stacks = expert_stacks(module)
+    return found + (["observer"] if stacks is not None and stacks.observer is not None else [])
+
+
+Seen = tuple[torch.Tensor, torch.Tensor]  # token numbers [R], rows [R, in]
+
+
+def observe_all(pair: Pair, row: Row) -> dict[tuple[int, str, int], Seen]:
+    """(block, site key, expert) -> what the walk's observer is told."""
+    seen: dict[tuple[int, str, int], Seen] = {}
+    hidden = Embedder(pair.adapter, pair.source, [row], CPU, torch.float32).batch([0])
+    calls = Calls(pair.adapter, CPU, torch.float32)
+    for index in range(pair.adapter.n_blocks):
+        block = load_block(pair.adapter, pair.source, index, CPU, torch.float32)
+
+        def observe(site: Site, expert: int, tokens: torch.Tensor, rows: torch.Tensor, index: int = index) -> None:
+            assert (index, site.key, expert) not in seen
+            seen[index, site.key, expert] = tokens, rows
+
+        with observed(pair.adapter, block, index, observe):
+            hidden = run_block(block, hidden, calls.of(hidden.shape[1])[index])
+        assert hooks_left(block) == []
+    return seen
+
+
+def transformers_inputs(pair: Pair, row: Row) -> dict[tuple[int, str], Any]:
+    """(block, module path inside the block) -> arguments, by hooks on the whole model."""
+    caught: dict[tuple[int, str], Any] = {}
+    text = pair.model.language_model.model if hasattr(pair.model, "language_model") else pair.model.model
+    handles = []
+    for index, layer in enumerate(text.layers):
+        for path, module in layer.named_modules():
+
+            def hook(_: Any, args: Any, key: tuple[int, str] = (index, path)) -> None:
+                caught[key] = tuple(a.detach().clone() for a in args if isinstance(a, torch.Tensor))
+
+            handles.append(module.register_forward_pre_hook(hook))
+    whole_logits(pair.model, row)
+    for handle in handles:
+        handle.remove()
+    return caught
+
+
+def expert_rows(pair: Pair, caught: dict[tuple[int, str], Any], block: int) -> dict[int, Seen]:
+    """What transformers feeds each expert of a block, without the rows of zeros that Llama 4's code adds."""
+    if pair.adapter.family == "llama4":
+        (routed,) = caught[block, "feed_forward.experts"]
+        inputs = list(routed.unflatten(0, (pair.adapter.n_experts, -1)))
+        mine = [rows.abs().sum(-1) > 0 for rows in inputs]
+    else:
+        hidden, chosen, _ = caught[block, "mlp.experts"]
+        mine = [(chosen == e).any(-1) for e in range(pair.adapter.n_experts)]
+        inputs = [hidden] * pair.adapter.n_experts
+    return {e: (mask.nonzero()[:, 0], inputs[e][mask]) for e, mask in enumerate(mine) if mask.any()}
+
+
+def test_observers_see_what_transformers_feeds_each_weight(pair: Pair) -> None:
+    row = pair.rows[1]
+    seen, caught = observe_all(pair, row), transformers_inputs(pair, row)
+    sites = {(b, s.key): s for b in range(pair.adapter.n_blocks) for s in pair.adapter.sites(b)}
+    assert {key[:2] for key in seen} == set(sites)
+    for (block, key, expert), (tokens, rows) in seen.items():
+        site = sites[block, key]
+        assert rows.shape[1] == site.in_features
+        if ".experts." not in key:
+            path = site.members[0][0].removeprefix(pair.adapter.block_prefix(block))
+            assert expert == 0
+            twin = caught[block, path][0].flatten(0, -2)
+            their_tokens = torch.arange(len(row.tokens))
+        else:
+            their_tokens, twin = expert_rows(pair, caught, block)[expert]
+        assert torch.equal(tokens, their_tokens)
+        if not key.endswith("experts.down"):  # there transformers has nothing to hook: test_experts.py computes it
+            assert relative(rows, twin) < 1e-5, (block, key, expert)
+    for block, key in sites:
+        if ".experts." in key:
+            got = {e: len(rows) for (b, k, e), (_, rows) in seen.items() if (b, k) == (block, key)}
+            assert got == {e: len(rows) for e, (_, rows) in expert_rows(pair, caught, block).items()}
+            assert sum(got.values()) == len(row.tokens) * pair.adapter.top_k
+
+
+def test_nothing_is_left_hooked_even_after_a_failure(pair: Pair) -> None:
+    block = load_block(pair.adapter, pair.source, 0, CPU, torch.float32)
+    hidden = torch.randn(2, 9, pair.adapter.hidden_size)
+    call = Calls(pair.adapter, CPU, torch.float32).of(9)[0]
+
+    def fail(site: Site, expert: int, tokens: torch.Tensor, rows: torch.Tensor) -> None:
+        raise RuntimeError(site.key)
+
+    watch = observed(pair.adapter, block, 0, fail)
+    with pytest.raises(RuntimeError, match=r"self_attn\.qkv"), watch:
+        run_block(block, hidden, call)
+    assert hooks_left(block) == []
+    before = run_block(block, hidden, call)
+    with observed(pair.adapter, block, 0, lambda *_: None):
+        during = run_block(block, hidden, call)
+    assert torch.equal(before, during), "watching changes nothing"
