@@ -26,9 +26,19 @@ from . import files
 STATE = "state.json"
 
 
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        assert isinstance(state["done"], int)
+        assert isinstance(state["identity"], dict)
+    except (ValueError, KeyError, TypeError, AssertionError):
+        raise InputError(f"{path / STATE} is damaged: start anew with --overwrite") from None
+    return dict(state)
+
+
 def has_run(path: Path) -> bool:
-    """Whether `path` holds a run that was begun and not removed."""
-    return (path / STATE).exists()
+    """Whether `path` holds a run that is not over. Raises InputError when its state is damaged."""
+    return (path / STATE).exists() and not _read_state(path).get("over")
 
 
 def refuse_changed(old: dict[str, str], new: dict[str, str], where: Path) -> None:
@@ -53,10 +63,12 @@ class WorkDir:
         """Raises InputError when another run holds the folder, when it is not empty and neither flag was given, or
         when a resumed run is not the run that was begun (saying what changed)."""
         self.path = path
-        occupied = path.is_dir() and any(p.name != "lock" for p in path.iterdir())
         if path.exists() and not path.is_dir():
             raise InputError(f"the work directory {path} is a file: name another with --work")
-        if occupied and not (path / STATE).exists() and not (path / "lock").exists():
+        names = {p.name for p in path.iterdir()} if path.is_dir() else set()
+        occupied = bool(names - {"lock"})
+        # The state is the first thing that is written and the last that is removed.
+        if occupied and not names >= {"lock", STATE} and names != {"lock", STATE + files.TEMPORARY}:
             raise InputError(f"{path} is not empty and is no work directory of onecard: name another with --work")
         files.make_folder(path)
         self._lock = self._acquire()
@@ -66,11 +78,11 @@ class WorkDir:
                     f"the work directory {path} holds an unfinished run: go on with --resume, or start anew with "
                     "--overwrite"
                 )
-            if overwrite:
+            if overwrite or not has_run(path):
                 self.clear()
             self.state: dict[str, Any] = {"identity": identity, "done": 0}
-            if (path / STATE).exists():
-                self.state = self._read_state()
+            if has_run(path):
+                self.state = _read_state(path)
                 refuse_changed(self.state["identity"], identity, path)
             else:
                 self._write_state()
@@ -90,15 +102,6 @@ class WorkDir:
                 "folder with --work"
             ) from None
         return lock
-
-    def _read_state(self) -> dict[str, Any]:
-        try:
-            state = json.loads((self.path / STATE).read_text(encoding="utf-8"))
-            assert isinstance(state["done"], int)
-            assert isinstance(state["identity"], dict)
-        except (ValueError, KeyError, TypeError, AssertionError):
-            raise InputError(f"{self.path / STATE} is damaged: start anew with --overwrite") from None
-        return dict(state)
 
     def _write_state(self) -> None:
         files.write_json(self.path / STATE, self.state)
@@ -136,7 +139,9 @@ class WorkDir:
         return folder
 
     def remove(self) -> None:
-        """The run is finished, or was refused: the folder goes."""
+        """The run is finished, or was refused: the folder goes. What a kill leaves of it is no run any more."""
+        self.state["over"] = True
+        self._write_state()
         self.clear()
         (self.path / "lock").unlink()
         self.path.rmdir()

@@ -486,9 +486,11 @@ def test_nothing_began(run: Run, whole: Contents) -> None:
 @pytest.mark.parametrize("flags", [[], ["--resume"], ["--overwrite"]], ids=lambda f: "".join(f) or "fresh")
 def test_work_is_a_folder_of_somebody_else(run: Run, refused: Check, flags: list[str]) -> None:
     run.work.mkdir()
-    (run.work / "thesis.txt").write_text("mine")
-    refused(run(*flags), run.work, "--work")
-    assert contents(run.work) == {"thesis.txt": b"mine"}
+    for name in ("thesis.txt", "lock"):
+        (run.work / name).write_text("mine")
+        before = contents(run.work)
+        refused(run(*flags), run.work, "--work")
+        assert contents(run.work) == before
     assert not run.out.exists()
 
 
