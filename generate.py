@@ -13,6 +13,7 @@ from .prepare import open_model
 
 def load_with_transformers(path: Path, dtype: torch.dtype | str = "auto") -> Any:
     """The checkpoint as transformers' own class, dequantized to `dtype` when it is loaded."""
+    import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, CompressedTensorsConfig
 
     config = AutoConfig.from_pretrained(str(path), local_files_only=True)
@@ -21,7 +22,16 @@ def load_with_transformers(path: Path, dtype: torch.dtype | str = "auto") -> Any
     if getattr(config, "quantization_config", None) is not None:
         # Left compressed, the first forward pass ends in an AttributeError on a CPU.
         kwargs["quantization_config"] = CompressedTensorsConfig(dequantize=True)
-    return cls.from_pretrained(str(path), **kwargs).eval()
+    try:
+        model = cls.from_pretrained(str(path), **kwargs).eval()
+    except RuntimeError as error:  # 5.23 drops the zero points of experts, which it stacks, and then misses them
+        raise InputError(f"transformers {transformers.__version__} cannot load {path}: {error}") from error
+    # Experts that it dequantizes and stacks (Qwen3) keep the dtype of their scales, whatever was asked for.
+    # Parameters alone: the buffers of RoPE must stay in fp32.
+    if isinstance(dtype, torch.dtype):
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def generate(checkpoint: str, prompt: str, max_new_tokens: int, image: Path | None = None) -> str:

@@ -62,10 +62,10 @@ class SiteMoments:
         if sum(self.rows) == 0:  # the layer saw nothing: white inputs, for which GPTQ is round-to-nearest
             eye = torch.eye(inputs, device=self.sum_EII.device)
             return eye.expand(len(self.rows[experts]), inputs, inputs).clone()
-        tau, rows, own = self._tau(shrinkage), self._rows(experts), self._mean(self.sum_EII[experts], experts)
+        own, tau = self._mean(self.sum_EII[experts], experts), self._tau(shrinkage)
         if tau == 0.0:
             return own
-        pooled = self.sum_EII.sum(0) / self.weight_E.sum().float()
+        rows, pooled = self._rows(experts), self.sum_EII.sum(0) / self.weight_E.sum().float()
         return (rows * own + tau * pooled) / (rows + tau)
 
     def miss(self, shrinkage: float, experts: slice) -> torch.Tensor | None:

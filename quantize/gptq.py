@@ -23,9 +23,10 @@ MAX_DAMPING_STEPS = 6
 
 @dataclass(frozen=True)
 class Factor:
-    """Upper U [B, I, I] with inv(damped second moment) = U^T U, and what it took to get it."""
+    """Upper U [B, I, I] with inv(D) = U^T U; D, the damped second moment, positive definite; what it took to get it."""
 
     upper: torch.Tensor
+    damped: torch.Tensor
     damping_raised: int
     diagonal_fallbacks: int
 
@@ -36,9 +37,9 @@ def factor(moment_BII: torch.Tensor, damping: float) -> Factor:
     diagonal = moment_BII.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1)
     # A moment of zeros (a site whose inputs are all zero) is as good as any: round-to-nearest is then optimal.
-    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+    mean = torch.where((mean > 0) & torch.isfinite(mean), mean, torch.ones_like(mean))
     eye = torch.eye(n, device=moment_BII.device, dtype=moment_BII.dtype)
-    upper = torch.empty_like(moment_BII)
+    upper, objective = torch.empty_like(moment_BII), torch.empty_like(moment_BII)
     todo = torch.arange(len(moment_BII), device=moment_BII.device)
     raised = 0
     for step in range(MAX_DAMPING_STEPS + 1):
@@ -47,35 +48,41 @@ def factor(moment_BII: torch.Tensor, damping: float) -> Factor:
         inverse = torch.cholesky_inverse(lower)
         factored, info_inverse = torch.linalg.cholesky_ex(inverse, upper=True)
         good = (info == 0) & (info_inverse == 0) & torch.isfinite(factored).flatten(1).all(-1)
-        upper[todo[good]] = factored[good]
+        upper[todo[good]], objective[todo[good]] = factored[good], damped[good]
         todo = todo[~good]
         if not len(todo):
             break
         raised += len(todo)
     if len(todo):
         safe = torch.where(torch.isfinite(diagonal[todo]), diagonal[todo], 0.0) + mean[todo, None] * max(damping, 1e-3)
-        upper[todo] = torch.diag_embed(safe.rsqrt())
-    return Factor(upper, raised, len(todo))
+        upper[todo], objective[todo] = torch.diag_embed(safe.rsqrt()), torch.diag_embed(safe)
+    return Factor(upper, objective, raised, len(todo))
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What does not depend on the weights: the order of the columns [B, I] and the factor in that order."""
+    """What does not depend on the weights: the order of the columns [B, I] and the factor in that order; and the
+    objective [B, I, I] in the original order, the damped moment that every step after it minimises with."""
 
     order_BI: torch.Tensor
     factor: Factor
+    objective: torch.Tensor
 
 
 def prepare(moment_BII: torch.Tensor, damping: float, activation_order: bool = True) -> Prepared:
     """Order the columns by falling second moment (or not) and factor."""
     batch, inputs = moment_BII.shape[:2]
+
+    def permuted(x_BII: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        each = torch.arange(batch, device=x_BII.device)
+        return x_BII[each[:, None, None], order[:, :, None], order[:, None, :]]
+
     if activation_order:
         order_BI = torch.argsort(moment_BII.diagonal(dim1=-2, dim2=-1), dim=-1, descending=True, stable=True)
     else:
         order_BI = torch.arange(inputs, device=moment_BII.device).expand(batch, inputs)
-    each = torch.arange(batch, device=moment_BII.device)
-    ordered = moment_BII[each[:, None, None], order_BI[:, :, None], order_BI[:, None, :]]
-    return Prepared(order_BI, factor(ordered, damping))
+    factored = factor(permuted(moment_BII, order_BI), damping)
+    return Prepared(order_BI, factored, permuted(factored.damped, torch.argsort(order_BI, dim=-1)))
 
 
 def zero_int(zero_BOG: torch.Tensor | None) -> torch.Tensor | None:

@@ -20,15 +20,8 @@ from .gptq import BLOCK_COLUMNS
 from .grid import TINY_SCALE, round_codes
 
 
-def damped(moment_BII: torch.Tensor, damping: float) -> torch.Tensor:
-    """The moment with `damping` x mean diagonal added to its diagonal: the objective that GPTQ minimises."""
-    mean = moment_BII.diagonal(dim1=-2, dim2=-1).mean(-1)
-    eye = torch.eye(moment_BII.shape[-1], device=moment_BII.device, dtype=moment_BII.dtype)
-    return moment_BII + (damping * mean)[:, None, None] * eye
-
-
 def refine(weight: QuantizedWeight, w_BOI: torch.Tensor, moment_BII: torch.Tensor, rounds: int) -> QuantizedWeight:
-    """`rounds` times: refit every scale, then sweep every column. `moment_BII` must have a positive diagonal."""
+    """`rounds` times: refit every scale, then sweep every column. `moment_BII` is positive definite."""
     scheme = weight.scheme
     codes_t = weight.codes.to(w_BOI.dtype).transpose(1, 2).contiguous()
     scale_BGO = weight.scales.to(w_BOI.dtype).transpose(1, 2).contiguous()

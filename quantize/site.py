@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from ..core.scheme import QuantizedWeight, Scheme
-from .gptq import Factor, gptq, prepare, zero_int
+from .gptq import Prepared, gptq, prepare, zero_int
 from .grid import absmax_scales, round_to_nearest, searched_scales
-from .refine import damped, refine
+from .refine import refine
 
 
 @dataclass(frozen=True)
@@ -60,19 +60,18 @@ def cuts(batch: int, outputs: int, inputs: int, budget_bytes: int) -> Iterator[s
 
 def _best_of(
     w_BOI: torch.Tensor,
-    moment_BII: torch.Tensor,
+    prepared: Prepared,
     scale: torch.Tensor,
     zero: torch.Tensor | None,
     scheme: Scheme,
     method: Method,
-) -> tuple[QuantizedWeight, Factor]:
+) -> QuantizedWeight:
     """GPTQ and refinement once for each multiple of the scales; every row keeps the trial that leaves it least error.
 
     Rows are independent under the objective, and the search by the diagonal alone does not know how well GPTQ will make
     up for a scale: the objective itself decides between a few.
     """
-    objective = damped(moment_BII, method.damping)
-    prepared = prepare(moment_BII, method.damping, method.activation_order)
+    objective = prepared.objective
     best: QuantizedWeight | None = None
     least_BO = torch.empty(0)
     for multiple in method.scale_trials:
@@ -81,7 +80,7 @@ def _best_of(
         if method.refine_rounds:
             weight = refine(weight, w_BOI, objective, method.refine_rounds)
         if len(method.scale_trials) == 1:
-            return weight, prepared.factor
+            return weight
         e_BOI = w_BOI - weight.dequantize(w_BOI.dtype)
         error_BO = (torch.bmm(e_BOI, objective) * e_BOI).sum(-1)
         if best is None:
@@ -92,7 +91,7 @@ def _best_of(
         codes = torch.where(better, weight.codes, best.codes)
         best = QuantizedWeight(codes, torch.where(better, weight.scales, best.scales), zero_int(zero), scheme)
     assert best is not None
-    return best, prepared.factor
+    return best
 
 
 def quantize_batch(
@@ -106,15 +105,17 @@ def quantize_batch(
     raised = diagonal = 0
     if method.needs_statistics:
         assert moment_BII is not None
+        prepared = prepare(moment_BII, method.damping, method.activation_order)
         if method.scale_search:
-            importance = moment_BII.diagonal(dim1=-2, dim2=-1)
-            # An input that was never seen still must not lose its weight: give it a little of the mean.
-            importance = importance + 1e-4 * importance.mean(-1, keepdim=True)
+            # Of the damped moment: an input that was never seen still must not lose its weight.
+            importance = prepared.objective.diagonal(dim1=-2, dim2=-1)
             scale, zero = searched_scales(w_BOI, importance, scheme, scale_dtype)
         else:
             scale, zero = absmax_scales(w_BOI, scheme, scale_dtype)
-        weight, factored = _best_of(w_BOI, moment_BII, scale, zero, scheme, method)
-        raised, diagonal = factored.damping_raised, factored.diagonal_fallbacks
+        weight = _best_of(w_BOI, prepared, scale, zero, scheme, method)
+        raised, diagonal = prepared.factor.damping_raised, prepared.factor.diagonal_fallbacks
+        finite = torch.isfinite(moment_BII).flatten(1).all(-1)
+        moment_BII = torch.where(finite[:, None, None], moment_BII, prepared.objective)
     else:
         scale, zero = absmax_scales(w_BOI, scheme, scale_dtype)
         weight = round_to_nearest(w_BOI, scale, zero, scheme)

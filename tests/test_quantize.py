@@ -286,7 +286,7 @@ def test_a_hopeless_moment_falls_back_to_its_diagonal_and_is_counted(bad: str) -
 
 
 @methods
-@pytest.mark.parametrize("shrinkage", [0.1, 0.0])
+@pytest.mark.parametrize("shrinkage", [0.1, 0.01])
 def test_an_expert_that_saw_no_token_keeps_sound_weights(shrinkage: float, method: Method) -> None:
     moments = SiteMoments(4, 64, torch.device("cpu"))
     generator = torch.Generator().manual_seed(11)
@@ -302,10 +302,7 @@ def test_an_expert_that_saw_no_token_keeps_sound_weights(shrinkage: float, metho
     assert torch.isfinite(q).all()
     for expert in range(4):
         assert float((w[expert] - q[expert]).norm()) < 0.25 * float(w[expert].norm())
-    if shrinkage:
-        assert output_error(w[2], q[2], pooled) < 0.9 * output_error(w[2], plain[2], pooled)
-    else:
-        assert float((w[2] - q[2]).norm()) <= float((w[2] - plain[2]).norm())
+    assert output_error(w[2], q[2], pooled) < 0.9 * output_error(w[2], plain[2], pooled)
 
 
 # Cutting, and the error that is reported

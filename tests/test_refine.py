@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from onecard.calibration.moments import SiteMoments
 from onecard.core.scheme import QuantizedWeight, Scheme
 from onecard.quantize.correction import corrected
+from onecard.quantize.gptq import prepare
 from onecard.quantize.grid import absmax_scales, round_to_nearest
-from onecard.quantize.refine import damped, refine
+from onecard.quantize.refine import refine
 from onecard.quantize.site import Method, quantize_batch
 
 
@@ -21,7 +22,7 @@ def problem(seed: int, batch: int = 2, outputs: int = 6, inputs: int = 64) -> tu
     w = torch.randn(batch, outputs, inputs, generator=g, dtype=torch.float64)
     mix = torch.randn(inputs, inputs, generator=g, dtype=torch.float64) / inputs**0.5
     x = torch.randn(batch, 3 * inputs, inputs, generator=g, dtype=torch.float64) @ mix
-    return w, damped(x.transpose(1, 2) @ x / x.shape[1], 0.01)
+    return w, prepare(x.transpose(1, 2) @ x / x.shape[1], 0.01).objective
 
 
 def objective(weight: QuantizedWeight, w: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
