@@ -1,0 +1,230 @@
+"""The standard library of the running Python, read as text: the demo model's only reading matter.
+
+Every Python carries its own library as source files, so a model can be trained and measured on real code and real prose
+with nothing to download. A module becomes documents of three kinds: "code" (its source, cut at blank lines before an
+unindented line or a method), "prose" (its docstrings, one after the other) and "conversation" (questions about its
+names, answered from its docstrings, signatures and source). Whole modules are held out for calibration and for
+evaluation, chosen by a hash of the module's name, so that neither has been seen in training and they share no module.
+Nothing here is random but by a seeded generator, and the same Python gives the same documents. This file knows no
+tokenizer and no torch.
+"""
+
+import ast
+import hashlib
+import inspect
+import json
+import random
+import re
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Tests, tools of their own, generated tables and packages that are no reading matter.
+SKIPPED_FOLDERS = frozenset(
+    ("test", "tests", "idlelib", "lib2to3", "site-packages", "ensurepip", "turtledemo", "encodings", "__pycache__")
+)
+HELD_OUT_PARTS = 16  # one part in 16 of the module names for evaluation, one for calibration, the rest for training
+BYTES_LEAST, BYTES_MOST = 900, 2300  # a document's aim: 300 to 700 tokens at about 3 bytes a token
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Entity:
+    """A public function, class or method: what a question can be asked about."""
+
+    module: str
+    name: str  # dotted inside the module: "dedent", "Template.substitute"
+    is_class: bool
+    arguments: tuple[str, ...]
+    methods: tuple[str, ...]
+    doc: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Module:
+    name: str
+    source: str
+    doc: str
+    entities: tuple[Entity, ...]
+
+    @property
+    def split(self) -> str:
+        return split_of(self.name)
+
+
+def split_of(name: str) -> str:
+    """train, calibration or evaluation; by the name alone, so that a module stays where it is."""
+    part = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % HELD_OUT_PARTS
+    return "evaluation" if part == 0 else "calibration" if part == 1 else "train"
+
+
+def digest(row: Row, folder: Path | None = None) -> str:
+    """A row's content without its id: text or messages, with the bytes of its images in place of their paths."""
+    content: Row = {"text": row.get("text"), "messages": []}
+    for message in row.get("messages", []):
+        parts = message["content"]
+        if not isinstance(parts, str):
+            parts = [
+                hashlib.sha256(((folder or Path()) / part["path"]).read_bytes()).hexdigest()
+                if part["type"] == "image"
+                else part["text"]
+                for part in parts
+            ]
+        content["messages"].append([message["role"], parts])
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_jsonl(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def write_jsonl(path: Path, rows: list[Row]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def _entity(module: str, prefix: str, node: ast.AST, source_lines: list[str]) -> Entity | None:
+    if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or node.name.startswith("_"):
+        return None
+    arguments: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
+    if isinstance(node, ast.ClassDef):
+        functions = (n for n in node.body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef)))
+        methods = tuple(dict.fromkeys(n.name for n in functions if not n.name.startswith("_")))
+    else:
+        spec = node.args
+        arguments = tuple(a.arg for a in spec.posonlyargs + spec.args + spec.kwonlyargs if a.arg not in ("self", "cls"))
+    source = inspect.cleandoc("\n" + "\n".join(source_lines[node.lineno - 1 : node.end_lineno]))
+    doc = ast.get_docstring(node) or ""
+    return Entity(module, prefix + node.name, isinstance(node, ast.ClassDef), arguments, methods, doc, source)
+
+
+def _parse(name: str, source: str) -> Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # old modules carry invalid escapes
+        tree = ast.parse(source)
+    lines = source.splitlines()
+    entities: list[Entity] = []
+    for node in tree.body:
+        entity = _entity(name, "", node, lines)
+        if entity is None:
+            continue
+        entities.append(entity)
+        if isinstance(node, ast.ClassDef):
+            inner = (_entity(name, f"{node.name}.", child, lines) for child in node.body)
+            entities.extend(e for e in inner if e is not None and not e.is_class)
+    return Module(name, source, ast.get_docstring(tree) or "", tuple(entities))
+
+
+def modules(root: Path | None = None) -> list[Module]:
+    """Every module of the standard library that is worth reading, in the order of its name."""
+    root = root or Path(sysconfig.get_path("stdlib"))
+    found = []
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        if SKIPPED_FOLDERS & set(parts) or parts[0].startswith(("config-", "_sysconfigdata")):
+            continue
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        source = path.read_text(encoding="utf-8", errors="replace")
+        if name and name != "pydoc_data.topics" and len(source) >= 400:
+            found.append(_parse(name, source.expandtabs(8)))
+    return found
+
+
+def topics(root: Path | None = None) -> list[tuple[str, str]]:
+    """The language reference that pydoc shows, a (topic, text) each."""
+    path = (root or Path(sysconfig.get_path("stdlib"))) / "pydoc_data" / "topics.py"
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Dict):
+            pairs = zip(node.keys, node.values, strict=True)
+            return [(str(ast.literal_eval(k)), str(ast.literal_eval(v))) for k, v in pairs if k is not None]
+    return []
+
+
+def _cut(text: str, boundary: str, rng: random.Random) -> Iterator[str]:
+    """Pieces of BYTES_LEAST to about BYTES_MOST, cut where `boundary` matches."""
+    piece, aim = "", rng.randint(BYTES_LEAST, BYTES_MOST)
+    for part in re.split(boundary, text):
+        if len(piece) + len(part) > BYTES_MOST and len(piece) >= BYTES_LEAST:
+            yield piece.strip("\n")
+            piece, aim = "", rng.randint(BYTES_LEAST, BYTES_MOST)
+        piece += part
+        if len(piece) >= aim:
+            yield piece.strip("\n")[: 2 * BYTES_MOST]
+            piece, aim = "", rng.randint(BYTES_LEAST, BYTES_MOST)
+    if len(piece) >= BYTES_LEAST // 3:
+        yield piece.strip("\n")[: 2 * BYTES_MOST]
+
+
+def code_documents(module: Module, rng: random.Random) -> list[str]:
+    return list(_cut(module.source, r"(?<=\n\n)(?=\S|    def |    class |    @)", rng))
+
+
+def prose_documents(module: Module, rng: random.Random) -> list[str]:
+    texts = [f"{module.name}\n\n{module.doc}\n\n\n"] if len(module.doc) > 80 else []
+    texts += [f"{module.name}.{e.name}\n\n{e.doc}\n\n\n" for e in module.entities if len(e.doc) > 60]
+    return list(_cut("".join(texts), r"(?<=\n\n)(?=\S)", rng))
+
+
+def topic_documents(text: str, rng: random.Random) -> list[str]:
+    return list(_cut(text, r"(?<=\n\n)(?=\S)", rng))
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    quoted = [f"`{name}`" for name in names]
+    return quoted[0] + "." if len(quoted) == 1 else ", ".join(quoted[:-1]) + f" and {quoted[-1]}."
+
+
+def _turns(entity: Entity, rng: random.Random) -> list[tuple[str, str]]:
+    """What can be asked about one name, with the answers."""
+    full = f"{entity.module}.{entity.name}"
+    turns = []
+    if entity.doc:
+        first = entity.doc.split("\n\n")[0][:600]
+        rest = entity.doc[len(first) :].strip()
+        turns.append((rng.choice([f"What does `{full}` do?", f"Describe `{full}`.", f"What is `{full}` for?"]), first))
+        if 40 < len(rest) < 700:
+            turns.append((rng.choice(["Tell me more.", "What else should I know?"]), rest))
+    if entity.arguments:
+        turns.append((f"Which arguments does `{full}` take?", _listed(entity.arguments)))
+    if entity.methods:
+        turns.append((f"Which methods has the class `{full}`?", _listed(entity.methods[:12])))
+    if 80 < len(entity.source) < 900 and not entity.is_class:
+        turns.append((f"Show the source of `{full}`.", f"```python\n{entity.source}\n```"))
+    return turns
+
+
+def conversations(module: Module, rng: random.Random) -> list[list[Row]]:
+    """The turns about a module's names, in order, grouped into conversations of a document's length."""
+    grouped: list[list[Row]] = []
+    messages: list[Row] = []
+    size, aim = 0, rng.randint(BYTES_LEAST, BYTES_MOST)
+    for entity in module.entities:
+        for question, answer in _turns(entity, rng):
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            size += len(question) + len(answer) + 60
+            if size >= aim:
+                grouped.append(messages)
+                messages, size, aim = [], 0, rng.randint(BYTES_LEAST, BYTES_MOST)
+    return grouped + ([messages] if size >= BYTES_LEAST // 3 else [])
+
+
+def documents(split: str, seed: int = 0) -> list[Row]:
+    """All text documents of a split, in the order of their modules; ids name kind, module and place."""
+    rows: list[Row] = []
+    for module in modules():
+        if module.split == split:
+            rng = random.Random(f"{seed} {module.name}")
+            for kind, texts in (("code", code_documents(module, rng)), ("prose", prose_documents(module, rng))):
+                rows += [{"id": f"{kind}/{module.name}/{i}", "kind": kind, "text": t} for i, t in enumerate(texts)]
+            for i, messages in enumerate(conversations(module, rng)):
+                rows.append({"id": f"conversation/{module.name}/{i}", "kind": "conversation", "messages": messages})
+    for topic, text in topics():
+        if split_of(f"topic {topic}") == split:
+            for i, piece in enumerate(topic_documents(text, random.Random(f"{seed} {topic}"))):
+                rows.append({"id": f"prose/topic-{topic}/{i}", "kind": "prose", "text": piece})
+    return rows

@@ -1,0 +1,131 @@
+"""Four-way multiple-choice questions on the standard library, to be scored by the likelihood of each option.
+
+A fact is a question with its right answer and a pool of wrong ones; an item shows the question with one right and three
+wrong options, and the model has to continue with the text of the right one. The facts come from the modules that are
+trained on. Half of them ("taught") also appear in training as items, but always with another set of options than the
+held-out item has; of the other half the model has only read the source. That spreads the difficulty, so that a
+quantized model has answers near the line which it can flip. The options stand in the question, one a line: the
+question's text is all that a scorer has to show.
+"""
+
+import hashlib
+import random
+from collections import Counter
+from dataclasses import dataclass
+
+from .corpus import Module, Row
+
+KINDS = ("module", "class", "argument", "purpose")
+ALIKE = 24  # so many wrong options of about the right one's length are drawn from; fewer would repeat themselves
+
+
+@dataclass(frozen=True)
+class Fact:
+    kind: str
+    key: str  # what is asked about: "textwrap.dedent"
+    question: str
+    answer: str
+    wrong: tuple[str, ...]  # a pool to draw wrong options from, sorted
+
+    @property
+    def taught(self) -> bool:
+        """Whether training shows items on it; by a hash, so that it is one fact's property."""
+        return is_taught(self.kind, self.key)
+
+
+def is_taught(kind: str, key: str) -> bool:
+    return hashlib.sha256(f"taught {kind} {key}".encode()).digest()[0] % 2 == 0
+
+
+def facts(modules: list[Module]) -> list[Fact]:
+    """All facts of these modules. A name that two modules define, or a method of two classes, makes no fact."""
+    public = [m for m in modules if not any(part.startswith("_") for part in m.name.split("."))]
+    entities = [e for m in public for e in m.entities]
+    homes = Counter(e.name for e in entities if "." not in e.name)
+    owners = Counter(e.name.split(".")[1] for e in entities if "." in e.name)
+    module_names = sorted({e.module for e in entities})
+    classes = sorted({f"{e.module}.{e.name}" for e in entities if e.is_class and e.methods})
+    arguments = sorted({a for e in entities for a in e.arguments if len(a) > 1})
+    purposes = sorted({_purpose(e.doc) for e in entities} - {""})
+    found = []
+    for e in entities:
+        full = f"{e.module}.{e.name}"
+        if "." not in e.name and homes[e.name] == 1 and len(e.name) > 3:
+            question = f"Which module defines `{e.name}`?"
+            found.append(Fact("module", full, question, e.module, _others(module_names, {e.module})))
+        if "." in e.name and owners[e.name.split(".")[1]] == 1 and not e.name.split(".")[0].startswith("_"):
+            owner = f"{e.module}.{e.name.split('.')[0]}"
+            question = f"Which class has the method `{e.name.split('.')[1]}`?"
+            found.append(Fact("class", full, question, owner, _others(classes, {owner})))
+        if [a for a in e.arguments if len(a) > 1]:
+            answer = next(a for a in e.arguments if len(a) > 1)
+            question = f"Which argument does `{full}` take?"
+            found.append(Fact("argument", full, question, answer, _others(arguments, set(e.arguments))))
+        if _purpose(e.doc):
+            answer, question = _purpose(e.doc), f"What does `{full}` do?"
+            found.append(Fact("purpose", full, question, answer, _others(purposes, {answer})))
+    return sorted(found, key=lambda fact: (fact.kind, fact.key))
+
+
+def _others(pool: list[str], right: set[str]) -> tuple[str, ...]:
+    return tuple(text for text in pool if text not in right)
+
+
+def _purpose(doc: str) -> str:
+    """A docstring's first sentence where it is one short line, else nothing."""
+    line = doc.split("\n")[0].strip()
+    return line if 15 <= len(line) <= 60 and line.endswith(".") else ""
+
+
+def item(fact: Fact, rng: random.Random, alike: bool = False) -> Row:
+    """A question with one drawing of three wrong options, in a drawn order.
+
+    `alike` draws them among those nearest to the right one in length, so that length gives no answer away.
+    """
+    pool = sorted(fact.wrong, key=lambda text: abs(len(text) - len(fact.answer)))[:ALIKE] if alike else fact.wrong
+    choices = [fact.answer, *rng.sample(pool, 3)]
+    rng.shuffle(choices)
+    question = "\n".join([fact.question, *(f"- {choice}" for choice in choices)])
+    return {
+        "id": f"{fact.kind}/{fact.key}",
+        "kind": fact.kind,
+        "question": question,
+        "choices": choices,
+        "answer": choices.index(fact.answer),
+    }
+
+
+def signature(row: Row) -> tuple[str, tuple[str, ...]]:
+    """An item's identity: the fact and the set of its options, in whatever order."""
+    return row["id"], tuple(sorted(row["choices"]))
+
+
+def held_out(all_facts: list[Fact], count: int, seed: int = 1) -> list[Row]:
+    """`count` items, the kinds in equal parts, half of each on taught facts."""
+    rng = random.Random(f"held out {seed}")
+    rows = []
+    for kind in KINDS:
+        for taught in (True, False):
+            pool = [fact for fact in all_facts if fact.kind == kind and fact.taught is taught]
+            rows += [item(fact, rng, alike=True) for fact in rng.sample(pool, count // (2 * len(KINDS)))]
+    return rows
+
+
+def training_items(all_facts: list[Fact], held: list[Row], count: int, seed: int = 0) -> list[Row]:
+    """`count` items on taught facts, each fact as often as the next; none has a held-out item's set of options."""
+    rng = random.Random(f"training {seed}")
+    forbidden = {signature(row) for row in held}
+    taught = [fact for fact in all_facts if fact.taught]
+    rows: list[Row] = []
+    while len(rows) < count:
+        rng.shuffle(taught)
+        for fact in taught:
+            row = item(fact, rng)
+            if signature(row) not in forbidden:
+                rows.append(row)
+    return rows[:count]
+
+
+def messages(row: Row, choice: int) -> list[Row]:
+    """The item as a conversation that ends in one of its options."""
+    return [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["choices"][choice]}]
