@@ -9,7 +9,17 @@ from .checkpoint.source import Folder
 from .models.adapter import Role
 from .planner.cost import Cost, estimate, measure_flops
 from .planner.plan import Plan
-from .prepare import Model, choose_device, choose_dtype, method_of, open_model, open_source, plan_for, site_budget
+from .prepare import (
+    Model,
+    choose_device,
+    choose_dtype,
+    method_of,
+    open_model,
+    open_source,
+    plan_for,
+    site_budget,
+    work_of,
+)
 from .recipe import Recipe
 
 
@@ -47,7 +57,7 @@ def plan(model_name: str, recipe: Recipe, device_name: str = "auto") -> PlanResu
     cost = estimate(
         model.adapter,
         laid_out,
-        method.needs_statistics,
+        work_of(method),
         recipe.calibration_rows * recipe.calibration_row_tokens if method.needs_statistics else 0,
         recipe.evaluation_rows * recipe.evaluation_row_tokens,
         dtype.itemsize,

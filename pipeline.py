@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 
 from . import __version__
+from .calibration.readers import Readers
 from .checkpoint import files
 from .checkpoint.emit import ShardWriter, carry_side_files, clear_checkpoint, index_json, side_files_digest
 from .checkpoint.formats import compressed_tensors as ct
@@ -44,7 +45,9 @@ from .prepare import (
     plan_for,
     prepare_texts,
     site_budget,
+    work_of,
 )
+from .quantize.metric import reader_metric
 from .quantize.site import Method
 from .recipe import Recipe
 from .report.progress import Progress
@@ -104,7 +107,7 @@ class Run:
 
     def check_space(self, work: Path) -> None:
         cost = estimate(
-            self.adapter, self.plan, self.method.needs_statistics, _tokens(self.texts.calibration),
+            self.adapter, self.plan, work_of(self.method), _tokens(self.texts.calibration),
             _tokens(self.texts.evaluation), self.dtype.itemsize, 1.0, self.device, site_budget(self.device),
         )  # fmt: skip
         check_space(work, cost.disk_bytes)
@@ -192,12 +195,13 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress) -> RunRecord:
             _embed(run, groups, store, progress)
         workdir.commit(1)
     calls = Calls(run.adapter, run.device, run.dtype)
+    readers = _readers(run) if workdir.done < 1 + blocks else None
     for index in range(blocks):
         file = workdir.folder("blocks") / f"{index:04d}.json"
         if workdir.done < 2 + index:
             job = BlockJob(
                 run.adapter, run.model.source, run.plan, run.recipe, run.method, index, groups, store, calls,
-                run.device, run.dtype, site_budget(run.device), workdir.folder("shards"),
+                run.device, run.dtype, site_budget(run.device), workdir.folder("shards"), readers,
             )  # fmt: skip
             facts = quantize_block(job, progress)
             files.write_json(file, facts)
@@ -242,6 +246,14 @@ def _embed(run: Run, groups: list[list[int]], store: Activations, progress: Prog
         hidden = embedder.batch(numbers)
         store.put(0, "reference", k, hidden)
         store.put(0, "quantized", k, hidden)
+
+
+def _readers(run: Run) -> Readers | None:
+    if not run.method.needs_statistics or run.recipe.output_blocks < 2:
+        return None
+    tokens = torch.cat([row.tokens for row in run.texts.calibration])
+    counts_V = torch.bincount(tokens, minlength=run.adapter.vocab_size)
+    return Readers(run.adapter, run.model.source, counts_V, reader_metric, run.device)
 
 
 def _move(run: Run, workdir: WorkDir) -> None:

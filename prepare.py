@@ -24,6 +24,7 @@ from .core.scheme import Scheme
 from .models.adapter import Adapter
 from .models.families import load_adapter, read_config
 from .planner.assign import assign
+from .planner.cost import Work
 from .planner.plan import Plan, make_plan
 from .quantize.site import Method
 from .recipe import Recipe, Texts, matches
@@ -177,7 +178,12 @@ def method_of(recipe: Recipe) -> Method:
         recipe.activation_order,
         recipe.refine_rounds,
         recipe.scale_trials,
+        recipe.output_blocks,
     )
+
+
+def work_of(method: Method) -> Work:
+    return Work(method.needs_statistics, method.refine_rounds, method.output_blocks > 1)
 
 
 def site_budget(device: torch.device) -> int:

@@ -54,8 +54,10 @@ class Recipe(BaseModel):
     refine_rounds: int = Field(default=2, ge=0)  # after GPTQ: scales refitted and codes swept, this many times
     # GPTQ is run once for each of these multiples of the searched scales; every row keeps its best.
     scale_trials: tuple[float, ...] = (1.0,)
+    # What errors of outputs cost is taken into account between this many blocks of rows (quantize/metric.py); 0: not.
+    output_blocks: int = Field(default=8, ge=0)
     # How much a token counts in the statistics: alike, or by 1 / mean square of the residual row that leaves the block.
-    token_weighting: Literal["none", "residual"] = "none"
+    token_weighting: Literal["none", "residual"] = "residual"
     # Aim at the reference stream before rounding, with a ridge of strength * inputs / rows: quantize/correction.py
     reference_correction: bool = True
     correction_strength: float = Field(default=10.0, gt=0)

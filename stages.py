@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from .calibration.moments import SiteMoments
+from .calibration.readers import Readers
 from .checkpoint.emit import ShardWriter
 from .checkpoint.formats import compressed_tensors as ct
 from .core.rows import RowStore, Step
@@ -29,6 +30,7 @@ from .models.adapter import Adapter, Role, Site, read
 from .models.walk import Calls, load_block, observed, run_block, weight_view
 from .planner.plan import Plan
 from .quantize.correction import corrected
+from .quantize.metric import swiglu_metric, swiglu_slopes
 from .quantize.site import Method, cuts, quantize_batch
 from .recipe import Recipe
 
@@ -50,6 +52,7 @@ class BlockJob:
     dtype: torch.dtype
     budget_bytes: int
     shard_folder: Path
+    readers: Readers | None  # None: every output counts alike
 
     def quantized_sites(self) -> list[Site]:
         return [site for site in self.adapter.sites(self.index) if site.members[0][0] in self.plan.schemes]
@@ -78,20 +81,24 @@ def _with_statistics(job: BlockJob, writer: ShardWriter, facts: dict[str, Any], 
     target = copy.deepcopy(original)
     sites = job.quantized_sites()
     facts["expert_rows"] = []
+    routes: dict[int, torch.Tensor] = {}
     for number in sorted({site.stage for site in sites}):
         step.begin("statistics", job.index)
         present = [site for site in sites if site.stage == number]
-        moments = _statistics(job, original, target, present, step)
+        moments = _statistics(job, original, target, present, routes, step)
         step.begin("quantize", job.index)
         for site in present:
             if site.role is Role.EXPERT:
                 facts["expert_rows"] = moments[site.key].rows
             _quantize_site(job, site, target, moments.pop(site.key), writer, facts)
     if job.index + 1 == job.adapter.n_blocks:
+        job.store.drop(job.index + 1)
         return
     step.begin("propagate", job.index)
     for stream, block in (("reference", original), ("quantized", target)):
         for k, numbers in enumerate(job.groups):
+            if stream == "reference" and k in routes:
+                continue  # the statistics have propagated it
             hidden = job.store.get(job.index, stream, k).to(job.device)
             out = run_block(block, hidden, job.calls.of(hidden.shape[1])[job.index])
             job.store.put(job.index + 1, stream, k, out)
@@ -99,38 +106,64 @@ def _with_statistics(job: BlockJob, writer: ShardWriter, facts: dict[str, Any], 
 
 
 def _statistics(
-    job: BlockJob, original: nn.Module, target: nn.Module, sites: list[Site], step: Step
+    job: BlockJob,
+    original: nn.Module,
+    target: nn.Module,
+    sites: list[Site],
+    routes: dict[int, torch.Tensor],
+    step: Step,
 ) -> dict[str, SiteMoments]:
     """Second moments of what the quantized stream brings to `sites` of the half-quantized block, and what it misses of
     the reference stream: at the sites' inputs, or for sites that write to the residual stream at the block's output.
+
+    The original block does not change: its output is stored and its routes are kept in `routes`, by batch, when they
+    are first seen, and it is walked again only for a site's inputs.
     """
     correct = job.recipe.reference_correction
     moments = {}
     for site in sites:
-        miss_rows = (sum(site.out_features) if site.adds_to_residual else site.in_features) if correct else 0
-        moments[site.key] = SiteMoments(len(site.members), site.in_features, job.device, miss_rows)
+        outputs = sum(site.out_features)
+        miss_rows = (outputs if site.adds_to_residual else site.in_features) if correct else 0
+        slopes = outputs if site.feeds and job.readers is not None else 0
+        moments[site.key] = SiteMoments(len(site.members), site.in_features, job.device, miss_rows, slopes)
     for k in range(len(job.groups)):
         seen = _Seen(job, target, "quantized", k, moments.keys())
         step.advance(seen.tokens)
         weight = seen.weights() if job.recipe.token_weighting == "residual" else torch.ones_like(seen.out[:, 0])
-        for (key, expert), (tokens, rows) in seen.rows.items():
-            moments[key].add(expert, rows, weight[tokens])
-        if not correct:
-            continue
-        reference = _Seen(job, original, "reference", k, moments.keys())
-        step.advance(reference.tokens)
-        alike = seen.routes == reference.routes
         for site in sites:
             for expert in range(len(site.members)):
-                mine, theirs = seen.rows.get((site.key, expert)), reference.rows.get((site.key, expert))
-                if mine is None or theirs is None:
+                tokens, rows = seen.rows.get((site.key, expert), (None, None))
+                if rows is None:
                     continue
-                (tokens, x), (their_tokens, their_x) = mine, theirs
+                moments[site.key].add(expert, rows, weight[tokens])
+                if moments[site.key].slope_EPP is not None:
+                    gate_up = _stacked(job, target, site.members[expert])
+                    moments[site.key].add_slopes(expert, swiglu_slopes(rows.float(), gate_up), weight[tokens])
+        if not correct:
+            continue
+        theirs: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        if k not in routes or not all(site.adds_to_residual for site in sites):
+            reference = _Seen(job, original, "reference", k, moments.keys())
+            step.advance(reference.tokens)
+            if k not in routes:
+                routes[k] = reference.routes
+                job.store.put(job.index + 1, "reference", k, reference.hidden)
+            theirs = reference.rows
+        alike = seen.routes == routes[k]
+        residual = job.store.get(job.index + 1, "reference", k).to(job.device).reshape(seen.out.shape) - seen.out
+        for site in sites:
+            for expert in range(len(site.members)):
+                if (site.key, expert) not in seen.rows:
+                    continue
+                tokens, x = seen.rows[site.key, expert]
                 kept = alike[tokens]
                 if site.adds_to_residual:
-                    miss = (reference.out - seen.out)[tokens[kept]]
-                else:
+                    miss = residual[tokens[kept]]
+                elif (site.key, expert) in theirs:
+                    their_tokens, their_x = theirs[site.key, expert]
                     miss = their_x[alike[their_tokens]].float() - x[kept].float()
+                else:
+                    continue
                 moments[site.key].add_miss(expert, x[kept], miss, weight[tokens[kept]])
     return moments
 
@@ -153,13 +186,36 @@ class _Seen:
                 self.rows[site.key, expert] = (tokens, rows)
 
         with observed(job.adapter, block, job.index, observe):
-            out = run_block(block, hidden, job.calls.of(hidden.shape[1])[job.index])
-        self.out = out.reshape(self.tokens, -1).float()
+            self.hidden = run_block(block, hidden, job.calls.of(hidden.shape[1])[job.index])
+        self.out = self.hidden.reshape(self.tokens, -1).float()
 
     def weights(self) -> torch.Tensor:
         """1 / mean square of the rows that leave the block: what reads them next normalises them, so an error counts
         by its size relative to its row."""
         return 1.0 / self.out.square().mean(-1).clamp_min(1e-12)
+
+
+def _stacked(job: BlockJob, block: nn.Module | None, member: tuple[str, ...]) -> torch.Tensor:
+    """The weights of one entry of a site, stacked along the outputs, as the block holds them, or where no block is
+    loaded as the source does; fp32 [O, I]."""
+    if block is None:
+        return torch.cat([read(job.adapter, job.source, f"{name}.weight").float() for name in member])
+    return torch.cat([weight_view(job.adapter, block, job.index, name).float() for name in member])
+
+
+def _output_metric(
+    job: BlockJob, site: Site, block: nn.Module, moments: SiteMoments, cut: slice
+) -> torch.Tensor | None:
+    """[B, O, O] of the experts in `cut`, for sites whose outputs reach the residual stream."""
+    if job.readers is None:
+        return None
+    residual_HH = job.readers.of(job.index)
+    if site.feeds:
+        down = torch.stack([_stacked(job, block, (name,)) for name in site.feeds[cut]])
+        return swiglu_metric(moments.slopes(job.recipe.shrinkage, cut), down, residual_HH)
+    if site.reaches_residual:
+        return residual_HH.expand(len(site.members[cut]), -1, -1)
+    return None
 
 
 def _quantize_site(
@@ -174,26 +230,20 @@ def _quantize_site(
     scheme = job.plan.schemes[site.members[0][0]]
     stored = job.source.info(job.adapter.locate(f"{site.members[0][0]}.weight", job.source.names).tensor).dtype
     outputs = sum(site.out_features)
-    for cut in cuts(len(site.members), outputs, site.in_features, job.budget_bytes):
+    measured = job.readers is not None and moments is not None
+    for cut in cuts(len(site.members), outputs, site.in_features, job.budget_bytes, measured):
         members = site.members[cut]
-        w_BOI = torch.empty(len(members), outputs, site.in_features, device=job.device)
-        for i, member in enumerate(members):
-            start = 0
-            for name, out in zip(member, site.out_features, strict=True):
-                if block is None:
-                    w_BOI[i, start : start + out] = read(job.adapter, job.source, f"{name}.weight").to(job.device)
-                else:
-                    w_BOI[i, start : start + out] = weight_view(job.adapter, block, job.index, name)
-                start += out
-        moment = None
-        if moments is not None:
+        w_BOI = torch.stack([_stacked(job, block, member) for member in members]).to(job.device)
+        moment = metric = None
+        if moments is not None and block is not None:
+            metric = _output_metric(job, site, block, moments, cut)
             moment = moments.shrunk(job.recipe.shrinkage, cut)
             miss = moments.miss(job.recipe.shrinkage, cut)
             if miss is not None:
                 rows = torch.tensor(moments.rows[cut], device=job.device).clamp_min(1)
                 ridge = job.recipe.correction_strength * site.in_features / rows
                 w_BOI = corrected(w_BOI, moment, miss if site.adds_to_residual else w_BOI @ miss, ridge)
-        result = quantize_batch(w_BOI, moment, scheme, job.method, TORCH_DTYPES[stored])
+        result = quantize_batch(w_BOI, moment, scheme, job.method, TORCH_DTYPES[stored], metric)
         facts["damping_raised"] += result.damping_raised
         facts["diagonal_fallbacks"] += result.diagonal_fallbacks
         facts["output_error"].setdefault(site.key, []).extend(result.output_error)

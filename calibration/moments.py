@@ -15,7 +15,10 @@ The x are the quantized stream's. Beside them goes the miss of the reference str
 where the sum of m x^T runs over the tokens that both streams route alike, with m what the reference stream has more
 than the quantized one: at a site's input or at the block's output. quantize/correction.py says what for.
 
-Shape legend: E experts, I inputs, X rows of the miss, R rows.
+Sites of gates and ups keep a third sum, K = sum of w v v^T of the slopes v that quantize/metric.py defines, averaged
+and shrunk as S is, with tau = shrinkage * size of K.
+
+Shape legend: E experts, I inputs, X rows of the miss, P slopes, R rows.
 """
 
 import torch
@@ -24,9 +27,10 @@ import torch
 class SiteMoments:
     """Running sums for one site; kept on the device that computes them."""
 
-    def __init__(self, experts: int, inputs: int, device: torch.device, miss_rows: int = 0) -> None:
+    def __init__(self, experts: int, inputs: int, device: torch.device, miss_rows: int = 0, slopes: int = 0) -> None:
         self.sum_EII = torch.zeros(experts, inputs, inputs, dtype=torch.float32, device=device)
         self.miss_EXI = torch.zeros(experts, miss_rows, inputs, device=device) if miss_rows else None
+        self.slope_EPP = torch.zeros(experts, slopes, slopes, device=device) if slopes else None
         self.weight_E = torch.zeros(experts, dtype=torch.float64, device=device)
         self.rows: list[int] = [0] * experts
 
@@ -45,8 +49,13 @@ class SiteMoments:
         miss = miss_RX.float() if weight_R is None else miss_RX.float() * weight_R[:, None]
         self.miss_EXI[expert].addmm_(miss.T, x_RI.float())
 
-    def _tau(self, shrinkage: float) -> float:
-        return shrinkage * self.sum_EII.shape[-1] if len(self.rows) > 1 else 0.0
+    def add_slopes(self, expert: int, v_RP: torch.Tensor, weight_R: torch.Tensor | None = None) -> None:
+        """Slopes at rows that were given to `add`, with the same weights."""
+        assert self.slope_EPP is not None
+        self.slope_EPP[expert].addmm_(v_RP.T if weight_R is None else (v_RP * weight_R[:, None]).T, v_RP)
+
+    def _tau(self, shrinkage: float, size: int) -> float:
+        return shrinkage * size if len(self.rows) > 1 else 0.0
 
     def _rows(self, experts: slice) -> torch.Tensor:
         return torch.tensor(self.rows[experts], dtype=torch.float32, device=self.sum_EII.device)[:, None, None]
@@ -58,14 +67,22 @@ class SiteMoments:
 
     def shrunk(self, shrinkage: float, experts: slice) -> torch.Tensor:
         """S_e* [E', I, I] of the given experts, by the formula at the head of this file."""
-        inputs = self.sum_EII.shape[-1]
+        return self._shrunk(self.sum_EII, shrinkage, experts)
+
+    def slopes(self, shrinkage: float, experts: slice) -> torch.Tensor:
+        """K_e* [E', P, P] of the given experts."""
+        assert self.slope_EPP is not None
+        return self._shrunk(self.slope_EPP, shrinkage, experts)
+
+    def _shrunk(self, sums_ENN: torch.Tensor, shrinkage: float, experts: slice) -> torch.Tensor:
+        size = sums_ENN.shape[-1]
         if sum(self.rows) == 0:  # the layer saw nothing: white inputs, for which GPTQ is round-to-nearest
-            eye = torch.eye(inputs, device=self.sum_EII.device)
-            return eye.expand(len(self.rows[experts]), inputs, inputs).clone()
-        own, tau = self._mean(self.sum_EII[experts], experts), self._tau(shrinkage)
+            eye = torch.eye(size, device=sums_ENN.device)
+            return eye.expand(len(self.rows[experts]), size, size).clone()
+        own, tau = self._mean(sums_ENN[experts], experts), self._tau(shrinkage, size)
         if tau == 0.0:
             return own
-        rows, pooled = self._rows(experts), self.sum_EII.sum(0) / self.weight_E.sum().float()
+        rows, pooled = self._rows(experts), sums_ENN.sum(0) / self.weight_E.sum().float()
         return (rows * own + tau * pooled) / (rows + tau)
 
     def miss(self, shrinkage: float, experts: slice) -> torch.Tensor | None:
@@ -73,4 +90,5 @@ class SiteMoments:
         if self.miss_EXI is None:
             return None
         rows = self._rows(experts)
-        return self._mean(self.miss_EXI[experts], experts) * rows / (rows + self._tau(shrinkage)).clamp_min(1)
+        tau = self._tau(shrinkage, self.sum_EII.shape[-1])
+        return self._mean(self.miss_EXI[experts], experts) * rows / (rows + tau).clamp_min(1)

@@ -54,7 +54,8 @@ class Site:
     `members[e]` are the canonical module names whose weights, stacked along the outputs, are quantized as one matrix:
     gate and up of expert e. A site that is no expert site has one entry. All entries have equal shapes. Sites of one
     `stage` are quantized together, after those of earlier stages. `adds_to_residual`: the outputs are added to the
-    residual stream as they are, unscaled, and nothing of the block reads them.
+    residual stream as they are, unscaled, and nothing of the block reads them. `reaches_residual`: so they are, or
+    after a routing weight. `feeds`, of a site of gates and ups: the module that reads silu(gate) * up of each entry.
     """
 
     key: str
@@ -64,6 +65,8 @@ class Site:
     in_features: int
     stage: int
     adds_to_residual: bool = False
+    reaches_residual: bool = False
+    feeds: tuple[str, ...] = ()
 
 
 class Adapter(ABC):
@@ -120,6 +123,10 @@ class Adapter(ABC):
     @abstractmethod
     def text_skeleton(self) -> nn.Module:
         """The family's text model on the meta device: used to record what a layer is called with."""
+
+    @abstractmethod
+    def router_reading(self, block: int) -> tuple[str, str] | None:
+        """Names of the norm and of the router weight that read the residual stream of a block with experts."""
 
     @abstractmethod
     def unit(self, module_name: str) -> str:

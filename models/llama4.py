@@ -90,8 +90,9 @@ class Llama4Adapter(Adapter):
         def mlp(key: str, role: Role, names: list[str], width: int, last_stage: int) -> None:
             gate_up = tuple((f"{n}gate_proj", f"{n}up_proj") for n in names)
             down = tuple((f"{n}down_proj",) for n in names)
-            sites.append(Site(f"{key}gate_up", role, gate_up, (width, width), c.hidden_size, stage=2))
-            sites.append(Site(f"{key}down", role, down, (c.hidden_size,), width, last_stage, adds_to_residual=True))
+            feeds = tuple(name for (name,) in down)
+            sites.append(Site(f"{key}gate_up", role, gate_up, (width, width), c.hidden_size, stage=2, feeds=feeds))
+            sites.append(Site(f"{key}down", role, down, (c.hidden_size,), width, last_stage, True, True))
 
         if self.is_moe(block):
             # The shared expert's down projection comes last: it sees every token and mends what the others left.
@@ -101,6 +102,11 @@ class Llama4Adapter(Adapter):
         else:
             mlp("feed_forward.", Role.MLP, [ff], c.intermediate_size_mlp, 3)
         return tuple(sites)
+
+    def router_reading(self, block: int) -> tuple[str, str] | None:
+        p = self.block_prefix(block)
+        names = f"{p}post_attention_layernorm.weight", f"{p}feed_forward.router.weight"
+        return names if self.is_moe(block) else None
 
     def unit(self, module_name: str) -> str:
         head, _, leaf = module_name.rpartition(".")

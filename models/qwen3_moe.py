@@ -75,9 +75,14 @@ class Qwen3MoeAdapter(Adapter):
         return (
             Site("self_attn.qkv", Role.ATTENTION, (qkv,), (q, kv, kv), c.hidden_size, stage=0),
             Site("self_attn.o", Role.ATTENTION, ((f"{p}self_attn.o_proj",),), (c.hidden_size,), q, stage=1),
-            Site(f"{key}gate_up", role, gate_up, (width, width), c.hidden_size, stage=2),
-            Site(f"{key}down", role, down, (c.hidden_size,), width, 3, adds_to_residual=role is Role.MLP),
+            Site(f"{key}gate_up", role, gate_up, (width, width), c.hidden_size, 2, feeds=tuple(n for (n,) in down)),
+            # Experts' outputs are multiplied with their routing weights first.
+            Site(f"{key}down", role, down, (c.hidden_size,), width, 3, role is Role.MLP, True),
         )
+
+    def router_reading(self, block: int) -> tuple[str, str] | None:
+        p = self.block_prefix(block)
+        return (f"{p}post_attention_layernorm.weight", f"{p}mlp.gate.weight") if self.is_moe(block) else None
 
     def unit(self, module_name: str) -> str:
         head, _, leaf = module_name.rpartition(".")

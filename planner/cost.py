@@ -14,6 +14,8 @@ from .plan import Plan
 
 # Sequential rate of a plain NVMe disk; a network disk is slower, a warm page cache faster.
 DISK_BYTES_PER_SECOND = 1e9
+# Experts are held as they are stored, in bf16.
+STORED_BYTES = 2
 # The interpreter with torch and transformers imported.
 BASE_RAM_BYTES = 900_000_000
 
@@ -28,6 +30,15 @@ class Cost:
     ram_bytes: int
     device_bytes: int
     disk_bytes: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """What of the method costs time and memory: none of it for round-to-nearest."""
+
+    statistics: bool
+    refine_rounds: int = 0
+    output_metric: bool = False
 
 
 def measure_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -48,7 +59,7 @@ def measure_flops(device: torch.device, dtype: torch.dtype) -> float:
 def estimate(
     adapter: Adapter,
     plan: Plan,
-    needs_statistics: bool,
+    work: Work,
     calibration_tokens: int,
     evaluation_tokens: int,
     compute_itemsize: int,
@@ -59,41 +70,55 @@ def estimate(
     """Add up the work of every site.
 
     forward:    2 x outputs x inputs a row; an expert site sees tokens x top-k rows in all
-    statistics: 2 x inputs^2 a row
-    GPTQ:       2 x outputs x inputs^2 a matrix for the column updates, 3 x inputs^3 for the factors
-    The calibration rows go through each block three times (reference, statistics, quantized), the evaluation rows
-    twice, and twice through the head.
+    statistics: 2 x inputs^2 a row for each of the two second moments; slopes of gates and ups: 2 x outputs^2 and once
+                more the forward
+    GPTQ:       2 x outputs x inputs^2 a matrix for the column updates and as much for each round of refinement,
+                3 x inputs^3 for the factors; with output metrics outputs^2 x inputs and 3 x outputs^3
+    The calibration rows of the quantized stream go through a block once for every stage and once more; those of the
+    reference stream once, and once more for every stage that reads inner inputs. The evaluation rows go through each
+    block twice, and twice through the head.
     """
-    forward = statistics = solve = 0.0
-    block_bytes = moment_bytes = 0
+    forward = calibration = statistics = solve = 0.0
+    block_bytes = moment_bytes = matrix_bytes = 0
     for block in range(adapter.n_blocks):
-        block_params = moments = 0
+        block_forward = 0.0
+        block_params = 0
+        moments: dict[int, int] = {}
+        inner = set()
         for site in adapter.sites(block):
-            outputs = sum(site.out_features)
+            outputs, inputs, count = sum(site.out_features), site.in_features, len(site.members)
             share = adapter.top_k if site.role is Role.EXPERT else 1
-            forward += 2.0 * outputs * site.in_features * share
-            block_params += outputs * site.in_features * len(site.members)
+            block_forward += 2.0 * outputs * inputs * share
+            block_params += outputs * inputs * count
             if site.members[0][0] in plan.schemes:
-                statistics += 2.0 * site.in_features**2 * share
-                moments += 4 * site.in_features**2 * len(site.members)
-                solve += len(site.members) * (2.0 * outputs * site.in_features**2 + 3.0 * site.in_features**3)
-        block_bytes = max(block_bytes, block_params * compute_itemsize)
-        moment_bytes = max(moment_bytes, moments)
+                measured = work.output_metric and (bool(site.feeds) or site.reaches_residual)
+                slopes = outputs if work.output_metric and site.feeds else 0
+                statistics += (4.0 * inputs**2 + 2.0 * slopes**2 + 2.0 * slopes * inputs) * share
+                miss = outputs if site.adds_to_residual else inputs
+                moments[site.stage] = moments.get(site.stage, 0) + 4 * count * (inputs**2 + miss * inputs + slopes**2)
+                solve += count * (2.0 * (1 + work.refine_rounds) * outputs * inputs**2 + 3.0 * inputs**3)
+                solve += count * measured * (outputs**2 * inputs + 3.0 * outputs**3)
+                matrix = 4 * (5 * outputs * inputs + 4 * inputs**2 + 4 * measured * outputs**2)
+                matrix_bytes = max(matrix_bytes, matrix)
+                if not site.adds_to_residual:
+                    inner.add(site.stage)
+        forward += block_forward
+        calibration += block_forward * (len(moments) + 1 + max(1, len(inner)))
+        block_bytes = max(block_bytes, block_params * STORED_BYTES)
+        moment_bytes = max(moment_bytes, max(moments.values(), default=0))
     head = 2.0 * adapter.vocab_size * adapter.hidden_size
     flops = 2 * evaluation_tokens * (forward + head)
     largest_shard = max(shard.data_bytes for shard in plan.shards)
-    working = site_budget_bytes if needs_statistics else min(site_budget_bytes, block_bytes)
     stream = calibration_tokens * adapter.hidden_size * compute_itemsize
-    if needs_statistics:
-        flops += calibration_tokens * (3 * forward + statistics) + solve
-        device_bytes = block_bytes + moment_bytes + working
+    if work.statistics:
+        flops += calibration_tokens * (calibration + statistics) + solve
+        # The block as it was and as it becomes; moments of one stage; one cut, which holds a matrix at least.
+        device_bytes = 2 * block_bytes + moment_bytes + max(site_budget_bytes, matrix_bytes)
         disk = plan.emitted_bytes + 4 * stream
     else:
         device_bytes = block_bytes  # the verification walk
         disk = plan.emitted_bytes
-    traffic = (
-        3 * plan.source_bytes + 2 * plan.emitted_bytes + adapter.n_blocks * (5 * stream if needs_statistics else 0)
-    )
+    traffic = 3 * plan.source_bytes + 2 * plan.emitted_bytes + adapter.n_blocks * (8 * stream if work.statistics else 0)
     on_cpu = device.type == "cpu"
     ram = BASE_RAM_BYTES + largest_shard + (device_bytes if on_cpu else block_bytes // 16)
     return Cost(

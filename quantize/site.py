@@ -11,12 +11,14 @@ import torch
 from ..core.scheme import QuantizedWeight, Scheme
 from .gptq import Prepared, gptq, prepare, zero_int
 from .grid import absmax_scales, round_to_nearest, searched_scales
+from .metric import quantize_by_row_blocks
 from .refine import refine
 
 
 @dataclass(frozen=True)
 class Method:
-    """How codes are found. `name` is 'rtn' (no statistics needed) or 'gptq'."""
+    """How codes are found. `name` is 'rtn' (no statistics needed) or 'gptq'. `output_blocks`: into how many blocks of
+    rows an output metric cuts a matrix; 0 means that every output counts alike."""
 
     name: str
     scale_search: bool = True
@@ -24,6 +26,7 @@ class Method:
     activation_order: bool = True
     refine_rounds: int = 0
     scale_trials: tuple[float, ...] = (1.0,)
+    output_blocks: int = 0
 
     @property
     def needs_statistics(self) -> bool:
@@ -50,21 +53,17 @@ def relative_output_error(w_BOI: torch.Tensor, q_BOI: torch.Tensor, moment_BII: 
     return (energy(w_BOI - q_BOI) / energy(w_BOI).clamp_min(1e-30)).tolist()
 
 
-def cuts(batch: int, outputs: int, inputs: int, budget_bytes: int) -> Iterator[slice]:
-    """Slices of the batch whose working set (about five fp32 weights and four moments) fits the budget."""
-    one = 4 * (5 * outputs * inputs + 4 * inputs * inputs)
+def cuts(batch: int, outputs: int, inputs: int, budget_bytes: int, metric: bool = False) -> Iterator[slice]:
+    """Slices of the batch whose working set (about five fp32 weights and four moments, and four output metrics if they
+    are used) fits the budget."""
+    one = 4 * (5 * outputs * inputs + 4 * inputs * inputs + 4 * outputs * outputs * metric)
     step = max(1, budget_bytes // one)
     for start in range(0, batch, step):
         yield slice(start, min(start + step, batch))
 
 
-def _best_of(
-    w_BOI: torch.Tensor,
-    prepared: Prepared,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    scheme: Scheme,
-    method: Method,
+def _codes(
+    w_BOI: torch.Tensor, prepared: Prepared, scheme: Scheme, method: Method, scale_dtype: torch.dtype
 ) -> QuantizedWeight:
     """GPTQ and refinement once for each multiple of the scales; every row keeps the trial that leaves it least error.
 
@@ -72,6 +71,11 @@ def _best_of(
     up for a scale: the objective itself decides between a few.
     """
     objective = prepared.objective
+    if method.scale_search:
+        # Of the damped moment: an input that was never seen still must not lose its weight.
+        scale, zero = searched_scales(w_BOI, objective.diagonal(dim1=-2, dim2=-1), scheme, scale_dtype)
+    else:
+        scale, zero = absmax_scales(w_BOI, scheme, scale_dtype)
     best: QuantizedWeight | None = None
     least_BO = torch.empty(0)
     for multiple in method.scale_trials:
@@ -100,19 +104,22 @@ def quantize_batch(
     scheme: Scheme,
     method: Method,
     scale_dtype: torch.dtype,
+    metric_BOO: torch.Tensor | None = None,
 ) -> SiteResult:
-    """Quantize fp32 weights [B, O, I]; `moment_BII` fp32 is needed by gptq and by the scale search's weighting."""
+    """Quantize fp32 weights [B, O, I]. gptq needs the inputs' second moments, `moment_BII`, and takes what errors of
+    the outputs cost, `metric_BOO`; both fp32."""
     raised = diagonal = 0
     if method.needs_statistics:
         assert moment_BII is not None
         prepared = prepare(moment_BII, method.damping, method.activation_order)
-        if method.scale_search:
-            # Of the damped moment: an input that was never seen still must not lose its weight.
-            importance = prepared.objective.diagonal(dim1=-2, dim2=-1)
-            scale, zero = searched_scales(w_BOI, importance, scheme, scale_dtype)
+
+        def quantize_rows(rows_BRI: torch.Tensor) -> QuantizedWeight:
+            return _codes(rows_BRI, prepared, scheme, method, scale_dtype)
+
+        if metric_BOO is not None and method.output_blocks > 1:
+            weight = quantize_by_row_blocks(w_BOI, metric_BOO, method.output_blocks, quantize_rows)
         else:
-            scale, zero = absmax_scales(w_BOI, scheme, scale_dtype)
-        weight = _best_of(w_BOI, prepared, scale, zero, scheme, method)
+            weight = quantize_rows(w_BOI)
         raised, diagonal = prepared.factor.damping_raised, prepared.factor.diagonal_fallbacks
         finite = torch.isfinite(moment_BII).flatten(1).all(-1)
         moment_BII = torch.where(finite[:, None, None], moment_BII, prepared.objective)

@@ -1,0 +1,93 @@
+"""What an error of a matrix's output costs: the metric A of tr(A E S E^T), and quantization under it, rows by rows.
+
+With S alone every output counts alike and rows of a weight are independent. An output metric couples them: what one
+row's rounding did to an output that matters, the rows that come later make good. (Two-sided objectives: Tseng et al.,
+Model-Preserving Adaptive Rounding, arXiv 2505.22988, which takes both sides from the whole model's gradients. Here both
+come from one block and the names of its readers.)
+
+- rows that are added to the residual stream: A = M, how much its readers see of an error there (residual_metric);
+- gate and up: an error (dg, du) of one token moves the residual stream by W_down (t dg + s du), with s = silu(g) and
+  t = u silu'(g). Over an expert's tokens A = E[v v^T] * tile(W_down^T M W_down), v = (t, s), * elementwise.
+
+Shape legend: B experts, O outputs, I inputs, F intermediate, P = 2 F, H hidden, R rows of tokens.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from ..core.scheme import QuantizedWeight
+from .gptq import prepare
+
+# Of the mean diagonal: the metric is an average over tokens, and what it calls free is not free for every one.
+METRIC_DAMPING = 0.03
+ROWS_AT_ONCE = 16384
+
+
+def swiglu_slopes(x_RI: torch.Tensor, gate_up_PI: torch.Tensor) -> torch.Tensor:
+    """v = (t, s) [R, 2F]: how far the product silu(gate) * up moves with gate and with up, at these rows."""
+    gate, up = F.linear(x_RI, gate_up_PI).chunk(2, dim=-1)
+    s = torch.sigmoid(gate)
+    return torch.cat([up * s * (1 + gate * (1 - s)), gate * s], dim=-1)
+
+
+def swiglu_metric(slopes_BPP: torch.Tensor, down_BHF: torch.Tensor, residual_HH: torch.Tensor) -> torch.Tensor:
+    """A [B, P, P] for gate and up stacked, from the second moment of the slopes and the down projection."""
+    inner_BFF = down_BHF.transpose(1, 2) @ residual_HH @ down_BHF
+    return slopes_BPP * inner_BFF.repeat(1, 2, 2)
+
+
+def reader_metric(w_OH: torch.Tensor, norm_H: torch.Tensor, share_O: torch.Tensor) -> torch.Tensor:
+    """What a softmax over the outputs of W = `w_OH` * `norm_H` sees of an input error, of trace H:
+    W^T (diag(p) - p p^T) W with p = `share_O` [O], fp32 whatever the weight's dtype."""
+    metric = torch.zeros(len(norm_H), len(norm_H), device=norm_H.device)
+    mean_H = torch.zeros_like(norm_H)
+    for rows in range(0, len(w_OH), ROWS_AT_ONCE):  # a vocabulary of 202,048 is never whole in fp32
+        part_RH = w_OH[rows : rows + ROWS_AT_ONCE].float() * norm_H
+        share_R = share_O[rows : rows + ROWS_AT_ONCE]
+        mean_H += share_R @ part_RH
+        metric.addmm_((part_RH * share_R[:, None]).T, part_RH)
+    metric -= torch.outer(mean_H, mean_H)
+    return metric * (len(metric) / metric.trace().clamp_min(torch.finfo(metric.dtype).tiny))
+
+
+def quantize_by_row_blocks(
+    w_BOI: torch.Tensor, metric_BOO: torch.Tensor, blocks: int, quantize_rows: Callable[[torch.Tensor], QuantizedWeight]
+) -> QuantizedWeight:
+    """Minimise tr(A E S E^T) over blocks of rows, those that cost most first.
+
+    `quantize_rows` minimises tr(E S E^T) for the rows it is given. After each block the rest is aimed anew: with E_b
+    what the block's rounding left, A_rb the metric between it and the rest,
+
+        W_r <- W_r + A_rr^-1 A_rb E_b
+
+    which GPTQ does for columns, here through the factor of inv(A). Inside a block rows are taken for independent.
+    """
+    each = torch.arange(len(w_BOI), device=w_BOI.device)[:, None]
+    prepared = prepare(metric_BOO, METRIC_DAMPING)
+    order_BO, upper = prepared.order_BI, prepared.factor.upper
+    target = w_BOI[each, order_BO]
+    outputs = target.shape[1]
+    rows = -(-outputs // blocks)
+    parts = []
+    for begin in range(0, outputs, rows):
+        end = min(begin + rows, outputs)
+        parts.append(quantize_rows(target[:, begin:end].contiguous()))
+        if end < outputs:
+            error = target[:, begin:end] - parts[-1].dequantize(target.dtype)
+            corner = upper[:, begin:end, begin:end].transpose(1, 2)
+            solved = torch.linalg.solve_triangular(corner, error, upper=False)
+            target[:, end:].baddbmm_(upper[:, begin:end, end:].transpose(1, 2), solved, alpha=-1)
+    back = torch.argsort(order_BO, dim=-1)
+
+    def joined(tensors: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(tensors, dim=1)[each, back]
+
+    zeros = [part.zero_points for part in parts if part.zero_points is not None]
+    return QuantizedWeight(
+        joined([part.codes for part in parts]),
+        joined([part.scales for part in parts]),
+        joined(zeros) if zeros else None,
+        parts[0].scheme,
+    )
