@@ -22,7 +22,7 @@ demo: venv
 	$(BIN)/onecard generate $(OUT)/demo-int4 "Which module defines the name dumps?"
 
 test: venv quality
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 style: venv
 	$(BIN)/ruff format .
