@@ -13,12 +13,15 @@ import torch
 from transformers import AutoModelForCausalLM, Llama4ForConditionalGeneration
 
 import babies
+from onecard.calibration.documents import read_jsonl
+from onecard.calibration.tokens import Encoder
 from onecard.checkpoint.source import open_folder
 from onecard.core.rows import Row, batches
 from onecard.core.tensors import Index, TensorInfo, TensorSource
 from onecard.models.adapter import Adapter, Site, read
 from onecard.models.families import load_adapter
 from onecard.models.walk import Calls, Embedder, expert_stacks, final_norm, load_block, observed, run_block
+from onecard.prepare import demo_folder, open_model
 
 CPU = torch.device("cpu")
 FAMILIES = ("scout", "maverick", "maverick-as-published", "llama4-text", "qwen3", "qwen3-tied")
@@ -123,6 +126,19 @@ def test_logits_equal_the_whole_models(pair: Pair) -> None:
     got = walk_logits(pair.adapter, pair.source, pair.rows)
     for row, logits in zip(pair.rows, got, strict=True):
         assert relative(logits, whole_logits(pair.model, row)) < 1e-5, row.document
+
+
+def test_logits_of_the_embedded_model_equal_the_whole_models() -> None:
+    """Trained weights and real rows, far over the attention chunk of 128: code, prose, conversations, pictures."""
+    model = open_model("demo")
+    encoder = Encoder(model.path, model.adapter)
+    documents = {d.kind: d for d in read_jsonl(demo_folder() / "data" / "evaluation.jsonl")}
+    assert documents.keys() == {"code", "prose", "conversation", "image"}
+    rows = [encoder.encode(document) for document in documents.values()]
+    whole = Llama4ForConditionalGeneration.from_pretrained(str(model.path), dtype=torch.float32).eval()
+    for row, logits in zip(rows, walk_logits(model.adapter, model.source, rows), strict=True):
+        assert len(row.tokens) > 200
+        assert relative(logits, whole_logits(whole, row)) < 1e-5, row.document
 
 
 def test_a_batch_of_rows_gives_what_each_row_gives_alone(pair: Pair) -> None:
