@@ -13,6 +13,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from onecard.inspection import inspect, plan
 from onecard.models.families import load_adapter
 from onecard.recipe import load_recipe
@@ -120,6 +122,7 @@ def write_hollow(folder: Path, config: dict[str, Any]) -> Path:
 
 
 def main() -> None:
+    logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as name:
         for i, (title, config, recipes) in enumerate(CASES):
             folder = write_hollow(Path(name) / str(i), config)
@@ -127,11 +130,12 @@ def main() -> None:
             print(f"{title}: {facts['parameters']:,} parameters, {facts['parameters'] * 2:,} bytes in bf16")
             for recipe in recipes:
                 began = time.perf_counter()
-                result = plan(str(folder), load_recipe(recipe), "cpu").plan
+                planned = plan(str(folder), load_recipe(recipe), "cpu")
+                result, ram = planned.plan, planned.cost.ram_bytes
                 print(
                     f"  {recipe}: {result.emitted_bytes:,} bytes ({result.emitted_bytes / 1e9:.2f} GB) in "
                     f"{len(result.shards)} files, {result.bits_per_weight:.3f} bits per weight, "
-                    f"planned in {time.perf_counter() - began:.1f} s"
+                    f"about {ram / 1e9:.0f} GB to quantize, planned in {time.perf_counter() - began:.1f} s"
                 )
 
 

@@ -5,6 +5,7 @@ small, so that routing, attention and the head all matter.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +157,13 @@ def make_baby(folder: Path, family: str, layers: int | None = None, seed: int = 
     model = make_model(family, layers, seed)
     state = model.state_dict()
     return save(folder, model.config, split_experts(state) if family == "qwen3" else state, shards)
+
+
+def edit_json(path: Path, change: Callable[[Any], None]) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def shard_files(model: Path) -> list[Path]:
+    return sorted(model.glob("*.safetensors"))

@@ -197,3 +197,19 @@ def refuse(
         return said
 
     return check
+
+
+@pytest.fixture
+def refuse_model(onecard: Callable[..., Result], baby: Callable[..., Path], recipe: Callable[..., Path],
+                 refuse: Callable[..., str], texts: list[str]) -> Callable[..., str]:  # fmt: skip
+    """Every verb that opens MODEL refuses it with the same needles."""
+
+    def check(model: Path, *needles: object) -> None:
+        refuse(model, *needles)
+        refused(onecard("inspect", model), *needles)
+        refused(onecard("plan", model, "--recipe", recipe()), *needles)
+        refused(onecard("verify", model, baby("llama4-text"), *texts[2:]), *needles)
+        refused(onecard("verify", baby("llama4-text"), model, *texts[2:]), *needles)
+        refused(onecard("generate", model, "hello"), *needles)
+
+    return check

@@ -1,0 +1,266 @@
+"""Recipes, paths, devices and quantized checkpoints that cannot be used: one clean message, nothing written."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from safetensors.torch import load_file, save_file
+
+from babies import edit_json, shard_files
+
+Check = Callable[..., str]
+
+
+# --- recipes
+
+
+@pytest.mark.parametrize(
+    ("changes", "needles"),
+    [
+        ({"colour": "red", "grupsize": 32}, ["colour: unknown key", "grupsize: unknown key", "group_size"]),
+        ({"bits": 3, "method": "magic"}, ["bits", "method"]),
+        ({"group_size": 12}, ["group_size", "12"]),
+        ({"group_size": 0}, ["group_size"]),
+        ({"quantize_roles": []}, ["quantize_roles"]),
+        ({"quantize_roles": ["expert", "router"]}, ["quantize_roles"]),
+        ({"damping": 0, "calibration_rows": 0}, ["damping", "calibration_rows"]),
+        ({"damping": float("nan")}, ["damping"]),
+        ({"shrinkage": float("inf")}, ["shrinkage"]),
+        ({"calibration": {"source": "demo", "sheet": 3}}, ["calibration.sheet"]),
+        ({"name": None}, ["name"]),
+        ({"family": "qwen3_moe"}, ["qwen3_moe", "llama4"]),
+        ({"keep_modules": ["*.nowhere.*", "*nothing*"]}, ["*.nowhere.*", "*nothing*"]),
+        ({"keep_modules": ["*.layers.0.*.experts.3.*"]}, ["model.layers.0.feed_forward.experts"]),
+        (
+            {"keep_modules": ["*.0.*.q_proj", "*.1.*.experts.3.gate_proj"], "quantize_roles": ["expert", "attention"]},
+            ["model.layers.0.self_attn.q_proj", "model.layers.1.feed_forward.experts.3.gate_proj"],
+        ),
+        ({"group_size": 64}, ["group_size 64", "96"]),
+        ({"group_size": 40, "keep_modules": ["*nothing*"]}, ["group_size 40", "64", "96", "*nothing*"]),
+        ({"quantize_roles": ["mlp"]}, ["mlp"]),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_recipe_that_cannot_be_used(
+    baby: Callable[..., Path], refuse: Check, recipe: Callable[..., Path], onecard: Callable[..., Result],
+    changes: dict[str, Any], needles: list[str], refused: Check,
+) -> None:  # fmt: skip
+    use = recipe(**changes)
+    refuse(baby("llama4-text"), *needles, use=use)
+    refused(onecard("plan", baby("llama4-text"), "--recipe", use), *needles)
+
+
+@pytest.mark.parametrize(
+    "text", ["name: [", "", "- a\n- b\n", "!!python/object/apply:os.mkdir [{marker}]\n", "a: &a [*a]\n", "\x00"],
+    ids=["cut", "empty", "list", "python tag", "loop", "NUL"],
+)  # fmt: skip
+def test_recipe_that_is_no_recipe(baby: Callable[..., Path], refuse: Check, tmp_path: Path, text: str) -> None:
+    path = tmp_path / "strange.yaml"
+    path.write_text(text.replace("{marker}", str(tmp_path / "mark")))
+    refuse(baby("llama4-text"), "strange.yaml", use=path)
+    assert not (tmp_path / "mark").exists()
+
+
+def test_recipe_that_does_not_exist(
+    baby: Callable[..., Path], refuse: Check, onecard: Callable[..., Result], tmp_path: Path, refused: Check
+) -> None:
+    refuse(baby("llama4-text"), "'scuot'", "llama4-scout-h100", "rtn-int4", use="scuot")
+    refused(onecard("recipes", "scuot"), "'scuot'", "llama4-scout-h100")
+    refuse(baby("llama4-text"), "none.yaml", use=tmp_path / "none.yaml")
+    (tmp_path / "folder.yaml").mkdir()
+    refuse(baby("llama4-text"), "folder.yaml", use=tmp_path / "folder.yaml")
+    (tmp_path / "latin.yaml").write_bytes("name: caf\u00e9".encode("latin-1"))
+    refuse(baby("llama4-text"), "latin.yaml", use=tmp_path / "latin.yaml")
+
+
+# --- paths
+
+
+@pytest.mark.parametrize("where", ["inside MODEL", "MODEL itself", "a link into MODEL", "MODEL inside OUT"])
+@pytest.mark.parametrize("flags", [[], ["--overwrite"], ["--resume"]], ids=lambda f: "".join(f) or "fresh")
+def test_out_and_model_lie_in_each_other(
+    copied: Callable[..., Path], refuse: Check, tmp_path: Path, where: str, flags: list[str]
+) -> None:
+    model = copied()
+    (tmp_path / "link").symlink_to(model)
+    out = {"inside MODEL": model / "int4", "MODEL itself": model, "a link into MODEL": tmp_path / "link" / "int4",
+           "MODEL inside OUT": tmp_path}[where]  # fmt: skip
+    refuse(model, out, model, out=out, arguments=flags)
+
+
+def test_out_is_not_empty(baby: Callable[..., Path], refuse: Check, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    refuse(baby("llama4-text"), tmp_path / "out", "--resume", "--overwrite")
+    refuse(baby("llama4-text"), "--resume", "--overwrite", arguments=["--resume", "--overwrite"])
+
+
+def test_nothing_to_resume_in_a_foreign_folder(baby: Callable[..., Path], refuse: Check, tmp_path: Path) -> None:
+    """--resume goes on with a run of onecard's; a folder of somebody's that no run of ours made is not one."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text('{"model_type": "precious"}')
+    refuse(baby("llama4-text"), tmp_path / "out", arguments=["--resume"])
+
+
+def test_out_or_work_is_a_file_or_under_one(baby: Callable[..., Path], refuse: Check, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("x")
+    refuse(baby("llama4-text"), file, out=file)
+    refuse(baby("llama4-text"), file, out=file / "out")
+    refuse(baby("llama4-text"), file, arguments=["--work", file])
+    refuse(baby("llama4-text"), file, arguments=["--work", file / "work"])
+
+
+@pytest.mark.parametrize("out", [".", "/", ".."])
+def test_out_without_a_name(
+    baby: Callable[..., Path], refuse: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    """OUT.work has to lie somewhere: such a folder is refused in words (it is not empty, too)."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "mine").write_text("x")
+    monkeypatch.chdir(tmp_path / "here")
+    refuse(baby("llama4-text"), out, out=out)
+
+
+@pytest.mark.parametrize("where", ["WORK is OUT", "OUT inside WORK", "WORK inside MODEL", "WORK is MODEL"])
+def test_work_lies_where_it_must_not(
+    copied: Callable[..., Path], refuse: Check, recipe: Callable[..., Path], tmp_path: Path, where: str
+) -> None:
+    """WORK is removed when a run ends, with all that lies in it; and nothing may be written into MODEL."""
+    model, work = copied(), tmp_path / "work"
+    out, work = {
+        "WORK is OUT": (work, work),
+        "OUT inside WORK": (work / "out", work),
+        "WORK inside MODEL": (tmp_path / "out", model / "work"),
+        "WORK is MODEL": (tmp_path / "out", model),
+    }[where]
+    refuse(model, work, use=recipe(method="rtn"), out=out, arguments=["--work", work])
+
+
+def test_a_model_that_is_not_there(
+    baby: Callable[..., Path], refuse: Check, onecard: Callable[..., Result], tmp_path: Path, refused: Check
+) -> None:
+    refuse(tmp_path / "no" / "such" / "model", tmp_path / "no", "demo", "hub id")
+    refuse(baby("llama4-text") / "model.safetensors", "model.safetensors", "folder")
+    (tmp_path / "empty").mkdir()
+    refuse(tmp_path / "empty", tmp_path / "empty", "config.json")
+    refused(onecard("verify", baby("llama4-text"), tmp_path / "no"), tmp_path / "no")
+
+
+def test_hub_id_on_an_offline_machine(refuse: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    refuse("someone/who-is-not-here", "someone/who-is-not-here", "network", "folder", code=4)
+
+
+@pytest.mark.parametrize("device", ["tpu9", "meta", "mps", "", "cpu:x", "cuda:99"])
+def test_unknown_device(baby: Callable[..., Path], refuse: Check, device: str) -> None:
+    refuse(baby("llama4-text"), "device", "cpu", arguments=["--device", device])
+
+
+# --- checkpoints that are quantized already
+
+
+def test_quantized_already(
+    emitted: Callable[..., Any],
+    refuse: Check,
+    onecard: Callable[..., Result],
+    recipe: Callable[..., Path],
+    refused: Check,
+) -> None:
+    checkpoint, _ = emitted("qwen3")
+    refuse(checkpoint, checkpoint, "quantized already", "original")
+    refused(onecard("plan", checkpoint, "--recipe", recipe()), checkpoint, "quantized already")
+
+
+def _drop_scales(tensors: dict[str, torch.Tensor], modules: list[str]) -> None:
+    for module in modules:
+        del tensors[f"{module}.weight_scale"]
+
+
+def _cut_scales(tensors: dict[str, torch.Tensor], modules: list[str]) -> None:
+    for module in modules:
+        tensors[f"{module}.weight_scale"] = tensors[f"{module}.weight_scale"][:5].contiguous()
+
+
+def _no_groups(tensors: dict[str, torch.Tensor], modules: list[str]) -> None:
+    for module in modules:
+        tensors[f"{module}.weight_scale"] = tensors[f"{module}.weight_scale"][:, :0].contiguous()
+
+
+def _flat_codes(tensors: dict[str, torch.Tensor], modules: list[str]) -> None:
+    for module in modules:
+        tensors[f"{module}.weight_packed"] = tensors[f"{module}.weight_packed"].flatten()
+
+
+def _narrow_codes(tensors: dict[str, torch.Tensor], modules: list[str]) -> None:
+    for module in modules:
+        tensors[f"{module}.weight_packed"] = tensors[f"{module}.weight_packed"][:, :2].contiguous()
+
+
+def _no_module(tensors: dict[str, torch.Tensor], modules: list[str]) -> None:
+    for name in [n for n in tensors if n.rpartition(".")[0] in modules]:
+        del tensors[name]
+
+
+@pytest.mark.parametrize("spoil", [_drop_scales, _cut_scales, _no_groups, _flat_codes, _narrow_codes, _no_module])
+def test_damaged_quantized_checkpoint(
+    baby: Callable[..., Path], emitted: Callable[..., Any], onecard: Callable[..., Result], texts: list[str],
+    tmp_path: Path, spoil: Callable[[dict[str, torch.Tensor], list[str]], None], refused: Check,
+) -> None:  # fmt: skip
+    """Two modules of an emitted checkpoint are spoilt: `verify` and `inspect` name both and compute nothing."""
+    checkpoint = Path(shutil.copytree(emitted("qwen3")[0], tmp_path / "checkpoint"))
+    stem = "model.layers.0.mlp.experts"
+    modules = [f"{stem}.2.down_proj", f"{stem}.5.gate_proj"]
+    for shard in shard_files(checkpoint):
+        tensors = load_file(shard)
+        if f"{modules[0]}.weight_packed" in tensors:
+            spoil(tensors, modules)
+            save_file(tensors, shard, metadata={"format": "pt"})
+    if spoil in (_drop_scales, _no_module):  # the index then names too much: it is not what is tested here
+        edit_json(
+            checkpoint / "model.safetensors.index.json",
+            lambda index: [index["weight_map"].pop(f"{m}.{s}") for m in modules for s in (
+                ["weight_scale"] if spoil is _drop_scales else ["weight_packed", "weight_scale", "weight_shape"])],
+        )  # fmt: skip
+    refused(onecard("inspect", checkpoint), *modules)
+    refused(onecard("verify", baby("qwen3"), checkpoint, *texts[2:]), *modules)
+
+
+def test_verify_refuses_scales_that_are_no_numbers(
+    baby: Callable[..., Path], emitted: Callable[..., Any], onecard: Callable[..., Result], texts: list[str],
+    tmp_path: Path, refused: Check,
+) -> None:  # fmt: skip
+    checkpoint = Path(shutil.copytree(emitted("qwen3")[0], tmp_path / "checkpoint"))
+    name = "model.layers.0.mlp.experts.2.down_proj.weight_scale"
+    for shard in shard_files(checkpoint):
+        tensors = load_file(shard)
+        if name in tensors:
+            tensors[name][3, 0] = float("nan")
+            save_file(tensors, shard, metadata={"format": "pt"})
+    refused(onecard("verify", baby("qwen3"), checkpoint, *texts[2:]), name, "NaN")
+
+
+def test_verify_refuses_a_checkpoint_of_another_model(
+    baby: Callable[..., Path],
+    emitted: Callable[..., Any],
+    onecard: Callable[..., Result],
+    texts: list[str],
+    refused: Check,
+) -> None:
+    checkpoint, _ = emitted("qwen3")
+    refused(onecard("verify", baby("llama4-text"), checkpoint, *texts[2:]), checkpoint, baby("llama4-text"))
+
+
+def test_generate_refuses_a_picture_that_is_not_there(
+    baby: Callable[..., Path], onecard: Callable[..., Result], tmp_path: Path, refused: Check
+) -> None:
+    picture = tmp_path / "cat.png"
+    refused(onecard("generate", baby("scout"), "what?", "--image", picture), picture)
+    picture.write_bytes(b"no picture")
+    refused(onecard("generate", baby("scout"), "what?", "--image", picture), picture)
+    refused(onecard("generate", baby("qwen3"), "what?", "--image", picture), "vision")

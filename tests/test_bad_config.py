@@ -1,0 +1,164 @@
+"""Configs and tokenizers that cannot be used, and code that must never run."""
+
+import os
+import pickle
+import runpy
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+
+from babies import edit_json
+
+Check = Callable[..., str]
+
+
+# --- config.json
+
+
+def test_unknown_model_type(copied: Callable[..., Path], refuse_model: Check) -> None:
+    model = copied()
+    edit_json(model / "config.json", lambda c: c.update(model_type="mixtral"))
+    refuse_model(model, "mixtral", "llama4", "qwen3_moe")
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "null", b"\xff"])
+def test_config_that_is_no_config(copied: Callable[..., Path], refuse_model: Check, content: str | bytes) -> None:
+    model = copied()
+    if content is None:
+        (model / "config.json").unlink()
+    else:
+        (model / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    refuse_model(model, "config.json")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": None},
+        {"model_type": ["llama4"]},
+        {"hidden_size": "many"},
+        {"hidden_act": "nonsense"},
+        {"num_attention_heads": 0},
+        {"num_attention_heads": 3},
+        {"num_hidden_layers": -1},
+        {"num_local_experts": 0},
+        {"num_experts_per_tok": 99},
+        {"vocab_size": -5},
+        {"rope_parameters": {"rope_type": "nonsense", "rope_theta": 1e4}},
+        {"quantization_config": []},
+        {"quantization_config": {}},
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        {"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}},
+        {"auto_map": 5},
+    ],
+    ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()),
+)
+def test_config_with_a_senseless_value(
+    copied: Callable[..., Path], refuse_model: Check, changes: dict[str, Any]
+) -> None:
+    model = copied()
+    edit_json(model / "config.json", lambda c: c.update(changes))
+    refuse_model(model, model)
+
+
+# --- code that must never run
+
+
+class Evil:
+    """Unpickled, it leaves a mark."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.marker),)
+
+
+def test_pickles_are_named_and_never_unpickled(
+    copied: Callable[..., Path], refuse_model: Check, tmp_path: Path
+) -> None:
+    model = copied()
+    shutil.rmtree(tmp_path / "mark", ignore_errors=True)
+    (model / "model.safetensors").unlink()
+    (model / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(tmp_path / "mark")))
+    torch.save(Evil(tmp_path / "mark"), model / "consolidated.00.pth")
+    refuse_model(model, "pytorch_model.bin", "consolidated.00.pth", "safetensors")
+    assert not (tmp_path / "mark").exists()
+    pickle.loads((model / "pytorch_model.bin").read_bytes())  # the trap was a real one
+    assert (tmp_path / "mark").exists()
+
+
+def test_a_pickle_beside_safetensors_is_left_alone(
+    copied: Callable[..., Path], onecard: Callable[..., Result], recipe: Callable[..., Path], texts: list[str],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    model = copied()
+    (model / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(tmp_path / "mark")))
+    result = onecard("quantize", model, tmp_path / "out", "--recipe", recipe(method="rtn"), *texts)
+    assert result.exit_code == 0, result.stderr
+    assert not (tmp_path / "mark").exists()
+    assert not list((tmp_path / "out").glob("*.bin"))
+
+
+@pytest.fixture
+def evil_code(tmp_path: Path) -> Iterator[str]:
+    """Python that leaves a mark when it is imported; afterwards proof that it would have, and did not."""
+    code = f"import os\nos.mkdir({str(tmp_path / 'mark')!r})\nclass EvilConfig: pass\nclass EvilTokenizer: pass\n"
+    yield code
+    assert not (tmp_path / "mark").exists()
+    (tmp_path / "evil.py").write_text(code)
+    runpy.run_path(str(tmp_path / "evil.py"))
+    assert (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("model_type", ["llama4_text", "evil"])
+def test_remote_code_of_the_model_is_never_run(
+    copied: Callable[..., Path], refuse_model: Check, evil_code: str, model_type: str
+) -> None:
+    model = copied()
+    (model / "modeling_evil.py").write_text(evil_code)
+    auto_map = {"AutoConfig": "modeling_evil.EvilConfig", "AutoModelForCausalLM": "modeling_evil.EvilModel"}
+    edit_json(model / "config.json", lambda c: c.update(model_type=model_type, auto_map=auto_map))
+    refuse_model(model, "auto_map", "AutoConfig", "AutoModelForCausalLM", "remote code")
+
+
+def test_remote_code_of_the_tokenizer_is_never_run(
+    copied: Callable[..., Path], onecard: Callable[..., Result], recipe: Callable[..., Path], texts: list[str],
+    evil_code: str, tmp_path: Path, refused: Check,
+) -> None:  # fmt: skip
+    """It is refused, or the plain tokenizer.json is used in its stead; the code does not run and is not carried."""
+    model = copied()
+    (model / "tokenization_evil.py").write_text(evil_code)
+    auto_map = {"AutoTokenizer": ["tokenization_evil.EvilTokenizer", "tokenization_evil.EvilTokenizer"]}
+    edit_json(model / "tokenizer_config.json", lambda c: c.update(tokenizer_class="EvilTokenizer", auto_map=auto_map))
+    result = onecard("quantize", model, tmp_path / "out", "--recipe", recipe(method="rtn"), *texts)
+    if result.exit_code:
+        refused(result, model)
+    assert not list(tmp_path.glob("out/*.py"))
+
+
+# --- tokenizers
+
+
+def test_tokenizer_that_is_missing_or_damaged(copied: Callable[..., Path], refuse: Check) -> None:
+    model = copied()
+    (model / "tokenizer.json").write_text('{"version": "1.0", "model"')
+    refuse(model, model, "tokenizer")
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+    refuse(model, model, "tokenizer")
+
+
+def test_tokenizer_of_another_model(copied: Callable[..., Path], refuse: Check) -> None:
+    model = copied()
+
+    def shift(tokenizer: Any) -> None:
+        tokenizer["model"]["vocab"]["a"] = 4000
+
+    edit_json(model / "tokenizer.json", shift)
+    refuse(model, model, "tokenizer", "vocabulary")
