@@ -7,6 +7,7 @@ Exit codes: 0 done; 1 a limit of the recipe was passed; 2 unusable input, nothin
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -16,7 +17,7 @@ from typing import Any
 import click
 
 from . import __version__
-from .core.errors import OnecardError
+from .core.errors import OnecardError, ResourceError
 
 RECIPE_HELP = "A shipped recipe (see `onecard recipes`) or the path of a .yaml file."
 DEVICE_HELP = "cpu, cuda, or auto: a GPU when there is one."
@@ -46,6 +47,17 @@ def _verb(function: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             click.echo("stopped.", err=True)
             sys.exit(130)
+        except (MemoryError, RuntimeError) as error:  # torch's own kinds are RuntimeErrors
+            if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
+                raise
+            first = str(error).partition("\n")[0]
+            click.echo(
+                f"error: memory ran out ({first}). What is finished is kept. A recipe with `output_blocks: 0` or a "
+                "smaller `batch_tokens` needs less (it is another recipe: --overwrite); with more memory go on with "
+                "--resume",
+                err=True,
+            )
+            sys.exit(ResourceError.exit_code)
 
     return run
 

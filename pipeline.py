@@ -84,7 +84,8 @@ class Run:
             "recipe": f"{self.recipe.name} {self.recipe.digest[:16]}",
             "source": self.model.folder.digest,
             "tokenizer and other files beside the weights": side_files_digest(self.model.path),
-            "device": self.device.type,
+            # Another card has other kernels, and memory for other batches.
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "compute dtype": str(self.dtype).removeprefix("torch."),
             # Sums over another number of threads round differently.
             "threads": str(torch.get_num_threads()),
@@ -138,15 +139,23 @@ def quantize(
     model = open_source(model_name)
     plan = plan_for(model, recipe)
     work_path = check_paths(out, work, model.path, resume, overwrite)
+    for path in (calibration, evaluation):
+        if overwrite and path is not None and path.resolve().is_relative_to(out.resolve()):
+            raise InputError(f"the texts {path} lie in the output {out}, which --overwrite clears: move them")
     texts = prepare_texts(model, recipe, calibration, evaluation, method.needs_statistics)
     run = Run(model, plan, recipe, method, texts, out, device, choose_dtype(recipe, device), began)
     finished = None
     if resume and not has_run(work_path):
         finished = _finished(run)
-    elif not resume:
+    if finished is None and not (resume and has_run(work_path)):
         run.check_space(work_path)
-    with WorkDir(work_path, run.identity(), resume, overwrite) as workdir:
+    with WorkDir(work_path, run.identity(), resume, overwrite, out) as workdir:
         if finished is None:
+            if workdir.moving_to is None and out.is_dir() and any(out.iterdir()) and not workdir.may_clear(out):
+                raise InputError(
+                    f"the output {out} is not empty, and the run in {work_path} was not begun with --overwrite for it: "
+                    "empty it, or name another folder"
+                )
             if workdir.moving_to not in (None, str(out.resolve())):
                 raise InputError(
                     f"the run in {work_path} has begun to move its files to {workdir.moving_to}, and {out} is another "
@@ -260,7 +269,7 @@ def _move(run: Run, workdir: WorkDir) -> None:
     """Everything but config.json: a folder without it is no checkpoint to any engine."""
     if workdir.moving_to is None:
         if run.out.is_dir():
-            clear_checkpoint(run.out)  # OUT holds files only if the user said --overwrite
+            clear_checkpoint(run.out)  # it is empty, unless the run was begun with --overwrite for it
         files.make_folder(run.out)
         workdir.begin_move(run.out)
     for shard in run.plan.shards:

@@ -1,6 +1,7 @@
 """Everything that is looked at before the first weight is read: model, recipe, texts, paths, plan.
 
-Every refusal happens here, with one message that lists all offenders, so that a run that starts can finish.
+Every refusal that needs no weight and no lock happens here, with one message that lists all offenders, so that a run
+that starts can finish.
 """
 
 import hashlib
@@ -29,6 +30,8 @@ from .planner.plan import Plan, make_plan
 from .quantize.site import Method
 from .recipe import Recipe, Texts, matches
 
+# What tells a folder that --overwrite may clear from one of somebody's documents.
+OF_A_CHECKPOINT = ("config.json", "onecard.json", "tokenizer*.json", "*.safetensors", "*.safetensors.index.json")
 # What is fetched from the hub: never pickles, never code.
 HUB_PATTERNS = [
     "*.safetensors",
@@ -139,6 +142,8 @@ def check_paths(out: Path, work: Path | None, model: Path, resume: bool, overwri
         raise InputError(
             f"the output {out} is not empty: go on with --resume, replace it with --overwrite, or name another"
         )
+    if overwrite and out.is_dir() and any(out.iterdir()) and not any(any(out.glob(p)) for p in OF_A_CHECKPOINT):
+        raise InputError(f"the output {out} holds files and no checkpoint: --overwrite does not clear it, name another")
     folder = work_folder(out, work)
     _refuse_nested("work directory", folder, "model", model)
     _refuse_nested("work directory", folder, "output", out)
@@ -215,6 +220,8 @@ def choose_device(name: str) -> torch.device:
         raise InputError(f"the device {name!r} is not supported: cpu, cuda or auto")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError("there is no CUDA device that this torch can use: give --device cpu, or install a CUDA build")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"there is no device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
     return device
 
 

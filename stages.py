@@ -233,7 +233,9 @@ def _quantize_site(
     measured = job.readers is not None and moments is not None
     for cut in cuts(len(site.members), outputs, site.in_features, job.budget_bytes, measured):
         members = site.members[cut]
-        w_BOI = torch.stack([_stacked(job, block, member) for member in members]).to(job.device)
+        # A block computed with in bf16 has rounded what was stored wider.
+        exact = block if job.dtype == torch.float32 or stored == "BF16" else None
+        w_BOI = torch.stack([_stacked(job, exact, member) for member in members]).to(job.device)
         moment = metric = None
         if moments is not None and block is not None:
             metric = _output_metric(job, site, block, moments, cut)

@@ -69,7 +69,7 @@ def verify(
     dtype = choose_dtype(recipe, device)
     source, quantized = open_model(source_name), open_model(checkpoint)
     a, b = source.adapter, quantized.adapter
-    if (a.family, a.n_blocks, a.hidden_size, a.vocab_size) != (b.family, b.n_blocks, b.hidden_size, b.vocab_size):
+    if a.family != b.family or a.expected() != b.expected():
         raise InputError(f"{checkpoint} is no version of {source_name}: their families or sizes differ")
     texts = prepare_texts(source, recipe, None, evaluation, needs_calibration=False)
     parameters = sum(torch.Size(shape).numel() for shape in a.expected().values())

@@ -30,23 +30,25 @@ class Readers:
         metric: ReaderMetric,
         device: torch.device,
     ) -> None:
-        self.hidden, self.device = adapter.hidden_size, device
+        self.metric, self.device = metric, device
 
-        def reader(norm: str, matrix: str, count_O: torch.Tensor) -> torch.Tensor:
-            share_O = count_O.to(device, torch.float32)
-            norm_H = read(adapter, source, norm).to(device, torch.float32)
-            return metric(read(adapter, source, matrix).to(device), norm_H, share_O / share_O.sum())
+        def reader(norm: str, matrix: str) -> tuple[torch.Tensor, torch.Tensor]:
+            return read(adapter, source, matrix).to(device), read(adapter, source, norm).to(device, torch.float32)
 
         # One more than was counted: a token that calibration lacks may still be said.
-        self.head_HH = reader(adapter.norm_name, adapter.head_name, counts_V + 1)
-        self.router_HH: dict[int, torch.Tensor] = {}
-        for block in range(adapter.n_blocks):
-            names = adapter.router_reading(block)
-            if names is not None:
-                self.router_HH[block] = reader(*names, torch.ones(adapter.n_experts))
+        share_V = (counts_V + 1).to(device, torch.float32)
+        self.head_HH = metric(*reader(adapter.norm_name, adapter.head_name), share_V / share_V.sum())
+        named = {block: adapter.router_reading(block) for block in range(adapter.n_blocks)}
+        self.routers = {block: reader(*names) for block, names in named.items() if names is not None}
+        self._block, self._total = -1, torch.empty(0)
 
     def of(self, block: int) -> torch.Tensor:
         """M [H, H] fp32 for errors that `block` adds to the residual stream."""
-        total = torch.eye(self.hidden, device=self.device) + self.head_HH
-        later = [metric for index, metric in self.router_HH.items() if index > block]
-        return total + torch.stack(later).mean(0) if later else total
+        if block != self._block:  # one is kept: it is asked for once for every cut of a site
+            self._block, self._total = block, self.head_HH.clone()
+            self._total.diagonal().add_(1.0)
+            later = [reader for index, reader in self.routers.items() if index > block]
+            for router, norm in later:
+                share = torch.full((len(router),), 1.0 / len(router), device=self.device)
+                self._total += self.metric(router, norm, share) / len(later)
+        return self._total

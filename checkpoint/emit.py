@@ -1,7 +1,6 @@
 """Emitting: shards that are written as soon as their last tensor is there, the index, and the files carried along."""
 
 import hashlib
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -79,9 +78,7 @@ def _side_files(source: Path) -> list[Path]:
 def carry_side_files(source: Path, out: Path) -> None:
     """Copy what belongs to the checkpoint beside its weights."""
     for path in _side_files(source):
-        target = out / path.name
-        with files.disk_errors(target):
-            shutil.copyfile(path, target)
+        files.write_bytes(out / path.name, path.read_bytes())
 
 
 def side_files_digest(source: Path) -> str:

@@ -37,10 +37,11 @@ def disk_errors(path: Path) -> Iterator[None]:
         if full:
             raise ResourceError(
                 f"the disk is full: {path.name} could not be written in {path.parent}. Free space there and run the "
-                "same command again with --resume; everything finished so far is kept"
+                "same command again; quantize goes on with --resume, everything finished so far is kept"
             ) from error
         raise ResourceError(
-            f"{path} could not be written ({text}). Mend that and run the same command again with --resume"
+            f"{path} could not be written ({text}). Mend that and run the same command again; quantize goes on with "
+            "--resume"
         ) from error
 
 

@@ -1,7 +1,7 @@
 """The work directory: where a run keeps what is finished, so that a killed one goes on and ends in the same bytes.
 
-    state.json                identity of the run (recipe, source, texts, versions), the number of finished stages, and
-                              the OUT that its files have begun to move to
+    state.json                identity of the run (recipe, source, texts, versions), the number of finished stages, the
+                              OUT that may be cleared, and the OUT that files have begun to move to
     lock                      held with flock by the live run; the system frees it however the run ends
     acts/NNNN/STREAM-KKKKK.safetensors   hidden rows that enter block NNNN, one file a batch
     shards/                   finished shards of the checkpoint
@@ -14,6 +14,7 @@ Whatever a killed stage left behind is written again. Nothing here is ever unpic
 import fcntl
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -59,7 +60,9 @@ def refuse_changed(old: dict[str, str], new: dict[str, str], where: Path) -> Non
 class WorkDir:
     """One run's folder, locked while this object is open. `done` is the number of finished stages."""
 
-    def __init__(self, path: Path, identity: dict[str, str], resume: bool, overwrite: bool) -> None:
+    def __init__(
+        self, path: Path, identity: dict[str, str], resume: bool, overwrite: bool, out: Path | None = None
+    ) -> None:
         """Raises InputError when another run holds the folder, when it is not empty and neither flag was given, or
         when a resumed run is not the run that was begun (saying what changed)."""
         self.path = path
@@ -68,7 +71,8 @@ class WorkDir:
         names = {p.name for p in path.iterdir()} if path.is_dir() else set()
         occupied = bool(names - {"lock"})
         # The state is the first thing that is written and the last that is removed.
-        if occupied and not names >= {"lock", STATE} and names != {"lock", STATE + files.TEMPORARY}:
+        foreign = occupied and not names >= {"lock", STATE} and names != {"lock", STATE + files.TEMPORARY}
+        if foreign or ("lock" in names and (path / "lock").stat().st_size):
             raise InputError(f"{path} is not empty and is no work directory of onecard: name another with --work")
         files.make_folder(path)
         self._lock = self._acquire()
@@ -81,6 +85,8 @@ class WorkDir:
             if overwrite or not has_run(path):
                 self.clear()
             self.state: dict[str, Any] = {"identity": identity, "done": 0}
+            if overwrite and out is not None:
+                self.state["may_clear"] = str(out.resolve())
             if has_run(path):
                 self.state = _read_state(path)
                 refuse_changed(self.state["identity"], identity, path)
@@ -120,13 +126,19 @@ class WorkDir:
         """The OUT that files have begun to move to."""
         return self.state.get("moving_to")
 
+    def may_clear(self, out: Path) -> bool:
+        """Whether the run was begun with --overwrite for this OUT."""
+        return self.state.get("may_clear") == str(out.resolve())
+
     def begin_move(self, out: Path) -> None:
         self.state["moving_to"] = str(out.resolve())
         self._write_state()
 
     def clear(self) -> None:
-        """Empty the folder, but for the lock that is held. The state goes last: until then it can be resumed or
-        cleared again."""
+        """Empty the folder, but for the lock that is held. The state says first that the run is over, and goes last:
+        what a kill leaves is ours still, and no run."""
+        if (self.path / STATE).exists():
+            files.write_json(self.path / STATE, {"identity": {}, "done": 0, "over": True})
         for item in self.path.iterdir():
             if item.name in ("lock", STATE):
                 continue
@@ -139,12 +151,11 @@ class WorkDir:
         return folder
 
     def remove(self) -> None:
-        """The run is finished, or was refused: the folder goes. What a kill leaves of it is no run any more."""
-        self.state["over"] = True
-        self._write_state()
+        """The run is finished, or was refused: the folder goes."""
         self.clear()
         (self.path / "lock").unlink()
-        self.path.rmdir()
+        with suppress(OSError):  # a link or a mount point stays, empty
+            self.path.rmdir()
         self._lock.close()
 
     def __enter__(self) -> "WorkDir":

@@ -98,7 +98,7 @@ def _through_heads(
                     (
                         c,
                         *(
-                            h[part] @ w[c : c + COLUMNS_PER_SLICE].to(dtype).T
+                            h[part].float() @ w[c : c + COLUMNS_PER_SLICE].float().T
                             for h, w in zip(hidden, heads, strict=True)
                         ),
                     )

@@ -92,7 +92,9 @@ class Llama4Adapter(Adapter):
             down = tuple((f"{n}down_proj",) for n in names)
             feeds = tuple(name for (name,) in down)
             sites.append(Site(f"{key}gate_up", role, gate_up, (width, width), c.hidden_size, stage=2, feeds=feeds))
-            sites.append(Site(f"{key}down", role, down, (c.hidden_size,), width, last_stage, True, True))
+            # Several experts a token would each make good the whole of what the block misses.
+            alone = role is not Role.EXPERT or self.top_k == 1
+            sites.append(Site(f"{key}down", role, down, (c.hidden_size,), width, last_stage, alone, True))
 
         if self.is_moe(block):
             # The shared expert's down projection comes last: it sees every token and mends what the others left.

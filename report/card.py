@@ -29,7 +29,7 @@ def draw_card(record: RunRecord, out: str, console: Console) -> None:
     """Print the card on `console` (stderr)."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
-    grid.add_column()
+    grid.add_column(overflow="fold")
     plan, kl, machine = record.plan, record.kl, record.machine
     name = record.model["name"]
     grid.add_row(

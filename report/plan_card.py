@@ -27,7 +27,7 @@ def draw_plan(result: Any, tensors: bool, console: Console) -> None:
             )
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
-    grid.add_column()
+    grid.add_column(overflow="fold")
     grid.add_row("model", f"{result.model.name} ({result.model.adapter.family}, {plan.parameters:,} parameters)")
     grid.add_row("recipe", result.recipe.name)
     if result.recipe.note:
@@ -60,7 +60,7 @@ def draw_inspection(facts: dict[str, Any], console: Console) -> None:
     """`facts` is what inspection.inspect returns."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
-    grid.add_column()
+    grid.add_column(overflow="fold")
     grid.add_row("model", Text(f"{facts['model']} ({facts['family']})"))
     grid.add_row(
         "blocks",

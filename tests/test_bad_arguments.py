@@ -99,6 +99,19 @@ def test_out_is_not_empty(baby: Callable[..., Path], refuse: Check, tmp_path: Pa
     refuse(baby("llama4-text"), "--resume", "--overwrite", arguments=["--resume", "--overwrite"])
 
 
+def test_overwrite_clears_checkpoints_and_nothing_else(
+    baby: Callable[..., Path], refuse: Check, tmp_path: Path, texts: list[str]
+) -> None:
+    (tmp_path / "documents").mkdir()
+    (tmp_path / "documents" / "thesis.txt").write_text("mine")
+    refuse(baby("llama4-text"), "no checkpoint", out=tmp_path / "documents", arguments=["--overwrite"])
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.json").write_text("{}")
+    shutil.copy(texts[1], tmp_path / "old" / "texts.jsonl")
+    arguments = ["--overwrite", "--calibration", tmp_path / "old" / "texts.jsonl"]
+    refuse(baby("llama4-text"), "texts.jsonl", out=tmp_path / "old", arguments=arguments)
+
+
 def test_nothing_to_resume_in_a_foreign_folder(baby: Callable[..., Path], refuse: Check, tmp_path: Path) -> None:
     """--resume goes on with a run of onecard's; a folder of somebody's that no run of ours made is not one."""
     (tmp_path / "out").mkdir()
@@ -254,6 +267,9 @@ def test_verify_refuses_a_checkpoint_of_another_model(
 ) -> None:
     checkpoint, _ = emitted("qwen3")
     refused(onecard("verify", baby("llama4-text"), checkpoint, *texts[2:]), checkpoint, baby("llama4-text"))
+    # One family, as many blocks and as wide: Scout and Maverick.
+    checkpoint, _ = emitted("scout")
+    refused(onecard("verify", baby("maverick"), checkpoint, *texts[2:]), checkpoint, baby("maverick"))
 
 
 def test_generate_refuses_a_picture_that_is_not_there(

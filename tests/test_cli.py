@@ -458,8 +458,8 @@ def test_names_that_look_like_markup(
     baby: Callable[..., Path], onecard: Callable[..., Result], recipe: Callable[..., Path], texts: list[str],
     tmp_path: Path,
 ) -> None:  # fmt: skip
-    """The card is drawn with rich, which takes [/x] for markup: a folder may be called so."""
-    model = Path(shutil.copytree(baby("qwen3"), tmp_path / "we[" / "ird]" / "model[bold]"))
+    """The card is drawn with rich, which takes [/x] for markup and cuts long words: a folder may be called so."""
+    model = Path(shutil.copytree(baby("qwen3"), tmp_path / "we[" / "ird]" / ("long" * 30) / "model[bold]"))
     use, out = recipe(method="rtn", name="[/mine]"), tmp_path / "out[" / "]"
     for arguments in (
         ["inspect", model],
