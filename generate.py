@@ -1,5 +1,6 @@
 """The smoke test: load a checkpoint with transformers, as a stranger would, and let it answer."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,10 @@ def load_with_transformers(path: Path, dtype: torch.dtype | str = "auto") -> Any
         # Left compressed, the first forward pass ends in an AttributeError on a CPU.
         kwargs["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     try:
-        model = cls.from_pretrained(str(path), **kwargs).eval()
+        with warnings.catch_warnings():
+            # That `dequantize` overrides the checkpoint's own configuration is what it is given for.
+            warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+            model = cls.from_pretrained(str(path), **kwargs).eval()
     except RuntimeError as error:  # 5.23 drops the zero points of experts, which it stacks, and then misses them
         raise InputError(f"transformers {transformers.__version__} cannot load {path}: {error}") from error
     # Experts that it dequantizes and stacks (Qwen3) keep the dtype of their scales, whatever was asked for.

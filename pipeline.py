@@ -308,7 +308,7 @@ def _summarise_coverage(record: RunRecord, recipe: Recipe) -> None:
         "experts_in_all": len(covered),
         "least_rows_of_an_expert": min(covered),
         "experts_without_rows": sum(n == 0 for n in covered),
-        f"experts_below_{recipe.warn_below_expert_rows}_rows": len(low),
+        "experts_starved": len(low),  # below the recipe's warn_below_expert_rows
         "damping_raised": sum(b["damping_raised"] for b in record.blocks),
         "diagonal_fallbacks": sum(b["diagonal_fallbacks"] for b in record.blocks),
     }

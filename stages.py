@@ -68,6 +68,7 @@ def quantize_block(job: BlockJob, step: Step) -> dict[str, Any]:
         step.begin("quantize", job.index)
         for site in job.quantized_sites():
             _quantize_site(job, site, None, None, writer, facts)
+            step.advance(0)
     for name in writer.names():
         if not writer.has(name):
             writer.put(name, read(job.adapter, job.source, name))
@@ -91,6 +92,7 @@ def _with_statistics(job: BlockJob, writer: ShardWriter, facts: dict[str, Any], 
             if site.role is Role.EXPERT:
                 facts["expert_rows"] = moments[site.key].rows
             _quantize_site(job, site, target, moments.pop(site.key), writer, facts)
+            step.advance(0)
     if job.index + 1 == job.adapter.n_blocks:
         job.store.drop(job.index + 1)
         return

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -15,7 +16,9 @@ def main(out: str, picture: str) -> None:
     record = RunRecord(**json.loads((Path(out) / FILE_NAME).read_text(encoding="utf-8")))
     console = Console(record=True, width=118, file=io.StringIO(), force_terminal=True)
     draw_card(record, out, console)
-    Path(picture).write_text(console.export_svg(title="onecard"), encoding="utf-8")
+    # Without the fonts that rich would load from the network: the reader's own monospace serves.
+    svg = re.sub(r"@font-face \{.*?\}\s*", "", console.export_svg(title="onecard"), flags=re.DOTALL)
+    Path(picture).write_text(svg, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -62,8 +62,17 @@ def draw_card(record: RunRecord, out: str, console: Console) -> None:
     grid.add_row("same top-1", f"{kl['same_top1']:.2%}")
     grid.add_row("perplexity", f"{kl['perplexity_reference']:.3f} bf16, {kl['perplexity_quantized']:.3f} quantized")
     if record.fallbacks:
-        counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in record.fallbacks.items())
-        grid.add_row("coverage", counts)
+        counts = record.fallbacks
+        grid.add_row(
+            "coverage",
+            f"{counts['experts_in_all']} experts, the least with {counts['least_rows_of_an_expert']:,} rows; "
+            f"{counts['experts_without_rows']} without rows, {counts['experts_starved']} below "
+            f"{record.recipe['warn_below_expert_rows']}",
+        )
+        grid.add_row(
+            "fallbacks",
+            f"{counts['damping_raised']} matrices with more damping, {counts['diagonal_fallbacks']} by their diagonal",
+        )
     stages = sorted(machine["stage_seconds"].items(), key=lambda item: -item[1])
     if stages:
         stage, seconds = stages[0]

@@ -11,8 +11,9 @@ from rich.text import Text
 
 from .resources import peak_device_bytes, peak_rss_bytes
 
-# On a pipe or in a log: at most one line in this many seconds, but for the first of a stage.
-PLAIN_SECONDS = 10.0
+# On a pipe or in a log: a line when this many seconds have gone by, or this share of the run if that is more, so that a
+# night's log stays short. Stages outside the blocks get one each.
+PLAIN_SECONDS, PLAIN_SHARE = 10.0, 0.01
 
 
 def clock(seconds: float) -> str:
@@ -36,7 +37,8 @@ class Progress:
         self._began = self._stage_began = time.monotonic()
         self._tokens = 0
         self._phase_began, self._phase_first, self._phase = self._began, 0, ""
-        self._last_plain = 0.0
+        self._block_began = self._began
+        self._last_plain: float | None = None
         self._live: Live | None = None
 
     def __enter__(self) -> "Progress":
@@ -64,13 +66,21 @@ class Progress:
         phase = stage.partition(":")[0] if ":" in stage else "quantize"
         if block is not None and phase != self._phase:
             self._phase, self._phase_began, self._phase_first = phase, time.monotonic(), block
+        if block != self.block:
+            self._block_began = time.monotonic()
         changed = stage != self.stage
         self.stage, self.block, self._tokens = stage, block, 0
-        if self._live is None and not self.quiet:
-            now = time.monotonic()
-            if now - self._last_plain >= PLAIN_SECONDS or (block is None and changed) or self._last_plain == 0.0:
-                self._last_plain = now
-                self.console.print(Text(self._line()), soft_wrap=True)
+        self._plain(block is None and changed)
+
+    def _plain(self, at_once: bool = False) -> None:
+        """A line where there is no terminal, when one is due."""
+        if self._live is not None or self.quiet:
+            return
+        now = time.monotonic()
+        due = max(PLAIN_SECONDS, PLAIN_SHARE * (now - self._began))
+        if at_once or self._last_plain is None or now - self._last_plain >= due:
+            self._last_plain = now
+            self.console.print(Text(self._line()), soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """Said at once, and again on the card."""
@@ -78,14 +88,16 @@ class Progress:
             self.console.print(Text(f"warning: {text}", style="yellow"), soft_wrap=True)
 
     def advance(self, tokens: int) -> None:
+        """Work went on in this stage, on so many tokens."""
         self._tokens += tokens
+        self._plain()
 
     def eta_seconds(self) -> float | None:
         """Left in the present walk over the blocks, from the mean of the blocks it has finished."""
         if self.block is None or self.block <= self._phase_first:
             return None
-        each = (time.monotonic() - self._phase_began) / (self.block - self._phase_first)
-        return each * (self.blocks - self.block) - (time.monotonic() - self._stage_began)
+        each = (self._block_began - self._phase_began) / (self.block - self._phase_first)
+        return max(0.0, each * (self.blocks - self.block) - (time.monotonic() - self._block_began))
 
     def _line(self) -> str:
         parts = [self.title]
@@ -98,7 +110,7 @@ class Progress:
         parts.append(f"elapsed {clock(time.monotonic() - self._began)}")
         eta = self.eta_seconds()
         if eta is not None:
-            parts.append(f"ETA {clock(max(0.0, eta))}")
+            parts.append(f"ETA {clock(eta)}")
         parts.append(f"RAM peak {gigabytes(peak_rss_bytes())}")
         if peak_device_bytes():
             parts.append(f"GPU peak {gigabytes(peak_device_bytes())}")
