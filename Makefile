@@ -19,7 +19,7 @@ $(STAMP): setup.cfg constraints.txt pyproject.toml
 demo: venv
 	$(BIN)/onecard quantize demo $(OUT)/demo-rtn --recipe rtn-int4 --overwrite
 	$(BIN)/onecard quantize demo $(OUT)/demo-int4 --recipe demo --overwrite
-	$(BIN)/onecard generate $(OUT)/demo-int4 "Which module defines the name dumps?"
+	$(BIN)/onecard generate $(OUT)/demo-int4 "What do you see?" --image demo/data/images/caption-001.png
 
 test: venv quality
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -1,14 +1,16 @@
 """The command line: verbs -> recipe -> pipeline -> exit code. torch is imported only inside a verb.
 
 Two voices: a card for people on stderr, one JSON line on stdout for scripts.
-Exit codes: 0 done; 1 a limit of the recipe was passed; 2 unusable input, nothing was written; 4 the machine gave out
-(disk, network), what is finished is kept; 130 stopped with Ctrl-C, likewise.
+Exit codes: 0 done; 1 a limit of the recipe was exceeded; 2 unusable input, nothing was written; 4 the machine gave out
+(disk, memory, network), what is finished is kept; 130 stopped with Ctrl-C or SIGTERM, likewise.
 """
 
 import json
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -33,12 +35,30 @@ def _quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
+def _stop(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _print(text: str) -> None:
+    """A line on stdout."""
+    try:
+        click.echo(text)
+    except OSError as error:
+        # Nothing more is tried when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise ResourceError(
+            f"standard output could not be written ({error.strerror}). What the command put into files is whole"
+        ) from error
+
+
 def _verb(function: Callable[..., None]) -> Callable[..., None]:
     """Errors of the user's become one message and their exit code; anything else is a bug and keeps its traceback."""
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, _stop)  # a scheduler's way to say Ctrl-C
             _quiet_libraries()
             function(*args, **kwargs)
         except OnecardError as error:
@@ -89,7 +109,7 @@ def main() -> None:
 @click.option("--device", default="auto", show_default=True, help=DEVICE_HELP)
 @click.option("--work", type=click.Path(path_type=Path), help="Where a run keeps what is finished. [default: OUT.work]")
 @click.option("--resume", is_flag=True, help="Go on with a stopped run; it ends in the same bytes.")
-@click.option("--overwrite", is_flag=True, help="Replace what is in OUT and in the work directory.")
+@click.option("--overwrite", is_flag=True, help="Replace what a run put into OUT and the work directory.")
 @click.option("--calibration", type=click.Path(path_type=Path), help="Your own calibration texts (JSONL).")
 @click.option("--evaluation", type=click.Path(path_type=Path), help="Your own evaluation texts (JSONL).")
 @_verb
@@ -114,7 +134,8 @@ def quantize(
       onecard quantize ./Llama-4-Scout-17B-16E-Instruct ./scout-int4 \\
           --recipe llama4-scout-h100 --device cuda \\
           --calibration chats.jsonl --evaluation held-out.jsonl
-    Stopped? The same line with --resume goes on where it was.
+    Stopped? The same line with --resume goes on where it was and ends in the same bytes (of the record, all but times
+    and memory). It must find the same number of threads.
     """
     from .pipeline import quantize as run
     from .prepare import work_folder
@@ -144,13 +165,13 @@ def quantize(
         )
         sys.exit(130)
     draw_card(record, str(out), console)
-    click.echo(json.dumps(result_line(record, str(out))))
+    _print(json.dumps(result_line(record, str(out))))
 
 
 @main.command()
 @click.argument("source")
 @click.argument("checkpoint")
-@click.option("--recipe", help=f"{RECIPE_HELP} Its evaluation texts are used. [default: the embedded texts]")
+@click.option("--recipe", help=f"{RECIPE_HELP} Its evaluation texts and row lengths. [default: rtn-int4]")
 @click.option("--evaluation", type=click.Path(path_type=Path), help="Your own evaluation texts (JSONL).")
 @click.option("--device", default="auto", show_default=True, help=DEVICE_HELP)
 @_verb
@@ -176,7 +197,7 @@ def verify(source: str, checkpoint: str, recipe: str | None, evaluation: Path | 
         console=console,
     )
     draw_card(record, checkpoint, console)
-    click.echo(json.dumps(result_line(record, checkpoint)))
+    _print(json.dumps(result_line(record, checkpoint)))
 
 
 @main.command()
@@ -198,7 +219,7 @@ def plan(model: str, recipe: str, device: str, tensors: bool) -> None:
 
     result = run(model, load_recipe(recipe), device)
     draw_plan(result, tensors, _console())
-    click.echo(json.dumps(result.line()))
+    _print(json.dumps(result.line()))
 
 
 @main.command()
@@ -216,7 +237,7 @@ def inspect(model: str) -> None:
 
     facts = run(model)
     draw_inspection(facts, _console())
-    click.echo(json.dumps(facts))
+    _print(json.dumps(facts))
 
 
 @main.command()
@@ -232,11 +253,11 @@ def generate(checkpoint: str, prompt: str, max_new_tokens: int, image: Path | No
 
     \b
     Example:
-      onecard generate /tmp/demo-int4 "Which module defines the name dumps?"
+      onecard generate /tmp/demo-int4 "What do you see?" --image picture.png
     """
     from .generate import generate as run
 
-    click.echo(run(checkpoint, prompt, max_new_tokens, image))
+    _print(run(checkpoint, prompt, max_new_tokens, image))
 
 
 @main.command()
@@ -252,8 +273,8 @@ def recipes(name: str | None) -> None:
     from .recipe import load_recipe, recipe_names, recipe_text
 
     if name is not None:
-        click.echo(recipe_text(name), nl=False)
+        _print(recipe_text(name).rstrip())
         return
     for known in recipe_names():
         recipe = load_recipe(known)
-        click.echo(f"{known}\n    {recipe.description}" + (f"\n    {recipe.note}" if recipe.note else ""))
+        _print(f"{known}\n    {recipe.description}" + (f"\n    {recipe.note}" if recipe.note else ""))

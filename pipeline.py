@@ -21,11 +21,19 @@ from rich.console import Console
 from . import __version__
 from .calibration.readers import Readers
 from .checkpoint import files
-from .checkpoint.emit import ShardWriter, carry_side_files, clear_checkpoint, index_json, side_files_digest
+from .checkpoint.emit import (
+    ShardWriter,
+    carry_side_files,
+    clear_checkpoint,
+    emitted_before,
+    emitted_files,
+    index_json,
+    side_files_digest,
+)
 from .checkpoint.formats import compressed_tensors as ct
 from .checkpoint.packed import open_packed
 from .checkpoint.source import open_folder, refuse_nonfinite
-from .checkpoint.workdir import Activations, WorkDir, has_run, refuse_changed
+from .checkpoint.workdir import Activations, WorkDir, has_run, read_json, refuse_changed
 from .core.errors import InputError, LimitError
 from .core.rows import Row, batches
 from .eval.twin import Side
@@ -81,15 +89,15 @@ class Run:
         """All that the bytes of a run depend on. A resumed run must find every one of them again."""
         identity = {
             "onecard": __version__,
-            "recipe": f"{self.recipe.name} {self.recipe.digest[:16]}",
             "source": self.model.folder.digest,
             "tokenizer and other files beside the weights": side_files_digest(self.model.path),
             # Another card has other kernels, and memory for other batches.
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "compute dtype": str(self.dtype).removeprefix("torch."),
             # Sums over another number of threads round differently.
-            "threads": str(torch.get_num_threads()),
+            "threads (OMP_NUM_THREADS)": str(torch.get_num_threads()),
         }
+        identity |= {f"recipe's {key}": str(value) for key, value in self.recipe.model_dump(mode="json").items()}
         identity |= {f"{which} texts": str(facts["digest"]) for which, facts in self.texts.facts.items()}
         return identity | {f"version of {name}": v for name, v in package_versions().items() if name != "datasets"}
 
@@ -103,7 +111,8 @@ class Run:
             plan=self.plan.facts(),
             versions=package_versions(),
             identity=self.identity(),
-            warnings=self.adapter.faults(self.model.config),
+            files=emitted_files(self.plan.shards, self.model.path),
+            warnings=self.adapter.faults(self.model.config) + self.texts.warnings,
         )
 
     def check_space(self, work: Path) -> None:
@@ -139,9 +148,6 @@ def quantize(
     model = open_source(model_name)
     plan = plan_for(model, recipe)
     work_path = check_paths(out, work, model.path, resume, overwrite)
-    for path in (calibration, evaluation):
-        if overwrite and path is not None and path.resolve().is_relative_to(out.resolve()):
-            raise InputError(f"the texts {path} lie in the output {out}, which --overwrite clears: move them")
     texts = prepare_texts(model, recipe, calibration, evaluation, method.needs_statistics)
     run = Run(model, plan, recipe, method, texts, out, device, choose_dtype(recipe, device), began)
     finished = None
@@ -173,9 +179,8 @@ def _finished(run: Run) -> RunRecord | None:
         return None
     path = run.out / FILE_NAME
     if not path.exists() or not (run.out / "config.json").exists():
-        raise InputError(
-            f"{run.out} is not empty and there is no run to resume: replace it with --overwrite, or name another folder"
-        )
+        replace = "empty it" if emitted_before(run.out) is None else "replace it with --overwrite"
+        raise InputError(f"{run.out} is not empty and there is no run to resume: {replace}, or name another folder")
     try:
         record = RunRecord(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
@@ -197,6 +202,8 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress) -> RunRecord:
         except InputError:
             workdir.remove()
             raise
+    finished = {s.file: s.file_bytes for s in run.plan.shards if s.stage < workdir.done - 1}
+    workdir.refuse_damaged(finished, run.out)
     store = Activations(workdir.path / "acts")
     groups = batches(run.texts.calibration, run.recipe.batch_tokens)
     if workdir.done < 1:
@@ -216,8 +223,8 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress) -> RunRecord:
             files.write_json(file, facts)
             workdir.commit(2 + index)
             store.drop(index)
-        record.blocks.append(json.loads(file.read_text(encoding="utf-8")))
-        _check_limits(record, run.recipe)
+        record.blocks.append(read_json(file))
+        _check_limits(record, run.recipe, workdir.path)
     _summarise_coverage(record, run.recipe)
     if workdir.done < 2 + blocks:
         progress.begin("copy the rest")
@@ -229,7 +236,7 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress) -> RunRecord:
         progress.begin("move to OUT")
         _move(run, workdir)
         workdir.commit(3 + blocks)
-    config = run.model.config | {"quantization_config": _quantization_config(run.adapter, run.plan)}
+    config = run.adapter.mended(run.model.config) | {"quantization_config": _quantization_config(run.adapter, run.plan)}
     if workdir.done < 4 + blocks:
         emitted = open_folder(run.out)
         assert emitted.file_bytes == run.plan.emitted_bytes, (emitted.file_bytes, run.plan.emitted_bytes)
@@ -242,7 +249,7 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress) -> RunRecord:
         files.write_json(workdir.path / RECORD, record.to_json())
         workdir.commit(4 + blocks)
     else:
-        record = RunRecord(**json.loads((workdir.path / RECORD).read_text(encoding="utf-8")))
+        record = RunRecord(**read_json(workdir.path / RECORD))
     files.write_json(run.out / FILE_NAME, record.to_json())
     files.write_json(run.out / "config.json", config)
     return record
@@ -272,6 +279,8 @@ def _move(run: Run, workdir: WorkDir) -> None:
             clear_checkpoint(run.out)  # it is empty, unless the run was begun with --overwrite for it
         files.make_folder(run.out)
         workdir.begin_move(run.out)
+    # First of all, what will lie there: a folder with this file may be cleared of it.
+    files.write_json(run.out / FILE_NAME, {"files": emitted_files(run.plan.shards, run.model.path)})
     for shard in run.plan.shards:
         finished = workdir.path / "shards" / shard.file
         if finished.exists():
@@ -280,7 +289,7 @@ def _move(run: Run, workdir: WorkDir) -> None:
     carry_side_files(run.model.path, run.out)
 
 
-def _check_limits(record: RunRecord, recipe: Recipe) -> None:
+def _check_limits(record: RunRecord, recipe: Recipe, work: Path) -> None:
     """Limits that a block can pass: the run stops there, and what is finished is kept."""
     block = record.blocks[-1]
     rows = block.get("expert_rows") or []
@@ -288,13 +297,15 @@ def _check_limits(record: RunRecord, recipe: Recipe) -> None:
     if starved:
         raise LimitError(
             f"block {block['block']}: {', '.join(starved[:8])}, and the recipe fails below "
-            f"{recipe.fail_below_expert_rows}: give more or more varied calibration texts"
+            f"{recipe.fail_below_expert_rows} (fail_below_expert_rows): give more or more varied calibration texts and "
+            f"start anew with --overwrite. What is finished lies in {work}"
         )
     fallbacks = sum(b["diagonal_fallbacks"] for b in record.blocks)
     if fallbacks > recipe.max_fallbacks:
         raise LimitError(
             f"{fallbacks} matrices had second moments that could not be factored, and the recipe allows "
-            f"{recipe.max_fallbacks}: raise damping or shrinkage, or give more calibration texts"
+            f"{recipe.max_fallbacks} (max_fallbacks): raise damping or shrinkage, or give more calibration texts, and "
+            f"start anew with --overwrite. What is finished lies in {work}"
         )
 
 

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 
 from .calibration.documents import Document, read_dataset, read_jsonl, refuse_shared
-from .calibration.tokens import Encoder, document_rows, pack_rows
+from .calibration.tokens import Encoder, distinct, document_rows, pack_rows
+from .checkpoint.emit import emitted_before
 from .checkpoint.formats import compressed_tensors as ct
 from .checkpoint.packed import PackedSource, open_packed
 from .checkpoint.source import Folder, check_shapes, open_folder
+from .checkpoint.workdir import has_run
 from .core.errors import InputError, ResourceError
 from .core.rows import Row
 from .core.scheme import Scheme
@@ -29,9 +31,10 @@ from .planner.cost import Work
 from .planner.plan import Plan, make_plan
 from .quantize.site import Method
 from .recipe import Recipe, Texts, matches
+from .report.card import size
 
-# What tells a folder that --overwrite may clear from one of somebody's documents.
-OF_A_CHECKPOINT = ("config.json", "onecard.json", "tokenizer*.json", "*.safetensors", "*.safetensors.index.json")
+# Own evaluation texts of which less than this is evaluated get a warning.
+MOST_IS_UNUSED = 0.1
 # What is fetched from the hub: never pickles, never code.
 HUB_PATTERNS = [
     "*.safetensors",
@@ -129,7 +132,7 @@ def plan_for(model: Model, recipe: Recipe) -> Plan:
         raise InputError(f"the recipe {recipe.name} is for {recipe.family}, and {model.name} is {model.adapter.family}")
     scheme = Scheme(recipe.bits, recipe.group_size, recipe.symmetric)
     schemes = assign(model.adapter, scheme, recipe.quantize_roles, recipe.keep_modules, matches, recipe.name)
-    return make_plan(model.adapter, model.source, schemes, ct.layout, recipe.max_shard_bytes)
+    return make_plan(model.adapter, model.source, schemes, ct.layout, recipe.max_shard_bytes, model.folder.file_bytes)
 
 
 def check_paths(out: Path, work: Path | None, model: Path, resume: bool, overwrite: bool) -> Path:
@@ -138,13 +141,16 @@ def check_paths(out: Path, work: Path | None, model: Path, resume: bool, overwri
         raise InputError("--resume and --overwrite contradict each other: give one of them")
     _refuse_nested("output", out, "model", model)
     _refuse_file("output", out)
-    if out.is_dir() and any(out.iterdir()) and not (resume or overwrite):
-        raise InputError(
-            f"the output {out} is not empty: go on with --resume, replace it with --overwrite, or name another"
-        )
-    if overwrite and out.is_dir() and any(out.iterdir()) and not any(any(out.glob(p)) for p in OF_A_CHECKPOINT):
-        raise InputError(f"the output {out} holds files and no checkpoint: --overwrite does not clear it, name another")
     folder = work_folder(out, work)
+    if out.is_dir() and any(out.iterdir()) and not resume:
+        if emitted_before(out) is None:
+            raise InputError(
+                f"the output {out} holds files that no run of onecard put there: empty it yourself, or name another "
+                "folder"
+            )
+        if not overwrite:
+            go_on = "go on with --resume, " if has_run(folder) else ""
+            raise InputError(f"the output {out} is not empty: {go_on}replace it with --overwrite, or name another")
     _refuse_nested("work directory", folder, "model", model)
     _refuse_nested("work directory", folder, "output", out)
     _refuse_file("work directory", folder)
@@ -161,6 +167,8 @@ def _refuse_file(what: str, path: Path) -> None:
     for place in (path.absolute(), *path.absolute().parents):
         if place.exists() and not place.is_dir():
             raise InputError(f"the {what} {path} cannot be made, since {place} is a file: name another folder")
+        if place.is_symlink() and not place.exists():
+            raise InputError(f"the {what} {path} cannot be made, since {place} is a link to nothing: name another")
 
 
 def check_space(folder: Path, needed_bytes: int) -> None:
@@ -169,8 +177,8 @@ def check_space(folder: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
         raise ResourceError(
-            f"{existing} has {free / 1e9:.1f} GB free and the run needs {needed_bytes / 1e9:.1f} GB: free space, or "
-            "name another place for OUT and --work"
+            f"{existing} has {size(free)} free and the run needs {size(needed_bytes)}: free space, or name another "
+            "place for OUT and --work"
         )
 
 
@@ -243,11 +251,13 @@ def _documents(texts: Texts, which: str, override: Path | None, limit: int, adap
 
 @dataclass(frozen=True)
 class RunTexts:
-    """Token rows of a run and what the record says of them. `calibration` is empty when the method needs none."""
+    """Token rows of a run, what the record says of them and what the user should know. `calibration` is empty when the
+    method needs none."""
 
     calibration: list[Row]
     evaluation: list[Row]
     facts: dict[str, Any]
+    warnings: list[str]
 
 
 def prepare_texts(
@@ -258,8 +268,19 @@ def prepare_texts(
     evaluated = _documents(recipe.evaluation, "evaluation", evaluation, recipe.evaluation_rows, model.adapter)
     evaluated = _renderable(evaluated, encoder, evaluation)
     encoded = encoder.encode_all(evaluated, skip_unusable=_is_dataset(recipe.evaluation, evaluation))
-    rows = document_rows(encoded, recipe.evaluation_row_tokens, recipe.evaluation_rows)
-    facts = {"evaluation": _facts(evaluated, rows, evaluation, recipe.evaluation)}
+    unlike = distinct(encoded)
+    rows = document_rows(unlike, recipe.evaluation_row_tokens, recipe.evaluation_rows)
+    facts = {"evaluation": _facts(evaluated, encoded, rows, evaluation, recipe.evaluation)}
+    warnings = []
+    kept, given = facts["evaluation"]["tokens"], facts["evaluation"]["tokens_given"]
+    if evaluation is not None and kept < MOST_IS_UNUSED * given:
+        warnings.append(
+            f"only {kept:,} of the {given:,} tokens of {evaluation.name} are evaluated: a document gives one row of at "
+            f"most {recipe.evaluation_row_tokens} tokens, {recipe.evaluation_rows} rows in all. Split long "
+            "documents, or raise evaluation_row_tokens or evaluation_rows in the recipe"
+        )
+    if len(unlike) < len(encoded):
+        warnings.append(f"{len(encoded) - len(unlike)} of the evaluation texts repeat others and are left out")
     packed: list[Row] = []
     if calibration is not None and not calibration.is_file():
         raise InputError(f"the texts {calibration} are no file")  # a misspelt name is a mistake, needed or not
@@ -271,8 +292,8 @@ def prepare_texts(
         refuse_shared(calibrated, evaluated)
         encoded = encoder.encode_all(calibrated, skip_unusable=_is_dataset(recipe.calibration, calibration))
         packed = pack_rows(encoded, recipe.calibration_row_tokens, recipe.calibration_rows, recipe.calibration_seed)
-        facts["calibration"] = _facts(calibrated, packed, calibration, recipe.calibration)
-    return RunTexts(packed, rows, facts)
+        facts["calibration"] = _facts(calibrated, encoded, packed, calibration, recipe.calibration)
+    return RunTexts(packed, rows, facts, warnings)
 
 
 def _is_dataset(texts: Texts, override: Path | None) -> bool:
@@ -287,7 +308,9 @@ def _renderable(documents: list[Document], encoder: Encoder, override: Path | No
     return [d for d in documents if d.text is not None]
 
 
-def _facts(documents: list[Document], rows: list[Row], override: Path | None, texts: Texts) -> dict[str, Any]:
+def _facts(
+    documents: list[Document], encoded: list[Row], rows: list[Row], override: Path | None, texts: Texts
+) -> dict[str, Any]:
     sha = hashlib.sha256("\n".join(d.digest for d in documents).encode())
     return {
         "source": texts.source if override is None else override.name,
@@ -295,4 +318,5 @@ def _facts(documents: list[Document], rows: list[Row], override: Path | None, te
         "documents": len(documents),
         "rows": len(rows),
         "tokens": sum(len(row.tokens) for row in rows),
+        "tokens_given": sum(len(row.tokens) for row in encoded),
     }

@@ -9,7 +9,7 @@ import json
 from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -53,7 +53,7 @@ class Recipe(BaseModel):
     shrinkage: float = Field(default=0.1, gt=0)
     refine_rounds: int = Field(default=2, ge=0)  # after GPTQ: scales refitted and codes swept, this many times
     # GPTQ is run once for each of these multiples of the searched scales; every row keeps its best.
-    scale_trials: tuple[float, ...] = (1.0,)
+    scale_trials: tuple[Annotated[float, Field(gt=0, le=4)], ...] = Field(default=(1.0,), min_length=1)
     # What errors of outputs cost is taken into account between this many blocks of rows (quantize/metric.py); 0: not.
     output_blocks: int = Field(default=8, ge=0)
     # How much a token counts in the statistics: alike, or by 1 / mean square of the residual row that leaves the block.
@@ -82,6 +82,8 @@ class Recipe(BaseModel):
     def _sound(self) -> "Recipe":
         if self.group_size < 8 or self.group_size % 8:
             raise ValueError(f"group_size is {self.group_size}; it must be a positive multiple of 8")
+        if not self.name.isprintable() or not (self.note or "").isprintable():
+            raise ValueError("name or note holds control characters")
         if not self.quantize_roles:
             raise ValueError("quantize_roles is empty: nothing would be quantized")
         return self
@@ -113,10 +115,21 @@ def recipe_text(name: str) -> str:
     return (resources.files(f"{__package__}.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as it is written: a key that stands there twice is a mistake, not the last one's."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        if twice:
+            raise yaml.YAMLError(f"{', '.join(twice)} stands there twice")
+        return super().construct_mapping(node, deep)
+
+
 def load_recipe(name: str) -> Recipe:
     """Read and check a recipe. Raises InputError listing every offending key."""
     try:
-        data = yaml.safe_load(recipe_text(name))
+        data = yaml.load(recipe_text(name), Loader=_Loader)
     except yaml.YAMLError as error:
         raise InputError(f"the recipe {name} is not valid YAML: {error}") from None
     if not isinstance(data, dict):
@@ -127,8 +140,8 @@ def load_recipe(name: str) -> Recipe:
         problems = []
         for item in error.errors():
             where = ".".join(str(part) for part in item["loc"]) or "recipe"
-            known = "unknown key" if item["type"] == "extra_forbidden" else item["msg"]
-            problems.append(f"{where}: {known}")
+            said = "unknown key" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
+            problems.append(f"{where}: {said.replace('a valid tuple', 'a list')}")
         keys = ", ".join(Recipe.model_fields)
         raise input_error(f"the recipe {name} cannot be used:", problems, f"Known keys: {keys}.") from None
 

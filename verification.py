@@ -71,6 +71,8 @@ def verify(
     a, b = source.adapter, quantized.adapter
     if a.family != b.family or a.expected() != b.expected():
         raise InputError(f"{checkpoint} is no version of {source_name}: their families or sizes differ")
+    if source.quantized and not quantized.quantized:
+        raise InputError(f"{source_name} is quantized and {checkpoint} is not: name the original first")
     texts = prepare_texts(source, recipe, None, evaluation, needs_calibration=False)
     parameters = sum(torch.Size(shape).numel() for shape in a.expected().values())
     low_bit = quantized.source.schemes if not isinstance(quantized.source, Folder) else {}
@@ -87,13 +89,13 @@ def verify(
         texts=texts.facts,
         plan={
             "emitted_bytes": quantized.folder.file_bytes,
-            "source_bytes": source.folder.weight_bytes,
+            "source_bytes": source.folder.file_bytes,
             "bits_per_weight": quantized.folder.file_bytes * 8 / parameters,
             "quantized_bits_per_weight": quantized_bytes * 8 / max(1, quantized_parameters),
             "quantized_share": quantized_parameters / parameters,
         },
         versions=package_versions(),
-        warnings=a.faults(source.config),
+        warnings=a.faults(source.config) + texts.warnings,
     )
     with (
         tempfile.TemporaryDirectory(prefix="onecard-verify-") as folder,

@@ -14,7 +14,7 @@ from onecard.report.record import FILE_NAME, RunRecord
 
 def main(out: str, picture: str) -> None:
     record = RunRecord(**json.loads((Path(out) / FILE_NAME).read_text(encoding="utf-8")))
-    console = Console(record=True, width=118, file=io.StringIO(), force_terminal=True)
+    console = Console(record=True, width=100, file=io.StringIO(), force_terminal=True)
     draw_card(record, out, console)
     # Without the fonts that rich would load from the network: the reader's own monospace serves.
     svg = re.sub(r"@font-face \{.*?\}\s*", "", console.export_svg(title="onecard"), flags=re.DOTALL)

@@ -27,23 +27,44 @@ class Document:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what a model would see: calibration and evaluation may share no digest."""
+        """SHA-256 of what a model would see."""
+        return self._digest([self.text, self.messages])
+
+    @property
+    def likeness(self) -> str:
+        """SHA-256 that forgives case and white space: calibration and evaluation may share none."""
+        return self._digest(_folded([self.text, self.messages]))
+
+    def _digest(self, content: Any) -> str:
         sha = hashlib.sha256()
-        sha.update(json.dumps([self.text, self.messages], sort_keys=True, ensure_ascii=False).encode())
+        sha.update(json.dumps(content, sort_keys=True, ensure_ascii=False).encode())
         for path in self.images:
             sha.update(hashlib.sha256(path.read_bytes()).digest())
         return sha.hexdigest()
+
+
+def _folded(value: Any) -> Any:
+    match value:
+        case str():
+            return " ".join(value.casefold().split())
+        case list():
+            return [_folded(item) for item in value]
+        case dict():
+            return {key: _folded(item) for key, item in value.items()}
+    return value
 
 
 def read_jsonl(path: Path) -> list[Document]:
     """Every document of a JSONL file. Raises InputError listing the bad lines."""
     try:
         # Not splitlines: JSON may hold the characters that Unicode counts as line ends.
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
         raise InputError(f"the texts {path} do not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the texts {path} cannot be read as UTF-8: {error}") from None
+    except OSError as error:
+        raise InputError(f"the texts {path} cannot be read ({error.strerror}): name a JSONL file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"the texts {path} are not UTF-8 ({error}): convert them") from None
     documents, problems = [], []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -75,6 +96,8 @@ def _document(row: Any, default_id: str, folder: Path) -> Document:
             raise ValueError("has an empty text")
         _refuse_half_characters(row["text"])
         return Document(name, kind, row["text"], None)
+    if "text" in row and "messages" not in row:
+        raise ValueError('has a "text" that is no string')
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
         raise ValueError('has neither "text" nor "messages"')
@@ -125,7 +148,7 @@ def read_dataset(name: str, split: str, column: str, limit: int) -> list[Documen
     except Exception as error:  # the library raises whatever its file systems and hub client raise
         raise ResourceError(
             f"the data set {name} ({split}) cannot be fetched ({type(error).__name__}: {error}). On a machine without "
-            "the hub give your own texts with --calibration FILE and --evaluation FILE"
+            "the hub give your own texts: --evaluation FILE, and for quantize --calibration FILE too"
         ) from error
     return list(_from_rows(rows, name, split, column))
 
@@ -143,8 +166,8 @@ def _from_rows(rows: list[dict[str, Any]], name: str, split: str, column: str) -
 
 def refuse_shared(calibration: list[Document], evaluation: list[Document]) -> None:
     """Calibration and evaluation may share no document: a KL measured on calibration rows flatters the result."""
-    seen = {document.digest: document.id for document in calibration}
-    shared = [f"{d.id} is {seen[d.digest]} of the calibration texts" for d in evaluation if d.digest in seen]
+    seen = {document.likeness: document.id for document in calibration}
+    shared = [f"{d.id} is {seen[d.likeness]} of the calibration texts" for d in evaluation if d.likeness in seen]
     if shared:
         raise input_error(
             f"{len(shared)} evaluation texts are calibration texts too:",

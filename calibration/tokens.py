@@ -31,10 +31,12 @@ class Encoder:
         self.adapter = adapter
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(
-                str(folder), local_files_only=True, trust_remote_code=False
+                str(folder), config=adapter.config, local_files_only=True, trust_remote_code=False
             )
         except Exception as error:  # transformers raises many kinds for a missing or damaged tokenizer
-            raise InputError(f"{folder} has no tokenizer that transformers can load: {error}") from error
+            raise InputError(
+                f"{folder} has no tokenizer that transformers can load ({type(error).__name__}: {error})"
+            ) from error
 
     def encode_all(self, documents: list[Document], skip_unusable: bool = False) -> list[Row]:
         """Every document's row. Raises one InputError that names all documents that this model cannot take;
@@ -147,6 +149,15 @@ def pack_rows(encoded: list[Row], row_tokens: int, max_rows: int, seed: int) -> 
             "calibration_row_tokens in the recipe"
         )
     return rows
+
+
+def distinct(encoded: list[Row]) -> list[Row]:
+    """The first of all rows with the same tokens and pictures: a text that stands there twice is one draw, not two."""
+    first: dict[bytes, Row] = {}
+    for row in encoded:
+        pixels = b"" if row.pixels is None else row.pixels.numpy().tobytes()
+        first.setdefault(row.tokens.numpy().tobytes() + pixels, row)
+    return list(first.values())
 
 
 def document_rows(encoded: list[Row], row_tokens: int, max_rows: int) -> list[Row]:

@@ -1,12 +1,14 @@
 """Emitting: shards that are written as soon as their last tensor is there, the index, and the files carried along."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from ..core.errors import InputError
 from ..core.layout import StoredTensor
 from ..core.tensors import DTYPE_NAMES
 from . import files
@@ -14,7 +16,8 @@ from .source import INDEX_NAME
 
 # Files that belong to a checkpoint and are no weights: tokenizer, processor, templates, generation config, licences.
 CARRIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-NOT_CARRIED = ("config.json", INDEX_NAME, "onecard.json")
+RECORD = "onecard.json"
+NOT_CARRIED = ("config.json", INDEX_NAME, RECORD)
 
 
 class ShardPlan(Protocol):
@@ -89,10 +92,32 @@ def side_files_digest(source: Path) -> str:
     return sha.hexdigest()
 
 
+def emitted_files(shards: Iterable[ShardPlan], source: Path) -> list[str]:
+    """The names of all files that a run puts into OUT."""
+    return sorted({*NOT_CARRIED, *(shard.file for shard in shards), *(path.name for path in _side_files(source))})
+
+
+def emitted_before(out: Path) -> list[str] | None:
+    """The names of the files that an older run put into `out`, by its record; None where none did.
+
+    Raises InputError for a record that is not one of ours: nothing is removed on its word.
+    """
+    if not (out / RECORD).is_file():
+        return None
+    try:
+        names = json.loads((out / RECORD).read_text(encoding="utf-8"))["files"]
+        assert all(isinstance(name, str) and Path(name).name == name and name != ".." for name in names)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        raise InputError(f"{out / RECORD} is damaged: empty {out} yourself, or name another folder") from None
+    return list(names)
+
+
 def clear_checkpoint(out: Path) -> None:
-    """Remove the files of an older checkpoint, its config.json first, so that a half-cleared folder cannot be loaded;
-    folders in it are left."""
-    (out / "config.json").unlink(missing_ok=True)
-    for item in out.iterdir():
-        if item.is_file() or item.is_symlink():
-            item.unlink()
+    """Remove the files that an older run put into `out`: config.json first, so that a half-cleared folder cannot be
+    loaded, and the record last. Whatever else lies there stays."""
+    names = emitted_before(out)
+    if names is None:
+        return
+    for name in ("config.json", *(name for name in names if name != RECORD), RECORD):
+        if (out / name).is_file() or (out / name).is_symlink():
+            (out / name).unlink()

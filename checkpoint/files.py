@@ -66,6 +66,10 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     temporary = path.with_name(path.name + TEMPORARY)
     with disk_errors(path):
         save_file(tensors, temporary, metadata=METADATA)
+        # safetensors makes it readable for its owner alone; a server runs as somebody else.
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
         _commit(temporary, path)
 
 

@@ -37,7 +37,13 @@ class PackedSource:
             return self.folder.get(name, index)
         scheme = self.schemes[module]
         suffixes = (ct.PACKED, ct.SCALE, ct.SHAPE) + (() if scheme.symmetric else (ct.ZERO,))
-        weight = ct.unpack({s: self.folder.get(f"{module}.{s}") for s in suffixes}, scheme)
+        stored = {s: self.folder.get(f"{module}.{s}") for s in suffixes}
+        if tuple(stored[ct.SHAPE].tolist()) != self.virtual[name].shape:
+            raise InputError(
+                f"{module}.{ct.SHAPE} in {self.folder.path} says {stored[ct.SHAPE].tolist()}, and the codes are "
+                f"{list(self.virtual[name].shape)}: the checkpoint is damaged"
+            )
+        weight = ct.unpack(stored, scheme)
         dense = weight.dequantize(TORCH_DTYPES[self.virtual[name].dtype])
         return dense[index] if index else dense
 

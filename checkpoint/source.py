@@ -72,10 +72,6 @@ class Folder:
         return part
 
     @property
-    def weight_bytes(self) -> int:
-        return sum(info.nbytes for info in self.infos.values())
-
-    @property
     def file_bytes(self) -> int:
         return sum(shard.stat().st_size for shard in self.shards)
 
@@ -171,6 +167,11 @@ def open_folder(path: Path) -> Folder:
             assert all(isinstance(n, str) for n in shard_names)
         except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
             raise InputError(f"{path / INDEX_NAME} is damaged: fetch it again") from None
+        if (path / SINGLE_NAME).exists() and SINGLE_NAME not in shard_names:
+            raise InputError(
+                f"{path} holds two sets of weights, {SINGLE_NAME} and the shards of {INDEX_NAME}, and loaders "
+                "differ in which they take: remove one of them"
+            )
     elif (path / SINGLE_NAME).exists():
         shard_names = [SINGLE_NAME]
     else:
@@ -258,7 +259,9 @@ def check_shapes(path: Path, source: TensorSource, expected: dict[str, tuple[int
     if problems:
         shown = problems[:40] + ([f"... and {len(problems) - 40} more"] if len(problems) > 40 else [])
         raise input_error(
-            f"{path} contradicts its config.json:", shown, "Fetch the config.json that belongs to these weights."
+            f"{path} contradicts its config.json:",
+            shown,
+            "Fetch the original checkpoint, config.json and all weights of one revision, in bf16, fp16 or fp32.",
         )
 
 

@@ -19,12 +19,15 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..core.errors import InputError, input_error
 from . import files
 
 STATE = "state.json"
+# What a part of the identity is that only one of two runs has.
+NONE = "not given"
 
 
 def _read_state(path: Path) -> dict[str, Any]:
@@ -45,7 +48,7 @@ def has_run(path: Path) -> bool:
 def refuse_changed(old: dict[str, str], new: dict[str, str], where: Path) -> None:
     """Raises InputError that names every part of a run's identity that is not what it was."""
     changed = [
-        f"{key} was {old.get(key)} and is {new.get(key)}"
+        f"{key} was {old.get(key, NONE)} and is {new.get(key, NONE)}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     ]
@@ -145,6 +148,13 @@ class WorkDir:
             shutil.rmtree(item) if item.is_dir() else item.unlink()
         (self.path / STATE).unlink(missing_ok=True)
 
+    def refuse_damaged(self, sizes: dict[str, int], out: Path) -> None:
+        """Raises InputError when a finished shard, in the folder or moved to `out`, has not its planned bytes."""
+        for name, size in sizes.items():
+            places = [place for place in (self.path / "shards" / name, out / name) if place.is_file()]
+            if not places or places[0].stat().st_size != size:
+                raise _damaged(places[0] if places else self.path / "shards" / name)
+
     def folder(self, *parts: str) -> Path:
         folder = self.path.joinpath(*parts)
         files.make_folder(folder)
@@ -166,6 +176,18 @@ class WorkDir:
             self._lock.close()
 
 
+def read_json(path: Path) -> Any:
+    """A file of ours. Raises InputError when something else changed it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise _damaged(path) from None
+
+
+def _damaged(path: Path) -> InputError:
+    return InputError(f"{path} is damaged or gone, and only onecard may change it: start anew with --overwrite")
+
+
 class Activations:
     """Hidden rows between blocks, one file a batch: memory does not grow with the number of rows."""
 
@@ -181,7 +203,11 @@ class Activations:
         files.write_tensors(path, {"hidden": hidden.cpu().contiguous()})
 
     def get(self, block: int, stream: str, batch: int) -> torch.Tensor:
-        return load_file(self._file(block, stream, batch))["hidden"]
+        path = self._file(block, stream, batch)
+        try:
+            return load_file(path)["hidden"]
+        except (OSError, SafetensorError):
+            raise _damaged(path) from None
 
     def drop(self, block: int) -> None:
         """Forget what entered `block`: the next block's rows are committed."""

@@ -14,7 +14,7 @@ class OnecardError(Exception):
 
 
 class LimitError(OnecardError):
-    """A limit of the recipe was passed (coverage, fallbacks, KL): the run was sound, its result is not wanted."""
+    """A limit of the recipe was exceeded (coverage, fallbacks, KL): the run was sound, its result is not wanted."""
 
     exit_code = 1
 

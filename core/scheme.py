@@ -33,6 +33,9 @@ class Scheme:
         if problems:
             raise ValueError("; ".join(problems))
 
+    def __str__(self) -> str:
+        return f"int{self.bits} in groups of {self.group_size}, {'symmetric' if self.symmetric else 'asymmetric'}"
+
     @property
     def code_min(self) -> int:
         """Least signed code: -8 for four bits. Asymmetric codes are kept signed too, shifted by their zero point."""

@@ -4,17 +4,17 @@ Tokens of one document are correlated, so the standard error of the mean is take
 for clusters: Cochran, Sampling Techniques, 1977, section 9A.1): with S_d the sum and n_d the number of a document's
 tokens, m = sum S_d / sum n_d and
 
-    se^2 = D / (D - 1) * sum (S_d - m n_d)^2 / (sum n_d)^2.
+    se^2 = D / (D - 1) * sum (S_d - m n_d)^2 / (sum n_d)^2
+
+and the interval is m -+ t se with t the 97.5 % point of Student's distribution with D - 1 degrees of freedom.
 """
 
 from dataclasses import dataclass
 
 import torch
+from scipy.special import stdtrit
 
 from .kl import TokenResults
-
-# Below this many documents a normal interval says little (its coverage falls under about 90 %).
-FEW_DOCUMENTS = 20
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,18 @@ def summarize(results: TokenResults) -> KlSummary:
     kl = results.kl_nats.double()
     mean = float(kl.mean())
     error = cluster_standard_error(kl, results.document)
-    # 1.96: the normal distribution's 97.5 % point.
-    low, high = (None, None) if error is None else (max(0.0, mean - 1.96 * error), mean + 1.96 * error)
+    documents = len(results.document.unique())
+    low = high = None
+    if error is not None:
+        half = float(stdtrit(documents - 1, 0.975)) * error
+        low, high = max(0.0, mean - half), mean + half
     p90, p99 = (
         float(torch.quantile(kl, q)) if len(kl) < 2**24 else float(kl.sort().values[int(q * len(kl))])
         for q in (0.9, 0.99)
     )
     return KlSummary(
         tokens=len(kl),
-        documents=len(results.document.unique()),
+        documents=documents,
         kl_mean_nats=mean,
         kl_standard_error_nats=error,
         kl_low_nats=low,

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..core.errors import InputError
 from .adapter import Adapter
@@ -16,6 +16,13 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "llama4_text": Llama4Adapter,
     "qwen3_moe": Qwen3MoeAdapter,
 }
+
+# What must be one or more, where a family's config has it.
+SIZES = (
+    "num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "intermediate_size", "intermediate_size_mlp", "moe_intermediate_size", "num_experts_per_tok",
+    "attention_chunk_size",
+)  # fmt: skip
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -48,11 +55,21 @@ def load_adapter(folder: Path) -> Adapter:
             f"onecard knows {', '.join(sorted(ADAPTERS))}"
         )
     try:
-        config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        config = CONFIG_MAPPING[model_type].from_dict(ADAPTERS[model_type].mended(raw))
         adapter = ADAPTERS[model_type](config)
+        problems = [
+            f"{key} is {getattr(adapter.text_config, key)}"
+            for key in SIZES
+            if isinstance(getattr(adapter.text_config, key, None), int) and getattr(adapter.text_config, key) < 1
+        ]
+        if problems:
+            raise ValueError(", ".join(problems))
         if adapter.top_k > adapter.n_experts:
             raise ValueError(f"{adapter.top_k} experts a token of {adapter.n_experts}")
         adapter.expected()  # transformers finds most contradictions only when it builds the model
         return adapter
     except Exception as error:  # transformers raises many kinds for a contradictory config
-        raise InputError(f"{folder / 'config.json'} is not a valid {model_type} config: {error}") from error
+        what = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise InputError(
+            f"{folder / 'config.json'} is not a valid {model_type} config ({what}): mend it, or fetch the original"
+        ) from error

@@ -18,6 +18,8 @@ from .experts import RoutedExperts
 from .meta import cast_floating, meta_module, meta_shapes
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+# A number in early published configs (transformers 4.51), a switch now.
+TUNING = "attn_temperature_tuning"
 
 
 class Llama4Moe(nn.Module):
@@ -202,9 +204,23 @@ class Llama4Adapter(Adapter):
                 out.append(projector(features.reshape(-1, features.shape[-1])).cpu())
         return torch.cat(out)
 
+    @staticmethod
+    def mended(raw_config: dict[str, Any]) -> dict[str, Any]:
+        nested = isinstance(raw_config.get("text_config"), dict)
+        text = raw_config["text_config"] if nested else raw_config
+        if type(text.get(TUNING)) is not int:
+            return raw_config
+        text = text | {TUNING: bool(text[TUNING])}
+        return raw_config | {"text_config": text} if nested else text
+
     def faults(self, raw_config: dict[str, Any]) -> list[str]:
         text = raw_config.get("text_config", raw_config)
         found = []
+        if type(text.get(TUNING)) is int:
+            found.append(
+                f"{TUNING} is {text[TUNING]}, as early copies of config.json had: it is a switch, read and emitted "
+                f"as {str(bool(text[TUNING])).lower()}"
+            )
         rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
         if rope.get("rope_type") == "llama3" and (rope.get("factor"), rope.get("high_freq_factor")) == (8.0, 4.0):
             found.append(

@@ -24,7 +24,7 @@ def assign(
     chosen: dict[str, Scheme] = {}
     used: set[str] = set()
     kept_units: dict[str, list[str]] = {}
-    bad_inputs: dict[int, str] = {}
+    bad_inputs: dict[int, list[str]] = {}
     for block in range(adapter.n_blocks):
         for site, module, _, inputs in adapter.modules(block):
             if site.role.value not in roles:
@@ -35,7 +35,7 @@ def assign(
                 kept_units.setdefault(adapter.unit(module), []).append(module)
                 continue
             if inputs % scheme.group_size:
-                bad_inputs.setdefault(inputs, module)
+                bad_inputs.setdefault(inputs, []).append(module)
             chosen[module] = scheme
     for pattern in keep_modules:
         if pattern not in used:
@@ -47,9 +47,12 @@ def assign(
             problems.append(
                 f"keep_modules keeps {left[0]} and not {module}: the engine fuses them ({unit}) and wants one scheme"
             )
-    for inputs, module in bad_inputs.items():
-        problems.append(f"group_size {scheme.group_size} does not divide the {inputs} inputs of {module}")
-    if not chosen and not problems:
+    for inputs, modules in bad_inputs.items():
+        more = f" and {len(modules) - 1} more" if len(modules) > 1 else ""
+        problems.append(f"group_size {scheme.group_size} does not divide the {inputs} inputs of {modules[0]}{more}")
+    if not chosen and not problems and used:
+        problems.append("keep_modules keeps every module that would be quantized")
+    elif not chosen and not problems:
         problems.append(f"no module of this {adapter.family} model has a role of {', '.join(roles)}")
     if problems:
         raise input_error(

@@ -34,7 +34,8 @@ class Shard:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will write. `parameters` counts the model's weights, quantized or not."""
+    """What a run will write. `parameters` counts the model's weights, quantized or not; `source_bytes` are the source's
+    safetensors files, headers included, as `emitted_bytes` are."""
 
     shards: tuple[Shard, ...]
     schemes: dict[str, Scheme]
@@ -79,7 +80,12 @@ class Plan:
 
 
 def make_plan(
-    adapter: Adapter, source: TensorSource, schemes: dict[str, Scheme], layout: Layout, max_shard_bytes: int
+    adapter: Adapter,
+    source: TensorSource,
+    schemes: dict[str, Scheme],
+    layout: Layout,
+    max_shard_bytes: int,
+    source_bytes: int,
 ) -> Plan:
     """Lay out the whole emitted checkpoint from names and shapes alone."""
     shapes = adapter.expected()
@@ -117,7 +123,7 @@ def make_plan(
         parameters=sum(prod(shape) for shape in shapes.values()),
         quantized_parameters=quantized,
         quantized_bytes=quantized_bytes,
-        source_bytes=sum(source.info(name).nbytes for name in source.names),
+        source_bytes=source_bytes,
         role_bytes=dict(sorted(role_bytes.items(), key=lambda item: -item[1])),
     )
 

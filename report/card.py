@@ -19,6 +19,17 @@ def size(count: float) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
 
 
+def counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def texts(facts: dict[str, Any]) -> str:
+    """What of the texts was used."""
+    kept, given = facts["tokens"], facts["tokens_given"]
+    of = f" of {given:,}" if kept < given else ""
+    return f"{facts['source']}: {counted(facts['rows'], 'row')}, {kept:,}{of} tokens"
+
+
 def interval(kl: dict[str, Any]) -> str:
     if kl["kl_low_nats"] is None:
         return "no interval"
@@ -50,17 +61,21 @@ def draw_card(record: RunRecord, out: str, console: Console) -> None:
         f"{plan['bits_per_weight']:.3f} over all, {plan['quantized_bits_per_weight']:.3f} where quantized "
         f"({plan['quantized_share']:.1%} of the weights)",
     )
-    grid.add_row(
-        "KL(bf16 || int)",
-        f"{kl['kl_mean_nats']:.5f} nats a token ({interval(kl)}, {kl['documents']} documents, {kl['tokens']:,} tokens)",
-    )
+    for which in ("calibration", "evaluation"):
+        if which in record.texts:
+            grid.add_row(which, texts(record.texts[which]))
+    reference, other = ("bf16", f"int{record.recipe['bits']}") if record.recipe else ("source", "checkpoint")
+    drawn = f"{counted(kl['documents'], 'document')}, {counted(kl['tokens'], 'token')}"
+    grid.add_row(f"KL({reference} || {other})", f"{kl['kl_mean_nats']:.5f} nats a token ({interval(kl)}, {drawn})")
     grid.add_row(
         "",
         f"median {kl['kl_median_nats']:.5f}, p90 {kl['kl_p90_nats']:.5f}, p99 {kl['kl_p99_nats']:.4f}, "
         f"max {kl['kl_max_nats']:.3f}",
     )
     grid.add_row("same top-1", f"{kl['same_top1']:.2%}")
-    grid.add_row("perplexity", f"{kl['perplexity_reference']:.3f} bf16, {kl['perplexity_quantized']:.3f} quantized")
+    grid.add_row(
+        "perplexity", f"{kl['perplexity_reference']:.3f} {reference}, {kl['perplexity_quantized']:.3f} {other}"
+    )
     if record.fallbacks:
         counts = record.fallbacks
         grid.add_row(
@@ -83,7 +98,7 @@ def draw_card(record: RunRecord, out: str, console: Console) -> None:
     grid.add_row("memory", memory)
     grid.add_row("where", Text(out, overflow="fold"))
     if kl["documents"] < FEW_DOCUMENTS:
-        grid.add_row("note", f"{kl['documents']} documents are too few for the interval to mean much")
+        grid.add_row("note", f"{counted(kl['documents'], 'document')}: too few for the interval to mean much")
     if record.recipe.get("note"):
         grid.add_row("note", Text(record.recipe["note"], style="yellow"))
     for warning in record.warnings:

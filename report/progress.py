@@ -99,11 +99,12 @@ class Progress:
         each = (self._block_began - self._phase_began) / (self.block - self._phase_first)
         return max(0.0, each * (self.blocks - self.block) - (time.monotonic() - self._block_began))
 
-    def _line(self) -> str:
-        parts = [self.title]
-        if self.block is not None:
-            parts.append(f"block {self.block + 1} of {self.blocks}")
-        parts.append(self.stage)
+    def _what(self) -> list[str]:
+        block = [] if self.block is None else [f"block {self.block + 1} of {self.blocks}"]
+        return [self.title, *block, self.stage]
+
+    def _figures(self) -> list[str]:
+        parts = []
         spent = time.monotonic() - self._stage_began
         if self._tokens and spent > 0:
             parts.append(f"{self._tokens / spent:,.0f} tokens/s")
@@ -114,7 +115,10 @@ class Progress:
         parts.append(f"RAM peak {gigabytes(peak_rss_bytes())}")
         if peak_device_bytes():
             parts.append(f"GPU peak {gigabytes(peak_device_bytes())}")
-        return " · ".join(parts)
+        return parts
+
+    def _line(self) -> str:
+        return " · ".join(self._what() + self._figures())
 
     def _draw(self) -> Table:
         grid = Table.grid()
@@ -122,5 +126,7 @@ class Progress:
         width = 32
         filled = width * done // max(1, self.blocks)
         grid.add_row(Text("█" * filled, style="green") + Text("░" * (width - filled), style="dim"))
-        grid.add_row(Text(self._line()))
+        # Two lines: 80 columns hold either, but for a long path.
+        grid.add_row(Text(" · ".join(self._what())))
+        grid.add_row(Text(" · ".join(self._figures())))
         return grid

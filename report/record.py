@@ -14,7 +14,7 @@ FILE_NAME = "onecard.json"
 @dataclass
 class RunRecord:
     """Filled while a run goes on. `blocks` holds one entry a block: rows by expert, output errors by site.
-    `identity` is all that the emitted bytes depend on.
+    `identity` is all that the emitted bytes depend on; `files` the names of all that was put into OUT.
     """
 
     command: str
@@ -25,6 +25,7 @@ class RunRecord:
     plan: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     identity: dict[str, str] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
     blocks: list[dict[str, Any]] = field(default_factory=list)
     fallbacks: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)

@@ -1,6 +1,9 @@
 """Recipes, paths, devices and quantized checkpoints that cannot be used: one clean message, nothing written."""
 
+import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,10 @@ Check = Callable[..., str]
     [
         ({"colour": "red", "grupsize": 32}, ["colour: unknown key", "grupsize: unknown key", "group_size"]),
         ({"bits": 3, "method": "magic"}, ["bits", "method"]),
+        ({"scale_trials": []}, ["scale_trials"]),
+        ({"scale_trials": [1.0, 0.0]}, ["scale_trials"]),
+        ({"name": "red \x1b[31m"}, ["control characters"]),
+        ({"keep_modules": ["*"]}, ["keeps every module"]),
         ({"group_size": 12}, ["group_size", "12"]),
         ({"group_size": 0}, ["group_size"]),
         ({"quantize_roles": []}, ["quantize_roles"]),
@@ -77,6 +84,12 @@ def test_recipe_that_does_not_exist(
     refuse(baby("llama4-text"), "latin.yaml", use=tmp_path / "latin.yaml")
 
 
+def test_a_recipe_that_says_a_thing_twice(baby: Callable[..., Path], refuse: Check, tmp_path: Path) -> None:
+    twice = tmp_path / "twice.yaml"
+    twice.write_text("name: twice\ndescription: of two minds\ngroup_size: 32\ngroup_size: 64\n")
+    refuse(baby("llama4-text"), "group_size", "twice", use=twice)
+
+
 # --- paths
 
 
@@ -95,21 +108,47 @@ def test_out_and_model_lie_in_each_other(
 def test_out_is_not_empty(baby: Callable[..., Path], refuse: Check, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
-    refuse(baby("llama4-text"), tmp_path / "out", "--resume", "--overwrite")
+    refuse(baby("llama4-text"), tmp_path / "out", "empty it")
     refuse(baby("llama4-text"), "--resume", "--overwrite", arguments=["--resume", "--overwrite"])
+    (tmp_path / "out" / "onecard.json").write_text('{"files": []}')
+    refuse(baby("llama4-text"), tmp_path / "out", "--overwrite")
 
 
-def test_overwrite_clears_checkpoints_and_nothing_else(
-    baby: Callable[..., Path], refuse: Check, tmp_path: Path, texts: list[str]
+def test_overwrite_takes_away_what_a_run_put_there_and_nothing_else(
+    baby: Callable[..., Path], onecard: Callable[..., Result], recipe: Callable[..., Path], refuse: Check,
+    texts: list[str], tmp_path: Path,
+) -> None:  # fmt: skip
+    """Neither documents nor somebody's bf16 model go; an older run's shards do, and what lies beside them stays."""
+    shutil.copytree(baby("llama4-text"), tmp_path / "original")
+    refuse(baby("llama4-text"), "no run of onecard", out=tmp_path / "original", arguments=["--overwrite"])
+    out, use = tmp_path / "out", recipe(method="rtn", max_shard_bytes=30_000)
+    assert onecard("quantize", baby("llama4-text"), out, "--recipe", use, *texts).exit_code == 0
+    assert len(list(out.glob("*.safetensors"))) > 3
+    (out / "notes.txt").write_text("mine")
+    (out / "onecard").mkdir()
+    again = onecard("quantize", baby("llama4-text"), out, "--recipe", recipe(method="rtn"), *texts, "--overwrite")
+    assert again.exit_code == 0, again.stderr
+    listed = json.loads((out / "onecard.json").read_text())["files"]
+    assert {p.name for p in out.iterdir()} == {*listed, "notes.txt", "onecard"}
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "manifest", ["", "[]", "{}", '{"files": ["../precious"]}', '{"files": [3]}', '{"files": [".."]}']
+)
+def test_a_manifest_that_onecard_did_not_write(
+    manifest: str, baby: Callable[..., Path], refuse: Check, tmp_path: Path
 ) -> None:
-    (tmp_path / "documents").mkdir()
-    (tmp_path / "documents" / "thesis.txt").write_text("mine")
-    refuse(baby("llama4-text"), "no checkpoint", out=tmp_path / "documents", arguments=["--overwrite"])
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "config.json").write_text("{}")
-    shutil.copy(texts[1], tmp_path / "old" / "texts.jsonl")
-    arguments = ["--overwrite", "--calibration", tmp_path / "old" / "texts.jsonl"]
-    refuse(baby("llama4-text"), "texts.jsonl", out=tmp_path / "old", arguments=arguments)
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "onecard.json").write_text(manifest)
+    refuse(baby("llama4-text"), "onecard.json", "empty", arguments=["--overwrite"])
+
+
+def test_an_output_that_is_a_link_to_nothing(baby: Callable[..., Path], refuse: Check, tmp_path: Path) -> None:
+    """Found before the first weight is read, not when the work of a night is to be moved there."""
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    refuse(baby("llama4-text"), "link to nothing")
 
 
 def test_nothing_to_resume_in_a_foreign_folder(baby: Callable[..., Path], refuse: Check, tmp_path: Path) -> None:
@@ -173,6 +212,21 @@ def test_hub_id_on_an_offline_machine(refuse: Check, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("device", ["tpu9", "meta", "mps", "", "cpu:x", "cuda:99"])
 def test_unknown_device(baby: Callable[..., Path], refuse: Check, device: str) -> None:
     refuse(baby("llama4-text"), "device", "cpu", arguments=["--device", device])
+
+
+# --- stdout
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a device that is always full")
+def test_stdout_that_takes_nothing(tmp_path: Path) -> None:
+    for arguments in (["recipes", "demo"], ["recipes"], ["inspect", "demo"]):
+        with Path("/dev/full").open("w") as full:
+            command = [sys.executable, "-m", "onecard", *arguments]
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        assert done.returncode == 4
+        assert "standard output" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert "Exception" not in done.stderr
 
 
 # --- checkpoints that are quantized already
@@ -256,6 +310,28 @@ def test_verify_refuses_scales_that_are_no_numbers(
             tensors[name][3, 0] = float("nan")
             save_file(tensors, shard, metadata={"format": "pt"})
     refused(onecard("verify", baby("qwen3"), checkpoint, *texts[2:]), name, "NaN")
+
+
+def test_verify_with_swapped_arguments(
+    emitted: Callable[..., tuple[Path, Result]], baby: Callable[..., Path], onecard: Callable[..., Result],
+    refused: Check, texts: list[str],
+) -> None:  # fmt: skip
+    checkpoint, _ = emitted("qwen3")
+    refused(onecard("verify", checkpoint, baby("qwen3"), *texts[2:]), checkpoint, baby("qwen3"), "original first")
+
+
+def test_a_stored_shape_that_contradicts_the_codes(
+    emitted: Callable[..., tuple[Path, Result]], baby: Callable[..., Path], onecard: Callable[..., Result],
+    refused: Check, texts: list[str], tmp_path: Path,
+) -> None:  # fmt: skip
+    broken = Path(shutil.copytree(emitted("qwen3")[0], tmp_path / "broken"))
+    for file in broken.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name in tensors:
+            if name.endswith(".weight_shape"):
+                tensors[name] = torch.tensor([1, 2])
+        save_file(tensors, file, metadata={"format": "pt"})
+    refused(onecard("verify", baby("qwen3"), broken, *texts[2:]), "weight_shape", "[1, 2]")
 
 
 def test_verify_refuses_a_checkpoint_of_another_model(

@@ -1,5 +1,6 @@
 """Configs and tokenizers that cannot be used, and code that must never run."""
 
+import json
 import os
 import pickle
 import runpy
@@ -140,6 +141,43 @@ def test_remote_code_of_the_tokenizer_is_never_run(
     if result.exit_code:
         refused(result, model)
     assert not list(tmp_path.glob("out/*.py"))
+
+
+# --- values that a family cannot have, and published ones that transformers refuses by now
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("attention_chunk_size", 0), ("num_experts_per_tok", 0), ("hidden_size", 0), ("head_dim", -8)]
+)
+def test_sizes_that_are_none(copied: Callable[..., Path], refuse_model: Check, key: str, value: int) -> None:
+    model = copied()
+    edit_json(model / "config.json", lambda c: c.get("text_config", c).update({key: value}))
+    refuse_model(model, model / "config.json", key)
+
+
+def test_early_scout_configs_are_read_warned_of_and_mended(
+    baby: Callable[..., Path], onecard: Callable[..., Result], recipe: Callable[..., Path], texts: list[str],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """transformers 4.51 wrote attn_temperature_tuning as the number 4, which transformers 5 refuses."""
+    model = Path(shutil.copytree(baby("scout"), tmp_path / "early"))
+    edit_json(model / "config.json", lambda c: c["text_config"].update(attn_temperature_tuning=4))
+    inspected = onecard("inspect", model)
+    assert inspected.exit_code == 0, inspected.stderr
+    assert any("attn_temperature_tuning is 4" in fault for fault in json.loads(inspected.stdout)["config_faults"])
+    same = {}
+    for name, folder in (("early", model), ("plain", baby("scout"))):
+        done = onecard("quantize", folder, tmp_path / name / "out" if name == "plain" else tmp_path / "early-out",
+                       "--recipe", recipe(method="rtn"), *texts)  # fmt: skip
+        assert done.exit_code == 0, done.stderr
+        same[name] = json.loads(done.stdout)["kl_mean_nats"]
+        assert ("attn_temperature_tuning" in done.stderr) == (name == "early")
+    assert same["early"] == same["plain"]
+    assert (
+        json.loads((tmp_path / "early-out" / "config.json").read_text())["text_config"]["attn_temperature_tuning"]
+        is True
+    )
+    assert onecard("generate", tmp_path / "early-out", "hello", "--max-new-tokens", "1").exit_code == 0
 
 
 # --- tokenizers

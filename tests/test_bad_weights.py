@@ -231,6 +231,13 @@ def test_index_promises_what_no_shard_holds(copied: Callable[..., Path], refuse_
     refuse_model(model, *more)
 
 
+def test_two_sets_of_weights(copied: Callable[..., Path], refuse_model: Check) -> None:
+    """transformers takes model.safetensors and others the index: nobody may guess which was meant."""
+    model = copied(shards=2)
+    shutil.copy(shard_files(model)[0], model / "model.safetensors")
+    refuse_model(model, "model.safetensors", "model.safetensors.index.json", "two sets")
+
+
 def test_shards_without_an_index(copied: Callable[..., Path], refuse_model: Check) -> None:
     model = copied(shards=2)
     (model / "model.safetensors.index.json").unlink()
@@ -301,4 +308,5 @@ def test_nan_and_inf_are_all_named(not_finite: Path, refuse: Check, recipe: Call
 def test_nan_leaves_what_should_have_been_overwritten(not_finite: Path, refuse: Check, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text("the last good run")
+    (tmp_path / "out" / "onecard.json").write_text('{"files": ["config.json", "onecard.json"]}')
     refuse(not_finite, "NaN", arguments=["--overwrite"])

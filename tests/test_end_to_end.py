@@ -96,3 +96,7 @@ def test_generate_answers_from_the_emitted_files(runs: dict[str, tuple[Path, dic
     result = CliRunner().invoke(main, question)
     assert result.exit_code == 0, result.output
     assert result.stdout.strip()
+    # The int4 model still sees what is drawn: the command of `make demo`.
+    picture = demo_folder() / "data" / "images" / "caption-001.png"
+    result = CliRunner().invoke(main, ["generate", str(out), "What do you see?", "--image", str(picture)])
+    assert result.stdout.strip() == "the digit 2 in blue"

@@ -283,6 +283,58 @@ def test_encode_pictures(encoder: Encoder, jsonl: Callable[..., Path], tmp_path:
 # --- digests
 
 
+def test_byte_order_mark_and_text_of_another_type(jsonl: Callable[..., Path], tmp_path: Path) -> None:
+    marked = tmp_path / "marked.jsonl"
+    marked.write_bytes(b'\xef\xbb\xbf{"text": "from an editor of Windows"}\r\n')
+    assert [d.text for d in read_jsonl(marked)] == ["from an editor of Windows"]
+    with pytest.raises(InputError, match='"text" that is no string'):
+        read_jsonl(jsonl("numbers.jsonl", [{"text": 5}]))
+    with pytest.raises(InputError, match="JSONL file"):
+        read_jsonl(tmp_path)
+
+
+def test_a_shared_text_is_found_in_other_spacing_and_case() -> None:
+    left = [Document("a", "text", "One text, and  another.", None), Document("b", "text", "two", None)]
+    right = [Document("c", "text", "one text,\nand another. ", None), Document("d", "text", "two three", None)]
+    with pytest.raises(InputError, match="c is a of the calibration texts"):
+        refuse_shared(left, right)
+    talk = [{"role": "user", "content": [{"type": "text", "text": " Hello"}]}]
+    same = [{"role": "user", "content": [{"type": "text", "text": "hello "}]}]
+    with pytest.raises(InputError, match="1 evaluation texts"):
+        refuse_shared([Document("a", "text", None, talk)], [Document("b", "text", None, same)])
+    refuse_shared([Document("a", "text", None, talk)], [Document("b", "text", "hello", None)])
+
+
+def test_a_text_that_stands_there_twice_is_one_draw(
+    baby: Callable[..., Path], onecard: Callable[..., Result], recipe: Callable[..., Path], jsonl: Callable[..., Path],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    rows = [{"text": text} for text in ("one text of its own", "another one", "another one", "one text of its own")]
+    arguments = ["--recipe", recipe(method="rtn"), "--evaluation", jsonl("twice.jsonl", rows)]
+    result = onecard("quantize", baby("qwen3"), tmp_path / "out", *arguments)
+    assert result.exit_code == 0, result.stderr
+    record = json.loads((tmp_path / "out" / "onecard.json").read_text())
+    assert record["kl"]["documents"] == 2
+    assert any("2 of the evaluation texts repeat others" in warning for warning in record["warnings"])
+
+
+def test_texts_of_which_most_is_not_used(
+    baby: Callable[..., Path], onecard: Callable[..., Result], recipe: Callable[..., Path], jsonl: Callable[..., Path],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    rows = [{"text": "a word and one more " * 200}, {"text": "short"}]
+    arguments = ["--recipe", recipe(method="rtn"), "--evaluation", jsonl("long.jsonl", rows)]
+    result = onecard("quantize", baby("qwen3"), tmp_path / "out", *arguments)
+    assert result.exit_code == 0, result.stderr
+    record = json.loads((tmp_path / "out" / "onecard.json").read_text())
+    facts = record["texts"]["evaluation"]
+    assert facts["tokens"] < facts["tokens_given"] / 10
+    (warning,) = record["warnings"]
+    assert f"{facts['tokens']:,} of the {facts['tokens_given']:,} tokens" in warning
+    assert "evaluation_row_tokens" in warning
+    assert "evaluation_row_tokens" in result.stderr
+
+
 def test_digest_is_of_what_a_model_sees(jsonl: Callable[..., Path], tmp_path: Path) -> None:
     draw_picture(tmp_path / "a.png", "red")
     draw_picture(tmp_path / "b.png", "blue")

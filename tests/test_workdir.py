@@ -25,6 +25,7 @@ from click.testing import Result
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from babies import edit_json
 from onecard.checkpoint import files
 from onecard.checkpoint.workdir import WorkDir
 from onecard.core.errors import InputError
@@ -293,6 +294,7 @@ def test_overwrite_that_is_killed_and_resumed(
     older = Run(run.model, run.out, recipe(method="rtn", max_shard_bytes=20_000), run.texts, run._onecard)
     assert older().exit_code == 0
     (run.out / "tokenizer.model").write_text("of the older run")
+    edit_json(run.out / "onecard.json", lambda record: record["files"].append("tokenizer.model"))
     old = contents(run.out)
     assert len(old) > len(whole)
     shutil.copytree(run.out, tmp_path / "old")
@@ -394,7 +396,7 @@ def change_text(run: Run, option: int) -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[Run, Callable[..., Path]], None], str]] = {
-    "recipe": (changed_recipe, "recipe"),
+    "recipe": (changed_recipe, "recipe's damping"),
     "a value of config.json": (changed_config, "source"),
     "a shard's header": (changed_size, "source"),
     "weights alone": (changed_weights, "source"),
@@ -437,7 +439,7 @@ def test_every_change_is_named(own: Run, refused: Check, recipe: Callable[..., P
     own.stopped_at(2)
     for kind in ("recipe", "a value of config.json", "evaluation texts"):
         CHANGES[kind][0](own, recipe)
-    refused(own("--resume"), "recipe was", "source was", "evaluation texts was")
+    refused(own("--resume"), "recipe's damping was 0.01 and is 0.02", "source was", "evaluation texts was")
 
 
 @pytest.mark.parametrize("stage", [STAGES - 1, STAGES])
@@ -585,6 +587,31 @@ def test_the_work_directory_may_be_a_link(run: Run, whole: Contents) -> None:
     assert list(scratch.iterdir()) == []
 
 
+@pytest.mark.parametrize("what", ["shards/*.safetensors", "acts/*/*.safetensors", "blocks/*.json"])
+@pytest.mark.parametrize("how", ["cut", "gone"])
+def test_what_is_finished_was_damaged(run: Run, refused: Check, whole: Contents, what: str, how: str) -> None:
+    """Said at once, with the way out, and never moved to OUT."""
+    run.stopped_at(3)
+    victim = sorted(run.work.glob(what))[0]
+    if how == "cut":
+        os.truncate(victim, victim.stat().st_size // 2)
+    else:
+        victim.unlink()
+    refused(run("--resume"), victim.name, "--overwrite")
+    assert not run.out.exists()
+    assert run("--overwrite").exit_code == 0
+    assert differences(contents(run.out), whole) == []
+
+
+def test_emitted_files_are_readable_by_others(whole: Contents, run: Run) -> None:
+    old = os.umask(0o022)
+    try:
+        assert run().exit_code == 0
+    finally:
+        os.umask(old)
+    assert {p.stat().st_mode & 0o777 for p in run.out.iterdir()} == {0o644}
+
+
 # --- Ctrl-C, and a full disk
 
 
@@ -608,6 +635,24 @@ def test_ctrl_c_says_how_to_go_on(run: Run, refused: Check, whole: Contents, wor
     assert run("--resume", *flags).exit_code == 0
     assert differences(contents(run.out), whole) == []
     assert not run.work.exists()
+
+
+def test_sigterm_is_ctrl_c(run: Run, whole: Contents) -> None:
+    """What a scheduler sends before it kills."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def terminated(*args: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("onecard.stages._quantize_site", terminated)
+            result = run()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert result.exit_code == 130
+    assert "--resume" in result.stderr
+    assert differences(run.resumed(), whole) == []
 
 
 def test_ctrl_c_in_verify(
@@ -685,7 +730,7 @@ def test_a_disk_that_is_too_small_is_refused_at_once(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
-    refused(run(), "GB", "--work", code=4)
+    refused(run(), "MB", "--work", code=4)
     assert not run.work.exists()
     assert not run.out.exists()
 
