@@ -1,6 +1,8 @@
 """The display of a run where stderr is no terminal, on a clock of our own."""
 
 import io
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -84,3 +86,11 @@ def test_quiet_prints_nothing(clock: Clock) -> None:
         shown.advance(1)
         shown.warn("something")
     assert lines(console) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's own way to count")
+def test_peak_memory_is_not_a_parents() -> None:
+    child = "from onecard.report.resources import peak_rss_bytes; print(peak_rss_bytes())"
+    parent = f"import subprocess, sys; x = b'1' * 10**9; subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    told = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True)
+    assert 5e6 < int(told.stdout) < 5e8
