@@ -9,17 +9,18 @@ import torch
 from .calibration.documents import Document
 from .calibration.tokens import Encoder
 from .core.errors import InputError
+from .models.families import load_adapter
 from .prepare import open_model
 
 
 def load_with_transformers(path: Path, dtype: torch.dtype | str = "auto") -> Any:
     """The checkpoint as transformers' own class, dequantized to `dtype` when it is loaded."""
     import transformers
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, CompressedTensorsConfig
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, CompressedTensorsConfig
 
-    config = AutoConfig.from_pretrained(str(path), local_files_only=True)
+    config = load_adapter(path).config  # AutoConfig would refuse what the adapter mends
     cls = AutoModelForImageTextToText if config.model_type == "llama4" else AutoModelForCausalLM
-    kwargs: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "trust_remote_code": False}
+    kwargs: dict[str, Any] = {"config": config, "dtype": dtype, "local_files_only": True, "trust_remote_code": False}
     if getattr(config, "quantization_config", None) is not None:
         # Left compressed, the first forward pass ends in an AttributeError on a CPU.
         kwargs["quantization_config"] = CompressedTensorsConfig(dequantize=True)

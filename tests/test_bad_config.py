@@ -162,6 +162,7 @@ def test_early_scout_configs_are_read_warned_of_and_mended(
     """transformers 4.51 wrote attn_temperature_tuning as the number 4, which transformers 5 refuses."""
     model = Path(shutil.copytree(baby("scout"), tmp_path / "early"))
     edit_json(model / "config.json", lambda c: c["text_config"].update(attn_temperature_tuning=4))
+    assert onecard("generate", model, "hello", "--max-new-tokens", "1").exit_code == 0
     inspected = onecard("inspect", model)
     assert inspected.exit_code == 0, inspected.stderr
     assert any("attn_temperature_tuning is 4" in fault for fault in json.loads(inspected.stdout)["config_faults"])
