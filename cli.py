@@ -98,7 +98,7 @@ def main() -> None:
 
     \b
     Start here:
-      onecard quantize demo /tmp/demo-int4 --recipe demo
+      onecard quantize demo demo-int4 --recipe demo
     """
 
 
@@ -253,7 +253,7 @@ def generate(checkpoint: str, prompt: str, max_new_tokens: int, image: Path | No
 
     \b
     Example:
-      onecard generate /tmp/demo-int4 "What do you see?" --image picture.png
+      onecard generate demo-int4 "What do you see?" --image picture.png
     """
     from .generate import generate as run
 

@@ -12,6 +12,7 @@ A run is a row of stages; after each one the work directory is committed, so a k
 import json
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from .checkpoint.packed import open_packed
 from .checkpoint.source import open_folder, refuse_nonfinite
 from .checkpoint.workdir import Activations, WorkDir, has_run, read_json, refuse_changed
 from .core.errors import InputError, LimitError
+from .core.layout import RECORD_NAME
 from .core.rows import Row, batches
 from .eval.twin import Side
 from .models.adapter import Adapter, Role
@@ -49,6 +51,7 @@ from .prepare import (
     choose_device,
     choose_dtype,
     method_of,
+    occupied,
     open_source,
     plan_for,
     prepare_texts,
@@ -59,7 +62,7 @@ from .quantize.metric import reader_metric
 from .quantize.site import Method
 from .recipe import Recipe
 from .report.progress import Progress
-from .report.record import FILE_NAME, RunRecord
+from .report.record import RunRecord
 from .report.resources import package_versions
 from .stages import BlockJob, quantize_block
 from .verification import close_machine, compare
@@ -85,6 +88,7 @@ class Run:
     def adapter(self) -> Adapter:
         return self.model.adapter
 
+    @cached_property
     def identity(self) -> dict[str, str]:
         """All that the bytes of a run depend on. A resumed run must find every one of them again."""
         identity = {
@@ -110,7 +114,7 @@ class Run:
             texts=self.texts.facts,
             plan=self.plan.facts(),
             versions=package_versions(),
-            identity=self.identity(),
+            identity=self.identity,
             files=emitted_files(self.plan.shards, self.model.path),
             warnings=self.adapter.faults(self.model.config) + self.texts.warnings,
         )
@@ -155,9 +159,9 @@ def quantize(
         finished = _finished(run)
     if finished is None and not (resume and has_run(work_path)):
         run.check_space(work_path)
-    with WorkDir(work_path, run.identity(), resume, overwrite, out) as workdir:
+    with WorkDir(work_path, run.identity, resume, overwrite, out) as workdir:
         if finished is None:
-            if workdir.moving_to is None and out.is_dir() and any(out.iterdir()) and not workdir.may_clear(out):
+            if workdir.moving_to is None and occupied(out) and not workdir.may_clear(out):
                 raise InputError(
                     f"the output {out} is not empty, and the run in {work_path} was not begun with --overwrite for it: "
                     "empty it, or name another folder"
@@ -175,9 +179,9 @@ def quantize(
 
 def _finished(run: Run) -> RunRecord | None:
     """The record of the finished run that OUT holds, when it was this very run; None when OUT is empty."""
-    if not run.out.is_dir() or not any(run.out.iterdir()):
+    if not occupied(run.out):
         return None
-    path = run.out / FILE_NAME
+    path = run.out / RECORD_NAME
     if not path.exists() or not (run.out / "config.json").exists():
         replace = "empty it" if emitted_before(run.out) is None else "replace it with --overwrite"
         raise InputError(f"{run.out} is not empty and there is no run to resume: {replace}, or name another folder")
@@ -185,7 +189,7 @@ def _finished(run: Run) -> RunRecord | None:
         record = RunRecord(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
         raise InputError(f"{path} is damaged: start anew with --overwrite") from None
-    refuse_changed(record.identity, run.identity(), run.out)
+    refuse_changed(record.identity, run.identity, run.out)
     return record
 
 
@@ -250,7 +254,7 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress) -> RunRecord:
         workdir.commit(4 + blocks)
     else:
         record = RunRecord(**read_json(workdir.path / RECORD))
-    files.write_json(run.out / FILE_NAME, record.to_json())
+    files.write_json(run.out / RECORD_NAME, record.to_json())
     files.write_json(run.out / "config.json", config)
     return record
 
@@ -265,7 +269,7 @@ def _embed(run: Run, groups: list[list[int]], store: Activations, progress: Prog
 
 
 def _readers(run: Run) -> Readers | None:
-    if not run.method.needs_statistics or run.recipe.output_blocks < 2:
+    if not run.method.output_metric:
         return None
     tokens = torch.cat([row.tokens for row in run.texts.calibration])
     counts_V = torch.bincount(tokens, minlength=run.adapter.vocab_size)
@@ -275,12 +279,11 @@ def _readers(run: Run) -> Readers | None:
 def _move(run: Run, workdir: WorkDir) -> None:
     """Everything but config.json: a folder without it is no checkpoint to any engine."""
     if workdir.moving_to is None:
-        if run.out.is_dir():
-            clear_checkpoint(run.out)  # it is empty, unless the run was begun with --overwrite for it
+        clear_checkpoint(run.out)  # there is none, unless the run was begun with --overwrite for it
         files.make_folder(run.out)
         workdir.begin_move(run.out)
     # First of all, what will lie there: a folder with this file may be cleared of it.
-    files.write_json(run.out / FILE_NAME, {"files": emitted_files(run.plan.shards, run.model.path)})
+    files.write_json(run.out / RECORD_NAME, {"files": emitted_files(run.plan.shards, run.model.path)})
     for shard in run.plan.shards:
         finished = workdir.path / "shards" / shard.file
         if finished.exists():

@@ -29,7 +29,7 @@ from .models.families import load_adapter, read_config
 from .planner.assign import assign
 from .planner.cost import Work
 from .planner.plan import Plan, make_plan
-from .quantize.site import Method
+from .quantize.site import Method, working_bytes
 from .recipe import Recipe, Texts, matches
 from .report.card import size
 
@@ -135,6 +135,10 @@ def plan_for(model: Model, recipe: Recipe) -> Plan:
     return make_plan(model.adapter, model.source, schemes, ct.layout, recipe.max_shard_bytes, model.folder.file_bytes)
 
 
+def occupied(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
 def check_paths(out: Path, work: Path | None, model: Path, resume: bool, overwrite: bool) -> Path:
     """OUT is free, or the user said what to do with it; OUT, WORK and MODEL do not touch. Returns the work folder."""
     if resume and overwrite:
@@ -142,7 +146,7 @@ def check_paths(out: Path, work: Path | None, model: Path, resume: bool, overwri
     _refuse_nested("output", out, "model", model)
     _refuse_file("output", out)
     folder = work_folder(out, work)
-    if out.is_dir() and any(out.iterdir()) and not resume:
+    if occupied(out) and not resume:
         if emitted_before(out) is None:
             raise InputError(
                 f"the output {out} holds files that no run of onecard put there: empty it yourself, or name another "
@@ -196,7 +200,7 @@ def method_of(recipe: Recipe) -> Method:
 
 
 def work_of(method: Method) -> Work:
-    return Work(method.needs_statistics, method.refine_rounds, method.output_blocks > 1)
+    return Work(method.needs_statistics, method.refine_rounds, method.output_metric, working_bytes)
 
 
 def site_budget(device: torch.device) -> int:

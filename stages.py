@@ -122,6 +122,7 @@ def _statistics(
     are first seen, and it is walked again only for a site's inputs.
     """
     correct = job.recipe.reference_correction
+    by_key = {site.key: site for site in sites}
     moments = {}
     for site in sites:
         outputs = sum(site.out_features)
@@ -132,15 +133,11 @@ def _statistics(
         seen = _Seen(job, target, "quantized", k, moments.keys())
         step.advance(seen.tokens)
         weight = seen.weights() if job.recipe.token_weighting == "residual" else torch.ones_like(seen.out[:, 0])
-        for site in sites:
-            for expert in range(len(site.members)):
-                tokens, rows = seen.rows.get((site.key, expert), (None, None))
-                if rows is None:
-                    continue
-                moments[site.key].add(expert, rows, weight[tokens])
-                if moments[site.key].slope_EPP is not None:
-                    gate_up = _stacked(job, target, site.members[expert])
-                    moments[site.key].add_slopes(expert, swiglu_slopes(rows.float(), gate_up), weight[tokens])
+        for (key, expert), (tokens, rows) in seen.rows.items():
+            moments[key].add(expert, rows, weight[tokens])
+            if moments[key].slope_EPP is not None:
+                gate_up = _stacked(job, target, by_key[key].members[expert])
+                moments[key].add_slopes(expert, swiglu_slopes(rows.float(), gate_up), weight[tokens])
         if not correct:
             continue
         theirs: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
@@ -152,21 +149,18 @@ def _statistics(
                 job.store.put(job.index + 1, "reference", k, reference.hidden)
             theirs = reference.rows
         alike = seen.routes == routes[k]
-        residual = job.store.get(job.index + 1, "reference", k).to(job.device).reshape(seen.out.shape) - seen.out
-        for site in sites:
-            for expert in range(len(site.members)):
-                if (site.key, expert) not in seen.rows:
-                    continue
-                tokens, x = seen.rows[site.key, expert]
-                kept = alike[tokens]
-                if site.adds_to_residual:
-                    miss = residual[tokens[kept]]
-                elif (site.key, expert) in theirs:
-                    their_tokens, their_x = theirs[site.key, expert]
-                    miss = their_x[alike[their_tokens]].float() - x[kept].float()
-                else:
-                    continue
-                moments[site.key].add_miss(expert, x[kept], miss, weight[tokens[kept]])
+        if any(site.adds_to_residual for site in sites):
+            residual = job.store.get(job.index + 1, "reference", k).to(job.device).reshape(seen.out.shape) - seen.out
+        for (key, expert), (tokens, x) in seen.rows.items():
+            kept = alike[tokens]
+            if by_key[key].adds_to_residual:
+                miss = residual[tokens[kept]]
+            elif (key, expert) in theirs:
+                their_tokens, their_x = theirs[key, expert]
+                miss = their_x[alike[their_tokens]].float() - x[kept].float()
+            else:
+                continue
+            moments[key].add_miss(expert, x[kept], miss, weight[tokens[kept]])
     return moments
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from rich.console import Console
 
+from onecard.core.layout import RECORD_NAME
 from onecard.report.card import draw_card
-from onecard.report.record import FILE_NAME, RunRecord
+from onecard.report.record import RunRecord
 
 
 def main(out: str, picture: str) -> None:
-    record = RunRecord(**json.loads((Path(out) / FILE_NAME).read_text(encoding="utf-8")))
+    record = RunRecord(**json.loads((Path(out) / RECORD_NAME).read_text(encoding="utf-8")))
     console = Console(record=True, width=100, file=io.StringIO(), force_terminal=True)
     draw_card(record, out, console)
     # Without the fonts that rich would load from the network: the reader's own monospace serves.

@@ -9,15 +9,14 @@ from typing import Any, Protocol
 import torch
 
 from ..core.errors import InputError
-from ..core.layout import StoredTensor
+from ..core.layout import RECORD_NAME, StoredTensor
 from ..core.tensors import DTYPE_NAMES
 from . import files
 from .source import INDEX_NAME
 
 # Files that belong to a checkpoint and are no weights: tokenizer, processor, templates, generation config, licences.
 CARRIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-RECORD = "onecard.json"
-NOT_CARRIED = ("config.json", INDEX_NAME, RECORD)
+NOT_CARRIED = ("config.json", INDEX_NAME, RECORD_NAME)
 
 
 class ShardPlan(Protocol):
@@ -102,13 +101,13 @@ def emitted_before(out: Path) -> list[str] | None:
 
     Raises InputError for a record that is not one of ours: nothing is removed on its word.
     """
-    if not (out / RECORD).is_file():
+    if not (out / RECORD_NAME).is_file():
         return None
     try:
-        names = json.loads((out / RECORD).read_text(encoding="utf-8"))["files"]
+        names = json.loads((out / RECORD_NAME).read_text(encoding="utf-8"))["files"]
         assert all(isinstance(name, str) and Path(name).name == name and name != ".." for name in names)
     except (OSError, ValueError, KeyError, TypeError, AssertionError):
-        raise InputError(f"{out / RECORD} is damaged: empty {out} yourself, or name another folder") from None
+        raise InputError(f"{out / RECORD_NAME} is damaged: empty {out} yourself, or name another folder") from None
     return list(names)
 
 
@@ -118,6 +117,6 @@ def clear_checkpoint(out: Path) -> None:
     names = emitted_before(out)
     if names is None:
         return
-    for name in ("config.json", *(name for name in names if name != RECORD), RECORD):
+    for name in ("config.json", *(name for name in names if name != RECORD_NAME), RECORD_NAME):
         if (out / name).is_file() or (out / name).is_symlink():
             (out / name).unlink()

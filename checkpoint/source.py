@@ -15,6 +15,7 @@ import re
 import struct
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -39,7 +40,6 @@ class Folder:
     infos: dict[str, TensorInfo]
     offsets: dict[str, tuple[Path, int]]
     shards: tuple[Path, ...]
-    digest: str
 
     @property
     def names(self) -> Collection[str]:
@@ -74,6 +74,27 @@ class Folder:
     @property
     def file_bytes(self) -> int:
         return sum(shard.stat().st_size for shard in self.shards)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over config.json, the index, each shard's name, size and header, and samples of every tensor's bytes:
+        a run's source. Two models of one shape differ in their samples, and 217 GB need not be read to tell them apart.
+        Read when it is first asked for: a plan needs headers alone."""
+        sha = hashlib.sha256()
+        for name in ("config.json", INDEX_NAME):
+            if (self.path / name).exists():
+                sha.update(name.encode() + (self.path / name).read_bytes())
+        for shard in self.shards:
+            with shard.open("rb") as file:
+                first = file.read(8)
+                sha.update(f"{shard.name}:{shard.stat().st_size}".encode() + first)
+                sha.update(file.read(struct.unpack("<Q", first)[0]))
+                for name in sorted(name for name in self.infos if self.offsets[name][0] == shard):
+                    begin, size = self.offsets[name][1], self.infos[name].nbytes
+                    for offset in range(begin, begin + size, SAMPLE_STRIDE):
+                        file.seek(offset)
+                        sha.update(file.read(min(SAMPLE_BYTES, begin + size - offset)))
+        return sha.hexdigest()
 
 
 def _read_into(file: Path, offset: int, buffer: torch.Tensor) -> None:
@@ -205,7 +226,7 @@ def open_folder(path: Path) -> Folder:
         problems += [f"{name} is in the index and in no shard" for name in sorted(weight_map.keys() - infos.keys())]
     if problems:
         raise input_error(f"{path} cannot be read:", problems, "Fetch the named files again, whole, into that folder.")
-    return Folder(path, infos, offsets, tuple(shards), _digest(path, shards, infos, offsets))
+    return Folder(path, infos, offsets, tuple(shards))
 
 
 def _refuse_without_safetensors(path: Path) -> None:
@@ -222,26 +243,6 @@ def _refuse_without_safetensors(path: Path) -> None:
             f"{path} has {len(stray)} safetensors files but neither {SINGLE_NAME} nor {INDEX_NAME}: fetch the index"
         )
     raise InputError(f"{path} holds no safetensors checkpoint ({SINGLE_NAME} or {INDEX_NAME})")
-
-
-def _digest(path: Path, shards: list[Path], infos: dict[str, TensorInfo], offsets: dict[str, tuple[Path, int]]) -> str:
-    """SHA-256 over config.json, the index, each shard's name, size and header, and samples of every tensor's bytes: a
-    run's source. Two models of one shape differ in their samples, and 217 GB need not be read to tell them apart."""
-    sha = hashlib.sha256()
-    for name in ("config.json", INDEX_NAME):
-        if (path / name).exists():
-            sha.update(name.encode() + (path / name).read_bytes())
-    for shard in shards:
-        with shard.open("rb") as file:
-            first = file.read(8)
-            sha.update(f"{shard.name}:{shard.stat().st_size}".encode() + first)
-            sha.update(file.read(struct.unpack("<Q", first)[0]))
-            for name in sorted(name for name in infos if offsets[name][0] == shard):
-                begin = offsets[name][1]
-                for offset in range(begin, begin + infos[name].nbytes, SAMPLE_STRIDE):
-                    file.seek(offset)
-                    sha.update(file.read(min(SAMPLE_BYTES, begin + infos[name].nbytes - offset)))
-    return sha.hexdigest()
 
 
 def check_shapes(path: Path, source: TensorSource, expected: dict[str, tuple[int, ...]]) -> None:

@@ -30,14 +30,23 @@ STATE = "state.json"
 NONE = "not given"
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+def _damaged(path: Path) -> InputError:
+    return InputError(f"{path} is damaged or gone, and only onecard may change it: start anew with --overwrite")
+
+
+def read_json(path: Path) -> Any:
+    """A file of ours. Raises InputError when something else changed it."""
     try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        assert isinstance(state["done"], int)
-        assert isinstance(state["identity"], dict)
-    except (ValueError, KeyError, TypeError, AssertionError):
-        raise InputError(f"{path / STATE} is damaged: start anew with --overwrite") from None
-    return dict(state)
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise _damaged(path) from None
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    match read_json(path / STATE):
+        case {"done": int(), "identity": dict()} as state:
+            return dict(state)
+    raise _damaged(path / STATE)
 
 
 def has_run(path: Path) -> bool:
@@ -174,18 +183,6 @@ class WorkDir:
     def __exit__(self, *_: object) -> None:
         if not self._lock.closed:
             self._lock.close()
-
-
-def read_json(path: Path) -> Any:
-    """A file of ours. Raises InputError when something else changed it."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise _damaged(path) from None
-
-
-def _damaged(path: Path) -> InputError:
-    return InputError(f"{path} is damaged or gone, and only onecard may change it: start anew with --overwrite")
 
 
 class Activations:

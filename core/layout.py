@@ -35,6 +35,8 @@ _RANK = {
     )
 }
 METADATA = {"format": "pt"}
+# The record that lies beside the weights.
+RECORD_NAME = "onecard.json"
 # No header entry is longer than this beside its tensor's name (dtype, shape, two offsets).
 HEADER_ENTRY_BYTES = 160
 

@@ -5,6 +5,7 @@ and writing at the given disk rate. It errs low: small matrices run below the me
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,11 +35,13 @@ class Cost:
 
 @dataclass(frozen=True)
 class Work:
-    """What of the method costs time and memory: none of it for round-to-nearest."""
+    """What of the method costs time and memory: none of it for round-to-nearest. `matrix_bytes`: (outputs, inputs,
+    whether with an output metric) -> what quantizing one matrix holds."""
 
     statistics: bool
-    refine_rounds: int = 0
-    output_metric: bool = False
+    refine_rounds: int
+    output_metric: bool
+    matrix_bytes: Callable[[int, int, bool], int]
 
 
 def measure_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -98,8 +101,7 @@ def estimate(
                 moments[site.stage] = moments.get(site.stage, 0) + 4 * count * (inputs**2 + miss * inputs + slopes**2)
                 solve += count * (2.0 * (1 + work.refine_rounds) * outputs * inputs**2 + 3.0 * inputs**3)
                 solve += count * measured * (outputs**2 * inputs + 3.0 * outputs**3)
-                matrix = 4 * (5 * outputs * inputs + 4 * inputs**2 + 4 * measured * outputs**2)
-                matrix_bytes = max(matrix_bytes, matrix)
+                matrix_bytes = max(matrix_bytes, work.matrix_bytes(outputs, inputs, measured))
                 if not site.adds_to_residual:
                     inner.add(site.stage)
         forward += block_forward

@@ -29,6 +29,10 @@ class Method:
     output_blocks: int = 0
 
     @property
+    def output_metric(self) -> bool:
+        return self.needs_statistics and self.output_blocks > 1
+
+    @property
     def needs_statistics(self) -> bool:
         return self.name == "gptq"
 
@@ -53,11 +57,14 @@ def relative_output_error(w_BOI: torch.Tensor, q_BOI: torch.Tensor, moment_BII: 
     return (energy(w_BOI - q_BOI) / energy(w_BOI).clamp_min(1e-30)).tolist()
 
 
+def working_bytes(outputs: int, inputs: int, metric: bool) -> int:
+    """What quantizing one matrix holds: about five fp32 weights and four moments, and four output metrics if used."""
+    return 4 * (5 * outputs * inputs + 4 * inputs * inputs + 4 * outputs * outputs * metric)
+
+
 def cuts(batch: int, outputs: int, inputs: int, budget_bytes: int, metric: bool = False) -> Iterator[slice]:
-    """Slices of the batch whose working set (about five fp32 weights and four moments, and four output metrics if they
-    are used) fits the budget."""
-    one = 4 * (5 * outputs * inputs + 4 * inputs * inputs + 4 * outputs * outputs * metric)
-    step = max(1, budget_bytes // one)
+    """Slices of the batch whose working set fits the budget."""
+    step = max(1, budget_bytes // working_bytes(outputs, inputs, metric))
     for start in range(0, batch, step):
         yield slice(start, min(start + step, batch))
 
@@ -116,7 +123,7 @@ def quantize_batch(
         def quantize_rows(rows_BRI: torch.Tensor) -> QuantizedWeight:
             return _codes(rows_BRI, prepared, scheme, method, scale_dtype)
 
-        if metric_BOO is not None and method.output_blocks > 1:
+        if metric_BOO is not None and method.output_metric:
             weight = quantize_by_row_blocks(w_BOI, metric_BOO, method.output_blocks, quantize_rows)
         else:
             weight = quantize_rows(w_BOI)

@@ -19,6 +19,14 @@ def size(count: float) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
 
 
+def labelled() -> Table:
+    """Rows of a label and what is said of it, folded where it is too wide."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    return grid
+
+
 def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
@@ -38,9 +46,7 @@ def interval(kl: dict[str, Any]) -> str:
 
 def draw_card(record: RunRecord, out: str, console: Console) -> None:
     """Print the card on `console` (stderr)."""
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="bold", no_wrap=True)
-    grid.add_column(overflow="fold")
+    grid = labelled()
     plan, kl, machine = record.plan, record.kl, record.machine
     name = record.model["name"]
     grid.add_row(

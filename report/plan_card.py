@@ -5,10 +5,9 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
-from .card import size
+from .card import labelled, size
 from .progress import clock
 
 
@@ -25,9 +24,7 @@ def draw_plan(result: Any, tensors: bool, console: Console) -> None:
             console.print(
                 f"{row[0]:{name}}  {row[1]:{dtype}}  {row[2]:{shape}}  {row[3]:>{count}}  {row[4]}", soft_wrap=True
             )
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="bold", no_wrap=True)
-    grid.add_column(overflow="fold")
+    grid = labelled()
     grid.add_row("model", f"{result.model.name} ({result.model.adapter.family}, {plan.parameters:,} parameters)")
     grid.add_row("recipe", result.recipe.name)
     if result.recipe.note:
@@ -58,9 +55,7 @@ def draw_plan(result: Any, tensors: bool, console: Console) -> None:
 
 def draw_inspection(facts: dict[str, Any], console: Console) -> None:
     """`facts` is what inspection.inspect returns."""
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="bold", no_wrap=True)
-    grid.add_column(overflow="fold")
+    grid = labelled()
     grid.add_row("model", Text(f"{facts['model']} ({facts['family']})"))
     grid.add_row(
         "blocks",

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 SCHEMA_VERSION = 1
-FILE_NAME = "onecard.json"
 
 
 @dataclass
