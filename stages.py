@@ -27,7 +27,7 @@ from .checkpoint.formats import compressed_tensors as ct
 from .core.rows import RowStore, Step
 from .core.tensors import TORCH_DTYPES, TensorSource
 from .models.adapter import Adapter, Role, Site, read
-from .models.walk import Calls, load_block, observed, run_block, weight_view
+from .models.walk import Calls, expert_stacks, load_block, observed, run_block, weight_view
 from .planner.plan import Plan
 from .quantize.correction import corrected
 from .quantize.metric import swiglu_metric, swiglu_slopes
@@ -148,7 +148,7 @@ def _statistics(
                 routes[k] = reference.routes
                 job.store.put(job.index + 1, "reference", k, reference.hidden)
             theirs = reference.rows
-        alike = seen.routes == routes[k]
+        alike = (seen.routes == routes[k]).all(-1)
         if any(site.adds_to_residual for site in sites):
             residual = job.store.get(job.index + 1, "reference", k).to(job.device).reshape(seen.out.shape) - seen.out
         for (key, expert), (tokens, x) in seen.rows.items():
@@ -171,19 +171,16 @@ class _Seen:
         hidden = job.store.get(job.index, stream, batch).to(job.device)
         self.tokens = hidden.shape[0] * hidden.shape[1]
         self.rows: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
-        # A token's route as one number: equal sets of experts give equal sums, others different ones (62 random bits).
-        self.routes = torch.zeros(self.tokens, dtype=torch.int64, device=job.device)
-        marks = torch.randint(2**62, (max(1, job.adapter.n_experts),), generator=torch.Generator().manual_seed(0))
 
         def observe(site: Site, expert: int, tokens: torch.Tensor, rows: torch.Tensor) -> None:
-            if site.role is Role.EXPERT and not site.adds_to_residual and site.stage == 2:
-                self.routes[tokens] += int(marks[expert])
             if site.key in keys:
                 self.rows[site.key, expert] = (tokens, rows)
 
         with observed(job.adapter, block, job.index, observe):
             self.hidden = run_block(block, hidden, job.calls.of(hidden.shape[1])[job.index])
         self.out = self.hidden.reshape(self.tokens, -1).float()
+        stacks = expert_stacks(block)
+        self.routes = torch.zeros(self.tokens, 1) if stacks is None else stacks.routes_TK
 
     def weights(self) -> torch.Tensor:
         """1 / mean square of the rows that leave the block: what reads them next normalises them, so an error counts

@@ -36,10 +36,12 @@ def compare(
     """The record's `kl`. Hidden rows live in `folder` meanwhile."""
     reference = Side("reference", model.adapter, model.source)
     shutil.rmtree(folder, ignore_errors=True)
-    results = twin_walk(
-        reference, quantized, texts.evaluation, batch_tokens, Activations(folder), device, dtype, progress
-    )
-    return asdict(summarize(results))
+    twin = twin_walk(reference, quantized, texts.evaluation, batch_tokens, Activations(folder), device, dtype, progress)
+    shares = list(twin.changed_routes.values())
+    return asdict(summarize(twin.tokens)) | {
+        "changed_routes": sum(shares) / len(shares) if shares else None,
+        "changed_routes_by_block": {str(block): share for block, share in twin.changed_routes.items()},
+    }
 
 
 def close_machine(record: RunRecord, progress: Progress, device: torch.device, began: float) -> None:

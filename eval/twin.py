@@ -4,14 +4,14 @@ It is independent of how the quantized files were made: it opens them as any rea
 live in a store on disk, so memory holds one block and one batch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from ..core.rows import Row, RowStore, Step, batches
 from ..core.tensors import TensorSource
 from ..models.adapter import Adapter, read
-from ..models.walk import Calls, Embedder, final_norm, load_block, run_block
+from ..models.walk import Calls, Embedder, expert_stacks, final_norm, load_block, run_block
 from .kl import TokenResults, compare, concatenate
 
 # Logits of 1024 tokens x 16384 columns are 64 MiB in fp32; about six such arrays live at once.
@@ -27,6 +27,15 @@ class Side:
     source: TensorSource
 
 
+@dataclass(frozen=True)
+class Twin:
+    """What the walk found: every predicted token's results, in the order of the rows' batches, and for each block with
+    experts the share of all tokens that the two models send to other sets of experts."""
+
+    tokens: TokenResults
+    changed_routes: dict[int, float] = field(default_factory=dict)
+
+
 def twin_walk(
     reference: Side,
     quantized: Side,
@@ -36,8 +45,8 @@ def twin_walk(
     device: torch.device,
     dtype: torch.dtype,
     step: Step,
-) -> TokenResults:
-    """Results for every predicted token of `rows`, in the order of the rows' batches. Leaves the store empty."""
+) -> Twin:
+    """Results for every predicted token of `rows`. Leaves the store empty."""
     sides = (reference, quantized)
     groups = batches(rows, batch_tokens)
     for side in sides:
@@ -47,20 +56,31 @@ def twin_walk(
             store.put(0, side.name, k, embedder.batch(numbers))
     del embedder
     calls = Calls(reference.adapter, device, dtype)
+    changed_routes = {}
     for index in range(reference.adapter.n_blocks):
-        for side in sides:
+        routes: list[torch.Tensor] = []
+        changed = seen = 0
+        for place, side in enumerate(sides):
             step.begin(f"verify: {side.name}", index)
             block = load_block(side.adapter, side.source, index, device, dtype)
+            stacks = expert_stacks(block)
             for k, numbers in enumerate(groups):
                 hidden = store.get(index, side.name, k).to(device)
                 store.put(index + 1, side.name, k, run_block(block, hidden, calls.of(hidden.shape[1])[index]))
+                if stacks is not None and place == 0:
+                    routes.append(stacks.routes_TK.cpu())
+                elif stacks is not None:
+                    changed += int((stacks.routes_TK.cpu() != routes[k]).any(-1).sum())
+                    seen += len(routes[k])
                 step.advance(len(numbers) * hidden.shape[1])
             del block
         store.drop(index)
+        if seen:
+            changed_routes[index] = changed / seen
     step.begin("verify: head")
     parts = _through_heads(sides, rows, groups, store, device, dtype, step)
     store.drop(reference.adapter.n_blocks)
-    return concatenate(parts)
+    return Twin(concatenate(parts), changed_routes)
 
 
 def _through_heads(

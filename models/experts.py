@@ -29,6 +29,7 @@ class RoutedExperts(nn.Module):
         self.intermediate = intermediate
         self.scale_input = scale_input
         self.observer: Observer | None = None
+        self.routes_TK = torch.empty(0, 0, dtype=torch.int64)  # the last call's choice: each token's experts, rising
 
     def weight(self, expert: int, projection: str) -> torch.Tensor:
         """A view `[out, in]` of one expert's 'gate_proj', 'up_proj' or 'down_proj'."""
@@ -44,6 +45,7 @@ class RoutedExperts(nn.Module):
     def forward(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         """Sum over the chosen experts [T, H]; `experts_TK` int64 and `weights_TK` are the router's choice."""
         top_k = experts_TK.shape[1]
+        self.routes_TK = experts_TK.sort(-1).values
         flat_experts = experts_TK.reshape(-1)
         # Stable: equal inputs give equal bytes, whatever the sort's algorithm.
         order = torch.argsort(flat_experts, stable=True)

@@ -79,6 +79,11 @@ def draw_card(record: RunRecord, out: str, console: Console) -> None:
         f"max {kl['kl_max_nats']:.3f}",
     )
     grid.add_row("same top-1", f"{kl['same_top1']:.2%}")
+    if kl["changed_routes"] is not None:
+        block, worst = max(kl["changed_routes_by_block"].items(), key=lambda item: item[1])
+        grid.add_row(
+            "changed routes", f"{kl['changed_routes']:.2%} of tokens a layer, most in block {block}: {worst:.2%}"
+        )
     grid.add_row(
         "perplexity", f"{kl['perplexity_reference']:.3f} {reference}, {kl['perplexity_quantized']:.3f} {other}"
     )

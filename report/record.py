@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 SCHEMA_VERSION = 1
+# Of the record's `kl`, what the JSON line repeats.
+LINE_KL = ("kl_mean_nats", "kl_low_nats", "kl_high_nats", "kl_p99_nats", "same_top1", "changed_routes", "tokens")
 
 
 @dataclass
@@ -42,10 +44,7 @@ def result_line(record: RunRecord, out: str) -> dict[str, Any]:
         "out": out,
         "emitted_bytes": record.plan["emitted_bytes"],
         "bits_per_weight": record.plan["bits_per_weight"],
-        **{
-            k: record.kl[k]
-            for k in ("kl_mean_nats", "kl_low_nats", "kl_high_nats", "kl_p99_nats", "same_top1", "tokens")
-        },
+        **{key: record.kl[key] for key in LINE_KL},
         "seconds": record.machine["seconds"],
         "peak_rss_bytes": record.machine["peak_rss_bytes"],
     }
