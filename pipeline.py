@@ -18,9 +18,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 from . import __version__
 from .calibration.readers import Readers
+from .calibration.sensitivity import RESIDUAL, sensitivities
 from .checkpoint import files
 from .checkpoint.emit import (
     ShardWriter,
@@ -210,18 +212,21 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress) -> RunRecord:
     workdir.refuse_damaged(finished, run.out)
     store = Activations(workdir.path / "acts")
     groups = batches(run.texts.calibration, run.recipe.batch_tokens)
+    calls = Calls(run.adapter, run.device, run.dtype)
     if workdir.done < 1:
         if run.method.needs_statistics:
             _embed(run, groups, store, progress)
+        if run.method.output_metric and run.recipe.output_metric == "sensitivity":
+            _sensitivities(run, workdir, calls, progress)
         workdir.commit(1)
-    calls = Calls(run.adapter, run.device, run.dtype)
     readers = _readers(run) if workdir.done < 1 + blocks else None
     for index in range(blocks):
         file = workdir.folder("blocks") / f"{index:04d}.json"
         if workdir.done < 2 + index:
             job = BlockJob(
                 run.adapter, run.model.source, run.plan, run.recipe, run.method, index, groups, store, calls,
-                run.device, run.dtype, site_budget(run.device), workdir.folder("shards"), readers,
+                run.device, run.dtype, site_budget(run.device), workdir.folder("shards"),
+                _metrics(run, workdir, index, readers),
             )  # fmt: skip
             facts = quantize_block(job, progress)
             files.write_json(file, facts)
@@ -268,8 +273,30 @@ def _embed(run: Run, groups: list[list[int]], store: Activations, progress: Prog
         store.put(0, "quantized", k, hidden)
 
 
-def _readers(run: Run) -> Readers | None:
+def _metric_file(workdir: WorkDir, block: int) -> Path:
+    return workdir.folder("sensitivity") / f"{block:04d}.safetensors"
+
+
+def _sensitivities(run: Run, workdir: WorkDir, calls: Calls, progress: Progress) -> None:
+    sensitivities(
+        run.adapter, run.model.source, run.texts.calibration[: run.recipe.sensitivity_rows], run.recipe.batch_tokens,
+        Activations(workdir.folder("sensitivity", "acts")), calls,
+        lambda block, metrics: files.write_tensors(_metric_file(workdir, block), metrics), progress,
+        by_gradient=run.recipe.token_weighting == "gradient",
+    )  # fmt: skip
+
+
+def _metrics(run: Run, workdir: WorkDir, block: int, readers: Readers | None) -> dict[str, torch.Tensor]:
+    """What errors of the block's outputs cost; empty when every output counts alike."""
     if not run.method.output_metric:
+        return {}
+    if readers is not None:
+        return {RESIDUAL: readers.of(block)}
+    return {key: metric.to(run.device) for key, metric in load_file(_metric_file(workdir, block)).items()}
+
+
+def _readers(run: Run) -> Readers | None:
+    if not run.method.output_metric or run.recipe.output_metric != "readers":
         return None
     tokens = torch.cat([row.tokens for row in run.texts.calibration])
     counts_V = torch.bincount(tokens, minlength=run.adapter.vocab_size)

@@ -191,6 +191,7 @@ def method_of(recipe: Recipe) -> Method:
     return Method(
         recipe.method,
         recipe.scale_search,
+        recipe.signed_scales,
         recipe.damping,
         recipe.activation_order,
         recipe.refine_rounds,

@@ -47,6 +47,7 @@ class Recipe(BaseModel):
     keep_modules: tuple[str, ...] = ()  # glob patterns of module names that stay as they are
 
     scale_search: bool = True
+    signed_scales: bool = True  # with scale_search: a group's scale may be negative (quantize/grid.py)
     activation_order: bool = True
     damping: float = Field(default=0.01, gt=0, le=1)
     # tau = shrinkage * inputs rows of the layer's pooled moment join each expert's own: calibration/moments.py
@@ -56,11 +57,20 @@ class Recipe(BaseModel):
     scale_trials: tuple[Annotated[float, Field(gt=0, le=4)], ...] = Field(default=(1.0,), min_length=1)
     # What errors of outputs cost is taken into account between this many blocks of rows (quantize/metric.py); 0: not.
     output_blocks: int = Field(default=8, ge=0)
+    # Where the metric comes from: the weights that read the residual stream, or gradients (calibration/sensitivity.py)
+    # of this many calibration rows.
+    output_metric: Literal["readers", "sensitivity"] = "sensitivity"
+    sensitivity_rows: int = Field(default=64, ge=1)
     # How much a token counts in the statistics: alike, or by 1 / mean square of the residual row that leaves the block.
-    token_weighting: Literal["none", "residual"] = "residual"
+    token_weighting: Literal["none", "residual", "gradient"] = "residual"
+    weight_floor: float = 0.1
     # Aim at the reference stream before rounding, with a ridge of strength * inputs / rows: quantize/correction.py
     reference_correction: bool = True
     correction_strength: float = Field(default=10.0, gt=0)
+    # Aim what stays in the source's dtype too: routers, and attention where it is kept. It costs nothing at run time.
+    aim_kept: bool = True
+    # Statistics anew for every site that reads what others of its half have changed, or once for each half of a block.
+    sequential: Literal["sites", "halves"] = "sites"
 
     calibration: Texts = Texts()
     calibration_rows: int = Field(default=512, ge=1)

@@ -12,7 +12,6 @@ Shape legend: B experts, O outputs, I inputs.
 """
 
 import copy
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,18 +20,19 @@ import torch
 from torch import nn
 
 from .calibration.moments import SiteMoments
-from .calibration.readers import Readers
+from .calibration.sensitivity import RESIDUAL, weights_key
 from .checkpoint.emit import ShardWriter
 from .checkpoint.formats import compressed_tensors as ct
 from .core.rows import RowStore, Step
 from .core.tensors import TORCH_DTYPES, TensorSource
-from .models.adapter import Adapter, Role, Site, read
-from .models.walk import Calls, expert_stacks, load_block, observed, run_block, weight_view
+from .models.adapter import Adapter, Half, Role, Site, read
+from .models.walk import Calls, load_block, weight_view
 from .planner.plan import Plan
 from .quantize.correction import corrected
-from .quantize.metric import swiglu_metric, swiglu_slopes
+from .quantize.metric import swiglu_metric
 from .quantize.site import Method, cuts, quantize_batch
 from .recipe import Recipe
+from .streams import HalfJob, HalfStatistics, stacked
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,30 @@ class BlockJob:
     dtype: torch.dtype
     budget_bytes: int
     shard_folder: Path
-    readers: Readers | None  # None: every output counts alike
+    metrics: dict[str, torch.Tensor]  # by site key or RESIDUAL; empty: every output counts alike
 
     def quantized_sites(self) -> list[Site]:
         return [site for site in self.adapter.sites(self.index) if site.members[0][0] in self.plan.schemes]
 
+    def sites(self) -> list[Site]:
+        """What the statistics are for: what is quantized, and what is aimed at the reference stream as it stays."""
+        if not (self.recipe.reference_correction and self.recipe.aim_kept):
+            return self.quantized_sites()
+        kept = [site for site in self.adapter.sites(self.index) if site.role is Role.ATTENTION]
+        router = self.adapter.router_site(self.index)
+        aimed = [*kept, *([router] if router is not None else [])]
+        return self.quantized_sites() + [site for site in aimed if site.members[0][0] not in self.plan.schemes]
+
 
 def quantize_block(job: BlockJob, step: Step) -> dict[str, Any]:
     """Do the block and return what the record says of it. All its shards are on disk afterwards."""
-    facts: dict[str, Any] = {"block": job.index, "damping_raised": 0, "diagonal_fallbacks": 0, "output_error": {}}
+    facts: dict[str, Any] = {
+        "block": job.index,
+        "damping_raised": 0,
+        "diagonal_fallbacks": 0,
+        "output_error": {},
+        "aimed": [],
+    }
     writer = ShardWriter([s for s in job.plan.shards if s.stage == job.index], job.shard_folder)
     if job.method.needs_statistics:
         _with_statistics(job, writer, facts, step)
@@ -77,115 +92,81 @@ def quantize_block(job: BlockJob, step: Step) -> dict[str, Any]:
 
 
 def _with_statistics(job: BlockJob, writer: ShardWriter, facts: dict[str, Any], step: Step) -> None:
-    """Stage by stage: what a later stage reads is what the quantized earlier ones leave."""
+    """Half by half, and stage by stage: what a later stage reads is what the quantized earlier ones leave."""
     original = load_block(job.adapter, job.source, job.index, job.device, job.dtype)
     target = copy.deepcopy(original)
-    sites = job.quantized_sites()
     facts["expert_rows"] = []
-    routes: dict[int, torch.Tensor] = {}
-    for number in sorted({site.stage for site in sites}):
-        step.begin("statistics", job.index)
-        present = [site for site in sites if site.stage == number]
-        moments = _statistics(job, original, target, present, routes, step)
-        step.begin("quantize", job.index)
-        for site in present:
-            if site.role is Role.EXPERT:
-                facts["expert_rows"] = moments[site.key].rows
-            _quantize_site(job, site, target, moments.pop(site.key), writer, facts)
-            step.advance(0)
-    if job.index + 1 == job.adapter.n_blocks:
+    last = job.index + 1 == job.adapter.n_blocks
+    for half in Half:
+        sites = [site for site in job.sites() if site.half is half]
+        walk = HalfJob(
+            job.adapter, job.index, half, job.groups, job.store, job.calls, job.device,
+            job.recipe.reference_correction, job.recipe.token_weighting == "residual", bool(job.metrics),
+            _weights(job, half),
+        )  # fmt: skip
+        statistics = HalfStatistics(walk, original, target, step)
+        for present in _stages(sites, job.recipe.sequential == "sites"):
+            step.begin("statistics", job.index)
+            moments = statistics.of(present)
+            step.begin("quantize", job.index)
+            for site in present:
+                if site.role is Role.EXPERT:
+                    facts["expert_rows"] = moments[site.key].rows
+                if site.members[0][0] in job.plan.schemes:
+                    _quantize_site(job, site, target, moments.pop(site.key), writer, facts)
+                else:
+                    _aim_site(job, site, target, moments.pop(site.key), writer, facts)
+                step.advance(0)
+        if not (last and half is Half.FEED_FORWARD):
+            step.begin("propagate", job.index)
+            statistics.propagate()
+    if last:
         job.store.drop(job.index + 1)
-        return
-    step.begin("propagate", job.index)
-    for stream, block in (("reference", original), ("quantized", target)):
-        for k, numbers in enumerate(job.groups):
-            if stream == "reference" and k in routes:
-                continue  # the statistics have propagated it
-            hidden = job.store.get(job.index, stream, k).to(job.device)
-            out = run_block(block, hidden, job.calls.of(hidden.shape[1])[job.index])
-            job.store.put(job.index + 1, stream, k, out)
-            step.advance(len(numbers) * hidden.shape[1])
 
 
-def _statistics(
-    job: BlockJob,
-    original: nn.Module,
-    target: nn.Module,
-    sites: list[Site],
-    routes: dict[int, torch.Tensor],
-    step: Step,
-) -> dict[str, SiteMoments]:
-    """Second moments of what the quantized stream brings to `sites` of the half-quantized block, and what it misses of
-    the reference stream: at the sites' inputs, or for sites that write to the residual stream at the block's output.
-
-    The original block does not change: its output is stored and its routes are kept in `routes`, by batch, when they
-    are first seen, and it is walked again only for a site's inputs.
-    """
-    correct = job.recipe.reference_correction
-    by_key = {site.key: site for site in sites}
-    moments = {}
-    for site in sites:
-        outputs = sum(site.out_features)
-        miss_rows = (outputs if site.adds_to_residual else site.in_features) if correct else 0
-        slopes = outputs if site.feeds and job.readers is not None else 0
-        moments[site.key] = SiteMoments(len(site.members), site.in_features, job.device, miss_rows, slopes)
-    for k in range(len(job.groups)):
-        seen = _Seen(job, target, "quantized", k, moments.keys())
-        step.advance(seen.tokens)
-        weight = seen.weights() if job.recipe.token_weighting == "residual" else torch.ones_like(seen.out[:, 0])
-        for (key, expert), (tokens, rows) in seen.rows.items():
-            moments[key].add(expert, rows, weight[tokens])
-            if moments[key].slope_EPP is not None:
-                gate_up = _stacked(job, target, by_key[key].members[expert])
-                moments[key].add_slopes(expert, swiglu_slopes(rows.float(), gate_up), weight[tokens])
-        if not correct:
-            continue
-        theirs: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
-        if k not in routes or not all(site.adds_to_residual for site in sites):
-            reference = _Seen(job, original, "reference", k, moments.keys())
-            step.advance(reference.tokens)
-            if k not in routes:
-                routes[k] = reference.routes
-                job.store.put(job.index + 1, "reference", k, reference.hidden)
-            theirs = reference.rows
-        alike = (seen.routes == routes[k]).all(-1)
-        if any(site.adds_to_residual for site in sites):
-            residual = job.store.get(job.index + 1, "reference", k).to(job.device).reshape(seen.out.shape) - seen.out
-        for (key, expert), (tokens, x) in seen.rows.items():
-            kept = alike[tokens]
-            if by_key[key].adds_to_residual:
-                miss = residual[tokens[kept]]
-            elif (key, expert) in theirs:
-                their_tokens, their_x = theirs[key, expert]
-                miss = their_x[alike[their_tokens]].float() - x[kept].float()
-            else:
-                continue
-            moments[key].add_miss(expert, x[kept], miss, weight[tokens[kept]])
-    return moments
+def _weights(job: BlockJob, half: Half) -> torch.Tensor | None:
+    if job.recipe.token_weighting != "gradient":
+        return None
+    w = job.metrics[weights_key(half)]
+    k = job.recipe.weight_floor
+    return w / w.mean() + k
 
 
-class _Seen:
-    """One batch of one stream through a block: what chosen sites read, where tokens went, what left the block."""
+def _stages(sites: list[Site], one_by_one: bool) -> list[list[Site]]:
+    """Sites whose statistics are taken together, in order; of a half without sites none."""
+    if not one_by_one:
+        return [sites] if sites else []
+    return [[site for site in sites if site.stage == number] for number in sorted({site.stage for site in sites})]
 
-    def __init__(self, job: BlockJob, block: nn.Module, stream: str, batch: int, keys: Collection[str]) -> None:
-        hidden = job.store.get(job.index, stream, batch).to(job.device)
-        self.tokens = hidden.shape[0] * hidden.shape[1]
-        self.rows: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
-        def observe(site: Site, expert: int, tokens: torch.Tensor, rows: torch.Tensor) -> None:
-            if site.key in keys:
-                self.rows[site.key, expert] = (tokens, rows)
+def _aim_site(
+    job: BlockJob, site: Site, block: nn.Module, moments: SiteMoments, writer: ShardWriter, facts: dict[str, Any]
+) -> None:
+    """A site that stays in the source's dtype: aimed at the reference stream, rounded to that dtype, and no more."""
+    (member,) = site.members
+    whole = slice(None)
+    w_BOI = torch.stack([_stacked(job, block, member)]).to(job.device)
+    w_OI = _corrected(job, site, w_BOI, moments.shrunk(job.recipe.shrinkage, whole), moments, whole)[0]
+    start = 0
+    for name, out in zip(member, site.out_features, strict=True):
+        stored = TORCH_DTYPES[job.source.info(job.adapter.locate(f"{name}.weight", job.source.names).tensor).dtype]
+        weight = w_OI[start : start + out].to(stored)
+        start += out
+        weight_view(job.adapter, block, job.index, name).copy_(weight)
+        writer.put(f"{name}.weight", weight.cpu().contiguous())
+        facts["aimed"].append(name)
 
-        with observed(job.adapter, block, job.index, observe):
-            self.hidden = run_block(block, hidden, job.calls.of(hidden.shape[1])[job.index])
-        self.out = self.hidden.reshape(self.tokens, -1).float()
-        stacks = expert_stacks(block)
-        self.routes = torch.zeros(self.tokens, 1) if stacks is None else stacks.routes_TK
 
-    def weights(self) -> torch.Tensor:
-        """1 / mean square of the rows that leave the block: what reads them next normalises them, so an error counts
-        by its size relative to its row."""
-        return 1.0 / self.out.square().mean(-1).clamp_min(1e-12)
+def _corrected(
+    job: BlockJob, site: Site, w_BOI: torch.Tensor, moment_BII: torch.Tensor, moments: SiteMoments, cut: slice
+) -> torch.Tensor:
+    """The weights aimed at the reference stream, if the recipe says so."""
+    miss = moments.miss(job.recipe.shrinkage, cut)
+    if miss is None:
+        return w_BOI
+    rows = torch.tensor(moments.rows[cut], device=job.device).clamp_min(1)
+    ridge = job.recipe.correction_strength * site.in_features / rows
+    return corrected(w_BOI, moment_BII, miss if site.adds_to_residual else w_BOI @ miss, ridge)
 
 
 def _stacked(job: BlockJob, block: nn.Module | None, member: tuple[str, ...]) -> torch.Tensor:
@@ -193,16 +174,18 @@ def _stacked(job: BlockJob, block: nn.Module | None, member: tuple[str, ...]) ->
     loaded as the source does; fp32 [O, I]."""
     if block is None:
         return torch.cat([read(job.adapter, job.source, f"{name}.weight").float() for name in member])
-    return torch.cat([weight_view(job.adapter, block, job.index, name).float() for name in member])
+    return stacked(job.adapter, block, job.index, member)
 
 
 def _output_metric(
     job: BlockJob, site: Site, block: nn.Module, moments: SiteMoments, cut: slice
 ) -> torch.Tensor | None:
-    """[B, O, O] of the experts in `cut`, for sites whose outputs reach the residual stream."""
-    if job.readers is None:
+    """[B, O, O] of the experts in `cut`: the site's own, or that of the residual stream which its outputs reach."""
+    if not job.metrics:
         return None
-    residual_HH = job.readers.of(job.index)
+    residual_HH = job.metrics[RESIDUAL]
+    if site.key in job.metrics:
+        return job.metrics[site.key].expand(len(site.members[cut]), -1, -1)
     if site.feeds:
         down = torch.stack([_stacked(job, block, (name,)) for name in site.feeds[cut]])
         return swiglu_metric(moments.slopes(job.recipe.shrinkage, cut), down, residual_HH)
@@ -223,7 +206,7 @@ def _quantize_site(
     scheme = job.plan.schemes[site.members[0][0]]
     stored = job.source.info(job.adapter.locate(f"{site.members[0][0]}.weight", job.source.names).tensor).dtype
     outputs = sum(site.out_features)
-    measured = job.readers is not None and moments is not None
+    measured = bool(job.metrics) and moments is not None
     for cut in cuts(len(site.members), outputs, site.in_features, job.budget_bytes, measured):
         members = site.members[cut]
         # A block computed with in bf16 has rounded what was stored wider.
@@ -233,11 +216,7 @@ def _quantize_site(
         if moments is not None and block is not None:
             metric = _output_metric(job, site, block, moments, cut)
             moment = moments.shrunk(job.recipe.shrinkage, cut)
-            miss = moments.miss(job.recipe.shrinkage, cut)
-            if miss is not None:
-                rows = torch.tensor(moments.rows[cut], device=job.device).clamp_min(1)
-                ridge = job.recipe.correction_strength * site.in_features / rows
-                w_BOI = corrected(w_BOI, moment, miss if site.adds_to_residual else w_BOI @ miss, ridge)
+            w_BOI = _corrected(job, site, w_BOI, moment, moments, cut)
         result = quantize_batch(w_BOI, moment, scheme, job.method, TORCH_DTYPES[stored], metric)
         facts["damping_raised"] += result.damping_raised
         facts["diagonal_fallbacks"] += result.diagonal_fallbacks

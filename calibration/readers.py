@@ -38,8 +38,12 @@ class Readers:
         # One more than was counted: a token that calibration lacks may still be said.
         share_V = (counts_V + 1).to(device, torch.float32)
         self.head_HH = metric(*reader(adapter.norm_name, adapter.head_name), share_V / share_V.sum())
-        named = {block: adapter.router_reading(block) for block in range(adapter.n_blocks)}
-        self.routers = {block: reader(*names) for block, names in named.items() if names is not None}
+        self.routers = {}
+        for block in range(adapter.n_blocks):
+            site = adapter.router_site(block)
+            if site is not None:
+                norm = f"{adapter.block_prefix(block)}{adapter.middle_norm}.weight"
+                self.routers[block] = reader(norm, f"{site.members[0][0]}.weight")
         self._block, self._total = -1, torch.empty(0)
 
     def of(self, block: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -38,6 +38,13 @@ class Role(StrEnum):
 QUANTIZABLE = (Role.EXPERT, Role.SHARED, Role.MLP, Role.ATTENTION)
 
 
+class Half(StrEnum):
+    """A decoder layer is two halves, each of which adds what it computes to the residual stream."""
+
+    ATTENTION = "attention"
+    FEED_FORWARD = "feed_forward"
+
+
 @dataclass(frozen=True)
 class Location:
     """Where one canonical weight lies in a checkpoint: a tensor, a part of it, and whether it is stored `[in, out]`."""
@@ -54,8 +61,8 @@ class Site:
     `members[e]` are the canonical module names whose weights, stacked along the outputs, are quantized as one matrix:
     gate and up of expert e. A site that is no expert site has one entry. All entries have equal shapes. Sites of one
     `stage` are quantized together, after those of earlier stages. `adds_to_residual`: the outputs are added to the
-    residual stream as they are, unscaled, and nothing of the block reads them. `reaches_residual`: so they are, or
-    after a routing weight. `feeds`, of a site of gates and ups: the module that reads silu(gate) * up of each entry.
+    residual stream as they are, unscaled. `reaches_residual`: so they are, or after a routing weight. `feeds`, of a
+    site of gates and ups: the module that reads silu(gate) * up of each entry.
     """
 
     key: str
@@ -67,6 +74,10 @@ class Site:
     adds_to_residual: bool = False
     reaches_residual: bool = False
     feeds: tuple[str, ...] = ()
+
+    @property
+    def half(self) -> Half:
+        return Half.ATTENTION if self.role is Role.ATTENTION else Half.FEED_FORWARD
 
 
 class Adapter(ABC):
@@ -84,6 +95,9 @@ class Adapter(ABC):
     embedding_name: str
     head_name: str
     norm_name: str
+    # Names inside a decoder layer: the module of each half, and the norm that the feed-forward half begins with.
+    half_modules: ClassVar[dict[Half, str]]
+    middle_norm = "post_attention_layernorm"
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -125,8 +139,8 @@ class Adapter(ABC):
         """The family's text model on the meta device: used to record what a layer is called with."""
 
     @abstractmethod
-    def router_reading(self, block: int) -> tuple[str, str] | None:
-        """Names of the norm and of the router weight that read the residual stream of a block with experts."""
+    def router_site(self, block: int) -> Site | None:
+        """The router of a block with experts, as a site that is never quantized; it reads what `middle_norm` gives."""
 
     @abstractmethod
     def unit(self, module_name: str) -> str:

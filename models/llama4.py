@@ -6,14 +6,14 @@ Maverick interleaves dense layers. The multimodal class puts everything of the t
 """
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from transformers.models.llama4 import modeling_llama4 as hf
 
 from ..core.tensors import TensorSource
-from .adapter import Adapter, Location, Role, Site
+from .adapter import Adapter, Half, Location, Role, Site
 from .experts import RoutedExperts
 from .meta import cast_floating, meta_module, meta_shapes
 
@@ -24,6 +24,8 @@ TUNING = "attn_temperature_tuning"
 
 class Llama4Moe(nn.Module):
     """The MoE feed-forward with RoutedExperts in place of transformers' all-experts-on-all-rows."""
+
+    gives_logits = True  # beside the hidden rows, as transformers' does
 
     def __init__(self, block: Any, config: Any) -> None:
         super().__init__()
@@ -46,6 +48,7 @@ class Llama4Adapter(Adapter):
     """`config` is a Llama4Config (multimodal) or a Llama4TextConfig."""
 
     family = "llama4"
+    half_modules: ClassVar = {Half.ATTENTION: "self_attn", Half.FEED_FORWARD: "feed_forward"}
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -86,31 +89,31 @@ class Llama4Adapter(Adapter):
                 c.hidden_size,
                 stage=0,
             ),
-            Site("self_attn.o", Role.ATTENTION, ((f"{attn}o_proj",),), (c.hidden_size,), q, stage=1),
+            Site("self_attn.o", Role.ATTENTION, ((f"{attn}o_proj",),), (c.hidden_size,), q, 1, True, True),
         ]
 
         def mlp(key: str, role: Role, names: list[str], width: int, last_stage: int) -> None:
             gate_up = tuple((f"{n}gate_proj", f"{n}up_proj") for n in names)
             down = tuple((f"{n}down_proj",) for n in names)
             feeds = tuple(name for (name,) in down)
-            sites.append(Site(f"{key}gate_up", role, gate_up, (width, width), c.hidden_size, stage=2, feeds=feeds))
+            sites.append(Site(f"{key}gate_up", role, gate_up, (width, width), c.hidden_size, stage=3, feeds=feeds))
             # Several experts a token would each make good the whole of what the block misses.
             alone = role is not Role.EXPERT or self.top_k == 1
             sites.append(Site(f"{key}down", role, down, (c.hidden_size,), width, last_stage, alone, True))
 
         if self.is_moe(block):
             # The shared expert's down projection comes last: it sees every token and mends what the others left.
-            mlp("feed_forward.shared_expert.", Role.SHARED, [f"{ff}shared_expert."], c.intermediate_size, 4)
+            mlp("feed_forward.shared_expert.", Role.SHARED, [f"{ff}shared_expert."], c.intermediate_size, 5)
             experts = [f"{ff}experts.{e}." for e in range(self.n_experts)]
-            mlp("feed_forward.experts.", Role.EXPERT, experts, c.intermediate_size, 3)
+            mlp("feed_forward.experts.", Role.EXPERT, experts, c.intermediate_size, 4)
         else:
-            mlp("feed_forward.", Role.MLP, [ff], c.intermediate_size_mlp, 3)
+            mlp("feed_forward.", Role.MLP, [ff], c.intermediate_size_mlp, 4)
         return tuple(sites)
 
-    def router_reading(self, block: int) -> tuple[str, str] | None:
-        p = self.block_prefix(block)
-        names = f"{p}post_attention_layernorm.weight", f"{p}feed_forward.router.weight"
-        return names if self.is_moe(block) else None
+    def router_site(self, block: int) -> Site | None:
+        c, name = self.text_config, f"{self.block_prefix(block)}feed_forward.router"
+        site = Site("feed_forward.router", Role.ROUTER, ((name,),), (c.num_local_experts,), c.hidden_size, stage=2)
+        return site if self.is_moe(block) else None
 
     def unit(self, module_name: str) -> str:
         head, _, leaf = module_name.rpartition(".")

@@ -1,13 +1,13 @@
 """Qwen3-MoE: one 2-D tensor an expert on disk, top-k routing, routing weights on the expert's output."""
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from transformers.models.qwen3_moe import modeling_qwen3_moe as hf
 
-from .adapter import Adapter, Location, Role, Site
+from .adapter import Adapter, Half, Location, Role, Site
 from .experts import RoutedExperts
 from .meta import meta_module, meta_shapes
 
@@ -37,6 +37,7 @@ class Qwen3MoeAdapter(Adapter):
     """`config` is a Qwen3MoeConfig."""
 
     family = "qwen3_moe"
+    half_modules: ClassVar = {Half.ATTENTION: "self_attn", Half.FEED_FORWARD: "mlp"}
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -74,15 +75,16 @@ class Qwen3MoeAdapter(Adapter):
         down = tuple((f"{n}down_proj",) for n in names)
         return (
             Site("self_attn.qkv", Role.ATTENTION, (qkv,), (q, kv, kv), c.hidden_size, stage=0),
-            Site("self_attn.o", Role.ATTENTION, ((f"{p}self_attn.o_proj",),), (c.hidden_size,), q, stage=1),
-            Site(f"{key}gate_up", role, gate_up, (width, width), c.hidden_size, 2, feeds=tuple(n for (n,) in down)),
+            Site("self_attn.o", Role.ATTENTION, ((f"{p}self_attn.o_proj",),), (c.hidden_size,), q, 1, True, True),
+            Site(f"{key}gate_up", role, gate_up, (width, width), c.hidden_size, 3, feeds=tuple(n for (n,) in down)),
             # Experts' outputs are multiplied with their routing weights first.
-            Site(f"{key}down", role, down, (c.hidden_size,), width, 3, role is Role.MLP, True),
+            Site(f"{key}down", role, down, (c.hidden_size,), width, 4, role is Role.MLP, True),
         )
 
-    def router_reading(self, block: int) -> tuple[str, str] | None:
-        p = self.block_prefix(block)
-        return (f"{p}post_attention_layernorm.weight", f"{p}mlp.gate.weight") if self.is_moe(block) else None
+    def router_site(self, block: int) -> Site | None:
+        c, name = self.config, f"{self.block_prefix(block)}mlp.gate"
+        site = Site("mlp.gate", Role.ROUTER, ((name,),), (c.num_experts,), c.hidden_size, stage=2)
+        return site if self.is_moe(block) else None
 
     def unit(self, module_name: str) -> str:
         head, _, leaf = module_name.rpartition(".")

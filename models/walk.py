@@ -17,7 +17,7 @@ from torch import nn
 
 from ..core.rows import Row
 from ..core.tensors import TORCH_DTYPES, TensorSource
-from .adapter import Adapter, Site, read
+from .adapter import Adapter, Half, Site, read
 from .experts import RoutedExperts
 from .meta import materialize_buffers
 
@@ -55,7 +55,7 @@ class Calls:
         """One dict a block, for rows of `tokens` tokens."""
         if tokens not in self._known:
             empty = torch.zeros(1, tokens, self.adapter.hidden_size, device=self.device, dtype=self.dtype)
-            with torch.inference_mode():
+            with torch.no_grad():  # not inference_mode: a walk with gradients is called with them too
                 self._model(inputs_embeds=empty, use_cache=False)
             self._known[tokens] = [recorder.kwargs for recorder in self._recorders]
         return self._known[tokens]
@@ -111,6 +111,32 @@ def load_block(
                 view = weight_view(adapter, block, index, module_name)
                 view.copy_(read(adapter, source, f"{module_name}.weight"))
     return block
+
+
+class _Silent(nn.Module):
+    """Stands for one half of a block and adds nothing: zeros, with a second value where the half gives one."""
+
+    def __init__(self, pair: bool) -> None:
+        super().__init__()
+        self.pair = pair
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor | tuple[torch.Tensor, None]:
+        zeros = torch.zeros_like(hidden_states)
+        return (zeros, None) if self.pair else zeros
+
+
+@contextmanager
+def only(adapter: Adapter, block: nn.Module, half: Half) -> Iterator[None]:
+    """While open, the block computes one half alone. One after the other they give what the block gives, to the bit,
+    since adding zeros changes nothing."""
+    other = Half.FEED_FORWARD if half is Half.ATTENTION else Half.ATTENTION
+    name = adapter.half_modules[other]
+    module = block.get_submodule(name)
+    setattr(block, name, _Silent(other is Half.ATTENTION or getattr(module, "gives_logits", False)))
+    try:
+        yield
+    finally:
+        setattr(block, name, module)
 
 
 def run_block(block: nn.Module, hidden_NTH: torch.Tensor, call: dict[str, Any]) -> torch.Tensor:

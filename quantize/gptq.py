@@ -68,6 +68,13 @@ class Prepared:
     factor: Factor
     objective: torch.Tensor
 
+    @property
+    def importance(self) -> torch.Tensor:
+        """[B, I]: what GPTQ pays for a squared rounding error of input i, 1 / U_ii^2: the variance of input i given
+        those that come after it and make good what they can. The moment's diagonal overrates what others replace."""
+        paid = self.factor.upper.diagonal(dim1=-2, dim2=-1).square().reciprocal()
+        return torch.empty_like(paid).scatter_(1, self.order_BI, paid)
+
 
 def prepare(moment_BII: torch.Tensor, damping: float, activation_order: bool = True) -> Prepared:
     """Order the columns by falling second moment (or not) and factor."""

@@ -54,13 +54,30 @@ def _affine(
     return scale, zero
 
 
+def signs(w_BOI: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """+1 or -1 a group [B, O, G]: the sign of a scale that maps the group's largest magnitude to the code -2^(bits-1).
+
+    The symmetric grid has one more level below zero than above. A negative scale turns it round, costs nothing and is
+    what llama.cpp's Q4_0 stores; every reader multiplies code and scale.
+    """
+    w_BOGg = w_BOI.unflatten(-1, (-1, scheme.group_size))
+    largest = w_BOGg.gather(-1, w_BOGg.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    return torch.where(largest > 0, -1.0, 1.0).to(w_BOI.dtype)
+
+
 def searched_scales(
-    w_BOI: torch.Tensor, importance_BI: torch.Tensor, scheme: Scheme, dtype: torch.dtype
+    w_BOI: torch.Tensor, importance_BI: torch.Tensor, scheme: Scheme, dtype: torch.dtype, signed: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scales that minimise sum_i importance_i (w_i - dequantized_i)^2 in each group, by exhaustive search.
 
-    `importance_BI` is the diagonal of the inputs' second moment: the first-order share of input i in the output error.
+    `importance_BI`: what a squared error of input i costs (gptq.Prepared.importance). `signed`: of a symmetric
+    scheme the sign is chosen too.
     """
+    if signed and scheme.symmetric:
+        sign_BOG = signs(w_BOI, scheme)
+        turned_BOI = (w_BOI.unflatten(-1, (-1, scheme.group_size)) * sign_BOG.unsqueeze(-1)).flatten(-2)
+        scale, _ = searched_scales(turned_BOI, importance_BI, scheme, dtype)
+        return scale * sign_BOG.to(dtype), None
     parts = []
     step = max(1, SEARCH_ELEMENTS // w_BOI.shape[-1]) if w_BOI.device.type == "cpu" else w_BOI.shape[1]
     for w_OI, d_I in zip(w_BOI, importance_BI, strict=True):

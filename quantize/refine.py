@@ -37,7 +37,8 @@ def refine(weight: QuantizedWeight, w_BOI: torch.Tensor, moment_BII: torch.Tenso
             curvature = (c * torch.bmm(moment_BII[:, columns, columns], c)).sum(1)
             old = scale_BGO[:, g]
             new = old + slope / curvature.clamp_min(torch.finfo(c.dtype).tiny)
-            new = new.clamp_min(TINY_SCALE).to(weight.scales.dtype).to(c.dtype)
+            new = torch.where(old > 0, new.clamp_min(TINY_SCALE), new.clamp_max(-TINY_SCALE))
+            new = new.to(weight.scales.dtype).to(c.dtype)
             change = new - old
             change = torch.where(change * (change * curvature - 2 * slope) < 0, change, 0.0)
             scale_BGO[:, g] = old + change

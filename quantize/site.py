@@ -22,6 +22,7 @@ class Method:
 
     name: str
     scale_search: bool = True
+    signed_scales: bool = True
     damping: float = 0.01
     activation_order: bool = True
     refine_rounds: int = 0
@@ -79,8 +80,7 @@ def _codes(
     """
     objective = prepared.objective
     if method.scale_search:
-        # Of the damped moment: an input that was never seen still must not lose its weight.
-        scale, zero = searched_scales(w_BOI, objective.diagonal(dim1=-2, dim2=-1), scheme, scale_dtype)
+        scale, zero = searched_scales(w_BOI, prepared.importance, scheme, scale_dtype, method.signed_scales)
     else:
         scale, zero = absmax_scales(w_BOI, scheme, scale_dtype)
     best: QuantizedWeight | None = None

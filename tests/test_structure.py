@@ -18,12 +18,14 @@ FLOORS = [
     ["models"],
     ["calibration", "quantize", "planner", "checkpoint", "eval", "report"],
     ["recipe"],
+    ["streams"],
     ["prepare", "stages"],
     ["generate"],
     ["verification", "inspection"],
     ["pipeline"],
     ["cli"],
-    ["__main__", "demo", "benchmarks"],
+    ["__main__", "demo"],
+    ["benchmarks"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 OUTSIDE = {".venv", "build", "tests", "docs", "recipes", "out"}  # no code of the package

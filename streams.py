@@ -1,0 +1,171 @@
+"""The two streams through one half of a block, and what they tell: second moments, misses, slopes, routes.
+
+A block is walked in its halves (models/walk.only): what attention adds does not change while the feed-forward half is
+quantized stage by stage, so only that half is run again. What leaves the attention half lies in the store under the
+block's own number with MIDDLE after the stream's name.
+
+Shape legend: N rows, T tokens in a batch, H hidden size, R rows of one expert, I inputs of a site.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .calibration.moments import SiteMoments
+from .core.rows import RowStore, Step
+from .models.adapter import Adapter, Half, Role, Site
+from .models.walk import Calls, expert_stacks, observed, only, run_block, weight_view
+from .quantize.metric import swiglu_slopes
+
+REFERENCE, QUANTIZED = "reference", "quantized"
+MIDDLE = "-middle"
+
+
+@dataclass(frozen=True)
+class HalfJob:
+    """One half of one block: where its rows come from and go to, and which statistics are wanted of it."""
+
+    adapter: Adapter
+    index: int
+    half: Half
+    groups: list[list[int]]
+    store: RowStore
+    calls: Calls
+    device: torch.device
+    correct: bool
+    weighted: bool
+    slopes: bool
+    token_weights: torch.Tensor | None = None  # fp32, all tokens in the order of the batches
+
+    def rows_in(self, stream: str, batch: int) -> torch.Tensor:
+        suffix = MIDDLE if self.half is Half.FEED_FORWARD else ""
+        return self.store.get(self.index, stream + suffix, batch).to(self.device)
+
+    def _place(self, stream: str) -> tuple[int, str]:
+        return (self.index, stream + MIDDLE) if self.half is Half.ATTENTION else (self.index + 1, stream)
+
+    def rows_out(self, stream: str, batch: int) -> torch.Tensor:
+        block, name = self._place(stream)
+        return self.store.get(block, name, batch).to(self.device)
+
+    def put(self, stream: str, batch: int, hidden: torch.Tensor) -> None:
+        block, name = self._place(stream)
+        self.store.put(block, name, batch, hidden)
+
+
+class Seen:
+    """One batch of one stream through a half: what chosen sites read, where tokens went, what left the half."""
+
+    def __init__(self, job: HalfJob, block: nn.Module, stream: str, batch: int, keys: Collection[str]) -> None:
+        hidden = job.rows_in(stream, batch)
+        self.tokens = hidden.shape[0] * hidden.shape[1]
+        self.rows: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
+
+        def observe(site: Site, expert: int, tokens: torch.Tensor, rows: torch.Tensor) -> None:
+            if site.key in keys:
+                self.rows[site.key, expert] = (tokens, rows)
+
+        with observed(job.adapter, block, job.index, observe), only(job.adapter, block, job.half):
+            self.hidden = run_block(block, hidden, job.calls.of(hidden.shape[1])[job.index])
+        self.out = self.hidden.reshape(self.tokens, -1).float()
+        stacks = expert_stacks(block) if job.half is Half.FEED_FORWARD else None
+        # Without experts all tokens go the same way.
+        self.routes = torch.zeros(self.tokens, 1, device=job.device) if stacks is None else stacks.routes_TK
+        router = job.adapter.router_site(job.index) if job.half is Half.FEED_FORWARD else None
+        if router is not None and router.key in keys:
+            norm = block.get_submodule(job.adapter.middle_norm)
+            with torch.inference_mode():
+                self.rows[router.key, 0] = (
+                    torch.arange(self.tokens, device=job.device),
+                    norm(hidden).reshape(self.tokens, -1),
+                )
+
+
+def weights(out_TH: torch.Tensor) -> torch.Tensor:
+    """1 / mean square of the rows that leave the half: what reads them next normalises them, so an error counts by
+    its size relative to its row."""
+    return 1.0 / out_TH.square().mean(-1).clamp_min(1e-12)
+
+
+class HalfStatistics:
+    """Statistics of a half's sites, stage by stage, on the quantized stream; the reference stream passes as often as
+    its inputs are wanted, and leaves its rows and its routes behind when it first does."""
+
+    def __init__(self, job: HalfJob, original: nn.Module, target: nn.Module, step: Step) -> None:
+        self.job, self.original, self.target, self.step = job, original, target, step
+        self.routes: dict[int, torch.Tensor] = {}
+
+    def of(self, sites: list[Site]) -> dict[str, SiteMoments]:
+        """Second moments of what the quantized stream brings to `sites` of the half-quantized block, and what it
+        misses of the reference stream: at the sites' inputs, or for sites that write to the residual stream there."""
+        job = self.job
+        by_key = {site.key: site for site in sites}
+        moments = {}
+        for site in sites:
+            outputs = sum(site.out_features)
+            miss_rows = (outputs if site.adds_to_residual else site.in_features) if job.correct else 0
+            slopes = outputs if site.feeds and job.slopes else 0
+            moments[site.key] = SiteMoments(len(site.members), site.in_features, job.device, miss_rows, slopes)
+        start = 0
+        inner = [site.key for site in sites if not site.adds_to_residual]
+        for k in range(len(job.groups)):
+            seen = Seen(job, self.target, QUANTIZED, k, by_key)
+            self.step.advance(seen.tokens)
+            theirs: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
+            if job.correct:
+                if inner or k not in self.routes:
+                    theirs = self._reference(k, inner)
+                reference_out = job.rows_out(REFERENCE, k).reshape(seen.out.shape).float()
+            weight = weights(seen.out) if job.weighted else torch.ones_like(seen.out[:, 0])
+            if job.token_weights is not None:
+                weight = job.token_weights[start : start + seen.tokens]
+                start += seen.tokens
+            for (key, expert), (tokens, rows) in seen.rows.items():
+                moments[key].add(expert, rows, weight[tokens])
+                if moments[key].slope_EPP is not None:
+                    gate_up = stacked(job.adapter, self.target, job.index, by_key[key].members[expert])
+                    moments[key].add_slopes(expert, swiglu_slopes(rows.float(), gate_up), weight[tokens])
+            if not job.correct:
+                continue
+            alike = (seen.routes == self.routes[k]).all(-1)
+            for (key, expert), (tokens, x) in seen.rows.items():
+                # The router decides the routes: it is shown all tokens.
+                kept = torch.ones_like(alike[tokens]) if by_key[key].role is Role.ROUTER else alike[tokens]
+                if by_key[key].adds_to_residual:
+                    miss = (reference_out - seen.out)[tokens[kept]]
+                elif (key, expert) in theirs:
+                    their_tokens, their_x = theirs[key, expert]
+                    if by_key[key].role is not Role.ROUTER:
+                        their_x = their_x[alike[their_tokens]]
+                    miss = their_x.float() - x[kept].float()
+                else:
+                    continue
+                moments[key].add_miss(expert, x[kept], miss, weight[tokens[kept]])
+        return moments
+
+    def _reference(self, batch: int, keys: list[str]) -> dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]]:
+        """One batch of the reference stream through the original half."""
+        reference = Seen(self.job, self.original, REFERENCE, batch, keys)
+        self.step.advance(reference.tokens)
+        if batch not in self.routes:
+            self.routes[batch] = reference.routes
+            self.job.put(REFERENCE, batch, reference.hidden)
+        return reference.rows
+
+    def propagate(self) -> None:
+        """Both streams on to where the half ends."""
+        job = self.job
+        for k, numbers in enumerate(job.groups):
+            if job.correct and k not in self.routes:
+                self._reference(k, [])
+            hidden = job.rows_in(QUANTIZED, k)
+            with only(job.adapter, self.target, job.half):
+                job.put(QUANTIZED, k, run_block(self.target, hidden, job.calls.of(hidden.shape[1])[job.index]))
+            self.step.advance(len(numbers) * hidden.shape[1])
+
+
+def stacked(adapter: Adapter, block: nn.Module, index: int, member: tuple[str, ...]) -> torch.Tensor:
+    """The weights of one entry of a site as the block holds them, stacked along the outputs; fp32 [O, I]."""
+    return torch.cat([weight_view(adapter, block, index, name).float() for name in member])
