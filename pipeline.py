@@ -45,7 +45,6 @@ from .planner.cost import estimate
 from .planner.plan import Plan
 from .prepare import (
     Model,
-    RunTexts,
     check_paths,
     check_space,
     choose_device,
@@ -54,7 +53,6 @@ from .prepare import (
     occupied,
     open_source,
     plan_for,
-    prepare_texts,
     site_budget,
     work_of,
 )
@@ -65,6 +63,7 @@ from .report.progress import Progress
 from .report.record import RunRecord
 from .report.resources import package_versions
 from .stages import BlockJob, quantize_block
+from .texts import RunTexts, prepare_texts
 from .verification import close_machine, compare
 
 RECORD = "record.json"

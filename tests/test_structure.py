@@ -19,6 +19,7 @@ FLOORS = [
     ["calibration", "quantize", "planner", "checkpoint", "eval", "report"],
     ["recipe"],
     ["prepare", "stages"],
+    ["texts"],
     ["generate"],
     ["verification", "inspection"],
     ["pipeline"],
