@@ -176,6 +176,13 @@ def prepare_texts(
     return RunTexts(packed, used, facts, warnings, wanted)
 
 
+def calibration_documents(model: Model, recipe: Recipe, calibration: Path | None, encoder: Encoder) -> list[Document]:
+    """The calibration texts of a recipe, before they are packed; none that it evaluates on."""
+    ours = sources_of(recipe.calibration, "calibration", calibration, recipe.folder)
+    theirs = sources_of(recipe.evaluation, "evaluation", None, recipe.folder)
+    return [d for part in gather(recipe, ours, theirs, encoder, evaluated=False) for d in part.documents]
+
+
 def packed_rows(recipe: Recipe, gathered: list[Gathered]) -> tuple[list[Row], dict[int, int]]:
     """(rows of the pool, how many rows of each length are wanted of them)."""
     layout, seed = layout_of(recipe), recipe.calibration_seed
