@@ -1,6 +1,7 @@
 """The verbs of `onecard calibration`: look at the rows, see which experts they feed, let the model write some."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,17 @@ class _Verbs(click.Group):
 
 
 @click.group(cls=_Verbs)
-def calibration() -> None:
+@click.option("--show", is_flag=True, help="Another spelling of the verb.")
+@click.option("--coverage", is_flag=True, help="Another spelling of the verb.")
+def calibration(show: bool, coverage: bool) -> None:
     """Look at calibration texts, see which experts they feed, or let the model write the answers.
 
-    `--show` and `--coverage` are spellings of the verbs of these names.
-
     \b
-    Start here:
+    Example:
       onecard calibration --show
     """
+    if show or coverage:
+        raise click.UsageError("--show and --coverage are verbs: give one of them")
 
 
 def _recipe(model: str, name: str | None) -> Any:
@@ -152,15 +155,19 @@ def synthesize(
     from .synthesis import Settings
     from .synthesis import synthesize as run
 
-    line = run(
-        model,
-        out,
-        _recipe(model, recipe),
-        Settings(rows, max_new_tokens, temperature, seed, turns),
-        calibration=calibration,
-        device_name=device,
-        block_by_block=block_by_block,
-        overwrite=overwrite,
-        console=make_console(),
-    )
+    try:
+        line = run(
+            model,
+            out,
+            _recipe(model, recipe),
+            Settings(rows, max_new_tokens, temperature, seed, turns),
+            calibration=calibration,
+            device_name=device,
+            block_by_block=block_by_block,
+            overwrite=overwrite,
+            console=make_console(),
+        )
+    except KeyboardInterrupt:
+        click.echo(f"stopped: what is finished lies in {out}.unfinished. Go on with the same command.", err=True)
+        sys.exit(130)
     print_line(json.dumps(line))

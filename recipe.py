@@ -53,10 +53,11 @@ class Texts(TextSource):
 
     @model_validator(mode="after")
     def _one_or_many(self) -> "Texts":
-        beside = sorted(self.model_fields_set - {"mixture"})
+        plain = TextSource.model_fields
+        beside = sorted(key for key in plain if getattr(self, key) != plain[key].default)
         if self.mixture and beside:
             raise ValueError(f"a mixture's sources have keys of their own: move {', '.join(beside)} into its entries")
-        if "mixture" in self.model_fields_set and not self.mixture:
+        if self.model_fields_set == {"mixture"} and not self.mixture:
             raise ValueError("the mixture is empty")
         return self
 
@@ -139,6 +140,13 @@ class Recipe(BaseModel):
     @property
     def folder(self) -> Path:
         return self._folder
+
+    def __eq__(self, other: object) -> bool:
+        """By what it says, not by where it lies."""
+        return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
 
     @property
     def digest(self) -> str:

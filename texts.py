@@ -101,10 +101,13 @@ def gather(
         share = source.weight / total
         if evaluated:
             # A document a row; where one in eight is taken, half as many again for luck.
-            limit, seed = Limit(documents=math.ceil(recipe.evaluation_rows * share) * (12 if both else 1)), None
+            limit = Limit(documents=math.ceil(recipe.evaluation_rows * share) * (12 if both else 1))
+            seed = None
         else:
             characters = layout_of(recipe).tokens * recipe.calibration_pool * CHARACTERS_PER_TOKEN * share
-            limit, seed = Limit(characters=math.ceil(characters * (8 / 7 if both else 1))), recipe.calibration_seed
+            picture = CHARACTERS_PER_TOKEN * encoder.adapter.image_token_count() if encoder.adapter.has_vision else 0
+            limit = Limit(characters=math.ceil(characters * (8 / 7 if both else 1)), picture_characters=picture)
+            seed = recipe.calibration_seed
         read = read_source(source, limit, seed)
         documents = split_by_digest(read.documents, evaluated) if both else read.documents
         if not documents:

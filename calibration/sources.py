@@ -53,19 +53,20 @@ class Limit:
 
     documents: int | None = None
     characters: int | None = None
+    picture_characters: int = 0  # what a picture counts as
 
     def take(self, documents: Iterable[Document]) -> Iterator[Document]:
         characters = 0
         for count, document in enumerate(documents, 1):
             yield document
-            characters += _length(document)
+            characters += _length(document) + self.picture_characters * len(document.images)
             if (self.documents and count >= self.documents) or (self.characters and characters >= self.characters):
                 return
 
 
 def _length(document: Document) -> int:
-    """Characters; a picture counts as 500, so 144 tokens and then some."""
-    words = len(document.text or "") + 500 * len(document.images)
+    """Characters of words."""
+    words = len(document.text or "")
     for message in document.messages or []:
         content = message["content"]
         parts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
