@@ -98,15 +98,17 @@ def gather(
     found = []
     for source in sources:
         both = source.place in places
+        longest = None if source.path else CHARACTERS_PER_TOKEN * recipe.calibration_long_row_tokens
         share = source.weight / total
         if evaluated:
             # A document a row; where one in eight is taken, half as many again for luck.
-            limit = Limit(documents=math.ceil(recipe.evaluation_rows * share) * (12 if both else 1))
+            count = math.ceil(recipe.evaluation_rows * share) * (12 if both else 1)
+            limit = Limit(documents=count, longest_characters=longest)
             seed = None
         else:
             characters = layout_of(recipe).tokens * recipe.calibration_pool * CHARACTERS_PER_TOKEN * share
             picture = CHARACTERS_PER_TOKEN * encoder.adapter.image_token_count() if encoder.adapter.has_vision else 0
-            limit = Limit(characters=math.ceil(characters * (8 / 7 if both else 1)), picture_characters=picture)
+            limit = Limit(None, math.ceil(characters * (8 / 7 if both else 1)), picture, longest)
             seed = recipe.calibration_seed
         read = read_source(source, limit, seed)
         documents = split_by_digest(read.documents, evaluated) if both else read.documents

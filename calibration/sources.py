@@ -7,7 +7,7 @@ document; a folder holds as many as it has files. Nothing that is read is ever e
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +49,19 @@ class Source:
 
 @dataclass(frozen=True)
 class Limit:
-    """Read no more than this of Parquet and data sets; JSONL and texts are read whole."""
+    """Read no more than this of Parquet and data sets; JSONL and texts are read whole. Of a text of a data set no more
+    than `longest_characters` are taken, so that ten books give ten long rows, not one the ten."""
 
     documents: int | None = None
     characters: int | None = None
     picture_characters: int = 0  # what a picture counts as
+    longest_characters: int | None = None
 
     def take(self, documents: Iterable[Document]) -> Iterator[Document]:
         characters = 0
         for count, document in enumerate(documents, 1):
+            if document.text is not None and self.longest_characters:
+                document = replace(document, text=document.text[: self.longest_characters])
             yield document
             characters += _length(document) + self.picture_characters * len(document.images)
             if (self.documents and count >= self.documents) or (self.characters and characters >= self.characters):

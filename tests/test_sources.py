@@ -227,6 +227,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
                             "images": [{"bytes": png(), "path": None}],
                             "texts": [{"user": text[:20], "assistant": "red"}],
                         }
+                    case "some/books":
+                        yield {"text": f"book {number} " + "of many words " * 5000}
                     case "some/broken":
                         yield {"text": text}
                         raise ConnectionError("the line went dead")
@@ -272,6 +274,19 @@ def test_a_mixture_of_data_sets(
     blind = prepare_texts(open_model(str(baby("qwen3"))), use, None, None, True)
     assert blind.facts["calibration"]["rows_with_images"] == 0
     assert any("some/pictures" in warning and "vision" in warning for warning in blind.warnings)
+
+
+def test_many_books_give_the_long_rows(
+    baby: Callable[..., Path], recipe: Callable[..., Path], hub: list[tuple[Any, ...]]
+) -> None:
+    """No one of them fills them all, and none is read past a long row's worth."""
+    use = load_recipe(str(recipe(calibration={"source": "some/books", "kind": "long"}, calibration_rows=40,
+                                 calibration_long_share=0.8, calibration_long_row_tokens=96)))  # fmt: skip
+    texts = prepare_texts(open_model(str(baby("qwen3"))), use, None, None, True)
+    long = [row for row in texts.calibration if len(row.tokens) == 96]
+    assert len(long) == len({row.parts[0].document for row in long}) == 8
+    assert all(len(row.parts) == 1 for row in long)
+    assert texts.facts["calibration"]["tokens_given"] < 20_000
 
 
 def test_a_data_set_that_serves_for_both_is_split(

@@ -27,7 +27,8 @@ FLOORS = [
     ["verbs"],
     ["cli_calibration"],
     ["cli"],
-    ["__main__", "demo", "benchmarks"],
+    ["__main__", "demo"],
+    ["benchmarks"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 OUTSIDE = {".venv", "build", "tests", "docs", "recipes", "out"}  # no code of the package

@@ -47,7 +47,7 @@ def test_logits_of_texts_that_grow_are_those_of_transformers(baby: Callable[...,
 TALKS = [
     {"messages": [{"role": "user", "content": f"why {word}?"}, {"role": "assistant", "content": "because"},
                   {"role": "user", "content": "and then?"}]}
-    for word in ("a", "ab", "abc", "not", "so", "never")
+    for word in ("a", "abc", "not", "never")
 ] + [{"text": "no conversation"}, {"messages": [{"role": "assistant", "content": "nobody asked"}]}]  # fmt: skip
 
 
@@ -77,15 +77,15 @@ def test_both_ways_write_the_same(
         result = write(baby(family), out, "--temperature", 0, *([way] if way else []))
         assert result.exit_code == 0, result.stderr
         line = json.loads(result.stdout)
-        assert (line["block_by_block"], line["conversations"], line["answers"]) == (bool(way), 6, 12)
+        assert (line["block_by_block"], line["conversations"], line["answers"]) == (bool(way), 4, 8)
         documents = read_jsonl(out)
         said.append([document.messages for document in documents])
         assert all(json.loads(row)["synthesized"]["settings"] == line["digest"] for row in out.read_text().splitlines())
-        assert "6 conversations, 2 turns" in result.stderr
+        assert "4 conversations, 2 turns" in result.stderr
     assert ("walks over" in result.stderr) is False
     assert said[0] == said[1]
     asked = {message["content"] for messages in said[0] for message in messages or [] if message["role"] == "user"}
-    assert asked == {f"why {word}?" for word in ("a", "ab", "abc", "not", "so", "never")} | {"and then?"}
+    assert asked == {f"why {word}?" for word in ("a", "abc", "not", "never")} | {"and then?"}
     assert any(message["content"] != "because" for messages in said[0] for message in messages or [])
 
 
@@ -104,7 +104,7 @@ def test_killed_and_resumed(
         nonlocal count
         count += 1
         whole(self, talks, True)
-        if count == 9:
+        if count == 5:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(synthesis.Journal, "keep", dies)
@@ -138,7 +138,7 @@ def test_what_cannot_be_written(
 def test_pick() -> None:
     logits = torch.tensor([0.0, 2.0, 1.0])
     assert pick(logits, 0, 1) == 1
-    drawn = [pick(logits, 1.0, seed) for seed in range(3000)]
-    assert drawn == [pick(logits, 1.0, seed) for seed in range(3000)]
-    shares = torch.bincount(torch.tensor(drawn), minlength=3) / 3000
-    torch.testing.assert_close(shares, torch.softmax(logits, 0), atol=0.03, rtol=0)
+    drawn = [pick(logits, 1.0, seed) for seed in range(1500)]
+    assert drawn == [pick(logits, 1.0, seed) for seed in range(1500)]
+    shares = torch.bincount(torch.tensor(drawn), minlength=3) / 1500
+    torch.testing.assert_close(shares, torch.softmax(logits, 0), atol=0.05, rtol=0)
