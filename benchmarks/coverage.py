@@ -3,8 +3,8 @@
     python benchmarks/coverage.py [--seeds 3] [--rows 64]
 
 A copy of the embedded model gets its routers bent: in every block one expert's logits are lowered until it gets
-under 0.1 % of the calibration tokens. All runs calibrate on the same number of rows; one takes the first of the pool's, the others choose
-among all of them. Held-out tokens are the evaluation texts'. Prints a line a run and a summary.
+under 0.1 % of the calibration tokens. All runs calibrate on the same number of rows; one takes the first of the pool's,
+the others choose among all of them. Held-out tokens are the evaluation texts'. Prints a line a run and a summary.
 """
 
 import argparse
@@ -43,6 +43,14 @@ def rows_of(folder: Path, which: str, tokens: int) -> list[Row]:
     documents = [d for d in read_jsonl(demo_folder() / "data" / f"{which}.jsonl") if not d.images]
     rows = encoder.encode_all(documents)
     return [dataclasses.replace(row, tokens=row.tokens[:tokens]) for row in rows if len(row.tokens) >= tokens]
+
+
+def plain_texts(folder: Path, which: str) -> Path:
+    """The embedded texts without pictures: those would be packed into other rows of a pool."""
+    lines = (demo_folder() / "data" / f"{which}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    path = folder / f"{which}.jsonl"
+    path.write_text("".join(line for line in lines if json.loads(line)["kind"] != "image"), encoding="utf-8")
+    return path
 
 
 def bend(folder: Path) -> None:
@@ -141,6 +149,7 @@ def main() -> None:
         folder = Path(name) / "bent"
         bend(folder)
         own = own_rows(folder)
+        texts = {which: plain_texts(Path(name), which) for which in ("calibration", "evaluation")}
         print(f"held-out tokens of the starved experts: {', '.join(str(len(x)) for x in own.values())}", flush=True)
         base = load_recipe("demo").model_copy(update={
             "calibration_rows": options.rows, "calibration_row_tokens": 256, "evaluation_rows": 64,
@@ -158,7 +167,7 @@ def main() -> None:
                     continue
                 recipe = base.model_copy(update={"calibration_seed": seed, **changes})
                 out = Path(name) / "out"
-                record = quantize(str(folder), out, recipe, device_name="cpu", overwrite=True, quiet=True)
+                record = quantize(str(folder), out, recipe, device_name="cpu", overwrite=True, quiet=True, **texts)
                 line = {"kl": record.kl["kl_mean_nats"], "worst error": max(errors(folder, out, own)),
                         "mean error": statistics.mean(errors(folder, out, own))}  # fmt: skip
                 if record.fallbacks:
