@@ -11,7 +11,7 @@ A run is a row of stages; after each one the work directory is committed, so a k
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from .checkpoint.workdir import Activations, WorkDir, has_run, read_json, refuse
 from .core.errors import InputError, LimitError
 from .core.layout import RECORD_NAME
 from .core.rows import Row, batches
+from .coverage import balanced
 from .eval.twin import Side
 from .models.adapter import Adapter, Role
 from .models.walk import Calls, Embedder
@@ -47,7 +48,6 @@ from .planner.cost import estimate
 from .planner.plan import Plan
 from .prepare import (
     Model,
-    RunTexts,
     check_paths,
     check_space,
     choose_device,
@@ -56,7 +56,6 @@ from .prepare import (
     occupied,
     open_source,
     plan_for,
-    prepare_texts,
     site_budget,
     work_of,
 )
@@ -67,6 +66,7 @@ from .report.progress import Progress
 from .report.record import RunRecord
 from .report.resources import package_versions
 from .stages import BlockJob, quantize_block
+from .texts import RunTexts, prepare_texts
 from .verification import close_machine, compare
 
 RECORD = "record.json"
@@ -122,11 +122,14 @@ class Run:
         )
 
     def check_space(self, work: Path) -> None:
+        wanted = sum(length * count for length, count in self.texts.wanted.items())
         cost = estimate(
-            self.adapter, self.plan, work_of(self.method), _tokens(self.texts.calibration),
+            self.adapter, self.plan, work_of(self.method), wanted,
             _tokens(self.texts.evaluation), self.dtype.itemsize, 1.0, self.device, site_budget(self.device),
         )  # fmt: skip
-        check_space(work, cost.disk_bytes)
+        # Beside the pool's hidden rows, before and after a block, nothing lies there yet.
+        pool_bytes = 2 * _tokens(self.texts.calibration) * self.adapter.hidden_size * self.dtype.itemsize
+        check_space(work, max(cost.disk_bytes, pool_bytes if self.texts.is_pool else 0))
 
 
 def _tokens(rows: list[Row]) -> int:
@@ -211,6 +214,10 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress) -> RunRecord:
     finished = {s.file: s.file_bytes for s in run.plan.shards if s.stage < workdir.done - 1}
     workdir.refuse_damaged(finished, run.out)
     store = Activations(workdir.path / "acts")
+    chosen = balanced(run.texts, run.model, run.recipe, workdir.path, (run.device, run.dtype), progress)
+    if chosen is not run.texts:
+        run = replace(run, texts=chosen)
+        record = run.new_record()
     groups = batches(run.texts.calibration, run.recipe.batch_tokens)
     calls = Calls(run.adapter, run.device, run.dtype)
     if workdir.done < 1:

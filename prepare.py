@@ -1,10 +1,9 @@
-"""Everything that is looked at before the first weight is read: model, recipe, texts, paths, plan.
+"""What is looked at before the first weight is read: model, recipe, paths, plan (texts.py has the texts).
 
 Every refusal that needs no weight and no lock happens here, with one message that lists all offenders, so that a run
 that starts can finish.
 """
 
-import hashlib
 import re
 import shutil
 from dataclasses import dataclass
@@ -14,15 +13,12 @@ from typing import Any
 
 import torch
 
-from .calibration.documents import Document, read_dataset, read_jsonl, refuse_shared
-from .calibration.tokens import Encoder, distinct, document_rows, pack_rows
 from .checkpoint.emit import emitted_before
 from .checkpoint.formats import compressed_tensors as ct
 from .checkpoint.packed import PackedSource, open_packed
 from .checkpoint.source import Folder, check_shapes, open_folder
 from .checkpoint.workdir import has_run
 from .core.errors import InputError, ResourceError
-from .core.rows import Row
 from .core.scheme import Scheme
 from .models.adapter import Adapter
 from .models.families import load_adapter, read_config
@@ -30,11 +26,9 @@ from .planner.assign import assign
 from .planner.cost import Work
 from .planner.plan import Plan, make_plan
 from .quantize.site import Method, working_bytes
-from .recipe import Recipe, Texts, matches
+from .recipe import Recipe, matches
 from .report.card import size
 
-# Own evaluation texts of which less than this is evaluated get a warning.
-MOST_IS_UNUSED = 0.1
 # What is fetched from the hub: never pickles, never code.
 HUB_PATTERNS = [
     "*.safetensors",
@@ -242,86 +236,3 @@ def choose_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
     if recipe.compute_dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     return torch.float32 if recipe.compute_dtype == "float32" else torch.bfloat16
-
-
-def _documents(texts: Texts, which: str, override: Path | None, limit: int, adapter: Adapter) -> list[Document]:
-    if override is not None:
-        return read_jsonl(override)
-    if texts.source == "demo":
-        found = read_jsonl(demo_folder() / "data" / f"{which}.jsonl")
-        # The embedded texts serve any family; pictures only one that can see.
-        return [d for d in found if adapter.has_vision or not d.images]
-    return read_dataset(texts.source, texts.split, texts.column, limit)
-
-
-@dataclass(frozen=True)
-class RunTexts:
-    """Token rows of a run, what the record says of them and what the user should know. `calibration` is empty when the
-    method needs none."""
-
-    calibration: list[Row]
-    evaluation: list[Row]
-    facts: dict[str, Any]
-    warnings: list[str]
-
-
-def prepare_texts(
-    model: Model, recipe: Recipe, calibration: Path | None, evaluation: Path | None, needs_calibration: bool
-) -> RunTexts:
-    """Read, check and tokenise both sets of texts; refuse a document that is in both."""
-    encoder = Encoder(model.path, model.adapter)
-    evaluated = _documents(recipe.evaluation, "evaluation", evaluation, recipe.evaluation_rows, model.adapter)
-    evaluated = _renderable(evaluated, encoder, evaluation)
-    encoded = encoder.encode_all(evaluated, skip_unusable=_is_dataset(recipe.evaluation, evaluation))
-    unlike = distinct(encoded)
-    rows = document_rows(unlike, recipe.evaluation_row_tokens, recipe.evaluation_rows)
-    facts = {"evaluation": _facts(evaluated, encoded, rows, evaluation, recipe.evaluation)}
-    warnings = []
-    kept, given = facts["evaluation"]["tokens"], facts["evaluation"]["tokens_given"]
-    if evaluation is not None and kept < MOST_IS_UNUSED * given:
-        warnings.append(
-            f"only {kept:,} of the {given:,} tokens of {evaluation.name} are evaluated: a document gives one row of at "
-            f"most {recipe.evaluation_row_tokens} tokens, {recipe.evaluation_rows} rows in all. Split long "
-            "documents, or raise evaluation_row_tokens or evaluation_rows in the recipe"
-        )
-    if len(unlike) < len(encoded):
-        warnings.append(f"{len(encoded) - len(unlike)} of the evaluation texts repeat others and are left out")
-    packed: list[Row] = []
-    if calibration is not None and not calibration.is_file():
-        raise InputError(f"the texts {calibration} are no file")  # a misspelt name is a mistake, needed or not
-    if needs_calibration:
-        # Four documents a row are enough for rows of 2048 tokens of conversations; what is too much is not used.
-        limit = recipe.calibration_rows * 4
-        calibrated = _documents(recipe.calibration, "calibration", calibration, limit, model.adapter)
-        calibrated = _renderable(calibrated, encoder, calibration)
-        refuse_shared(calibrated, evaluated)
-        encoded = encoder.encode_all(calibrated, skip_unusable=_is_dataset(recipe.calibration, calibration))
-        packed = pack_rows(encoded, recipe.calibration_row_tokens, recipe.calibration_rows, recipe.calibration_seed)
-        facts["calibration"] = _facts(calibrated, encoded, packed, calibration, recipe.calibration)
-    return RunTexts(packed, rows, facts, warnings)
-
-
-def _is_dataset(texts: Texts, override: Path | None) -> bool:
-    """A public data set is nobody's to mend: what the model cannot take of it is left out."""
-    return override is None and texts.source != "demo"
-
-
-def _renderable(documents: list[Document], encoder: Encoder, override: Path | None) -> list[Document]:
-    """The embedded texts hold conversations; a model without a chat template is measured on the plain ones."""
-    if override is not None or encoder.tokenizer.chat_template:
-        return documents
-    return [d for d in documents if d.text is not None]
-
-
-def _facts(
-    documents: list[Document], encoded: list[Row], rows: list[Row], override: Path | None, texts: Texts
-) -> dict[str, Any]:
-    sha = hashlib.sha256("\n".join(d.digest for d in documents).encode())
-    return {
-        "source": texts.source if override is None else override.name,
-        "digest": sha.hexdigest(),
-        "documents": len(documents),
-        "rows": len(rows),
-        "tokens": sum(len(row.tokens) for row in rows),
-        "tokens_given": sum(len(row.tokens) for row in encoded),
-    }

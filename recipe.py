@@ -12,26 +12,62 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from .core.errors import InputError, input_error
 
 QuantizableRole = Literal["expert", "shared_expert", "mlp", "attention"]
 
 
-class Texts(BaseModel):
-    """Where rows come from: `demo`, or a Hugging Face data set with its split and column."""
+class TextSource(BaseModel):
+    """One source: `demo`, a file or folder (its path from the recipe's own folder), or a Hugging Face data set with
+    its config and split. calibration/columns.py says what the columns and keys may hold; none are needed where they
+    have their usual names."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    source: str = "demo"
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    source: str = Field(default="demo", min_length=1)
+    config: str | None = None
     split: str = "train"
-    column: str = "messages"
+    column: str | None = None
+    prompt_column: str | None = None
+    response_column: str | None = None
+    role_key: str | None = None
+    content_key: str | None = None
+    image_column: str | None = None
+    kind: str | None = Field(default=None, pattern=r"^[\w-]{1,32}$")  # what it is called in the record; None: its own
+    weight: float = Field(default=1.0, gt=0)  # its share of a mixture's tokens, beside the others' weights
+
+    @model_validator(mode="after")
+    def _sound(self) -> "TextSource":
+        if (self.prompt_column is None) != (self.response_column is None):
+            raise ValueError("prompt_column and response_column go together: give both or neither")
+        if self.prompt_column is not None and self.column is not None:
+            raise ValueError("column and prompt_column contradict each other: give one of them")
+        return self
+
+
+class Texts(TextSource):
+    """One source, or a mixture of several."""
+
+    mixture: tuple[TextSource, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_or_many(self) -> "Texts":
+        plain = TextSource.model_fields
+        beside = sorted(key for key in plain if getattr(self, key) != plain[key].default)
+        if self.mixture and beside:
+            raise ValueError(f"a mixture's sources have keys of their own: move {', '.join(beside)} into its entries")
+        if self.model_fields_set == {"mixture"} and not self.mixture:
+            raise ValueError("the mixture is empty")
+        return self
 
 
 class Recipe(BaseModel):
     """A frozen recipe. Field names are the YAML's keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    # What paths in it begin at: the recipe file's own folder, so that a recipe travels with its texts.
+    _folder: Path = PrivateAttr(default=Path())
 
     name: str
     description: str
@@ -76,6 +112,13 @@ class Recipe(BaseModel):
     calibration_rows: int = Field(default=512, ge=1)
     calibration_row_tokens: int = Field(default=2048, ge=2)
     calibration_seed: int = 0
+    # A share of the calibration tokens in rows of this length, so that attention in chunks sees more than one.
+    calibration_long_share: float = Field(default=0.0, ge=0, le=1)
+    calibration_long_row_tokens: int = Field(default=16384, ge=2)
+    # So many rows are packed for each that is wanted, and one pass chooses those that feed the experts with the
+    # fewest (calibration/balance.py); 1: no pass. The random share of the rows is drawn as if there were none.
+    calibration_pool: float = Field(default=1.0, ge=1, le=64)
+    calibration_random_share: float = Field(default=0.5, ge=0, le=1)
     warn_below_expert_rows: int = Field(default=256, ge=0)
     fail_below_expert_rows: int = Field(default=0, ge=0)
     max_fallbacks: int = Field(default=0, ge=0)  # matrices whose second moment could not be factored
@@ -96,7 +139,24 @@ class Recipe(BaseModel):
             raise ValueError("name or note holds control characters")
         if not self.quantize_roles:
             raise ValueError("quantize_roles is empty: nothing would be quantized")
+        long_tokens = self.calibration_long_share * self.calibration_rows * self.calibration_row_tokens
+        if 0 < long_tokens < self.calibration_long_row_tokens:
+            raise ValueError(
+                f"calibration_long_share gives {long_tokens:,.0f} tokens to long rows, and one has "
+                f"{self.calibration_long_row_tokens:,} (calibration_long_row_tokens)"
+            )
         return self
+
+    @property
+    def folder(self) -> Path:
+        return self._folder
+
+    def __eq__(self, other: object) -> bool:
+        """By what it says, not by where it lies."""
+        return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
 
     @property
     def digest(self) -> str:
@@ -145,7 +205,7 @@ def load_recipe(name: str) -> Recipe:
     if not isinstance(data, dict):
         raise InputError(f"the recipe {name} holds no keys: print one with `onecard recipes demo`")
     try:
-        return Recipe.model_validate(data)
+        recipe = Recipe.model_validate(data)
     except ValidationError as error:
         problems = []
         for item in error.errors():
@@ -153,7 +213,12 @@ def load_recipe(name: str) -> Recipe:
             said = "unknown key" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
             problems.append(f"{where}: {said.replace('a valid tuple', 'a list')}")
         keys = ", ".join(Recipe.model_fields)
-        raise input_error(f"the recipe {name} cannot be used:", problems, f"Known keys: {keys}.") from None
+        way_out = f"Known keys: {keys}."
+        if any(item["loc"][:1] in (("calibration",), ("evaluation",)) for item in error.errors()):
+            way_out += f" Keys of texts: {', '.join(Texts.model_fields)}."
+        raise input_error(f"the recipe {name} cannot be used:", problems, way_out) from None
+    recipe._folder = Path(name).parent if name not in recipe_names() else Path()
+    return recipe
 
 
 def matches(pattern: str, module: str) -> bool:

@@ -16,11 +16,12 @@ from .checkpoint.workdir import Activations
 from .core.errors import InputError
 from .eval.summary import summarize
 from .eval.twin import Side, twin_walk
-from .prepare import Model, RunTexts, choose_device, choose_dtype, open_model, prepare_texts
+from .prepare import Model, choose_device, choose_dtype, open_model
 from .recipe import Recipe
 from .report.progress import Progress
 from .report.record import RunRecord
 from .report.resources import describe_machine, package_versions, peak_device_bytes, peak_rss_bytes
+from .texts import RunTexts, prepare_texts
 
 
 def compare(

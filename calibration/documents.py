@@ -1,46 +1,64 @@
-"""Where texts come from: the user's JSONL, the embedded demo texts, or a Hugging Face data set.
+"""Document: one text or conversation, what makes two of them the same, and the JSON object that spells one.
 
-A line of JSONL is {"text": ...} or {"messages": [...]} (content a string, or parts {"type": "text"} and
-{"type": "image", "path": ...} with the path inside the JSONL's own folder); `id` and `kind` are optional.
+The object is {"text": ...} or {"messages": [...]}. A message's content is a string, or a list of parts: {"type":
+"text", "text": ...}, {"type": "image", "path": ...} with the path inside the texts' own folder, or {"type": "image",
+"data": ...} with the picture's file in base64. `id` and `kind` are optional.
 """
 
+import base64
+import binascii
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import InputError, ResourceError, input_error
+from ..core.errors import input_error
+
+# A picture: the file it lies in, or that file's bytes.
+Picture = Path | bytes
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text or conversation. `images` are the files that its image parts name, in order."""
+    """`images` are the pictures of its image parts, in order; `source` names what it was read from."""
 
     id: str
     kind: str
     text: str | None
     messages: list[dict[str, Any]] | None
-    images: tuple[Path, ...] = ()
+    images: tuple[Picture, ...] = ()
+    source: str = ""
 
     @property
     def digest(self) -> str:
         """SHA-256 of what a model would see."""
-        return self._digest([self.text, self.messages])
+        return self._digest(_unplaced([self.text, self.messages]))
 
     @property
     def likeness(self) -> str:
         """SHA-256 that forgives case and white space: calibration and evaluation may share none."""
-        return self._digest(_folded([self.text, self.messages]))
+        return self._digest(_folded(_unplaced([self.text, self.messages])))
 
     def _digest(self, content: Any) -> str:
         sha = hashlib.sha256()
         sha.update(json.dumps(content, sort_keys=True, ensure_ascii=False).encode())
-        for path in self.images:
-            sha.update(hashlib.sha256(path.read_bytes()).digest())
+        for picture in self.images:
+            content = picture if isinstance(picture, bytes) else picture.read_bytes()
+            sha.update(hashlib.sha256(content).digest())
         return sha.hexdigest()
+
+
+def _unplaced(value: Any) -> Any:
+    """Without the places of its pictures: the bytes are what a model sees."""
+    match value:
+        case list():
+            return [_unplaced(item) for item in value]
+        case {"type": "image"}:
+            return {"type": "image"}
+        case dict():
+            return {key: _unplaced(item) for key, item in value.items()}
+    return value
 
 
 def _folded(value: Any) -> Any:
@@ -54,54 +72,25 @@ def _folded(value: Any) -> Any:
     return value
 
 
-def read_jsonl(path: Path) -> list[Document]:
-    """Every document of a JSONL file. Raises InputError listing the bad lines."""
-    try:
-        # Not splitlines: JSON may hold the characters that Unicode counts as line ends.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except FileNotFoundError:
-        raise InputError(f"the texts {path} do not exist") from None
-    except OSError as error:
-        raise InputError(f"the texts {path} cannot be read ({error.strerror}): name a JSONL file") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"the texts {path} are not UTF-8 ({error}): convert them") from None
-    documents, problems = [], []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            documents.append(_document(json.loads(line), f"{path.stem}:{number}", path.parent))
-        except json.JSONDecodeError as error:
-            problems.append(f"line {number} is not JSON ({error})")
-        except RecursionError:
-            problems.append(f"line {number} is nested too deeply")
-        except ValueError as error:
-            problems.append(f"line {number} {error}")
-    if problems:
-        shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
-        raise input_error(
-            f"the texts {path} cannot be used:", shown, 'A line is {"text": "..."} or {"messages": [...]}.'
-        )
-    if not documents:
-        raise InputError(f"the texts {path} are empty")
-    return documents
+def document_of(row: Any, default_id: str, folder: Path | None, source: str = "", kind: str | None = None) -> Document:
+    """The document that a JSON object spells. Pictures named by a path must lie in `folder`; None: none may be named.
 
-
-def _document(row: Any, default_id: str, folder: Path) -> Document:
+    Raises ValueError that says what is wrong, worded to follow the name of the row.
+    """
     if not isinstance(row, dict):
         raise ValueError("is no JSON object")
-    name, kind = str(row.get("id", default_id)), str(row.get("kind", "text"))
+    name, kind = str(row.get("id", default_id)), kind or str(row.get("kind", "text"))
     if isinstance(row.get("text"), str):
         if not row["text"]:
             raise ValueError("has an empty text")
         _refuse_half_characters(row["text"])
-        return Document(name, kind, row["text"], None)
+        return Document(name, kind, row["text"], None, source=source)
     if "text" in row and "messages" not in row:
         raise ValueError('has a "text" that is no string')
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
         raise ValueError('has neither "text" nor "messages"')
-    images = []
+    images: list[Picture] = []
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
             raise ValueError("has a message without role or content")
@@ -113,12 +102,12 @@ def _document(row: Any, default_id: str, folder: Path) -> Document:
             if not isinstance(part, dict) or part.get("type") not in ("text", "image"):
                 raise ValueError("has a content part that is neither text nor image")
             if part["type"] == "image":
-                images.append(_image_path(part, folder))
+                images.append(_picture(part, folder))
             elif not isinstance(part.get("text"), str):
                 raise ValueError("has a text part without a text")
             else:
                 _refuse_half_characters(part["text"])
-    return Document(name, kind, None, messages, tuple(images))
+    return Document(name, kind, None, messages, tuple(images), source)
 
 
 def _refuse_half_characters(text: str) -> None:
@@ -129,7 +118,16 @@ def _refuse_half_characters(text: str) -> None:
         raise ValueError(f"has half of a surrogate pair at character {error.start}") from None
 
 
-def _image_path(part: dict[str, Any], folder: Path) -> Path:
+def _picture(part: dict[str, Any], folder: Path | None) -> Picture:
+    if isinstance(part.get("data"), bytes):
+        return bytes(part["data"])
+    if "data" in part:
+        try:
+            return base64.b64decode(str(part["data"]), validate=True)
+        except (binascii.Error, ValueError):
+            raise ValueError('has an image whose "data" is no base64') from None
+    if folder is None:
+        raise ValueError("names an image by a path, and a data set has no folder")
     path = (folder / str(part.get("path", ""))).resolve()
     if not path.is_relative_to(folder.resolve()):
         raise ValueError(f"names the image {part.get('path')!r}, which is outside the folder of the texts")
@@ -138,30 +136,26 @@ def _image_path(part: dict[str, Any], folder: Path) -> Path:
     return path
 
 
-def read_dataset(name: str, split: str, column: str, limit: int) -> list[Document]:
-    """The first `limit` rows of a Hugging Face data set, streamed. `column` holds texts or lists of messages."""
-    from datasets import load_dataset
+def spelled(document: Document) -> dict[str, Any]:
+    """The JSON object of a document, its pictures in it: `document_of` gives the same document back."""
+    row: dict[str, Any] = {"id": document.id, "kind": document.kind}
+    if document.messages is None:
+        return row | {"text": document.text}
+    pictures = iter(document.images)
 
-    try:
-        stream: Iterable[dict[str, Any]] = load_dataset(name, split=split, streaming=True)
-        rows = list(islice(stream, limit))
-    except Exception as error:  # the library raises whatever its file systems and hub client raise
-        raise ResourceError(
-            f"the data set {name} ({split}) cannot be fetched ({type(error).__name__}: {error}). On a machine without "
-            "the hub give your own texts: --evaluation FILE, and for quantize --calibration FILE too"
-        ) from error
-    return list(_from_rows(rows, name, split, column))
+    def part(item: dict[str, Any]) -> dict[str, Any]:
+        if item["type"] != "image":
+            return {"type": "text", "text": item["text"]}
+        picture = next(pictures)
+        content = picture if isinstance(picture, bytes) else picture.read_bytes()
+        return {"type": "image", "data": base64.b64encode(content).decode()}
 
-
-def _from_rows(rows: list[dict[str, Any]], name: str, split: str, column: str) -> Iterator[Document]:
-    for number, row in enumerate(rows):
-        if column not in row:
-            raise InputError(f"the data set {name} has no column {column!r}; it has {', '.join(sorted(row))}")
-        key = "text" if isinstance(row[column], str) else "messages"
-        try:
-            yield _document({key: row[column], "kind": "dataset"}, f"{name}:{split}:{number}", Path())
-        except ValueError:
-            continue  # an empty row of a public data set is no reason to stop
+    messages = []
+    for message in document.messages:
+        content = message["content"]
+        parts = content if isinstance(content, str) else [part(item) for item in content]
+        messages.append({"role": message["role"], "content": parts})
+    return row | {"messages": messages}
 
 
 def refuse_shared(calibration: list[Document], evaluation: list[Document]) -> None:

@@ -7,13 +7,25 @@ import torch
 
 
 @dataclass(frozen=True)
+class Part:
+    """A stretch of a row that came from one document of one source."""
+
+    document: str
+    kind: str
+    source: str
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Row:
-    """tokens int64 [T]; pixels fp32 [images, 3, S, S] or None; `document` names what the row was cut from."""
+    """tokens int64 [T]; pixels fp32 [images, 3, S, S] or None; `document` names what the row was cut from, `parts`
+    the stretches it is made of, in order."""
 
     document: str
     kind: str
     tokens: torch.Tensor
     pixels: torch.Tensor | None = None
+    parts: tuple[Part, ...] = ()
 
 
 def batches(rows: list[Row], tokens_per_batch: int) -> list[list[int]]:

@@ -8,6 +8,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from .heatmap import BARS, least_line
 from .progress import clock, gigabytes
 from .record import RunRecord
 
@@ -95,6 +96,11 @@ def draw_card(record: RunRecord, out: str, console: Console) -> None:
             f"{counts['experts_without_rows']} without rows, {counts['experts_starved']} below "
             f"{record.recipe['warn_below_expert_rows']}",
         )
+        layers = [block["expert_rows"] for block in record.blocks if block.get("expert_rows")]
+        if layers:
+            grid.add_row(
+                "", Text(f"{least_line(layers)} least expert of each block, {BARS[4]}: half of an even share or more")
+            )
         grid.add_row(
             "fallbacks",
             f"{counts['damping_raised']} matrices with more damping, {counts['diagonal_fallbacks']} by their diagonal",

@@ -13,8 +13,9 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoModelForImageTextToText
 
-from onecard.calibration.documents import read_jsonl
-from onecard.calibration.tokens import Encoder, document_rows
+from onecard.calibration.packing import document_rows
+from onecard.calibration.sources import read_jsonl
+from onecard.calibration.tokens import Encoder
 from onecard.cli import main
 from onecard.core.rows import Row
 from onecard.generate import load_with_transformers

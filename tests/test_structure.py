@@ -20,9 +20,13 @@ FLOORS = [
     ["recipe"],
     ["streams"],
     ["prepare", "stages"],
+    ["texts"],
+    ["coverage"],
     ["generate"],
-    ["verification", "inspection"],
+    ["verification", "inspection", "synthesis", "samples"],
     ["pipeline"],
+    ["verbs"],
+    ["cli_calibration"],
     ["cli"],
     ["__main__", "demo"],
     ["benchmarks"],
@@ -76,7 +80,7 @@ def test_no_import_of_our_own_inside_a_function_but_in_the_command_line() -> Non
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
                 inside += [f"{path.relative_to(ROOT)}:{line}" for line, _ in own_imports(path, node)]
-    assert [where for where in inside if not where.startswith("cli.py")] == []
+    assert [where for where in inside if not where.startswith(("cli.py", "cli_calibration.py"))] == []
     assert inside, "cli.py imports inside its verbs"
 
 

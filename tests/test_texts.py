@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from babies import PATCH
-from onecard.calibration.documents import Document, read_jsonl, refuse_shared
-from onecard.calibration.tokens import Encoder, document_rows, pack_rows
+from onecard.calibration.documents import Document, refuse_shared
+from onecard.calibration.packing import document_rows, pack_rows
+from onecard.calibration.sources import read_jsonl
+from onecard.calibration.tokens import Encoder
 from onecard.core.errors import InputError
 from onecard.core.rows import Row, batches
 from onecard.models.families import load_adapter

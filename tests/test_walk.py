@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, Llama4ForConditionalGeneration
 
 import babies
-from onecard.calibration.documents import read_jsonl
+from onecard.calibration.sources import read_jsonl
 from onecard.calibration.tokens import Encoder
 from onecard.checkpoint.source import open_folder
 from onecard.core.rows import Row, batches

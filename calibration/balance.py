@@ -1,0 +1,85 @@
+"""Balancing: which rows of a larger pool to calibrate on, so that the starved experts get rows too.
+
+A token goes where its router sends it, in calibration as in use: no row is pushed into an expert that would not see it.
+What can be chosen is which rows are read. With n the rows of an expert in the choice, the worth of a choice is
+
+    f = sum over layers and experts of log(1 + n / enough),
+
+concave in every n: the next row of an expert that has few is worth more than that of one with many, and past `enough`
+little. f is monotone and submodular, so taking the row with the largest gain again and again reaches at least 1 - 1/e
+of the best choice (Nemhauser, Wolsey and Fisher 1978); with quotas for several strata of rows, half of it (Fisher,
+Nemhauser and Wolsey 1978). Gains only fall while rows are taken, so a stale gain is a bound and most need not be
+computed again (Minoux 1978: the lazy greedy).
+
+A share of each stratum is drawn as if there were no choice, since statistics of rows chosen for their routes alone
+would be those of unusual texts. The pool comes shuffled, so its first rows are that draw.
+
+Shape legend: R rows, L layers with experts, E experts.
+"""
+
+import heapq
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Row numbers, rising, and the worth of the choice beside that of the plain draw."""
+
+    rows: list[int]
+    worth: float
+    worth_drawn: float
+
+
+def worth(counts_LE: torch.Tensor, enough: float) -> float:
+    return float(torch.log1p(counts_LE.double() / enough).sum())
+
+
+def draw(strata: Sequence[Hashable], quotas: dict[Hashable, int]) -> list[int]:
+    """The first rows of every stratum: what would be used if there were no choice."""
+    left, rows = dict(quotas), []
+    for row, stratum in enumerate(strata):
+        if left.get(stratum, 0) > 0:
+            left[stratum] -= 1
+            rows.append(row)
+    return rows
+
+
+def choose(
+    counts_RLE: torch.Tensor,
+    strata: Sequence[Hashable],
+    quotas: dict[Hashable, int],
+    random_share: float,
+    enough: float,
+) -> Choice:
+    """`quotas[s]` rows of every stratum s, or all that it has. Never worth less than the plain draw."""
+    drawn = draw(strata, quotas)
+    taken = draw(strata, {stratum: round(count * random_share) for stratum, count in quotas.items()})
+    left = {s: min(count, sum(x == s for x in strata)) - sum(strata[r] == s for r in taken)
+            for s, count in quotas.items()}  # fmt: skip
+    counts = counts_RLE.flatten(1).double() / enough
+    total = 1.0 + counts[taken].sum(0)
+    chosen = set(taken)
+
+    def gain(row: int) -> float:
+        return float(torch.log1p(counts[row] / total).sum())
+
+    # A heap of (-bound, row): equal gains go to the lower number, so that the choice is the same every time.
+    heap = [(-gain(row), row) for row in range(len(strata)) if row not in chosen]
+    heapq.heapify(heap)
+    while heap and any(left.values()):
+        _, row = heapq.heappop(heap)
+        if not left.get(strata[row], 0):
+            continue
+        fresh = (-gain(row), row)
+        if heap and fresh > heap[0]:
+            heapq.heappush(heap, fresh)
+            continue
+        chosen.add(row)
+        left[strata[row]] -= 1
+        total = total + counts[row]
+    rows = sorted(chosen)
+    found, before = (worth(counts_RLE[r].sum(0), enough) for r in (rows, drawn))
+    return Choice(rows, found, before) if found >= before else Choice(drawn, before, before)

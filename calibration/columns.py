@@ -1,0 +1,150 @@
+"""Which columns of a data set's row hold what, and the document that they make.
+
+    a text                          `column` holds a string
+    a conversation                  `column` holds a list of messages, {role, content} under any names (`role_key`,
+                                    `content_key`; ShareGPT's from/value is known), or of {user, assistant} turns
+    a question and its answer       `prompt_column` and `response_column`
+    pictures                        `image_column` holds one or a list: a file's bytes, {bytes, path}, a decoded image
+
+A picture stands where the content has an image part or the word <image>; where it has neither, before the first words
+of the user. A text with pictures is read as their caption: the user shows them, the assistant says it.
+"""
+
+import io
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from .documents import Document, document_of
+
+# Looked for, in this order, when no column is named.
+CONVERSATIONS = ("messages", "conversations", "conversation")
+# What other data sets call the two who speak.
+SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant"}
+MARK = "<image>"
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The mapping that a recipe gives; None: found by the usual names."""
+
+    column: str | None = None
+    prompt_column: str | None = None
+    response_column: str | None = None
+    role_key: str | None = None
+    content_key: str | None = None
+    image_column: str | None = None
+
+    def missing(self, present: set[str]) -> list[str]:
+        """The named columns that a data set with the columns `present` lacks."""
+        named = (self.column, self.prompt_column, self.response_column, self.image_column)
+        lacking = [name for name in named if name is not None and name not in present]
+        if not any(getattr(self, field.name) for field in fields(self) if field.name.endswith("column")):
+            usual = ("text", *CONVERSATIONS)
+            lacking += [] if present & set(usual) else [f"any of {', '.join(usual)}"]
+        return lacking
+
+
+def document_from(
+    row: dict[str, Any], columns: Columns, name: str, folder: Path | None, source: str, kind: str | None
+) -> Document:
+    """Raises ValueError that says what is wrong with the row."""
+    images = _pictures(row.get(columns.image_column), folder) if columns.image_column else []
+    if columns.prompt_column and columns.response_column:
+        words = [row.get(columns.prompt_column), row.get(columns.response_column)]
+        if not all(isinstance(text, str) and text.strip() for text in words):
+            raise ValueError("has an empty prompt or response")
+        value: Any = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), words, strict=True)]
+    elif columns.column:
+        value = row.get(columns.column)
+    else:
+        value = next((row[key] for key in ("text", *CONVERSATIONS) if row.get(key)), None)
+    spelled: dict[str, Any] = {key: row[key] for key in ("id", "kind") if isinstance(row.get(key), str)}
+    if isinstance(value, str) and not images:
+        spelled["text"] = value
+    elif isinstance(value, str):
+        spelled["messages"] = [{"role": "user", "content": ""}, {"role": "assistant", "content": value}]
+    elif isinstance(value, list):
+        spelled["messages"] = [message for item in value for message in _messages(item, columns)]
+    else:
+        raise ValueError("holds neither a text nor a conversation")
+    if columns.image_column:
+        spelled["messages"] = _placed(spelled.get("messages") or [], images)
+    return document_of(spelled, name, folder, source, kind)
+
+
+def _messages(item: Any, columns: Columns) -> list[dict[str, Any]]:
+    """One message, or a turn of two."""
+    if not isinstance(item, dict):
+        raise ValueError("has a message that is no object")
+    role_key = columns.role_key or ("from" if "role" not in item and "from" in item else "role")
+    content_key = columns.content_key or ("value" if "content" not in item and "value" in item else "content")
+    if role_key not in item and isinstance(item.get("user"), str) and isinstance(item.get("assistant"), str):
+        return [{"role": role, "content": item[role]} for role in ("user", "assistant")]
+    absent = [key for key in (role_key, content_key) if key not in item]
+    if absent:
+        raise ValueError(f"has a message without {' and '.join(map(repr, absent))}: it has {', '.join(sorted(item))}")
+    role, content = item[role_key], item[content_key]
+    if isinstance(content, list):  # columns of one type hold every key in every part, the others' as null
+        content = [{k: v for k, v in p.items() if v is not None} if isinstance(p, dict) else p for p in content]
+    return [{"role": SPEAKERS.get(role, role) if isinstance(role, str) else role, "content": content}]
+
+
+def _pictures(value: Any, folder: Path | None) -> list[bytes]:
+    """Each picture as the bytes of a file."""
+    found = []
+    for item in value if isinstance(value, list | tuple) else [value]:
+        if item is None:
+            continue
+        content = item.get("bytes") if isinstance(item, dict) else item
+        if isinstance(item, dict) and content is None:
+            content = item.get("path")
+        if isinstance(content, str):
+            path = (folder / content).resolve() if folder else None
+            if folder is None or path is None or not path.is_relative_to(folder.resolve()) or not path.is_file():
+                raise ValueError(f"names the image {content!r}, which is no file in the folder of the texts")
+            content = path.read_bytes()
+        elif isinstance(content, Image.Image):  # a decoded image; PNG keeps every pixel
+            buffer = io.BytesIO()
+            content.convert("RGB").save(buffer, "PNG")
+            content = buffer.getvalue()
+        if not isinstance(content, bytes):
+            raise ValueError("has an image column that holds no image")
+        found.append(content)
+    return found
+
+
+def _placed(messages: list[dict[str, Any]], images: list[bytes]) -> list[dict[str, Any]]:
+    """The messages with the pictures in them."""
+    rest = list(images)
+    out = []
+    for message in messages:
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content or [])
+        placed: list[Any] = []
+        for part in parts:
+            if isinstance(part, dict) and part.get("type") == "image":
+                placed.append({"type": "image", "data": rest.pop(0)} if rest else part)
+                continue
+            words = part["text"].split(MARK) if isinstance(part, dict) and isinstance(part.get("text"), str) else None
+            if words is None or len(words) == 1 or not images:
+                placed.append(part)
+                continue
+            for number, text in enumerate(words):
+                if number:
+                    if not rest:
+                        raise ValueError(f"has more marks {MARK} than images")
+                    placed.append({"type": "image", "data": rest.pop(0)})
+                if text.strip():
+                    placed.append({"type": "text", "text": text})
+        out.append(message | {"content": placed})
+    if len(rest) == len(images) and images:
+        first = next((i for i, message in enumerate(out) if message["role"] == "user"), 0)
+        shown = [{"type": "image", "data": picture} for picture in rest]
+        words = [part for part in out[first]["content"] if part.get("text")]
+        out[first] = out[first] | {"content": [*shown, *words]}
+    elif rest:
+        raise ValueError(f"has {len(images)} images and {len(images) - len(rest)} places for them")
+    return out
