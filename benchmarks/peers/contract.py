@@ -118,6 +118,23 @@ def save_slices(job: Job, packed: dict[str, Any], source: dict[str, Any]) -> Non
     save_file({k: v.contiguous() for k, v in (kept | packed).items()}, job.checkpoint / "model.safetensors")
 
 
+def store_as_bf16(folder: Path) -> None:
+    """Rewrite fp32 tensors as bf16, which the source is: for tools that compute in fp32 and save what they hold. Scales
+    become fp16, which those tools store by default."""
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    for path in folder.rglob("*.safetensors"):
+        tensors = load_file(path)
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        for name, tensor in tensors.items():
+            if tensor.dtype == torch.float32:
+                tensors[name] = tensor.to(torch.float16 if name.endswith(".scales") else torch.bfloat16)
+        save_file(tensors, path, metadata)
+
+
 def _write_dense(job: Job, dense: dict[str, Any]) -> None:
     """Fill up what `dense` lacks: from the checkpoint where it holds it under any prefix, else from the source."""
     import torch

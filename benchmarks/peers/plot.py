@@ -21,9 +21,9 @@ def _kind(row: dict[str, Any]) -> str:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten within the range."""
+    """Round multiples of powers of ten within the range."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    return [m * 10.0**p for p in powers for m in (1, 2, 5) if low <= m * 10.0**p <= high]
+    return [m * 10.0**p for p in powers for m in (1, 1.5, 2, 3, 5, 7) if low <= m * 10.0**p <= high]
 
 
 def _spread(wanted: list[float], low: float, high: float) -> list[float]:
@@ -77,12 +77,12 @@ def _panel(rows: list[dict[str, Any]], model: str, top: float) -> list[str]:
         )
         out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
         name = f"{row['peer']} g{row['group']}  {kl['kl_mean_nats']:.4f}"
-        out.append(f'<text x="{LEFT + WIDTH + 15}" y="{height + 4:.1f}" fill="{colour}">{escape(name)}</text>')
+        out.append(f'<text x="{LEFT + WIDTH + 15}" y="{height + 4:.1f}" style="fill:{colour}">{escape(name)}</text>')
     return out
 
 
 def svg(rows: list[dict[str, Any]]) -> str:
-    drawn = [row for row in rows if "kl" in row and row["status"] == "ok"]
+    drawn = [row for row in rows if row["status"] == "ok" and row["kl"]["kl_mean_nats"] > 1e-6]
     models = list(dict.fromkeys(row["model"] for row in drawn))
     body = []
     for number, model in enumerate(models):

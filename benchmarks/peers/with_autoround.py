@@ -8,7 +8,7 @@ whose tensors are those of the GPTQ layout, version 1.
 
 import json
 
-from contract import Job, canonical_modules, gptq_weight, modules_of, run
+from contract import Job, canonical_modules, gptq_weight, modules_of, run, store_as_bf16
 
 ITERATIONS = 200
 
@@ -23,7 +23,7 @@ def quantize(job: Job) -> None:
     cls = Llama4ForConditionalGeneration if multimodal else AutoModelForCausalLM
     tokenizer = AutoTokenizer.from_pretrained(job.model)
     tool = AutoRound(
-        cls.from_pretrained(job.model, dtype=torch.bfloat16),
+        cls.from_pretrained(job.model, dtype=torch.float32),
         tokenizer,
         processor=tokenizer if multimodal else None,
         scheme="W4A16",
@@ -33,8 +33,10 @@ def quantize(job: Job) -> None:
         seqlen=rows.shape[1],
         dataset=[{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in rows],
         device_map="cpu",
+        amp=False,
     )
     tool.quantize_and_save(str(job.checkpoint), format="auto_round")
+    store_as_bf16(job.checkpoint)
 
 
 def dense(job: Job) -> dict[str, object]:

@@ -9,19 +9,21 @@ GPTQ layout.
 import json
 import os
 
-from contract import Job, canonical_modules, gptq_weight, modules_of, run
+from contract import Job, canonical_modules, gptq_weight, modules_of, run, store_as_bf16
 
 os.environ |= {"GPTQMODEL_CPU_WORKERS": "2", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def quantize(job: Job) -> None:
+    import torch
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
     rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in job.rows().tolist()]
     config = QuantizeConfig(bits=4, group_size=job.group, sym=True, device="cpu")
-    model = GPTQModel.load(str(job.model), config, device="cpu", backend=BACKEND.TORCH)
+    model = GPTQModel.load(str(job.model), config, device="cpu", backend=BACKEND.TORCH, dtype=torch.float32)
     model.quantize(rows, batch_size=1, backend=BACKEND.TORCH)
     model.save(str(job.checkpoint))
+    store_as_bf16(job.checkpoint)
 
 
 def dense(job: Job) -> dict[str, object]:
