@@ -71,10 +71,10 @@ def alias(name: str) -> str | None:
 
 
 def stored(folder: Path) -> Iterator[tuple[str, Any]]:
-    """Every tensor in the safetensors files of a folder."""
+    """Every tensor in the safetensors files of a folder and those below it."""
     from safetensors import safe_open
 
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.rglob("*.safetensors")):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118  (no mapping)
                 yield name, file.get_tensor(name)
