@@ -3,8 +3,8 @@ model.
 
 The loop is auto-gptq's: block by block, inside a block q/k/v, o, gates and ups, downs, each on inputs that passed
 what is quantized already; activation order with static groups, so that no order has to be stored. Llama 4's fused
-experts are first taken apart into Linears that see their own rows only. transformers 4.57 ignores the
-`rope_parameters` of newer configs, so that the rotary base is handed over by hand.
+experts are first taken apart into Linears that see their own rows only. transformers 4.57 ignores
+`rope_parameters` and `num_local_experts` of newer configs, so that both are handed over by hand.
 """
 
 import json
@@ -55,6 +55,8 @@ def _text_model(job: Job):  # type: ignore[no-untyped-def]
     config = AutoConfig.from_pretrained(job.model)
     if "rope_theta" in raw.get("rope_parameters", {}):
         config.rope_theta = raw["rope_parameters"]["rope_theta"]
+    if "num_local_experts" in raw:
+        config.num_experts = raw["num_local_experts"]
     cls = Llama4ForConditionalGeneration if raw["model_type"] == "llama4" else AutoModelForCausalLM
     model = cls.from_pretrained(job.model, config=config, dtype=torch.float32).eval()
     text = model.language_model.model if raw["model_type"] == "llama4" else model.model

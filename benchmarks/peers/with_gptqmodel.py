@@ -20,7 +20,7 @@ def quantize(job: Job) -> None:
 
     rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in job.rows().tolist()]
     config = QuantizeConfig(bits=4, group_size=job.group, sym=True, device="cpu")
-    model = GPTQModel.load(str(job.model), config, device="cpu", backend=BACKEND.TORCH, dtype=torch.float32)
+    model = GPTQModel.load(str(job.model), config, backend=BACKEND.TORCH, dtype=torch.float32)
     model.quantize(rows, batch_size=1, backend=BACKEND.TORCH)
     model.save(str(job.checkpoint))
     store_as_bf16(job.checkpoint)
