@@ -59,32 +59,37 @@ def check_weights(
 ) -> dict[str, Any]:
     """How far each weight is from the source, and how many are stored in four bits."""
     errors: dict[str, float] = {}
-    low_bit = set()
+    low_bit, zeros = set(), []
     for name in weights:
         a, b = source.get(name).float(), dense.get(name).float()
         if torch.equal(a, b):
             errors[name] = 0.0
             continue
+        if not b.any():  # an expert without rows, to some tools: theirs, and no mix-up of ours
+            zeros.append(name)
+            continue
         target = rescaled(a, b) if rescales else a
         errors[name] = float((b - target).norm() / target.norm())
         if levels(b, group) <= LEVELS:
             low_bit.add(name)
-    changed = [name for name in weights if errors[name] > 0]
+    changed = [name for name, error in errors.items() if error > 0]
     others = [
-        n for n in source.names if n not in errors and not torch.equal(source.get(n).float(), dense.get(n).float())
+        n
+        for n in source.names
+        if n not in set(weights) and not torch.equal(source.get(n).float(), dense.get(n).float())
     ]
     return {
         "expert_matrices": len(experts),
         "expert_matrices_int4": len(low_bit.intersection(experts)),
-        "expert_matrices_changed": sum(errors[name] > 0 for name in experts),
+        "expert_matrices_changed": sum(errors.get(name, 1.0) > 0 for name in experts),
         "other_matrices": len(weights) - len(experts),
         "other_matrices_int4": len(low_bit.difference(experts)),
         "error_mean": sum(errors[n] for n in changed) / max(1, len(changed)),
-        "error_max": max(errors.values()),
-        "error_max_at": max(errors, key=lambda n: errors[n]),
+        "error_max": max(errors.values(), default=0.0),
+        "error_max_at": max(errors, key=lambda n: errors[n], default=""),
         "other_tensors_changed": len(others),
         "not_finite": [n for n in weights if not dense.get(n).isfinite().all()],
-        "all_zero": [n for n in weights if not dense.get(n).any()],
+        "all_zero": zeros,
     }
 
 
