@@ -109,6 +109,10 @@ def quantize(job: Job) -> None:
             for hook in hooks:
                 hook.remove()
             for name, module in linears.items():
+                if not solvers[name].nsamples:  # the class divides by it; with H = 1 it rounds to nearest
+                    solvers[name].nsamples = 1
+                    solvers[name].H.fill_diagonal_(1)
+                    print(f"layers.{number}.{name} saw no token: rounded to nearest")
                 scale, zero, g_idx = solvers[name].fasterquant(
                     percdamp=DAMPING, group_size=job.group, actorder=True, static_groups=True
                 )
