@@ -1,11 +1,12 @@
 # make demo: quantize and verify the embedded model. make test: lint, types, tests. Both install what they need.
+# make peers: the field's quantizers beside ours (benchmarks/peers/README.md); hours, and not part of the tests.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT := out
 
-.PHONY: venv demo test style quality clean
+.PHONY: venv demo test style quality peers peers-env clean
 
 venv: $(STAMP)
 
@@ -23,6 +24,15 @@ demo: venv
 
 test: venv quality
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+peers-env: venv
+	$(BIN)/python benchmarks/peers/environments.py
+
+# A peer whose environment cannot be built gets a row that says so.
+peers: venv
+	-$(BIN)/python benchmarks/peers/environments.py
+	test -d build/peers/models/qwen3-moe || $(BIN)/python benchmarks/peers/qwen3_moe.py build/peers/models/qwen3-moe
+	$(BIN)/python benchmarks/peers/run.py --again
 
 style: venv
 	$(BIN)/ruff format .

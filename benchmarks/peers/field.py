@@ -1,0 +1,59 @@
+"""The field: every peer with its environment, script, group sizes and what it is told; a row of the table each."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+# onecard's own rows: values of the recipe's `method`.
+OWN = ("gptq",)
+OWN_GROUPS = (128, 64, 32)
+ROLES = {"llama4": ["expert", "shared_expert", "attention"], "qwen3_moe": ["expert", "mlp", "attention"]}
+
+
+@dataclass(frozen=True)
+class Peer:
+    """`environment`: a file of requirements/, or "onecard" for this very interpreter. `rescales`: moves scale between
+    matrices, so that a weight is compared up to one factor a row and one a column. `check_only`: run if named."""
+
+    name: str
+    environment: str
+    script: str
+    groups: tuple[int, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+    rescales: bool = False
+    calibrated: bool = True
+    check_only: bool = False
+
+
+def own(method: str) -> Peer:
+    return Peer(f"onecard-{method}", "onecard", "with_onecard.py", OWN_GROUPS, {"method": method})
+
+
+LLM_COMPRESSOR, LLAMA_CPP = "with_llmcompressor.py", "with_llamacpp.py"
+GPTQ, AWQ = {"method": "gptq"}, {"method": "awq"}
+
+PEERS = (
+    *(own(method) for method in OWN),
+    # Meta's scheme for Scout: round-to-nearest, symmetric, scale = absmax / 8.
+    Peer("rtn-absmax8", "onecard", "with_onecard.py", (128, 64, 32), {"method": "rtn"}, calibrated=False),
+    Peer("llmcompressor-gptq", "llmcompressor", LLM_COMPRESSOR, (128, 64, 32), GPTQ | {"all_experts": False}),
+    Peer("llmcompressor-gptq-all-experts", "llmcompressor", LLM_COMPRESSOR, (128,), GPTQ | {"all_experts": True}),
+    Peer("llmcompressor-awq", "llmcompressor", LLM_COMPRESSOR, (128, 32), AWQ | {"all_experts": False}, rescales=True),
+    Peer("gptqmodel", "gptqmodel", "with_gptqmodel.py", (128, 32)),
+    Peer("auto-gptq", "autogptq", "with_autogptq.py", (128, 32)),
+    Peer("auto-round", "autoround", "with_autoround.py", (128, 32)),
+    Peer("hqq", "hqq", "with_hqq.py", (128, 64, 32), calibrated=False),
+    Peer("bitsandbytes-nf4", "bitsandbytes", "with_bitsandbytes.py", (64,), calibrated=False),
+    Peer("torchao-int4", "torchao", "with_torchao.py", (128, 32), calibrated=False),
+    Peer("llamacpp-q4_0", "llamacpp", LLAMA_CPP, (32,), {"type": "Q4_0"}, calibrated=False),
+    Peer("llamacpp-q4_0-imatrix", "llamacpp", LLAMA_CPP, (32,), {"type": "Q4_0", "imatrix": True}),
+    Peer("llamacpp-q4_k_m", "llamacpp", LLAMA_CPP, (32,), {"type": "Q4_K_M"}, calibrated=False),
+    Peer("llamacpp-q4_k_m-imatrix", "llamacpp", LLAMA_CPP, (32,), {"type": "Q4_K_M", "imatrix": True}),
+    # As llama-quantize comes: the token embedding and the head are quantized too.
+    Peer("llamacpp-q4_0-default", "llamacpp", LLAMA_CPP, (32,), {"type": "Q4_0", "default": True}, calibrated=False),
+    Peer(
+        "llamacpp-q4_k_m-imatrix-default", "llamacpp", LLAMA_CPP, (32,),
+        {"type": "Q4_K_M", "imatrix": True, "default": True},
+    ),
+    # No quantization: the way there and back keeps every bit (run by name, not with the rest).
+    Peer("llamacpp-bf16", "llamacpp", LLAMA_CPP, (32,), {"type": "BF16"}, calibrated=False, check_only=True),
+)  # fmt: skip

@@ -1,0 +1,79 @@
+"""A program as a whole process: seconds on the wall, and the largest resident set that it or a child of it reached."""
+
+import os
+import re
+import subprocess
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+POLL_SECONDS = 0.1
+# One thread: every tool here is faster so on matrices this small, and the figures mean the same on other machines.
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class Measured:
+    code: int
+    seconds: float
+    peak_rss_bytes: int
+
+
+def environment(threads: int, ours: bool) -> dict[str, str]:
+    """This process's environment with the number of threads set; a peer's interpreter must not see our PYTHONPATH."""
+    env = (
+        os.environ
+        | dict.fromkeys(THREAD_VARIABLES, str(threads))
+        | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    )
+    if not ours:
+        env.pop("PYTHONPATH", None)
+    return env
+
+
+def _tree(pid: int) -> list[int]:
+    """A process and all that it started, as far as they still run."""
+    found = [pid]
+    for thread in Path(f"/proc/{pid}/task").glob("*"):
+        try:
+            found += [p for child in (thread / "children").read_text().split() for p in _tree(int(child))]
+        except OSError:
+            continue
+    return found
+
+
+def _high_water(pid: int) -> int:
+    try:
+        found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    except OSError:
+        return 0
+    return int(found[1]) * 1024 if found else 0
+
+
+def measure(command: list[str], env: dict[str, str], log: Path, timeout_seconds: float) -> Measured:
+    """Run it. VmHWM only grows, so polling misses no more than what the last POLL_SECONDS add (a peer's script writes
+    its own VmHWM at its end besides); ru_maxrss would count this process's own peak into its child's."""
+    began = time.monotonic()
+    peak = 0
+    over = threading.Event()
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+
+        def watch() -> None:
+            nonlocal peak
+            while not over.wait(POLL_SECONDS):
+                peak = max([peak, *map(_high_water, _tree(process.pid))])
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            code = process.wait(timeout_seconds)
+        except subprocess.TimeoutExpired:
+            for pid in reversed(_tree(process.pid)):
+                os.kill(pid, 9)
+            code = process.wait()
+        seconds = time.monotonic() - began
+        over.set()
+        watcher.join()
+    return Measured(code, seconds, peak)

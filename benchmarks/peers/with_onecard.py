@@ -1,0 +1,44 @@
+"""onecard itself, through its public pipeline in a process of its own: quantize, emit, and its own verification."""
+
+import json
+
+from contract import Job, run
+
+RECIPE = {
+    "description": "benchmark", "bits": 4, "calibration_row_tokens": 512, "evaluation_rows": 100_000,
+    "evaluation_row_tokens": 512, "warn_below_expert_rows": 0,
+}  # fmt: skip
+
+
+def quantize(job: Job) -> None:
+    from onecard.pipeline import quantize as pipeline
+    from onecard.recipe import Recipe
+
+    plan = json.loads((job.folder / "job.json").read_text())
+    recipe = Recipe.model_validate(
+        RECIPE
+        | {"name": job.options["method"], "group_size": job.group, "quantize_roles": tuple(plan["roles"])}
+        | {"calibration_rows": plan["rows"]}
+        | job.options
+    )
+    pipeline(
+        str(job.model), job.checkpoint, recipe, device_name="cpu", work=job.folder / "work", quiet=True,
+        calibration=job.inputs / "calibration.jsonl", evaluation=job.inputs / "choice.jsonl",
+    )  # fmt: skip
+
+
+def dense(job: Job) -> dict[str, object]:
+    from onecard.checkpoint.formats import compressed_tensors as ct
+    from onecard.prepare import open_model
+
+    model = open_model(str(job.checkpoint))
+    out = {}
+    for name in job.weights:
+        module = name.removesuffix(".weight")
+        stored = {suffix: model.folder.get(f"{module}.{suffix}") for suffix in (ct.PACKED, ct.SCALE, ct.SHAPE)}
+        out[name] = ct.unpack(stored, model.source.schemes[module]).dequantize()
+    return out
+
+
+if __name__ == "__main__":
+    run(quantize, dense, ("onecard", "torch", "transformers", "compressed-tensors"))
