@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from texts import DEMO, HELD_OUT, without_pictures
 
 from onecard.calibration.documents import read_jsonl
 from onecard.calibration.tokens import Encoder, distinct, document_rows, pack_rows
@@ -24,6 +23,7 @@ from onecard.core.rows import Row
 from onecard.demo import corpus
 from onecard.models.adapter import read
 from onecard.models.families import load_adapter
+from texts import DEMO, HELD_OUT, without_pictures
 
 ROW_TOKENS = 512
 EVALUATION_ROWS = 100_000  # all of them
