@@ -21,8 +21,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from . import __version__
-from .calibration.readers import Readers
-from .calibration.sensitivity import RESIDUAL, sensitivities
+from .calibration.sensitivity import sensitivities
 from .checkpoint import files
 from .checkpoint.emit import (
     ShardWriter,
@@ -59,7 +58,6 @@ from .prepare import (
     site_budget,
     work_of,
 )
-from .quantize.metric import reader_metric
 from .quantize.site import Method
 from .recipe import Recipe
 from .report.progress import Progress
@@ -223,17 +221,16 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress) -> RunRecord:
     if workdir.done < 1:
         if run.method.needs_statistics:
             _embed(run, groups, store, progress)
-        if run.method.output_metric and run.recipe.output_metric == "sensitivity":
+        if run.method.output_metric:
             _sensitivities(run, workdir, calls, progress)
         workdir.commit(1)
-    readers = _readers(run) if workdir.done < 1 + blocks else None
     for index in range(blocks):
         file = workdir.folder("blocks") / f"{index:04d}.json"
         if workdir.done < 2 + index:
             job = BlockJob(
                 run.adapter, run.model.source, run.plan, run.recipe, run.method, index, groups, store, calls,
                 run.device, run.dtype, site_budget(run.device), workdir.folder("shards"),
-                _metrics(run, workdir, index, readers),
+                _metrics(run, workdir, index),
             )  # fmt: skip
             facts = quantize_block(job, progress)
             files.write_json(file, facts)
@@ -289,25 +286,14 @@ def _sensitivities(run: Run, workdir: WorkDir, calls: Calls, progress: Progress)
         run.adapter, run.model.source, run.texts.calibration[: run.recipe.sensitivity_rows], run.recipe.batch_tokens,
         Activations(workdir.folder("sensitivity", "acts")), calls,
         lambda block, metrics: files.write_tensors(_metric_file(workdir, block), metrics), progress,
-        by_gradient=run.recipe.token_weighting == "gradient",
     )  # fmt: skip
 
 
-def _metrics(run: Run, workdir: WorkDir, block: int, readers: Readers | None) -> dict[str, torch.Tensor]:
+def _metrics(run: Run, workdir: WorkDir, block: int) -> dict[str, torch.Tensor]:
     """What errors of the block's outputs cost; empty when every output counts alike."""
     if not run.method.output_metric:
         return {}
-    if readers is not None:
-        return {RESIDUAL: readers.of(block)}
     return {key: metric.to(run.device) for key, metric in load_file(_metric_file(workdir, block)).items()}
-
-
-def _readers(run: Run) -> Readers | None:
-    if not run.method.output_metric or run.recipe.output_metric != "readers":
-        return None
-    tokens = torch.cat([row.tokens for row in run.texts.calibration])
-    counts_V = torch.bincount(tokens, minlength=run.adapter.vocab_size)
-    return Readers(run.adapter, run.model.source, counts_V, reader_metric, run.device)
 
 
 def _move(run: Run, workdir: WorkDir) -> None:

@@ -183,7 +183,7 @@ def check_space(folder: Path, needed_bytes: int) -> None:
 def method_of(recipe: Recipe) -> Method:
     """The recipe's words for quantize/."""
     return Method(
-        recipe.method,
+        "rtn" if recipe.method == "rtn" else "gptq",
         recipe.scale_search,
         recipe.signed_scales,
         recipe.damping,

@@ -19,6 +19,25 @@ from .core.errors import InputError, input_error
 QuantizableRole = Literal["expert", "shared_expert", "mlp", "attention"]
 
 
+# What a method is short for: fields that a recipe does not name itself get these values. Times and KL of each stand in
+# docs/benchmarks.md; what a field is worth, too.
+METHODS: dict[str, dict[str, Any]] = {
+    # Round-to-nearest with absmax / 8, no calibration: Meta's own scheme for Scout.
+    "rtn": {},
+    # GPTQ on statistics taken once for each half of a block, aimed at the reference stream.
+    "fast": {"sequential": "halves", "refine_rounds": 0, "output_blocks": 0},
+    # Statistics site by site, refinement, and Fisher metrics of what errors of outputs cost.
+    "balanced": {"refine_rounds": 2, "output_blocks": 8, "sensitivity_rows": 64},
+    # The same with more of each.
+    "best": {
+        "refine_rounds": 2,
+        "output_blocks": 16,
+        "sensitivity_rows": 256,
+        "scale_trials": (1.0, 0.88, 0.94, 0.97, 1.03, 1.06, 1.12),
+    },
+}
+
+
 class TextSource(BaseModel):
     """One source: `demo`, a file or folder (its path from the recipe's own folder), or a Hugging Face data set with
     its config and split. calibration/columns.py says what the columns and keys may hold; none are needed where they
@@ -74,7 +93,7 @@ class Recipe(BaseModel):
     family: Literal["llama4", "qwen3_moe"] | None = None  # None: any family
     note: str | None = None  # printed with the plan and kept in the record
 
-    method: Literal["gptq", "rtn"] = "gptq"
+    method: Literal["rtn", "fast", "balanced", "best"] = "best"
     format: Literal["compressed-tensors"] = "compressed-tensors"
     bits: Literal[4, 8] = 4
     group_size: int = 128
@@ -93,13 +112,10 @@ class Recipe(BaseModel):
     scale_trials: tuple[Annotated[float, Field(gt=0, le=4)], ...] = Field(default=(1.0,), min_length=1)
     # What errors of outputs cost is taken into account between this many blocks of rows (quantize/metric.py); 0: not.
     output_blocks: int = Field(default=8, ge=0)
-    # Where the metric comes from: the weights that read the residual stream, or gradients (calibration/sensitivity.py)
-    # of this many calibration rows.
-    output_metric: Literal["readers", "sensitivity"] = "sensitivity"
+    # Of so many calibration rows (calibration/sensitivity.py), each of which lies on disk for every block meanwhile.
     sensitivity_rows: int = Field(default=64, ge=1)
     # How much a token counts in the statistics: alike, or by 1 / mean square of the residual row that leaves the block.
-    token_weighting: Literal["none", "residual", "gradient"] = "residual"
-    weight_floor: float = 0.1
+    token_weighting: Literal["none", "residual"] = "residual"
     # Aim at the reference stream before rounding, with a ridge of strength * inputs / rows: quantize/correction.py
     reference_correction: bool = True
     correction_strength: float = Field(default=10.0, gt=0)
@@ -130,6 +146,12 @@ class Recipe(BaseModel):
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on a CPU, bfloat16 on a GPU
     batch_tokens: int = Field(default=16384, ge=1)
     max_shard_bytes: int = Field(default=5_000_000_000, ge=1_000)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_method(cls, data: Any) -> Any:
+        method = data.get("method", cls.model_fields["method"].default) if isinstance(data, dict) else None
+        return METHODS.get(method, {}) | data if isinstance(method, str) else data
 
     @model_validator(mode="after")
     def _sound(self) -> "Recipe":

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from .calibration.moments import SiteMoments
-from .calibration.sensitivity import RESIDUAL, weights_key
+from .calibration.sensitivity import RESIDUAL
 from .checkpoint.emit import ShardWriter
 from .checkpoint.formats import compressed_tensors as ct
 from .core.rows import RowStore, Step
@@ -102,7 +102,6 @@ def _with_statistics(job: BlockJob, writer: ShardWriter, facts: dict[str, Any], 
         walk = HalfJob(
             job.adapter, job.index, half, job.groups, job.store, job.calls, job.device,
             job.recipe.reference_correction, job.recipe.token_weighting == "residual", bool(job.metrics),
-            _weights(job, half),
         )  # fmt: skip
         statistics = HalfStatistics(walk, original, target, step)
         for present in _stages(sites, job.recipe.sequential == "sites"):
@@ -122,14 +121,6 @@ def _with_statistics(job: BlockJob, writer: ShardWriter, facts: dict[str, Any], 
             statistics.propagate()
     if last:
         job.store.drop(job.index + 1)
-
-
-def _weights(job: BlockJob, half: Half) -> torch.Tensor | None:
-    if job.recipe.token_weighting != "gradient":
-        return None
-    w = job.metrics[weights_key(half)]
-    k = job.recipe.weight_floor
-    return w / w.mean() + k
 
 
 def _stages(sites: list[Site], one_by_one: bool) -> list[list[Site]]:

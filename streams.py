@@ -37,7 +37,6 @@ class HalfJob:
     correct: bool
     weighted: bool
     slopes: bool
-    token_weights: torch.Tensor | None = None  # fp32, all tokens in the order of the batches
 
     def rows_in(self, stream: str, batch: int) -> torch.Tensor:
         suffix = MIDDLE if self.half is Half.FEED_FORWARD else ""
@@ -108,7 +107,6 @@ class HalfStatistics:
             miss_rows = (outputs if site.adds_to_residual else site.in_features) if job.correct else 0
             slopes = outputs if site.feeds and job.slopes else 0
             moments[site.key] = SiteMoments(len(site.members), site.in_features, job.device, miss_rows, slopes)
-        start = 0
         inner = [site.key for site in sites if not site.adds_to_residual]
         for k in range(len(job.groups)):
             seen = Seen(job, self.target, QUANTIZED, k, by_key)
@@ -119,9 +117,6 @@ class HalfStatistics:
                     theirs = self._reference(k, inner)
                 reference_out = job.rows_out(REFERENCE, k).reshape(seen.out.shape).float()
             weight = weights(seen.out) if job.weighted else torch.ones_like(seen.out[:, 0])
-            if job.token_weights is not None:
-                weight = job.token_weights[start : start + seen.tokens]
-                start += seen.tokens
             for (key, expert), (tokens, rows) in seen.rows.items():
                 moments[key].add(expert, rows, weight[tokens])
                 if moments[key].slope_EPP is not None:

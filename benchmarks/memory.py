@@ -51,7 +51,7 @@ def by_blocks() -> int:
             folder = Path(name)
             model = write_model(folder / "model", blocks, hidden=512, intermediate=1024, experts=16)
             source = sum(f.stat().st_size for f in model.glob("*.safetensors"))
-            result = run(folder, model, "gptq", 256)
+            result = run(folder, model, "best", 256)
         peaks[blocks] = result["peak_rss_bytes"]
         print(f"{blocks:6d}  {source / 1e9:9.3f}  {peaks[blocks] / 1e9:11.3f}  {result['seconds']:7.1f}", flush=True)
     growth = max(peaks.values()) / min(peaks.values()) - 1

@@ -44,7 +44,6 @@ def sensitivities(
     keep: Keep,
     step: Step,
     seed: int = 0,
-    by_gradient: bool = False,
 ) -> None:
     """Metrics of every block, last block first, each given to `keep`. Leaves the store empty."""
     groups = batches(rows, batch_tokens)
@@ -66,18 +65,14 @@ def sensitivities(
         block = load_block(adapter, source, index, calls.device, calls.dtype)
         step.begin("sensitivity", index)
         totals: dict[str, torch.Tensor] = {}
-        weights: dict[str, list[torch.Tensor]] = {}
         for k, numbers in enumerate(groups):
             hidden = store.get(index, STREAM, k).to(calls.device)
             gradient = store.get(index + 1, STREAM, k).to(calls.device)
-            below, weight = _back(adapter, block, index, hidden, gradient, calls, totals, by_gradient)
-            for half, part in weight.items():
-                weights.setdefault(weights_key(half), []).append(part)
+            below = _back(adapter, block, index, hidden, gradient, calls, totals)
             store.put(index, STREAM, k, below)  # the rows have done their work: their gradient takes their place
             step.advance(len(numbers) * hidden.shape[1])
         store.drop(index + 1)
-        kept = {key: total * (len(total) / total.trace()) for key, total in totals.items()}
-        keep(index, kept | {key: torch.cat(parts) for key, parts in weights.items()})
+        keep(index, {key: total * (len(total) / total.trace()) for key, total in totals.items()})
     store.drop(0)
 
 
@@ -114,10 +109,8 @@ def _back(
     gradient_NTH: torch.Tensor,
     calls: Calls,
     totals: dict[str, torch.Tensor],
-    by_gradient: bool,
-) -> tuple[torch.Tensor, dict[Half, torch.Tensor]]:
-    """The gradient of what entered the block, and for each half the mean square of each token's gradient where it ends;
-    adds the batch's outer products to `totals`."""
+) -> torch.Tensor:
+    """The gradient of what entered the block; adds the batch's outer products to `totals`."""
     outputs: dict[str, list[torch.Tensor]] = {}
     middle: list[torch.Tensor] = []
     norm = block.get_submodule(adapter.middle_norm)
@@ -133,8 +126,8 @@ def _back(
             hidden_NTH.requires_grad_()
             out = block(hidden_NTH, **calls.of(hidden_NTH.shape[1])[index])
             out = out[0] if isinstance(out, tuple) else out
-        wanted = [hidden_NTH, middle[0], *(y for parts in outputs.values() for y in parts)]
-        below, at_middle, *gradients = torch.autograd.grad(out, wanted, gradient_NTH)
+        wanted = [hidden_NTH, *(y for parts in outputs.values() for y in parts)]
+        below, *gradients = torch.autograd.grad(out, wanted, gradient_NTH)
     finally:
         for handle in handles:
             handle.remove()
@@ -144,8 +137,7 @@ def _back(
     }
 
     def add(key: str, g_TO: torch.Tensor, half: Half = Half.FEED_FORWARD) -> None:
-        scaled = g_TO.flatten(0, -2).float()
-        scaled = scaled if by_gradient else scaled * scales[half]
+        scaled = g_TO.flatten(0, -2).float() * scales[half]
         totals[key] = totals[key].addmm_(scaled.T, scaled) if key in totals else scaled.T @ scaled
 
     add(RESIDUAL, gradient_NTH)
@@ -153,12 +145,7 @@ def _back(
     halves = {site.key: site.half for site in adapter.sites(index)}
     for key, parts in outputs.items():
         add(key, torch.cat([next(remaining).flatten(0, -2) for _ in parts], dim=-1), halves[key])
-    ends = {Half.ATTENTION: at_middle, Half.FEED_FORWARD: gradient_NTH}
-    return below.detach(), {half: g.flatten(0, 1).float().square().mean(-1) for half, g in ends.items()}
-
-
-def weights_key(half: Half) -> str:
-    return f"weights-{half}"
+    return below.detach()
 
 
 def _keeper(outputs: dict[str, list[torch.Tensor]], site: Site) -> Callable[[nn.Module, Any, torch.Tensor], None]:

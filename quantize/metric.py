@@ -2,10 +2,10 @@
 
 With S alone every output counts alike and rows of a weight are independent. An output metric couples them: what one
 row's rounding did to an output that matters, the rows that come later make good. (Two-sided objectives: Tseng et al.,
-Model-Preserving Adaptive Rounding, arXiv 2505.22988, which takes both sides from the whole model's gradients. Here both
-come from one block and the names of its readers.)
+Model-Preserving Adaptive Rounding, arXiv 2505.22988.) With M the Fisher metric of the residual stream where the block
+ends (calibration/sensitivity.py):
 
-- rows that are added to the residual stream: A = M, how much its readers see of an error there (residual_metric);
+- rows that are added to the residual stream there: A = M;
 - gate and up: an error (dg, du) of one token moves the residual stream by W_down (t dg + s du), with s = silu(g) and
   t = u silu'(g). Over an expert's tokens A = E[v v^T] * tile(W_down^T M W_down), v = (t, s), * elementwise.
 
@@ -22,7 +22,6 @@ from .gptq import prepare
 
 # Of the mean diagonal: the metric is an average over tokens, and what it calls free is not free for every one.
 METRIC_DAMPING = 0.03
-ROWS_AT_ONCE = 16384
 
 
 def swiglu_slopes(x_RI: torch.Tensor, gate_up_PI: torch.Tensor) -> torch.Tensor:
@@ -36,20 +35,6 @@ def swiglu_metric(slopes_BPP: torch.Tensor, down_BHF: torch.Tensor, residual_HH:
     """A [B, P, P] for gate and up stacked, from the second moment of the slopes and the down projection."""
     inner_BFF = down_BHF.transpose(1, 2) @ residual_HH @ down_BHF
     return slopes_BPP * inner_BFF.repeat(1, 2, 2)
-
-
-def reader_metric(w_OH: torch.Tensor, norm_H: torch.Tensor, share_O: torch.Tensor) -> torch.Tensor:
-    """What a softmax over the outputs of W = `w_OH` * `norm_H` sees of an input error, of trace H:
-    W^T (diag(p) - p p^T) W with p = `share_O` [O], fp32 whatever the weight's dtype."""
-    metric = torch.zeros(len(norm_H), len(norm_H), device=norm_H.device)
-    mean_H = torch.zeros_like(norm_H)
-    for rows in range(0, len(w_OH), ROWS_AT_ONCE):  # a vocabulary of 202,048 is never whole in fp32
-        part_RH = w_OH[rows : rows + ROWS_AT_ONCE].float() * norm_H
-        share_R = share_O[rows : rows + ROWS_AT_ONCE]
-        mean_H += share_R @ part_RH
-        metric.addmm_((part_RH * share_R[:, None]).T, part_RH)
-    metric -= torch.outer(mean_H, mean_H)
-    return metric * (len(metric) / metric.trace().clamp_min(torch.finfo(metric.dtype).tiny))
 
 
 def quantize_by_row_blocks(

@@ -40,7 +40,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 RECIPE: dict[str, Any] = {
-    "name": "test", "description": "For babies.", "method": "gptq", "group_size": 32,
+    "name": "test", "description": "For babies.", "method": "balanced", "group_size": 32,
     "quantize_roles": ["expert", "shared_expert", "mlp"], "warn_below_expert_rows": 0,
     "calibration_rows": 8, "calibration_row_tokens": 24, "evaluation_rows": 6, "evaluation_row_tokens": 24,
     "batch_tokens": 96, "max_shard_bytes": 200_000,

@@ -138,7 +138,7 @@ def test_what_the_shipped_recipes_promise() -> None:
     # q and k need a vLLM that permutes their scales: facts.md.
     assert "35033" in (recipes["llama4-scout-h100-int4-attention"].note or "")
     assert recipes["rtn-int4"].family is None
-    assert (recipes["rtn-int4"].method, recipes["llama4-scout-h100"].method) == ("rtn", "gptq")
+    assert (recipes["rtn-int4"].method, recipes["llama4-scout-h100"].method) == ("rtn", "best")
 
 
 # --- plan

@@ -1,22 +1,15 @@
 """What an error of an output costs: slopes and metrics against autograd, and row blocks against the formula in fp64."""
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 from onecard.calibration.moments import SiteMoments
-from onecard.calibration.readers import Readers
 from onecard.core.scheme import QuantizedWeight, Scheme
-from onecard.models.families import load_adapter
-from onecard.prepare import open_model
 from onecard.quantize.gptq import prepare
 from onecard.quantize.metric import (
     METRIC_DAMPING,
     quantize_by_row_blocks,
-    reader_metric,
     swiglu_metric,
     swiglu_slopes,
 )
@@ -105,39 +98,6 @@ def test_the_metric_of_gate_and_up_is_the_mean_cost_at_the_residual_stream() -> 
     expected = torch.einsum("th,hk,tk->t", steps, residual, steps).mean()
     got = swiglu_metric((slopes.T @ slopes / 40)[None], down, residual)[0]
     torch.testing.assert_close(error @ got @ error, expected)
-
-
-def test_the_metric_of_a_reader_is_the_curvature_of_its_softmax() -> None:
-    """The Hessian of KL(p || softmax(W (h + e))) in e at e = 0 is W^T (diag(p) - p p^T) W."""
-    weight, norm, logits = normal(20, 8, seed=12), normal(8, seed=13).abs(), normal(20, seed=14)
-    share = logits.softmax(0)
-
-    def log_total(e: torch.Tensor) -> torch.Tensor:
-        return torch.logsumexp(logits + (weight * norm) @ e, 0)
-
-    hessian = torch.autograd.functional.hessian(log_total, torch.zeros(8, dtype=torch.float64))
-    got = reader_metric(weight.float(), norm.float(), share.float())
-    torch.testing.assert_close(got.double(), hessian * 8 / hessian.trace(), rtol=1e-4, atol=1e-5)
-    assert float(got.trace()) == pytest.approx(8, rel=1e-5)
-
-
-@pytest.mark.parametrize("family", ["maverick", "qwen3"])
-def test_readers_of_a_block_are_head_and_later_routers(baby: Callable[..., Path], family: str) -> None:
-    adapter = load_adapter(baby(family))
-    source = open_model(str(baby(family))).source
-    readers = Readers(adapter, source, torch.ones(adapter.vocab_size), reader_metric, torch.device("cpu"))
-    blocks = range(adapter.n_blocks)
-    routed = [b for b in blocks if adapter.router_reading(b) is not None]
-    assert routed
-    assert all(adapter.is_moe(b) == (b in routed) for b in blocks)  # type: ignore[attr-defined]
-    for block in blocks:
-        later = [b for b in routed if b > block]
-        metric = readers.of(block)
-        assert float(metric.trace()) == pytest.approx((3 if later else 2) * adapter.hidden_size, rel=1e-4)
-        assert torch.linalg.eigvalsh(metric).min() >= 1 - 1e-3, "no direction is free"
-    names = adapter.router_reading(routed[0])
-    assert names is not None
-    assert all(name in source.names for name in names)
 
 
 def test_slopes_are_kept_and_shrunk_as_moments_are() -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # onecard's own rows: values of the recipe's `method`.
-OWN = ("gptq",)
+OWN = ("best", "balanced", "fast")
 OWN_GROUPS = (128, 64, 32)
 ROLES = {"llama4": ["expert", "shared_expert", "attention"], "qwen3_moe": ["expert", "mlp", "attention"]}
 

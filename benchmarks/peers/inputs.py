@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from onecard.calibration.documents import read_jsonl
-from onecard.calibration.tokens import Encoder, distinct, document_rows, pack_rows
+from onecard.calibration.packing import distinct, document_rows, pack_rows
+from onecard.calibration.sources import read_jsonl
+from onecard.calibration.tokens import Encoder
 from onecard.checkpoint.source import open_folder
 from onecard.core.rows import Row
 from onecard.demo import corpus
