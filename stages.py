@@ -31,7 +31,7 @@ from .planner.plan import Plan
 from .quantize.correction import corrected
 from .quantize.metric import swiglu_metric
 from .quantize.site import Method, cuts, quantize_batch
-from .recipe import Recipe
+from .recipe import Recipe, matches
 from .streams import HalfJob, HalfStatistics, stacked
 
 
@@ -64,7 +64,11 @@ class BlockJob:
         kept = [site for site in self.adapter.sites(self.index) if site.role is Role.ATTENTION]
         router = self.adapter.router_site(self.index)
         aimed = [*kept, *([router] if router is not None else [])]
-        return self.quantized_sites() + [site for site in aimed if site.members[0][0] not in self.plan.schemes]
+        return self.quantized_sites() + [site for site in aimed if not any(map(self._stays, site.members[0]))]
+
+    def _stays(self, module: str) -> bool:
+        """Whether a module is quantized, or is to stay as it is by the recipe."""
+        return module in self.plan.schemes or any(matches(pattern, module) for pattern in self.recipe.keep_modules)
 
 
 def quantize_block(job: BlockJob, step: Step) -> dict[str, Any]:
@@ -143,9 +147,11 @@ def _aim_site(
         stored = TORCH_DTYPES[job.source.info(job.adapter.locate(f"{name}.weight", job.source.names).tensor).dtype]
         weight = w_OI[start : start + out].to(stored)
         start += out
-        weight_view(job.adapter, block, job.index, name).copy_(weight)
+        held = weight_view(job.adapter, block, job.index, name)
+        if not torch.equal(held.to(stored), weight):  # nothing has been missed before the first quantized weight
+            facts["aimed"].append(name)
+        held.copy_(weight)
         writer.put(f"{name}.weight", weight.cpu().contiguous())
-        facts["aimed"].append(name)
 
 
 def _corrected(

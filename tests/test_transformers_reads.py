@@ -186,8 +186,13 @@ def test_what_is_not_quantized_is_byte_identical_to_the_source(run: Run) -> None
     adapter = run.emitted.adapter
     kept = {name for name in emitted if not name.rpartition(".")[2].startswith("weight_")}
     assert kept <= source.keys(), "nothing is renamed, and no fused name is left"
+    aimed = {f"{module}.weight" for block in run.record.blocks for module in block["aimed"]}
     for name in kept:
-        assert emitted[name] == source[name], name
+        assert emitted[name][:2] == source[name][:2], name
+        assert (emitted[name] == source[name]) == (name not in aimed), name
+    # Only routers and attention may be aimed, and only by a method with statistics.
+    assert {adapter.role(name) for name in aimed} <= {Role.ROUTER, Role.ATTENTION}
+    assert bool(aimed) == (run.recipe.method != "rtn")
     roles = {adapter.role(name) for name in kept}
     untouched = {Role.ROUTER, Role.NORM, Role.EMBEDDING, Role.HEAD}
     untouched |= {Role.VISION} if adapter.has_vision else set()

@@ -97,7 +97,8 @@ def kl(model: Path, dense: Path, rows: list[Row]) -> dict[str, Any]:
     adapter = load_adapter(model)
     sides = Side("reference", adapter, open_folder(model)), Side("quantized", adapter, open_folder(dense))
     with tempfile.TemporaryDirectory(prefix="peers-judge-") as scratch:
-        results = twin_walk(
+        twin = twin_walk(
             *sides, rows, BATCH_TOKENS, Activations(Path(scratch)), torch.device("cpu"), torch.float32, Quiet()
         )
-    return asdict(summarize(results))
+    shares = list(twin.changed_routes.values())
+    return asdict(summarize(twin.tokens)) | {"changed_routes": sum(shares) / len(shares)}
