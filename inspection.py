@@ -57,7 +57,7 @@ def plan(model_name: str, recipe: Recipe, device_name: str = "auto") -> PlanResu
     cost = estimate(
         model.adapter,
         laid_out,
-        work_of(method),
+        work_of(recipe),
         recipe.calibration_rows * recipe.calibration_row_tokens if method.needs_statistics else 0,
         recipe.evaluation_rows * recipe.evaluation_row_tokens,
         dtype.itemsize,

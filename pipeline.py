@@ -122,7 +122,7 @@ class Run:
     def check_space(self, work: Path) -> None:
         wanted = sum(length * count for length, count in self.texts.wanted.items())
         cost = estimate(
-            self.adapter, self.plan, work_of(self.method), wanted,
+            self.adapter, self.plan, work_of(self.recipe), wanted,
             _tokens(self.texts.evaluation), self.dtype.itemsize, 1.0, self.device, site_budget(self.device),
         )  # fmt: skip
         # Beside the pool's hidden rows, before and after a block, nothing lies there yet.

@@ -194,8 +194,18 @@ def method_of(recipe: Recipe) -> Method:
     )
 
 
-def work_of(method: Method) -> Work:
-    return Work(method.needs_statistics, method.refine_rounds, method.output_metric, working_bytes)
+def work_of(recipe: Recipe) -> Work:
+    method = method_of(recipe)
+    rows = min(recipe.sensitivity_rows, recipe.calibration_rows) if method.output_metric else 0
+    return Work(
+        method.needs_statistics,
+        method.refine_rounds,
+        len(method.scale_trials),
+        recipe.sequential == "sites",
+        method.output_metric,
+        rows * recipe.calibration_row_tokens,
+        working_bytes,
+    )
 
 
 def site_budget(device: torch.device) -> int:

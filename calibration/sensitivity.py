@@ -5,12 +5,20 @@ E[g g^T] is the Gauss-Newton matrix of KL(p || p') there: an error e of that out
 layers, routers and the head that come after included. (The output side of the two-sided objective of Tseng et al.,
 Model-Preserving Adaptive Rounding, arXiv 2505.22988, here taken block by block.)
 
+A gradient knows nothing of a token that is sent to another expert, the worst error of all. So routers have a part of
+their own, of equal weight: with a and b the last expert that token t takes and the first that it does not, d_t the
+difference of their router rows, seen through the norm, and phi_t falling with the margin between the two,
+
+    D = sum phi_t d_t d_t^T  over the tokens of a router's block,  averaged over the routers that are still to come,
+
+says which errors of the residual stream turn near ties over.
+
 The original model goes over a part of the calibration rows; the hidden rows that enter each block are stored, and on
 the way back every block is run again with gradients of its activations, none of its weights. Memory: one block, one
 batch and its activations. Tokens are scaled by the mean square of the row that leaves the site's half of the block, for
 the statistics weight them by its inverse (`token_weighting: residual`) and the product is to be each token's own cost.
 
-Shape legend: N rows, T tokens a row, H hidden size, V vocabulary, O outputs of a site.
+Shape legend: N rows, T tokens a row, H hidden size, V vocabulary, O outputs of a site, E experts.
 """
 
 from collections.abc import Callable
@@ -21,16 +29,19 @@ from torch import nn
 
 from ..core.rows import Row, RowStore, Step, batches
 from ..core.tensors import TensorSource
-from ..models.adapter import Adapter, Half, Site, read
-from ..models.walk import Calls, Embedder, final_norm, load_block, run_block
+from ..models.adapter import Adapter, Half, Role, Site, read
+from ..models.walk import Calls, Embedder, final_norm, load_block, run_block, weight_view
 
 STREAM = "sensitivity"
 # The metric of errors that a block adds to the residual stream on its way out.
 RESIDUAL = "residual"
+# Margins count by exp(-m^2 / 2 s^2) with s the margin that this share of a block's tokens is below: about twice the
+# share that changes its route in four bits.
+NEAR_SHARE = 0.15
 # Logits of 1024 tokens at a time: 0.8 GB for a vocabulary of 202,048.
 TOKENS_PER_SLICE = 1024
 
-# (block, metrics by site key or RESIDUAL, fp32 [O, O] of trace O) -> None
+# (block, metrics by site key or RESIDUAL, fp32 [O, O], of trace O without the routers' part) -> None
 Keep = Callable[[int, dict[str, torch.Tensor]], None]
 
 
@@ -61,18 +72,29 @@ def sensitivities(
             step.advance(len(numbers) * hidden.shape[1])
         del block
     _from_head(adapter, source, len(groups), store, calls, seed)
+    later = _Routers()
     for index in reversed(range(adapter.n_blocks)):
         block = load_block(adapter, source, index, calls.device, calls.dtype)
         step.begin("sensitivity", index)
         totals: dict[str, torch.Tensor] = {}
+        ties: list[tuple[torch.Tensor, torch.Tensor]] = []
         for k, numbers in enumerate(groups):
             hidden = store.get(index, STREAM, k).to(calls.device)
             gradient = store.get(index + 1, STREAM, k).to(calls.device)
-            below = _back(adapter, block, index, hidden, gradient, calls, totals)
+            below, middle = _back(adapter, block, index, hidden, gradient, calls, totals)
+            ties += near_ties(adapter, block, index, middle)
             store.put(index, STREAM, k, below)  # the rows have done their work: their gradient takes their place
             step.advance(len(numbers) * hidden.shape[1])
         store.drop(index + 1)
-        keep(index, {key: total * (len(total) / total.trace()) for key, total in totals.items()})
+        metrics = {key: total * (len(total) / total.trace()) for key, total in totals.items()}
+        metrics[RESIDUAL] += later.mean(metrics[RESIDUAL])
+        if ties:
+            later.add(tie_metric(adapter, block, index, ties))
+        writes = next(
+            site.key for site in adapter.sites(index) if site.role is Role.ATTENTION and site.reaches_residual
+        )
+        metrics[writes] += later.mean(metrics[writes])
+        keep(index, metrics)
     store.drop(0)
 
 
@@ -109,14 +131,15 @@ def _back(
     gradient_NTH: torch.Tensor,
     calls: Calls,
     totals: dict[str, torch.Tensor],
-) -> torch.Tensor:
-    """The gradient of what entered the block; adds the batch's outer products to `totals`."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of what entered the block, and the rows between its halves; adds the batch's outer products to
+    `totals`."""
     outputs: dict[str, list[torch.Tensor]] = {}
     middle: list[torch.Tensor] = []
     norm = block.get_submodule(adapter.middle_norm)
     handles = [norm.register_forward_pre_hook(lambda _module, args: middle.append(args[0]))]
     for site in adapter.sites(index):
-        if ".experts." in site.key or site.feeds:
+        if site.role is not Role.ATTENTION:
             continue  # their metrics come of RESIDUAL, through the down projection where there is one
         for name in site.members[0]:
             module = block.get_submodule(name.removeprefix(adapter.block_prefix(index)))
@@ -142,10 +165,60 @@ def _back(
 
     add(RESIDUAL, gradient_NTH)
     remaining = iter(gradients)
-    halves = {site.key: site.half for site in adapter.sites(index)}
     for key, parts in outputs.items():
-        add(key, torch.cat([next(remaining).flatten(0, -2) for _ in parts], dim=-1), halves[key])
-    return below.detach()
+        add(key, torch.cat([next(remaining).flatten(0, -2) for _ in parts], dim=-1), Half.ATTENTION)
+    return below.detach(), middle[0].detach()
+
+
+class _Routers:
+    """Metrics of the routers that read the residual stream after a place, walking from the last block to the first."""
+
+    def __init__(self) -> None:
+        self.total: torch.Tensor | None = None
+        self.count = 0
+
+    def add(self, metric_HH: torch.Tensor) -> None:
+        self.total = metric_HH if self.total is None else self.total + metric_HH
+        self.count += 1
+
+    def mean(self, like: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(like) if self.total is None else self.total / self.count
+
+
+def near_ties(
+    adapter: Adapter, block: nn.Module, index: int, middle_NTH: torch.Tensor
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Of a block with experts: [(margins fp32 [tokens], the two experts of each int64 [tokens, 2])]; else nothing."""
+    router = adapter.router_site(index)
+    if router is None or adapter.top_k >= adapter.n_experts:
+        return []
+    weight_EH = weight_view(adapter, block, index, router.members[0][0]).float()
+    with torch.no_grad():
+        rows = block.get_submodule(adapter.middle_norm)(middle_NTH).flatten(0, 1).float()
+        top = (rows @ weight_EH.T).topk(adapter.top_k + 1, dim=-1)
+    last, first = adapter.top_k - 1, adapter.top_k
+    return [(top.values[:, last] - top.values[:, first], top.indices[:, last : first + 1])]
+
+
+def tie_metric(
+    adapter: Adapter, block: nn.Module, index: int, ties: list[tuple[torch.Tensor, torch.Tensor]]
+) -> torch.Tensor:
+    """D [H, H] of trace H: W^T L W with L the Laplacian of the graph of experts whose edges are the weighted ties."""
+    router = adapter.router_site(index)
+    assert router is not None
+    norm = block.get_submodule(adapter.middle_norm)
+    gain_H = norm.weight
+    assert isinstance(gain_H, torch.Tensor)
+    weight_EH = weight_view(adapter, block, index, router.members[0][0]).float() * gain_H.float()
+    margin_T = torch.cat([margin for margin, _ in ties])
+    pair_T2 = torch.cat([pair for _, pair in ties])
+    near = margin_T.kthvalue(max(1, int(NEAR_SHARE * len(margin_T)))).values.clamp_min(1e-12)
+    experts = len(weight_EH)
+    edges = torch.zeros(experts * experts, device=margin_T.device)
+    edges.index_add_(0, pair_T2[:, 0] * experts + pair_T2[:, 1], torch.exp(-0.5 * (margin_T / near) ** 2))
+    edges_EE = edges.view(experts, experts) + edges.view(experts, experts).T
+    metric = weight_EH.T @ (torch.diag(edges_EE.sum(1)) - edges_EE) @ weight_EH
+    return metric * (len(metric) / metric.trace().clamp_min(torch.finfo(metric.dtype).tiny))
 
 
 def _keeper(outputs: dict[str, list[torch.Tensor]], site: Site) -> Callable[[nn.Module, Any, torch.Tensor], None]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..models.adapter import Adapter, Role
+from ..models.adapter import Adapter, Half, Role
 from .plan import Plan
 
 # Sequential rate of a plain NVMe disk; a network disk is slower, a warm page cache faster.
@@ -40,7 +40,10 @@ class Work:
 
     statistics: bool
     refine_rounds: int
+    trials: int
+    one_by_one: bool  # statistics for every stage of a half, or once for each half
     output_metric: bool
+    sensitivity_tokens: int
     matrix_bytes: Callable[[int, int, bool], int]
 
 
@@ -75,37 +78,44 @@ def estimate(
     forward:    2 x outputs x inputs a row; an expert site sees tokens x top-k rows in all
     statistics: 2 x inputs^2 a row for each of the two second moments; slopes of gates and ups: 2 x outputs^2 and once
                 more the forward
-    GPTQ:       2 x outputs x inputs^2 a matrix for the column updates and as much for each round of refinement,
-                3 x inputs^3 for the factors; with output metrics outputs^2 x inputs and 3 x outputs^3
-    The calibration rows of the quantized stream go through a block once for every stage and once more; those of the
-    reference stream once, and once more for every stage that reads inner inputs. The evaluation rows go through each
-    block twice, and twice through the head.
+    GPTQ:       2 x outputs x inputs^2 a matrix for the column updates and as much for each round of refinement, for
+                every trial scale; 3 x inputs^3 for the factors; with output metrics outputs^2 x inputs and
+                3 x outputs^3
+    The calibration rows of the quantized stream go through a half of a block once for every stage and once more; those
+    of the reference stream once, and once more for every later stage that reads inner inputs. The rows that metrics
+    are taken of go through a block twice forward and once back, and lie on disk for every block meanwhile. The
+    evaluation rows go through each block twice, and twice through the head.
     """
     forward = calibration = statistics = solve = 0.0
     block_bytes = moment_bytes = matrix_bytes = 0
     for block in range(adapter.n_blocks):
         block_forward = 0.0
         block_params = 0
-        moments: dict[int, int] = {}
-        inner = set()
+        moments: dict[tuple[Half, int], int] = {}
+        inner: set[tuple[Half, int]] = set()
+        half_forward = dict.fromkeys(Half, 0.0)
         for site in adapter.sites(block):
             outputs, inputs, count = sum(site.out_features), site.in_features, len(site.members)
             share = adapter.top_k if site.role is Role.EXPERT else 1
             block_forward += 2.0 * outputs * inputs * share
+            half_forward[site.half] += 2.0 * outputs * inputs * share
+            stage = (site.half, site.stage if work.one_by_one else 0)
             block_params += outputs * inputs * count
             if site.members[0][0] in plan.schemes:
                 measured = work.output_metric and (bool(site.feeds) or site.reaches_residual)
                 slopes = outputs if work.output_metric and site.feeds else 0
                 statistics += (4.0 * inputs**2 + 2.0 * slopes**2 + 2.0 * slopes * inputs) * share
                 miss = outputs if site.adds_to_residual else inputs
-                moments[site.stage] = moments.get(site.stage, 0) + 4 * count * (inputs**2 + miss * inputs + slopes**2)
-                solve += count * (2.0 * (1 + work.refine_rounds) * outputs * inputs**2 + 3.0 * inputs**3)
+                moments[stage] = moments.get(stage, 0) + 4 * count * (inputs**2 + miss * inputs + slopes**2)
+                solve += count * (2.0 * work.trials * (1 + work.refine_rounds) * outputs * inputs**2 + 3.0 * inputs**3)
                 solve += count * measured * (outputs**2 * inputs + 3.0 * outputs**3)
                 matrix_bytes = max(matrix_bytes, work.matrix_bytes(outputs, inputs, measured))
                 if not site.adds_to_residual:
-                    inner.add(site.stage)
+                    inner.add(stage)
         forward += block_forward
-        calibration += block_forward * (len(moments) + 1 + max(1, len(inner)))
+        for half, flops_a_token in half_forward.items():
+            stages, reads = (sum(stage[0] is half for stage in group) for group in (moments, inner))
+            calibration += flops_a_token * (stages + 1 + max(1, reads))
         block_bytes = max(block_bytes, block_params * STORED_BYTES)
         moment_bytes = max(moment_bytes, max(moments.values(), default=0))
     head = 2.0 * adapter.vocab_size * adapter.hidden_size
@@ -116,7 +126,9 @@ def estimate(
         flops += calibration_tokens * (calibration + statistics) + solve
         # The block as it was and as it becomes; moments of one stage; one cut, which holds a matrix at least.
         device_bytes = 2 * block_bytes + moment_bytes + max(site_budget_bytes, matrix_bytes)
-        disk = plan.emitted_bytes + 4 * stream
+        measured_stream = work.sensitivity_tokens * adapter.hidden_size * compute_itemsize * (adapter.n_blocks + 1)
+        flops += work.sensitivity_tokens * (3 * forward + 2 * head)
+        disk = max(plan.emitted_bytes + 6 * stream, 2 * stream + measured_stream)
     else:
         device_bytes = block_bytes  # the verification walk
         disk = plan.emitted_bytes

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Llama4ForConditionalGeneration
 
-from onecard.calibration.sensitivity import RESIDUAL, sensitivities
+from onecard.calibration.sensitivity import NEAR_SHARE, RESIDUAL, sensitivities
 from onecard.checkpoint.workdir import Activations
 from onecard.core.rows import Row
 from onecard.models.adapter import Half
@@ -24,8 +24,23 @@ class Silence:
     def advance(self, tokens: int) -> None: ...
 
 
+def tie_twin(x_TH: torch.Tensor, w_EH: torch.Tensor, gain_H: torch.Tensor, family: str) -> torch.Tensor:
+    """One token after the other, in fp64."""
+    top_k = 1 if family == "scout" else 2
+    logits = x_TH @ w_EH.double().T
+    order = logits.sort(dim=-1, descending=True)
+    margins = order.values[:, top_k - 1] - order.values[:, top_k]
+    near = margins.sort().values[max(1, int(NEAR_SHARE * len(margins))) - 1]
+    total = torch.zeros(x_TH.shape[1], x_TH.shape[1], dtype=torch.float64)
+    for margin, experts in zip(margins, order.indices, strict=True):
+        d = (w_EH[experts[top_k - 1]] - w_EH[experts[top_k]]).double() * gain_H.double()
+        total += torch.exp(-(margin**2) / (2 * near**2)) * torch.outer(d, d)
+    return total * (len(total) / total.trace())
+
+
 def by_transformers(folder: Path, family: str, ids_NT: torch.Tensor, seed: int) -> dict[tuple[int, str], torch.Tensor]:
-    """Block and site -> E[g g^T] over all tokens, scaled by the mean square of what leaves the half; trace O."""
+    """Block and site -> E[g g^T] over all tokens, scaled by the mean square of what leaves the half, trace O; and for
+    what reaches the residual stream, the mean over later routers of the near ties' metric, trace H."""
     cls: Any = Llama4ForConditionalGeneration if family == "scout" else AutoModelForCausalLM
     model = cls.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
     layers = next(m for n, m in model.named_modules() if n.endswith("layers") and "vision" not in n)
@@ -36,6 +51,8 @@ def by_transformers(folder: Path, family: str, ids_NT: torch.Tensor, seed: int) 
             value = args[0] if name == "middle" else out[0] if isinstance(out, tuple) else out
             value.retain_grad()
             kept[block, name] = value
+            if name == "middle":
+                kept[block, "normed"] = out
 
         return hook
 
@@ -48,6 +65,16 @@ def by_transformers(folder: Path, family: str, ids_NT: torch.Tensor, seed: int) 
     p = torch.softmax(logits.detach(), dim=-1)
     drawn = torch.multinomial(p, 1, generator=torch.Generator().manual_seed(seed))[:, 0]
     logits.log_softmax(-1).gather(1, drawn[:, None]).sum().backward()
+    ties = {}
+    for block, layer in enumerate(layers):
+        router = getattr(
+            getattr(layer, "feed_forward", None) or layer.mlp, "router" if family == "scout" else "gate", None
+        )
+        if router is not None:
+            normed = kept[block, "normed"].detach().flatten(0, 1).double()
+            ties[block] = tie_twin(
+                normed, router.weight.detach(), layer.post_attention_layernorm.weight.detach(), family
+            )
     found = {}
     for block in range(len(layers)):
         ms = {n: kept[block, n].detach().flatten(0, 1).square().mean(-1).sqrt()[:, None] for n in (RESIDUAL, "middle")}
@@ -58,8 +85,12 @@ def by_transformers(folder: Path, family: str, ids_NT: torch.Tensor, seed: int) 
             total = g.T @ g
             return total * (len(total) / total.trace())
 
-        found[block, RESIDUAL] = outer([RESIDUAL], ms[RESIDUAL])
-        found[block, "self_attn.o"] = outer(["o_proj"], ms["middle"])
+        def routers(first: int) -> torch.Tensor | float:
+            later = [metric for index, metric in ties.items() if index >= first]
+            return torch.stack(later).mean(0) if later else 0.0
+
+        found[block, RESIDUAL] = outer([RESIDUAL], ms[RESIDUAL]) + routers(block + 1)
+        found[block, "self_attn.o"] = outer(["o_proj"], ms["middle"]) + routers(block)
         found[block, "self_attn.qkv"] = outer(["q_proj", "k_proj", "v_proj"], ms["middle"])
     return found
 
@@ -96,9 +127,9 @@ def test_batches_do_not_matter(baby: Callable[..., Path], tmp_path: Path) -> Non
         runs.append(found)
     for block, metrics in runs[0].items():
         for key, metric in metrics.items():
-            if metric.dim() == 2:
-                assert metric.trace() == pytest.approx(len(metric), rel=1e-5)
-                torch.testing.assert_close(metric, metric.T)
+            parts = metric.trace() / len(metric)
+            assert any(parts == pytest.approx(whole, rel=1e-5) for whole in (1, 2)), "its own, and the routers'"
+            torch.testing.assert_close(metric, metric.T)
             torch.testing.assert_close(metric, runs[1][block][key], rtol=5e-2, atol=5e-2)
 
 
