@@ -11,16 +11,19 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .calibration.moments import SiteMoments
 from .core.rows import RowStore, Step
-from .models.adapter import Adapter, Half, Role, Site
+from .models.adapter import Adapter, Half, Site
 from .models.walk import Calls, expert_stacks, observed, only, run_block, weight_view
 from .quantize.metric import swiglu_slopes
 
 REFERENCE, QUANTIZED = "reference", "quantized"
 MIDDLE = "-middle"
+# What the quantized stream's attention gives its output projection.
+BEFORE_O = "quantized-before-o"
 
 
 @dataclass(frozen=True)
@@ -55,31 +58,45 @@ class HalfJob:
 
 
 class Seen:
-    """One batch of one stream through a half: what chosen sites read, where tokens went, what left the half."""
+    """One batch of one stream through a half: what chosen sites read, where tokens went, what left the half.
 
-    def __init__(self, job: HalfJob, block: nn.Module, stream: str, batch: int, keys: Collection[str]) -> None:
+    Sites that read a norm's output need no more than that norm: where all of `sites` do, and `run` does not ask for
+    the rest, the half is not run, and there is no `hidden`.
+    """
+
+    def __init__(
+        self, job: HalfJob, block: nn.Module, stream: str, batch: int, sites: Collection[Site], run: bool = True
+    ) -> None:
         hidden = job.rows_in(stream, batch)
         self.tokens = hidden.shape[0] * hidden.shape[1]
         self.rows: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self.hidden: torch.Tensor | None = None
+        # Without experts all tokens go the same way.
+        self.routes = torch.zeros(self.tokens, 1, device=job.device)
+        for site in sites:
+            if site.reads_norm is not None:
+                with torch.inference_mode():
+                    rows = block.get_submodule(site.reads_norm)(hidden).reshape(self.tokens, -1)
+                self.rows[site.key, 0] = (torch.arange(self.tokens, device=job.device), rows)
+        inner = {site.key for site in sites if site.reads_norm is None}
+        if not (inner or run):
+            return
 
         def observe(site: Site, expert: int, tokens: torch.Tensor, rows: torch.Tensor) -> None:
-            if site.key in keys:
+            if site.key in inner:
                 self.rows[site.key, expert] = (tokens, rows)
 
         with observed(job.adapter, block, job.index, observe), only(job.adapter, block, job.half):
             self.hidden = run_block(block, hidden, job.calls.of(hidden.shape[1])[job.index])
-        self.out = self.hidden.reshape(self.tokens, -1).float()
         stacks = expert_stacks(block) if job.half is Half.FEED_FORWARD else None
-        # Without experts all tokens go the same way.
-        self.routes = torch.zeros(self.tokens, 1, device=job.device) if stacks is None else stacks.routes_TK
-        router = job.adapter.router_site(job.index) if job.half is Half.FEED_FORWARD else None
-        if router is not None and router.key in keys:
-            norm = block.get_submodule(job.adapter.middle_norm)
-            with torch.inference_mode():
-                self.rows[router.key, 0] = (
-                    torch.arange(self.tokens, device=job.device),
-                    norm(hidden).reshape(self.tokens, -1),
-                )
+        if stacks is not None:
+            self.routes = stacks.routes_TK
+
+    @property
+    def out(self) -> torch.Tensor:
+        """What left the half, fp32 [tokens, H]."""
+        assert self.hidden is not None
+        return self.hidden.reshape(self.tokens, -1).float()
 
 
 def weights(out_TH: torch.Tensor) -> torch.Tensor:
@@ -95,6 +112,7 @@ class HalfStatistics:
     def __init__(self, job: HalfJob, original: nn.Module, target: nn.Module, step: Step) -> None:
         self.job, self.original, self.target, self.step = job, original, target, step
         self.routes: dict[int, torch.Tensor] = {}
+        self.before_o: Site | None = None  # once what it reads lies in the store
 
     def of(self, sites: list[Site]) -> dict[str, SiteMoments]:
         """Second moments of what the quantized stream brings to `sites` of the half-quantized block, and what it
@@ -107,16 +125,22 @@ class HalfStatistics:
             miss_rows = (outputs if site.adds_to_residual else site.in_features) if job.correct else 0
             slopes = outputs if site.feeds and job.slopes else 0
             moments[site.key] = SiteMoments(len(site.members), site.in_features, job.device, miss_rows, slopes)
-        inner = [site.key for site in sites if not site.adds_to_residual]
+        inner = [site for site in sites if not site.adds_to_residual]
+        # What the misses are measured against is known before the half is run, and so are the weights.
+        whole = not job.correct or len(inner) < len(sites)
+        # Attention need not be computed again once o is quantized: its inputs are all that o adds to.
+        last = next((site for site in sites if site.half is Half.ATTENTION and site.reaches_residual), None)
         for k in range(len(job.groups)):
-            seen = Seen(job, self.target, QUANTIZED, k, by_key)
-            self.step.advance(seen.tokens)
             theirs: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
-            if job.correct:
-                if inner or k not in self.routes:
-                    theirs = self._reference(k, inner)
-                reference_out = job.rows_out(REFERENCE, k).reshape(seen.out.shape).float()
-            weight = weights(seen.out) if job.weighted else torch.ones_like(seen.out[:, 0])
+            if job.correct and (inner or k not in self.routes):
+                theirs = self._reference(k, inner)
+            seen = Seen(job, self.target, QUANTIZED, k, sites, whole)
+            self.step.advance(seen.tokens)
+            if last is not None and all(site.stage >= last.stage for site in sites):
+                job.store.put(job.index, BEFORE_O, k, seen.rows[last.key, 0][1])
+                self.before_o = last
+            against = job.rows_out(REFERENCE, k).flatten(0, 1).float() if job.correct else seen.out
+            weight = weights(against) if job.weighted else torch.ones_like(against[:, 0])
             for (key, expert), (tokens, rows) in seen.rows.items():
                 moments[key].add(expert, rows, weight[tokens])
                 if moments[key].slope_EPP is not None:
@@ -124,27 +148,29 @@ class HalfStatistics:
                     moments[key].add_slopes(expert, swiglu_slopes(rows.float(), gate_up), weight[tokens])
             if not job.correct:
                 continue
-            alike = (seen.routes == self.routes[k]).all(-1)
+            alike = (seen.routes == self.routes[k]).all(-1) if seen.hidden is not None else None
             for (key, expert), (tokens, x) in seen.rows.items():
-                # The router decides the routes: it is shown all tokens.
-                kept = torch.ones_like(alike[tokens]) if by_key[key].role is Role.ROUTER else alike[tokens]
+                # The router decides the routes: it is shown all tokens, as is whatever comes before it.
+                filtered = alike is not None and by_key[key].reads_norm is None
+                kept = alike[tokens] if filtered and alike is not None else slice(None)
                 if by_key[key].adds_to_residual:
-                    miss = (reference_out - seen.out)[tokens[kept]]
+                    miss = (against - seen.out)[tokens[kept]]
                 elif (key, expert) in theirs:
                     their_tokens, their_x = theirs[key, expert]
-                    if by_key[key].role is not Role.ROUTER:
-                        their_x = their_x[alike[their_tokens]]
+                    their_x = their_x[alike[their_tokens]] if filtered and alike is not None else their_x
                     miss = their_x.float() - x[kept].float()
                 else:
                     continue
                 moments[key].add_miss(expert, x[kept], miss, weight[tokens[kept]])
         return moments
 
-    def _reference(self, batch: int, keys: list[str]) -> dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]]:
+    def _reference(self, batch: int, sites: list[Site]) -> dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]]:
         """One batch of the reference stream through the original half."""
-        reference = Seen(self.job, self.original, REFERENCE, batch, keys)
+        first = batch not in self.routes
+        reference = Seen(self.job, self.original, REFERENCE, batch, sites, run=first)
         self.step.advance(reference.tokens)
-        if batch not in self.routes:
+        if first:
+            assert reference.hidden is not None
             self.routes[batch] = reference.routes
             self.job.put(REFERENCE, batch, reference.hidden)
         return reference.rows
@@ -156,8 +182,15 @@ class HalfStatistics:
             if job.correct and k not in self.routes:
                 self._reference(k, [])
             hidden = job.rows_in(QUANTIZED, k)
-            with only(job.adapter, self.target, job.half):
-                job.put(QUANTIZED, k, run_block(self.target, hidden, job.calls.of(hidden.shape[1])[job.index]))
+            if self.before_o is not None:
+                (name,) = self.before_o.members[0]
+                rows = job.store.get(job.index, BEFORE_O, k).to(job.device).view(*hidden.shape[:2], -1)
+                with torch.inference_mode():
+                    out = hidden + F.linear(rows, weight_view(job.adapter, self.target, job.index, name))
+            else:
+                with only(job.adapter, self.target, job.half):
+                    out = run_block(self.target, hidden, job.calls.of(hidden.shape[1])[job.index])
+            job.put(QUANTIZED, k, out)
             self.step.advance(len(numbers) * hidden.shape[1])
 
 

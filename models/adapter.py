@@ -62,7 +62,8 @@ class Site:
     gate and up of expert e. A site that is no expert site has one entry. All entries have equal shapes. Sites of one
     `stage` are quantized together, after those of earlier stages. `adds_to_residual`: the outputs are added to the
     residual stream as they are, unscaled. `reaches_residual`: so they are, or after a routing weight. `feeds`, of a
-    site of gates and ups: the module that reads silu(gate) * up of each entry.
+    site of gates and ups: the module that reads silu(gate) * up of each entry. `reads_norm`: the norm, by its name in
+    the block, whose output every row of the site is.
     """
 
     key: str
@@ -74,6 +75,7 @@ class Site:
     adds_to_residual: bool = False
     reaches_residual: bool = False
     feeds: tuple[str, ...] = ()
+    reads_norm: str | None = None
 
     @property
     def half(self) -> Half:
@@ -95,8 +97,9 @@ class Adapter(ABC):
     embedding_name: str
     head_name: str
     norm_name: str
-    # Names inside a decoder layer: the module of each half, and the norm that the feed-forward half begins with.
+    # Names inside a decoder layer: the module of each half, and the norm that each half begins with.
     half_modules: ClassVar[dict[Half, str]]
+    first_norm = "input_layernorm"
     middle_norm = "post_attention_layernorm"
 
     def __init__(self, config: Any) -> None:

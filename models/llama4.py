@@ -88,6 +88,7 @@ class Llama4Adapter(Adapter):
                 (q, kv, kv),
                 c.hidden_size,
                 stage=0,
+                reads_norm=self.first_norm,
             ),
             Site("self_attn.o", Role.ATTENTION, ((f"{attn}o_proj",),), (c.hidden_size,), q, 1, True, True),
         ]
@@ -112,7 +113,8 @@ class Llama4Adapter(Adapter):
 
     def router_site(self, block: int) -> Site | None:
         c, name = self.text_config, f"{self.block_prefix(block)}feed_forward.router"
-        site = Site("feed_forward.router", Role.ROUTER, ((name,),), (c.num_local_experts,), c.hidden_size, stage=2)
+        experts, norm = (c.num_local_experts,), self.middle_norm
+        site = Site("feed_forward.router", Role.ROUTER, ((name,),), experts, c.hidden_size, stage=2, reads_norm=norm)
         return site if self.is_moe(block) else None
 
     def unit(self, module_name: str) -> str:

@@ -74,7 +74,7 @@ class Qwen3MoeAdapter(Adapter):
         gate_up = tuple((f"{n}gate_proj", f"{n}up_proj") for n in names)
         down = tuple((f"{n}down_proj",) for n in names)
         return (
-            Site("self_attn.qkv", Role.ATTENTION, (qkv,), (q, kv, kv), c.hidden_size, stage=0),
+            Site("self_attn.qkv", Role.ATTENTION, (qkv,), (q, kv, kv), c.hidden_size, 0, reads_norm=self.first_norm),
             Site("self_attn.o", Role.ATTENTION, ((f"{p}self_attn.o_proj",),), (c.hidden_size,), q, 1, True, True),
             Site(f"{key}gate_up", role, gate_up, (width, width), c.hidden_size, 3, feeds=tuple(n for (n,) in down)),
             # Experts' outputs are multiplied with their routing weights first.
@@ -83,7 +83,8 @@ class Qwen3MoeAdapter(Adapter):
 
     def router_site(self, block: int) -> Site | None:
         c, name = self.config, f"{self.block_prefix(block)}mlp.gate"
-        site = Site("mlp.gate", Role.ROUTER, ((name,),), (c.num_experts,), c.hidden_size, stage=2)
+        experts, norm = (c.num_experts,), self.middle_norm
+        site = Site("mlp.gate", Role.ROUTER, ((name,),), experts, c.hidden_size, stage=2, reads_norm=norm)
         return site if self.is_moe(block) else None
 
     def unit(self, module_name: str) -> str:

@@ -81,8 +81,9 @@ def estimate(
     GPTQ:       2 x outputs x inputs^2 a matrix for the column updates and as much for each round of refinement, for
                 every trial scale; 3 x inputs^3 for the factors; with output metrics outputs^2 x inputs and
                 3 x outputs^3
-    The calibration rows of the quantized stream go through a half of a block once for every stage and once more; those
-    of the reference stream once, and once more for every later stage that reads inner inputs. The rows that metrics
+    The calibration rows of the quantized stream go through the attention half once, and through the feed-forward half
+    once for every stage and once more; those of the reference stream once, and in the feed-forward half once more for
+    every later stage that reads inner inputs. The rows that metrics
     are taken of go through a block twice forward and once back, and lie on disk for every block meanwhile. The
     evaluation rows go through each block twice, and twice through the head.
     """
@@ -115,7 +116,7 @@ def estimate(
         forward += block_forward
         for half, flops_a_token in half_forward.items():
             stages, reads = (sum(stage[0] is half for stage in group) for group in (moments, inner))
-            calibration += flops_a_token * (stages + 1 + max(1, reads))
+            calibration += flops_a_token * (2 if half is Half.ATTENTION else stages + 1 + max(1, reads))
         block_bytes = max(block_bytes, block_params * STORED_BYTES)
         moment_bytes = max(moment_bytes, max(moments.values(), default=0))
     head = 2.0 * adapter.vocab_size * adapter.hidden_size
@@ -128,7 +129,7 @@ def estimate(
         device_bytes = 2 * block_bytes + moment_bytes + max(site_budget_bytes, matrix_bytes)
         measured_stream = work.sensitivity_tokens * adapter.hidden_size * compute_itemsize * (adapter.n_blocks + 1)
         flops += work.sensitivity_tokens * (3 * forward + 2 * head)
-        disk = max(plan.emitted_bytes + 6 * stream, 2 * stream + measured_stream)
+        disk = max(plan.emitted_bytes + 7 * stream, 2 * stream + measured_stream)
     else:
         device_bytes = block_bytes  # the verification walk
         disk = plan.emitted_bytes

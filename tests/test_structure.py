@@ -80,7 +80,9 @@ def test_no_import_of_our_own_inside_a_function_but_in_the_command_line() -> Non
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
                 inside += [f"{path.relative_to(ROOT)}:{line}" for line, _ in own_imports(path, node)]
-    assert [where for where in inside if not where.startswith(("cli.py", "cli_calibration.py"))] == []
+    # A peer's script runs in the peer's environment, where onecard need not be.
+    allowed = ("cli.py", "cli_calibration.py", "benchmarks/peers/with_")
+    assert [where for where in inside if not where.startswith(allowed)] == []
     assert inside, "cli.py imports inside its verbs"
 
 

@@ -33,7 +33,12 @@ WORDS = [f"w{n}" for n in range(200)]
 # What a recipe says beside the method: the Scout recipe's roles, and every linear weight of the text blocks.
 RUNS = {
     "rtn": {"method": "rtn"},
-    "gptq": {"method": "best", "quantize_roles": ("expert", "shared_expert", "mlp", "attention")},
+    "gptq": {
+        "method": "best",
+        "quantize_roles": ("expert", "shared_expert", "mlp", "attention"),
+        "output_blocks": 2,
+        "scale_trials": (1.0, 0.94),
+    },
     "rtn-8-asymmetric": {"method": "rtn", "bits": 8, "symmetric": False},
 }
 CASES = [(f, m) for f in ("scout", "maverick", "qwen3") for m in ("rtn", "gptq")]
