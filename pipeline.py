@@ -42,7 +42,7 @@ from .core.rows import Row, batches
 from .coverage import balanced
 from .eval.twin import Side
 from .models.adapter import Adapter, Role
-from .models.walk import Calls, Embedder
+from .models.walk import Calls, embed
 from .planner.cost import estimate
 from .planner.plan import Plan
 from .prepare import (
@@ -64,6 +64,7 @@ from .report.progress import Progress
 from .report.record import RunRecord
 from .report.resources import package_versions
 from .stages import BlockJob, quantize_block
+from .streams import QUANTIZED, REFERENCE
 from .texts import RunTexts, prepare_texts
 from .verification import close_machine, compare
 
@@ -220,7 +221,11 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress) -> RunRecord:
     calls = Calls(run.adapter, run.device, run.dtype)
     if workdir.done < 1:
         if run.method.needs_statistics:
-            _embed(run, groups, store, progress)
+            progress.begin("embed")
+            embed(
+                run.adapter, run.model.source, run.texts.calibration, groups, store, (REFERENCE, QUANTIZED), run.device,
+                run.dtype,
+            )  # fmt: skip
         if run.method.output_metric:
             _sensitivities(run, workdir, calls, progress)
         workdir.commit(1)
@@ -266,15 +271,6 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress) -> RunRecord:
     files.write_json(run.out / RECORD_NAME, record.to_json())
     files.write_json(run.out / "config.json", config)
     return record
-
-
-def _embed(run: Run, groups: list[list[int]], store: Activations, progress: Progress) -> None:
-    progress.begin("embed")
-    embedder = Embedder(run.adapter, run.model.source, run.texts.calibration, run.device, run.dtype)
-    for k, numbers in enumerate(groups):
-        hidden = embedder.batch(numbers)
-        store.put(0, "reference", k, hidden)
-        store.put(0, "quantized", k, hidden)
 
 
 def _metric_file(workdir: WorkDir, block: int) -> Path:

@@ -24,8 +24,8 @@ from .calibration.sensitivity import RESIDUAL
 from .checkpoint.emit import ShardWriter
 from .checkpoint.formats import compressed_tensors as ct
 from .core.rows import RowStore, Step
-from .core.tensors import TORCH_DTYPES, TensorSource
-from .models.adapter import Adapter, Half, Role, Site, read
+from .core.tensors import TensorSource
+from .models.adapter import Adapter, Half, Role, Site, read, stored_dtype
 from .models.walk import Calls, load_block, weight_view
 from .planner.plan import Plan
 from .quantize.correction import corrected
@@ -145,7 +145,7 @@ def _aim_site(
     w_OI = _corrected(job, site, w_BOI, moments.shrunk(job.recipe.shrinkage, whole), moments, whole)[0]
     start = 0
     for name, out in zip(member, site.out_features, strict=True):
-        stored = TORCH_DTYPES[job.source.info(job.adapter.locate(f"{name}.weight", job.source.names).tensor).dtype]
+        stored = stored_dtype(job.adapter, job.source, f"{name}.weight")
         weight = w_OI[start : start + out].to(stored)
         start += out
         held = weight_view(job.adapter, block, job.index, name)
@@ -202,20 +202,20 @@ def _quantize_site(
 ) -> None:
     """All experts of one site, cut to the memory budget."""
     scheme = job.plan.schemes[site.members[0][0]]
-    stored = job.source.info(job.adapter.locate(f"{site.members[0][0]}.weight", job.source.names).tensor).dtype
+    stored = stored_dtype(job.adapter, job.source, f"{site.members[0][0]}.weight")
     outputs = sum(site.out_features)
     measured = bool(job.metrics) and moments is not None
     for cut in cuts(len(site.members), outputs, site.in_features, job.budget_bytes, measured):
         members = site.members[cut]
         # A block computed with in bf16 has rounded what was stored wider.
-        exact = block if job.dtype == torch.float32 or stored == "BF16" else None
+        exact = block if job.dtype == torch.float32 or stored == torch.bfloat16 else None
         w_BOI = torch.stack([_stacked(job, exact, member) for member in members]).to(job.device)
         moment = metric = None
         if moments is not None and block is not None:
             metric = _output_metric(job, site, block, moments, cut)
             moment = moments.shrunk(job.recipe.shrinkage, cut)
             w_BOI = _corrected(job, site, w_BOI, moment, moments, cut)
-        result = quantize_batch(w_BOI, moment, scheme, job.method, TORCH_DTYPES[stored], metric)
+        result = quantize_batch(w_BOI, moment, scheme, job.method, stored, metric)
         facts["damping_raised"] += result.damping_raised
         facts["diagonal_fallbacks"] += result.diagonal_fallbacks
         facts["output_error"].setdefault(site.key, []).extend(result.output_error)
@@ -229,4 +229,4 @@ def _quantize_site(
                     writer.put(f"{name}.{suffix}", tensor)
                 if block is not None:
                     # What a reader will see: the product rounded to the model's dtype.
-                    weight_view(job.adapter, block, job.index, name).copy_(weight.dequantize(TORCH_DTYPES[stored]))
+                    weight_view(job.adapter, block, job.index, name).copy_(weight.dequantize(stored))

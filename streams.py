@@ -148,17 +148,16 @@ class HalfStatistics:
                     moments[key].add_slopes(expert, swiglu_slopes(rows.float(), gate_up), weight[tokens])
             if not job.correct:
                 continue
-            alike = (seen.routes == self.routes[k]).all(-1) if seen.hidden is not None else None
+            alike = (seen.routes == self.routes[k]).all(-1)
             for (key, expert), (tokens, x) in seen.rows.items():
                 # The router decides the routes: it is shown all tokens, as is whatever comes before it.
-                filtered = alike is not None and by_key[key].reads_norm is None
-                kept = alike[tokens] if filtered and alike is not None else slice(None)
+                everywhere = by_key[key].reads_norm is not None
+                kept = slice(None) if everywhere else alike[tokens]
                 if by_key[key].adds_to_residual:
                     miss = (against - seen.out)[tokens[kept]]
                 elif (key, expert) in theirs:
                     their_tokens, their_x = theirs[key, expert]
-                    their_x = their_x[alike[their_tokens]] if filtered and alike is not None else their_x
-                    miss = their_x.float() - x[kept].float()
+                    miss = their_x[slice(None) if everywhere else alike[their_tokens]].float() - x[kept].float()
                 else:
                     continue
                 moments[key].add_miss(expert, x[kept], miss, weight[tokens[kept]])

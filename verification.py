@@ -38,9 +38,8 @@ def compare(
     reference = Side("reference", model.adapter, model.source)
     shutil.rmtree(folder, ignore_errors=True)
     twin = twin_walk(reference, quantized, texts.evaluation, batch_tokens, Activations(folder), device, dtype, progress)
-    shares = list(twin.changed_routes.values())
     return asdict(summarize(twin.tokens)) | {
-        "changed_routes": sum(shares) / len(shares) if shares else None,
+        "changed_routes": twin.mean_changed_routes,
         "changed_routes_by_block": {str(block): share for block, share in twin.changed_routes.items()},
     }
 

@@ -12,8 +12,8 @@ import torch
 
 from ..core.rows import Row, RowStore, Step, batches
 from ..core.tensors import TensorSource
-from ..models.adapter import Adapter, Role, Site
-from ..models.walk import Calls, Embedder, load_block, observed, run_block
+from ..models.adapter import Adapter, Role
+from ..models.walk import Calls, embed, expert_stacks, load_block, run_block
 
 
 @dataclass(frozen=True)
@@ -47,34 +47,22 @@ def count_routes(
     counts_RLE = torch.zeros(len(rows), len(blocks), adapter.n_experts, dtype=torch.int32)
     groups = batches(rows, batch_tokens)
     step.begin("coverage: embed")
-    embedder = Embedder(adapter, source, rows, device, dtype)
-    for k, numbers in enumerate(groups):
-        store.put(0, "coverage", k, embedder.batch(numbers))
-    del embedder
+    embed(adapter, source, rows, groups, store, ("coverage",), device, dtype)
     calls = Calls(adapter, device, dtype)
     last = max(blocks, default=-1)
     for index in range(last + 1):
         step.begin("coverage: count", index)
         block = load_block(adapter, source, index, device, dtype)
+        stacks = expert_stacks(block)
         for k, numbers in enumerate(groups):
             hidden = store.get(index, "coverage", k).to(device)
             length = hidden.shape[1]
-
-            def observe(
-                site: Site,
-                expert: int,
-                tokens: torch.Tensor,
-                _rows: torch.Tensor,
-                numbers: list[int] = numbers,
-                length: int = length,
-                index: int = index,
-            ) -> None:
-                if site.role is Role.EXPERT and site.feeds:
-                    by_row = torch.bincount(tokens // length, minlength=len(numbers))
-                    counts_RLE[numbers, blocks.index(index), expert] += by_row.to("cpu", torch.int32)
-
-            with observed(adapter, block, index, observe):
-                out = run_block(block, hidden, calls.of(length)[index])
+            out = run_block(block, hidden, calls.of(length)[index])
+            if stacks is not None:
+                chosen = stacks.routes_TK.view(len(numbers), -1)
+                by_row = torch.zeros(len(numbers), adapter.n_experts, dtype=torch.int32, device=device)
+                by_row.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=torch.int32))
+                counts_RLE[numbers, blocks.index(index)] = by_row.cpu()
             if index < last:
                 store.put(index + 1, "coverage", k, out)
             step.advance(len(numbers) * length)

@@ -30,7 +30,7 @@ from torch import nn
 from ..core.rows import Row, RowStore, Step, batches
 from ..core.tensors import TensorSource
 from ..models.adapter import Adapter, Half, Role, Site, read
-from ..models.walk import Calls, Embedder, final_norm, load_block, run_block, weight_view
+from ..models.walk import Calls, embed, final_norm, load_block, run_block, weight_view
 
 STREAM = "sensitivity"
 # The metric of errors that a block adds to the residual stream on its way out.
@@ -59,10 +59,7 @@ def sensitivities(
     """Metrics of every block, last block first, each given to `keep`. Leaves the store empty."""
     groups = batches(rows, batch_tokens)
     step.begin("sensitivity")
-    embedder = Embedder(adapter, source, rows, calls.device, calls.dtype)
-    for k, numbers in enumerate(groups):
-        store.put(0, STREAM, k, embedder.batch(numbers))
-    del embedder
+    embed(adapter, source, rows, groups, store, (STREAM,), calls.device, calls.dtype)
     for index in range(adapter.n_blocks):
         block = load_block(adapter, source, index, calls.device, calls.dtype)
         step.begin("sensitivity", index)

@@ -4,14 +4,14 @@ It is independent of how the quantized files were made: it opens them as any rea
 live in a store on disk, so memory holds one block and one batch.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from ..core.rows import Row, RowStore, Step, batches
 from ..core.tensors import TensorSource
 from ..models.adapter import Adapter, read
-from ..models.walk import Calls, Embedder, expert_stacks, final_norm, load_block, run_block
+from ..models.walk import Calls, embed, expert_stacks, final_norm, load_block, run_block
 from .kl import TokenResults, compare, concatenate
 
 # Logits of 1024 tokens x 16384 columns are 64 MiB in fp32; about six such arrays live at once.
@@ -33,7 +33,12 @@ class Twin:
     experts the share of all tokens that the two models send to other sets of experts."""
 
     tokens: TokenResults
-    changed_routes: dict[int, float] = field(default_factory=dict)
+    changed_routes: dict[int, float]
+
+    @property
+    def mean_changed_routes(self) -> float | None:
+        """Over blocks; None for a model without experts."""
+        return sum(self.changed_routes.values()) / len(self.changed_routes) if self.changed_routes else None
 
 
 def twin_walk(
@@ -51,10 +56,7 @@ def twin_walk(
     groups = batches(rows, batch_tokens)
     for side in sides:
         step.begin("verify: embed")
-        embedder = Embedder(side.adapter, side.source, rows, device, dtype)
-        for k, numbers in enumerate(groups):
-            store.put(0, side.name, k, embedder.batch(numbers))
-    del embedder
+        embed(side.adapter, side.source, rows, groups, store, (side.name,), device, dtype)
     calls = Calls(reference.adapter, device, dtype)
     changed_routes = {}
     for index in range(reference.adapter.n_blocks):

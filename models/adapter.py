@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..core.tensors import Index, TensorSource
+from ..core.tensors import TORCH_DTYPES, Index, TensorSource
 
 
 class Role(StrEnum):
@@ -186,3 +186,8 @@ def read(adapter: Adapter, source: TensorSource, name: str) -> torch.Tensor:
     where = adapter.locate(name, source.names)
     tensor = source.get(where.tensor, where.index)
     return tensor.T.contiguous() if where.transposed else tensor
+
+
+def stored_dtype(adapter: Adapter, source: TensorSource, name: str) -> torch.dtype:
+    """What the checkpoint keeps the canonical tensor `name` in."""
+    return TORCH_DTYPES[source.info(adapter.locate(name, source.names).tensor).dtype]

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.rows import Row
-from ..core.tensors import TORCH_DTYPES, TensorSource
-from .adapter import Adapter, Half, Site, read
+from ..core.rows import Row, RowStore
+from ..core.tensors import TensorSource
+from .adapter import Adapter, Half, Site, read, stored_dtype
 from .experts import RoutedExperts
 from .meta import materialize_buffers
 
@@ -82,7 +82,7 @@ def weight_view(adapter: Adapter, block: nn.Module, index: int, module_name: str
 def _narrower(adapter: Adapter, source: TensorSource, index: int, dtype: torch.dtype) -> torch.dtype:
     """The dtype that the block's experts are stored in, or `dtype` if that is no wider."""
     name = next(name for _, name, _, _ in adapter.modules(index) if ".experts." in name)
-    stored = TORCH_DTYPES[source.info(adapter.locate(f"{name}.weight", source.names).tensor).dtype]
+    stored = stored_dtype(adapter, source, f"{name}.weight")
     return stored if stored.itemsize < dtype.itemsize else dtype
 
 
@@ -203,6 +203,24 @@ class Embedder:
                 assert int(mask.sum()) == len(self.features[number]), "one feature row for each image placeholder"
                 hidden[i, mask.to(self.device)] = self.features[number].to(self.device, self.dtype)
         return hidden
+
+
+def embed(
+    adapter: Adapter,
+    source: TensorSource,
+    rows: list[Row],
+    groups: list[list[int]],
+    store: RowStore,
+    streams: tuple[str, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Put what enters block 0 into the store, for each of the streams."""
+    embedder = Embedder(adapter, source, rows, device, dtype)
+    for k, numbers in enumerate(groups):
+        hidden = embedder.batch(numbers)
+        for stream in streams:
+            store.put(0, stream, k, hidden)
 
 
 def final_norm(adapter: Adapter, source: TensorSource, device: torch.device, dtype: torch.dtype) -> nn.Module:

@@ -18,6 +18,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from process import high_water
+
 
 @dataclass(frozen=True)
 class Job:
@@ -157,11 +159,6 @@ def _write_dense(job: Job, dense: dict[str, Any]) -> None:
     save_file(out, job.folder / "dense" / "model.safetensors")
 
 
-def peak_rss_bytes() -> int:
-    # Not ru_maxrss, into which Linux counts the peak of the process that started this one.
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore[index]
-
-
 def versions(packages: tuple[str, ...]) -> dict[str, str]:
     found = {}
     for name in packages:
@@ -186,6 +183,6 @@ def run(quantize: Callable[[Job], None], dense: Callable[[Job], dict[str, Any]],
         traceback.print_exc()
         facts["error"] = f"{type(error).__name__}: {error}"
         code = 1
-    facts["peak_rss_bytes"] = peak_rss_bytes()
+    facts["peak_rss_bytes"] = high_water("self")
     (job.folder / f"{phase}.json").write_text(json.dumps(facts, indent=1))
     sys.exit(code)

@@ -100,5 +100,4 @@ def kl(model: Path, dense: Path, rows: list[Row]) -> dict[str, Any]:
         twin = twin_walk(
             *sides, rows, BATCH_TOKENS, Activations(Path(scratch)), torch.device("cpu"), torch.float32, Quiet()
         )
-    shares = list(twin.changed_routes.values())
-    return asdict(summarize(twin.tokens)) | {"changed_routes": sum(shares) / len(shares)}
+    return asdict(summarize(twin.tokens)) | {"changed_routes": twin.mean_changed_routes}

@@ -43,7 +43,8 @@ def _tree(pid: int) -> list[int]:
     return found
 
 
-def _high_water(pid: int) -> int:
+def high_water(pid: int | str) -> int:
+    """VmHWM in bytes; 0 when the process is gone. Not ru_maxrss, into which Linux counts its parent's peak."""
     try:
         found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
     except OSError:
@@ -63,7 +64,7 @@ def measure(command: list[str], env: dict[str, str], log: Path, timeout_seconds:
         def watch() -> None:
             nonlocal peak
             while not over.wait(POLL_SECONDS):
-                peak = max([peak, *map(_high_water, _tree(process.pid))])
+                peak = max([peak, *map(high_water, _tree(process.pid))])
 
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
