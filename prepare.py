@@ -7,6 +7,7 @@ that starts can finish.
 import re
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from .models.families import load_adapter, read_config
 from .planner.assign import assign
 from .planner.cost import Work
 from .planner.plan import Plan, make_plan
-from .quantize.site import Method, working_bytes
+from .quantize.site import Method, matrix_flops, working_bytes
 from .recipe import Recipe, matches
 from .report.card import size
 
@@ -189,7 +190,7 @@ def method_of(recipe: Recipe) -> Method:
         recipe.damping,
         recipe.activation_order,
         recipe.refine_rounds,
-        recipe.scale_trials,
+        recipe.restarts,
         recipe.output_blocks,
     )
 
@@ -199,12 +200,11 @@ def work_of(recipe: Recipe) -> Work:
     rows = min(recipe.sensitivity_rows, recipe.calibration_rows) if method.output_metric else 0
     return Work(
         method.needs_statistics,
-        method.refine_rounds,
-        len(method.scale_trials),
         recipe.sequential == "sites",
         method.output_metric,
         rows * recipe.calibration_row_tokens,
-        working_bytes,
+        partial(working_bytes, method=method),
+        partial(matrix_flops, method=method),
     )
 
 

@@ -9,7 +9,7 @@ import json
 from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
@@ -33,7 +33,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "refine_rounds": 2,
         "output_blocks": 16,
         "sensitivity_rows": 256,
-        "scale_trials": (1.0, 0.88, 0.94, 0.97, 1.03, 1.06, 1.12),
+        "restarts": 8,
     },
 }
 
@@ -108,8 +108,8 @@ class Recipe(BaseModel):
     # tau = shrinkage * inputs rows of the layer's pooled moment join each expert's own: calibration/moments.py
     shrinkage: float = Field(default=0.1, gt=0)
     refine_rounds: int = Field(default=2, ge=0)  # after GPTQ: scales refitted and codes swept, this many times
-    # GPTQ is run once for each of these multiples of the searched scales; every row keeps its best.
-    scale_trials: tuple[Annotated[float, Field(gt=0, le=4)], ...] = Field(default=(1.0,), min_length=1)
+    # So many tries at each stretch of columns, every row keeping its best, twice over: quantize/restarts.py
+    restarts: int = Field(default=0, ge=0, le=64)
     # What errors of outputs cost is taken into account between this many blocks of rows (quantize/metric.py); 0: not.
     output_blocks: int = Field(default=8, ge=0)
     # Of so many calibration rows (calibration/sensitivity.py), each of which lies on disk for every block meanwhile.

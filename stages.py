@@ -205,7 +205,7 @@ def _quantize_site(
     stored = stored_dtype(job.adapter, job.source, f"{site.members[0][0]}.weight")
     outputs = sum(site.out_features)
     measured = bool(job.metrics) and moments is not None
-    for cut in cuts(len(site.members), outputs, site.in_features, job.budget_bytes, measured):
+    for cut in cuts(len(site.members), outputs, site.in_features, job.budget_bytes, job.method, measured):
         members = site.members[cut]
         # A block computed with in bf16 has rounded what was stored wider.
         exact = block if job.dtype == torch.float32 or stored == torch.bfloat16 else None

@@ -27,7 +27,7 @@ PLAIN: dict[str, Any] = {
     "activation_order": False,
     "scale_search": False,
     "signed_scales": False,
-    "scale_trials": (1.0,),
+    "restarts": 0,
     "refine_rounds": 0,
     "reference_correction": False,
     "aim_kept": False,

@@ -35,16 +35,15 @@ class Cost:
 
 @dataclass(frozen=True)
 class Work:
-    """What of the method costs time and memory: none of it for round-to-nearest. `matrix_bytes`: (outputs, inputs,
-    whether with an output metric) -> what quantizing one matrix holds."""
+    """What of the method costs time and memory: none of it for round-to-nearest. `matrix_bytes`, `matrix_flops`:
+    (outputs, inputs, whether with an output metric) -> what quantizing one matrix holds, and takes."""
 
     statistics: bool
-    refine_rounds: int
-    trials: int
     one_by_one: bool  # statistics for every stage of a half, or once for each half
     output_metric: bool
     sensitivity_tokens: int
     matrix_bytes: Callable[[int, int, bool], int]
+    matrix_flops: Callable[[int, int, bool], float]
 
 
 def measure_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -78,9 +77,7 @@ def estimate(
     forward:    2 x outputs x inputs a row; an expert site sees tokens x top-k rows in all
     statistics: 2 x inputs^2 a row for each of the two second moments; slopes of gates and ups: 2 x outputs^2 and once
                 more the forward
-    GPTQ:       2 x outputs x inputs^2 a matrix for the column updates and as much for each round of refinement, for
-                every trial scale; 3 x inputs^3 for the factors; with output metrics outputs^2 x inputs and
-                3 x outputs^3
+    GPTQ:       quantize/site.matrix_flops
     The calibration rows of the quantized stream go through the attention half once, and through the feed-forward half
     once for every stage and once more; those of the reference stream once, and in the feed-forward half once more for
     every later stage that reads inner inputs. The rows that metrics
@@ -108,8 +105,7 @@ def estimate(
                 statistics += (4.0 * inputs**2 + 2.0 * slopes**2 + 2.0 * slopes * inputs) * share
                 miss = outputs if site.adds_to_residual else inputs
                 moments[stage] = moments.get(stage, 0) + 4 * count * (inputs**2 + miss * inputs + slopes**2)
-                solve += count * (2.0 * work.trials * (1 + work.refine_rounds) * outputs * inputs**2 + 3.0 * inputs**3)
-                solve += count * measured * (outputs**2 * inputs + 3.0 * outputs**3)
+                solve += count * work.matrix_flops(outputs, inputs, measured)
                 matrix_bytes = max(matrix_bytes, work.matrix_bytes(outputs, inputs, measured))
                 if not site.adds_to_residual:
                     inner.add(stage)

@@ -116,18 +116,20 @@ def gptq(
     for begin in range(0, inputs, BLOCK_COLUMNS):
         end = min(begin + BLOCK_COLUMNS, inputs)
         errors = torch.empty(batch, end - begin, outputs, dtype=wt.dtype, device=wt.device)
-        block = wt[:, begin:end]
+        # Column by column what the block's earlier ones cost this one: to spread each error over the rest of the block
+        # at once writes as much as this reads.
+        feedback = upper[:, begin:end, begin:end].transpose(1, 2).contiguous()
         for j in range(end - begin):
             column = begin + j
-            w_BO = block[:, j]
+            w_BO = wt[:, column]
+            if j:
+                w_BO = torch.baddbmm(w_BO[:, None], feedback[:, j, None, :j], errors[:, :j], alpha=-1)[:, 0]
             scale = scale_BGO[each, group_BI[:, column]]
             zero = None if zero_BGO is None else zero_BGO[each, group_BI[:, column]]
             codes = round_codes(w_BO, scale, zero, scheme)
             codes_t[:, column] = codes.to(torch.int8)
             value = (codes if zero is None else codes - zero) * scale
             errors[:, j] = (w_BO - value) / upper[:, column, column, None]
-            if j + 1 < end - begin:
-                block[:, j + 1 :].baddbmm_(upper[:, column, column + 1 : end, None], errors[:, j, None, :], alpha=-1)
         if end < inputs:
             wt[:, end:].baddbmm_(upper[:, begin:end, end:].transpose(1, 2), errors, alpha=-1)
     codes_BOI = torch.empty(w_BOI.shape, dtype=torch.int8, device=w_BOI.device)

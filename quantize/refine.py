@@ -61,19 +61,20 @@ def _sweep(
     inputs, group = codes_t.shape[1], weight.scheme.group_size
     for begin in range(0, inputs, BLOCK_COLUMNS):
         end = min(begin + BLOCK_COLUMNS, inputs)
-        local = gradient_t[:, begin:end].clone()
-        moves = torch.zeros_like(local)
+        moves = torch.empty_like(gradient_t[:, begin:end])
         for j in range(end - begin):
             column = begin + j
             scale = scale_BGO[:, column // group]
             zero = None if zero_BGO is None else zero_BGO[:, column // group]
             old = codes_t[:, column]
             value = (old if zero is None else old - zero) * scale
-            best = value + local[:, j] / moment_BII[:, column, column, None]
+            slope = gradient_t[:, column]
+            if j:
+                past = moment_BII[:, column, None, begin:column]
+                slope = torch.baddbmm(slope[:, None], past, moves[:, :j], alpha=-1)[:, 0]
+            best = value + slope / moment_BII[:, column, column, None]
             new = round_codes(best, scale, zero, weight.scheme)
             move = (new - old) * scale
             codes_t[:, column] = new
             moves[:, j] = move
-            if j + 1 < end - begin:
-                local[:, j + 1 :].baddbmm_(moment_BII[:, column, begin + j + 1 : end, None], move[:, None], alpha=-1)
         gradient_t.baddbmm_(moment_BII[:, :, begin:end], moves, alpha=-1)

@@ -9,16 +9,18 @@ from dataclasses import dataclass
 import torch
 
 from ..core.scheme import QuantizedWeight, Scheme
-from .gptq import Prepared, gptq, prepare, zero_int
+from .gptq import BLOCK_COLUMNS, Prepared, gptq, prepare
 from .grid import absmax_scales, round_to_nearest, searched_scales
 from .metric import quantize_by_row_blocks
 from .refine import refine
+from .restarts import PASSES, Stretch, prepare_restarts, restarted
 
 
 @dataclass(frozen=True)
 class Method:
     """How codes are found. `name` is 'rtn' (no statistics needed) or 'gptq'. `output_blocks`: into how many blocks of
-    rows an output metric cuts a matrix; 0 means that every output counts alike."""
+    rows an output metric cuts a matrix; 0 means that every output counts alike. `restarts`: tries at each stretch of
+    columns (quantize/restarts.py)."""
 
     name: str
     scale_search: bool = True
@@ -26,7 +28,7 @@ class Method:
     damping: float = 0.01
     activation_order: bool = True
     refine_rounds: int = 0
-    scale_trials: tuple[float, ...] = (1.0,)
+    restarts: int = 0
     output_blocks: int = 0
 
     @property
@@ -58,51 +60,54 @@ def relative_output_error(w_BOI: torch.Tensor, q_BOI: torch.Tensor, moment_BII: 
     return (energy(w_BOI - q_BOI) / energy(w_BOI).clamp_min(1e-30)).tolist()
 
 
-def working_bytes(outputs: int, inputs: int, metric: bool) -> int:
-    """What quantizing one matrix holds: about five fp32 weights and four moments, and four output metrics if used."""
-    return 4 * (5 * outputs * inputs + 4 * inputs * inputs + 4 * outputs * outputs * metric)
+def working_bytes(outputs: int, inputs: int, metric: bool, method: Method) -> int:
+    """What quantizing one matrix holds: about five fp32 weights and four moments, four output metrics if used, and for
+    each restart the factors of every stretch and eight times a stretch of the rows that are quantized at once."""
+    rows = -(-outputs // method.output_blocks) if metric and method.output_blocks else outputs
+    stretch = min(inputs, BLOCK_COLUMNS)
+    restarts = method.restarts * stretch * (PASSES * 3 * inputs + 8 * rows)
+    return 4 * (5 * outputs * inputs + 4 * inputs * inputs + 4 * outputs * outputs * metric + restarts)
 
 
-def cuts(batch: int, outputs: int, inputs: int, budget_bytes: int, metric: bool = False) -> Iterator[slice]:
+def matrix_flops(outputs: int, inputs: int, metric: bool, method: Method) -> float:
+    """2 x outputs x inputs^2 for the column updates and as much for each round of refinement, 3 x inputs^3 for the
+    factors; with an output metric outputs^2 x inputs and 3 x outputs^3; each pass of restarts twice the column updates
+    for what a stretch changes elsewhere, and every try its stretch's own updates and factors."""
+    sweeps, stretch = 1 + method.refine_rounds, min(inputs, BLOCK_COLUMNS)
+    flops = 2.0 * sweeps * outputs * inputs**2 + 3.0 * inputs**3 + metric * (outputs**2 * inputs + 3.0 * outputs**3)
+    tries = method.restarts * (2.0 * sweeps * outputs * inputs * stretch + 3.0 * inputs * stretch**2)
+    return flops + PASSES * (tries + 4.0 * outputs * inputs**2 * (method.restarts > 0))
+
+
+def cuts(
+    batch: int, outputs: int, inputs: int, budget_bytes: int, method: Method, metric: bool = False
+) -> Iterator[slice]:
     """Slices of the batch whose working set fits the budget."""
-    step = max(1, budget_bytes // working_bytes(outputs, inputs, metric))
+    step = max(1, budget_bytes // working_bytes(outputs, inputs, metric, method))
     for start in range(0, batch, step):
         yield slice(start, min(start + step, batch))
 
 
 def _codes(
-    w_BOI: torch.Tensor, prepared: Prepared, scheme: Scheme, method: Method, scale_dtype: torch.dtype
+    w_BOI: torch.Tensor,
+    prepared: Prepared,
+    restarts: list[list[Stretch]],
+    scheme: Scheme,
+    method: Method,
+    scale_dtype: torch.dtype,
 ) -> QuantizedWeight:
-    """GPTQ and refinement once for each multiple of the scales; every row keeps the trial that leaves it least error.
-
-    Rows are independent under the objective, and the search by the diagonal alone does not know how well GPTQ will make
-    up for a scale: the objective itself decides between a few.
-    """
-    objective = prepared.objective
+    """GPTQ, refinement, and restarts with a round of refinement after each pass."""
     if method.scale_search:
         scale, zero = searched_scales(w_BOI, prepared.importance, scheme, scale_dtype, method.signed_scales)
     else:
         scale, zero = absmax_scales(w_BOI, scheme, scale_dtype)
-    best: QuantizedWeight | None = None
-    least_BO = torch.empty(0)
-    for multiple in method.scale_trials:
-        tried = (scale.float() * multiple).to(scale.dtype)
-        weight = gptq(w_BOI, prepared, tried, zero, scheme)
-        if method.refine_rounds:
-            weight = refine(weight, w_BOI, objective, method.refine_rounds)
-        if len(method.scale_trials) == 1:
-            return weight
-        e_BOI = w_BOI - weight.dequantize(w_BOI.dtype)
-        error_BO = (torch.bmm(e_BOI, objective) * e_BOI).sum(-1)
-        if best is None:
-            best, least_BO = weight, error_BO
-            continue
-        better = (error_BO < least_BO).unsqueeze(-1)
-        least_BO = torch.minimum(error_BO, least_BO)
-        codes = torch.where(better, weight.codes, best.codes)
-        best = QuantizedWeight(codes, torch.where(better, weight.scales, best.scales), zero_int(zero), scheme)
-    assert best is not None
-    return best
+    weight = gptq(w_BOI, prepared, scale, zero, scheme)
+    if method.refine_rounds:
+        weight = refine(weight, w_BOI, prepared.objective, method.refine_rounds)
+    for stretches in restarts:
+        weight = restarted(weight, w_BOI, prepared.objective, stretches, method.refine_rounds)
+        weight = refine(weight, w_BOI, prepared.objective, 1)
+    return weight
 
 
 def quantize_batch(
@@ -119,9 +124,10 @@ def quantize_batch(
     if method.needs_statistics:
         assert moment_BII is not None
         prepared = prepare(moment_BII, method.damping, method.activation_order)
+        restarts = prepare_restarts(prepared.objective, scheme.group_size, method.restarts)
 
         def quantize_rows(rows_BRI: torch.Tensor) -> QuantizedWeight:
-            return _codes(rows_BRI, prepared, scheme, method, scale_dtype)
+            return _codes(rows_BRI, prepared, restarts, scheme, method, scale_dtype)
 
         if metric_BOO is not None and method.output_metric:
             weight = quantize_by_row_blocks(w_BOI, metric_BOO, method.output_blocks, quantize_rows)

@@ -26,8 +26,7 @@ Check = Callable[..., str]
     [
         ({"colour": "red", "grupsize": 32}, ["colour: unknown key", "grupsize: unknown key", "group_size"]),
         ({"bits": 3, "method": "magic"}, ["bits", "method"]),
-        ({"scale_trials": []}, ["scale_trials"]),
-        ({"scale_trials": [1.0, 0.0]}, ["scale_trials"]),
+        ({"restarts": -1}, ["restarts"]),
         ({"name": "red \x1b[31m"}, ["control characters"]),
         ({"keep_modules": ["*"]}, ["keeps every module"]),
         ({"group_size": 12}, ["group_size", "12"]),

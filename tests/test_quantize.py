@@ -24,7 +24,7 @@ from onecard.quantize.grid import (
     round_to_nearest,
     searched_scales,
 )
-from onecard.quantize.site import Method, cuts, quantize_batch, relative_output_error
+from onecard.quantize.site import Method, cuts, quantize_batch, relative_output_error, working_bytes
 
 SCHEMES = [Scheme(bits, 32, symmetric) for bits in (4, 8) for symmetric in (True, False)]
 NAMES = [f"{s.bits} bits, {'symmetric' if s.symmetric else 'asymmetric'}" for s in SCHEMES]
@@ -173,7 +173,7 @@ METHODS = {
     "absmax scales": Method("gptq", scale_search=False),
     "searched scales": Method("gptq"),
     "refined": Method("gptq", refine_rounds=2),
-    "refined, several scales": Method("gptq", refine_rounds=1, scale_trials=(0.9, 1.0, 1.1)),
+    "refined, restarted": Method("gptq", refine_rounds=1, restarts=3),
 }
 methods = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
@@ -310,7 +310,7 @@ def test_an_expert_that_saw_no_token_keeps_sound_weights(shrinkage: float, metho
 
 @given(st.integers(1, 40), st.integers(1, 300), st.integers(1, 300), st.integers(1, 10**8))
 def test_cuts_cover_the_batch_in_order_within_the_budget(batch: int, outputs: int, inputs: int, budget: int) -> None:
-    parts = list(cuts(batch, outputs, inputs, budget))
+    parts = list(cuts(batch, outputs, inputs, budget, Method("gptq")))
     assert [b for part in parts for b in range(batch)[part]] == list(range(batch))
     one = 4 * (5 * outputs * inputs + 4 * inputs * inputs)
     for part in parts:
@@ -324,8 +324,9 @@ def test_cutting_the_batch_by_a_budget_changes_no_code(scheme: Scheme, method: M
     w, moment = (t.float() for t in correlated(7, 300, 160, seed=13))
     whole = quantize_batch(w, moment, scheme, method, torch.bfloat16)
     for step in (1, 2, 3):
-        budget = step * 4 * (5 * 12 * 160 + 4 * 160 * 160)
-        parts = [quantize_batch(w[c], moment[c], scheme, method, torch.bfloat16) for c in cuts(7, 12, 160, budget)]
+        budget = step * working_bytes(12, 160, False, method)
+        slices = cuts(7, 12, 160, budget, method)
+        parts = [quantize_batch(w[c], moment[c], scheme, method, torch.bfloat16) for c in slices]
         assert len(parts) == -(-7 // step)
         assert torch.equal(torch.cat([p.weight.codes for p in parts]), whole.weight.codes)
         assert torch.equal(torch.cat([p.weight.scales for p in parts]), whole.weight.scales)

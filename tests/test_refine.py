@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from onecard.calibration.moments import SiteMoments
 from onecard.core.scheme import QuantizedWeight, Scheme
 from onecard.quantize.correction import corrected
-from onecard.quantize.gptq import prepare
+from onecard.quantize.gptq import Prepared, factor, gptq, prepare
 from onecard.quantize.grid import absmax_scales, round_to_nearest
 from onecard.quantize.refine import refine
+from onecard.quantize.restarts import prepare_restarts, restarted
 from onecard.quantize.site import Method, quantize_batch
 
 
@@ -25,10 +26,15 @@ def problem(seed: int, batch: int = 2, outputs: int = 6, inputs: int = 64) -> tu
     return w, prepare(x.transpose(1, 2) @ x / x.shape[1], 0.01).objective
 
 
-def objective(weight: QuantizedWeight, w: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
-    """tr(E S E^T) of each matrix, row by row."""
+def rows_objective(weight: QuantizedWeight, w: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+    """The diagonal of E S E^T: what each row contributes [B, O]."""
     e = w - weight.dequantize(torch.float64)
-    return torch.stack([sum((row @ moment[b] @ row for row in e[b]), torch.zeros(())) for b in range(len(w))])
+    return torch.stack([torch.stack([row @ moment[b] @ row for row in e[b]]) for b in range(len(w))])
+
+
+def objective(weight: QuantizedWeight, w: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+    """tr(E S E^T) of each matrix."""
+    return rows_objective(weight, w, moment).sum(1)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -44,6 +50,45 @@ def test_no_round_ever_raises_the_objective(bits: int, symmetric: bool, seed: in
     for before, after in pairwise(values):
         assert (after <= before * (1 + 1e-12)).all()
     assert (values[3] < values[0]).all(), "round-to-nearest is never a minimum for correlated inputs"
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 160])
+@pytest.mark.parametrize("symmetric", [True, False])
+@given(seed=st.integers(0, 10_000))
+@settings(max_examples=5, deadline=None)
+def test_no_restart_ever_raises_a_rows_error(symmetric: bool, group_size: int, seed: int) -> None:
+    """Three hundred and twenty columns: several stretches, the last of them short."""
+    w, moment = problem(seed, inputs=320)
+    scheme = Scheme(4, group_size, symmetric)
+    start = round_to_nearest(w, *absmax_scales(w, scheme, torch.bfloat16), scheme)
+    refined = refine(start, w, moment, 6)
+    passes = prepare_restarts(moment, group_size, 4)
+    values, weight = [rows_objective(refined, w, moment)], refined
+    for stretches in passes:
+        assert [s.columns.start for s in stretches][1:] == [s.columns.stop for s in stretches][:-1]
+        assert (stretches[0].columns.start, stretches[-1].columns.stop) == (0, 320)
+        weight = restarted(weight, w, moment, stretches, 2)
+        values.append(rows_objective(weight, w, moment))
+    for before, after in pairwise(values):
+        assert (after <= before * (1 + 1e-9)).all()
+    assert values[-1].sum() < values[0].sum(), "no try was better than what refinement had come to rest at"
+
+
+def test_each_row_of_a_stretch_keeps_its_best_try() -> None:
+    """One stretch, so that T is W: the tries made one by one, and of each row the least."""
+    w, moment = problem(5, inputs=64)
+    scheme = Scheme(4, 32, True)
+    start = refine(round_to_nearest(w, *absmax_scales(w, scheme, torch.bfloat16), scheme), w, moment, 1)
+    (stretch,) = prepare_restarts(moment, 32, 5)[0]
+    kept = rows_objective(restarted(start, w, moment, [stretch], 1), w, moment)
+    least = rows_objective(start, w, moment)
+    orders = stretch.tries.order_BI.view(5, 2, 64)
+    assert len({tuple(order.tolist()) for order in orders[:, 0]}) == 5
+    for k in range(5):
+        factored = factor(torch.stack([moment[b][orders[k, b]][:, orders[k, b]] for b in range(2)]), 1e-6)
+        tried = gptq(w, Prepared(orders[k], factored, moment), start.scales, None, scheme)
+        least = torch.minimum(least, rows_objective(refine(tried, w, moment, 1), w, moment))
+    torch.testing.assert_close(kept, least, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

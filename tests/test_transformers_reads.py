@@ -37,7 +37,7 @@ RUNS = {
         "method": "best",
         "quantize_roles": ("expert", "shared_expert", "mlp", "attention"),
         "output_blocks": 2,
-        "scale_trials": (1.0, 0.94),
+        "restarts": 2,
     },
     "rtn-8-asymmetric": {"method": "rtn", "bits": 8, "symmetric": False},
 }
