@@ -209,10 +209,10 @@ def work_of(recipe: Recipe) -> Work:
 
 
 def site_budget(device: torch.device) -> int:
-    """Working memory for one cut of a site: 1 GB of RAM, or an eighth of the card."""
+    """Working memory for one cut of a site: 256 MB of RAM, or an eighth of the card."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory // 8
-    return 1_000_000_000
+    return 256_000_000
 
 
 def work_folder(out: Path, work: Path | None) -> Path:

@@ -144,7 +144,7 @@ class Recipe(BaseModel):
     evaluation_row_tokens: int = Field(default=2048, ge=2)
 
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on a CPU, bfloat16 on a GPU
-    batch_tokens: int = Field(default=16384, ge=1)
+    batch_tokens: int = Field(default=8192, ge=1)
     max_shard_bytes: int = Field(default=5_000_000_000, ge=1_000)
 
     @model_validator(mode="before")
