@@ -106,7 +106,7 @@ class Recipe(BaseModel):
     activation_order: bool = True
     damping: float = Field(default=0.01, gt=0, le=1)
     # tau = shrinkage * inputs rows of the layer's pooled moment join each expert's own: calibration/moments.py
-    shrinkage: float = Field(default=0.1, gt=0)
+    shrinkage: float = Field(default=0.3, gt=0)
     refine_rounds: int = Field(default=2, ge=0)  # after GPTQ: scales refitted and codes swept, this many times
     # So many tries at each stretch of columns, every row keeping its best, twice over: quantize/restarts.py
     restarts: int = Field(default=0, ge=0, le=64)
