@@ -1,10 +1,17 @@
-"""What balancing is worth: the embedded model with one expert in sixteen starved, with and without a pool.
+"""Starved experts: what every expert's output is worth beside round-to-nearest, and what balancing is worth.
 
-    python benchmarks/coverage.py [--seeds 3] [--rows 64]
+    python benchmarks/coverage.py [--seeds 3] [--rows 64] [--only balanced]
 
 A copy of the embedded model gets its routers bent: in every block one expert's logits are lowered until it gets
 under 0.1 % of the calibration tokens. All runs calibrate on the same number of rows; one takes the first of the pool's,
-the others choose among all of them. Held-out tokens are the evaluation texts'. Prints a line a run and a summary.
+the others choose among all of them. Held-out tokens are the evaluation texts' own. For every expert of every block, on
+the held-out tokens that the original sends to it, and relative to round-to-nearest:
+
+- alone: the squared error of the expert's output, both given what the original's reads. A corrected expert leaves its
+  own output on purpose, to make good what came before it; this measure is for runs without reference correction;
+- in the model: the squared error of what leaves the block, relative to the row, each model on its own stream.
+
+Prints a line a run with the worst ratio of the starved experts and of all, and a summary.
 """
 
 import argparse
@@ -22,14 +29,12 @@ from safetensors.torch import load_file, save_file
 
 from onecard.calibration.sources import read_jsonl
 from onecard.calibration.tokens import Encoder
-from onecard.checkpoint.packed import open_packed
-from onecard.checkpoint.source import open_folder
 from onecard.core.rows import Row, batches
-from onecard.models.adapter import Adapter, Site, read
-from onecard.models.walk import Calls, Embedder, load_block, observed, run_block
+from onecard.models.adapter import Adapter, Role, Site, read
+from onecard.models.walk import Calls, Embedder, expert_stacks, load_block, observed, run_block
 from onecard.pipeline import quantize
 from onecard.prepare import demo_folder, open_model
-from onecard.recipe import load_recipe
+from onecard.recipe import Recipe
 
 SHARE = 0.0008  # of the tokens; the issue asks for under 0.1 %
 TARGETS = (15, 2, 8, 10)  # the expert of each block; the model's own least ones, so that the bend is small
@@ -100,25 +105,22 @@ def _bias_direction(x_TH: torch.Tensor) -> torch.Tensor:
     return v_H
 
 
-def own_rows(folder: Path) -> dict[int, torch.Tensor]:
-    """What each target expert reads of the held-out tokens."""
+def own_rows(folder: Path, rows: list[Row]) -> dict[tuple[int, int], torch.Tensor]:
+    """(block, expert) -> what it reads of the held-out tokens."""
     model = open_model(str(folder))
-    adapter, rows = model.adapter, rows_of(folder, "evaluation", 256)
-    groups, found = batches(rows, 16384), dict[int, list[torch.Tensor]]()
+    adapter, groups, found = model.adapter, batches(rows, 16384), dict[tuple[int, int], list[torch.Tensor]]()
     embedder, calls = Embedder(adapter, model.source, rows, CPU, torch.float32), Calls(adapter, CPU, torch.float32)
     hidden = [embedder.batch(group) for group in groups]
-    for index, target in enumerate(TARGETS):
+    for index in range(adapter.n_blocks):
         block = load_block(adapter, model.source, index, CPU, torch.float32)
 
-        def observe(
-            site: Site, expert: int, _: torch.Tensor, x: torch.Tensor, index: int = index, target: int = target
-        ) -> None:
-            if ".experts." in site.key and site.feeds and expert == target:
-                found.setdefault(index, []).append(x.clone())
+        def observe(site: Site, expert: int, _: torch.Tensor, x: torch.Tensor, index: int = index) -> None:
+            if site.role is Role.EXPERT and site.feeds:
+                found.setdefault((index, expert), []).append(x.clone())
 
         with observed(adapter, block, index, observe):
             hidden = [run_block(block, h, calls.of(h.shape[1])[index]) for h in hidden]
-    return {index: torch.cat(parts) for index, parts in found.items()}
+    return {place: torch.cat(parts) for place, parts in found.items()}
 
 
 def expert(adapter: Adapter, source: Any, block: int, number: int, x_RH: torch.Tensor) -> torch.Tensor:
@@ -127,59 +129,104 @@ def expert(adapter: Adapter, source: Any, block: int, number: int, x_RH: torch.T
     return F.linear(F.silu(F.linear(x_RH, gate)) * F.linear(x_RH, up), down)
 
 
-def errors(folder: Path, out: Path, own: dict[int, torch.Tensor]) -> list[float]:
-    """Each target expert's squared output error on its own held-out tokens, over the output's square."""
-    model = open_model(str(folder))
-    packed = open_packed(open_folder(out), json.loads((out / "config.json").read_text())["quantization_config"])
-    found = []
-    for block, x_RH in own.items():
-        exact = expert(model.adapter, model.source, block, TARGETS[block], x_RH)
-        quantized = expert(model.adapter, packed, block, TARGETS[block], x_RH)
-        found.append(float((quantized - exact).square().sum() / exact.square().sum()))
+def alone(folder: Path, out: Path, own: dict[tuple[int, int], torch.Tensor]) -> dict[tuple[int, int], float]:
+    """Each expert's squared output error on its own held-out tokens, over the output's square."""
+    model, quantized = open_model(str(folder)), open_model(str(out))
+    found = {}
+    for place, x_RH in own.items():
+        exact = expert(model.adapter, model.source, *place, x_RH)
+        found[place] = float((expert(model.adapter, quantized.source, *place, x_RH) - exact).square().sum())
+        found[place] /= float(exact.square().sum())
     return found
 
 
+def in_model(folder: Path, out: Path, rows: list[Row]) -> dict[tuple[int, int], float]:
+    """The squared error of what leaves each block over the row's square, mean over the tokens of each expert."""
+    sides = [open_model(str(folder)), open_model(str(out))]
+    groups, calls = batches(rows, 16384), Calls(sides[0].adapter, CPU, torch.float32)
+    embedders = [Embedder(side.adapter, side.source, rows, CPU, torch.float32) for side in sides]
+    streams = [[embedder.batch(group) for group in groups] for embedder in embedders]
+    experts = sides[0].adapter.n_experts
+    found = {}
+    for index in range(sides[0].adapter.n_blocks):
+        blocks = [load_block(side.adapter, side.source, index, CPU, torch.float32) for side in sides]
+        error_E, count_E = torch.zeros(experts), torch.zeros(experts)
+        for k in range(len(groups)):
+            for stream, block in zip(streams, blocks, strict=True):
+                stream[k] = run_block(block, stream[k], calls.of(stream[k].shape[1])[index])
+            stacks = expert_stacks(blocks[0])
+            assert stacks is not None
+            exact, miss = streams[0][k].flatten(0, 1), (streams[1][k] - streams[0][k]).flatten(0, 1)
+            relative_T = miss.square().sum(-1) / exact.square().sum(-1)
+            for routes_T in stacks.routes_TK.T:
+                error_E.index_add_(0, routes_T, relative_T)
+                count_E.index_add_(0, routes_T, torch.ones_like(relative_T))
+        found |= {(index, e): float(error_E[e] / count_E[e]) for e in range(experts) if count_E[e]}
+    return found
+
+
+def worst(errors: dict[tuple[int, int], float], base: dict[tuple[int, int], float]) -> tuple[float, float]:
+    """The greatest ratio to `base`: of the starved experts, and of all."""
+    ratios = {place: errors[place] / base[place] for place in errors}
+    return max(ratios[place] for place in enumerate(TARGETS) if place in ratios), max(ratios.values())
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "fast": {"method": "fast"},
+    "balanced": {"method": "balanced"},
+    "balanced, no reference correction": {"method": "balanced", "reference_correction": False},
+    "balanced, no correction, no output metric": {
+        "method": "balanced", "reference_correction": False, "output_blocks": 0,
+    },
+    "pool 4, half random": {"method": "balanced", "calibration_pool": 4.0},
+    "pool 4, none random": {"method": "balanced", "calibration_pool": 4.0, "calibration_random_share": 0.0},
+}  # fmt: skip
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--only", action="append", help="settings whose name begins so")
     options = parser.parse_args()
     results: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory(prefix="onecard-coverage-") as name:
-        folder = Path(name) / "bent"
+        folder, out = Path(name) / "bent", Path(name) / "out"
         bend(folder)
-        own = own_rows(folder)
+        held_out = rows_of(folder, "evaluation", 256)
+        own = own_rows(folder, held_out)
         texts = {which: plain_texts(Path(name), which) for which in ("calibration", "evaluation")}
-        print(f"held-out tokens of the starved experts: {', '.join(str(len(x)) for x in own.values())}", flush=True)
-        base = load_recipe("demo").model_copy(update={
-            "calibration_rows": options.rows, "calibration_row_tokens": 256, "evaluation_rows": 64,
-            "evaluation_row_tokens": 256, "warn_below_expert_rows": 256, "refine_rounds": 1, "output_blocks": 0,
-        })  # fmt: skip
-        settings = {
-            "round-to-nearest": {"method": "rtn"},
-            "drawn": {},
-            "pool 4, half random": {"calibration_pool": 4.0},
-            "pool 4, none random": {"calibration_pool": 4.0, "calibration_random_share": 0.0},
-        }
+        starved = ", ".join(str(len(own.get(place, ()))) for place in enumerate(TARGETS))
+        print(f"held-out tokens of the starved experts: {starved}", flush=True)
+        common = {
+            "name": "coverage", "description": "benchmark", "calibration_rows": options.rows,
+            "calibration_row_tokens": 256, "evaluation_rows": 64, "evaluation_row_tokens": 256,
+        }  # fmt: skip
+
+        def run(**fields: Any) -> tuple[Any, dict[tuple[int, int], float], dict[tuple[int, int], float]]:
+            recipe = Recipe.model_validate(common | fields)
+            record = quantize(str(folder), out, recipe, device_name="cpu", overwrite=True, quiet=True, **texts)
+            return record, alone(folder, out, own), in_model(folder, out, held_out)
+
+        record, alone_base, model_base = run(method="rtn")
+        print(f"round-to-nearest: kl {record.kl['kl_mean_nats']:.5f}")
         for seed in range(options.seeds):
-            for label, changes in settings.items():
-                if seed and "method" in changes:
+            for label, fields in SETTINGS.items():
+                if options.only and not any(label.startswith(only) for only in options.only):
                     continue
-                recipe = base.model_copy(update={"calibration_seed": seed, **changes})
-                out = Path(name) / "out"
-                record = quantize(str(folder), out, recipe, device_name="cpu", overwrite=True, quiet=True, **texts)
-                line = {"kl": record.kl["kl_mean_nats"], "worst error": max(errors(folder, out, own)),
-                        "mean error": statistics.mean(errors(folder, out, own))}  # fmt: skip
-                if record.fallbacks:
-                    rows = [block["expert_rows"] for block in record.blocks]
-                    starved = [layer[target] for layer, target in zip(rows, TARGETS, strict=True)]
-                    line |= {"least rows": min(starved), "starved rows": sum(starved)}
+                record, alone_now, model_now = run(calibration_seed=seed, **fields)
+                rows = [block["expert_rows"][target] for block, target in zip(record.blocks, TARGETS, strict=True)]
+                line = {"kl": record.kl["kl_mean_nats"], "starved rows": sum(rows), "least": min(rows)}
+                line["alone: starved"], line["all"] = worst(alone_now, alone_base)
+                line["in the model: starved"], line["all experts"] = worst(model_now, model_base)
                 results.setdefault(label, []).append(line)
-                print(f"seed {seed}  {label:<22}" + "  ".join(f"{k} {v:.5g}" for k, v in line.items()), flush=True)
-    print("\nmeans over the seeds")
+                print(f"seed {seed}  {label:<42}" + "  ".join(f"{k} {v:.5g}" for k, v in line.items()), flush=True)
+    print("\nover the seeds: means, and of the ratios the worst")
     for label, lines in results.items():
-        means = {key: statistics.mean(line[key] for line in lines) for key in lines[0]}
-        print(f"{label:<22}" + "  ".join(f"{k} {v:.5g}" for k, v in means.items()))
+        over = {
+            k: (statistics.mean if k in ("kl", "starved rows", "least") else max)(x[k] for x in lines) for k in lines[0]
+        }
+        print(f"{label:<42}" + "  ".join(f"{key} {value:.5g}" for key, value in over.items()))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """What each part of the quantizer is worth: `python benchmarks/quantizers.py [MODEL] [--results FILE]`.
 
 Every linear weight of the text blocks int4 in groups of 128: the same scheme and bytes in every line, the same
-calibration rows (the embedded texts without pictures), judged on the choice set of benchmarks/peers/texts.py. Three
-tables: the methods; each part alone, added to plain GPTQ; each part left out of `balanced`. Prints mean KL with its
-95 % interval, median, changed routes, seconds and the ratio to round-to-nearest. A line that FILE holds already is
-not run again.
+calibration rows (the embedded texts without pictures), judged on the choice set of benchmarks/peers/texts.py. The
+methods; each part alone, added to plain GPTQ; each part left out of `balanced`; what `best` has more, each added to
+`balanced`. Prints mean KL with its 95 % interval, median, changed routes, seconds and the ratio to round-to-nearest. A
+line that FILE holds already is not run again.
 """
 
 import argparse
@@ -67,6 +67,9 @@ def cases() -> dict[str, Recipe]:
         alone = PLAIN | {field: full[field] for field in fields}
         found[f"alone: {part}"] = recipe("alone", "balanced", **alone)
         found[f"left out: {part}"] = recipe("left-out", "balanced", **{fields[0]: PLAIN[fields[0]]})
+    for field, value in METHODS["best"].items():
+        if value != full[field]:
+            found[f"added: {field} {value}"] = recipe("added", "balanced", **{field: value})
     return found
 
 

@@ -21,7 +21,7 @@ from onecard.eval.summary import summarize
 from onecard.eval.twin import Side, twin_walk
 from onecard.models.families import load_adapter
 
-MOST_ERROR = 0.5
+MOST_ERROR = 0.9
 LEVELS = 16  # of four bits
 BATCH_TOKENS = 16384
 FITTING_ROUNDS = 10
