@@ -228,6 +228,7 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress) -> RunRecord:
             )  # fmt: skip
         if run.method.output_metric:
             _sensitivities(run, workdir, calls, progress)
+        store.settle(0)
         workdir.commit(1)
     for index in range(blocks):
         file = workdir.folder("blocks") / f"{index:04d}.json"
@@ -239,6 +240,7 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress) -> RunRecord:
             )  # fmt: skip
             facts = quantize_block(job, progress)
             files.write_json(file, facts)
+            store.settle(index + 1)
             workdir.commit(2 + index)
             store.drop(index)
         record.blocks.append(read_json(file))

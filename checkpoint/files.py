@@ -54,15 +54,22 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _commit(temporary: Path, path: Path) -> None:
-    with temporary.open("rb+") as file:
+def sync_file(path: Path) -> None:
+    with path.open("rb+") as file:
         os.fsync(file.fileno())
+
+
+def _commit(temporary: Path, path: Path, lasting: bool = True) -> None:
+    if lasting:
+        sync_file(temporary)
     os.replace(temporary, path)
-    sync_folder(path.parent)
+    if lasting:
+        sync_folder(path.parent)
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """A safetensors file, whole or not at all."""
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], lasting: bool = True) -> None:
+    """A safetensors file, whole or not at all. Not `lasting`: a kill leaves it whole, and a machine that goes down
+    perhaps not."""
     temporary = path.with_name(path.name + TEMPORARY)
     with disk_errors(path):
         save_file(tensors, temporary, metadata=METADATA)
@@ -70,7 +77,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         mask = os.umask(0)
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
-        _commit(temporary, path)
+        _commit(temporary, path, lasting)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -186,7 +186,8 @@ class WorkDir:
 
 
 class Activations:
-    """Hidden rows between blocks, one file a batch: memory does not grow with the number of rows."""
+    """Hidden rows between blocks, one file a batch: memory does not grow with the number of rows. Most are read again
+    soon and dropped; what a committed stage rests on is to be settled first."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -197,7 +198,16 @@ class Activations:
     def put(self, block: int, stream: str, batch: int, hidden: torch.Tensor) -> None:
         path = self._file(block, stream, batch)
         files.make_folder(path.parent)
-        files.write_tensors(path, {"hidden": hidden.cpu().contiguous()})
+        files.write_tensors(path, {"hidden": hidden.cpu().contiguous()}, lasting=False)
+
+    def settle(self, block: int) -> None:
+        """What enters `block` is on disk, whatever happens to the machine."""
+        folder = self.folder / f"{block:04d}"
+        with files.disk_errors(folder):
+            for path in sorted(folder.glob("*.safetensors")):
+                files.sync_file(path)
+            if folder.is_dir():
+                files.sync_folder(folder)
 
     def get(self, block: int, stream: str, batch: int) -> torch.Tensor:
         path = self._file(block, stream, batch)

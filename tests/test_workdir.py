@@ -119,6 +119,32 @@ def test_stopped_at_every_commit(run: Run, whole: Contents, stage: int, committe
     assert differences(run.resumed(), whole) == []
 
 
+def test_what_a_commit_rests_on_is_on_disk_before_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden rows are written without waiting for the disk; those of a committed stage must not be lost with the
+    machine."""
+    synced: set[Path] = set()
+    real_fsync, real_commit = os.fsync, WorkDir.commit
+    checked = []
+
+    def fsync(descriptor: int) -> None:
+        synced.add(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        real_fsync(descriptor)
+
+    def commit(workdir: WorkDir, done: int) -> None:
+        if done <= 2:  # embed, and the first of two blocks
+            entering = workdir.path.resolve() / "acts" / f"{done - 1:04d}"
+            needed = [entering, *entering.iterdir()]
+            assert len(needed) > 2
+            assert set(needed) <= synced, done
+            checked.append(done)
+        real_commit(workdir, done)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(WorkDir, "commit", commit)
+    assert run().exit_code == 0
+    assert checked == [1, 2]
+
+
 def test_there_are_no_more_stages(run: Run) -> None:
     """So that the test above breaks off at every commit there is."""
     seen = []

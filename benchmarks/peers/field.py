@@ -28,11 +28,18 @@ def own(method: str) -> Peer:
     return Peer(f"onecard-{method}", "onecard", "with_onecard.py", OWN_GROUPS, {"method": method})
 
 
+def attention_kept(method: str) -> Peer:
+    """As the Scout recipe has it; beside Q4_K_M, whose matrices are not all of four bits either."""
+    options = {"method": method, "quantize_roles": ["expert", "shared_expert", "mlp"]}
+    return Peer(f"onecard-{method}-bf16-attention", "onecard", "with_onecard.py", (32,), options)
+
+
 LLM_COMPRESSOR, LLAMA_CPP = "with_llmcompressor.py", "with_llamacpp.py"
 GPTQ, AWQ = {"method": "gptq"}, {"method": "awq"}
 
 PEERS = (
     *(own(method) for method in OWN),
+    *(attention_kept(method) for method in OWN),
     # Meta's scheme for Scout: round-to-nearest, symmetric, scale = absmax / 8.
     Peer("rtn-absmax8", "onecard", "with_onecard.py", (128, 64, 32), {"method": "rtn"}, calibrated=False),
     Peer("llmcompressor-gptq", "llmcompressor", LLM_COMPRESSOR, (128, 64, 32), GPTQ | {"all_experts": False}),

@@ -35,6 +35,9 @@ def dense(job: Job) -> dict[str, object]:
     out = {}
     for name in job.weights:
         module = name.removesuffix(".weight")
+        if module not in model.source.schemes:  # kept
+            out[name] = model.source.get(name)
+            continue
         stored = {suffix: model.folder.get(f"{module}.{suffix}") for suffix in (ct.PACKED, ct.SCALE, ct.SHAPE)}
         out[name] = ct.unpack(stored, model.source.schemes[module]).dequantize()
     return out
