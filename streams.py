@@ -149,12 +149,15 @@ class HalfStatistics:
             if not job.correct:
                 continue
             alike = (seen.routes == self.routes[k]).all(-1)
+            # Once for all experts of the site.
+            missed = against - seen.out if len(inner) < len(sites) else None
             for (key, expert), (tokens, x) in seen.rows.items():
                 # The router decides the routes: it is shown all tokens, as is whatever comes before it.
                 everywhere = by_key[key].reads_norm is not None
                 kept = slice(None) if everywhere else alike[tokens]
                 if by_key[key].adds_to_residual:
-                    miss = (against - seen.out)[tokens[kept]]
+                    assert missed is not None
+                    miss = missed[tokens[kept]]
                 elif (key, expert) in theirs:
                     their_tokens, their_x = theirs[key, expert]
                     miss = their_x[slice(None) if everywhere else alike[their_tokens]].float() - x[kept].float()

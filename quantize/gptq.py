@@ -76,14 +76,15 @@ class Prepared:
         return torch.empty_like(paid).scatter_(1, self.order_BI, paid)
 
 
+def permuted(x_BII: torch.Tensor, order_BI: torch.Tensor) -> torch.Tensor:
+    """Rows and columns of each matrix in its own order."""
+    each = torch.arange(len(x_BII), device=x_BII.device)
+    return x_BII[each[:, None, None], order_BI[:, :, None], order_BI[:, None, :]]
+
+
 def prepare(moment_BII: torch.Tensor, damping: float, activation_order: bool = True) -> Prepared:
     """Order the columns by falling second moment (or not) and factor."""
     batch, inputs = moment_BII.shape[:2]
-
-    def permuted(x_BII: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-        each = torch.arange(batch, device=x_BII.device)
-        return x_BII[each[:, None, None], order[:, :, None], order[:, None, :]]
-
     if activation_order:
         order_BI = torch.argsort(moment_BII.diagonal(dim1=-2, dim2=-1), dim=-1, descending=True, stable=True)
     else:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from ..core.scheme import QuantizedWeight
-from .gptq import BLOCK_COLUMNS, Prepared, factor, gptq
+from .gptq import BLOCK_COLUMNS, Prepared, factor, gptq, permuted
 from .refine import refine
 
 # A restart is made this many times over, from where the last one ended.
@@ -67,11 +67,9 @@ def _stretch(
     size = own.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(own.dtype).tiny).log()
     order = torch.argsort((size + noise_KC[:, None]).flatten(0, 1), dim=-1, descending=True)
     again = own.repeat(tries, 1, 1)
-    each = torch.arange(len(again), device=own.device)
-    permuted = again[each[:, None, None], order[:, :, None], order[:, None, :]]
     # Where this fails the aim is no number, and no try is better than what is held.
     inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(own).L)
-    prepared = Prepared(order, factor(permuted, DAMPING), again)
+    prepared = Prepared(order, factor(permuted(again, order), DAMPING), again)
     return Stretch(slice(begin, end), slice(begin // group_size, -(-end // group_size)), own, inverse, prepared)
 
 
@@ -90,24 +88,21 @@ def restarted(
         value = held.dequantize(w_BOI.dtype)
         slope = torch.bmm(error_BOI, moment_BII[:, :, columns])
         aim = (value + torch.bmm(slope, stretch.inverse_BCC)).repeat(count, 1, 1)
-        tried_zero = None if zero is None else zero.repeat(count, 1, 1)
-        zero_floats = None if tried_zero is None else tried_zero.to(aim.dtype)
-        tried = gptq(aim, stretch.tries, held.scales.repeat(count, 1, 1), zero_floats, scheme)
+        zero_again = None if zero is None else zero.repeat(count, 1, 1)
+        tried = gptq(aim, stretch.tries, held.scales.repeat(count, 1, 1), zero_again, scheme)
         tried = refine(tried, aim, stretch.tries.objective, rounds)
         # J moves by tr(D S_cc D^T) - 2 tr(D (E S)_c^T) when the stretch's values move by D.
         moved = tried.dequantize(w_BOI.dtype).unflatten(0, (count, -1)) - value
         change_KBO = ((moved @ stretch.moment_BCC - 2 * slope) * moved).sum(-1)
-        least_BO, best_BO = change_KBO.nan_to_num(nan=torch.inf).min(0)
-        better = (least_BO < 0).unsqueeze(-1)
-
-        def chosen(
-            old: torch.Tensor, new: torch.Tensor, best_BO: torch.Tensor = best_BO, better: torch.Tensor = better
-        ) -> torch.Tensor:
-            index = best_BO[None, :, :, None].expand(1, *old.shape)
-            return torch.where(better, new.view(-1, *old.shape).gather(0, index)[0], old)
-
-        codes[:, :, columns] = chosen(held.codes, tried.codes)
-        scales[:, :, groups] = chosen(held.scales, tried.scales)
+        codes[:, :, columns] = _best(held.codes, tried.codes, change_KBO)
+        scales[:, :, groups] = _best(held.scales, tried.scales, change_KBO)
         now = QuantizedWeight(codes[:, :, columns], scales[:, :, groups], zero, scheme)
         error_BOI[:, :, columns] -= now.dequantize(w_BOI.dtype) - value
     return QuantizedWeight(codes, scales, zeros, scheme)
+
+
+def _best(held_BON: torch.Tensor, tried_KBON: torch.Tensor, change_KBO: torch.Tensor) -> torch.Tensor:
+    """Of each row the try that lowers J most, or what is held where none does. K and B of `tried_KBON` are one axis."""
+    least_BO, best_BO = change_KBO.nan_to_num(nan=torch.inf).min(0)
+    chosen = tried_KBON.view(-1, *held_BON.shape).gather(0, best_BO[None, :, :, None].expand(1, *held_BON.shape))[0]
+    return torch.where((least_BO < 0).unsqueeze(-1), chosen, held_BON)
