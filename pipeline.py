@@ -56,6 +56,7 @@ from .prepare import (
     open_source,
     plan_for,
     site_budget,
+    walks_back,
     work_of,
 )
 from .quantize.site import Method
@@ -69,6 +70,8 @@ from .texts import RunTexts, prepare_texts
 from .verification import close_machine, compare
 
 RECORD = "record.json"
+# What tensors of a block's sensitivity file are, before the site's key.
+METRIC, WEIGHT = "metric:", "weight:"
 
 
 @dataclass(frozen=True)
@@ -226,7 +229,7 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress) -> RunRecord:
                 run.adapter, run.model.source, run.texts.calibration, groups, store, (REFERENCE, QUANTIZED), run.device,
                 run.dtype,
             )  # fmt: skip
-        if run.method.output_metric:
+        if walks_back(run.recipe, run.method):
             _sensitivities(run, workdir, calls, progress)
         store.settle(0)
         workdir.commit(1)
@@ -236,7 +239,7 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress) -> RunRecord:
             job = BlockJob(
                 run.adapter, run.model.source, run.plan, run.recipe, run.method, index, groups, store, calls,
                 run.device, run.dtype, site_budget(run.device), workdir.folder("shards"),
-                _metrics(run, workdir, index),
+                *_sensitivity(run, workdir, index, groups),
             )  # fmt: skip
             facts = quantize_block(job, progress)
             files.write_json(file, facts)
@@ -275,23 +278,34 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress) -> RunRecord:
     return record
 
 
-def _metric_file(workdir: WorkDir, block: int) -> Path:
+def _sensitivity_file(workdir: WorkDir, block: int) -> Path:
     return workdir.folder("sensitivity") / f"{block:04d}.safetensors"
 
 
 def _sensitivities(run: Run, workdir: WorkDir, calls: Calls, progress: Progress) -> None:
+    def keep(block: int, metrics: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> None:
+        found = {f"{METRIC}{key}": metric for key, metric in metrics.items() if run.method.output_metric}
+        if run.recipe.token_weighting == "gradient":
+            found |= {f"{WEIGHT}{key}": weight for key, weight in weights.items()}
+        files.write_tensors(_sensitivity_file(workdir, block), found)
+
     sensitivities(
-        run.adapter, run.model.source, run.texts.calibration[: run.recipe.sensitivity_rows], run.recipe.batch_tokens,
-        Activations(workdir.folder("sensitivity", "acts")), calls,
-        lambda block, metrics: files.write_tensors(_metric_file(workdir, block), metrics), progress,
+        run.adapter, run.model.source, run.texts.calibration, run.recipe.batch_tokens,
+        Activations(workdir.folder("sensitivity", "acts")), calls, keep, progress, run.recipe.token_weighting,
     )  # fmt: skip
 
 
-def _metrics(run: Run, workdir: WorkDir, block: int) -> dict[str, torch.Tensor]:
-    """What errors of the block's outputs cost; empty when every output counts alike."""
-    if not run.method.output_metric:
-        return {}
-    return {key: metric.to(run.device) for key, metric in load_file(_metric_file(workdir, block)).items()}
+def _sensitivity(
+    run: Run, workdir: WorkDir, block: int, groups: list[list[int]]
+) -> tuple[dict[str, torch.Tensor], dict[str, list[torch.Tensor]]]:
+    """Metrics and token weights of a block, those batch by batch; empty where the method wants none."""
+    if not walks_back(run.recipe, run.method):
+        return {}, {}
+    found = load_file(_sensitivity_file(workdir, block))
+    sizes = [sum(len(run.texts.calibration[number].tokens) for number in numbers) for numbers in groups]
+    metrics = {key.removeprefix(METRIC): x.to(run.device) for key, x in found.items() if key.startswith(METRIC)}
+    weights = {key.removeprefix(WEIGHT): list(x.split(sizes)) for key, x in found.items() if key.startswith(WEIGHT)}
+    return metrics, weights
 
 
 def _move(run: Run, workdir: WorkDir) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .calibration.sensitivity import rows_at_once
 from .checkpoint.emit import emitted_before
 from .checkpoint.formats import compressed_tensors as ct
 from .checkpoint.packed import PackedSource, open_packed
@@ -195,14 +196,20 @@ def method_of(recipe: Recipe) -> Method:
     )
 
 
+def walks_back(recipe: Recipe, method: Method) -> bool:
+    """Whether the calibration rows go through the model and back before the first block is quantized."""
+    return method.needs_statistics and (method.output_metric or recipe.token_weighting == "gradient")
+
+
 def work_of(recipe: Recipe) -> Work:
     method = method_of(recipe)
-    rows = min(recipe.sensitivity_rows, recipe.calibration_rows) if method.output_metric else 0
     return Work(
         method.needs_statistics,
         recipe.sequential == "sites",
         method.output_metric,
-        rows * recipe.calibration_row_tokens,
+        rows_at_once if walks_back(recipe, method) else None,
+        recipe.tune_epochs if method.needs_statistics else 0,
+        recipe.token_weighting == "gradient",
         partial(working_bytes, method=method),
         partial(matrix_flops, method=method),
     )

@@ -27,13 +27,14 @@ METHODS: dict[str, dict[str, Any]] = {
     # GPTQ on statistics taken once for each half of a block, aimed at the reference stream.
     "fast": {"sequential": "halves", "refine_rounds": 0, "output_blocks": 0},
     # Statistics site by site, refinement, and Fisher metrics of what errors of outputs cost.
-    "balanced": {"refine_rounds": 2, "output_blocks": 8, "sensitivity_rows": 64},
+    "balanced": {"refine_rounds": 2, "output_blocks": 8, "token_weighting": "gradient"},
     # The same with more of each.
     "best": {
         "refine_rounds": 2,
         "output_blocks": 16,
-        "sensitivity_rows": 256,
+        "token_weighting": "gradient",
         "restarts": 8,
+        "tune_epochs": 4,
     },
 }
 
@@ -112,13 +113,14 @@ class Recipe(BaseModel):
     restarts: int = Field(default=0, ge=0, le=64)
     # What errors of outputs cost is taken into account between this many blocks of rows (quantize/metric.py); 0: not.
     output_blocks: int = Field(default=8, ge=0)
-    # Of so many calibration rows (calibration/sensitivity.py), each of which lies on disk for every block meanwhile.
-    sensitivity_rows: int = Field(default=64, ge=1)
-    # How much a token counts in the statistics: alike, or by 1 / mean square of the residual row that leaves the block.
-    token_weighting: Literal["none", "residual"] = "residual"
+    # How much a token counts in the statistics: alike, by 1 / mean square of the residual row that leaves the block, or
+    # by that and the gradients at each site. These, and output metrics, want a walk back: calibration/sensitivity.py
+    token_weighting: Literal["none", "residual", "gradient"] = "residual"
     # Aim at the reference stream before rounding, with a ridge of strength * inputs / rows: quantize/correction.py
     reference_correction: bool = True
     correction_strength: float = Field(default=10.0, gt=0)
+    # Before they are quantized a feed-forward half's matrices learn its whole output, so often over the rows: tuning.py
+    tune_epochs: int = Field(default=0, ge=0, le=64)
     # Aim what stays in the source's dtype too: routers, and attention where it is kept. It costs nothing at run time.
     aim_kept: bool = True
     # Statistics anew for every site that reads what others of its half have changed, or once for each half of a block.
@@ -161,6 +163,8 @@ class Recipe(BaseModel):
             raise ValueError("name or note holds control characters")
         if not self.quantize_roles:
             raise ValueError("quantize_roles is empty: nothing would be quantized")
+        if self.tune_epochs and not self.reference_correction:
+            raise ValueError("tune_epochs needs reference_correction: there is nothing else to learn from")
         long_tokens = self.calibration_long_share * self.calibration_rows * self.calibration_row_tokens
         if 0 < long_tokens < self.calibration_long_row_tokens:
             raise ValueError(

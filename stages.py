@@ -33,6 +33,7 @@ from .quantize.metric import swiglu_metric
 from .quantize.site import Method, cuts, quantize_batch
 from .recipe import Recipe, matches
 from .streams import HalfJob, HalfStatistics, stacked
+from .tuning import tune
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class BlockJob:
     budget_bytes: int
     shard_folder: Path
     metrics: dict[str, torch.Tensor]  # by site key or RESIDUAL; empty: every output counts alike
+    token_weights: dict[str, list[torch.Tensor]]  # likewise, fp32 [tokens] a batch; empty: not by gradients
 
     def quantized_sites(self) -> list[Site]:
         return [site for site in self.adapter.sites(self.index) if site.members[0][0] in self.plan.schemes]
@@ -79,6 +81,7 @@ def quantize_block(job: BlockJob, step: Step) -> dict[str, Any]:
         "diagonal_fallbacks": 0,
         "output_error": {},
         "aimed": [],
+        "tuning": [],
     }
     writer = ShardWriter([s for s in job.plan.shards if s.stage == job.index], job.shard_folder)
     if job.method.needs_statistics:
@@ -105,10 +108,16 @@ def _with_statistics(job: BlockJob, writer: ShardWriter, facts: dict[str, Any], 
         sites = [site for site in job.sites() if site.half is half]
         walk = HalfJob(
             job.adapter, job.index, half, job.groups, job.store, job.calls, job.device,
-            job.recipe.reference_correction, job.recipe.token_weighting == "residual", bool(job.metrics),
+            job.recipe.reference_correction, job.recipe.token_weighting, job.token_weights, bool(job.metrics),
         )  # fmt: skip
         statistics = HalfStatistics(walk, original, target, step)
         for present in _stages(sites, job.recipe.sequential == "sites"):
+            tuned = _to_tune(job, present, sites)
+            if tuned:
+                step.begin("tune", job.index)
+                statistics.reference_rows()
+                losses = tune(walk, target, tuned, job.metrics.get(RESIDUAL), job.recipe.tune_epochs, step)
+                facts["tuning"].append({"sites": [site.key for site in tuned], "losses": losses})
             step.begin("statistics", job.index)
             moments = statistics.of(present)
             step.begin("quantize", job.index)
@@ -116,7 +125,8 @@ def _with_statistics(job: BlockJob, writer: ShardWriter, facts: dict[str, Any], 
                 if site.role is Role.EXPERT:
                     facts["expert_rows"] = moments[site.key].rows
                 if site.members[0][0] in job.plan.schemes:
-                    _quantize_site(job, site, target, moments.pop(site.key), writer, facts)
+                    aimed = site.adds_to_residual or not tuned
+                    _quantize_site(job, site, target, moments.pop(site.key), writer, facts, aimed)
                 else:
                     _aim_site(job, site, target, moments.pop(site.key), writer, facts)
                 step.advance(0)
@@ -125,6 +135,16 @@ def _with_statistics(job: BlockJob, writer: ShardWriter, facts: dict[str, Any], 
             statistics.propagate()
     if last:
         job.store.drop(job.index + 1)
+
+
+def _to_tune(job: BlockJob, present: list[Site], sites: list[Site]) -> list[Site]:
+    """What is tuned before the sites that are `present` are quantized: all that is still to be quantized of the
+    feed-forward half. Not before matrices that write to the residual stream: they are solved for what the block misses.
+    """
+    left = [site for site in sites if site.half is Half.FEED_FORWARD and site.members[0][0] in job.plan.schemes]
+    if not job.recipe.tune_epochs or all(site.adds_to_residual for site in present if site in left):
+        return []
+    return [site for site in left if site.stage >= min(other.stage for other in present)]
 
 
 def _stages(sites: list[Site], one_by_one: bool) -> list[list[Site]]:
@@ -199,8 +219,9 @@ def _quantize_site(
     moments: SiteMoments | None,
     writer: ShardWriter,
     facts: dict[str, Any],
+    aimed: bool = True,
 ) -> None:
-    """All experts of one site, cut to the memory budget."""
+    """All experts of one site, cut to the memory budget. `aimed`: at the reference stream, if the recipe says so."""
     scheme = job.plan.schemes[site.members[0][0]]
     stored = stored_dtype(job.adapter, job.source, f"{site.members[0][0]}.weight")
     outputs = sum(site.out_features)
@@ -214,7 +235,8 @@ def _quantize_site(
         if moments is not None and block is not None:
             metric = _output_metric(job, site, block, moments, cut)
             moment = moments.shrunk(job.recipe.shrinkage, cut)
-            w_BOI = _corrected(job, site, w_BOI, moment, moments, cut)
+            if aimed:
+                w_BOI = _corrected(job, site, w_BOI, moment, moments, cut)
         result = quantize_batch(w_BOI, moment, scheme, job.method, stored, metric)
         facts["damping_raised"] += result.damping_raised
         facts["diagonal_fallbacks"] += result.diagonal_fallbacks

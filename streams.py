@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .calibration.moments import SiteMoments
+from .calibration.sensitivity import RESIDUAL, token_weights
 from .core.rows import RowStore, Step
 from .models.adapter import Adapter, Half, Site
 from .models.walk import Calls, expert_stacks, observed, only, run_block, weight_view
@@ -38,7 +39,8 @@ class HalfJob:
     calls: Calls
     device: torch.device
     correct: bool
-    weighted: bool
+    weighting: str  # the recipe's `token_weighting`
+    token_weights: dict[str, list[torch.Tensor]]  # 'gradient': by site key or RESIDUAL, fp32 [tokens] a batch
     slopes: bool
 
     def rows_in(self, stream: str, batch: int) -> torch.Tensor:
@@ -51,6 +53,13 @@ class HalfJob:
     def rows_out(self, stream: str, batch: int) -> torch.Tensor:
         block, name = self._place(stream)
         return self.store.get(block, name, batch).to(self.device)
+
+    def weight(self, key: str, batch: int, out_TH: torch.Tensor) -> torch.Tensor:
+        """How much a batch's tokens count in a site's statistics, fp32 [tokens]; `out_TH` is what leaves the half. Of a
+        site whose gradients are not known it is those of the residual stream, which it reaches."""
+        if self.weighting == "gradient":
+            return self.token_weights.get(key, self.token_weights[RESIDUAL])[batch].to(self.device)
+        return token_weights(None, out_TH, self.weighting)
 
     def put(self, stream: str, batch: int, hidden: torch.Tensor) -> None:
         block, name = self._place(stream)
@@ -99,12 +108,6 @@ class Seen:
         return self.hidden.reshape(self.tokens, -1).float()
 
 
-def weights(out_TH: torch.Tensor) -> torch.Tensor:
-    """1 / mean square of the rows that leave the half: what reads them next normalises them, so an error counts by
-    its size relative to its row."""
-    return 1.0 / out_TH.square().mean(-1).clamp_min(1e-12)
-
-
 class HalfStatistics:
     """Statistics of a half's sites, stage by stage, on the quantized stream; the reference stream passes as often as
     its inputs are wanted, and leaves its rows and its routes behind when it first does."""
@@ -119,8 +122,15 @@ class HalfStatistics:
         misses of the reference stream: at the sites' inputs, or for sites that write to the residual stream there."""
         job = self.job
         by_key = {site.key: site for site in sites}
-        moments = {}
+        moments: dict[str, SiteMoments] = {}
+        # Where a site's gradients do not weight the tokens, those that read one norm have their statistics in common.
+        first = {site.key: site.key for site in sites}
+        if not job.token_weights:
+            reading = {site.reads_norm: site.key for site in reversed(sites)}
+            first = {site.key: reading[site.reads_norm] if site.reads_norm else site.key for site in sites}
         for site in sites:
+            if first[site.key] != site.key:
+                continue
             outputs = sum(site.out_features)
             miss_rows = (outputs if site.adds_to_residual else site.in_features) if job.correct else 0
             slopes = outputs if site.feeds and job.slopes else 0
@@ -140,18 +150,22 @@ class HalfStatistics:
                 job.store.put(job.index, BEFORE_O, k, seen.rows[last.key, 0][1])
                 self.before_o = last
             against = job.rows_out(REFERENCE, k).flatten(0, 1).float() if job.correct else seen.out
-            weight = weights(against) if job.weighted else torch.ones_like(against[:, 0])
+            weight = {key: job.weight(key, k, against) for key in moments}
             for (key, expert), (tokens, rows) in seen.rows.items():
-                moments[key].add(expert, rows, weight[tokens])
+                if key not in moments:
+                    continue
+                moments[key].add(expert, rows, weight[key][tokens])
                 if moments[key].slope_EPP is not None:
                     gate_up = stacked(job.adapter, self.target, job.index, by_key[key].members[expert])
-                    moments[key].add_slopes(expert, swiglu_slopes(rows.float(), gate_up), weight[tokens])
+                    moments[key].add_slopes(expert, swiglu_slopes(rows.float(), gate_up), weight[key][tokens])
             if not job.correct:
                 continue
             alike = (seen.routes == self.routes[k]).all(-1)
             # Once for all experts of the site.
             missed = against - seen.out if len(inner) < len(sites) else None
             for (key, expert), (tokens, x) in seen.rows.items():
+                if key not in moments:
+                    continue
                 # The router decides the routes: it is shown all tokens, as is whatever comes before it.
                 everywhere = by_key[key].reads_norm is not None
                 kept = slice(None) if everywhere else alike[tokens]
@@ -163,8 +177,8 @@ class HalfStatistics:
                     miss = their_x[slice(None) if everywhere else alike[their_tokens]].float() - x[kept].float()
                 else:
                     continue
-                moments[key].add_miss(expert, x[kept], miss, weight[tokens[kept]])
-        return moments
+                moments[key].add_miss(expert, x[kept], miss, weight[key][tokens[kept]])
+        return {key: moments[found] for key, found in first.items()}
 
     def _reference(self, batch: int, sites: list[Site]) -> dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]]:
         """One batch of the reference stream through the original half."""
@@ -177,12 +191,18 @@ class HalfStatistics:
             self.job.put(REFERENCE, batch, reference.hidden)
         return reference.rows
 
+    def reference_rows(self) -> None:
+        """The reference stream on to where the half ends."""
+        for k in range(len(self.job.groups)):
+            if k not in self.routes:
+                self._reference(k, [])
+
     def propagate(self) -> None:
         """Both streams on to where the half ends."""
         job = self.job
+        if job.correct:
+            self.reference_rows()
         for k, numbers in enumerate(job.groups):
-            if job.correct and k not in self.routes:
-                self._reference(k, [])
             hidden = job.rows_in(QUANTIZED, k)
             if self.before_o is not None:
                 (name,) = self.before_o.members[0]

@@ -43,7 +43,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "refinement": ("refine_rounds",),
     "reference correction": ("reference_correction",),
     "routers aimed (with reference correction)": ("aim_kept", "reference_correction"),
-    "tokens weighted by residual": ("token_weighting",),
+    "tokens weighted by gradients": ("token_weighting",),
     "output metric": ("output_blocks",),
     "statistics site by site": ("sequential",),
 }
@@ -67,6 +67,7 @@ def cases() -> dict[str, Recipe]:
         alone = PLAIN | {field: full[field] for field in fields}
         found[f"alone: {part}"] = recipe("alone", "balanced", **alone)
         found[f"left out: {part}"] = recipe("left-out", "balanced", **{fields[0]: PLAIN[fields[0]]})
+    found["instead of gradients: tokens weighted by residual"] = recipe("other", "balanced", token_weighting="residual")
     for field, value in METHODS["best"].items():
         if value != full[field]:
             found[f"added: {field} {value}"] = recipe("added", "balanced", **{field: value})

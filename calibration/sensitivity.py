@@ -1,4 +1,5 @@
-"""What an error at each place of the model costs at its end: Fisher metrics, by one walk forward and one back.
+"""What an error at each place of the model costs at its end: Fisher metrics and the tokens' own weights, by one walk
+forward and one back.
 
 For labels y drawn from the model's own prediction p, and g_t the gradient of sum log p(y) at an output of token t,
 E[g g^T] is the Gauss-Newton matrix of KL(p || p') there: an error e of that output costs e^T E[g g^T] e / 2 nats, all
@@ -13,15 +14,23 @@ difference of their router rows, seen through the norm, and phi_t falling with t
 
 says which errors of the residual stream turn near ties over.
 
-The original model goes over a part of the calibration rows; the hidden rows that enter each block are stored, and on
-the way back every block is run again with gradients of its activations, none of its weights. Memory: one block, one
-batch and its activations. Tokens are scaled by the mean square of the row that leaves the site's half of the block, for
-the statistics weight them by its inverse (`token_weighting: residual`) and the product is to be each token's own cost.
+Gradients of one site differ from token to token by orders of magnitude: of the squares of a value projection's, the
+largest hundredth of the tokens has a fifth to a half. The cost of an error is the sum over tokens of
+(g_t . E x_t)^2, which is cut in two as
+
+    sum_t w_t x_t x_t^T   (the statistics, in which a token counts w_t)   and   sum_t g_t g_t^T / w_t   (the metric)
+
+so that the product of the two is each token's own cost, whatever the weights w. `token_weights` says which they are.
+
+The original model goes over the calibration rows. Hidden rows are stored at every so-manieth block; on the way back
+those between are computed again, and every block once more with gradients of its activations, none of its weights.
+Memory: one block, one batch and its activations.
 
 Shape legend: N rows, T tokens a row, H hidden size, V vocabulary, O outputs of a site, E experts.
 """
 
 from collections.abc import Callable
+from math import isqrt
 from typing import Any
 
 import torch
@@ -29,7 +38,7 @@ from torch import nn
 
 from ..core.rows import Row, RowStore, Step, batches
 from ..core.tensors import TensorSource
-from ..models.adapter import Adapter, Half, Role, Site, read
+from ..models.adapter import Adapter, Role, Site, read
 from ..models.walk import Calls, embed, final_norm, load_block, run_block, weight_view
 
 STREAM = "sensitivity"
@@ -41,8 +50,36 @@ NEAR_SHARE = 0.15
 # Logits of 1024 tokens at a time: 0.8 GB for a vocabulary of 202,048.
 TOKENS_PER_SLICE = 1024
 
-# (block, metrics by site key or RESIDUAL, fp32 [O, O], of trace O without the routers' part) -> None
-Keep = Callable[[int, dict[str, torch.Tensor]], None]
+# By site key or RESIDUAL: what errors of the outputs cost, fp32 [O, O], of trace O without the routers' part; and how
+# much tokens count in the statistics, fp32 [tokens of all batches in a line].
+Keep = Callable[[int, dict[str, torch.Tensor], dict[str, torch.Tensor]], None]
+
+
+def spacing(n_blocks: int) -> int:
+    """Hidden rows are stored before every so-manieth block on the way forward: about as many as lie between two."""
+    return max(1, isqrt(n_blocks))
+
+
+def rows_at_once(n_blocks: int) -> int:
+    """At how many places of the model hidden rows or gradients lie in the store at the same time, at most."""
+    return -(-n_blocks // spacing(n_blocks)) + spacing(n_blocks) + 1
+
+
+def token_weights(g_TO: torch.Tensor | None, row_TH: torch.Tensor, weighting: str) -> torch.Tensor:
+    """How much tokens count in the statistics, fp32 [T], by the gradients at a site's outputs and the rows that leave
+    its half of the block. 'none': alike. 'residual': by 1 / mean square of the row, for whoever reads it normalises it.
+    'gradient': by that to the power of 1/4, times the square of the gradient to the power of 3/4; with the square alone
+    a few tokens would be all that is left of the statistics."""
+    residual = 1.0 / row_TH.float().square().mean(-1).clamp_min(1e-12)
+    match weighting:
+        case "none":
+            return torch.ones_like(residual)
+        case "residual":
+            return residual
+        case "gradient":
+            assert g_TO is not None
+            return g_TO.float().square().sum(-1) ** 0.75 * residual**0.25
+    raise AssertionError(weighting)
 
 
 def sensitivities(
@@ -54,45 +91,86 @@ def sensitivities(
     calls: Calls,
     keep: Keep,
     step: Step,
+    weighting: str,
     seed: int = 0,
 ) -> None:
-    """Metrics of every block, last block first, each given to `keep`. Leaves the store empty."""
+    """Metrics and weights of every block, last block first, each given to `keep`. Leaves the store empty."""
     groups = batches(rows, batch_tokens)
+    apart = spacing(adapter.n_blocks)
     step.begin("sensitivity")
     embed(adapter, source, rows, groups, store, (STREAM,), calls.device, calls.dtype)
-    for index in range(adapter.n_blocks):
+
+    def forward(index: int, forget: bool) -> None:
+        """The rows that leave block `index`; what entered it is forgotten, or stays."""
         block = load_block(adapter, source, index, calls.device, calls.dtype)
         step.begin("sensitivity", index)
         for k, numbers in enumerate(groups):
             hidden = store.get(index, STREAM, k).to(calls.device)
             store.put(index + 1, STREAM, k, run_block(block, hidden, calls.of(hidden.shape[1])[index]))
             step.advance(len(numbers) * hidden.shape[1])
-        del block
+        if forget:
+            store.drop(index)
+
+    last = (adapter.n_blocks - 1) // apart * apart  # where the last stretch begins: of it nothing is computed twice
+    for index in range(adapter.n_blocks):
+        forward(index, forget=index < last and index % apart != 0)
     _from_head(adapter, source, len(groups), store, calls, seed)
     later = _Routers()
-    for index in reversed(range(adapter.n_blocks)):
-        block = load_block(adapter, source, index, calls.device, calls.dtype)
-        step.begin("sensitivity", index)
-        totals: dict[str, torch.Tensor] = {}
-        ties: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for k, numbers in enumerate(groups):
-            hidden = store.get(index, STREAM, k).to(calls.device)
-            gradient = store.get(index + 1, STREAM, k).to(calls.device)
-            below, middle = _back(adapter, block, index, hidden, gradient, calls, totals)
-            ties += near_ties(adapter, block, index, middle)
-            store.put(index, STREAM, k, below)  # the rows have done their work: their gradient takes their place
-            step.advance(len(numbers) * hidden.shape[1])
-        store.drop(index + 1)
-        metrics = {key: total * (len(total) / total.trace()) for key, total in totals.items()}
-        metrics[RESIDUAL] += later.mean(metrics[RESIDUAL])
-        if ties:
-            later.add(tie_metric(adapter, block, index, ties))
-        writes = next(
-            site.key for site in adapter.sites(index) if site.role is Role.ATTENTION and site.reaches_residual
-        )
-        metrics[writes] += later.mean(metrics[writes])
-        keep(index, metrics)
+    for begin in reversed(range(0, adapter.n_blocks, apart)):
+        if begin < last:
+            for index in range(begin, begin + apart - 1):
+                forward(index, forget=False)
+        for index in reversed(range(begin, min(begin + apart, adapter.n_blocks))):
+            block = load_block(adapter, source, index, calls.device, calls.dtype)
+            step.begin("sensitivity", index)
+            found = _Found(weighting)
+            ties: list[tuple[torch.Tensor, torch.Tensor]] = []
+            for k, numbers in enumerate(groups):
+                hidden = store.get(index, STREAM, k).to(calls.device)
+                gradient = store.get(index + 1, STREAM, k).to(calls.device)
+                below, middle = _back(adapter, block, index, hidden, gradient, calls, found)
+                ties += near_ties(adapter, block, index, middle)
+                store.put(index, STREAM, k, below)  # the rows have done their work: their gradient takes their place
+                step.advance(len(numbers) * hidden.shape[1])
+            store.drop(index + 1)
+            metrics = found.metrics()
+            metrics[RESIDUAL] += later.mean(metrics[RESIDUAL])
+            if ties:
+                later.add(tie_metric(adapter, block, index, ties))
+            writes = next(
+                site.key for site in adapter.sites(index) if site.role is Role.ATTENTION and site.reaches_residual
+            )
+            metrics[writes] += later.mean(metrics[writes])
+            keep(index, metrics, found.token_weights())
     store.drop(0)
+
+
+class _Found:
+    """Of one block, batch by batch: outer products of gradients, and the tokens' weights."""
+
+    def __init__(self, weighting: str) -> None:
+        self.weighting = weighting
+        self.totals: dict[str, torch.Tensor] = {}
+        self.weights: dict[str, list[torch.Tensor]] = {}
+
+    def add(self, key: str, g_TO: torch.Tensor, row_TH: torch.Tensor) -> None:
+        weight = token_weights(g_TO, row_TH, self.weighting)
+        self.weights.setdefault(key, []).append(weight)
+        # A token without gradient costs nothing and counts for nothing.
+        scaled = g_TO.float() * weight.clamp_min(torch.finfo(weight.dtype).tiny).rsqrt()[:, None]
+        known = self.totals.get(key)
+        self.totals[key] = scaled.T @ scaled if known is None else known.addmm_(scaled.T, scaled)
+
+    def metrics(self) -> dict[str, torch.Tensor]:
+        """Where nothing has a gradient every output counts alike."""
+        traces = {key: float(total.trace()) for key, total in self.totals.items()}
+        return {
+            key: total * (len(total) / traces[key]) if traces[key] else torch.eye(len(total), device=total.device)
+            for key, total in self.totals.items()
+        }
+
+    def token_weights(self) -> dict[str, torch.Tensor]:
+        return {key: torch.cat(parts) for key, parts in self.weights.items()}
 
 
 def _from_head(
@@ -127,10 +205,9 @@ def _back(
     hidden_NTH: torch.Tensor,
     gradient_NTH: torch.Tensor,
     calls: Calls,
-    totals: dict[str, torch.Tensor],
+    found: _Found,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradient of what entered the block, and the rows between its halves; adds the batch's outer products to
-    `totals`."""
+    """The gradient of what entered the block, and the rows between its halves; adds the batch to `found`."""
     outputs: dict[str, list[torch.Tensor]] = {}
     middle: list[torch.Tensor] = []
     norm = block.get_submodule(adapter.middle_norm)
@@ -151,19 +228,11 @@ def _back(
     finally:
         for handle in handles:
             handle.remove()
-    scales = {
-        half: row.detach().flatten(0, 1).float().square().mean(-1).sqrt()[:, None]
-        for half, row in ((Half.ATTENTION, middle[0]), (Half.FEED_FORWARD, out))
-    }
-
-    def add(key: str, g_TO: torch.Tensor, half: Half = Half.FEED_FORWARD) -> None:
-        scaled = g_TO.flatten(0, -2).float() * scales[half]
-        totals[key] = totals[key].addmm_(scaled.T, scaled) if key in totals else scaled.T @ scaled
-
-    add(RESIDUAL, gradient_NTH)
+    found.add(RESIDUAL, gradient_NTH.flatten(0, 1), out.detach().flatten(0, 1))
+    middle_TH = middle[0].detach().flatten(0, 1)
     remaining = iter(gradients)
     for key, parts in outputs.items():
-        add(key, torch.cat([next(remaining).flatten(0, -2) for _ in parts], dim=-1), Half.ATTENTION)
+        found.add(key, torch.cat([next(remaining).flatten(0, -2) for _ in parts], dim=-1), middle_TH)
     return below.detach(), middle[0].detach()
 
 

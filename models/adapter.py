@@ -133,6 +133,18 @@ class Adapter(ABC):
     def sites(self, block: int) -> tuple[Site, ...]:
         """Every site of a block, in the order of the computation."""
 
+    def attention_sites(self, prefix: str, q: int, kv: int, hidden: int) -> list[Site]:
+        """q, k and v each by itself: which tokens an error matters at differs between them by orders of magnitude."""
+
+        def site(name: str, outputs: int, inputs: int, stage: int, **more: Any) -> Site:
+            module = ((f"{prefix}self_attn.{name}_proj",),)
+            return Site(f"self_attn.{name}", Role.ATTENTION, module, (outputs,), inputs, stage, **more)
+
+        return [
+            *(site(n, width, hidden, 0, reads_norm=self.first_norm) for n, width in (("q", q), ("k", kv), ("v", kv))),
+            site("o", hidden, q, 1, adds_to_residual=True, reaches_residual=True),
+        ]
+
     @abstractmethod
     def build_block(self, block: int) -> nn.Module:
         """The family's decoder layer on the meta device, its experts replaced by RoutedExperts."""

@@ -79,19 +79,8 @@ class Llama4Adapter(Adapter):
     def sites(self, block: int) -> tuple[Site, ...]:
         c, p = self.text_config, self.block_prefix(block)
         q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        attn, ff = f"{p}self_attn.", f"{p}feed_forward."
-        sites = [
-            Site(
-                "self_attn.qkv",
-                Role.ATTENTION,
-                ((f"{attn}q_proj", f"{attn}k_proj", f"{attn}v_proj"),),
-                (q, kv, kv),
-                c.hidden_size,
-                stage=0,
-                reads_norm=self.first_norm,
-            ),
-            Site("self_attn.o", Role.ATTENTION, ((f"{attn}o_proj",),), (c.hidden_size,), q, 1, True, True),
-        ]
+        ff = f"{p}feed_forward."
+        sites = self.attention_sites(p, q, kv, c.hidden_size)
 
         def mlp(key: str, role: Role, names: list[str], width: int, last_stage: int) -> None:
             gate_up = tuple((f"{n}gate_proj", f"{n}up_proj") for n in names)

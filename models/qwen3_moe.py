@@ -65,7 +65,6 @@ class Qwen3MoeAdapter(Adapter):
     def sites(self, block: int) -> tuple[Site, ...]:
         c, p = self.config, self.block_prefix(block)
         q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        qkv = tuple(f"{p}self_attn.{n}_proj" for n in "qkv")
         if self.is_moe(block):
             key, role, width = "mlp.experts.", Role.EXPERT, c.moe_intermediate_size
             names = [f"{p}mlp.experts.{e}." for e in range(self.n_experts)]
@@ -74,8 +73,7 @@ class Qwen3MoeAdapter(Adapter):
         gate_up = tuple((f"{n}gate_proj", f"{n}up_proj") for n in names)
         down = tuple((f"{n}down_proj",) for n in names)
         return (
-            Site("self_attn.qkv", Role.ATTENTION, (qkv,), (q, kv, kv), c.hidden_size, 0, reads_norm=self.first_norm),
-            Site("self_attn.o", Role.ATTENTION, ((f"{p}self_attn.o_proj",),), (c.hidden_size,), q, 1, True, True),
+            *self.attention_sites(p, q, kv, c.hidden_size),
             Site(f"{key}gate_up", role, gate_up, (width, width), c.hidden_size, 3, feeds=tuple(n for (n,) in down)),
             # Experts' outputs are multiplied with their routing weights first.
             Site(f"{key}down", role, down, (c.hidden_size,), width, 4, role is Role.MLP, True),

@@ -17,6 +17,8 @@ from .plan import Plan
 DISK_BYTES_PER_SECOND = 1e9
 # Experts are held as they are stored, in bf16.
 STORED_BYTES = 2
+# Of a parameter that is tuned: as it was, its gradient, master, master's gradient, and the optimizer's two moments.
+TUNING_BYTES = 2 + 2 + 4 + 4 + 8
 # The interpreter with torch and transformers imported.
 BASE_RAM_BYTES = 900_000_000
 
@@ -41,7 +43,11 @@ class Work:
     statistics: bool
     one_by_one: bool  # statistics for every stage of a half, or once for each half
     output_metric: bool
-    sensitivity_tokens: int
+    # All calibration rows through the model and back, for metrics or token weights: number of blocks -> of places at
+    # which they lie on disk at the same time. None: no such walk.
+    walk_back: Callable[[int], int] | None
+    tune_epochs: int
+    token_gradients: bool  # tokens count by each site's own gradients, so that sites share no statistics
     matrix_bytes: Callable[[int, int, bool], int]
     matrix_flops: Callable[[int, int, bool], float]
 
@@ -80,18 +86,22 @@ def estimate(
     GPTQ:       quantize/site.matrix_flops
     The calibration rows of the quantized stream go through the attention half once, and through the feed-forward half
     once for every stage and once more; those of the reference stream once, and in the feed-forward half once more for
-    every later stage that reads inner inputs. The rows that metrics
-    are taken of go through a block twice forward and once back, and lie on disk for every block meanwhile. The
-    evaluation rows go through each block twice, and twice through the head.
+    every later stage that reads inner inputs. For metrics and token weights they go through a block three times forward
+    and once back, and lie on disk at several places meanwhile. An epoch of tuning
+    takes them through a feed-forward half forward and back. The evaluation rows go through each block twice,
+    and twice through the head.
     """
     forward = calibration = statistics = solve = 0.0
-    block_bytes = moment_bytes = matrix_bytes = 0
+    block_bytes = moment_bytes = matrix_bytes = tuned_bytes = 0
     for block in range(adapter.n_blocks):
         block_forward = 0.0
         block_params = 0
         moments: dict[tuple[Half, int], int] = {}
         inner: set[tuple[Half, int]] = set()
         half_forward = dict.fromkeys(Half, 0.0)
+        tuned_params = 0
+        tuned_stages: set[int] = set()
+        norms: set[str] = set()
         for site in adapter.sites(block):
             outputs, inputs, count = sum(site.out_features), site.in_features, len(site.members)
             share = adapter.top_k if site.role is Role.EXPERT else 1
@@ -100,19 +110,28 @@ def estimate(
             stage = (site.half, site.stage if work.one_by_one else 0)
             block_params += outputs * inputs * count
             if site.members[0][0] in plan.schemes:
+                common = site.reads_norm in norms and not work.token_gradients
+                norms |= {site.reads_norm} if site.reads_norm else set()
                 measured = work.output_metric and (bool(site.feeds) or site.reaches_residual)
                 slopes = outputs if work.output_metric and site.feeds else 0
-                statistics += (4.0 * inputs**2 + 2.0 * slopes**2 + 2.0 * slopes * inputs) * share
                 miss = outputs if site.adds_to_residual else inputs
-                moments[stage] = moments.get(stage, 0) + 4 * count * (inputs**2 + miss * inputs + slopes**2)
+                moments.setdefault(stage, 0)
+                if not common:
+                    statistics += (4.0 * inputs**2 + 2.0 * slopes**2 + 2.0 * slopes * inputs) * share
+                    moments[stage] += 4 * count * (inputs**2 + miss * inputs + slopes**2)
                 solve += count * work.matrix_flops(outputs, inputs, measured)
                 matrix_bytes = max(matrix_bytes, work.matrix_bytes(outputs, inputs, measured))
                 if not site.adds_to_residual:
                     inner.add(stage)
+                if work.tune_epochs and site.half is Half.FEED_FORWARD:
+                    tuned_params += outputs * inputs * count
+                    tuned_stages |= set() if site.adds_to_residual else {stage[1]}
         forward += block_forward
         for half, flops_a_token in half_forward.items():
             stages, reads = (sum(stage[0] is half for stage in group) for group in (moments, inner))
             calibration += flops_a_token * (2 if half is Half.ATTENTION else stages + 1 + max(1, reads))
+        calibration += 3 * half_forward[Half.FEED_FORWARD] * work.tune_epochs * len(tuned_stages)
+        tuned_bytes = max(tuned_bytes, tuned_params * TUNING_BYTES)
         block_bytes = max(block_bytes, block_params * STORED_BYTES)
         moment_bytes = max(moment_bytes, max(moments.values(), default=0))
     head = 2.0 * adapter.vocab_size * adapter.hidden_size
@@ -121,11 +140,13 @@ def estimate(
     stream = calibration_tokens * adapter.hidden_size * compute_itemsize
     if work.statistics:
         flops += calibration_tokens * (calibration + statistics) + solve
-        # The block as it was and as it becomes; moments of one stage; one cut, which holds a matrix at least.
-        device_bytes = 2 * block_bytes + moment_bytes + max(site_budget_bytes, matrix_bytes)
-        measured_stream = work.sensitivity_tokens * adapter.hidden_size * compute_itemsize * (adapter.n_blocks + 1)
-        flops += work.sensitivity_tokens * (3 * forward + 2 * head)
-        disk = max(plan.emitted_bytes + 7 * stream, 2 * stream + measured_stream)
+        # The block as it was and as it becomes; moments of one stage, and one cut, which holds a matrix at least; or,
+        # before there are moments, what tuning holds.
+        device_bytes = 2 * block_bytes + max(moment_bytes + max(site_budget_bytes, matrix_bytes), tuned_bytes)
+        disk = plan.emitted_bytes + 7 * stream
+        if work.walk_back is not None:
+            flops += calibration_tokens * (5 * forward + 2 * head)
+            disk = max(disk, (2 + work.walk_back(adapter.n_blocks)) * stream)
     else:
         device_bytes = block_bytes  # the verification walk
         disk = plan.emitted_bytes

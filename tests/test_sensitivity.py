@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Llama4ForConditionalGeneration
 
-from onecard.calibration.sensitivity import NEAR_SHARE, RESIDUAL, sensitivities
+from onecard.calibration.sensitivity import NEAR_SHARE, RESIDUAL, rows_at_once, sensitivities
 from onecard.checkpoint.workdir import Activations
 from onecard.core.rows import Row
 from onecard.models.adapter import Half
@@ -38,9 +38,12 @@ def tie_twin(x_TH: torch.Tensor, w_EH: torch.Tensor, gain_H: torch.Tensor, famil
     return total * (len(total) / total.trace())
 
 
-def by_transformers(folder: Path, family: str, ids_NT: torch.Tensor, seed: int) -> dict[tuple[int, str], torch.Tensor]:
-    """Block and site -> E[g g^T] over all tokens, scaled by the mean square of what leaves the half, trace O; and for
-    what reaches the residual stream, the mean over later routers of the near ties' metric, trace H."""
+Found = dict[tuple[int, str], torch.Tensor]
+
+
+def by_transformers(folder: Path, family: str, ids_NT: torch.Tensor, seed: int, weighting: str) -> tuple[Found, Found]:
+    """Block and site -> E[g g^T] over all tokens, over the tokens' weights, trace O; and for what reaches the residual
+    stream, the mean over later routers of the near ties' metric, trace H. Beside it the weights [tokens]."""
     cls: Any = Llama4ForConditionalGeneration if family == "scout" else AutoModelForCausalLM
     model = cls.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
     layers = next(m for n, m in model.named_modules() if n.endswith("layers") and "vision" not in n)
@@ -75,62 +78,128 @@ def by_transformers(folder: Path, family: str, ids_NT: torch.Tensor, seed: int) 
             ties[block] = tie_twin(
                 normed, router.weight.detach(), layer.post_attention_layernorm.weight.detach(), family
             )
-    found = {}
+    found, weights = {}, {}
     for block in range(len(layers)):
-        ms = {n: kept[block, n].detach().flatten(0, 1).square().mean(-1).sqrt()[:, None] for n in (RESIDUAL, "middle")}
-
-        def outer(names: list[str], scale: torch.Tensor, block: int = block) -> torch.Tensor:
-            grads = [kept[block, n].grad.flatten(0, 1) for n in names]
-            g = torch.cat(grads, dim=-1).double() * scale
-            total = g.T @ g
-            return total * (len(total) / total.trace())
-
-        def routers(first: int) -> torch.Tensor | float:
+        for key, name in {RESIDUAL: RESIDUAL, **{f"self_attn.{n}": f"{n}_proj" for n in "qkvo"}}.items():
+            left = kept[block, RESIDUAL if name == RESIDUAL else "middle"]
+            root_mean_square = left.detach().flatten(0, 1).double().square().mean(-1).sqrt()
+            gradients = kept[block, name].grad
+            assert gradients is not None
+            g = gradients.flatten(0, 1).double()
+            size = g.norm(dim=-1)
+            match weighting:
+                case "residual":
+                    weights[block, key] = root_mean_square**-2
+                case "gradient":
+                    weights[block, key] = (size**3 / root_mean_square).sqrt()
+                case _:
+                    weights[block, key] = torch.ones_like(size)
+            total = sum(torch.outer(g_O, g_O) / w for g_O, w in zip(g, weights[block, key], strict=True) if w > 0)
+            found[block, key] = total * (len(total) / total.trace())
+            first = {RESIDUAL: block + 1, "self_attn.o": block}.get(key, len(layers))
             later = [metric for index, metric in ties.items() if index >= first]
-            return torch.stack(later).mean(0) if later else 0.0
-
-        found[block, RESIDUAL] = outer([RESIDUAL], ms[RESIDUAL]) + routers(block + 1)
-        found[block, "self_attn.o"] = outer(["o_proj"], ms["middle"]) + routers(block)
-        found[block, "self_attn.qkv"] = outer(["q_proj", "k_proj", "v_proj"], ms["middle"])
-    return found
+            if later:
+                found[block, key] += torch.stack(later).mean(0)
+    return found, weights
 
 
-@pytest.mark.parametrize("family", ["scout", "qwen3"])
-def test_metrics_are_those_of_the_whole_model(family: str, baby: Callable[..., Path], tmp_path: Path) -> None:
-    folder = baby(family)
+def walked(
+    folder: Path, ids_NT: torch.Tensor, acts: Path, batch_tokens: int, weighting: str, seed: int = 0
+) -> tuple[Found, Found]:
     model = open_model(str(folder))
-    ids = torch.randint(3, 240, (3, 21), generator=torch.Generator().manual_seed(5))
-    rows = [Row(f"row-{i}", "text", tokens) for i, tokens in enumerate(ids)]
-    found: dict[int, dict[str, torch.Tensor]] = {}
-    store = Activations(tmp_path / "acts")
+    rows = [Row(f"row-{i}", "text", tokens) for i, tokens in enumerate(ids_NT)]
+    metrics: Found = {}
+    weights: Found = {}
+
+    def keep(block: int, some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> None:
+        metrics.update({(block, key): metric for key, metric in some.items()})
+        weights.update({(block, key): weight for key, weight in others.items()})
+
     calls = Calls(model.adapter, CPU, torch.float32)
     sensitivities(
-        model.adapter, model.source, rows, 1000, store, calls, lambda b, m: found.__setitem__(b, m), Silence(), seed=9
+        model.adapter, model.source, rows, batch_tokens, Activations(acts), calls, keep, Silence(), weighting, seed
     )
-    expected = by_transformers(folder, family, ids, seed=9)
-    for (block, key), metric in expected.items():
-        torch.testing.assert_close(found[block][key].double(), metric, rtol=2e-3, atol=2e-3)
-    assert not list((tmp_path / "acts").rglob("*.safetensors")), "the store is left empty"
+    assert not list(acts.rglob("*.safetensors")), "the store is left empty"
+    return metrics, weights
+
+
+@pytest.mark.parametrize("weighting", ["none", "residual", "gradient"])
+@pytest.mark.parametrize("family", ["scout", "qwen3"])
+def test_metrics_and_weights_are_those_of_the_whole_model(
+    family: str, weighting: str, baby: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = baby(family)
+    ids = torch.randint(3, 240, (3, 21), generator=torch.Generator().manual_seed(5))
+    metrics, weights = walked(folder, ids, tmp_path / "acts", 1000, weighting, seed=9)
+    expected_metrics, expected_weights = by_transformers(folder, family, ids, 9, weighting)
+    assert metrics.keys() == expected_metrics.keys() == weights.keys()
+    for place, metric in expected_metrics.items():
+        torch.testing.assert_close(metrics[place].double(), metric, rtol=2e-3, atol=2e-3)
+        largest = expected_weights[place].max()
+        torch.testing.assert_close(
+            weights[place].double() / largest, expected_weights[place] / largest, rtol=1e-3, atol=1e-5
+        )
 
 
 def test_batches_do_not_matter(baby: Callable[..., Path], tmp_path: Path) -> None:
-    model = open_model(str(baby("scout")))
     ids = torch.randint(3, 240, (4, 13), generator=torch.Generator().manual_seed(6))
-    rows = [Row(f"row-{i}", "text", tokens) for i, tokens in enumerate(ids)]
-    runs = []
-    for batch_tokens in (26, 1000):
-        found: dict[int, dict[str, torch.Tensor]] = {}
-        sensitivities(
-            model.adapter, model.source, rows, batch_tokens, Activations(tmp_path / str(batch_tokens)),
-            Calls(model.adapter, CPU, torch.float32), lambda b, m, found=found: found.__setitem__(b, m), Silence(),
-        )  # fmt: skip
-        runs.append(found)
-    for block, metrics in runs[0].items():
-        for key, metric in metrics.items():
-            parts = metric.trace() / len(metric)
-            assert any(parts == pytest.approx(whole, rel=1e-5) for whole in (1, 2)), "its own, and the routers'"
-            torch.testing.assert_close(metric, metric.T)
-            torch.testing.assert_close(metric, runs[1][block][key], rtol=5e-2, atol=5e-2)
+    (some, some_weights), (whole, whole_weights) = (
+        walked(baby("scout"), ids, tmp_path / str(batch_tokens), batch_tokens, "gradient")
+        for batch_tokens in (26, 1000)
+    )
+    for place, metric in some.items():
+        parts = metric.trace() / len(metric)
+        assert any(parts == pytest.approx(whole, rel=1e-5) for whole in (1, 2)), "its own, and the routers'"
+        torch.testing.assert_close(metric, metric.T)
+        torch.testing.assert_close(metric, whole[place], rtol=5e-2, atol=5e-2)
+        torch.testing.assert_close(some_weights[place], whole_weights[place], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("n_blocks", [1, 2, 3, 4, 7, 16, 48, 94])
+def test_the_walk_back_needs_far_fewer_places_than_blocks(
+    n_blocks: int, baby: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every block is gone through backwards once with the rows that enter it, whatever the spacing."""
+    model = open_model(str(baby("scout")))
+    held: set[int] = set()
+    most = 0
+
+    class Store:
+        def put(self, block: int, stream: str, batch: int, hidden: torch.Tensor) -> None:
+            nonlocal most
+            held.add(block)
+            most = max(most, len(held))
+
+        def get(self, block: int, stream: str, batch: int) -> torch.Tensor:
+            assert block in held
+            return torch.zeros(1, 3, model.adapter.hidden_size)
+
+        def drop(self, block: int) -> None:
+            held.discard(block)
+
+    gone: list[int] = []
+
+    def back(_adapter: Any, _block: Any, index: int, hidden: Any, *_: Any) -> tuple[Any, Any]:
+        gone.append(index)
+        _[-1].add(RESIDUAL, hidden[0], hidden[0])
+        _[-1].add("self_attn.o", hidden[0], hidden[0])
+        return hidden, hidden
+
+    nothing = {name: lambda *_, **__: None for name in ("load_block", "_from_head")}
+    for name, fake in (nothing | {"_back": back, "near_ties": lambda *_: [], "run_block": lambda _, x, __: x}).items():
+        monkeypatch.setattr(f"onecard.calibration.sensitivity.{name}", fake)
+    adapter = model.adapter
+    first = adapter.sites(0)
+    monkeypatch.setattr(adapter, "n_blocks", n_blocks)
+    monkeypatch.setattr(adapter, "sites", lambda _: first)
+    calls: Any = type("Calls", (), {"device": CPU, "dtype": torch.float32, "of": lambda *_: [{}] * n_blocks})()
+    sensitivities(
+        adapter, model.source, [Row("r", "text", torch.tensor([5, 6, 7]))], 10, Store(), calls, lambda *_: None,
+        Silence(), "residual",
+    )  # fmt: skip
+    assert gone == list(reversed(range(n_blocks)))
+    assert not held
+    assert most <= rows_at_once(n_blocks) <= 3 * n_blocks**0.5 + 2
 
 
 def test_the_two_halves_are_the_block(baby: Callable[..., Path]) -> None:

@@ -19,6 +19,7 @@ FLOORS = [
     ["calibration", "quantize", "planner", "checkpoint", "eval", "report"],
     ["recipe"],
     ["streams"],
+    ["tuning"],
     ["prepare", "stages"],
     ["texts"],
     ["coverage"],

@@ -1,0 +1,193 @@
+"""Tuning before rounding: against the loss in fp64, and the laws that it must keep."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from conftest import refused
+
+from onecard.checkpoint.workdir import Activations
+from onecard.models.adapter import Half
+from onecard.models.walk import Calls, expert_stacks, load_block, only, run_block
+from onecard.prepare import open_model
+from onecard.streams import MIDDLE, QUANTIZED, REFERENCE, HalfJob
+from onecard.tuning import FEW, tune
+
+CPU = torch.device("cpu")
+GROUPS = [[0, 1], [2, 3], [4]]
+TOKENS = 11
+
+
+class Silence:
+    def begin(self, stage: str, block: int | None = None) -> None: ...
+
+    def advance(self, tokens: int) -> None: ...
+
+
+class Half0:
+    """The feed-forward half of a baby's first block, both streams in a store; the quantized one is off by `noise`."""
+
+    def __init__(self, folder: Path, store: Path, noise: float, groups: list[list[int]] = GROUPS) -> None:
+        model = open_model(str(folder))
+        self.adapter = model.adapter
+        self.original = load_block(model.adapter, model.source, 0, CPU, torch.float32)
+        self.target = load_block(model.adapter, model.source, 0, CPU, torch.float32)
+        calls = Calls(model.adapter, CPU, torch.float32)
+        self.job = HalfJob(
+            model.adapter, 0, Half.FEED_FORWARD, groups, Activations(store), calls, CPU, True, "residual", {}, False
+        )
+        generator = torch.Generator().manual_seed(3)
+        # Not noise alone, which nothing could make good: a fifth more of one direction in whatever has some of it.
+        direction = torch.randn(model.adapter.hidden_size, generator=generator)
+        self.quantized, self.wanted = [], []
+        for k, numbers in enumerate(groups):
+            x = torch.randn(len(numbers), TOKENS, model.adapter.hidden_size, generator=generator)
+            moved = x + noise * (x @ direction)[..., None] * direction / direction.square().sum()
+            with only(model.adapter, self.original, Half.FEED_FORWARD):
+                out = run_block(self.original, x, calls.of(TOKENS)[0])
+            self.job.store.put(0, REFERENCE + MIDDLE, k, x)
+            self.job.store.put(0, QUANTIZED + MIDDLE, k, moved)
+            self.job.put(REFERENCE, k, out)
+            self.quantized.append(moved)
+            self.wanted.append(out)
+
+    def sites(self) -> list[Any]:
+        return [site for site in self.adapter.sites(0) if site.half is Half.FEED_FORWARD]
+
+    def tuned(self, epochs: int, metric: torch.Tensor | None = None) -> list[float]:
+        return tune(self.job, self.target, self.sites(), metric, epochs, Silence())
+
+    def rows(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(what the half gives, what it is to give), each token, fp64."""
+        pairs = []
+        for x, wanted in zip(self.quantized, self.wanted, strict=True):
+            with only(self.adapter, self.target, Half.FEED_FORWARD):
+                out = run_block(self.target, x, self.job.calls.of(TOKENS)[0])
+            pairs += list(zip(out.flatten(0, 1).double(), wanted.flatten(0, 1).double(), strict=True))
+        return pairs
+
+    def loss(self) -> float:
+        """One token after the other, every output alike."""
+        costs = [float((got_H - want_H).square().sum() / want_H.square().mean()) for got_H, want_H in self.rows()]
+        return sum(costs) / len(costs)
+
+    def errors(self) -> torch.Tensor:
+        """Mean weighted squared error of each output [H]."""
+        return torch.stack([(g - w).square() / w.square().mean() for g, w in self.rows()]).mean(0)
+
+
+@pytest.fixture(params=["scout", "maverick", "qwen3"])
+def half(request: pytest.FixtureRequest, baby: Callable[..., Path], tmp_path: Path) -> Callable[..., Half0]:
+    return lambda noise, *groups: Half0(baby(request.param), tmp_path / "acts", noise, *groups)
+
+
+def test_the_loss_is_the_formula(half: Callable[..., Half0]) -> None:
+    one = half(0.2, [[0, 1]])
+    expected = one.loss()
+    assert expected > 0
+    assert one.tuned(1) == [pytest.approx(expected, rel=1e-4)]
+
+
+def test_the_loss_falls_on_the_whole(half: Callable[..., Half0], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onecard.tuning.FEW", 0.0)
+    one = half(0.2)
+    before = one.loss()
+    losses = one.tuned(40)
+    assert losses == sorted(losses, reverse=True)
+    assert one.loss() < losses[-1] < 0.8 * before
+
+
+def test_the_metric_says_what_is_learned(half: Callable[..., Half0], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors that cost nothing stay: with a metric of one direction that one is mended, and the mean of all is not."""
+    monkeypatch.setattr("onecard.tuning.FEW", 0.0)
+    one = half(0.2)
+    direction = torch.zeros(one.adapter.hidden_size)
+    direction[5] = 1.0
+    before, whole = one.errors(), one.loss()
+    losses = one.tuned(40, torch.outer(direction, direction) * len(direction))
+    assert losses[-1] < 0.8 * losses[0]
+    assert one.errors()[5] / before[5] < 0.8 * one.loss() / whole
+
+
+def test_where_nothing_is_missed_nothing_moves(half: Callable[..., Half0]) -> None:
+    one = half(0.0)
+    before = {name: p.detach().clone() for name, p in one.target.named_parameters()}
+    one.tuned(2)
+    assert all(torch.equal(p, before[name]) for name, p in one.target.named_parameters())
+
+
+def test_only_the_sites_given_move_and_nothing_keeps_a_gradient(half: Callable[..., Half0]) -> None:
+    one = half(0.2)
+    before = {name: p.detach().clone() for name, p in one.target.named_parameters()}
+    (*_, last) = one.sites()
+    tune(one.job, one.target, [last], None, 2, Silence())
+    moved = {name for name, p in one.target.named_parameters() if not torch.equal(p, before[name])}
+    stacks = expert_stacks(one.target)
+    local = last.members[0][0].removeprefix(one.adapter.block_prefix(0))
+    expected = "experts.down" if ".experts." in local else f"{local}.weight"
+    assert stacks is not None or ".experts." not in local
+    assert len(moved) == 1
+    assert moved.pop().endswith(expected)
+    assert not any(p.requires_grad for p in one.target.parameters())
+
+
+def test_experts_move_by_their_rows(baby: Callable[..., Path], tmp_path: Path) -> None:
+    """An expert without rows stays as it is to the bit; what few rows have moved is taken back by n / (n + FEW I)."""
+    one = Half0(baby("scout"), tmp_path / "acts", 0.2, [[0]])
+    stacks = expert_stacks(one.target)
+    assert stacks is not None
+    before = stacks.down.detach().float().clone()
+    rows = torch.zeros(len(before))
+    for x in one.quantized:
+        with only(one.adapter, one.target, Half.FEED_FORWARD):
+            run_block(one.target, x, one.job.calls.of(TOKENS)[0])
+        rows += torch.bincount(stacks.routes_TK.flatten(), minlength=len(before))
+    assert rows.min() == 0 < rows.max()
+    one.tuned(4)
+    moved = (stacks.down.detach().float() - before).flatten(1).norm(dim=1)
+    assert (moved[rows == 0] == 0).all()
+    assert (moved[rows > 0] > 0).all()
+    # Adam's steps know no rows: all that makes the difference is what is taken back.
+    inputs = before.shape[-1]
+    whole = moved * (rows + FEW * inputs) / rows.clamp_min(1)
+    assert moved[rows.argmax()] < 0.2 * whole[rows.argmax()]
+
+
+@pytest.mark.parametrize("family", ["scout", "maverick", "qwen3"])
+def test_best_tunes_every_half_with_its_losses_in_the_record(
+    family: str,
+    baby: Callable[..., Path],
+    onecard: Callable[..., Result],
+    recipe: Callable[..., Path],
+    texts: list[str],
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out"
+    roles = ["expert", "shared_expert", "mlp", "attention"] if family != "qwen3" else ["expert", "mlp", "attention"]
+    told = recipe(tune_epochs=3, output_blocks=4, token_weighting="gradient", quantize_roles=roles)
+    result = onecard("quantize", baby(family), out, "--recipe", told, *texts)
+    assert result.exit_code == 0, result.stderr
+    blocks = json.loads((out / "onecard.json").read_text())["blocks"]
+    for block in blocks:
+        first, *more = [" ".join(tuned["sites"]) for tuned in block["tuning"]]
+        assert "gate_up" in first
+        assert "down" in first
+        # Several experts a token: their down projections are tuned together once more, for none is alone.
+        assert len(more) == (family == "qwen3" and "experts" in first)
+        assert not any("gate_up" in sites for sites in more)
+        for tuned in block["tuning"]:
+            assert len(tuned["losses"]) == 3
+            assert tuned["losses"][-1] < tuned["losses"][0]
+
+
+def test_tuning_needs_the_reference_stream(
+    baby: Callable[..., Path], onecard: Callable[..., Result], recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    told = recipe(tune_epochs=2, reference_correction=False)
+    refused(
+        onecard("quantize", baby("scout"), tmp_path / "out", "--recipe", told), "tune_epochs", "reference_correction"
+    )
