@@ -38,11 +38,19 @@ RUNS = {
         "quantize_roles": ("expert", "shared_expert", "mlp", "attention"),
         "output_blocks": 2,
         "restarts": 2,
+        "tune_epochs": 1,
+    },
+    "fast-16": {"method": "fast", "group_size": 16},
+    "balanced-16": {
+        "method": "balanced",
+        "quantize_roles": ("expert", "shared_expert", "mlp", "attention"),
+        "group_size": 16,
     },
     "rtn-8-asymmetric": {"method": "rtn", "bits": 8, "symmetric": False},
 }
 CASES = [(f, m) for f in ("scout", "maverick", "qwen3") for m in ("rtn", "gptq")]
-CASES += [("llama4-text", "rtn-8-asymmetric")]
+CASES += [("llama4-text", "rtn-8-asymmetric"), ("scout", "fast-16"), ("qwen3", "fast-16"), ("scout", "balanced-16")]
+CASES += [("qwen3", "balanced-16")]
 
 
 def write_texts(path: Path, seed: int, documents: int) -> Path:
@@ -80,9 +88,9 @@ class Run:
 
 
 def make_recipe(**keys: Any) -> Recipe:
-    keys = {"quantize_roles": ("expert", "shared_expert", "mlp")} | keys
+    keys = {"quantize_roles": ("expert", "shared_expert", "mlp"), "group_size": 32} | keys
     return Recipe(
-        name="baby", description="", group_size=32, calibration_rows=12, calibration_row_tokens=24,
+        name="baby", description="", calibration_rows=12, calibration_row_tokens=24,
         evaluation_rows=3, evaluation_row_tokens=24, warn_below_expert_rows=0, max_shard_bytes=150_000, **keys,
     )  # fmt: skip
 
@@ -218,7 +226,7 @@ def test_every_expert_has_the_planned_width_and_none_is_zeroed(run: Run) -> None
         outputs, inputs = expected[name]
         dtype, shape, _ = emitted[f"{module}.weight_packed"]
         assert (dtype, shape) == ("I32", (outputs, inputs * run.recipe.bits // 32))
-        assert emitted[f"{module}.weight_scale"][:2] == ("BF16", (outputs, inputs // 32))
+        assert emitted[f"{module}.weight_scale"][:2] == ("BF16", (outputs, inputs // run.recipe.group_size))
         assert (f"{module}.weight_zero_point" in emitted) == (not run.recipe.symmetric)
         original, ours = read(adapter, dense, name).float(), run.packed.get(name).float()
         assert torch.isfinite(ours).all()
@@ -228,13 +236,13 @@ def test_every_expert_has_the_planned_width_and_none_is_zeroed(run: Run) -> None
         bar = 0.25 if run.recipe.method == "rtn" else 0.7
         assert float((ours - original).norm() / original.norm()) < bar, name
         if run.recipe.method == "rtn":
-            groups = original.unflatten(-1, (-1, 32))
+            groups = original.unflatten(-1, (-1, run.recipe.group_size))
             step = groups.abs().amax(-1, keepdim=True) / 2 ** (run.recipe.bits - 1)
             if not run.recipe.symmetric:
                 step = (groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)) / (2**run.recipe.bits - 1)
             # One step where +8 is clipped to 7, else half of one; and bf16's rounding of scale and product.
             slack = groups.abs().amax(-1, keepdim=True) * 2**-7
-            assert ((ours.unflatten(-1, (-1, 32)) - groups).abs() <= step + slack).all(), name
+            assert ((ours.view_as(groups) - groups).abs() <= step + slack).all(), name
 
 
 def test_emitted_bytes_are_the_predicted_ones(run: Run) -> None:

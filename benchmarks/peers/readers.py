@@ -1,0 +1,71 @@
+"""Every checkpoint of onecard's own rows, as transformers and compressed-tensors read it.
+
+    python benchmarks/peers/readers.py [--rows 24]
+
+For each finished job of `make peers`: transformers loads the folder with no key missing or left over, and the mean KL
+of its logits from the bf16 model's, both whole models in transformers, is that of our own walk over the same files.
+Prints a line a checkpoint; exit code 1 if one differs by more than a thousandth.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+sys.path.insert(0, str(HERE))
+
+import inputs  # noqa: E402
+import judge  # noqa: E402
+from run import MODELS  # noqa: E402
+from transformers.utils import logging  # noqa: E402
+
+from onecard.core.rows import Row  # noqa: E402
+from onecard.generate import load_with_transformers  # noqa: E402
+
+MOST_DIFFERENCE = 1e-3
+
+
+def log_probabilities(model: Any, row: Row) -> torch.Tensor:
+    """fp64 [T - 1, V]: of every token that is predicted."""
+    with torch.inference_mode():
+        logits = model(input_ids=row.tokens[None], use_cache=False).logits[0, :-1]
+    return logits.double().log_softmax(-1)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=24, help="of the choice set, its first ones")
+    parser.add_argument("--build", type=Path, default=ROOT / "build" / "peers")
+    given = parser.parse_args()
+    logging.set_verbosity_error()
+    failed = 0
+    for name, own in MODELS.items():
+        folder = own or given.build / "models" / name
+        rows = inputs.evaluation_rows(folder, "choice", given.build / "inputs" / name)[: given.rows]
+        original = load_with_transformers(folder, torch.float32)
+        wanted = [log_probabilities(original, row) for row in rows]
+        for done in sorted((given.build / "jobs" / name).glob("onecard-*/done.json")):
+            checkpoint, job = done.parent / "checkpoint", json.loads((done.parent / "job.json").read_text())
+            model = load_with_transformers(checkpoint, torch.float32)
+            total = tokens = 0.0
+            for row, p in zip(rows, wanted, strict=True):
+                cost = (p.exp() * (p - log_probabilities(model, row))).sum(-1)
+                total, tokens = total + float(cost.sum()), tokens + len(cost)
+            theirs, ours = total / tokens, judge.kl(folder, checkpoint, rows)["mean"]
+            difference = abs(theirs / ours - 1)
+            failed += not difference <= MOST_DIFFERENCE
+            print(
+                f"{name} {done.parent.name} ({job['options']['method']}): mean KL {theirs:.6f} in transformers, "
+                f"{ours:.6f} in our walk, {difference:.1e} apart",
+                flush=True,
+            )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
