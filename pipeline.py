@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
 
 from . import __version__
 from .calibration.sensitivity import sensitivities
@@ -35,7 +34,7 @@ from .checkpoint.emit import (
 from .checkpoint.formats import compressed_tensors as ct
 from .checkpoint.packed import open_packed
 from .checkpoint.source import open_folder, refuse_nonfinite
-from .checkpoint.workdir import Activations, WorkDir, has_run, read_json, refuse_changed
+from .checkpoint.workdir import Activations, WorkDir, has_run, read_json, read_tensors, refuse_changed
 from .core.errors import InputError, LimitError
 from .core.layout import RECORD_NAME
 from .core.rows import Row, batches
@@ -301,7 +300,7 @@ def _sensitivity(
     """Metrics and token weights of a block, those batch by batch; empty where the method wants none."""
     if not walks_back(run.recipe, run.method):
         return {}, {}
-    found = load_file(_sensitivity_file(workdir, block))
+    found = read_tensors(_sensitivity_file(workdir, block))
     sizes = [sum(len(run.texts.calibration[number].tokens) for number in numbers) for numbers in groups]
     metrics = {key.removeprefix(METRIC): x.to(run.device) for key, x in found.items() if key.startswith(METRIC)}
     weights = {key.removeprefix(WEIGHT): list(x.split(sizes)) for key, x in found.items() if key.startswith(WEIGHT)}

@@ -16,7 +16,6 @@ Prints a line a run with the worst ratio of the starved experts and of all, and 
 
 import argparse
 import dataclasses
-import json
 import shutil
 import statistics
 import tempfile
@@ -30,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from onecard.calibration.sources import read_jsonl
 from onecard.calibration.tokens import Encoder
 from onecard.core.rows import Row, batches
+from onecard.demo import corpus
 from onecard.models.adapter import Adapter, Role, Site, read
 from onecard.models.walk import Calls, Embedder, expert_stacks, load_block, observed, run_block
 from onecard.pipeline import quantize
@@ -48,14 +48,6 @@ def rows_of(folder: Path, which: str, tokens: int) -> list[Row]:
     documents = [d for d in read_jsonl(demo_folder() / "data" / f"{which}.jsonl") if not d.images]
     rows = encoder.encode_all(documents)
     return [dataclasses.replace(row, tokens=row.tokens[:tokens]) for row in rows if len(row.tokens) >= tokens]
-
-
-def plain_texts(folder: Path, which: str) -> Path:
-    """The embedded texts without pictures: those would be packed into other rows of a pool."""
-    lines = (demo_folder() / "data" / f"{which}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    path = folder / f"{which}.jsonl"
-    path.write_text("".join(line for line in lines if json.loads(line)["kind"] != "image"), encoding="utf-8")
-    return path
 
 
 def bend(folder: Path) -> None:
@@ -174,6 +166,8 @@ def worst(errors: dict[tuple[int, int], float], base: dict[tuple[int, int], floa
 SETTINGS: dict[str, dict[str, Any]] = {
     "fast": {"method": "fast"},
     "balanced": {"method": "balanced"},
+    "best": {"method": "best"},
+    "best, no reference correction": {"method": "best", "reference_correction": False, "tune_epochs": 0},
     "balanced, no reference correction": {"method": "balanced", "reference_correction": False},
     "balanced, no correction, no output metric": {
         "method": "balanced", "reference_correction": False, "output_blocks": 0,
@@ -195,7 +189,10 @@ def main() -> None:
         bend(folder)
         held_out = rows_of(folder, "evaluation", 256)
         own = own_rows(folder, held_out)
-        texts = {which: plain_texts(Path(name), which) for which in ("calibration", "evaluation")}
+        texts = {which: Path(name) / f"{which}.jsonl" for which in ("calibration", "evaluation")}
+        for which, path in texts.items():
+            given = corpus.read_jsonl(demo_folder() / "data" / f"{which}.jsonl")
+            corpus.write_jsonl(path, corpus.without_pictures(given))
         starved = ", ".join(str(len(own.get(place, ()))) for place in enumerate(TARGETS))
         print(f"held-out tokens of the starved experts: {starved}", flush=True)
         common = {

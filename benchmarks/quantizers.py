@@ -92,8 +92,7 @@ def main() -> int:
         texts = {}
         for which in ("calibration", "evaluation"):
             texts[which] = Path(folder) / f"{which}.jsonl"
-            rows = [row for row in corpus.read_jsonl(DATA / f"{which}.jsonl") if row["kind"] != "image"]
-            corpus.write_jsonl(texts[which], rows)
+            corpus.write_jsonl(texts[which], corpus.without_pictures(corpus.read_jsonl(DATA / f"{which}.jsonl")))
         for number, (name, what) in enumerate(cases().items()):
             if given.only and not any(name.startswith(only) for only in given.only):
                 continue

@@ -42,6 +42,14 @@ def read_json(path: Path) -> Any:
         raise _damaged(path) from None
 
 
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """A safetensors file of ours. Raises InputError when something else changed it."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError):
+        raise _damaged(path) from None
+
+
 def _read_state(path: Path) -> dict[str, Any]:
     match read_json(path / STATE):
         case {"done": int(), "identity": dict()} as state:
@@ -210,11 +218,7 @@ class Activations:
                 files.sync_folder(folder)
 
     def get(self, block: int, stream: str, batch: int) -> torch.Tensor:
-        path = self._file(block, stream, batch)
-        try:
-            return load_file(path)["hidden"]
-        except (OSError, SafetensorError):
-            raise _damaged(path) from None
+        return read_tensors(self._file(block, stream, batch))["hidden"]
 
     def drop(self, block: int) -> None:
         """Forget what entered `block`: the next block's rows are committed."""

@@ -83,6 +83,11 @@ def read_jsonl(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
 
 
+def without_pictures(rows: list[Row]) -> list[Row]:
+    """For comparisons: some quantizers read text only, and rows with pictures are packed by themselves."""
+    return [row for row in rows if row["kind"] != "image"]
+
+
 def write_jsonl(path: Path, rows: list[Row]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 

@@ -35,10 +35,6 @@ def caption(thing: str, colour: str) -> str:
     return f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {thing}"
 
 
-def all_captions() -> list[str]:
-    return [caption(thing, colour) for thing in (*SHAPES, *DIGITS) for colour in COLOURS]
-
-
 def _shape(pen: ImageDraw.ImageDraw, thing: str, box: tuple[int, int, int, int], ink: tuple[int, int, int]) -> None:
     left, top, right, bottom = box
     if thing == "circle":

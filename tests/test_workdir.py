@@ -613,11 +613,16 @@ def test_the_work_directory_may_be_a_link(run: Run, whole: Contents) -> None:
     assert list(scratch.iterdir()) == []
 
 
-@pytest.mark.parametrize("what", ["shards/*.safetensors", "acts/*/*.safetensors", "blocks/*.json"])
+@pytest.mark.parametrize(
+    ("what", "stage"),
+    [("shards/*.safetensors", 3), ("acts/*/*.safetensors", 3), ("blocks/*.json", 3), ("sensitivity/*.safetensors", 2)],
+)
 @pytest.mark.parametrize("how", ["cut", "gone"])
-def test_what_is_finished_was_damaged(run: Run, refused: Check, whole: Contents, what: str, how: str) -> None:
+def test_what_is_finished_was_damaged(
+    run: Run, refused: Check, whole: Contents, what: str, stage: int, how: str
+) -> None:
     """Said at once, with the way out, and never moved to OUT."""
-    run.stopped_at(3)
+    run.stopped_at(stage)
     victim = sorted(run.work.glob(what))[0]
     if how == "cut":
         os.truncate(victim, victim.stat().st_size // 2)

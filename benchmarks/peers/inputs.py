@@ -24,7 +24,7 @@ from onecard.core.rows import Row
 from onecard.demo import corpus
 from onecard.models.adapter import read
 from onecard.models.families import load_adapter
-from texts import DEMO, HELD_OUT, without_pictures
+from texts import DEMO, HELD_OUT
 
 ROW_TOKENS = 512
 EVALUATION_ROWS = 100_000  # all of them
@@ -44,8 +44,8 @@ def prepare(model: Path, folder: Path, calibration: Path | None = None) -> dict[
     """Write the inputs of `model` unless they are there for exactly this model and these texts."""
     adapter, source = load_adapter(model), open_folder(model)
     sets = {
-        "calibration": without_pictures(corpus.read_jsonl(texts_of("calibration"))),
-        "choice": without_pictures(corpus.read_jsonl(texts_of("choice"))),
+        "calibration": corpus.without_pictures(corpus.read_jsonl(texts_of("calibration"))),
+        "choice": corpus.without_pictures(corpus.read_jsonl(texts_of("choice"))),
     }
     identity = hashlib.sha256((source.digest + json.dumps(sets, sort_keys=True)).encode()).hexdigest()
     facts = folder / "inputs.json"

@@ -23,10 +23,6 @@ BUDGET = {"code": 32_000, "conversation": 22_000, "prose": 6_000}  # tokens, abo
 LEAST_TOKENS, MOST_TOKENS = 256, 700  # as in demo/data.py
 
 
-def without_pictures(rows: list[corpus.Row]) -> list[corpus.Row]:
-    return [row for row in rows if row["kind"] != "image"]
-
-
 def main() -> int:
     tokenizer = tokens.load(DEMO / "model")
     taken = {corpus.digest(row) for row in corpus.documents("train")}
