@@ -163,7 +163,7 @@ def main() -> int:
                 found["machine"] = {"platform": platform.platform(), "cores": os.cpu_count(), "threads": given.threads}
                 merge(results, found)
                 print(table.line(found), flush=True)
-    table.write(results, build)
+    table.write(results, results)
     return 0
 
 

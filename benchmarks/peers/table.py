@@ -1,6 +1,10 @@
-"""Results -> what people read: a line a job while it runs, one markdown table a model, and the picture (plot.py)."""
+"""Results -> what people read: a line a job while it runs, one markdown table a model, and the picture (plot.py).
+
+python benchmarks/peers/table.py build/peers/results-test.json docs/peers      # docs/peers.md and docs/peers.svg
+"""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +12,7 @@ import plot
 
 HEAD = (
     "peer", "group", "experts int4", "stored bytes", "bits/weight", "linear bits", "mean KL (95 %)", "median", "p99",
-    "same top-1", "seconds", "peak RSS MB", "versions",
+    "same top-1", "changed routes", "of the best other tool", "seconds", "peak RSS MB", "versions",
 )  # fmt: skip
 
 
@@ -29,13 +33,40 @@ def _note(row: dict[str, Any]) -> str:
     return f" ({'; '.join(notes)})" if notes else ""
 
 
-def cells(row: dict[str, Any]) -> list[str]:
+def whole(row: dict[str, Any]) -> bool:
+    """Whether every linear weight of the blocks is stored in four bits."""
+    found = row["weights"]
+    return (found["expert_matrices_int4"], found["other_matrices_int4"]) == (
+        found["expert_matrices"],
+        found["other_matrices"],
+    )
+
+
+def beside(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """The mean KL of a row of ours over the least of another tool's, in the same groups, that takes no fewer bytes;
+    where all of ours is in four bits, of those of which that is true too."""
+    if not row["peer"].startswith("onecard") or "kl" not in row:
+        return ""
+    others = [
+        other
+        for other in rows
+        if "kl" in other and not other["peer"].startswith(("onecard", "rtn"))
+        and (other["model"], other["group"]) == (row["model"], row["group"])
+        and other["stored_bytes"] >= row["stored_bytes"] and (whole(other) or not whole(row))
+    ]  # fmt: skip
+    if not others:
+        return "no such row"
+    least = min(others, key=lambda other: other["kl"]["kl_mean_nats"])
+    return f"{row['kl']['kl_mean_nats'] / least['kl']['kl_mean_nats']:.3f} of {least['peer']}"
+
+
+def cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
     seconds = f"{row['seconds']:.1f}" if "seconds" in row else ""
     peak = f"{row['peak_rss_bytes'] / 1e6:.0f}" if "peak_rss_bytes" in row else ""
     if "kl" not in row:
         said = row.get("error", row["status"]).replace("|", "/").replace("\n", " ")
         said = said if len(said) <= 300 else said[:300] + " ..."
-        return [row["peer"], str(row["group"]), f"{row['status']}: `{said}`", *[""] * 7, seconds, peak, _versions(row)]
+        return [row["peer"], str(row["group"]), f"{row['status']}: `{said}`", *[""] * 9, seconds, peak, _versions(row)]
     kl, weights = row["kl"], row["weights"]
     return [
         row["peer"] + _note(row),
@@ -48,6 +79,8 @@ def cells(row: dict[str, Any]) -> list[str]:
         f"{kl['kl_median_nats']:.5f}",
         f"{kl['kl_p99_nats']:.4f}",
         f"{kl['same_top1']:.2%}",
+        f"{kl['changed_routes']:.2%}",
+        beside(row, rows),
         seconds,
         peak,
         _versions(row),
@@ -56,7 +89,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def line(row: dict[str, Any]) -> str:
     """One job, for the terminal."""
-    shown = cells(row)
+    shown = cells(row, [])
     tail = (
         f", weight error {row['weights']['error_mean']:.3f} (most {row['weights']['error_max']:.3f})"
         if "kl" in row
@@ -76,13 +109,16 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             out.append(f"The {measured['set']} set: {kl['documents']} documents, {kl['tokens']:,} predicted tokens.\n")
         out.append("| " + " | ".join(HEAD) + " |")
         out.append("|---" * len(HEAD) + "|")
-        out += ["| " + " | ".join(cells(row)) + " |" for row in own]
+        out += ["| " + " | ".join(cells(row, own)) + " |" for row in own]
         out.append("")
     return "\n".join(out)
 
 
-def write(results: Path, folder: Path) -> None:
+def write(results: Path, stem: Path) -> None:
     rows = json.loads(results.read_text())
-    stem = results.stem
-    (folder / f"{stem}.md").write_text(markdown(rows), encoding="utf-8")
-    (folder / f"{stem}.svg").write_text(plot.svg(rows), encoding="utf-8")
+    stem.with_suffix(".md").write_text(markdown(rows), encoding="utf-8")
+    stem.with_suffix(".svg").write_text(plot.svg(rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]), Path(sys.argv[2]))
