@@ -34,12 +34,10 @@ def _note(row: dict[str, Any]) -> str:
 
 
 def whole(row: dict[str, Any]) -> bool:
-    """Whether every linear weight of the blocks is stored in four bits."""
+    """Whether every linear weight of the blocks is stored in four bits, or as zeros."""
     found = row["weights"]
-    return (found["expert_matrices_int4"], found["other_matrices_int4"]) == (
-        found["expert_matrices"],
-        found["other_matrices"],
-    )
+    low = found["expert_matrices_int4"] + found["other_matrices_int4"] + len(found["all_zero"])
+    return bool(low == found["expert_matrices"] + found["other_matrices"])
 
 
 def beside(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
