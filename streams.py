@@ -82,11 +82,15 @@ class Seen:
         self.hidden: torch.Tensor | None = None
         # Without experts all tokens go the same way.
         self.routes = torch.zeros(self.tokens, 1, device=job.device)
+        everywhere = torch.arange(self.tokens, device=job.device)
+        normed: dict[str, torch.Tensor] = {}
         for site in sites:
             if site.reads_norm is not None:
-                with torch.inference_mode():
-                    rows = block.get_submodule(site.reads_norm)(hidden).reshape(self.tokens, -1)
-                self.rows[site.key, 0] = (torch.arange(self.tokens, device=job.device), rows)
+                if site.reads_norm not in normed:
+                    with torch.inference_mode():
+                        rows = block.get_submodule(site.reads_norm)(hidden).reshape(self.tokens, -1)
+                    normed[site.reads_norm] = rows
+                self.rows[site.key, 0] = (everywhere, normed[site.reads_norm])
         inner = {site.key for site in sites if site.reads_norm is None}
         if not (inner or run):
             return
@@ -121,16 +125,15 @@ class HalfStatistics:
         """Second moments of what the quantized stream brings to `sites` of the half-quantized block, and what it
         misses of the reference stream: at the sites' inputs, or for sites that write to the residual stream there."""
         job = self.job
-        by_key = {site.key: site for site in sites}
-        moments: dict[str, SiteMoments] = {}
         # Where a site's gradients do not weight the tokens, those that read one norm have their statistics in common.
         first = {site.key: site.key for site in sites}
         if not job.token_weights:
             reading = {site.reads_norm: site.key for site in reversed(sites)}
             first = {site.key: reading[site.reads_norm] if site.reads_norm else site.key for site in sites}
+        sites = [site for site in sites if first[site.key] == site.key]
+        by_key = {site.key: site for site in sites}
+        moments = {}
         for site in sites:
-            if first[site.key] != site.key:
-                continue
             outputs = sum(site.out_features)
             miss_rows = (outputs if site.adds_to_residual else site.in_features) if job.correct else 0
             slopes = outputs if site.feeds and job.slopes else 0
@@ -152,8 +155,6 @@ class HalfStatistics:
             against = job.rows_out(REFERENCE, k).flatten(0, 1).float() if job.correct else seen.out
             weight = {key: job.weight(key, k, against) for key in moments}
             for (key, expert), (tokens, rows) in seen.rows.items():
-                if key not in moments:
-                    continue
                 moments[key].add(expert, rows, weight[key][tokens])
                 if moments[key].slope_EPP is not None:
                     gate_up = stacked(job.adapter, self.target, job.index, by_key[key].members[expert])
@@ -164,8 +165,6 @@ class HalfStatistics:
             # Once for all experts of the site.
             missed = against - seen.out if len(inner) < len(sites) else None
             for (key, expert), (tokens, x) in seen.rows.items():
-                if key not in moments:
-                    continue
                 # The router decides the routes: it is shown all tokens, as is whatever comes before it.
                 everywhere = by_key[key].reads_norm is not None
                 kept = slice(None) if everywhere else alike[tokens]

@@ -37,12 +37,12 @@ class _Leaf:
         self.held, self.per_expert = held, per_expert
         self.before = held.detach().clone()
         self.master = nn.Parameter(held.detach().float().clone())
-        self.rows = torch.zeros(held.shape[0] if per_expert else 1, device=held.device)
+        self.rows = torch.zeros((len(held), 1, 1) if per_expert else (), device=held.device)
 
     def count(self, routes_TK: torch.Tensor | None, tokens: int) -> None:
         if self.per_expert:
             assert routes_TK is not None
-            self.rows += torch.bincount(routes_TK.flatten(), minlength=len(self.rows))
+            self.rows += torch.bincount(routes_TK.flatten(), minlength=len(self.rows))[:, None, None]
         else:
             self.rows += tokens
 
@@ -55,11 +55,7 @@ class _Leaf:
         with torch.no_grad():
             kept = self.rows / (self.rows + FEW * self.held.shape[-1])
             before = self.before.float()
-            self.master.copy_(
-                before + kept[:, None, None] * (self.master - before)
-                if self.per_expert
-                else before + kept * (self.master - before)
-            )
+            self.master.copy_(before + kept * (self.master - before))
         self.write()
         self.held.requires_grad_(False)
 

@@ -74,6 +74,14 @@ def write_recipe(path: Path, **changes: Any) -> Path:
     return path
 
 
+class Silence:
+    """A Step that shows nothing."""
+
+    def begin(self, stage: str, block: int | None = None) -> None: ...
+
+    def advance(self, tokens: int) -> None: ...
+
+
 def run_onecard(*args: object) -> Result:
     """The real command line, in this process: exit code, stdout and stderr as a shell would see them."""
     return CliRunner().invoke(main, [str(a) for a in args])

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Silence
 from transformers import AutoModelForCausalLM, Llama4ForConditionalGeneration
 
 from onecard.calibration.sensitivity import NEAR_SHARE, RESIDUAL, rows_at_once, sensitivities
@@ -16,12 +17,6 @@ from onecard.models.walk import Calls
 from onecard.prepare import open_model
 
 CPU = torch.device("cpu")
-
-
-class Silence:
-    def begin(self, stage: str, block: int | None = None) -> None: ...
-
-    def advance(self, tokens: int) -> None: ...
 
 
 def tie_twin(x_TH: torch.Tensor, w_EH: torch.Tensor, gain_H: torch.Tensor, family: str) -> torch.Tensor:

@@ -309,7 +309,7 @@ def test_nothing_is_left_hooked_even_after_a_failure(pair: Pair) -> None:
         raise RuntimeError(site.key)
 
     watch = observed(pair.adapter, block, 0, fail)
-    with pytest.raises(RuntimeError, match=r"self_attn\.q"), watch:
+    with pytest.raises(RuntimeError, match=r"^self_attn\.q$"), watch:
         run_block(block, hidden, call)
     assert hooks_left(block) == []
     before = run_block(block, hidden, call)

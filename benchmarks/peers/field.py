@@ -47,7 +47,7 @@ PEERS = (
     Peer("llmcompressor-awq", "llmcompressor", LLM_COMPRESSOR, (128, 32), AWQ | {"all_experts": False}, rescales=True),
     Peer("gptqmodel", "gptqmodel", "with_gptqmodel.py", (128, 32)),
     Peer("auto-gptq", "autogptq", "with_autogptq.py", (128, 32)),
-    Peer("auto-round", "autoround", "with_autoround.py", (128, 32)),
+    Peer("auto-round", "autoround", "with_autoround.py", (128, 64, 32)),
     Peer("hqq", "hqq", "with_hqq.py", (128, 64, 32), calibrated=False),
     Peer("bitsandbytes-nf4", "bitsandbytes", "with_bitsandbytes.py", (64,), calibrated=False),
     Peer("torchao-int4", "torchao", "with_torchao.py", (128, 32), calibrated=False),

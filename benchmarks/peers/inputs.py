@@ -2,8 +2,8 @@
 
 build/peers/inputs/MODEL/rows.safetensors      calibration rows, int64 [rows, 512]
 build/peers/inputs/MODEL/calibration.jsonl     the same documents as texts, for onecard's own command
-build/peers/inputs/MODEL/choice.jsonl          what onecard's own verification reads; test.jsonl is read by the judge
-alone build/peers/inputs/MODEL/canonical/            the source, unfused, one 2-D tensor a weight
+build/peers/inputs/MODEL/choice.jsonl          what onecard's own verification reads; the judge alone reads the test set
+build/peers/inputs/MODEL/canonical/            the source, unfused, one 2-D tensor a weight
 build/peers/inputs/MODEL/inputs.json           names, sizes, digests
 """
 

@@ -2,9 +2,9 @@
 
     python benchmarks/peers/readers.py [--rows 24]
 
-For each finished job of `make peers`: transformers loads the folder with no key missing or left over, and the mean KL
-of its logits from the bf16 model's, both whole models in transformers, is that of our own walk over the same files.
-Prints a line a checkpoint; exit code 1 if one differs by more than a thousandth.
+For each finished job of `make peers`: the mean KL between transformers' logits of the emitted folder and of the bf16
+model, both whole in transformers, is that of the judge's walk over the job's dequantized weights. Prints a line a
+checkpoint; exit code 1 if one differs by more than a thousandth.
 """
 
 import argparse
@@ -50,13 +50,13 @@ def main() -> int:
         original = load_with_transformers(folder, torch.float32)
         wanted = [log_probabilities(original, row) for row in rows]
         for done in sorted((given.build / "jobs" / name).glob("onecard-*/done.json")):
-            checkpoint, job = done.parent / "checkpoint", json.loads((done.parent / "job.json").read_text())
-            model = load_with_transformers(checkpoint, torch.float32)
+            job = json.loads((done.parent / "job.json").read_text())
+            model = load_with_transformers(done.parent / "checkpoint", torch.float32)
             total = tokens = 0.0
             for row, p in zip(rows, wanted, strict=True):
                 cost = (p.exp() * (p - log_probabilities(model, row))).sum(-1)
                 total, tokens = total + float(cost.sum()), tokens + len(cost)
-            theirs, ours = total / tokens, judge.kl(folder, checkpoint, rows)["mean"]
+            theirs, ours = total / tokens, judge.kl(folder, done.parent / "dense", rows)["kl_mean_nats"]
             difference = abs(theirs / ours - 1)
             failed += not difference <= MOST_DIFFERENCE
             print(

@@ -1,6 +1,6 @@
 """Results -> what people read: a line a job while it runs, one markdown table a model, and the picture (plot.py).
 
-python benchmarks/peers/table.py build/peers/results-test.json docs/peers      # docs/peers.md and docs/peers.svg
+`python benchmarks/peers/table.py build/peers/results-test.json docs/peers` writes docs/peers.md and docs/peers.svg.
 """
 
 import json
@@ -53,7 +53,7 @@ def beside(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         and other["stored_bytes"] >= row["stored_bytes"] and (whole(other) or not whole(row))
     ]  # fmt: skip
     if not others:
-        return "no such row"
+        return ""
     least = min(others, key=lambda other: other["kl"]["kl_mean_nats"])
     return f"{row['kl']['kl_mean_nats'] / least['kl']['kl_mean_nats']:.3f} of {least['peer']}"
 
@@ -96,8 +96,17 @@ def line(row: dict[str, Any]) -> str:
     return f"{row['model']} " + " | ".join(cell for cell in shown[:-1] if cell) + tail
 
 
+PREFACE = """# Beside other tools: all rows
+
+Written by `python benchmarks/peers/table.py` from what `make peers` measured; what the columns mean and what is missing
+stands in [benchmarks.md](benchmarks.md#beside-other-tools). "Of the best other tool": of the mean KL of the tool with
+the least, among those in groups of that size in no fewer bytes (and, beside a row of ours that is all int4, all int4
+too).
+"""
+
+
 def markdown(rows: list[dict[str, Any]]) -> str:
-    out = []
+    out = [PREFACE]
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
         measured = next((row for row in own if "kl" in row), None)
