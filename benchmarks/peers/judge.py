@@ -17,6 +17,7 @@ import torch
 from onecard.checkpoint.source import Folder, open_folder
 from onecard.checkpoint.workdir import Activations
 from onecard.core.rows import Row
+from onecard.core.tensors import TensorSource
 from onecard.eval.summary import summarize
 from onecard.eval.twin import Side, twin_walk
 from onecard.models.families import load_adapter
@@ -93,9 +94,9 @@ def check_weights(
     }
 
 
-def kl(model: Path, dense: Path, rows: list[Row]) -> dict[str, Any]:
+def kl(model: Path, quantized: TensorSource, rows: list[Row]) -> dict[str, Any]:
     adapter = load_adapter(model)
-    sides = Side("reference", adapter, open_folder(model)), Side("quantized", adapter, open_folder(dense))
+    sides = Side("reference", adapter, open_folder(model)), Side("quantized", adapter, quantized)
     with tempfile.TemporaryDirectory(prefix="peers-judge-") as scratch:
         twin = twin_walk(
             *sides, rows, BATCH_TOKENS, Activations(Path(scratch)), torch.device("cpu"), torch.float32, Quiet()

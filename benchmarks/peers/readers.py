@@ -3,8 +3,8 @@
     python benchmarks/peers/readers.py [--rows 24]
 
 For each finished job of `make peers`: the mean KL between transformers' logits of the emitted folder and of the bf16
-model, both whole in transformers, is that of the judge's walk over the job's dequantized weights. Prints a line a
-checkpoint; exit code 1 if one differs by more than a thousandth.
+model, both whole in transformers, is that of our own walk over the same files. Prints a line a checkpoint; exit code 1
+if one differs by more than MOST_DIFFERENCE.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from transformers.utils import logging  # noqa: E402
 
 from onecard.core.rows import Row  # noqa: E402
 from onecard.generate import load_with_transformers  # noqa: E402
+from onecard.prepare import open_model  # noqa: E402
 
 MOST_DIFFERENCE = 1e-3
 
@@ -51,12 +52,14 @@ def main() -> int:
         wanted = [log_probabilities(original, row) for row in rows]
         for done in sorted((given.build / "jobs" / name).glob("onecard-*/done.json")):
             job = json.loads((done.parent / "job.json").read_text())
-            model = load_with_transformers(done.parent / "checkpoint", torch.float32)
+            checkpoint = done.parent / "checkpoint"
+            model = load_with_transformers(checkpoint, torch.float32)
             total = tokens = 0.0
             for row, p in zip(rows, wanted, strict=True):
                 cost = (p.exp() * (p - log_probabilities(model, row))).sum(-1)
                 total, tokens = total + float(cost.sum()), tokens + len(cost)
-            theirs, ours = total / tokens, judge.kl(folder, done.parent / "dense", rows)["kl_mean_nats"]
+            theirs = total / tokens
+            ours = judge.kl(folder, open_model(str(checkpoint)).source, rows)["kl_mean_nats"]
             difference = abs(theirs / ours - 1)
             failed += not difference <= MOST_DIFFERENCE
             print(

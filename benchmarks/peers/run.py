@@ -119,7 +119,7 @@ def row(peer: Peer, name: str, group: int, build: Path, given: argparse.Namespac
     found["status"] = "stored wrong" if wrong else "ok"
     if not found["weights"]["not_finite"]:
         rows = inputs.evaluation_rows(model, which, folder)[: TRIAL_DOCUMENTS if given.rows else None]
-        found["kl"] = judge.kl(model, job / "dense", rows)
+        found["kl"] = judge.kl(model, dense, rows)
     return found
 
 
