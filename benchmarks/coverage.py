@@ -189,10 +189,7 @@ def main() -> None:
         bend(folder)
         held_out = rows_of(folder, "evaluation", 256)
         own = own_rows(folder, held_out)
-        texts = {which: Path(name) / f"{which}.jsonl" for which in ("calibration", "evaluation")}
-        for which, path in texts.items():
-            given = corpus.read_jsonl(demo_folder() / "data" / f"{which}.jsonl")
-            corpus.write_jsonl(path, corpus.without_pictures(given))
+        texts = corpus.write_plain_texts(Path(name))
         starved = ", ".join(str(len(own.get(place, ()))) for place in enumerate(TARGETS))
         print(f"held-out tokens of the starved experts: {starved}", flush=True)
         common = {

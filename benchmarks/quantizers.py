@@ -16,11 +16,10 @@ from typing import Any
 
 from transformers.utils import logging
 
-from onecard.demo import corpus, tokens
+from onecard.demo import corpus
 from onecard.pipeline import quantize
 from onecard.recipe import METHODS, Recipe
 
-DATA = Path(tokens.__file__).parent / "data"
 ROLES = ("expert", "shared_expert", "mlp", "attention")
 # What plain GPTQ lacks: absmax scales, columns in order, statistics once for each half of a block.
 PLAIN: dict[str, Any] = {
@@ -89,10 +88,7 @@ def main() -> int:
     )
     base = 0.0
     with tempfile.TemporaryDirectory() as folder:
-        texts = {}
-        for which in ("calibration", "evaluation"):
-            texts[which] = Path(folder) / f"{which}.jsonl"
-            corpus.write_jsonl(texts[which], corpus.without_pictures(corpus.read_jsonl(DATA / f"{which}.jsonl")))
+        texts = corpus.write_plain_texts(Path(folder))
         for number, (name, what) in enumerate(cases().items()):
             if given.only and not any(name.startswith(only) for only in given.only):
                 continue

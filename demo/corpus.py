@@ -92,6 +92,14 @@ def write_jsonl(path: Path, rows: list[Row]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
+def write_plain_texts(folder: Path) -> dict[str, Path]:
+    """The embedded calibration and evaluation texts without pictures, as files in `folder`."""
+    paths = {which: folder / f"{which}.jsonl" for which in ("calibration", "evaluation")}
+    for which, path in paths.items():
+        write_jsonl(path, without_pictures(read_jsonl(Path(__file__).parent / "data" / f"{which}.jsonl")))
+    return paths
+
+
 def _entity(module: str, prefix: str, node: ast.AST, source_lines: list[str]) -> Entity | None:
     if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or node.name.startswith("_"):
         return None

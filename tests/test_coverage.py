@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
+from conftest import Silence
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -23,12 +24,6 @@ from onecard.report.heatmap import BARS, NONE, STEPS, draw_coverage, least_line,
 Check = Callable[..., str]
 
 
-class Still:
-    def begin(self, stage: str, block: int | None = None) -> None: ...
-
-    def advance(self, tokens: int) -> None: ...
-
-
 @pytest.mark.parametrize("family", ["llama4-text", "maverick", "qwen3"])
 def test_counts_are_the_routes_of_transformers(baby: Callable[..., Path], tmp_path: Path, family: str) -> None:
     layers = 3 if family == "qwen3" else 2
@@ -37,7 +32,7 @@ def test_counts_are_the_routes_of_transformers(baby: Callable[..., Path], tmp_pa
     rows = [Row(str(n), "text", torch.randint(4, 200, (length,), generator=generator))
             for n, length in enumerate([20, 9, 20, 9, 20])]  # fmt: skip
     routes = count_routes(model.adapter, model.source, rows, 40, Activations(tmp_path / "acts"), torch.device("cpu"),
-                          torch.float32, Still())  # fmt: skip
+                          torch.float32, Silence())  # fmt: skip
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
     network = load_with_transformers(model.path, torch.float32)
     logits: list[torch.Tensor] = []

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
+from conftest import Silence
 
 from onecard.calibration.decode import BlockDecoder
 from onecard.calibration.sources import read_jsonl
@@ -17,12 +18,6 @@ from onecard.prepare import open_model
 from onecard.synthesis import pick
 
 Check = Callable[..., str]
-
-
-class Still:
-    def begin(self, stage: str, block: int | None = None) -> None: ...
-
-    def advance(self, tokens: int) -> None: ...
 
 
 @pytest.mark.parametrize("family", ["llama4-text", "qwen3"])
@@ -36,7 +31,7 @@ def test_logits_of_texts_that_grow_are_those_of_transformers(baby: Callable[...,
     decoder = BlockDecoder(model.adapter, model.source, rows, 128, torch.device("cpu"), torch.float32)
     network = load_with_transformers(model.path, torch.float32)
     for numbers in ([0, 1, 2], [2, 1]):
-        logits = decoder.next_logits(numbers, Still())
+        logits = decoder.next_logits(numbers, Silence())
         for number, found in zip(numbers, logits, strict=True):
             with torch.inference_mode():
                 expected = network(input_ids=torch.tensor([decoder.tokens[number]])).logits[0, -1]
