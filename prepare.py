@@ -192,6 +192,7 @@ def method_of(recipe: Recipe) -> Method:
         recipe.activation_order,
         recipe.refine_rounds,
         recipe.restarts,
+        recipe.tabu_moves,
         recipe.output_blocks,
     )
 

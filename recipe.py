@@ -27,13 +27,14 @@ METHODS: dict[str, dict[str, Any]] = {
     # GPTQ on statistics taken once for each half of a block, aimed at the reference stream.
     "fast": {"sequential": "halves", "refine_rounds": 0, "output_blocks": 0},
     # Statistics site by site, refinement, and Fisher metrics of what errors of outputs cost.
-    "balanced": {"refine_rounds": 2, "output_blocks": 8, "token_weighting": "gradient"},
+    "balanced": {"refine_rounds": 2, "output_blocks": 8, "token_weighting": "gradient", "tabu_moves": 100},
     # The same with more of each.
     "best": {
         "refine_rounds": 2,
         "output_blocks": 16,
         "token_weighting": "gradient",
         "restarts": 8,
+        "tabu_moves": 200,
         "tune_epochs": 4,
     },
 }
@@ -111,6 +112,8 @@ class Recipe(BaseModel):
     refine_rounds: int = Field(default=2, ge=0)  # after GPTQ: scales refitted and codes swept, this many times
     # So many tries at each stretch of columns, every row keeping its best, twice over: quantize/restarts.py
     restarts: int = Field(default=0, ge=0, le=64)
+    # Then so many moves of a tabu search over the codes of each stretch, twice over: quantize/tabu.py
+    tabu_moves: int = Field(default=0, ge=0, le=10_000)
     # What errors of outputs cost is taken into account between this many blocks of rows (quantize/metric.py); 0: not.
     output_blocks: int = Field(default=8, ge=0)
     # How much a token counts in the statistics: alike, by 1 / mean square of the residual row that leaves the block, or

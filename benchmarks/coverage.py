@@ -9,7 +9,9 @@ the held-out tokens that the original sends to it, and relative to round-to-near
 
 - alone: the squared error of the expert's output, both given what the original's reads. A corrected expert leaves its
   own output on purpose, to make good what came before it; this measure is for runs without reference correction;
-- in the model: the squared error of what leaves the block, relative to the row, each model on its own stream.
+- in the model: the squared error of what leaves the block, relative to the row, each model on its own stream;
+- routed alike: the same, of the tokens that neither model has sent elsewhere up to there. A token sent to another
+  expert by an earlier block's router brings along an error that no later expert has made.
 
 Prints a line a run with the worst ratio of the starved experts and of all, and a summary.
 """
@@ -132,29 +134,51 @@ def alone(folder: Path, out: Path, own: dict[tuple[int, int], torch.Tensor]) -> 
     return found
 
 
-def in_model(folder: Path, out: Path, rows: list[Row]) -> dict[tuple[int, int], float]:
-    """The squared error of what leaves each block over the row's square, mean over the tokens of each expert."""
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Of one block and each held-out token: where the original routes it, the relative squared error of what leaves the
+    block, and whether both models have routed it alike up to here and in here."""
+
+    routes_TK: torch.Tensor
+    error_T: torch.Tensor
+    alike_T: torch.Tensor
+
+
+def in_model(folder: Path, out: Path, rows: list[Row]) -> list[Block]:
+    """Each model on its own stream."""
     sides = [open_model(str(folder)), open_model(str(out))]
     groups, calls = batches(rows, 16384), Calls(sides[0].adapter, CPU, torch.float32)
     embedders = [Embedder(side.adapter, side.source, rows, CPU, torch.float32) for side in sides]
     streams = [[embedder.batch(group) for group in groups] for embedder in embedders]
-    experts = sides[0].adapter.n_experts
-    found = {}
+    alike_T = torch.ones(sum(len(row.tokens) for row in rows), dtype=torch.bool)
+    found = []
     for index in range(sides[0].adapter.n_blocks):
         blocks = [load_block(side.adapter, side.source, index, CPU, torch.float32) for side in sides]
-        error_E, count_E = torch.zeros(experts), torch.zeros(experts)
+        errors, routes = [], [list[torch.Tensor](), list[torch.Tensor]()]
         for k in range(len(groups)):
-            for stream, block in zip(streams, blocks, strict=True):
+            for stream, block, taken in zip(streams, blocks, routes, strict=True):
                 stream[k] = run_block(block, stream[k], calls.of(stream[k].shape[1])[index])
-            stacks = expert_stacks(blocks[0])
-            assert stacks is not None
+                stacks = expert_stacks(block)
+                assert stacks is not None
+                taken.append(stacks.routes_TK.sort(-1).values)
             exact, miss = streams[0][k].flatten(0, 1), (streams[1][k] - streams[0][k]).flatten(0, 1)
-            relative_T = miss.square().sum(-1) / exact.square().sum(-1)
-            for routes_T in stacks.routes_TK.T:
-                error_E.index_add_(0, routes_T, relative_T)
-                count_E.index_add_(0, routes_T, torch.ones_like(relative_T))
-        found |= {(index, e): float(error_E[e] / count_E[e]) for e in range(experts) if count_E[e]}
+            errors.append(miss.square().sum(-1) / exact.square().sum(-1))
+        theirs, ours = map(torch.cat, routes)
+        alike_T = alike_T & (theirs == ours).all(-1)
+        found.append(Block(theirs, torch.cat(errors), alike_T))
     return found
+
+
+def by_expert(now: list[Block], base: list[Block], alike: bool) -> tuple[dict[tuple[int, int], float], ...]:
+    """Mean errors of two runs over the tokens of each expert; `alike`: over those that neither has routed otherwise."""
+    errors: tuple[dict[tuple[int, int], float], ...] = ({}, {})
+    for index, blocks in enumerate(zip(now, base, strict=True)):
+        chosen_T = blocks[0].alike_T & blocks[1].alike_T if alike else torch.ones_like(blocks[0].alike_T)
+        for number in blocks[0].routes_TK[chosen_T].unique().tolist():
+            own_T = chosen_T & (blocks[0].routes_TK == number).any(-1)
+            for found, block in zip(errors, blocks, strict=True):
+                found[index, number] = float(block.error_T[own_T].mean())
+    return errors
 
 
 def worst(errors: dict[tuple[int, int], float], base: dict[tuple[int, int], float]) -> tuple[float, float]:
@@ -167,6 +191,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fast": {"method": "fast"},
     "balanced": {"method": "balanced"},
     "best": {"method": "best"},
+    "fast, no reference correction": {"method": "fast", "reference_correction": False},
     "best, no reference correction": {"method": "best", "reference_correction": False, "tune_epochs": 0},
     "balanced, no reference correction": {"method": "balanced", "reference_correction": False},
     "balanced, no correction, no output metric": {
@@ -197,7 +222,7 @@ def main() -> None:
             "calibration_row_tokens": 256, "evaluation_rows": 64, "evaluation_row_tokens": 256,
         }  # fmt: skip
 
-        def run(**fields: Any) -> tuple[Any, dict[tuple[int, int], float], dict[tuple[int, int], float]]:
+        def run(**fields: Any) -> tuple[Any, dict[tuple[int, int], float], list[Block]]:
             recipe = Recipe.model_validate(common | fields)
             record = quantize(str(folder), out, recipe, device_name="cpu", overwrite=True, quiet=True, **texts)
             return record, alone(folder, out, own), in_model(folder, out, held_out)
@@ -212,7 +237,8 @@ def main() -> None:
                 rows = [block["expert_rows"][target] for block, target in zip(record.blocks, TARGETS, strict=True)]
                 line = {"kl": record.kl["kl_mean_nats"], "starved rows": sum(rows), "least": min(rows)}
                 line["alone: starved"], line["all"] = worst(alone_now, alone_base)
-                line["in the model: starved"], line["all experts"] = worst(model_now, model_base)
+                line["in the model: starved"], line["all experts"] = worst(*by_expert(model_now, model_base, False))
+                line["routed alike: starved"], line["every expert"] = worst(*by_expert(model_now, model_base, True))
                 results.setdefault(label, []).append(line)
                 print(f"seed {seed}  {label:<42}" + "  ".join(f"{k} {v:.5g}" for k, v in line.items()), flush=True)
     print("\nover the seeds: means, and of the ratios the worst")

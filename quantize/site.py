@@ -9,18 +9,22 @@ from dataclasses import dataclass
 import torch
 
 from ..core.scheme import QuantizedWeight, Scheme
+from . import tabu
 from .gptq import BLOCK_COLUMNS, Prepared, gptq, prepare
 from .grid import absmax_scales, round_to_nearest, searched_scales
 from .metric import quantize_by_row_blocks
 from .refine import refine
 from .restarts import PASSES, Stretch, prepare_restarts, restarted
 
+# What a move of a code costs in time, for each weight of its stretch, beside matrix products: measured on one CPU core.
+MOVE_FLOPS = 700.0
+
 
 @dataclass(frozen=True)
 class Method:
     """How codes are found. `name` is 'rtn' (no statistics needed) or 'gptq'. `output_blocks`: into how many blocks of
     rows an output metric cuts a matrix; 0 means that every output counts alike. `restarts`: tries at each stretch of
-    columns (quantize/restarts.py)."""
+    columns (quantize/restarts.py). `tabu_moves`: codes moved at each stretch after that (quantize/tabu.py)."""
 
     name: str
     scale_search: bool = True
@@ -29,6 +33,7 @@ class Method:
     activation_order: bool = True
     refine_rounds: int = 0
     restarts: int = 0
+    tabu_moves: int = 0
     output_blocks: int = 0
 
     @property
@@ -61,22 +66,27 @@ def relative_output_error(w_BOI: torch.Tensor, q_BOI: torch.Tensor, moment_BII: 
 
 
 def working_bytes(outputs: int, inputs: int, metric: bool, method: Method) -> int:
-    """What quantizing one matrix holds: about five fp32 weights and four moments, four output metrics if used, and for
-    each restart the factors of every stretch and eight times a stretch of the rows that are quantized at once."""
+    """What quantizing one matrix holds: about five fp32 weights and four moments, four output metrics if used, for each
+    restart the factors of every stretch and eight times a stretch of the rows that are quantized at once, and in a
+    tabu search thirteen times that stretch and of each move three numbers a row."""
     rows = -(-outputs // method.output_blocks) if metric and method.output_blocks else outputs
     stretch = min(inputs, BLOCK_COLUMNS)
     restarts = method.restarts * stretch * (PASSES * 3 * inputs + 8 * rows)
-    return 4 * (5 * outputs * inputs + 4 * inputs * inputs + 4 * outputs * outputs * metric + restarts)
+    search = rows * (13 * stretch + 3 * method.tabu_moves) * (method.tabu_moves > 0)
+    return 4 * (5 * outputs * inputs + 4 * inputs * inputs + 4 * outputs * outputs * metric + max(restarts, search))
 
 
 def matrix_flops(outputs: int, inputs: int, metric: bool, method: Method) -> float:
     """2 x outputs x inputs^2 for the column updates and as much for each round of refinement, 3 x inputs^3 for the
     factors; with an output metric outputs^2 x inputs and 3 x outputs^3; each pass of restarts twice the column updates
-    for what a stretch changes elsewhere, and every try its stretch's own updates and factors."""
+    for what a stretch changes elsewhere, and every try its stretch's own updates and factors; each pass of a tabu
+    search the column updates as well, and every move the time of some 700 flops a weight: it waits for memory."""
     sweeps, stretch = 1 + method.refine_rounds, min(inputs, BLOCK_COLUMNS)
     flops = 2.0 * sweeps * outputs * inputs**2 + 3.0 * inputs**3 + metric * (outputs**2 * inputs + 3.0 * outputs**3)
     tries = method.restarts * (2.0 * sweeps * outputs * inputs * stretch + 3.0 * inputs * stretch**2)
-    return flops + PASSES * (tries + 4.0 * outputs * inputs**2 * (method.restarts > 0))
+    updates = 4.0 * outputs * inputs**2
+    flops += PASSES * (tries + updates * (method.restarts > 0))
+    return flops + tabu.PASSES * (updates + MOVE_FLOPS * method.tabu_moves * outputs * inputs) * (method.tabu_moves > 0)
 
 
 def cuts(
@@ -96,7 +106,7 @@ def _codes(
     method: Method,
     scale_dtype: torch.dtype,
 ) -> QuantizedWeight:
-    """GPTQ, refinement, and restarts with a round of refinement after each pass."""
+    """GPTQ, refinement, then restarts and a tabu search, with a round of refinement after each pass."""
     if method.scale_search:
         scale, zero = searched_scales(w_BOI, prepared.importance, scheme, scale_dtype, method.signed_scales)
     else:
@@ -106,6 +116,9 @@ def _codes(
         weight = refine(weight, w_BOI, prepared.objective, method.refine_rounds)
     for stretches in restarts:
         weight = restarted(weight, w_BOI, prepared.objective, stretches, method.refine_rounds)
+        weight = refine(weight, w_BOI, prepared.objective, 1)
+    for _ in range(tabu.PASSES if method.tabu_moves else 0):
+        weight = tabu.tabu_searched(weight, w_BOI, prepared.objective, method.tabu_moves)
         weight = refine(weight, w_BOI, prepared.objective, 1)
     return weight
 

@@ -26,7 +26,7 @@ Check = Callable[..., str]
     [
         ({"colour": "red", "grupsize": 32}, ["colour: unknown key", "grupsize: unknown key", "group_size"]),
         ({"bits": 3, "method": "magic"}, ["bits", "method"]),
-        ({"restarts": -1}, ["restarts"]),
+        ({"restarts": -1, "tabu_moves": -1}, ["restarts", "tabu_moves"]),
         ({"name": "red \x1b[31m"}, ["control characters"]),
         ({"keep_modules": ["*"]}, ["keeps every module"]),
         ({"group_size": 12}, ["group_size", "12"]),

@@ -175,6 +175,7 @@ METHODS = {
     "searched scales": Method("gptq"),
     "refined": Method("gptq", refine_rounds=2),
     "refined, restarted": Method("gptq", refine_rounds=1, restarts=3),
+    "refined, searched": Method("gptq", refine_rounds=1, tabu_moves=20),
 }
 methods = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 

@@ -38,6 +38,7 @@ RUNS = {
         "quantize_roles": ("expert", "shared_expert", "mlp", "attention"),
         "output_blocks": 2,
         "restarts": 2,
+        "tabu_moves": 20,
         "tune_epochs": 1,
     },
     "fast-16": {"method": "fast", "group_size": 16},
@@ -45,6 +46,7 @@ RUNS = {
         "method": "balanced",
         "quantize_roles": ("expert", "shared_expert", "mlp", "attention"),
         "group_size": 16,
+        "tabu_moves": 20,
     },
     "rtn-8-asymmetric": {"method": "rtn", "bits": 8, "symmetric": False},
 }
