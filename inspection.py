@@ -21,6 +21,7 @@ from .prepare import (
     work_of,
 )
 from .recipe import Recipe
+from .texts import calibration_rows
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def plan(model_name: str, recipe: Recipe, device_name: str = "auto") -> PlanResu
         model.adapter,
         laid_out,
         work_of(recipe),
-        recipe.calibration_rows * recipe.calibration_row_tokens if method.needs_statistics else 0,
+        calibration_rows(recipe, model.adapter) * recipe.calibration_row_tokens if method.needs_statistics else 0,
         recipe.evaluation_rows * recipe.evaluation_row_tokens,
         dtype.itemsize,
         measure_flops(device, dtype),

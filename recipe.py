@@ -25,7 +25,13 @@ METHODS: dict[str, dict[str, Any]] = {
     # Round-to-nearest with absmax / 8, no calibration: Meta's own scheme for Scout.
     "rtn": {},
     # GPTQ on statistics taken once for each half of a block, aimed at the reference stream.
-    "fast": {"sequential": "halves", "refine_rounds": 0, "output_blocks": 0},
+    "fast": {
+        "sequential": "halves",
+        "refine_rounds": 1,
+        "tabu_moves": 50,
+        "output_blocks": 0,
+        "calibration_rows_per_input": 4.0,
+    },
     # Statistics site by site, refinement, and Fisher metrics of what errors of outputs cost.
     "balanced": {"refine_rounds": 2, "output_blocks": 8, "token_weighting": "gradient", "tabu_moves": 100},
     # The same with more of each.
@@ -132,6 +138,8 @@ class Recipe(BaseModel):
     calibration: Texts = Texts()
     calibration_rows: int = Field(default=512, ge=1)
     calibration_row_tokens: int = Field(default=2048, ge=2)
+    # Of these no more than give every expert, at an even share, so many rows for each of its inputs; 0: all of them.
+    calibration_rows_per_input: float = Field(default=0.0, ge=0)
     calibration_seed: int = 0
     # A share of the calibration tokens in rows of this length, so that attention in chunks sees more than one.
     calibration_long_share: float = Field(default=0.0, ge=0, le=1)

@@ -19,6 +19,7 @@ from .calibration.sources import SUFFIXES, Found, Limit, Source, read_source, sp
 from .calibration.tokens import Encoder
 from .core.errors import InputError
 from .core.rows import Row
+from .models.adapter import Adapter, Role
 from .prepare import Model, demo_folder
 from .recipe import Recipe, Texts, TextSource
 
@@ -58,9 +59,19 @@ class RunTexts:
         return sum(self.wanted.values()) < len(self.calibration)
 
 
-def layout_of(recipe: Recipe) -> Layout:
+def calibration_rows(recipe: Recipe, adapter: Adapter) -> int:
+    """How many rows a run calibrates on, as the recipe limits them by number and by the experts' inputs."""
+    if not recipe.calibration_rows_per_input:
+        return recipe.calibration_rows
+    sites = [site for block in range(adapter.n_blocks) for site in adapter.sites(block)]
+    inputs = max(site.in_features for site in sites if site.role is Role.EXPERT)
+    tokens = recipe.calibration_rows_per_input * inputs * adapter.n_experts / adapter.top_k
+    return min(recipe.calibration_rows, math.ceil(tokens / recipe.calibration_row_tokens))
+
+
+def layout_of(recipe: Recipe, adapter: Adapter) -> Layout:
     return Layout(
-        recipe.calibration_rows,
+        calibration_rows(recipe, adapter),
         recipe.calibration_row_tokens,
         recipe.calibration_long_share,
         recipe.calibration_long_row_tokens,
@@ -106,7 +117,9 @@ def gather(
             limit = Limit(documents=count, longest_characters=longest)
             seed = None
         else:
-            characters = layout_of(recipe).tokens * recipe.calibration_pool * CHARACTERS_PER_TOKEN * share
+            characters = (
+                layout_of(recipe, encoder.adapter).tokens * recipe.calibration_pool * CHARACTERS_PER_TOKEN * share
+            )
             picture = CHARACTERS_PER_TOKEN * encoder.adapter.image_token_count() if encoder.adapter.has_vision else 0
             limit = Limit(None, math.ceil(characters * (8 / 7 if both else 1)), picture, longest)
             seed = recipe.calibration_seed
@@ -169,7 +182,7 @@ def prepare_texts(
         return RunTexts([], used, facts, warnings, {})
     calibrated = gather(recipe, ours, theirs, encoder, evaluated=False)
     refuse_shared([d for part in calibrated for d in part.documents], [d for part in evaluated for d in part.documents])
-    packed, wanted = packed_rows(recipe, calibrated)
+    packed, wanted = packed_rows(recipe, model.adapter, calibrated)
     facts["calibration"] = facts_of(calibrated, packed)
     warnings += _left_out(calibrated, "calibration") + _short_shares(calibrated, facts["calibration"])
     both = sorted({source.label for source in ours} & {s.label for s in theirs if s.place in {o.place for o in ours}})
@@ -188,9 +201,9 @@ def calibration_documents(model: Model, recipe: Recipe, calibration: Path | None
     return [d for part in gather(recipe, ours, theirs, encoder, evaluated=False) for d in part.documents]
 
 
-def packed_rows(recipe: Recipe, gathered: list[Gathered]) -> tuple[list[Row], dict[int, int]]:
+def packed_rows(recipe: Recipe, adapter: Adapter, gathered: list[Gathered]) -> tuple[list[Row], dict[int, int]]:
     """(rows of the pool, how many rows of each length are wanted of them)."""
-    layout, seed = layout_of(recipe), recipe.calibration_seed
+    layout, seed = layout_of(recipe, adapter), recipe.calibration_seed
     weights = [part.source.weight for part in gathered]
     chosen = mixed([part.rows for part in gathered], weights, round(layout.tokens * layout.pool), seed)
     rows = pack(chosen, layout, seed)
