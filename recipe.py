@@ -30,7 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "refine_rounds": 1,
         "tabu_moves": 50,
         "output_blocks": 0,
-        "calibration_rows_per_input": 4.0,
+        "calibration_rows_per_input": 8.0,
     },
     # Statistics site by site, refinement, and Fisher metrics of what errors of outputs cost.
     "balanced": {"refine_rounds": 2, "output_blocks": 8, "token_weighting": "gradient", "tabu_moves": 100},
