@@ -6,6 +6,7 @@ Maverick interleaves dense layers. The multimodal class puts everything of the t
 """
 
 from collections.abc import Collection
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -129,6 +130,11 @@ class Llama4Adapter(Adapter):
         unfused = any(".experts.0." in name for name in available)
         if unfused:
             return self.expected()
+        return dict(self._fused_shapes)
+
+    @cached_property
+    def _fused_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Building the whole model on the meta device takes a second for Scout; it is asked for several times a run."""
         cls = hf.Llama4ForConditionalGeneration if self.has_vision else hf.Llama4ForCausalLM
         shapes = meta_shapes(cls, self.config)
         if self.tied_head:

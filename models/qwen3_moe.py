@@ -1,6 +1,7 @@
 """Qwen3-MoE: one 2-D tensor an expert on disk, top-k routing, routing weights on the expert's output."""
 
 from collections.abc import Collection
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -94,6 +95,10 @@ class Qwen3MoeAdapter(Adapter):
         return f"{head}.gate_up" if leaf in ("gate_proj", "up_proj") else module_name
 
     def expected(self) -> dict[str, tuple[int, ...]]:
+        return dict(self._shapes)
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
         # transformers 5 fuses the experts in its module; the checkpoint on disk never does.
         shapes = {n: s for n, s in meta_shapes(hf.Qwen3MoeForCausalLM, self.config).items() if ".experts." not in n}
         for block in range(self.n_blocks):
