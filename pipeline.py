@@ -66,7 +66,7 @@ from .report.resources import package_versions
 from .stages import BlockJob, quantize_block
 from .streams import QUANTIZED, REFERENCE
 from .texts import RunTexts, prepare_texts
-from .verification import close_machine, compare
+from .verification import close_machine, measure, rows_of_experts
 
 RECORD = "record.json"
 # What tensors of a block's sensitivity file are, before the site's key.
@@ -263,10 +263,13 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress) -> RunRecord:
         emitted = open_folder(run.out)
         assert emitted.file_bytes == run.plan.emitted_bytes, (emitted.file_bytes, run.plan.emitted_bytes)
         quantized = Side("quantized", run.adapter, open_packed(emitted, config["quantization_config"]))
-        record.kl = compare(
-            run.model, quantized, run.texts, run.recipe.batch_tokens, workdir.folder("verify"), run.device, run.dtype,
-            progress,
+        measured = measure(
+            run.model, quantized, run.texts.evaluation, run.recipe.batch_tokens, workdir.folder("verify"), run.device,
+            run.dtype, progress, rows_of_experts(record.blocks),
         )  # fmt: skip
+        record.kl, record.errors = measured.kl, measured.errors
+        record.warnings += measured.warnings
+        record.checkpoint = {"name": run.out.name, "bytes": emitted.file_bytes}
         close_machine(record, progress, run.device, run.began)
         files.write_json(workdir.path / RECORD, record.to_json())
         workdir.commit(4 + blocks)

@@ -1,9 +1,11 @@
-"""The proof: KL of files, as they are read back, against the original, by the twin walk."""
+"""The proof: how far a checkpoint, as its files are read back, is from the original. By the twin walk; KL, what it is
+made of and where it comes from. A run's own verification and the verb `verify` are this one."""
 
+import json
 import shutil
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,37 +13,87 @@ import torch
 from rich.console import Console
 
 from . import __version__
+from .calibration.tokens import Encoder
 from .checkpoint.source import Folder, refuse_nonfinite
 from .checkpoint.workdir import Activations
 from .core.errors import InputError
+from .core.layout import RECORD_NAME
+from .core.rows import Row
+from .eval.intervals import FEW_DOCUMENTS
+from .eval.kept import write_tokens
 from .eval.summary import summarize
+from .eval.told import tell
 from .eval.twin import Side, twin_walk
 from .prepare import Model, choose_device, choose_dtype, open_model
 from .recipe import Recipe
 from .report.progress import Progress
 from .report.record import RunRecord
 from .report.resources import describe_machine, package_versions, peak_device_bytes, peak_rss_bytes
-from .texts import RunTexts, prepare_texts
+from .texts import prepare_texts
 
 
-def compare(
+@dataclass(frozen=True)
+class Measured:
+    """The record's `kl` and `errors`, and what the user should know of them."""
+
+    kl: dict[str, Any]
+    errors: dict[str, Any]
+    warnings: list[str]
+
+
+def measure(
     model: Model,
     quantized: Side,
-    texts: RunTexts,
+    rows: list[Row],
     batch_tokens: int,
     folder: Path,
     device: torch.device,
     dtype: torch.dtype,
     progress: Progress,
-) -> dict[str, Any]:
-    """The record's `kl`. Hidden rows live in `folder` meanwhile."""
+    calibration_rows: dict[int, list[int]],
+    keep_tokens: Path | None = None,
+) -> Measured:
+    """Walk both models over `rows`. Hidden rows live in `folder` meanwhile. `calibration_rows`: of every block's
+    experts, for the record. `keep_tokens`: a Parquet file for the results of every token."""
     reference = Side("reference", model.adapter, model.source)
     shutil.rmtree(folder, ignore_errors=True)
-    twin = twin_walk(reference, quantized, texts.evaluation, batch_tokens, Activations(folder), device, dtype, progress)
-    return asdict(summarize(twin.tokens)) | {
+    twin = twin_walk(
+        reference, quantized, rows, batch_tokens, Activations(folder), device, dtype, progress, with_errors=True
+    )
+    assert twin.errors is not None
+    tokenizer = Encoder(model.path, model.adapter).tokenizer
+
+    def decode(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=False))
+
+    progress.begin("verify: figures")
+    kl = asdict(summarize(twin.tokens)) | tell(twin.tokens, rows, model.adapter.image_token_id, decode)
+    kl |= {
         "changed_routes": twin.mean_changed_routes,
         "changed_routes_by_block": {str(block): share for block, share in twin.changed_routes.items()},
     }
+    if keep_tokens is not None:
+        write_tokens(keep_tokens, twin.tokens, rows)
+    warnings = []
+    if kl["documents"] < FEW_DOCUMENTS:
+        warnings.append(
+            f"{kl['documents']} evaluation document{'s' if kl['documents'] > 1 else ''}: too few for the intervals to "
+            f"mean much. Give {FEW_DOCUMENTS} or more; a document is one draw, whatever its length"
+        )
+    return Measured(kl, twin.errors.facts(calibration_rows), warnings)
+
+
+def rows_of_experts(blocks: list[dict[str, Any]]) -> dict[int, list[int]]:
+    """By block, the calibration rows of its experts, from a record's `blocks`."""
+    return {block["block"]: block["expert_rows"] for block in blocks if block.get("expert_rows")}
+
+
+def recorded_rows(checkpoint: Path) -> dict[int, list[int]]:
+    """What the checkpoint's own record says of calibration rows; nothing where there is no record that can be read."""
+    try:
+        return rows_of_experts(json.loads((checkpoint / RECORD_NAME).read_text(encoding="utf-8"))["blocks"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def close_machine(record: RunRecord, progress: Progress, device: torch.device, began: float) -> None:
@@ -55,60 +107,76 @@ def close_machine(record: RunRecord, progress: Progress, device: torch.device, b
     }
 
 
-def verify(
-    source_name: str,
-    checkpoint: str,
-    recipe: Recipe,
-    *,
-    evaluation: Path | None = None,
-    device_name: str = "auto",
-    console: Console | None = None,
-    quiet: bool = False,
-) -> RunRecord:
-    """The independent proof: KL of `checkpoint`, as its files are read back, against `source_name`."""
-    began = time.monotonic()
-    device = choose_device(device_name)
-    dtype = choose_dtype(recipe, device)
+def open_pair(source_name: str, checkpoint: str) -> tuple[Model, Model]:
+    """The original and the checkpoint that is said to be a version of it. Raises InputError."""
     source, quantized = open_model(source_name), open_model(checkpoint)
     a, b = source.adapter, quantized.adapter
     if a.family != b.family or a.expected() != b.expected():
         raise InputError(f"{checkpoint} is no version of {source_name}: their families or sizes differ")
     if source.quantized and not quantized.quantized:
         raise InputError(f"{source_name} is quantized and {checkpoint} is not: name the original first")
-    texts = prepare_texts(source, recipe, None, evaluation, needs_calibration=False)
-    parameters = sum(torch.Size(shape).numel() for shape in a.expected().values())
+    return source, quantized
+
+
+def pair_record(command: str, source: Model, quantized: Model) -> RunRecord:
+    """What a record of two checkpoints says before anything is measured."""
+    parameters = sum(torch.Size(shape).numel() for shape in source.adapter.expected().values())
     low_bit = quantized.source.schemes if not isinstance(quantized.source, Folder) else {}
-    shapes = a.expected()
+    shapes = source.adapter.expected()
     quantized_parameters = sum(torch.Size(shapes[f"{module}.weight"]).numel() for module in low_bit)
     quantized_bytes = sum(
         info.nbytes for name, info in quantized.folder.infos.items() if name.rpartition(".")[0] in low_bit
     )
-    record = RunRecord(
-        command="verify",
+    emitted_bytes = quantized.folder.file_bytes
+    return RunRecord(
+        command=command,
         onecard=__version__,
         model=source.facts(),
         recipe={},
-        texts=texts.facts,
+        checkpoint={"name": quantized.name, "digest": quantized.folder.digest, "bytes": emitted_bytes},
         plan={
-            "emitted_bytes": quantized.folder.file_bytes,
+            "emitted_bytes": emitted_bytes,
             "source_bytes": source.folder.file_bytes,
-            "bits_per_weight": quantized.folder.file_bytes * 8 / parameters,
+            "bits_per_weight": emitted_bytes * 8 / parameters,
             "quantized_bits_per_weight": quantized_bytes * 8 / max(1, quantized_parameters),
             "quantized_share": quantized_parameters / parameters,
         },
         versions=package_versions(),
-        warnings=a.faults(source.config) + texts.warnings,
+        warnings=source.adapter.faults(source.config),
     )
+
+
+def verify(
+    source_name: str,
+    checkpoint: str,
+    recipe: Recipe,
+    *,
+    evaluation: Path | None = None,
+    keep_tokens: Path | None = None,
+    device_name: str = "auto",
+    console: Console | None = None,
+    quiet: bool = False,
+) -> RunRecord:
+    """The independent proof: `checkpoint`, as its files are read back, against `source_name`."""
+    began = time.monotonic()
+    device = choose_device(device_name)
+    dtype = choose_dtype(recipe, device)
+    source, quantized = open_pair(source_name, checkpoint)
+    texts = prepare_texts(source, recipe, None, evaluation, needs_calibration=False)
+    record = pair_record("verify", source, quantized)
+    record.texts = texts.facts
     with (
         tempfile.TemporaryDirectory(prefix="onecard-verify-") as folder,
-        Progress(f"onecard verify {checkpoint}", a.n_blocks, console, quiet) as progress,
+        Progress(f"onecard verify {checkpoint}", source.adapter.n_blocks, console, quiet) as progress,
     ):
         progress.begin("check weights")
         for model in (source, quantized):
             refuse_nonfinite(model.folder, model.name)
-        record.kl = compare(
-            source, Side("quantized", b, quantized.source), texts, recipe.batch_tokens, Path(folder) / "acts",
-            device, dtype, progress,
+        measured = measure(
+            source, Side("quantized", quantized.adapter, quantized.source), texts.evaluation, recipe.batch_tokens,
+            Path(folder) / "acts", device, dtype, progress, recorded_rows(quantized.path), keep_tokens,
         )  # fmt: skip
+        record.kl, record.errors = measured.kl, measured.errors
+        record.warnings += texts.warnings + measured.warnings
         close_machine(record, progress, device, began)
     return record

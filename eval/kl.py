@@ -1,11 +1,13 @@
-"""KL(reference || quantized) per token over a large vocabulary, in slices, in fp32.
+"""KL between two models per token over a large vocabulary, in slices, in fp32; and what else is told of a token.
 
 Neither model's logits are ever held whole: slices of the vocabulary pass by, and running sums (the online softmax)
-give the log-normalisers, the KL, both argmaxes and the log-probability of the true next token in one pass:
+give the log-normalisers, both KLs, the five likeliest tokens of each model and the log-probability of the true next
+token in one pass:
 
-    Zp = sum e^p,  Zq = sum e^q,  A = sum e^p (p - q);   KL = A / Zp - log Zp + log Zq
+    Zp = sum e^p,  Zq = sum e^q,  A = sum e^p (p - q),  B = sum e^q (q - p)
+    KL(p || q) = A / Zp - log Zp + log Zq,  KL(q || p) = B / Zq - log Zq + log Zp
 
-Shape legend: T tokens, H hidden size, V vocabulary, C columns of the vocabulary in one slice.
+Shape legend: T tokens, K the likeliest kept, V vocabulary, C columns of the vocabulary in one slice.
 """
 
 from collections.abc import Iterable
@@ -13,17 +15,40 @@ from dataclasses import dataclass, fields
 
 import torch
 
+# How many of the likeliest tokens are compared: the field quotes the overlap of the top five.
+TOP = 5
+
 
 @dataclass(frozen=True)
 class TokenResults:
-    """Per predicted token: KL in nats, both argmaxes, both log-probabilities of the true token, its document."""
+    """Per predicted token. KL in nats, reference || quantized and the reverse; the likeliest tokens int32 [T, K] and
+    their probabilities fp32 [T, K], likeliest first; log-probabilities of the true token; the row that it is in and its
+    place there. fp32 or int64 [T] unless said otherwise."""
 
     kl_nats: torch.Tensor
-    top1_reference: torch.Tensor
-    top1_quantized: torch.Tensor
+    reverse_kl_nats: torch.Tensor
+    top_reference: torch.Tensor
+    top_quantized: torch.Tensor
+    top_p_reference: torch.Tensor
+    top_p_quantized: torch.Tensor
     logp_reference: torch.Tensor
     logp_quantized: torch.Tensor
     document: torch.Tensor
+    position: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.kl_nats)
+
+    @property
+    def same_top1(self) -> torch.Tensor:
+        """bool [T]: whether both models hold the same token for the likeliest."""
+        return self.top_reference[:, 0] == self.top_quantized[:, 0]
+
+    @property
+    def top_overlap(self) -> torch.Tensor:
+        """fp32 [T]: the share of the reference's likeliest tokens that are among the other model's."""
+        both = (self.top_reference[:, :, None] == self.top_quantized[:, None, :]).any(-1)
+        return both.float().mean(-1)
 
 
 def concatenate(parts: list[TokenResults]) -> TokenResults:
@@ -31,25 +56,25 @@ def concatenate(parts: list[TokenResults]) -> TokenResults:
 
 
 class _Online:
-    """Running log-sum-exp, argmax and picked logit of one model."""
+    """Running log-sum-exp, likeliest tokens and picked logit of one model."""
 
     def __init__(self, targets_T: torch.Tensor) -> None:
-        n = len(targets_T)
-        device = targets_T.device
+        n, device = len(targets_T), targets_T.device
         self.targets = targets_T
         self.peak = torch.full((n,), -torch.inf, device=device)
         self.total = torch.zeros(n, device=device)
-        self.best = torch.full((n,), -torch.inf, device=device)
-        self.argmax = torch.zeros(n, dtype=torch.int64, device=device)
+        self.top_TK = torch.full((n, TOP), -torch.inf, device=device)
+        self.index_TK = torch.full((n, TOP), -1, dtype=torch.int64, device=device)
         self.picked = torch.zeros(n, device=device)
 
     def add(self, logits_TC: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (factor that old sums are multiplied with, exp of this slice under the new peak)."""
-        top, index = logits_TC.max(-1)
-        better = top > self.best
-        self.argmax = torch.where(better, index + start, self.argmax)
-        self.best = torch.maximum(self.best, top)
-        peak = torch.maximum(self.peak, top)
+        top, index = logits_TC.topk(min(TOP, logits_TC.shape[1]), -1)
+        # The older ones stand first: of equal logits the first of the vocabulary wins, as in one whole argmax.
+        merged, order = torch.cat([self.top_TK, top], -1).sort(dim=-1, descending=True, stable=True)
+        self.index_TK = torch.cat([self.index_TK, index + start], -1).gather(1, order)[:, :TOP]
+        self.top_TK = merged[:, :TOP]
+        peak = self.top_TK[:, 0]
         rescale = torch.exp(self.peak - peak)
         exp_TC = torch.exp(logits_TC - peak[:, None])
         self.total = self.total * rescale + exp_TC.sum(-1)
@@ -63,25 +88,41 @@ class _Online:
     def log_total(self) -> torch.Tensor:
         return self.peak + torch.log(self.total)
 
+    @property
+    def top_p(self) -> torch.Tensor:
+        """[T, K]"""
+        return torch.exp(self.top_TK - self.log_total[:, None])
+
 
 def compare(
-    slices: Iterable[tuple[int, torch.Tensor, torch.Tensor]], targets_T: torch.Tensor, document_T: torch.Tensor
+    slices: Iterable[tuple[int, torch.Tensor, torch.Tensor]],
+    targets_T: torch.Tensor,
+    document_T: torch.Tensor,
+    position_T: torch.Tensor,
 ) -> TokenResults:
     """`slices` yields (first column, reference logits [T, C], quantized logits [T, C]) over the whole vocabulary."""
     p, q = _Online(targets_T), _Online(targets_T)
     gap = torch.zeros(len(targets_T), device=targets_T.device)
+    reverse = torch.zeros_like(gap)
     for start, p_TC, q_TC in slices:
         p_TC, q_TC = p_TC.float(), q_TC.float()
-        rescale, weight_TC = p.add(p_TC, start)
-        q.add(q_TC, start)
-        gap = gap * rescale + (weight_TC * (p_TC - q_TC)).sum(-1)
+        p_rescale, p_exp_TC = p.add(p_TC, start)
+        q_rescale, q_exp_TC = q.add(q_TC, start)
+        difference_TC = p_TC - q_TC
+        gap = gap * p_rescale + torch.linalg.vecdot(p_exp_TC, difference_TC)
+        reverse = reverse * q_rescale - torch.linalg.vecdot(q_exp_TC, difference_TC)
     kl = gap / p.total - p.log_total + q.log_total
+    reverse_kl = reverse / q.total - q.log_total + p.log_total
     return TokenResults(
         # Rounding can leave -1e-8 where the true value is zero: KL is never negative.
         kl_nats=kl.clamp_min(0).cpu(),
-        top1_reference=p.argmax.cpu(),
-        top1_quantized=q.argmax.cpu(),
+        reverse_kl_nats=reverse_kl.clamp_min(0).cpu(),
+        top_reference=p.index_TK.int().cpu(),
+        top_quantized=q.index_TK.int().cpu(),
+        top_p_reference=p.top_p.cpu(),
+        top_p_quantized=q.top_p.cpu(),
         logp_reference=(p.picked - p.log_total).cpu(),
         logp_quantized=(q.picked - q.log_total).cpu(),
         document=document_T.cpu(),
+        position=position_T.cpu(),
     )

@@ -1,25 +1,36 @@
-"""Token results -> the figures that are quoted, with an interval that respects documents.
+"""Token results -> the figures that are quoted, whole and by group, each with an interval that respects documents.
 
-Tokens of one document are correlated, so the standard error of the mean is taken over documents (the ratio estimator
-for clusters: Cochran, Sampling Techniques, 1977, section 9A.1): with S_d the sum and n_d the number of a document's
-tokens, m = sum S_d / sum n_d and
+One draw is a document (eval/intervals.py). Beside the interval stands the standard error of the mean by the ratio
+estimator for clusters (Cochran, Sampling Techniques, 1977, section 9A.1): with S_d the sum and n_d the number of a
+document's tokens, m = sum S_d / sum n_d and
 
     se^2 = D / (D - 1) * sum (S_d - m n_d)^2 / (sum n_d)^2
 
-and the interval is m -+ t se with t the 97.5 % point of Student's distribution with D - 1 degrees of freedom.
+Shape legend: T tokens.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
+import numpy as np
 import torch
-from scipy.special import stdtrit
 
+from .intervals import LEVEL, RESAMPLES, SEED, Interval, bootstrap
 from .kl import TokenResults
+
+# Bounds of the reference's probability of its likeliest token.
+CONFIDENCE = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
+# The histogram's first bound above zero and how finely the rest is cut: below 1e-6 nats lies rounding.
+HISTOGRAM_FROM, BINS_A_DECADE = 1e-6, 4
+DELTA_P = ("p01", "p05", "p25", "p50", "p75", "p95", "p99")
 
 
 @dataclass(frozen=True)
 class KlSummary:
-    """Nats per token unless said otherwise. `kl_low_nats`, `kl_high_nats`: 95 % interval of the mean.
+    """Nats per token unless said otherwise; `_low` and `_high`: 95 % interval over documents. `delta_p`: the true
+    token's probability, quantized minus reference.
 
     One document has no standard error and no interval: None, which JSON can write, and NaN cannot.
     """
@@ -32,11 +43,32 @@ class KlSummary:
     kl_high_nats: float | None
     kl_median_nats: float
     kl_p90_nats: float
+    kl_p95_nats: float
     kl_p99_nats: float
+    kl_p999_nats: float
     kl_max_nats: float
+    reverse_kl_mean_nats: float
     same_top1: float
+    same_top1_low: float | None
+    same_top1_high: float | None
+    top5_overlap: float
+    delta_p_mean: float
+    delta_p_rms: float
+    delta_p_quantiles: dict[str, float]
     perplexity_reference: float
     perplexity_quantized: float
+    perplexity_ratio: float
+    perplexity_ratio_low: float | None
+    perplexity_ratio_high: float | None
+    interval: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some of the tokens: all that are in `member` (bool [T])."""
+
+    label: str
+    member: torch.Tensor
 
 
 def cluster_standard_error(values: torch.Tensor, document: torch.Tensor) -> float | None:
@@ -56,31 +88,120 @@ def cluster_standard_error(values: torch.Tensor, document: torch.Tensor) -> floa
     return float((documents / (documents - 1) * spread).sqrt() / sizes.sum())
 
 
+def quantiles(values: torch.Tensor, at: Sequence[float]) -> list[float]:
+    """By linear interpolation, of any number of values (torch.quantile takes 16 million)."""
+    return [float(x) for x in np.quantile(values.double().numpy(), at)]
+
+
+def means(
+    values: Sequence[torch.Tensor], members: Sequence[torch.Tensor], document: torch.Tensor
+) -> list[Interval | None]:
+    """Intervals of the token means of each of `values` over the tokens in the `members` beside it (bool [T])."""
+    index = torch.unique(document, return_inverse=True)[1].numpy()
+    count = int(index.max()) + 1
+
+    def sums(weights: torch.Tensor) -> np.ndarray:
+        return np.bincount(index, weights.double().numpy(), minlength=count)
+
+    numerators = np.stack([sums(v.double() * m) for v, m in zip(values, members, strict=True)], 1)
+    return bootstrap(numerators, np.stack([sums(m) for m in members], 1))
+
+
 def summarize(results: TokenResults) -> KlSummary:
+    """Every figure over all tokens."""
     kl = results.kl_nats.double()
-    mean = float(kl.mean())
-    error = cluster_standard_error(kl, results.document)
+    same = results.same_top1.double()
+    lost = results.logp_reference.double() - results.logp_quantized.double()
+    delta = results.logp_quantized.double().exp() - results.logp_reference.double().exp()
+    everyone = torch.ones_like(same, dtype=torch.bool)
+    of_kl, of_same, of_lost = means([kl, same, lost], [everyone] * 3, results.document)
     documents = len(results.document.unique())
-    low = high = None
-    if error is not None:
-        half = float(stdtrit(documents - 1, 0.975)) * error
-        low, high = max(0.0, mean - half), mean + half
-    p90, p99 = (
-        float(torch.quantile(kl, q)) if len(kl) < 2**24 else float(kl.sort().values[int(q * len(kl))])
-        for q in (0.9, 0.99)
-    )
+    median, p90, p95, p99, p999 = quantiles(kl, (0.5, 0.9, 0.95, 0.99, 0.999))
     return KlSummary(
         tokens=len(kl),
         documents=documents,
-        kl_mean_nats=mean,
-        kl_standard_error_nats=error,
-        kl_low_nats=low,
-        kl_high_nats=high,
-        kl_median_nats=float(kl.median()),
+        kl_mean_nats=float(kl.mean()),
+        kl_standard_error_nats=cluster_standard_error(kl, results.document),
+        kl_low_nats=of_kl.low if of_kl else None,
+        kl_high_nats=of_kl.high if of_kl else None,
+        kl_median_nats=median,
         kl_p90_nats=p90,
+        kl_p95_nats=p95,
         kl_p99_nats=p99,
+        kl_p999_nats=p999,
         kl_max_nats=float(kl.max()),
-        same_top1=float((results.top1_reference == results.top1_quantized).double().mean()),
+        reverse_kl_mean_nats=float(results.reverse_kl_nats.double().mean()),
+        same_top1=float(same.mean()),
+        same_top1_low=of_same.low if of_same else None,
+        same_top1_high=of_same.high if of_same else None,
+        top5_overlap=float(results.top_overlap.double().mean()),
+        delta_p_mean=float(delta.mean()),
+        delta_p_rms=float(delta.square().mean().sqrt()),
+        delta_p_quantiles=dict(zip(DELTA_P, quantiles(delta, [int(n[1:]) / 100 for n in DELTA_P]), strict=True)),
         perplexity_reference=float(torch.exp(-results.logp_reference.double().mean())),
         perplexity_quantized=float(torch.exp(-results.logp_quantized.double().mean())),
-    )
+        perplexity_ratio=float(lost.mean().exp()),
+        perplexity_ratio_low=float(np.exp(of_lost.low)) if of_lost else None,
+        perplexity_ratio_high=float(np.exp(of_lost.high)) if of_lost else None,
+        interval={
+            "method": "BCa bootstrap over documents", "level": LEVEL, "resamples": RESAMPLES, "seed": SEED,
+            "documents": documents,
+        },
+    )  # fmt: skip
+
+
+def summarize_groups(results: TokenResults, groups: list[Group]) -> list[dict[str, Any]]:
+    """Mean KL with its interval, and same top-1, of each group that has tokens."""
+    groups = [group for group in groups if group.member.any()]
+    kl, same = results.kl_nats.double(), results.same_top1.double()
+    found = means([kl] * len(groups), [group.member for group in groups], results.document) if groups else []
+    return [
+        {
+            "label": group.label,
+            "tokens": int(group.member.sum()),
+            "documents": len(results.document[group.member].unique()),
+            "kl_mean_nats": float(kl[group.member].mean()),
+            "kl_low_nats": interval.low if interval else None,
+            "kl_high_nats": interval.high if interval else None,
+            "same_top1": float(same[group.member].mean()),
+        }
+        for group, interval in zip(groups, found, strict=True)
+    ]
+
+
+def by_position(results: TokenResults) -> list[Group]:
+    """By the number of tokens that a prediction is made from, in octaves from 16."""
+    seen = results.position + 1
+    bounds = [1, 16]
+    while bounds[-1] <= int(seen.max()):
+        bounds.append(2 * bounds[-1])
+    return [Group(f"{low} to {high - 1}", (seen >= low) & (seen < high)) for low, high in pairwise(bounds)]
+
+
+def by_confidence(results: TokenResults) -> list[Group]:
+    """By the probability of the reference's likeliest token."""
+    p = results.top_p_reference[:, 0]
+    return [
+        Group(f"{low:g} to {high:g}", (p >= low) & ((p < high) | (high == CONFIDENCE[-1])))
+        for low, high in pairwise(CONFIDENCE)
+    ]
+
+
+def by_label(labels: Sequence[str]) -> list[Group]:
+    """One label a token; groups in the order of their names."""
+    names = sorted(set(labels))
+    number = {name: i for i, name in enumerate(names)}
+    index = torch.tensor([number[label] for label in labels])
+    return [Group(name, index == i) for name, i in number.items()]
+
+
+def histogram(kl_T: torch.Tensor) -> dict[str, list[float] | list[int]]:
+    """Tokens by KL: bounds rise evenly in log10 from 1e-6 nats; the first bin holds all below."""
+    kl = kl_T.double().numpy()
+    decades = max(1.0, np.log10(max(float(kl.max()), HISTOGRAM_FROM * 10) / HISTOGRAM_FROM))
+    bins = int(np.ceil(decades * BINS_A_DECADE + 1e-9))
+    edges = HISTOGRAM_FROM * 10 ** (np.arange(bins + 1) / BINS_A_DECADE)
+    edges[-1] = max(edges[-1], float(kl.max()))
+    edges = np.concatenate([[0.0], edges])
+    counts, _ = np.histogram(kl, edges)
+    return {"edges_nats": [float(e) for e in edges], "tokens": [int(c) for c in counts]}

@@ -8,7 +8,7 @@ The walk makes no key-value cache and never pads: a batch holds rows of one leng
 Shape legend: N rows, T tokens a row, H hidden size.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -137,6 +137,26 @@ def only(adapter: Adapter, block: nn.Module, half: Half) -> Iterator[None]:
         yield
     finally:
         setattr(block, name, module)
+
+
+@contextmanager
+def exchanged(
+    adapter: Adapter, block: nn.Module, other: nn.Module, index: int, modules: Iterable[str]
+) -> Iterator[None]:
+    """While open, `block` computes with the named modules of `other`, the same block of another checkpoint. Experts are
+    exchanged all together, since they are one module."""
+    stacks = {name for name, module in block.named_modules() if isinstance(module, RoutedExperts)}
+    prefix = adapter.block_prefix(index)
+    local = {name.removeprefix(prefix) for name in modules}
+    places = {next((stack for stack in stacks if name.startswith(f"{stack}.")), name) for name in local}
+    own = {place: block.get_submodule(place) for place in places}
+    for place in places:
+        block.set_submodule(place, other.get_submodule(place))
+    try:
+        yield
+    finally:
+        for place, module in own.items():
+            block.set_submodule(place, module)
 
 
 def run_block(block: nn.Module, hidden_NTH: torch.Tensor, call: dict[str, Any]) -> torch.Tensor:

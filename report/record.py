@@ -7,7 +7,7 @@ in common lies outside `machine`; time, memory and the machine's name lie inside
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 # Of the record's `kl`, what the JSON line repeats.
 LINE_KL = ("kl_mean_nats", "kl_low_nats", "kl_high_nats", "kl_p99_nats", "same_top1", "changed_routes", "tokens")
 
@@ -15,7 +15,9 @@ LINE_KL = ("kl_mean_nats", "kl_low_nats", "kl_high_nats", "kl_p99_nats", "same_t
 @dataclass
 class RunRecord:
     """Filled while a run goes on. `blocks` holds one entry a block: rows by expert, output errors by site.
-    `identity` is all that the emitted bytes depend on; `files` the names of all that was put into OUT.
+    `identity` is all that the emitted bytes depend on; `files` the names of all that was put into OUT. `checkpoint` is
+    what was measured; `kl` (eval/summary.py, eval/told.py), `errors` (eval/errors.py), `flips` (eval/flips.py) and
+    `gate` are what was found of it, each empty where it was not asked for.
     """
 
     command: str
@@ -30,7 +32,11 @@ class RunRecord:
     blocks: list[dict[str, Any]] = field(default_factory=list)
     fallbacks: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    checkpoint: dict[str, Any] = field(default_factory=dict)
     kl: dict[str, Any] = field(default_factory=dict)
+    errors: dict[str, Any] = field(default_factory=dict)
+    flips: dict[str, Any] = field(default_factory=dict)
+    gate: dict[str, Any] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
