@@ -13,6 +13,7 @@ import click
 
 from . import __version__
 from .cli_calibration import calibration
+from .cli_evidence import flips, verify
 from .verbs import DEVICE_HELP, RECIPE_HELP, TEXTS_HELP, make_console, print_line, verb
 
 
@@ -28,6 +29,8 @@ def main() -> None:
 
 
 main.add_command(calibration)
+main.add_command(verify)
+main.add_command(flips)
 
 
 @main.command()
@@ -94,38 +97,6 @@ def quantize(
         sys.exit(130)
     draw_card(record, str(out), console)
     print_line(json.dumps(result_line(record, str(out))))
-
-
-@main.command()
-@click.argument("source")
-@click.argument("checkpoint")
-@click.option("--recipe", help=f"{RECIPE_HELP} Its evaluation texts and row lengths. [default: rtn-int4]")
-@click.option("--evaluation", type=click.Path(path_type=Path), help=f"Your own evaluation texts: {TEXTS_HELP}.")
-@click.option("--device", default="auto", show_default=True, help=DEVICE_HELP)
-@verb
-def verify(source: str, checkpoint: str, recipe: str | None, evaluation: Path | None, device: str) -> None:
-    """Measure KL(SOURCE || CHECKPOINT) on the files as they are read back; neither model is ever whole in memory.
-
-    \b
-    Example:
-      onecard verify ./Llama-4-Scout-17B-16E-Instruct ./scout-int4 --evaluation held-out.jsonl
-    """
-    from .recipe import load_recipe
-    from .report.card import draw_card
-    from .report.record import result_line
-    from .verification import verify as run
-
-    console = make_console()
-    record = run(
-        source,
-        checkpoint,
-        load_recipe(recipe or "rtn-int4"),
-        evaluation=evaluation,
-        device_name=device,
-        console=console,
-    )
-    draw_card(record, checkpoint, console)
-    print_line(json.dumps(result_line(record, checkpoint)))
 
 
 @main.command()

@@ -65,8 +65,9 @@ from .report.record import RunRecord
 from .report.resources import package_versions
 from .stages import BlockJob, quantize_block
 from .streams import QUANTIZED, REFERENCE
+from .tasks import Task
 from .texts import RunTexts, prepare_texts
-from .verification import close_machine, measure, rows_of_experts
+from .verification import close_machine, measure, rows_of_experts, tasks_of
 
 RECORD = "record.json"
 # What tensors of a block's sensitivity file are, before the site's key.
@@ -82,6 +83,7 @@ class Run:
     recipe: Recipe
     method: Method
     texts: RunTexts
+    tasks: list[Task]
     out: Path
     device: torch.device
     dtype: torch.dtype
@@ -159,7 +161,7 @@ def quantize(
     plan = plan_for(model, recipe)
     work_path = check_paths(out, work, model.path, resume, overwrite)
     texts = prepare_texts(model, recipe, calibration, evaluation, method.needs_statistics)
-    run = Run(model, plan, recipe, method, texts, out, device, choose_dtype(recipe, device), began)
+    run = Run(model, plan, recipe, method, texts, tasks_of(recipe), out, device, choose_dtype(recipe, device), began)
     finished = None
     if resume and not has_run(work_path):
         finished = _finished(run)
@@ -265,10 +267,9 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress) -> RunRecord:
         quantized = Side("quantized", run.adapter, open_packed(emitted, config["quantization_config"]))
         measured = measure(
             run.model, quantized, run.texts.evaluation, run.recipe.batch_tokens, workdir.folder("verify"), run.device,
-            run.dtype, progress, rows_of_experts(record.blocks),
+            run.dtype, progress, run.tasks, rows_of_experts(record.blocks),
         )  # fmt: skip
-        record.kl, record.errors = measured.kl, measured.errors
-        record.warnings += measured.warnings
+        measured.put_into(record)
         record.checkpoint = {"name": run.out.name, "bytes": emitted.file_bytes}
         close_machine(record, progress, run.device, run.began)
         files.write_json(workdir.path / RECORD, record.to_json())

@@ -155,6 +155,10 @@ class Recipe(BaseModel):
     evaluation: Texts = Texts(split="test")
     evaluation_rows: int = Field(default=128, ge=1)
     evaluation_row_tokens: int = Field(default=2048, ge=2)
+    # Multiple-choice items that both models answer when the result is verified (tasks.py): `demo`, mmlu, ..., or files.
+    tasks: tuple[str, ...] = ()
+    task_shots: int = Field(default=0, ge=0, le=32)
+    task_items: int | None = Field(default=None, ge=1)  # of each task so many, drawn by a seed; None: all
 
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on a CPU, bfloat16 on a GPU
     batch_tokens: int = Field(default=8192, ge=1)

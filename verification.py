@@ -5,7 +5,9 @@ import json
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from .checkpoint.workdir import Activations
 from .core.errors import InputError
 from .core.layout import RECORD_NAME
 from .core.rows import Row
+from .eval.choice import ask, scores
 from .eval.intervals import FEW_DOCUMENTS
 from .eval.kept import write_tokens
 from .eval.summary import summarize
@@ -29,16 +32,22 @@ from .recipe import Recipe
 from .report.progress import Progress
 from .report.record import RunRecord
 from .report.resources import describe_machine, package_versions, peak_device_bytes, peak_rss_bytes
+from .tasks import Task, flips_facts, load_task, requests_of
 from .texts import prepare_texts
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The record's `kl` and `errors`, and what the user should know of them."""
+    """The record's `kl`, `errors` and `flips`, each empty if it was not asked for, and what the user should know."""
 
     kl: dict[str, Any]
     errors: dict[str, Any]
+    flips: dict[str, Any]
     warnings: list[str]
+
+    def put_into(self, record: RunRecord) -> None:
+        record.kl, record.errors, record.flips = self.kl, self.errors, self.flips
+        record.warnings += self.warnings
 
 
 def measure(
@@ -50,37 +59,49 @@ def measure(
     device: torch.device,
     dtype: torch.dtype,
     progress: Progress,
+    tasks: Sequence[Task],
     calibration_rows: dict[int, list[int]],
     keep_tokens: Path | None = None,
 ) -> Measured:
-    """Walk both models over `rows`. Hidden rows live in `folder` meanwhile. `calibration_rows`: of every block's
-    experts, for the record. `keep_tokens`: a Parquet file for the results of every token."""
+    """Walk both models once, over `rows` and the items of `tasks`; either may be empty. Hidden rows live in `folder`
+    meanwhile. `calibration_rows`: of every block's experts, for the record. `keep_tokens`: a Parquet file for the
+    results of every token."""
     reference = Side("reference", model.adapter, model.source)
     shutil.rmtree(folder, ignore_errors=True)
+    encoder = Encoder(model.path, model.adapter)
+    requests = [requests_of(task, encoder) for task in tasks]
+    asking = ask([request for own in requests for request in own])
     twin = twin_walk(
-        reference, quantized, rows, batch_tokens, Activations(folder), device, dtype, progress, with_errors=True
-    )
-    assert twin.errors is not None
-    tokenizer = Encoder(model.path, model.adapter).tokenizer
-
-    def decode(ids: list[int]) -> str:
-        return str(tokenizer.decode(ids, skip_special_tokens=False))
-
+        reference, quantized, rows, batch_tokens, Activations(folder), device, dtype, progress, asking.asked,
+        with_errors=bool(rows),
+    )  # fmt: skip
     progress.begin("verify: figures")
-    kl = asdict(summarize(twin.tokens)) | tell(twin.tokens, rows, model.adapter.image_token_id, decode)
-    kl |= {
-        "changed_routes": twin.mean_changed_routes,
-        "changed_routes_by_block": {str(block): share for block, share in twin.changed_routes.items()},
-    }
-    if keep_tokens is not None:
-        write_tokens(keep_tokens, twin.tokens, rows)
+    kl: dict[str, Any] = {}
+    errors: dict[str, Any] = {}
+    flips: dict[str, Any] = {}
     warnings = []
-    if kl["documents"] < FEW_DOCUMENTS:
-        warnings.append(
-            f"{kl['documents']} evaluation document{'s' if kl['documents'] > 1 else ''}: too few for the intervals to "
-            f"mean much. Give {FEW_DOCUMENTS} or more; a document is one draw, whatever its length"
-        )
-    return Measured(kl, twin.errors.facts(calibration_rows), warnings)
+    if twin.tokens is not None and twin.errors is not None:
+
+        def decode(ids: list[int]) -> str:
+            return str(encoder.tokenizer.decode(ids, skip_special_tokens=False))
+
+        kl = asdict(summarize(twin.tokens)) | tell(twin.tokens, rows, model.adapter.image_token_id, decode)
+        kl |= {
+            "changed_routes": twin.mean_changed_routes,
+            "changed_routes_by_block": {str(block): share for block, share in twin.changed_routes.items()},
+        }
+        errors = twin.errors.facts(calibration_rows)
+        if keep_tokens is not None:
+            write_tokens(keep_tokens, twin.tokens, rows)
+        if kl["documents"] < FEW_DOCUMENTS:
+            warnings.append(
+                f"{kl['documents']} evaluation document{'s' if kl['documents'] > 1 else ''}: too few for the intervals "
+                f"to mean much. Give {FEW_DOCUMENTS} or more; a document is one draw, whatever its length"
+            )
+    if twin.answers is not None:
+        scored = iter(scores(asking, twin.answers))
+        flips = flips_facts(tasks, [list(islice(scored, len(own))) for own in requests])
+    return Measured(kl, errors, flips, warnings)
 
 
 def rows_of_experts(blocks: list[dict[str, Any]]) -> dict[int, list[int]]:
@@ -116,6 +137,11 @@ def open_pair(source_name: str, checkpoint: str) -> tuple[Model, Model]:
     if source.quantized and not quantized.quantized:
         raise InputError(f"{source_name} is quantized and {checkpoint} is not: name the original first")
     return source, quantized
+
+
+def tasks_of(recipe: Recipe) -> list[Task]:
+    """The tasks that a recipe names. Raises InputError or ResourceError."""
+    return [load_task(name, recipe.task_shots, recipe.task_items) for name in recipe.tasks]
 
 
 def pair_record(command: str, source: Model, quantized: Model) -> RunRecord:
@@ -157,26 +183,63 @@ def verify(
     console: Console | None = None,
     quiet: bool = False,
 ) -> RunRecord:
-    """The independent proof: `checkpoint`, as its files are read back, against `source_name`."""
+    """The independent proof: `checkpoint`, as its files are read back, against `source_name`, on texts and tasks."""
+    return _measured_pair(
+        "verify", source_name, checkpoint, recipe, tasks_of(recipe), True, evaluation, keep_tokens, device_name,
+        console, quiet,
+    )  # fmt: skip
+
+
+def flips(
+    source_name: str,
+    checkpoint: str,
+    recipe: Recipe,
+    tasks: Sequence[Task],
+    *,
+    device_name: str = "auto",
+    console: Console | None = None,
+    quiet: bool = False,
+) -> RunRecord:
+    """Multiple-choice items, answered by both models in one walk. Of the recipe: how to compute."""
+    return _measured_pair(
+        "flips", source_name, checkpoint, recipe, tasks, False, None, None, device_name, console, quiet
+    )
+
+
+def _measured_pair(
+    command: str,
+    source_name: str,
+    checkpoint: str,
+    recipe: Recipe,
+    tasks: Sequence[Task],
+    with_texts: bool,
+    evaluation: Path | None,
+    keep_tokens: Path | None,
+    device_name: str,
+    console: Console | None,
+    quiet: bool,
+) -> RunRecord:
     began = time.monotonic()
     device = choose_device(device_name)
     dtype = choose_dtype(recipe, device)
     source, quantized = open_pair(source_name, checkpoint)
-    texts = prepare_texts(source, recipe, None, evaluation, needs_calibration=False)
-    record = pair_record("verify", source, quantized)
-    record.texts = texts.facts
+    record = pair_record(command, source, quantized)
+    rows: list[Row] = []
+    if with_texts:
+        texts = prepare_texts(source, recipe, None, evaluation, needs_calibration=False)
+        rows, record.texts = texts.evaluation, texts.facts
+        record.warnings += texts.warnings
     with (
         tempfile.TemporaryDirectory(prefix="onecard-verify-") as folder,
-        Progress(f"onecard verify {checkpoint}", source.adapter.n_blocks, console, quiet) as progress,
+        Progress(f"onecard {command} {checkpoint}", source.adapter.n_blocks, console, quiet) as progress,
     ):
         progress.begin("check weights")
         for model in (source, quantized):
             refuse_nonfinite(model.folder, model.name)
         measured = measure(
-            source, Side("quantized", quantized.adapter, quantized.source), texts.evaluation, recipe.batch_tokens,
-            Path(folder) / "acts", device, dtype, progress, recorded_rows(quantized.path), keep_tokens,
+            source, Side("quantized", quantized.adapter, quantized.source), rows, recipe.batch_tokens,
+            Path(folder) / "acts", device, dtype, progress, tasks, recorded_rows(quantized.path), keep_tokens,
         )  # fmt: skip
-        record.kl, record.errors = measured.kl, measured.errors
-        record.warnings += texts.warnings + measured.warnings
+        measured.put_into(record)
         close_machine(record, progress, device, began)
     return record

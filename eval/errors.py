@@ -6,9 +6,10 @@ Three things are measured while both versions of a block are in memory:
 - `hidden`: how far the two streams are apart where the block ends, on all tokens, as the models run.
 - What a half or a unit adds by itself: the reference block with only that part of the other model, given the hidden
   state of the reference. On a sample of the rows, since it costs a pass through half a block for each unit.
-- Of every expert its weight error and its output error: what it gives in the other model against what the original
-  gives, on tokens of the sample that both models send there. Upstream errors are in it, but all experts of a block
-  have those alike; so an expert's `score` is its output error over the median of its block. An expert that is aimed at
+- Of every expert its weight error and, on tokens of the sample that both models send there, its output error and output
+  gain: what it gives in the other model against what the original gives. Upstream errors are in it, but all experts of
+  a block have those alike, so an expert's `score` says how far it stands out of its block, by error or by gain.
+  Rounding leaves noise; a gain that is not one is a bias, and the mark of a damaged scale. An expert that is aimed at
   the reference's output (quantize/correction.py) may have a large weight error on purpose, and a small score.
 
 A hidden state's error is relative token by token (the root of the mean of |h' - h|^2 / |h|^2), as the norm that reads
@@ -20,6 +21,7 @@ Shape legend: N rows, T tokens of a row, R tokens of one expert, M inputs of its
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import torch
@@ -34,6 +36,8 @@ from ..models.walk import Calls, exchanged, expert_stacks, only, run_block, weig
 EXPERT_TOKENS, UNIT_TOKENS, UNIT_SHARE = 8192, 4096, 1 / 32
 LEAST_TOKENS = 1024
 WORST_EXPERTS = 10
+# Experts whose errors differ by less than a tenth, or whose gains by less than a half per cent, are alike.
+LEAST_SPREAD_ERROR, LEAST_SPREAD_GAIN = 0.1, 0.005
 
 
 def places_of(rows: list[Row], groups: list[list[int]], wanted: int) -> list[list[int]]:
@@ -128,25 +132,27 @@ class Errors:
                 missed += float((v - w).square().sum())
                 whole += float(w.square().sum())
             (down,) = downs[expert]
+            views = (weight_view(adapter, b, index, down) for b in (reference, other))
+            error, gain = self._outputs(expert, *views)
             found.append({
                 "block": index,
                 "expert": expert,
                 "weight_error": (missed / whole) ** 0.5,
-                "output_error": self._output_error(
-                    expert, weight_view(adapter, reference, index, down), weight_view(adapter, other, index, down)
-                ),
+                "output_error": error,
+                "output_gain": gain,
                 "rows": rows[expert],
             })  # fmt: skip
-        known = sorted(entry["output_error"] for entry in found if entry["output_error"] is not None)
-        median = known[len(known) // 2] if known else 0.0
-        for entry in found:
-            error = entry["output_error"]
-            entry["score"] = error / median if error is not None and median > 0 else None
-        return found
+        seen = [entry for entry in found if entry["output_error"] is not None]
+        errors = _standing_out([entry["output_error"] for entry in seen], LEAST_SPREAD_ERROR)
+        gains = _standing_out([entry["output_gain"] for entry in seen], LEAST_SPREAD_GAIN)
+        for entry, error, gain in zip(seen, errors, gains, strict=True):
+            entry["score"] = max(error, abs(gain))
+        return [{"score": None} | entry for entry in found]
 
-    def _output_error(self, expert: int, w_HM: torch.Tensor, v_HM: torch.Tensor) -> float | None:
-        """On tokens that both models send to the expert; None without any."""
-        missed = whole = 0.0
+    def _outputs(self, expert: int, w_HM: torch.Tensor, v_HM: torch.Tensor) -> tuple[float | None, float | None]:
+        """(relative error, least-squares factor) of the other model's outputs against the original's, on tokens that
+        both models send to the expert; None without any."""
+        missed = whole = along = 0.0
         first, second = self._seen
         for key in [key for key in first if key[1] == expert and key in second]:
             (tokens, rows_RM), (other_tokens, other_RM) = first[key], second[key]
@@ -155,7 +161,8 @@ class Errors:
             gap_RH = other_RM[other_both].float() @ v_HM.float().T - y_RH
             missed += float(gap_RH.square().sum())
             whole += float(y_RH.square().sum())
-        return (missed / whole) ** 0.5 if whole > 0 else None
+            along += float((gap_RH * y_RH).sum())
+        return ((missed / whole) ** 0.5, 1 + along / whole) if whole > 0 else (None, None)
 
     def facts(self, calibration_rows: dict[int, list[int]]) -> dict[str, Any]:
         """The record's `errors`. `calibration_rows`: by block, what a run's own record says of its experts."""
@@ -165,6 +172,16 @@ class Errors:
         ranked = [entry for entry in self.experts if entry["score"] is not None]
         ranked.sort(key=lambda entry: -entry["score"])
         return {"blocks": self.blocks, "experts": self.experts, "worst_experts": ranked[:WORST_EXPERTS]}
+
+
+def _standing_out(values: list[float], least_spread: float) -> list[float]:
+    """How far each stands above the median of all, in robust standard deviations (1.4826 x median absolute deviation,
+    Rousseeuw and Croux, JASA 88, 1993), which are no less than `least_spread` of the median."""
+    if not values:
+        return []
+    middle = median(values)
+    spread = max(1.4826 * median(abs(value - middle) for value in values), least_spread * abs(middle), 1e-12)
+    return [(value - middle) / spread for value in values]
 
 
 def _relative(other: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

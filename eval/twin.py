@@ -4,7 +4,7 @@ It is independent of how the quantized files were made: it opens them as any rea
 live in a store on disk, so memory holds one block and one batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -20,8 +20,16 @@ from .kl import TokenResults, compare, concatenate
 
 # Logits of 1024 tokens x 16384 columns are 64 MiB in fp32; about six such arrays live at once.
 TOKENS_PER_SLICE, COLUMNS_PER_SLICE = 1024, 16384
-# Of a row's number, which of its predictions are asked for: bool [tokens - 1], entry i for token i + 1.
-Wanted = Callable[[int], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A row of which only some predictions are wanted, and of any tokens: the log-probability of `targets[i]` after
+    position `positions[i]`; both int64 [A]."""
+
+    row: Row
+    positions: torch.Tensor
+    targets: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -35,13 +43,14 @@ class Side:
 
 @dataclass(frozen=True)
 class Twin:
-    """What the walk found: every predicted token's results, in the order of the rows' batches; for each block with
-    experts the share of all tokens that the two models send to other sets of experts; and, if they were asked for, the
-    errors of blocks, units and experts."""
+    """What the walk found. `tokens`: every predicted token of the rows, in the order of their batches; for each block
+    with experts the share of all tokens that the two models send to other sets of experts; and, if they were asked for,
+    the errors of blocks, units and experts. `answers`: what was asked, `document` numbering the asked rows."""
 
-    tokens: TokenResults
+    tokens: TokenResults | None
     changed_routes: dict[int, float]
     errors: Errors | None
+    answers: TokenResults | None
 
     @property
     def mean_changed_routes(self) -> float | None:
@@ -58,17 +67,20 @@ def twin_walk(
     device: torch.device,
     dtype: torch.dtype,
     step: Step,
-    wanted: Wanted | None = None,
+    asked: Sequence[Asked] = (),
     with_errors: bool = False,
 ) -> Twin:
-    """Results for every predicted token of `rows`, or those that `wanted` names. Leaves the store empty."""
+    """Results for every predicted token of `rows`, and for what is `asked`. Leaves the store empty."""
     sides = (reference, quantized)
     groups = batches(rows, batch_tokens)
+    measured = len(groups)  # batches of rows come first, and what is asked goes along
+    groups += [[len(rows) + n for n in numbers] for numbers in batches([item.row for item in asked], batch_tokens)]
+    every = [*rows, *(item.row for item in asked)]
     for side in sides:
         step.begin("verify: embed")
-        embed(side.adapter, side.source, rows, groups, store, (side.name,), device, dtype)
+        embed(side.adapter, side.source, every, groups, store, (side.name,), device, dtype)
     calls = Calls(reference.adapter, device, dtype)
-    errors = Errors(rows, groups) if with_errors else None
+    errors = Errors(rows, groups[:measured]) if with_errors else None
     changed_routes = {}
     for index in range(reference.adapter.n_blocks):
         routes: list[torch.Tensor] = []
@@ -81,18 +93,21 @@ def twin_walk(
             if errors is not None:
                 errors.begin_model()
             for k, numbers in enumerate(groups):
+                watched = errors if k < measured else None
                 hidden = store.get(index, side.name, k).to(device)
-                with errors.watching(block, k, hidden.shape[1]) if errors is not None else nullcontext():
+                with watched.watching(block, k, hidden.shape[1]) if watched is not None else nullcontext():
                     leaving = run_block(block, hidden, calls.of(hidden.shape[1])[index])
                 store.put(index + 1, side.name, k, leaving)
+                step.advance(len(numbers) * hidden.shape[1])
+                if k >= measured:
+                    continue
                 if stacks is not None and place == 0:
                     routes.append(stacks.routes_TK.cpu())
                 elif stacks is not None:
                     changed += int((stacks.routes_TK.cpu() != routes[k]).any(-1).sum())
                     seen += len(routes[k])
-                if errors is not None and place == 1:
-                    errors.compare_hidden(store.get(index + 1, reference.name, k), leaving.cpu())
-                step.advance(len(numbers) * hidden.shape[1])
+                if watched is not None and place == 1:
+                    watched.compare_hidden(store.get(index + 1, reference.name, k), leaving.cpu())
             # Two versions of one block are in memory at once where they are compared, and one where they are not.
             if errors is not None:
                 blocks.append(block)
@@ -109,44 +124,61 @@ def twin_walk(
         if seen:
             changed_routes[index] = changed / seen
     step.begin("verify: head")
-    parts = _through_heads(sides, rows, groups, store, device, dtype, step, wanted)
+    wanted = [_every_prediction(reference.adapter, n, row) for n, row in enumerate(rows)]
+    wanted += [_Wanted(n, item.positions, item.targets) for n, item in enumerate(asked)]
+    found = list(_through_heads(sides, wanted, groups, store, device, dtype, step))
     store.drop(reference.adapter.n_blocks)
-    return Twin(concatenate(parts), changed_routes, errors)
+    tokens, answers = found[:measured], found[measured:]
+    return Twin(
+        concatenate(tokens) if tokens else None, changed_routes, errors, concatenate(answers) if answers else None
+    )
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """Of one row the predictions that are wanted, and the row's number in the results."""
+
+    number: int
+    positions: torch.Tensor
+    targets: torch.Tensor
+
+
+def _every_prediction(adapter: Adapter, number: int, row: Row) -> _Wanted:
+    """Of every token but the first. What a model "predicts" where an image placeholder follows is never read."""
+    positions, targets = torch.arange(len(row.tokens) - 1), row.tokens[1:]
+    if adapter.image_token_id is not None:
+        read_by_someone = targets != adapter.image_token_id
+        positions, targets = positions[read_by_someone], targets[read_by_someone]
+    return _Wanted(number, positions, targets)
 
 
 def _through_heads(
     sides: tuple[Side, Side],
-    rows: list[Row],
+    wanted: list[_Wanted],
     groups: list[list[int]],
     store: RowStore,
     device: torch.device,
     dtype: torch.dtype,
     step: Step,
-    wanted: Wanted | None,
-) -> list[TokenResults]:
+) -> Iterator[TokenResults]:
+    """What is wanted of the rows of each batch."""
     last = sides[0].adapter.n_blocks
     norms = [final_norm(side.adapter, side.source, device, dtype) for side in sides]
     heads = [read(side.adapter, side.source, side.adapter.head_name).to(device) for side in sides]
     if heads[0].dtype == heads[1].dtype and torch.equal(*heads):
         heads[1] = heads[0]  # one copy serves both
-    placeholder = sides[0].adapter.image_token_id
-    parts = []
     for k, numbers in enumerate(groups):
-        tokens_NT = torch.stack([rows[n].tokens for n in numbers])
-        count, length = len(numbers), tokens_NT.shape[1] - 1
-        targets = tokens_NT[:, 1:].reshape(-1)
-        document = torch.tensor(numbers).repeat_interleave(length)
-        position = torch.arange(length).repeat(count)
-        # What a model "predicts" where an image placeholder follows is never read by anyone.
-        asked = torch.ones_like(targets, dtype=torch.bool) if placeholder is None else targets != placeholder
-        if wanted is not None:
-            asked &= torch.cat([wanted(n)[:length] for n in numbers])
+        of_rows = [wanted[n] for n in numbers]
+        targets = torch.cat([want.targets for want in of_rows]).to(device)
+        position = torch.cat([want.positions for want in of_rows])
+        row = torch.arange(len(numbers)).repeat_interleave(torch.tensor([len(want.targets) for want in of_rows]))
+        document = torch.tensor([want.number for want in of_rows])[row]
         hidden = []
         for side, norm in zip(sides, norms, strict=True):
             with torch.inference_mode():
-                h = norm(store.get(last, side.name, k).to(device))[:, :-1]
-            hidden.append(h.reshape(-1, h.shape[-1])[asked.to(device)])
-        targets, document, position = targets[asked].to(device), document[asked], position[asked]
+                h_NTH = norm(store.get(last, side.name, k).to(device))
+                hidden.append(h_NTH[row.to(device), position.to(device)])
+        parts = []
         for start in range(0, len(targets), TOKENS_PER_SLICE):
             part = slice(start, start + TOKENS_PER_SLICE)
             with torch.inference_mode():
@@ -161,5 +193,5 @@ def _through_heads(
                     for c in range(0, len(heads[0]), COLUMNS_PER_SLICE)
                 )
                 parts.append(compare(slices, targets[part], document[part], position[part]))
-        step.advance(tokens_NT.numel())
-    return parts
+        step.advance(h_NTH.shape[0] * h_NTH.shape[1])
+        yield concatenate(parts)

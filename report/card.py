@@ -12,7 +12,9 @@ from .heatmap import BARS, least_line
 from .progress import clock, gigabytes
 from .record import RunRecord
 
-FEW_DOCUMENTS = 20
+# Robust standard deviations by which an expert must stand out of its block to be named: of some thousand experts
+# without a fault few are that far out.
+STANDS_OUT = 6
 
 
 def size(count: float) -> str:
@@ -45,6 +47,51 @@ def interval(kl: dict[str, Any]) -> str:
     return f"95 %: {kl['kl_low_nats']:.5f} to {kl['kl_high_nats']:.5f}"
 
 
+def _add_kl(grid: Table, kl: dict[str, Any], reference: str, other: str) -> None:
+    drawn = f"{counted(kl['documents'], 'document')}, {counted(kl['tokens'], 'token')}"
+    grid.add_row(f"KL({reference} || {other})", f"{kl['kl_mean_nats']:.5f} nats a token ({interval(kl)}, {drawn})")
+    grid.add_row(
+        "",
+        f"median {kl['kl_median_nats']:.5f}, p90 {kl['kl_p90_nats']:.5f}, p99 {kl['kl_p99_nats']:.4f}, "
+        f"max {kl['kl_max_nats']:.3f}",
+    )
+    grid.add_row("same top-1", f"{kl['same_top1']:.2%}")
+    if kl["changed_routes"] is not None:
+        block, worst = max(kl["changed_routes_by_block"].items(), key=lambda item: item[1])
+        grid.add_row(
+            "changed routes", f"{kl['changed_routes']:.2%} of tokens a layer, most in block {block}: {worst:.2%}"
+        )
+    grid.add_row(
+        "perplexity", f"{kl['perplexity_reference']:.3f} {reference}, {kl['perplexity_quantized']:.3f} {other}"
+    )
+
+
+def _add_worst_expert(grid: Table, errors: dict[str, Any]) -> None:
+    """Only where one stands out: there is always a worst one."""
+    worst = next(iter(errors["worst_experts"]), None)
+    if worst is not None and worst["score"] >= STANDS_OUT:
+        said = (
+            f"block {worst['block']}, expert {worst['expert']}: output error {worst['output_error']:.3f}, gain "
+            f"{worst['output_gain']:.3f}; stands {worst['score']:.0f} deviations out of its block"
+        )
+        grid.add_row("worst expert", Text(said, style="yellow"))
+
+
+def _add_flips(grid: Table, flips: dict[str, Any], reference: str, other: str) -> None:
+    changed = flips["changed"]
+    grid.add_row(
+        "answers",
+        f"{changed['share']:.2%} of {counted(flips['items'], 'item')} change (95 %: {changed['low']:.2%} to "
+        f"{changed['high']:.2%}): {flips['right_to_wrong']['count']} from right to wrong, "
+        f"{flips['wrong_to_right']['count']} from wrong to right",
+    )
+    grid.add_row(
+        "accuracy",
+        f"{flips['accuracy_reference']['share']:.2%} {reference}, {flips['accuracy_quantized']['share']:.2%} {other} "
+        f"(McNemar's exact p {flips['mcnemar_p']:.2f})",
+    )
+
+
 def draw_card(record: RunRecord, out: str, console: Console) -> None:
     """Print the card on `console` (stderr)."""
     grid = labelled()
@@ -72,22 +119,12 @@ def draw_card(record: RunRecord, out: str, console: Console) -> None:
         if which in record.texts:
             grid.add_row(which, texts(record.texts[which]))
     reference, other = ("bf16", f"int{record.recipe['bits']}") if record.recipe else ("source", "checkpoint")
-    drawn = f"{counted(kl['documents'], 'document')}, {counted(kl['tokens'], 'token')}"
-    grid.add_row(f"KL({reference} || {other})", f"{kl['kl_mean_nats']:.5f} nats a token ({interval(kl)}, {drawn})")
-    grid.add_row(
-        "",
-        f"median {kl['kl_median_nats']:.5f}, p90 {kl['kl_p90_nats']:.5f}, p99 {kl['kl_p99_nats']:.4f}, "
-        f"max {kl['kl_max_nats']:.3f}",
-    )
-    grid.add_row("same top-1", f"{kl['same_top1']:.2%}")
-    if kl["changed_routes"] is not None:
-        block, worst = max(kl["changed_routes_by_block"].items(), key=lambda item: item[1])
-        grid.add_row(
-            "changed routes", f"{kl['changed_routes']:.2%} of tokens a layer, most in block {block}: {worst:.2%}"
-        )
-    grid.add_row(
-        "perplexity", f"{kl['perplexity_reference']:.3f} {reference}, {kl['perplexity_quantized']:.3f} {other}"
-    )
+    if kl:
+        _add_kl(grid, kl, reference, other)
+    if record.errors:
+        _add_worst_expert(grid, record.errors)
+    if record.flips:
+        _add_flips(grid, record.flips["all"], reference, other)
     if record.fallbacks:
         counts = record.fallbacks
         grid.add_row(
@@ -114,8 +151,6 @@ def draw_card(record: RunRecord, out: str, console: Console) -> None:
         memory += f", device peak {gigabytes(machine['peak_device_bytes'])}"
     grid.add_row("memory", memory)
     grid.add_row("where", Text(out, overflow="fold"))
-    if kl["documents"] < FEW_DOCUMENTS:
-        grid.add_row("note", f"{counted(kl['documents'], 'document')}: too few for the interval to mean much")
     if record.recipe.get("note"):
         grid.add_row("note", Text(record.recipe["note"], style="yellow"))
     for warning in record.warnings:

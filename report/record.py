@@ -10,6 +10,7 @@ from typing import Any
 SCHEMA_VERSION = 2
 # Of the record's `kl`, what the JSON line repeats.
 LINE_KL = ("kl_mean_nats", "kl_low_nats", "kl_high_nats", "kl_p99_nats", "same_top1", "changed_routes", "tokens")
+LINE_FLIPS = ("accuracy_reference", "accuracy_quantized", "changed", "right_to_wrong", "wrong_to_right")
 
 
 @dataclass
@@ -50,10 +51,13 @@ def result_line(record: RunRecord, out: str) -> dict[str, Any]:
         "out": out,
         "emitted_bytes": record.plan["emitted_bytes"],
         "bits_per_weight": record.plan["bits_per_weight"],
-        **{key: record.kl[key] for key in LINE_KL},
+        **{key: record.kl[key] for key in LINE_KL if record.kl},
         "seconds": record.machine["seconds"],
         "peak_rss_bytes": record.machine["peak_rss_bytes"],
     }
+    if record.flips:
+        told = record.flips["all"]
+        line |= {"items": told["items"]} | {key: told[key]["share"] for key in LINE_FLIPS}
     if record.machine.get("peak_device_bytes"):
         line["peak_device_bytes"] = record.machine["peak_device_bytes"]
     return line

@@ -1,0 +1,89 @@
+"""Answer flips: multiple-choice items that two models answer differently.
+
+"Accuracy is Not All You Need" (arXiv 2407.09141): of a compressed model's answers many change while its accuracy stays,
+since as many turn right as turn wrong. So beside both accuracies stand the changes, in each direction, with Wilson's
+intervals; McNemar's exact test, which asks whether one direction outweighs the other; and the reference's margin on
+what changed, since an answer that was nearly a tie tells of a coin, not of a loss.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from .intervals import mcnemar, wilson
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One item: its options' scores (nats, by the task's normalisation) in both models, and which one is right."""
+
+    id: str
+    right: int
+    scores_reference: tuple[float, ...]
+    scores_quantized: tuple[float, ...]
+
+    @property
+    def reference(self) -> int:
+        return _best(self.scores_reference)
+
+    @property
+    def quantized(self) -> int:
+        return _best(self.scores_quantized)
+
+    @property
+    def margin_reference(self) -> float:
+        return _margin(self.scores_reference)
+
+    @property
+    def margin_quantized(self) -> float:
+        return _margin(self.scores_quantized)
+
+
+def _best(scores: tuple[float, ...]) -> int:
+    return scores.index(max(scores))
+
+
+def _margin(scores: tuple[float, ...]) -> float:
+    """The best option's score less the second best's."""
+    first, second = sorted(scores, reverse=True)[:2]
+    return first - second
+
+
+def _share(count: int, of: int) -> dict[str, Any]:
+    interval = wilson(count, of)
+    return {"share": count / of, "low": interval.low, "high": interval.high, "count": count}
+
+
+def summarize_answers(answered: Sequence[Answered]) -> dict[str, Any]:
+    """Figures over at least one item."""
+    items = len(answered)
+    changed = [a for a in answered if a.reference != a.quantized]
+    lost = sum(a.reference == a.right for a in changed)
+    won = sum(a.quantized == a.right for a in changed)
+    return {
+        "items": items,
+        "accuracy_reference": _share(sum(a.reference == a.right for a in answered), items),
+        "accuracy_quantized": _share(sum(a.quantized == a.right for a in answered), items),
+        "changed": _share(len(changed), items),
+        "right_to_wrong": _share(lost, items),
+        "wrong_to_right": _share(won, items),
+        "mcnemar_p": mcnemar(lost, won),
+        "margin_of_changed": fmean(a.margin_reference for a in changed) if changed else None,
+        "margin_of_all": fmean(a.margin_reference for a in answered),
+    }
+
+
+def answers(answered: Sequence[Answered]) -> list[dict[str, Any]]:
+    """What a gate pairs two runs by."""
+    return [
+        {
+            "id": a.id,
+            "right": a.right,
+            "reference": a.reference,
+            "quantized": a.quantized,
+            "margin_reference": a.margin_reference,
+            "margin_quantized": a.margin_quantized,
+        }
+        for a in answered
+    ]
