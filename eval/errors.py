@@ -6,11 +6,12 @@ Three things are measured while both versions of a block are in memory:
 - `hidden`: how far the two streams are apart where the block ends, on all tokens, as the models run.
 - What a half or a unit adds by itself: the reference block with only that part of the other model, given the hidden
   state of the reference. On a sample of the rows, since it costs a pass through half a block for each unit.
-- Of every expert its weight error and, on tokens of the sample that both models send there, its output error and output
-  gain: what it gives in the other model against what the original gives. Upstream errors are in it, but all experts of
-  a block have those alike, so an expert's `score` says how far it stands out of its block, by error or by gain.
-  Rounding leaves noise; a gain that is not one is a bias, and the mark of a damaged scale. An expert that is aimed at
-  the reference's output (quantize/correction.py) may have a large weight error on purpose, and a small score.
+- Of every expert its weight error, its weight gain (the least-squares factor of each matrix against the original; the
+  one furthest from its fellows' is told), and its output error: what it gives in the other model against what the
+  original gives, on tokens of the sample that both models send there. Upstream errors are in it, but all experts of a
+  block have those alike, so an expert's `score` says how far it stands out of its block, by output error or by gain.
+  Rounding leaves noise, and aiming at the reference's output (quantize/correction.py) a weight error on purpose;
+  neither changes a gain by more than a per cent, and so one that stands out is a bias: the mark of a damaged scale.
 
 A hidden state's error is relative token by token (the root of the mean of |h' - h|^2 / |h|^2), as the norm that reads
 it next takes it: a few tokens of huge norm would hide all others.
@@ -119,40 +120,44 @@ class Errors:
     def _of_experts(
         self, adapter: Adapter, index: int, reference: nn.Module, other: nn.Module, rows: list[int]
     ) -> list[dict[str, Any]]:
-        names: dict[int, list[str]] = {}
-        for site, module, _, _ in adapter.modules(index):
-            if site.role is Role.EXPERT:
-                names.setdefault(next(e for e, m in enumerate(site.members) if module in m), []).append(module)
-        downs = next(s for s in adapter.sites(index) if s.role is Role.EXPERT and s.reaches_residual).members
+        sites = [site for site in adapter.sites(index) if site.role is Role.EXPERT]
+        downs = next(site for site in sites if site.reaches_residual).members
         found = []
-        for expert, modules in sorted(names.items()):
+        gains: list[list[float]] = []  # of every expert, matrix by matrix
+        for expert, (down,) in enumerate(downs):
             missed = whole = 0.0
-            for module in modules:
-                w, v = (weight_view(adapter, b, index, module).float() for b in (reference, other))
+            gains.append([])
+            for module in (name for site in sites for name in site.members[expert]):
+                w, v = (weight_view(adapter, block, index, module).float() for block in (reference, other))
+                size = float(w.square().sum()) or 1.0
+                gains[-1].append(float((v * w).sum()) / size)
                 missed += float((v - w).square().sum())
-                whole += float(w.square().sum())
-            (down,) = downs[expert]
-            views = (weight_view(adapter, b, index, down) for b in (reference, other))
-            error, gain = self._outputs(expert, *views)
+                whole += size
+            views = (weight_view(adapter, block, index, down) for block in (reference, other))
             found.append({
                 "block": index,
                 "expert": expert,
                 "weight_error": (missed / whole) ** 0.5,
-                "output_error": error,
-                "output_gain": gain,
+                "output_error": self._output_error(expert, *views),
                 "rows": rows[expert],
             })  # fmt: skip
+        standing = [_standing_out(list(matrix), LEAST_SPREAD_GAIN) for matrix in zip(*gains, strict=True)]
         seen = [entry for entry in found if entry["output_error"] is not None]
-        errors = _standing_out([entry["output_error"] for entry in seen], LEAST_SPREAD_ERROR)
-        gains = _standing_out([entry["output_gain"] for entry in seen], LEAST_SPREAD_GAIN)
-        for entry, error, gain in zip(seen, errors, gains, strict=True):
-            entry["score"] = max(error, abs(gain))
-        return [{"score": None} | entry for entry in found]
+        errors = dict(zip(
+            (entry["expert"] for entry in seen),
+            _standing_out([entry["output_error"] for entry in seen], LEAST_SPREAD_ERROR), strict=True,
+        ))  # fmt: skip
+        for entry in found:
+            expert = entry["expert"]
+            matrix = max(range(len(standing)), key=lambda m: abs(standing[m][expert]))
+            entry["weight_gain"] = gains[expert][matrix]
+            entry["score"] = max(errors.get(expert, 0.0), abs(standing[matrix][expert]))
+        return found
 
-    def _outputs(self, expert: int, w_HM: torch.Tensor, v_HM: torch.Tensor) -> tuple[float | None, float | None]:
-        """(relative error, least-squares factor) of the other model's outputs against the original's, on tokens that
-        both models send to the expert; None without any."""
-        missed = whole = along = 0.0
+    def _output_error(self, expert: int, w_HM: torch.Tensor, v_HM: torch.Tensor) -> float | None:
+        """Relative, of the other model's outputs against the original's, on tokens that both models send to the expert;
+        None without any."""
+        missed = whole = 0.0
         first, second = self._seen
         for key in [key for key in first if key[1] == expert and key in second]:
             (tokens, rows_RM), (other_tokens, other_RM) = first[key], second[key]
@@ -161,16 +166,14 @@ class Errors:
             gap_RH = other_RM[other_both].float() @ v_HM.float().T - y_RH
             missed += float(gap_RH.square().sum())
             whole += float(y_RH.square().sum())
-            along += float((gap_RH * y_RH).sum())
-        return ((missed / whole) ** 0.5, 1 + along / whole) if whole > 0 else (None, None)
+        return (missed / whole) ** 0.5 if whole > 0 else None
 
     def facts(self, calibration_rows: dict[int, list[int]]) -> dict[str, Any]:
         """The record's `errors`. `calibration_rows`: by block, what a run's own record says of its experts."""
         for entry in self.experts:
             counts = calibration_rows.get(entry["block"])
             entry["calibration_rows"] = counts[entry["expert"]] if counts else None
-        ranked = [entry for entry in self.experts if entry["score"] is not None]
-        ranked.sort(key=lambda entry: -entry["score"])
+        ranked = sorted(self.experts, key=lambda entry: -entry["score"])
         return {"blocks": self.blocks, "experts": self.experts, "worst_experts": ranked[:WORST_EXPERTS]}
 
 
