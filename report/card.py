@@ -12,8 +12,8 @@ from .heatmap import BARS, least_line
 from .progress import clock, gigabytes
 from .record import RunRecord
 
-# Robust standard deviations by which an expert must stand out of its block to be named: sound ones were up to 10 out, one
-# with a scale changed by a tenth 20.
+# Robust standard deviations by which an expert must stand out of its block to be named: sound ones were up to 10 out,
+# one with a scale changed by a tenth 20.
 STANDS_OUT = 12
 
 
