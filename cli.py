@@ -71,6 +71,7 @@ def quantize(
     Stopped? The same line with --resume goes on where it was and ends in the same bytes (of the record, all but times
     and memory). It must find the same number of threads.
     """
+    from .gate import refuse_failed
     from .pipeline import quantize as run
     from .prepare import work_folder
     from .recipe import load_recipe
@@ -100,6 +101,7 @@ def quantize(
         sys.exit(130)
     draw_card(record, str(out), console)
     print_line(json.dumps(result_line(record, str(out))))
+    refuse_failed(record.to_json(), str(out))
 
 
 @main.command()

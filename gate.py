@@ -10,9 +10,9 @@ from typing import Any
 
 from .baseline import read_report, refuse_unlike
 from .comparison import Tolerances, check_baseline
-from .core.errors import InputError, input_error
+from .core.errors import InputError, LimitError, input_error
 from .core.verdict import LIMIT, Check, Verdict
-from .recipe import named_limits
+from .recipe import Recipe, named_limits
 
 
 def run_gate(
@@ -39,6 +39,39 @@ def run_gate(
         checks += against
     name = None if baseline_name is None else str(baseline_name)
     return Verdict(str(report_name), name, tuple(checks), (*_reaching(checks), *notes))
+
+
+def refuse_too_large(emitted_bytes: int, recipe: Recipe) -> None:
+    """Raises LimitError. The bytes are known before any weight is read, so this limit costs nothing."""
+    if recipe.max_emitted_bytes is not None and emitted_bytes > recipe.max_emitted_bytes:
+        raise LimitError(
+            f"the plan emits {emitted_bytes:,} bytes, and the recipe allows {recipe.max_emitted_bytes:,} "
+            "(max_emitted_bytes): quantize more, in larger groups, or allow more. Nothing was written"
+        )
+
+
+def gate_of_run(record: dict[str, Any], name: str, recipe: Recipe) -> dict[str, Any]:
+    """The record's `gate`: a finished run against its recipe's limits."""
+    limits = named_limits(recipe.model_dump())
+    notes = []
+    if "fail_below_expert_rows" in limits and measured(record)["fail_below_expert_rows"] is None:
+        del limits["fail_below_expert_rows"]
+        notes.append("fail_below_expert_rows: the run took no statistics of experts, and none could starve")
+    checks = check_limits(record, limits)
+    return Verdict(name, None, tuple(checks), (*_reaching(checks), *notes)).to_json()
+
+
+def refuse_failed(record: dict[str, Any], out: str) -> None:
+    """Raises LimitError for a finished run that did not keep its recipe's limits."""
+    failed = [f"  - {check['name']}: {check['said']}" for check in record["gate"]["checks"] if not check["passed"]]
+    if failed:
+        lines = [
+            "the checkpoint does not keep the limits of its recipe:",
+            *failed,
+            f"It is finished and kept in {out}, and its record says that it failed. Quantize better, or judge it by "
+            "other limits: onecard gate --limits FILE",
+        ]
+        raise LimitError("\n".join(lines))
 
 
 def measured(record: dict[str, Any]) -> dict[str, tuple[float, float | None, float | None] | None]:
