@@ -12,7 +12,14 @@ from rich.text import Text
 from ..core.verdict import BASELINE, Verdict
 from .card import counted
 
+# Control characters can steer a terminal, and no XML can hold them; a lone surrogate cannot be written at all.
+_FORBIDDEN = re.compile("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 HEADINGS = {"limit": "limit", "baseline": "against the baseline"}
+
+
+def clean(text: str) -> str:
+    """Text from records and paths, safe to show anywhere."""
+    return _FORBIDDEN.sub("\ufffd", text)
 
 
 def headline(verdict: Verdict) -> str:
@@ -30,16 +37,16 @@ def draw_verdict(verdict: Verdict, console: Console) -> None:
     for check in verdict.checks:
         mark = Text("pass", style="green") if check.passed else Text("FAIL", style="bold red")
         where = " (baseline)" if check.kind == BASELINE else ""
-        grid.add_row(mark, Text(f"{check.name}{where}"), Text(check.said))
+        grid.add_row(mark, Text(clean(f"{check.name}{where}")), Text(clean(check.said)))
     for note in verdict.notes:
-        grid.add_row("", "note", Text(note, style="yellow"))
-    title = Text(f"onecard gate {verdict.report}: {headline(verdict)}")
+        grid.add_row("", "note", Text(clean(note), style="yellow"))
+    title = Text(clean(f"onecard gate {verdict.report}: {headline(verdict)}"))
     console.print(Panel(grid, title=title, box=box.ROUNDED, expand=False))
 
 
 def _cell(text: str) -> str:
     """Text inside a Markdown table: no markup of its own, one line."""
-    return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+    return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", html.escape(" ".join(clean(text).split()), quote=False))
 
 
 def markdown(verdict: Verdict) -> str:

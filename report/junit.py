@@ -4,34 +4,27 @@ One <testsuites> with one <testsuite>; a check that failed has a <failure>; note
 and sentences can hold a path or a task's name, so control characters, which no XML can hold, are replaced.
 """
 
-import re
 from xml.etree import ElementTree
 
 from ..core.verdict import Verdict
-
-# All that XML 1.0 allows beside tab, newline and what lies above the surrogates.
-_FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-
-
-def _clean(text: str) -> str:
-    return _FORBIDDEN.sub("\ufffd", text)
+from .gate_card import clean
 
 
 def junit(verdict: Verdict) -> bytes:
     """The XML document, UTF-8."""
     counts = {"tests": str(len(verdict.checks)), "failures": str(len(verdict.failed)), "errors": "0", "skipped": "0"}
     root = ElementTree.Element("testsuites", {"name": "onecard gate", **counts})
-    suite = ElementTree.SubElement(root, "testsuite", {"name": _clean(f"onecard gate {verdict.report}"), **counts})
+    suite = ElementTree.SubElement(root, "testsuite", {"name": clean(f"onecard gate {verdict.report}"), **counts})
     for check in verdict.checks:
         case = ElementTree.SubElement(
-            suite, "testcase", {"classname": f"onecard.gate.{check.kind}", "name": _clean(check.name), "time": "0"}
+            suite, "testcase", {"classname": f"onecard.gate.{check.kind}", "name": clean(check.name), "time": "0"}
         )
         if check.passed:
-            ElementTree.SubElement(case, "system-out").text = _clean(check.said)
+            ElementTree.SubElement(case, "system-out").text = clean(check.said)
         else:
-            failure = ElementTree.SubElement(case, "failure", {"message": _clean(check.said), "type": check.kind})
-            failure.text = _clean(check.said)
+            failure = ElementTree.SubElement(case, "failure", {"message": clean(check.said), "type": check.kind})
+            failure.text = clean(check.said)
     if verdict.notes:
-        ElementTree.SubElement(suite, "system-out").text = _clean("\n".join(verdict.notes))
+        ElementTree.SubElement(suite, "system-out").text = clean("\n".join(verdict.notes))
     ElementTree.indent(root)
     return bytes(ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)) + b"\n"
