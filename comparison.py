@@ -160,20 +160,23 @@ def _top1_check(now: float, before: float, found: Exceedance, tolerances: Tolera
 
 def _flips(now: dict[str, Any], before: dict[str, Any], tolerances: Tolerances) -> Check:
     """The share of items whose answer is another than the original's, item by item."""
-    changed = [{a["id"]: a["reference"] != a["quantized"] for a in task.get("answers") or []} for task in (now, before)]
-    if not changed[0] or changed[0].keys() != changed[1].keys():
+    # Two items may have one id: sorting keeps their order.
+    sides = [sorted(task.get("answers") or [], key=lambda answer: str(answer["id"])) for task in (now, before)]
+    ids = [[answer["id"] for answer in side] for side in sides]
+    if not ids[0] or ids[0] != ids[1]:
         raise InputError(
             f"the task {now['task']} cannot be compared item by item: report and baseline must hold the same answers. "
             "Make them anew with `onecard flips`"
         )
-    ids = sorted(changed[0], key=str)
-    shares = [sum(side.values()) / len(ids) for side in changed]
+    changed = [[answer["reference"] != answer["quantized"] for answer in side] for side in sides]
+    items = len(changed[0])
+    shares = [sum(side) / items for side in changed]
     tolerance = tolerances.flip_rate
-    found = share_rise_exceeds([changed[0][i] for i in ids], [changed[1][i] for i in ids], tolerance)
+    found = share_rise_exceeds(changed[0], changed[1], tolerance)
     low, high = found.low or 0.0, found.high or 0.0
     word = "more than" if found.exceeds else "not shown to be more than"
     said = (
-        f"{now['task']}: {shares[0]:.2%} of {len(ids):,} answers changed, was {shares[1]:.2%} "
+        f"{now['task']}: {shares[0]:.2%} of {items:,} answers changed, was {shares[1]:.2%} "
         f"({found.value * 100:+.2f} points, 90 % interval {low * 100:+.2f} to {high * 100:+.2f}; as pairs): "
         f"a rise {word} the tolerance of {tolerance * 100:.2f} points"
     )

@@ -191,6 +191,8 @@ class Recipe(Limits):
             raise ValueError(f"group_size is {self.group_size}; it must be a positive multiple of 8")
         if not self.name.isprintable() or not (self.note or "").isprintable():
             raise ValueError("name or note holds control characters")
+        if self.max_flip_rate is not None and not self.tasks:
+            raise ValueError("max_flip_rate needs tasks: no answer would be looked at")
         if not self.quantize_roles:
             raise ValueError("quantize_roles is empty: nothing would be quantized")
         if self.tune_epochs and not self.reference_correction:

@@ -193,6 +193,16 @@ def test_more_changed_answers(onecard: Run, write: Write) -> None:
     assert checks(against(onecard, write, worse, record(), "--tolerance-flips", 0.5), 0)
 
 
+def test_answers_that_do_not_pair(onecard: Run, write: Write, refused: Check_) -> None:
+    now, twice = record(), record()
+    now["flips"]["tasks"][0]["answers"].pop()
+    refused(against(onecard, write, now, record()), "the task demo cannot be compared item by item")
+    for answer in twice["flips"]["tasks"][0]["answers"]:
+        answer["id"] = "the same"
+    found = checks(against(onecard, write, twice, twice), 0)["baseline flip_rate demo"]
+    assert (found["measured"], found["change"]) == (pytest.approx(15 / 300), 0)
+
+
 def test_order_of_documents_and_answers_does_not_matter(onecard: Run, write: Write) -> None:
     plain = line(against(onecard, write, noisy(1.02, 0.05), record()), 0)
     mixed = noisy(1.02, 0.05)
