@@ -1,9 +1,9 @@
 """Multiple-choice tasks of lm-evaluation-harness, by name: their items as pairs of texts, and pairs as token ids.
 
-`lm-eval:arc_easy` names a task or a group of the harness, `lm-eval:mine/task.yaml` a task of one's own. The harness makes
-contexts and options as it always does (its prompts, its few-shot examples, its seed); what it would have a model do with
-them goes into the same twin walk as everything else, all at once. A task of one's own runs the Python that its YAML
-names, as the harness does; nothing of a checkpoint is run.
+`lm-eval:arc_easy` names a task or a group of the harness, `lm-eval:mine/task.yaml` a task of one's own. The harness
+makes contexts and options as it always does (its prompts, its few-shot examples, its seed); what it would ask a model
+goes into the same twin walk as everything else, all at once. A task's YAML may name Python, and the harness runs it: it
+is the user's own or the harness's, and never the checkpoint's.
 
 Only the extra `onecard[lm-eval]` installs the harness, so it is imported where it is asked for.
 """
@@ -22,6 +22,8 @@ from .eval.choice import Request
 PREFIX = "lm-eval:"
 # The harness's own default for few-shot examples: a run of it shows the same ones.
 FEWSHOT_SEED = 1234
+# Whose errors say that data could not be had.
+_FETCHERS = ("datasets", "huggingface_hub", "httpx", "requests", "fsspec")
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Questions:
-    """All of a task or group. `normalized`: the task reports accuracy by length as well, and so options are compared
-    by it. `shots` is what the task was built with."""
+    """All of a task or group. `name` holds no path, so that runs of two machines are one task. `normalized`: the task
+    reports accuracy by length as well, and so options are compared by it. `shots` is what the task was built with."""
 
+    name: str
     items: tuple[Question, ...]
     shots: int
     normalized: bool
@@ -61,14 +64,17 @@ def load_questions(spec: str, shots: int) -> Questions:
         raise InputError(f"there is no file {spec}: name a task of lm-evaluation-harness, or its YAML file")
     try:
         with redirect_stderr(io.StringIO()):  # progress bars of two libraries
-            tasks = TaskManager().load([spec])["tasks"]
+            # The harness's own tasks are thousands of files: they are not read for one that is named by its file.
+            tasks = TaskManager(include_defaults=not path.is_file()).load([spec])["tasks"]
     except KeyError:
         raise InputError(f"lm-evaluation-harness has no task {spec!r}: list them with `lm-eval ls tasks`") from None
     except Exception as error:  # the harness's, the data sets' and the hub's kinds
-        raise ResourceError(
-            f"the task {PREFIX}{spec} could not be loaded ({type(error).__name__}: {error}). On a machine without network "
-            "name a task whose data lie in local files"
-        ) from error
+        said = f"the task {PREFIX}{spec} could not be loaded ({type(error).__name__}: {error})"
+        if isinstance(error, OSError) or type(error).__module__.split(".")[0] in _FETCHERS:
+            raise ResourceError(
+                f"{said}. On a machine without network name a task whose data lie in local files"
+            ) from error
+        raise InputError(f"{said}: mend its YAML file") from error
     wrong = [f"{name} has {task.OUTPUT_TYPE}" for name, task in tasks.items() if task.OUTPUT_TYPE != "multiple_choice"]
     if wrong or not tasks:
         raise input_error(f"{spec} cannot be asked as multiple choice:", wrong, "Name tasks of options, as arc_easy.")
@@ -82,7 +88,8 @@ def load_questions(spec: str, shots: int) -> Questions:
     used = {int(task.get_config("num_fewshot") or 0) for task in tasks.values()}
     if len(used) > 1:
         raise InputError(f"the tasks of {spec} show {sorted(used)} examples: name one number with --shots")
-    return Questions(tuple(items), used.pop(), all("acc_norm" in own for own in metrics))
+    name = next(iter(tasks)) if path.suffix else spec
+    return Questions(f"{PREFIX}{name}", tuple(items), used.pop(), all("acc_norm" in own for own in metrics))
 
 
 def _questions(prefix: str, task: Any) -> list[Question]:
@@ -128,7 +135,9 @@ def encode_pair(encoder: Encoder, context: str, continuation: str) -> Request:
         first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         begin = (first,)
         whole = whole if whole[:1] == begin else begin + whole
-    common = next((i for i, (a, b) in enumerate(zip(begin, whole, strict=False)) if a != b), min(len(begin), len(whole)))
+    common = next(
+        (i for i, (a, b) in enumerate(zip(begin, whole, strict=False)) if a != b), min(len(begin), len(whole))
+    )
     common = min(common, len(whole) - 1)
     if common < 1:
         raise InputError(f"nothing stands before the option {continuation!r}: mend the task")

@@ -36,14 +36,14 @@ Walk = Callable[[Sequence[Request]], list[Scored]]
 
 
 class TwinLM(LM):  # type: ignore[misc, unused-ignore]
-    """One of the two models, to the harness. `windows` is how many tokens it reads at once of a text that is scored whole."""
+    """One of the two models, to the harness. Of a text that is scored whole it reads `window_tokens` at once."""
 
     def __init__(self, twin: "Twin", side: Literal["reference", "quantized"], window_tokens: int) -> None:
         super().__init__()
         self._twin, self._side, self._window_tokens = twin, side, window_tokens
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(sum of log-probabilities in nats, whether each token is the likeliest one) of every (context, continuation)."""
+        """Of every (context, continuation): log-likelihood in nats, and whether each token is the likeliest one."""
         asked = [encode_pair(self._twin.encoder, *request.args[:2]) for request in requests]
         return [self._of(scored) for scored in self._twin.scores(asked)]
 
@@ -108,14 +108,15 @@ def _walk(
     source: Model, quantized: Model, recipe: Recipe, device_name: str, quiet: bool, requests: Sequence[Request]
 ) -> list[Scored]:
     device = choose_device(device_name)
+    dtype = choose_dtype(recipe, device)
+    sides = Side("reference", source.adapter, source.source), Side("quantized", quantized.adapter, quantized.source)
     asking = ask(requests)
     with (
         tempfile.TemporaryDirectory(prefix="onecard-lm-eval-") as folder,
         Progress("onecard lm-eval", source.adapter.n_blocks, None, quiet) as progress,
     ):
         twin = twin_walk(
-            Side("reference", source.adapter, source.source), Side("quantized", quantized.adapter, quantized.source), [],
-            recipe.batch_tokens, Activations(Path(folder)), device, choose_dtype(recipe, device), progress, asking.asked,
+            *sides, [], recipe.batch_tokens, Activations(Path(folder)), device, dtype, progress, asking.asked
         )  # fmt: skip
     assert twin.answers is not None
     return scores(asking, twin.answers)
