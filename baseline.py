@@ -9,10 +9,11 @@ none.
 """
 
 import json
-import math
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .checkpoint import files
 from .core.errors import InputError, input_error
@@ -53,18 +54,102 @@ def read_report(name: Path) -> dict[str, Any]:
     return record
 
 
+class _Read(BaseModel):
+    """What the gate reads must be sound; it does not look at the rest."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False, strict=True)
+
+
+class _Document(_Read):
+    digest: str
+    tokens: int
+    kl_mean_nats: float
+    same_top1: float
+
+
+class _Kl(_Read):
+    tokens: int
+    documents: int
+    kl_mean_nats: float
+    kl_p99_nats: float
+    same_top1: float
+    kl_standard_error_nats: float | None = None
+    kl_low_nats: float | None = None
+    kl_high_nats: float | None = None
+    same_top1_low: float | None = None
+    same_top1_high: float | None = None
+    by_document: list[_Document] = []
+
+
+class _Share(_Read):
+    share: float
+    low: float | None = None
+    high: float | None = None
+
+
+class _Answer(_Read):
+    id: str | int
+    reference: int
+    quantized: int
+
+
+class _Changed(_Read):
+    changed: _Share
+
+
+class _Task(_Changed):
+    task: str
+    answers: list[_Answer] = []
+
+
+class _Flips(_Read):
+    all: _Changed
+    tasks: list[_Task]
+
+
+class _Block(_Read):
+    expert_rows: list[int] | None = None
+
+
+class _Plan(_Read):
+    emitted_bytes: int | None = None
+
+
+class _Evaluation(_Read):
+    rows_digest: str | None = None
+
+
+class _Texts(_Read):
+    evaluation: _Evaluation = _Evaluation()
+
+
+class _Machine(_Read):
+    device: str | None = None
+
+
+class _Record(_Read):
+    model: dict[str, Any]
+    texts: _Texts
+    plan: _Plan
+    kl: _Kl | None
+    flips: _Flips | None
+    recipe: dict[str, Any] | None = None
+    blocks: list[_Block] = []
+    fallbacks: dict[str, int] = {}
+    machine: _Machine | None = None
+
+
 def _problems(record: dict[str, Any]) -> list[str]:
-    found = [f"it has no {key}" for key in ("model", "texts", "plan", "kl") if not isinstance(record.get(key), dict)]
-    if found:
-        return found
-    if not record["kl"] and not record.get("flips"):
+    """What is wrong with a record, as far as the gate reads it."""
+    if not record.get("kl") and not record.get("flips"):
         return ["it holds no measurement, neither KL nor flips"]
-    if record["kl"]:
-        for key in ("kl_mean_nats", "kl_p99_nats", "same_top1"):
-            value = record["kl"].get(key)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                found.append(f"its {key} is {value!r}, and must be a finite number")
-    return found
+    try:
+        # What was not measured is an empty object in a record.
+        _Record.model_validate(record | {key: record.get(key) or None for key in ("kl", "flips")})
+    except ValidationError as error:
+        found = [f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors()]
+        return found[:8] + ([f"and {len(found) - 8} more"] if len(found) > 8 else [])
+    return []
 
 
 def evaluation_digest(record: dict[str, Any]) -> str | None:

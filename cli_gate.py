@@ -12,7 +12,11 @@ from .verbs import make_console, print_line, verb
 @click.command()
 @click.argument("report", type=click.Path(path_type=Path))
 @click.option("--baseline", type=click.Path(path_type=Path), help="A frozen baseline, or another report.")
-@click.option("--limits", type=click.Path(path_type=Path), help="Limits as YAML, in place of those of the recipe.")
+@click.option(
+    "--limits",
+    type=click.Path(path_type=Path),
+    help="A YAML file of limits (a recipe will do), in place of those of the record.",
+)
 @click.option(
     "--tolerance", type=click.FloatRange(0, 10), default=0.01, show_default=True,
     help="By what part of itself the mean KL may lie over the baseline's.",

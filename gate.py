@@ -12,7 +12,7 @@ from .baseline import read_report, refuse_unlike
 from .comparison import Tolerances, check_baseline
 from .core.errors import InputError, LimitError, input_error
 from .core.verdict import LIMIT, Check, Verdict
-from .recipe import Recipe, named_limits
+from .recipe import Recipe, named_limits, recorded_limits
 
 
 def run_gate(
@@ -24,10 +24,14 @@ def run_gate(
     """Read, refuse or judge. `limits` of None: those of the report's own recipe. Raises InputError."""
     report = read_report(report_name)
     baseline = None if baseline_name is None else read_report(baseline_name)
-    limits = named_limits(report.get("recipe") or {}) if limits is None else limits
+    limits = (
+        limits
+        if limits is not None
+        else recorded_limits(f"the recipe in the record {report_name}", report.get("recipe") or {})
+    )
     if baseline is None and not limits:
         raise InputError(
-            f"{report_name} has no limits in its recipe, and there is nothing else to hold it against: add "
+            f"there is nothing to hold {report_name} against: its recipe, or the file of limits, names no limit. Add "
             "--limits FILE or --baseline BASELINE"
         )
     if baseline is not None:

@@ -266,16 +266,18 @@ def load_recipe(name: str) -> Recipe:
 
 
 def load_limits(path: Path) -> dict[str, float]:
-    """The limits that a YAML file names, and no others. Raises InputError listing every offending key."""
+    """The limits that a YAML file names, and no others; the file may be a whole recipe. Raises InputError listing every
+    offending key."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the limits {path} cannot be read: {error}") from None
     data = _read_yaml(f"the file of limits {path}", text, f"it may name {', '.join(Limits.model_fields)}")
+    model = Recipe if "name" in data else Limits
     try:
-        limits = Limits.model_validate(data)
+        limits = model.model_validate(data)
     except ValidationError as error:
-        raise _refusal(f"the file of limits {path}", error, Limits) from None
+        raise _refusal(f"the file of limits {path}", error, model) from None
     return named_limits(limits.model_dump(include=limits.model_fields_set))
 
 
@@ -283,6 +285,15 @@ def named_limits(fields: dict[str, Any]) -> dict[str, float]:
     """Of a recipe's fields (or a record's) those that limit something."""
     found = {key: fields[key] for key in Limits.model_fields if fields.get(key) is not None}
     return {key: value for key, value in found.items() if key != "fail_below_expert_rows" or value > 0}
+
+
+def recorded_limits(what: str, fields: dict[str, Any]) -> dict[str, float]:
+    """The limits in the recipe of a record. Raises InputError listing every offending key."""
+    try:
+        limits = Limits.model_validate({key: fields[key] for key in Limits.model_fields if key in fields})
+    except ValidationError as error:
+        raise _refusal(what, error, Limits) from None
+    return named_limits(limits.model_dump(include=limits.model_fields_set))
 
 
 def _read_yaml(what: str, text: str, way_out: str) -> dict[str, Any]:

@@ -104,6 +104,11 @@ def test_the_recipe_of_the_record_has_the_limits(onecard: Run, write: Write) -> 
     assert set(checks(onecard("gate", write("r.json", strict)), 1)) == {"limit max_kl_mean_nats"}
 
 
+def test_damaged_limits_in_a_record(onecard: Run, write: Write, refused: Check_) -> None:
+    damaged = record(recipe={"max_kl_mean_nats": "small", "min_same_top1": 2})
+    refused(onecard("gate", write("r.json", damaged)), "r.json", "max_kl_mean_nats", "min_same_top1")
+
+
 def test_the_measured_mean_decides_and_the_interval_is_told(onecard: Run, write: Write) -> None:
     mean = record()["kl"]["kl_mean_nats"]
     limits = write("l.yaml", f"max_kl_mean_nats: {mean * 1.1}\n")
@@ -128,6 +133,18 @@ def test_limits_that_cannot_be_judged_are_named_all_at_once(onecard: Run, write:
 ])  # fmt: skip
 def test_a_bad_file_of_limits(onecard: Run, write: Write, refused: Check_, text: str, needles: list[str]) -> None:
     refused(onecard("gate", write("r.json", record()), "--limits", write("l.yaml", text)), *needles)
+
+
+def test_a_recipe_is_a_file_of_limits(onecard: Run, write: Write, recipe: Callable[..., Path]) -> None:
+    """With what it names, and not with what it leaves as it is: a record of `verify` has no fallbacks to judge."""
+    verified = write("r.json", record(command="verify", fallbacks={}, blocks=[], recipe={}))
+    assert set(checks(onecard("gate", verified, "--limits", recipe(min_same_top1=0.1)), 0)) == {"limit min_same_top1"}
+
+
+def test_an_empty_choice_of_limits_is_none(
+    onecard: Run, write: Write, recipe: Callable[..., Path], refused: Check_
+) -> None:
+    refused(onecard("gate", write("r.json", record()), "--limits", recipe()), "names no limit", "--baseline")
 
 
 def test_nothing_to_hold_it_against(onecard: Run, write: Write, refused: Check_) -> None:
@@ -295,10 +312,13 @@ def test_a_task_that_only_the_report_has_is_a_note(onecard: Run, write: Write) -
     (record(schema_version=1), ["schema version 1", f"reads {SCHEMA_VERSION}"]),
     (record(schema_version=SCHEMA_VERSION + 1), [f"schema version {SCHEMA_VERSION + 1}"]),
     ({"files": ["config.json"]}, ["not finished"]),
-    (changed(kl__kl_mean_nats=None, kl__same_top1="much"), ["kl_mean_nats", "same_top1", "finite"]),
-    (json.dumps(record()).replace('"kl_p99_nats": 0.2', '"kl_p99_nats": NaN'), ["kl_p99_nats is nan"]),
-    ({key: value for key, value in record().items() if key != "texts"}, ["it has no texts"]),
+    (changed(kl__kl_mean_nats=None, kl__same_top1="much"), ["kl.kl_mean_nats", "kl.same_top1", "valid number"]),
+    (json.dumps(record()).replace('"kl_p99_nats": 0.2', '"kl_p99_nats": NaN'), ["kl.kl_p99_nats", "finite"]),
+    ({key: value for key, value in record().items() if key != "texts"}, ["texts: Field required"]),
     (record(kl={}, flips={}), ["holds no measurement"]),
+    (changed(kl__by_document=[{"digest": 3}] * 9), ["kl.by_document.0.digest", "more"]),
+    (changed(flips__tasks=[{"task": "t", "answers": [{}]}]), ["flips.tasks.0.changed", "flips.tasks.0.answers.0.id"]),
+    (record(blocks=[{"expert_rows": ["many"]}], fallbacks=[], plan=3), ["blocks.0.expert_rows.0", "fallbacks", "plan"]),
 ])  # fmt: skip
 def test_what_is_no_report(
     onecard: Run, write: Write, refused: Check_, content: Any, needles: list[str], tmp_path: Path
