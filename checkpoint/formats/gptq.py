@@ -3,8 +3,7 @@
 A Linear `[out, in]` is `qweight` int32 `[in * bits / 32, out]` (fields packed along the inputs, lowest first), `qzeros`
 int32 `[groups, out * bits / 32]` (packed along the outputs), `scales` `[groups, out]` and `g_idx` int32 `[in]`, each
 input's group; the weight is `(q - z) * scale`. Version 1 (`checkpoint_format: gptq`, or nothing said) stores each zero
-point less 1 in its field, so that 0 is stored as the largest; version 2 (`gptq_v2`) stores it plainly. Widths 2, 3, 4
-and 8.
+point less 1; version 2 (`gptq_v2`) stores it plainly. Widths 2, 3, 4 and 8.
 
 Not read: formats that are made for one kernel (marlin, bitblas), and AWQ's order of fields.
 
@@ -19,7 +18,7 @@ import torch
 
 from ...core.tensors import TensorInfo
 from ..source import Folder
-from .stored import FLOATS, Reading, StoredWeight, missing, scaled, unpack_fields, words_for
+from .stored import BITS_A_WORD, FLOATS, Reading, StoredWeight, missing, scaled, unpack_fields, words_for
 
 NAME = "gptq"
 VERSIONS = {"gptq": 1, "gptq_v2": 2}
@@ -30,17 +29,26 @@ def dense(parts: Mapping[str, torch.Tensor], dtype: torch.dtype, *, bits: int, v
     """The weight [O, I]. Raises ValueError when `g_idx` names a group that is not there."""
     scales_GO, words = parts["scales"], parts["qweight"]
     groups, outputs = scales_GO.shape
-    inputs = words.shape[0] * 32 // bits
+    inputs = words.shape[0] * BITS_A_WORD // bits
     codes_OI = unpack_fields(words.T.contiguous(), bits, inputs)
-    zeros_GO = unpack_fields(parts["qzeros"], bits, outputs)
-    if version == 1:
-        zeros_GO = (zeros_GO + 1) & ((1 << bits) - 1)
+    zeros_GO = zero_points(parts["qzeros"], bits, outputs, version)
     even = torch.arange(inputs) // -(-inputs // groups)
     group_of = parts["g_idx"].long() if "g_idx" in parts else even
     if int(group_of.min()) < 0 or int(group_of.max()) >= groups:
         raise ValueError(f"g_idx names groups {int(group_of.min())} to {int(group_of.max())} of {groups}")
     plain = inputs % groups == 0 and torch.equal(group_of, even)
     return scaled(codes_OI, scales_GO.T, zeros_GO.T, None if plain else group_of, dtype)
+
+
+def zero_points(words: torch.Tensor, bits: int, outputs: int, version: int) -> torch.Tensor:
+    """int32 [G, outputs]. The 1 of version 1 is added to whole words, as GPTQModel takes it off: a zero point of 0 has
+    then borrowed from the field above it, and gets it back. (Readers that add field by field differ there and nowhere
+    else.) A field of three bits may lie in two words: there it is field by field."""
+    if version == 1 and BITS_A_WORD % bits == 0:
+        ones = sum(1 << at for at in range(0, BITS_A_WORD, bits))
+        words = words + ones
+    zeros_GO = unpack_fields(words, bits, outputs)
+    return (zeros_GO + 1) & ((1 << bits) - 1) if version == 1 and BITS_A_WORD % bits else zeros_GO
 
 
 def find(folder: Folder, block: Mapping[str, Any]) -> Reading:
@@ -85,7 +93,7 @@ def _weight(stem: str, infos: Mapping[str, TensorInfo], block: Mapping[str, Any]
     for bits in WIDTHS if block.get("dynamic") else (int(block["bits"]),):
         if _fits(shapes, bits, block):
             groups, outputs = shapes["scales"]
-            inputs = shapes["qweight"][0] * 32 // bits
+            inputs = shapes["qweight"][0] * BITS_A_WORD // bits
             size = "one group" if groups == 1 else f"group {-(-inputs // groups)}"
             return StoredWeight(
                 TensorInfo((outputs, inputs), dtypes["scales"]),
@@ -100,7 +108,7 @@ def _fits(shapes: Mapping[str, tuple[int, ...]], bits: int, block: Mapping[str, 
     if any(len(shape) != (1 if leaf == "g_idx" else 2) for leaf, shape in shapes.items()):
         return False
     (rows, outputs), (groups, _) = shapes["qweight"], shapes["scales"]
-    inputs, left = divmod(rows * 32, bits)
+    inputs, left = divmod(rows * BITS_A_WORD, bits)
     size = block.get("group_size", -1)
     announced = 1 if size in (-1, None) else -(-inputs // size) if isinstance(size, int) and size > 0 else None
     return (
