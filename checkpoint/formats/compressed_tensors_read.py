@@ -113,6 +113,11 @@ def read_groups(block: Mapping[str, Any]) -> list[Group]:
         raise ValueError("its weights are rotated (transform_config), which is undone only when an engine runs them")
     if sparsity.get("format") not in (None, "dense"):
         raise ValueError(f"its weights are stored {sparsity['format']} (sparsity_config)")
+    for target in (target for scheme in config.config_groups.values() for target in scheme.targets):
+        try:
+            re.compile(target.removeprefix("re:") if target.startswith("re:") else "")
+        except re.error as error:
+            raise ValueError(f"the target {target!r} is no expression ({error})") from None
     groups = []
 
     def plain(value: Any) -> str:  # the package gives an enumeration or its value
