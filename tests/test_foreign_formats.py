@@ -225,6 +225,21 @@ def test_one_expert_of_a_fused_tensor_is_read_without_the_others(
     assert torch.allclose(whole, torch.stack([meant for _, meant in experts]), rtol=1e-6)
 
 
+@pytest.mark.parametrize("outputs_first", [False, True])
+def test_fbgemm_keeps_an_experts_outputs_on_the_last_axis(outputs_first: bool, tmp_path: Path) -> None:
+    """Llama 4 `[experts, in, out]`; the scale's axes are turned for `down_proj`, and square experts are no excuse."""
+    experts = [foreign.fp8(a_weight(64, 64, seed=n), (1, 64)) for n in range(3)]
+    scale = torch.stack([parts["weight_scale_inv"] for parts, _ in experts])  # [experts, out, 1]
+    stored = {
+        "experts.down_proj": torch.stack([parts["weight"].T for parts, _ in experts]),
+        "experts.down_proj_scale": scale if outputs_first else scale.transpose(1, 2),
+    }
+    source = opened(tmp_path, stored, {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0})
+    meant = torch.stack([meant.T for _, meant in experts])
+    assert torch.allclose(source.dense("m.experts.down_proj", torch.float64), meant, rtol=1e-6)
+    assert torch.allclose(source.dense("m.experts.down_proj", torch.float64, (1,)), meant[1], rtol=1e-6)
+
+
 def experts_only(name: str) -> bool:
     return ".experts." in name
 

@@ -13,6 +13,7 @@ Specification: bitsandbytes `functional.QuantState.as_dict`; transformers `quant
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from functools import partial
 from math import prod
@@ -36,6 +37,8 @@ MAX_STATE_BYTES = 4096
 
 def dense_4bit(parts: Mapping[str, torch.Tensor], dtype: torch.dtype, *, state: Mapping[str, Any]) -> torch.Tensor:
     """The weight in the state's shape."""
+    # It says, on some processors, that a kernel for multiplying in four bits is not there; nobody multiplies here.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
     nested = None

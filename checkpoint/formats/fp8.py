@@ -3,7 +3,8 @@
 A weight is stored as F8_E4M3 (or E5M2) under its own name; beside it `X_scale_inv` or `X_scale`, by which it is
 multiplied whatever the name says: one value, one a row, or one for every block of `weight_block_size` (the last block
 of an axis may be cut). Fused experts `[experts, ., .]` have a scale with an axis of experts, so that one expert is
-read alone.
+read alone; fbgemm_fp8 keeps Llama 4's as `[experts, in, out]` with a scale an output, whose axes are
+`[experts, 1, out]` for gate and up and `[experts, out, 1]` for down.
 
 The dense weight is the product, rounded once to the dtype that the kept weights have (bf16), as the formats' own
 dequantizers do. An engine multiplies in fp8 and quantizes activations too: a warning says that this is not measured.
@@ -22,17 +23,21 @@ from ...core.tensors import TensorInfo
 from ..source import Folder
 from .stored import FLOATS, Reading, StoredWeight, spread, spreads
 
-NAMES = ("fp8", "fbgemm_fp8")
+FBGEMM = "fbgemm_fp8"
+NAMES = ("fp8", FBGEMM)
 FP8 = ("F8_E4M3", "F8_E5M2")
 SCALES = ("_scale_inv", "_scale")
 # Of activations and of the key-value cache.
 ASIDE = ("input_scale", "activation_scale", "input_scale_ub", "output_scale", "k_scale", "v_scale")
 
 
-def dense(parts: Mapping[str, torch.Tensor], dtype: torch.dtype, *, block: tuple[int, int]) -> torch.Tensor:
-    """weight [(E,) R, C] * scale in fp32, rounded once."""
+def dense(
+    parts: Mapping[str, torch.Tensor], dtype: torch.dtype, *, block: tuple[int, int], by_last: bool
+) -> torch.Tensor:
+    """weight [(E,) R, C] * scale in fp32, rounded once. `by_last`: one scale for each place of the last axis."""
     weight, scale = parts["weight"].to(torch.float32), parts["scale"].to(torch.float32)
-    shape = aligned(tuple(scale.shape), tuple(weight.shape))
+    columns = (*weight.shape[:-2], 1, weight.shape[-1])
+    shape = columns if by_last else aligned(tuple(scale.shape), tuple(weight.shape))
     assert shape is not None
     return (weight * spread(scale.view(shape), tuple(weight.shape), _axes(weight.ndim, block))).to(dtype)
 
@@ -75,7 +80,7 @@ def find(folder: Folder, block: Mapping[str, Any]) -> Reading:
             reading.aside.add(name)
         elif info.dtype in FP8:
             try:
-                reading.weights[name] = _weight(name, folder.infos, blocks, dtype)
+                reading.weights[name] = _weight(name, folder.infos, blocks, dtype, reading.label == FBGEMM)
             except ValueError as error:
                 reading.problems.append(f"{name} {error}")
     reading.warnings.append(
@@ -84,7 +89,9 @@ def find(folder: Folder, block: Mapping[str, Any]) -> Reading:
     return reading
 
 
-def _weight(name: str, infos: Mapping[str, TensorInfo], block: tuple[int, int], kept: str) -> StoredWeight:
+def _weight(
+    name: str, infos: Mapping[str, TensorInfo], block: tuple[int, int], kept: str, fbgemm: bool
+) -> StoredWeight:
     info = infos[name]
     scale = next((name + suffix for suffix in SCALES if name + suffix in infos), None)
     if scale is None:
@@ -92,7 +99,12 @@ def _weight(name: str, infos: Mapping[str, TensorInfo], block: tuple[int, int], 
     of = infos[scale]
     if of.dtype not in FLOATS:
         raise ValueError(f"has a scale of {of.dtype}: {', '.join(FLOATS)} are read")
+    by_last = fbgemm and len(info.shape) == 3
     shape = aligned(of.shape, info.shape)
+    if by_last and of.shape in ((info.shape[0], 1, info.shape[2]), (info.shape[0], info.shape[2], 1)):
+        shape = (info.shape[0], 1, info.shape[2])
+    elif by_last:
+        shape = None
     if len(info.shape) not in (2, 3) or shape is None or not spreads(shape, info.shape, _axes(len(info.shape), block)):
         raise ValueError(
             f"is {list(info.shape)} and its scale {list(of.shape)}: neither one value, nor one a row, nor one for each "
@@ -108,6 +120,6 @@ def _weight(name: str, infos: Mapping[str, TensorInfo], block: tuple[int, int], 
         TensorInfo(info.shape, of.dtype if of.dtype != "F32" else kept),
         f"fp8 {width}",
         {"weight": name, "scale": scale},
-        partial(dense, block=block),
+        partial(dense, block=block, by_last=by_last),
         by_expert,
     )
