@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .checkpoint.source import Folder
+from .checkpoint.packed import PackedSource
 from .models.adapter import Role
 from .planner.cost import Cost, estimate, measure_flops
 from .planner.plan import Plan
@@ -74,15 +74,14 @@ def inspect(model_name: str) -> dict[str, Any]:
     model = open_model(model_name)
     adapter, folder = model.adapter, model.folder
     shapes = adapter.expected()
-    schemes = {} if isinstance(model.source, Folder) else model.source.schemes
+    packed = model.packed
     roles: dict[str, dict[str, Any]] = {}
     for name, shape in shapes.items():
         role = roles.setdefault(adapter.role(name).value, {"parameters": 0, "widths": {}})
         count = torch.Size(shape).numel()
         role["parameters"] += count
-        scheme = schemes.get(name.removesuffix(".weight"))
-        width = f"int{scheme.bits} group {scheme.group_size}" if scheme else model.source.info(
-            adapter.locate(name, model.source.names).tensor).dtype  # fmt: skip
+        stored = adapter.locate(name, model.source.names).tensor
+        width = packed[stored].width if stored in packed else model.source.info(stored).dtype
         role["widths"][width] = role["widths"].get(width, 0) + count
     parameters = sum(role["parameters"] for role in roles.values())
     moe_blocks = [b for b in range(adapter.n_blocks) if any(s.role is Role.EXPERT for s in adapter.sites(b))]
@@ -98,10 +97,12 @@ def inspect(model_name: str) -> dict[str, Any]:
         "vocab_size": adapter.vocab_size,
         "vision": adapter.has_vision,
         "quantized": model.quantized,
+        "format": model.source.label if isinstance(model.source, PackedSource) else None,
         "parameters": parameters,
         "file_bytes": folder.file_bytes,
         "shards": len(folder.shards),
         "bits_per_weight": folder.file_bytes * 8 / parameters,
         "roles": roles,
         "config_faults": adapter.faults(model.config),
+        "warnings": model.warnings,
     }

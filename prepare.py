@@ -4,6 +4,7 @@ Every refusal that needs no weight and no lock happens here, with one message th
 that starts can finish.
 """
 
+import json
 import re
 import shutil
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 from .calibration.sensitivity import rows_at_once
 from .checkpoint.emit import emitted_before
 from .checkpoint.formats import compressed_tensors as ct
+from .checkpoint.formats.stored import StoredWeight
 from .checkpoint.packed import PackedSource, open_packed
 from .checkpoint.source import Folder, check_shapes, open_folder
 from .checkpoint.workdir import has_run
@@ -59,6 +61,26 @@ class Model:
     @property
     def quantized(self) -> bool:
         return isinstance(self.source, PackedSource)
+
+    @property
+    def packed(self) -> dict[str, StoredWeight]:
+        """Every weight that is stored in parts, by the name that the source gives it."""
+        return self.source.weights if isinstance(self.source, PackedSource) else {}
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a measurement of these files leaves out."""
+        found = self.source.warnings if isinstance(self.source, PackedSource) else ()
+        return [f"{self.name}: {warning}" for warning in found]
+
+    @property
+    def quantized_parameters(self) -> int:
+        return sum(torch.Size(weight.info.shape).numel() for weight in self.packed.values())
+
+    @property
+    def quantized_bytes(self) -> int:
+        """Bytes of all parts of those weights."""
+        return sum(self.folder.infos[n].nbytes for w in self.packed.values() for n in w.parts.values())
 
     def facts(self) -> dict[str, Any]:
         """What the record says of a model."""
@@ -104,14 +126,28 @@ def open_model(name: str) -> Model:
     config = read_config(path)
     adapter = load_adapter(path)
     folder = open_folder(path)
-    block = config.get("quantization_config")
-    source: Folder | PackedSource = folder
-    if block is not None:
-        source = open_packed(folder, block)
-        check_shapes(path, source, adapter.expected())
-    else:
-        check_shapes(path, folder, adapter.disk_shapes(folder.names))
+    block = quantization_block(path, config)
+    source = folder if block is None else open_packed(folder, block)
+    check_shapes(path, source, adapter.disk_shapes(source.names))
     return Model(name, path, config, adapter, folder, source)
+
+
+def quantization_block(path: Path, config: dict[str, Any]) -> object | None:
+    """What config.json says of a quantized checkpoint, where the tools put it: at the top, in the text model's config,
+    under its first name (`compression_config`), or, of older GPTQ files, in a file of its own."""
+    text = config.get("text_config")
+    for place in (config, text if isinstance(text, dict) else {}):
+        for key in ("quantization_config", "compression_config"):
+            if place.get(key) is not None:
+                return place[key]
+    beside = path / "quantize_config.json"
+    if not beside.is_file():
+        return None
+    try:
+        block = json.loads(beside.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise InputError(f"{beside} is not valid JSON: fetch the checkpoint again") from None
+    return {"quant_method": "gptq"} | block if isinstance(block, dict) else block
 
 
 def open_source(name: str) -> Model:

@@ -8,7 +8,7 @@ pure functions. The config block is built and validated by the compressed-tensor
 Specification: compressed-tensors, `compressors/pack_quantized` (the reader that the tests hold this against).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from compressed_tensors.quantization import (
 )
 
 from ...core.scheme import QuantizedWeight, Scheme
+from .stored import unpack_fields
 
 NAME = "compressed-tensors"
 PACKED, SCALE, SHAPE, ZERO = "weight_packed", "weight_scale", "weight_shape", "weight_zero_point"
@@ -54,9 +55,7 @@ def pack_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack_words(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     """The inverse of pack_words: int32 [R, W] -> int8 codes [R, columns]."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
-    fields = (words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
-    return (fields.flatten(1)[:, :columns] - (1 << (bits - 1))).to(torch.int8)
+    return (unpack_fields(words, bits, columns) - (1 << (bits - 1))).to(torch.int8)
 
 
 def pack(weight: QuantizedWeight) -> dict[str, torch.Tensor]:
@@ -99,29 +98,3 @@ def quantization_config(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
         ignore=ignore,
     )
     return dict(config.model_dump(mode="json", exclude_none=True))
-
-
-def read_schemes(block: dict[str, Any]) -> dict[str, Scheme]:
-    """Config-group name -> Scheme of a `quantization_config` block. Raises ValueError for other schemes."""
-    config = QuantizationConfig.model_validate(block)
-    schemes = {}
-    for name, group in config.config_groups.items():
-        args = getattr(group, "weights", None)
-        if args is None or str(args.type) != "int" or args.group_size is None or config.format != "pack-quantized":
-            raise ValueError(f"group {name} of format {config.format!r} is no integer group scheme")
-        schemes[name] = Scheme(args.num_bits, args.group_size, args.symmetric)
-    return schemes
-
-
-def scheme_of(stem: str, shape_of: Callable[[str], tuple[int, ...]], names: Any, bits_known: int) -> Scheme:
-    """The scheme of one stored weight from its shapes: group size from the scales, symmetry from the zero point.
-
-    Raises ValueError with one line when codes and scales do not belong together.
-    """
-    codes, scales = shape_of(f"{stem}.{PACKED}"), shape_of(f"{stem}.{SCALE}")
-    if len(codes) != 2 or len(scales) != 2 or codes[0] != scales[0]:
-        raise ValueError(f"has codes {list(codes)} and scales {list(scales)}")
-    inputs, groups = codes[1] * (32 // bits_known), scales[1]
-    if groups == 0 or inputs % groups:
-        raise ValueError(f"has {groups} groups for {inputs} inputs")
-    return Scheme(bits_known, inputs // groups, f"{stem}.{ZERO}" not in names)
