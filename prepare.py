@@ -9,6 +9,7 @@ import shutil
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ from .checkpoint.packed import PackedSource, open_packed
 from .checkpoint.source import Folder, check_shapes, open_folder
 from .checkpoint.workdir import has_run
 from .core.errors import InputError, ResourceError
+from .core.layout import StoredTensor
 from .core.scheme import Scheme
 from .models.adapter import Adapter
 from .models.families import load_adapter, read_config
 from .planner.assign import assign
 from .planner.cost import Work
-from .planner.plan import Plan, make_plan
+from .planner.plan import Plan, Width, make_plan, tally, width_name
 from .quantize.site import Method, matrix_flops, working_bytes
 from .recipe import Recipe, matches
 from .report.card import size
@@ -120,6 +122,26 @@ def open_source(name: str) -> Model:
     if model.quantized:
         raise InputError(f"{name} is quantized already: quantize the original checkpoint")
     return model
+
+
+def stored_widths(model: Model) -> tuple[Width, ...]:
+    """What of a checkpoint lies there at which width, by role, from its headers."""
+    adapter, source, shapes = model.adapter, model.source, model.adapter.expected()
+    schemes = source.schemes if isinstance(source, PackedSource) else {}
+    packed_bytes: dict[str, int] = {}
+    for name, info in model.folder.infos.items():
+        if name not in shapes:
+            module = name.rpartition(".")[0]
+            packed_bytes[module] = packed_bytes.get(module, 0) + info.nbytes
+
+    def stored(name: str, shape: tuple[int, ...]) -> Width:
+        scheme = schemes.get(name.removesuffix(".weight"))
+        dtype = source.info(adapter.locate(name, source.names).tensor).dtype
+        # A fused tensor of the source holds many: each has its share of it.
+        count = packed_bytes[name.removesuffix(".weight")] if scheme else StoredTensor(name, dtype, shape).nbytes
+        return Width(adapter.role(name).value, width_name(scheme, dtype), prod(shape), count)
+
+    return tally(stored(name, shape) for name, shape in shapes.items())
 
 
 def plan_for(model: Model, recipe: Recipe) -> Plan:

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from onecard import cli, inspection, stages
 from onecard.checkpoint.source import Folder, open_folder
 from onecard.core import errors
 from onecard.models.families import load_adapter
+from onecard.prepare import open_model, stored_widths
 from onecard.quantize.site import SiteResult
 from onecard.recipe import load_recipe, recipe_names
 
@@ -192,6 +193,9 @@ def test_plan_is_exact_before_a_weight_is_read(
             stored |= {key: (name, file.get_tensor(key).nbytes) for key in file.keys()}  # noqa: SIM118
     assert {tensor.name: (shard.file, tensor.nbytes) for shard, tensor in plan.tensors()} == stored
     assert sum(promised["role_bytes"].values()) == sum(nbytes for _, nbytes in stored.values())
+    found = stored_widths(open_model(str(out)))
+    assert {(w.role, w.width): w for w in found} == {(w.role, w.width): w for w in plan.widths}
+    assert promised["widths"] == [asdict(width) for width in plan.widths]
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["weight_map"] == {tensor: file for tensor, (file, _) in stored.items()}
     assert index["metadata"]["total_size"] == sum(nbytes for _, nbytes in stored.values())
