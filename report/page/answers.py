@@ -5,9 +5,11 @@ from itertools import cycle
 from ..reading import Record, Share, Task, WorstToken
 from ..shown import readable
 from . import figures
-from .parts import Figure, Passage, Section, Table, between, nats, percent, short, table
+from .parts import Choice, Figure, Passage, Section, Table, between, nats, percent, short, table
 
 WORST_DOCUMENTS = 12
+# So many of the worst tokens stand open; the others fold away.
+OPEN_TOKENS = 6
 # Of a task no more changed answers are listed: they make a page long and nobody reads thousands.
 MOST_ANSWERS = 200
 PAINTS = ("accent", "orange", "teal", "violet", "muted")
@@ -17,11 +19,16 @@ def tokens_section(record: Record) -> list[Section]:
     found = record.kl.worst_tokens if record.kl else ()
     if not found:
         return []
+    passages = tuple(map(_passage, found))
     lede = (
         f"The {len(found)} tokens on which the two models differ most, in their context. Often both are sure, of "
         "different words; or one has lost a rare name."
     )
-    return [Section("tokens", "The worst tokens", lede, passages=tuple(map(_passage, found)))]
+    return [
+        Section(
+            "tokens", "The worst tokens", lede, passages=passages[:OPEN_TOKENS], more_passages=passages[OPEN_TOKENS:]
+        )
+    ]
 
 
 def _passage(token: WorstToken) -> Passage:
@@ -34,8 +41,8 @@ def _passage(token: WorstToken) -> Passage:
         readable(token.before),
         visible(token.token),
         readable(token.after),
-        tuple((visible(text), p) for text, p in token.reference_top),
-        tuple((visible(text), p) for text, p in token.quantized_top),
+        tuple(Choice(visible(text), p, text == token.token) for text, p in token.reference_top),
+        tuple(Choice(visible(text), p, text == token.token) for text, p in token.quantized_top),
     )
 
 
@@ -50,31 +57,13 @@ def documents_section(record: Record) -> list[Section]:
     if not documents:
         return []
     worst = sorted(documents, key=lambda d: -d.kl_mean_nats)
-    columns = (
-        "document",
-        "kind",
-        "source",
-        ">tokens",
-        ">mean KL",
-        ">same top-1",
-        ">nats of the text, original",
-        ">quantized",
-        "digest",
-    )
+    columns = ("document", ">mean KL", ">same top-1", ">tokens", "kind", ">nats, original", ">nats, quantized", "source",
+               "digest")  # fmt: skip
     rows = [
-        (
-            d.document,
-            d.kind,
-            d.source,
-            f"{d.tokens:,}",
-            nats(d.kl_mean_nats),
-            percent(d.same_top1),
-            nats(d.nll_reference),
-            nats(d.nll_quantized),
-            short(d.digest),
-        )
+        (d.document, nats(d.kl_mean_nats), percent(d.same_top1), f"{d.tokens:,}", d.kind, nats(d.nll_reference),
+         nats(d.nll_quantized), d.source, short(d.digest))
         for d in worst
-    ]
+    ]  # fmt: skip
     lede = (
         f"{len(documents):,} documents. The worst has a mean KL of {nats(worst[0].kl_mean_nats)} nats, the best "
         f"{nats(worst[-1].kl_mean_nats)}."
@@ -99,7 +88,7 @@ def documents_section(record: Record) -> list[Section]:
     ]
     figure = Figure(
         "Every document",
-        figures.cloud(series, "how hard the text is: nats a token of the original", "mean KL, nats (logarithmic)"),
+        figures.cloud(series, "how hard the text is: nats a token of the original", "mean KL, nats a token"),
         (every,),
     )
     return [Section("documents", "The worst documents", lede, (figure,), (top,))]

@@ -38,7 +38,7 @@ def _decades(low: float, high: float) -> tuple[list[int], list[str]]:
     """Ticks of a logarithmic axis whose values are given as log10."""
     values = list(range(math.ceil(low - 1e-9), math.floor(high + 1e-9) + 1))
     every = max(1, math.ceil(len(values) / 7))
-    return values[::every], [f"{10.0**v:g}" for v in values[::every]]
+    return values[::every], [f"{10.0**v:g}".replace("e-0", "e-") for v in values[::every]]
 
 
 def histogram(edges: Sequence[float], counts: Sequence[int], marks: Sequence[tuple[str, float]]) -> dict[str, Any]:
@@ -109,6 +109,7 @@ def dots(
             go.Scatter(
                 name=name,
                 mode="lines+markers" if upright else "markers",
+                orientation="v" if upright else "h",
                 line={"width": 1},
                 marker={"size": 9},
                 x=labels if upright else values,
@@ -120,7 +121,11 @@ def dots(
                 hovertemplate="%{customdata}<extra></extra>",
             )
         )
-    value = {"title": {"text": axis}, "rangemode": "tozero" if zero else "normal", "tickformat": tick}
+    value: dict[str, Any] = {"title": {"text": axis}, "rangemode": "tozero", "tickformat": tick}
+    if not zero:
+        every = [end for _, _, entries in series for entry in entries for end in entry[1:4] if end is not None]
+        room = 0.05 * (max(every) - min(every)) or 0.01
+        value["range"] = [min(every) - room, max(every) + room]
     across = {"line": {"width": 1.5, "dash": "dot"}, "type": "line"}
     shapes = []
     if line is not None:
@@ -140,6 +145,7 @@ def dots(
         xaxis=kept if upright else value,
         yaxis=value if upright else beside,
         scattermode="group" if several else "overlay",
+        scattergap=0.5,
         showlegend=several,
         shapes=shapes,
     )
@@ -167,9 +173,11 @@ def bars(
     ]
     return _spec(
         traces,
-        150 + 42 * len(labels),
+        164 + 42 * len(labels),
         barmode="stack",
-        bargap=0.35,
+        bargap=0.45,
+        showlegend=len(series) > 1,
+        margin={"t": 78 if lines else 36},
         xaxis={"title": {"text": axis}, "tickformat": tick, "rangemode": "tozero"},
         yaxis={"autorange": "reversed", "automargin": True},
         shapes=[
@@ -177,8 +185,16 @@ def bars(
             for _, x in lines
         ],
         annotations=[
-            {"x": x, "y": 1, "yref": "paper", "text": name, "showarrow": False, "yanchor": "bottom"}
-            for name, x in lines
+            {
+                "x": x,
+                "y": 1,
+                "yshift": 14 * (i % 2),
+                "yref": "paper",
+                "text": name,
+                "showarrow": False,
+                "yanchor": "bottom",
+            }
+            for i, (name, x) in enumerate(lines)
         ],
     )
 
@@ -240,30 +256,33 @@ def heat(
             hovertemplate="%{customdata}<extra></extra>",
         )
     ]
-    for name, symbol, places in marks:
-        if places:
+    marked = [mark for mark in marks if mark[2]]
+    for name, symbol, places in marked:
+        # A wide stroke under a narrow one: seen on the lightest and on the darkest cell.
+        for paint, width in (("halo", 5), ("mark", 2)):
             traces.append(
                 go.Scatter(
                     name=name,
                     x=[expert for _, expert in places],
                     y=[names[row] for row, _ in places],
                     mode="markers",
-                    marker={"symbol": symbol, "size": 10, "line": {"width": 2}},
+                    marker={"symbol": symbol, "size": 10, "line": {"width": width}},
                     hoverinfo="skip",
-                    meta={"paint": "mark"},
-                    showlegend=True,
+                    meta={"paint": paint},
+                    showlegend=paint == "mark",
                 )
             )
     return _spec(
         traces,
-        190 + min(760, max(12, min(30, 900 // len(blocks))) * len(blocks)),
+        170 + min(760, max(12, min(30, 900 // len(blocks))) * len(blocks)),
         coloraxis={
             "colorbar": {
                 **bar,
                 "orientation": "h",
-                "y": -0.02,
-                "yanchor": "top",
-                "ypad": 44,
+                "yref": "container",
+                "y": 0,
+                "yanchor": "bottom",
+                "ypad": 6,
                 "thickness": 12,
                 "lenmode": "fraction",
                 "len": 0.9,
@@ -274,7 +293,7 @@ def heat(
         xaxis={
             "title": {"text": "expert"},
             "dtick": max(1, math.ceil(experts / 16)),
-            "constrain": "domain",
+            "range": [-0.5, experts - 0.5],
             "showgrid": False,
             "zeroline": False,
         },
@@ -285,12 +304,14 @@ def heat(
             "showgrid": False,
             "nticks": 24,
         },
+        margin={"b": 104},
         meta={"scale": scale},
+        showlegend=bool(marked),
     )
 
 
 def cloud(series: Sequence[tuple[str, str, Sequence[tuple[float, float, str]]]], x: str, y: str) -> dict[str, Any]:
-    """A point a thing, by kind; (across, up, what is said of it). Upwards is logarithmic."""
+    """A point a thing, by kind; (across, up, what is said of it)."""
     traces = [
         go.Scatter(
             name=label(name),
@@ -309,7 +330,7 @@ def cloud(series: Sequence[tuple[str, str, Sequence[tuple[float, float, str]]]],
         380,
         showlegend=True,
         xaxis={"title": {"text": x}},
-        yaxis={"title": {"text": y}, "type": "log", "dtick": 1, "exponentformat": "none"},
+        yaxis={"title": {"text": y}, "rangemode": "tozero"},
     )
 
 

@@ -19,8 +19,8 @@
       layout: {
         font: { family: getComputedStyle(root).fontFamily, color: colour("soft"), size: narrow ? 11 : 12.5 },
         paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", dragmode: false, hovermode: "closest",
-        margin: { l: 8, r: 10, t: 28, b: 8 }, xaxis: axis, yaxis: axis, showlegend: false,
-        legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { color: colour("ink") } },
+        margin: { l: 8, r: 10, t: 20, b: 8 }, xaxis: axis, yaxis: axis, showlegend: false,
+        legend: { orientation: "h", traceorder: "normal", x: 0, yref: "container", y: 1, yanchor: "top", font: { color: colour("ink") } },
         hoverlabel: { bgcolor: colour("panel"), bordercolor: colour("line"), font: { color: colour("ink") } },
         shapedefaults: { line: { color: colour("ink"), width: 1.5 } },
         annotationdefaults: { font: { color: colour("ink"), size: narrow ? 11 : 12 } },
@@ -48,6 +48,8 @@
       const colours = colour(scale).split(/\s+/);
       figure.layout.coloraxis.colorscale = colours.map((c, i) => [i / (colours.length - 1), c]);
     }
+    // Labels of a few words stand aslant where they would run into one another.
+    if (narrow && figure.layout.xaxis?.type === "category") figure.layout.xaxis.tickangle = -40;
     figure.layout.template = theme(narrow);
     return figure;
   }

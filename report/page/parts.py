@@ -10,6 +10,8 @@ from typing import Any
 from ..shown import readable
 
 ABSENT = "–"
+# Keeps the two ends of an interval on one line.
+KEPT = "\u00a0"
 
 
 @dataclass(frozen=True)
@@ -37,16 +39,25 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What a model would have said, and whether the text says it."""
+
+    text: str
+    probability: float
+    true: bool
+
+
+@dataclass(frozen=True)
 class Passage:
-    """A token in its context, and what both models would have said there: (text, probability) each."""
+    """A token in its context, and what both models would have said there, the likeliest first."""
 
     heading: str
     facts: str
     before: str
     token: str
     after: str
-    reference: tuple[tuple[str, float], ...]
-    quantized: tuple[tuple[str, float], ...]
+    reference: tuple[Choice, ...]
+    quantized: tuple[Choice, ...]
 
 
 @dataclass(frozen=True)
@@ -59,14 +70,19 @@ class Section:
     figures: tuple[Figure, ...] = ()
     tables: tuple[Table, ...] = ()
     passages: tuple[Passage, ...] = ()
+    more_passages: tuple[Passage, ...] = ()
     folded: tuple[Table, ...] = field(default=())
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], note: str = "") -> Table:
     """Cells become text; None becomes a dash."""
-    spelled = tuple(tuple(ABSENT if cell is None else readable(str(cell)) for cell in row) for row in rows)
+    spelled = tuple(tuple(ABSENT if cell is None else _plain(str(cell)) for cell in row) for row in rows)
     assert all(len(row) == len(columns) for row in spelled), title
     return Table(title, tuple(columns), spelled, note)
+
+
+def _plain(text: str) -> str:
+    return KEPT.join(map(readable, text.split(KEPT)))
 
 
 def nats(value: float | None) -> str:
@@ -82,7 +98,7 @@ def percent(share: float | None, digits: int = 2) -> str:
 
 def between(low: float | None, high: float | None, spell: Any) -> str:
     """`0.0133 to 0.0146`, or a dash where there is no interval."""
-    return ABSENT if low is None or high is None else f"{spell(low)} to {spell(high)}"
+    return ABSENT if low is None or high is None else KEPT.join((spell(low), "to", spell(high)))
 
 
 def count(value: float | None) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from ..reading import Bucket, Kl, Record
 from . import figures
-from .parts import Figure, Section, between, count, nats, percent, table
+from .parts import ABSENT, Figure, Section, between, count, nats, percent, table
 
 
 def kl_sections(record: Record) -> list[Section]:
@@ -23,41 +23,30 @@ def _distribution(kl: Kl) -> Section:
         ("99.9 %", kl.kl_p999_nats),
         ("largest", kl.kl_max_nats),
     ]
-    rows = [
-        (
-            "mean KL(original || quantized)",
-            f"{nats(kl.kl_mean_nats)} nats",
-            between(kl.kl_low_nats, kl.kl_high_nats, nats),
-        )
-    ]
-    rows += [(f"KL, {name}", f"{nats(value)} nats", "–") for name, value in quantiles if value is not None]
+    rows = [("mean KL(original || quantized), nats", nats(kl.kl_mean_nats),
+             between(kl.kl_low_nats, kl.kl_high_nats, nats))]  # fmt: skip
+    rows += [(f"KL, {name}, nats", nats(value), ABSENT) for name, value in quantiles if value is not None]
     if kl.reverse_kl_mean_nats is not None:
-        rows.append(("mean reverse KL(quantized || original)", f"{nats(kl.reverse_kl_mean_nats)} nats", "–"))
+        rows.append(("mean reverse KL(quantized || original), nats", nats(kl.reverse_kl_mean_nats), ABSENT))
     if kl.same_top1 is not None:
         rows.append(("same top-1", percent(kl.same_top1), between(kl.same_top1_low, kl.same_top1_high, percent)))
     if kl.top5_overlap is not None:
-        rows.append(("overlap of the top 5", percent(kl.top5_overlap), "–"))
+        rows.append(("overlap of the top 5", percent(kl.top5_overlap), ABSENT))
     if kl.perplexity_reference is not None and kl.perplexity_quantized is not None:
-        rows.append(("perplexity of the original", f"{kl.perplexity_reference:.3f}", "–"))
-        rows.append(("perplexity, quantized", f"{kl.perplexity_quantized:.3f}", "–"))
+        rows.append(("perplexity of the original", f"{kl.perplexity_reference:.3f}", ABSENT))
+        rows.append(("perplexity, quantized", f"{kl.perplexity_quantized:.3f}", ABSENT))
     if kl.perplexity_ratio is not None:
-        rows.append(
-            (
-                "ratio of perplexities",
-                f"{kl.perplexity_ratio:.5f}",
-                between(kl.perplexity_ratio_low, kl.perplexity_ratio_high, lambda v: f"{v:.5f}"),
-            )
-        )
-    if kl.delta_p_mean is not None:
-        rows.append(("change of the true token's probability, mean", f"{kl.delta_p_mean:+.3%}", "–"))
-    if kl.delta_p_rms is not None:
-        rows.append(("the same, root mean square", percent(kl.delta_p_rms, 3), "–"))
-    rows += [
-        (f"the same, {name.removeprefix('p').lstrip('0')} % quantile", f"{value:+.3%}", "–")
-        for name, value in kl.delta_p_quantiles.items()
-    ]
+        ends = between(kl.perplexity_ratio_low, kl.perplexity_ratio_high, "{:.5f}".format)
+        rows.append(("ratio of perplexities", f"{kl.perplexity_ratio:.5f}", ends))
     if kl.changed_routes is not None:
-        rows.append(("tokens sent to other experts, a layer", percent(kl.changed_routes), "–"))
+        rows.append(("tokens sent to other experts, a layer", percent(kl.changed_routes), ABSENT))
+    changes = [("mean", kl.delta_p_mean), ("root mean square", kl.delta_p_rms)]
+    changes += [(f"{name.removeprefix('p').lstrip('0')} % quantile", p) for name, p in kl.delta_p_quantiles.items()]
+    moved = table("Change of the true token's probability", ("figure", ">quantized less original"),
+                  [(name, f"{value:+.3%}") for name, value in changes if value is not None])  # fmt: skip
+    routed = table("Tokens sent to other experts", ("block", ">share of tokens"),
+                   [(block, percent(share)) for block, share in kl.changed_routes_by_block.items()])  # fmt: skip
+    folded = tuple(each for each in (moved, routed) if each.rows)
     how = "95 % intervals take a document as one draw."
     if kl.interval is not None:
         times = f", {kl.interval.resamples:,} resamples" if kl.interval.resamples else ""
@@ -70,6 +59,7 @@ def _distribution(kl: Kl) -> Section:
             "How far from the original",
             f"{count(kl.tokens)} tokens. The record holds no histogram.",
             tables=(summary,),
+            folded=folded,
         )
     edges, counts = kl.histogram.edges_nats, kl.histogram.tokens
     total = max(1, sum(counts))
@@ -87,7 +77,7 @@ def _distribution(kl: Kl) -> Section:
         f"Each of {count(kl.tokens)} tokens has its own KL: most are near nought, and few make up the mean. "
         f"Half lie below {nats(kl.kl_median_nats)} nats."
     )
-    return Section("kl", "How far from the original", lede, (drawn,), (summary,))
+    return Section("kl", "How far from the original", lede, (drawn,), (summary,), folded=folded)
 
 
 def _figure(title: str, what: str, buckets: Sequence[Bucket], upright: bool, mean: float) -> Figure:

@@ -68,8 +68,16 @@ def _sentences(record: Record) -> list[str]:
         )
     if plan is not None:
         fits = smallest_card(plan.emitted_bytes)
-        room = f"; its weights fit a {fits.name}" if fits else "; its weights fit no single card that is listed here"
-        of = f", {plan.source_bytes / plan.emitted_bytes:.2f} times less than the original" if plan.source_bytes else ""
+        room = (
+            f"; its weights fit a card of {fits.size} ({fits.examples})"
+            if fits
+            else "; its weights fit no single card that is listed here"
+        )
+        of = (
+            f", {plan.source_bytes / plan.emitted_bytes:.2f} times smaller than the original"
+            if plan.source_bytes
+            else ""
+        )
         out.append(f"It takes {size(plan.emitted_bytes)}{of}{room}.")
     return out or ["This record holds no measurement: neither KL nor flips."]
 

@@ -7,7 +7,7 @@ from itertools import cycle
 from ..card import counted, size
 from ..reading import ExpertError, Record
 from . import figures
-from .parts import Figure, Section, count, percent, table
+from .parts import KEPT, Figure, Section, count, percent, table
 
 
 @dataclass(frozen=True)
@@ -15,8 +15,8 @@ class Card:
     """A card by the memory that its name promises, in decimal GB: what a driver shows is a little more, so that what is
     said to fit does fit."""
 
-    name: str
     gigabytes: int
+    examples: str
 
     @property
     def bytes(self) -> int:
@@ -28,14 +28,14 @@ class Card:
 
 
 CARDS = (
-    Card("16 GB card", 16),
-    Card("24 GB card (RTX 4090, L4)", 24),
-    Card("32 GB card (RTX 5090)", 32),
-    Card("48 GB card (L40S)", 48),
-    Card("80 GB card (A100, H100)", 80),
-    Card("96 GB card (RTX PRO 6000)", 96),
-    Card("141 GB card (H200)", 141),
-    Card("192 GB card (B200, MI300X)", 192),
+    Card(16, "RTX 5060 Ti, T4"),
+    Card(24, "RTX 4090, L4"),
+    Card(32, "RTX 5090"),
+    Card(48, "L40S"),
+    Card(80, "A100, H100"),
+    Card(96, "RTX PRO 6000"),
+    Card(141, "H200"),
+    Card(192, "B200, MI300X"),
 )
 # A card is drawn beside the bars when the weights take at least this share of it.
 WORTH_DRAWING = 0.1
@@ -72,7 +72,7 @@ def bytes_section(record: Record) -> list[Section]:
     rows += [(f"of it {name}", f"{nbytes:,}", size(nbytes)) for name, nbytes in parts if widths]
     fit = [
         (
-            card.name,
+            f"{card.size} ({card.examples})",
             "yes" if card.bytes > plan.emitted_bytes else "no",
             size(card.bytes - plan.emitted_bytes) if card.bytes > plan.emitted_bytes else None,
         )
@@ -239,7 +239,7 @@ def _experts(record: Record) -> list[Section]:
     worst = errors.worst_experts
     listed = [
         (
-            f"block {e.block}, expert {e.expert}",
+            f"block{KEPT}{e.block}, expert{KEPT}{e.expert}",
             percent(e.weight_error),
             percent(e.output_error),
             None if e.score is None else f"{e.score:.4g}",
