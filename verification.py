@@ -27,7 +27,7 @@ from .eval.kept import write_tokens
 from .eval.summary import summarize
 from .eval.told import tell
 from .eval.twin import Side, twin_walk
-from .prepare import Model, choose_device, choose_dtype, open_model
+from .prepare import Model, choose_device, choose_dtype, open_model, stored_widths
 from .recipe import Recipe
 from .report.progress import Progress
 from .report.record import RunRecord
@@ -166,6 +166,7 @@ def pair_record(command: str, source: Model, quantized: Model) -> RunRecord:
             "bits_per_weight": emitted_bytes * 8 / parameters,
             "quantized_bits_per_weight": quantized_bytes * 8 / max(1, quantized_parameters),
             "quantized_share": quantized_parameters / parameters,
+            "widths": [asdict(width) for width in stored_widths(quantized)],
         },
         versions=package_versions(),
         warnings=source.adapter.faults(source.config),

@@ -16,11 +16,12 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from .page.answers import documents_section, flips_section, tokens_section
+from .page.experts import coverage_section, errors_sections
 from .page.parts import Section
 from .page.provenance import gate_section, provenance_section
 from .page.quality import kl_sections
 from .page.verdict import verdict, width
-from .page.weights import bytes_section, coverage_section, errors_sections, widths_section
+from .page.weights import bytes_section, widths_section
 from .reading import Record
 
 # Near the head of every page: what tells a report from a file of somebody else's.

@@ -12,6 +12,8 @@ from ..shown import readable
 ABSENT = "–"
 # Keeps the two ends of an interval on one line.
 KEPT = "\u00a0"
+# Names of colours (page.css) for things that have no colour of their own, in turn.
+PAINTS = ("accent", "violet", "teal", "orange")
 
 
 @dataclass(frozen=True)

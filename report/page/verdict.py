@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..card import FEW_DOCUMENTS, counted, size
+from ..card import counted, size
 from ..reading import Record
 from .parts import ABSENT, between, count, nats, percent
 from .weights import smallest_card
@@ -128,8 +128,6 @@ def _tiles(record: Record) -> list[Tile]:
 
 def _cautions(record: Record) -> list[str]:
     out = []
-    if record.kl is not None and record.kl.documents < FEW_DOCUMENTS:
-        out.append(f"{counted(record.kl.documents, 'document')}: too few for the interval of KL to mean much.")
     if record.kl is None:
         out.append("No KL was measured in this run.")
     if record.gate is None:
