@@ -21,8 +21,8 @@ def tokens_section(record: Record) -> list[Section]:
         return []
     passages = tuple(map(_passage, found))
     lede = (
-        f"The {len(found)} tokens on which the two models differ most, in their context. Often both are sure, of "
-        "different words; or one has lost a rare name."
+        f"The {len(found)} tokens on which the two models differ most, in their context. Orange: what the text "
+        "says. Bars: what either model would have said."
     )
     return [
         Section(
@@ -68,7 +68,7 @@ def documents_section(record: Record) -> list[Section]:
         f"{len(documents):,} documents. The worst has a mean KL of {nats(worst[0].kl_mean_nats)} nats, the best "
         f"{nats(worst[-1].kl_mean_nats)}."
     )
-    top = table("The worst documents", columns, rows[:WORST_DOCUMENTS])
+    top = table("The worst documents", columns[:-2], [row[:-2] for row in rows[:WORST_DOCUMENTS]])
     hard = [d for d in documents if d.nll_reference is not None and d.kl_mean_nats > 0]
     every = table("Every document, the worst first", columns, rows)
     if not hard:

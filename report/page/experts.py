@@ -159,7 +159,7 @@ def _experts(record: Record) -> list[Section]:
             figures.log_key(list(found.values()), "output error, relative (logarithmic)"),
             [
                 (
-                    f"the {len(worst)} worst",
+                    f"the {len(worst)} that stand out most of their blocks",
                     "circle-open",
                     [(place[e.block], e.expert) for e in worst if e.block in place],
                 )

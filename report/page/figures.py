@@ -341,9 +341,13 @@ def tree(entries: Sequence[tuple[str, str, int, str]], whole: str) -> dict[str, 
     return _spec(
         [
             go.Treemap(
-                ids=["all", *(f"role {r}" for r in roles), *(f"{r} at {w}" for r, w, _, _ in entries)],
+                ids=[
+                    "all",
+                    *(f"role {label(r)}" for r in roles),
+                    *(f"{label(r)}, {label(w)}" for r, w, _, _ in entries),
+                ],
                 labels=[label(whole), *map(label, roles), *(label(w) for _, w, _, _ in entries)],
-                parents=["", *("all" for _ in roles), *(f"role {r}" for r, *_ in entries)],
+                parents=["", *("all" for _ in roles), *(f"role {label(r)}" for r, *_ in entries)],
                 values=[sum(total), *total, *(count for _, _, count, _ in entries)],
                 branchvalues="total",
                 texttemplate="%{label}<br>%{percentRoot:.1%}",

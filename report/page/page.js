@@ -59,6 +59,7 @@
       const narrow = (width ?? box.clientWidth) < 520;
       const figure = paint(spec, narrow);
       if (width !== undefined) figure.layout.width = width;
+      else figure.layout.autosize = true;
       const config = { displayModeBar: false, responsive: true, scrollZoom: false, doubleClick: false, showTips: false };
       return Plotly.react(box, figure.data, figure.layout, config);
     });
