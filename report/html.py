@@ -17,7 +17,7 @@ from plotly.offline import get_plotlyjs
 
 from .page.answers import documents_section, flips_section, tokens_section
 from .page.experts import coverage_section, errors_sections
-from .page.parts import Section
+from .page.parts import Section, plain
 from .page.provenance import gate_section, provenance_section
 from .page.quality import kl_sections
 from .page.verdict import verdict, width
@@ -69,7 +69,9 @@ def render(record: Record) -> str:
         (folder / name).read_text(encoding="utf-8") for name in ("page.css", "page.js", "page.html.j2")
     )
     scripts = [_inline(get_plotlyjs()), _inline(script)]
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_shown
+    )
     return environment.from_string(template).render(
         generator=f"{GENERATOR} {record.onecard}",
         policy="default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; "
@@ -82,6 +84,11 @@ def render(record: Record) -> str:
         verdict=verdict(record),
         sections=sections(record),
     )
+
+
+def _shown(value: Any) -> Any:
+    """What the template puts in: of plain texts, no character that turns a line round or hides a part of it."""
+    return plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def facts(record: Record, page: str) -> dict[str, Any]:

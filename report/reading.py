@@ -219,9 +219,22 @@ class Flips(_Part):
     tasks: tuple[Task, ...] = ()
 
 
+class Check(_Part):
+    name: str
+    passed: bool
+    kind: str | None = None
+    said: str = ""
+    measured: float | None = None
+    allowed: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
 class Gate(_Part):
     passed: bool
-    checks: tuple[dict[str, Any], ...] = ()
+    baseline: str | None = None
+    checks: tuple[Check, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def _absent_if_empty(value: Any) -> Any:

@@ -28,7 +28,7 @@ HOSTILE = (
     "'\"><svg/onload=hacked()>",
     "]]><!--<script>hacked()</script>",
     "<a href='https://example.com/'>b</a><b>%{x}</b>{{7*7}}",
-    "\u202eevil\u0000\u2028\x1b[31m",
+    "\u202eevil\u0000\u2028\x1b[31m\ud800",
 )
 
 
@@ -116,7 +116,7 @@ def test_the_verdict_comes_first() -> None:
         assert 0 <= text.index(said) < text.index("Bytes on the card"), said
     data["gate"] = {"passed": False, "checks": [{"name": "kl", "passed": False}, {"name": "p99", "passed": True}]}
     text = page_of(data).text
-    assert text.index("1 of 2 checks failed") < text.index("The gate failed")
+    assert text.index("1 of 2 checks failed") < text.index("Held against its limits, 1 of 2 checks failed.")
 
 
 def test_what_does_not_fit_is_said_not_to_fit() -> None:

@@ -78,12 +78,13 @@ class Section:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], note: str = "") -> Table:
     """Cells become text; None becomes a dash."""
-    spelled = tuple(tuple(ABSENT if cell is None else _plain(str(cell)) for cell in row) for row in rows)
+    spelled = tuple(tuple(ABSENT if cell is None else plain(str(cell)) for cell in row) for row in rows)
     assert all(len(row) == len(columns) for row in spelled), title
     return Table(title, tuple(columns), spelled, note)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """Without characters that would steer a reader's screen."""
     return KEPT.join(map(readable, text.split(KEPT)))
 
 

@@ -11,24 +11,29 @@ from .parts import Section, Table, table
 
 def gate_section(record: Record) -> list[Section]:
     gate = record.gate
-    if gate is None or not gate.checks:
+    if gate is None:
         return []
-    keys = list(dict.fromkeys(key for check in gate.checks for key, value in check.items() if _plain(value)))
-    rows = [[_cell(check.get(key)) for key in keys] for check in gate.checks]
-    lede = "Every check was passed." if gate.passed else "The gate failed: at least one check was not passed."
-    return [Section("gate", "The gate", lede, tables=(table("Checks", [key.replace("_", " ") for key in keys], rows),))]
-
-
-def _plain(value: object) -> bool:
-    return value is None or isinstance(value, str | int | float)
+    failed = sum(not check.passed for check in gate.checks)
+    against = "its limits" + (f" and the baseline {gate.baseline}" if gate.baseline else "")
+    lede = f"Held against {against}, every check was passed." if gate.passed else (
+        f"Held against {against}, {failed:,} of {len(gate.checks):,} checks failed.")  # fmt: skip
+    said = [(check.name.replace("_", " "), "passed" if check.passed else "FAILED", check.said) for check in gate.checks]
+    rows = [(check.name, check.kind, *map(_cell, (check.measured, check.low, check.high, check.allowed)))
+            for check in gate.checks]  # fmt: skip
+    columns = ("check", "against", ">measured", ">low", ">high", ">allowed")
+    tables = [table("Checks", ("check", "verdict", "what was found"), said)]
+    tables += [table("Notes", ("note",), [(note,) for note in gate.notes])] if gate.notes else []
+    return [
+        Section("gate", "The gate", lede, tables=tuple(tables), folded=(table("Checks in figures", columns, rows),))
+    ]
 
 
 def _cell(value: object) -> str | None:
-    if value is None or not _plain(value):
-        return None
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:.6g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value.is_integer() and abs(value) >= 1000 else f"{value:.6g}"
+    return f"{value:,}" if isinstance(value, int) else value if isinstance(value, str) else None
 
 
 def provenance_section(record: Record, absent: list[str]) -> Section:

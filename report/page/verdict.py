@@ -86,7 +86,7 @@ def _tiles(record: Record) -> list[Tile]:
     tiles = []
     kl, flips, plan, gate = record.kl, record.flips, record.plan, record.gate
     if gate is not None:
-        wrong = sum(check.get("passed") is False for check in gate.checks)
+        wrong = sum(not check.passed for check in gate.checks)
         told = f"{wrong:,} of {len(gate.checks):,} checks failed" if wrong else f"{counted(len(gate.checks), 'check')}"
         tiles.append(Tile("Gate", "passed" if gate.passed else "failed", told, "good" if gate.passed else "bad"))
     if kl is not None:
