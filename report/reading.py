@@ -170,7 +170,7 @@ class ExpertError(_Part):
     expert: int
     weight_error: float | None = None
     output_error: float | None = None
-    output_gain: float | None = None
+    weight_gain: float | None = None
     rows: int | None = None
     calibration_rows: int | None = None
     score: float | None = None

@@ -138,7 +138,7 @@ def _errors(rng: random.Random, rows: list[list[int]]) -> dict[str, Any]:
         for expert, count in enumerate(row):
             error = 0.06 * (1 + 2.2 / math.sqrt(1 + count / 60)) * rng.uniform(0.9, 1.1)
             experts.append({"block": block, "expert": expert, "weight_error": error * 1.15, "output_error": error,
-                            "output_gain": 1 - error / 20, "rows": count // 9, "calibration_rows": count,
+                            "weight_gain": 1 - error / 20, "rows": count // 9, "calibration_rows": count,
                             "score": error})  # fmt: skip
     blocks = []
     hidden = 0.0

@@ -131,14 +131,14 @@ def test_what_does_not_fit_is_said_not_to_fit() -> None:
 def test_the_worst_expert_is_named() -> None:
     """Block and expert, in the words above the map, in the table's first row, and marked on the map."""
     data = full_record()
-    worst = {"block": 2, "expert": 11, "weight_error": 0.1, "output_error": 0.31, "output_gain": 1.1, "rows": 90,
+    worst = {"block": 2, "expert": 11, "weight_error": 0.1, "output_error": 0.31, "weight_gain": 1.1, "rows": 90,
              "calibration_rows": 812, "score": 44.0}  # fmt: skip
     data["errors"]["worst_experts"] = [worst, *data["errors"]["worst_experts"][:9]]
     (section,) = [s for s in html.sections(check_record(data, "record")) if s.key == "experts"]
-    assert "The worst is expert 11 of block 2." in section.lede
+    assert "The worst is expert 11 of block 2, with a score of 44." in section.lede
     first = section.tables[0].rows[0]
     assert first[0].replace("\u00a0", " ") == "block 2, expert 11"
-    assert first[1:] == ("10.00%", "31.00%", "1.1000", "44", "90", "812")
+    assert first[1:] == ("44", "31.00%", "10.00%", "1.1000", "90", "812")
     mark = section.figures[0].spec["data"][-1]
     assert (mark["x"][0], mark["y"][0]) == (11, "2")
 

@@ -52,9 +52,13 @@ def coverage_section(record: Record) -> list[Section]:
     return [Section("coverage", "Coverage of the experts", lede, (figure,))]
 
 
+def _score(expert: ExpertError) -> str | None:
+    return None if expert.score is None else f"{expert.score:.3g}"
+
+
 def _said(expert: ExpertError) -> str:
     told = [f"output error {percent(expert.output_error)}"]
-    told += [f"gain {expert.output_gain:.4f}"] if expert.output_gain is not None else []
+    told += [f"score {_score(expert)}"] if expert.score is not None else []
     told += [f"{expert.calibration_rows:,} calibration rows"] if expert.calibration_rows is not None else []
     return f"block {expert.block}, expert {expert.expert}: {', '.join(told)}"
 
@@ -120,27 +124,21 @@ def _experts(record: Record) -> list[Section]:
         return []
     worst = errors.worst_experts
     listed = [
-        (
-            f"block{KEPT}{e.block}, expert{KEPT}{e.expert}",
-            percent(e.weight_error),
-            percent(e.output_error),
-            None if e.output_gain is None else f"{e.output_gain:.4f}",
-            None if e.score is None else f"{e.score:.3g}",
-            count(e.rows),
-            count(e.calibration_rows),
-        )
+        (f"block{KEPT}{e.block}, expert{KEPT}{e.expert}", _score(e), percent(e.output_error), percent(e.weight_error),
+         None if e.weight_gain is None else f"{e.weight_gain:.4f}", count(e.rows), count(e.calibration_rows))
         for e in worst
-    ]
-    columns = ("expert", ">weight error", ">output error", ">output gain", ">score", ">evaluation rows",
+    ]  # fmt: skip
+    columns = ("expert", ">score", ">output error", ">weight error", ">weight gain", ">evaluation rows",
                ">calibration rows")  # fmt: skip
     how = (
-        "Score: how far its output error or gain stands out of its block, in robust standard deviations. Noise of "
-        "rounding has a gain near one; another gain is the mark of a damaged scale."
+        "Score: how far its output error, or its weights' gain, stands out of its block's, in robust standard "
+        "deviations. Rounding leaves noise and a gain near one; another gain is the mark of a damaged scale."
     )
     tables = (table("The worst experts", columns, listed, how),) if worst else ()
     lede = "Errors are relative to what the original expert gives for the tokens that it got."
     if worst:
-        lede = f"The worst is expert {worst[0].expert} of block {worst[0].block}. {lede}"
+        score = "" if worst[0].score is None else f", with a score of {_score(worst[0])}"
+        lede = f"The worst is expert {worst[0].expert} of block {worst[0].block}{score}. {lede}"
     found = {(e.block, e.expert): e.output_error for e in errors.experts if e.output_error}
     if not found:
         return [Section("experts", "Error of the experts", lede, tables=tables)]
