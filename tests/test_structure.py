@@ -32,7 +32,7 @@ FLOORS = [
     ["twin_lm"],
     ["pipeline"],
     ["verbs"],
-    ["cli_calibration", "cli_evidence", "cli_gate"],
+    ["cli_calibration", "cli_evidence", "cli_gate", "cli_report"],
     ["cli"],
     ["__main__", "demo"],
     ["benchmarks"],
