@@ -12,11 +12,12 @@ from ..core.errors import InputError
 from ..core.layout import RECORD_NAME, StoredTensor
 from ..core.tensors import DTYPE_NAMES
 from . import files
+from .checksums import SUMS_NAME
 from .source import INDEX_NAME
 
 # Files that belong to a checkpoint and are no weights: tokenizer, processor, templates, generation config, licences.
 CARRIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-NOT_CARRIED = ("config.json", INDEX_NAME, RECORD_NAME)
+NOT_CARRIED = ("config.json", INDEX_NAME, RECORD_NAME, SUMS_NAME)
 
 
 class ShardPlan(Protocol):
