@@ -14,6 +14,7 @@ import click
 from . import __version__
 from .cli_calibration import calibration
 from .cli_evidence import flips, verify
+from .cli_publish import check
 from .verbs import DEVICE_HELP, RECIPE_HELP, TEXTS_HELP, make_console, print_line, verb
 
 
@@ -31,6 +32,7 @@ def main() -> None:
 main.add_command(calibration)
 main.add_command(verify)
 main.add_command(flips)
+main.add_command(check)
 
 
 @main.command()

@@ -7,7 +7,7 @@ not finished cannot be loaded. It does not cover itself, nor README.md, which pe
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ..core.errors import InputError, ResourceError, input_error
@@ -67,17 +67,10 @@ def read_sums(path: Path) -> dict[str, str]:
     return digests
 
 
-def write_sums(
-    folder: Path, names: Iterable[str], unwritten: Mapping[str, bytes], each: Callable[[str], None] | None = None
-) -> None:
-    """SHA256SUMS of the files `names` in `folder`. Of those in `unwritten`, which are still to come, the bytes are given.
-    `each` is told every name before its file is read."""
+def write_sums(folder: Path, names: Iterable[str], unwritten: Mapping[str, bytes]) -> None:
+    """SHA256SUMS of the files `names` in `folder`. Of those in `unwritten`, which are still to come, the bytes are given."""
     digests = {}
-    for name in names:
-        if name == SUMS_NAME:
-            continue
-        if each is not None:
-            each(name)
+    for name in set(names) - {SUMS_NAME}:
         given = unwritten.get(name)
         digests[name] = sha256_file(folder / name) if given is None else hashlib.sha256(given).hexdigest()
     files.write_bytes(folder / SUMS_NAME, sums_text(digests).encode())
