@@ -68,7 +68,7 @@ class Checked:
 
 
 def check(checkpoint: str, told: Told | None = None) -> Checked:
-    """Check a local folder; `told` hears what is being looked at. Raises InputError for a folder that is no checkpoint."""
+    """Check a local folder; `told` hears what is being looked at. Raises InputError when it is no checkpoint."""
     path, found = Path(checkpoint), Checked(checkpoint)
     if not path.is_dir():
         raise InputError(f"{checkpoint} is no folder: name a checkpoint that lies on this machine")

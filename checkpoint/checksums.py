@@ -68,7 +68,7 @@ def read_sums(path: Path) -> dict[str, str]:
 
 
 def write_sums(folder: Path, names: Iterable[str], unwritten: Mapping[str, bytes]) -> None:
-    """SHA256SUMS of the files `names` in `folder`. Of those in `unwritten`, which are still to come, the bytes are given."""
+    """SHA256SUMS of the files `names` in `folder`. `unwritten` holds the bytes of those that are still to come."""
     digests = {}
     for name in set(names) - {SUMS_NAME}:
         given = unwritten.get(name)
