@@ -15,6 +15,7 @@ from . import __version__
 from .cli_calibration import calibration
 from .cli_evidence import flips, verify
 from .cli_publish import check
+from .cli_publish import card, check, publish
 from .verbs import DEVICE_HELP, RECIPE_HELP, TEXTS_HELP, make_console, print_line, verb
 
 
@@ -33,6 +34,8 @@ main.add_command(calibration)
 main.add_command(verify)
 main.add_command(flips)
 main.add_command(check)
+main.add_command(card)
+main.add_command(publish)
 
 
 @main.command()

@@ -27,7 +27,7 @@ from onecard.recipe import load_recipe, recipe_names
 
 Check = Callable[..., str]
 FAMILIES = ["scout", "maverick", "llama4-text", "qwen3"]
-VERBS = ["quantize", "verify", "plan", "inspect", "generate", "recipes", "calibration", "check"]
+VERBS = ["quantize", "verify", "plan", "inspect", "generate", "recipes", "calibration", "check", "card", "publish"]
 RECIPES = ["demo", "llama4-scout-h100", "llama4-scout-h100-int4-attention", "qwen3-30b-a3b-24gb", "rtn-int4"]
 PROMISED = {"out", "emitted_bytes", "bits_per_weight", "kl_mean_nats", "kl_p99_nats", "same_top1", "tokens", "seconds",
             "peak_rss_bytes"}  # fmt: skip
