@@ -22,6 +22,17 @@ TERMS = ("LICENSE*", "LICENCE*", "NOTICE*", "Notice*", "notice*", "USE_POLICY*")
 
 
 @dataclass(frozen=True)
+class Wishes:
+    """What the user says of a card beside the record: hub ids of the original and of its licence, the licence's name
+    when the hub has no id for it, and later records of the same files."""
+
+    base_model: str | None = None
+    licence: str | None = None
+    licence_name: str | None = None
+    records: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
 class Drawn:
     """A card and what belongs to it. `notice`: what NOTICE must hold, None when there is one or none is asked for.
     `contradictions`: of the licence."""
@@ -85,21 +96,14 @@ def with_evidence(record: dict[str, Any], folder: Path, records: tuple[Path, ...
     return record
 
 
-def draw(
-    checkpoint: str,
-    *,
-    base_model: str | None = None,
-    licence: str | None = None,
-    licence_name: str | None = None,
-    name: str | None = None,
-    records: tuple[Path, ...] = (),
-) -> Drawn:
+def draw(checkpoint: str, wishes: Wishes, name: str | None = None) -> Drawn:
     """Draw the card of a finished folder; `name` is what it will be called. Raises InputError."""
     folder = Path(checkpoint)
-    record = with_evidence(finished_record(folder), folder, records)
+    record = with_evidence(finished_record(folder), folder, wishes.records)
     texts = terms(folder)
-    base = base_model or (record["model"].get("hub") or {}).get("id")
-    found, contradictions = licence_of(licence, licence_name, record["model"].get("card") or {}, texts, base)
+    base = wishes.base_model or (record["model"].get("hub") or {}).get("id")
+    front = record["model"].get("card") or {}
+    found, contradictions = licence_of(wishes.licence, wishes.licence_name, front, texts, base)
     headers = inspect(checkpoint)
     facts = CardFacts(
         name=name or folder.resolve().name,

@@ -58,26 +58,23 @@ def _card_options(function: Any) -> Any:
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Write here. [default: README.md in CHECKPOINT]")
 @click.option("--overwrite", is_flag=True, help="Replace a card that onecard did not draw.")
 @verb
-def card(
-    checkpoint: str, base_model: str | None, licence: str | None, licence_name: str | None, records: tuple[Path, ...], out: Path | None,
-    overwrite: bool,
-) -> None:  # fmt: skip
+def card(checkpoint: str, out: Path | None, overwrite: bool, **wishes: Any) -> None:
     """Draw the model card of CHECKPOINT from its record: README.md, and the NOTICE that a Llama licence asks for.
 
     \b
     Example:
       onecard card ./scout-int4 --base-model meta-llama/Llama-4-Scout-17B-16E-Instruct
     """
-    from .cards import draw, write
+    from .cards import Wishes, draw, write
     from .report.model_card import card_problems
 
-    drawn = draw(checkpoint, base_model=base_model, licence=licence, licence_name=licence_name, records=records)
-    written = write(drawn, Path(checkpoint), out, overwrite)
+    drawn = draw(checkpoint, Wishes(**wishes))
+    written = [str(path) for path in write(drawn, Path(checkpoint), out, overwrite)]
     lacking = drawn.contradictions + card_problems(drawn.text)
     for problem in lacking:
         click.echo(f"warning: {problem}", err=True)
-    click.echo(f"written: {', '.join(str(path) for path in written)}", err=True)
-    print_line(json.dumps({"checkpoint": checkpoint, "written": [str(p) for p in written], "lacking": lacking}))
+    click.echo(f"written: {', '.join(written)}", err=True)
+    print_line(json.dumps({"checkpoint": checkpoint, "written": written, "lacking": lacking}))
 
 
 @click.command()
@@ -88,10 +85,7 @@ def card(
 @click.option("--private", is_flag=True, help="Make a new repository private.")
 @click.option("--force", is_flag=True, help="Publish although the gate failed; the card says so.")
 @verb
-def publish(
-    checkpoint: str, repo: str, base_model: str | None, licence: str | None, licence_name: str | None,
-    records: tuple[Path, ...], dry_run: bool, private: bool, force: bool,
-) -> None:  # fmt: skip
+def publish(checkpoint: str, repo: str, dry_run: bool, private: bool, force: bool, **wishes: Any) -> None:
     """Send CHECKPOINT to the hub as REPO (owner/name), after checking everything. Stopped? The same line goes on.
 
     Refused: what is unfinished, unverified, damaged, without base model or licence, or against the terms of a Llama
@@ -101,16 +95,14 @@ def publish(
     Example:
       onecard publish ./scout-int4 me/Llama-4-Scout-17B-16E-Instruct-int4 --dry-run
     """
+    from .cards import Wishes
     from .publish import prepare, send
     from .report.progress import Progress
     from .report.publish_card import draw_publication
 
     console = make_console()
     with Progress(f"onecard publish {checkpoint}", 1, console) as progress:
-        found = prepare(
-            checkpoint, repo, force=force, base_model=base_model, licence=licence, licence_name=licence_name,
-            records=records, told=progress.begin,
-        )  # fmt: skip
+        found = prepare(checkpoint, repo, Wishes(**wishes), force, progress.begin)
         line = found.line() | {"dry_run": dry_run}
         if not dry_run and not found.refused:
             line |= send(found, private, progress.begin)

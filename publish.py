@@ -7,7 +7,6 @@ sent, with the card and the licence terms: nothing else that lies in the folder.
 alone: this file neither asks for it nor keeps it.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from . import __version__
-from .cards import Drawn, draw, finished_record, terms, write
+from .cards import Drawn, Wishes, draw, finished_record, terms, write
 from .check import check
 from .checkpoint.checksums import SUMS_NAME, read_sums
 from .checkpoint.provenance import front_matter
@@ -68,18 +67,8 @@ class Publication:
             )
 
 
-def prepare(
-    checkpoint: str,
-    repo: str,
-    *,
-    force: bool = False,
-    base_model: str | None = None,
-    licence: str | None = None,
-    licence_name: str | None = None,
-    records: tuple[Path, ...] = (),
-    told: Told | None = None,
-) -> Publication:
-    """Look at everything, without network and without writing. Raises InputError only when there is nothing to look at."""
+def prepare(checkpoint: str, repo: str, wishes: Wishes, force: bool = False, told: Told | None = None) -> Publication:
+    """Look at everything, without network and without writing. Raises InputError when there is nothing to look at."""
     folder = Path(checkpoint)
     found = Publication(folder, repo)
     if not folder.is_dir():
@@ -90,7 +79,7 @@ def prepare(
     except (HFValidationError, AssertionError):
         found.refused.append(f"{repo!r} is no id of a repository: name it as owner/name")
     try:
-        record = finished_record(folder)
+        finished_record(folder)
     except InputError as error:
         found.refused.append(str(error))
         return found
@@ -98,32 +87,21 @@ def prepare(
     found.refused += checked.problems
     found.refused += [f"not checked: {what}" for what in checked.unchecked]
     if checked.sound and not checked.unchecked:
-        _card(found, record, force, base_model, licence, licence_name, records)
+        _card(found, wishes, force)
         _files(found)
     return found
 
 
-def _card(
-    found: Publication,
-    record: dict[str, Any],
-    force: bool,
-    base_model: str | None,
-    licence: str | None,
-    licence_name: str | None,
-    records: tuple[Path, ...],
-) -> None:
+def _card(found: Publication, wishes: Wishes, force: bool) -> None:
     """The card that is there, or one to be written; the gate; the terms of the licence."""
     path, digest = found.folder / CARD_NAME, digest_of((found.folder / RECORD_NAME).read_bytes())
     before = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
     try:
-        drawn = draw(
-            str(found.folder), base_model=base_model, licence=licence, licence_name=licence_name,
-            name=found.repo.rpartition("/")[2], records=records,
-        )  # fmt: skip
+        drawn = draw(str(found.folder), wishes, found.repo.rpartition("/")[2])
     except InputError as error:
         found.refused.append(str(error))
         return
-    given = bool(base_model or licence or licence_name or records)
+    given = wishes != Wishes()
     if before is None or (CARD_MARK in before and given):
         found.drawn, text = drawn, drawn.text
     else:
@@ -133,7 +111,8 @@ def _card(
         elif given:
             found.refused.append(f"{CARD_NAME} was not drawn by onecard: write into it what the options say")
     found.refused += drawn.contradictions + card_problems(text)
-    if drawn.record.get("gate") and not drawn.record["gate"].get("passed"):
+    gate = drawn.record.get("gate")
+    if (gate and not gate.get("passed")) or FAILED_GATE in text:
         failed = "its gate failed: the record says which limits"
         found.forced += [failed] if force else []
         found.refused += [] if force else [f"{failed}; --force publishes it, and the card says so"]
@@ -222,11 +201,12 @@ def send(found: Publication, private: bool, told: Told) -> dict[str, Any]:
                 told(f"send {name}")
                 api.preupload_lfs_files(found.repo, additions=[addition], free_memory=False)
         told("commit")
+        version = finished_record(found.folder)["onecard"]
         deletions = [CommitOperationDelete(path_in_repo=name) for name in sorted(old - found.files.keys())]
         info = api.create_commit(
             found.repo,
             operations=[*additions, *deletions],
-            commit_message=f"Checkpoint made with onecard {json.loads((found.folder / RECORD_NAME).read_text())['onecard']}",
+            commit_message=f"Checkpoint made with onecard {version}",
         )
         told("compare")
         there = {item.path: item for item in api.list_repo_tree(found.repo, recursive=True) if hasattr(item, "size")}
