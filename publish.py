@@ -51,7 +51,7 @@ class Publication:
             "repo": self.repo,
             "files": self.files,
             "bytes": sum(self.files.values()),
-            "card": "to be written" if self.drawn else "there",
+            "card": "to be written" if self.drawn else "there" if CARD_NAME in self.files else "not looked at",
             "refused": self.refused,
             "forced": self.forced,
             "not_sent": self.left,

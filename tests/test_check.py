@@ -19,6 +19,7 @@ import torch
 from click.testing import Result
 from hypothesis import given
 from hypothesis import strategies as st
+from papers import resum
 from safetensors.torch import load_file, save_file
 
 from babies import edit_json
@@ -33,13 +34,6 @@ Tensors = dict[str, torch.Tensor]
 def folder(emitted: Callable[..., tuple[Path, Result]], tmp_path: Path) -> Path:
     """An emitted Scout baby to be spoilt."""
     return Path(shutil.copytree(emitted("scout")[0], tmp_path / "checkpoint"))
-
-
-def resum(folder: Path) -> None:
-    """SHA256SUMS anew over the files that it names and that are there."""
-    names = [name for name in read_sums(folder / SUMS_NAME) if (folder / name).is_file()]
-    digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
-    (folder / SUMS_NAME).write_text(sums_text(digests))
 
 
 def holder(folder: Path, tensor: str) -> Path:
