@@ -163,7 +163,9 @@ def _hub_errors(repo: str) -> Iterator[None]:
     except ValueError as error:  # the hub's own words on a card's metadata
         raise InputError(f"the hub refuses what was sent to {repo}: {_without_token(str(error))}") from None
     except Exception as error:  # the HTTP library and the uploader raise kinds of their own
-        raise ResourceError(f"{repo} could not be sent ({type(error).__name__}). {again}") from None
+        cause = error.__cause__
+        what = f"status {cause.response.status_code}" if isinstance(cause, HfHubHTTPError) else type(error).__name__
+        raise ResourceError(f"{repo} could not be sent ({what}). {again}") from None
 
 
 def _without_token(text: str) -> str:
