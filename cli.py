@@ -14,7 +14,6 @@ import click
 from . import __version__
 from .cli_calibration import calibration
 from .cli_evidence import flips, verify
-from .cli_publish import check
 from .cli_publish import card, check, publish
 from .verbs import DEVICE_HELP, RECIPE_HELP, TEXTS_HELP, make_console, print_line, verb
 
