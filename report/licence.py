@@ -76,7 +76,8 @@ def licence_of(
         found = Licence(front["license"], front.get("license_name"), front.get("license_link"))
     elif files:
         found = _by_text(files[0], texts[files[0]])
-    if found is None and is_llama4_id(base_model):
+    # A text that is not known tells less than whose model it was.
+    if is_llama4_id(base_model) and (found is None or (found.id == "other" and found.name is None)):
         found = Licence("other", LLAMA4, "LICENSE")
     if given_name is not None:
         found = Licence("other", given_name, files[0] if files else None)
