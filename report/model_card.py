@@ -9,7 +9,6 @@ import hashlib
 import re
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import PurePath
 from typing import Any
 
 import jinja2
@@ -22,6 +21,7 @@ from ..core.errors import InputError
 from ..core.layout import CARD_MARK
 from . import licence as licences
 from .card import counted, size
+from .card_tables import base_name, code, flips, kinds, measured, provenance, words
 from .engines import engines
 from .licence import Licence
 
@@ -49,18 +49,6 @@ class CardFacts:
 def mark(record_digest: str) -> str:
     """The line that says which record a card was drawn from."""
     return f"{CARD_MARK}{record_digest[:16]} -->"
-
-
-def words(value: object) -> str:
-    """Text of others inside a line of Markdown: no markup, no HTML, no line ends."""
-    flat = " ".join(str(value).split())
-    return re.sub(r"([\\`*_\[\]|<>#~])", lambda m: {"<": "&lt;", ">": "&gt;"}.get(m[1], "\\" + m[1]), flat)
-
-
-def code(value: object) -> str:
-    """Text of others as inline code."""
-    flat = " ".join(str(value).split()).replace("`", "'").replace("|", "\\|")
-    return f"`{flat}`"
 
 
 def metadata(facts: CardFacts) -> ModelCardData:
@@ -108,7 +96,7 @@ def render(facts: CardFacts) -> str:
     text = f"---\n{data.to_yaml()}\n---\n\n{template.render(_context(facts))}"
     read_back = ModelCard(text).data.to_dict()
     assert read_back == data.to_dict(), "the metadata come back as they were"
-    return re.sub(r"\n{3,}", "\n\n", text)
+    return text
 
 
 def card_problems(text: str) -> list[str]:
@@ -129,67 +117,13 @@ def card_problems(text: str) -> list[str]:
     return problems
 
 
-def _figure(value: float | None, digits: int = 4) -> str:
-    return "not measured" if value is None else f"{value:.{digits}g}"
-
-
-def _between(low: float | None, high: float | None, show: Any = _figure) -> str:
-    return "" if low is None or high is None else f"{show(low)} to {show(high)}"
-
-
-def _percent(share: float | None) -> str:
-    return "not measured" if share is None else f"{share:.2%}"
-
-
-def _measured(kl: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Rows of (what, value, interval), of what the record holds."""
-    get = kl.get
-    rows = [("mean KL(original \\|\\| these files), nats", _figure(get("kl_mean_nats")),
-             _between(get("kl_low_nats"), get("kl_high_nats")))]  # fmt: skip
-    for key, what in {"kl_median_nats": "median", "kl_p90_nats": "p90", "kl_p95_nats": "p95", "kl_p99_nats": "p99",
-                      "kl_p999_nats": "p99.9", "kl_max_nats": "largest"}.items():  # fmt: skip
-        rows.append((f"KL, {what}, nats", _figure(get(key)), ""))
-    rows.append(("mean reverse KL, nats", _figure(get("reverse_kl_mean_nats")), ""))
-    rows.append(("same top-1", _percent(get("same_top1")),
-                 _between(get("same_top1_low"), get("same_top1_high"), _percent)))  # fmt: skip
-    rows.append(("overlap of the top 5", _percent(get("top5_overlap")), ""))
-    rows.append(("change of the true token's probability, mean", _figure(get("delta_p_mean")), ""))
-    rows.append(("the same, root mean square", _figure(get("delta_p_rms")), ""))
-    rows.append(("perplexity, original", _figure(get("perplexity_reference"), 5), ""))
-    rows.append(("perplexity, these files", _figure(get("perplexity_quantized"), 5), ""))
-    rows.append(("ratio of the perplexities", _figure(get("perplexity_ratio"), 5),
-                 _between(get("perplexity_ratio_low"), get("perplexity_ratio_high"))))  # fmt: skip
-    rows.append(("tokens sent to other experts, a layer", _percent(get("changed_routes")), ""))
-    return [row for row in rows if row[1] != "not measured"]
-
-
-def _kinds(kl: dict[str, Any]) -> list[tuple[str, ...]]:
-    return [
-        (k["label"], f"{k['tokens']:,}", _figure(k["kl_mean_nats"]), _between(k["kl_low_nats"], k["kl_high_nats"]),
-         _percent(k["same_top1"]))
-        for k in kl.get("by_kind") or []
-    ]  # fmt: skip
-
-
-def _flips(flips: dict[str, Any]) -> list[tuple[str, ...]]:
-    def share(value: dict[str, Any]) -> str:
-        return f"{value['share']:.2%} ({_between(value['low'], value['high'], _percent)})"
-
-    summaries = [*flips.get("tasks", []), *([flips["all"]] if len(flips.get("tasks", [])) > 1 else [])]
-    keys = ("accuracy_reference", "accuracy_quantized", "changed", "right_to_wrong", "wrong_to_right")
-    return [
-        (f"{s['task']}, {s['shots']}-shot" if s.get("shots") is not None else str(s["task"]), f"{s['items']:,}",
-         *(share(s[key]) for key in keys), _figure(s.get("mcnemar_p"), 3))
-        for s in summaries
-    ]  # fmt: skip
-
-
 def _gate(gate: dict[str, Any]) -> str:
     if not gate:
         return ""
     if gate.get("passed"):
         return "They pass the gate of their recipe (`gate` in `onecard.json`)."
-    return f"**{FAILED_GATE}** The failed limits are in `onecard.json` (`gate`)."
+    failed = [words(f"{c.get('name')}: {c.get('said')}") for c in gate.get("checks") or [] if not c.get("passed")]
+    return "\n".join([f"**{FAILED_GATE}**", *(["", *(f"- {what}" for what in failed)] if failed else [])])
 
 
 def _limits(facts: CardFacts) -> list[str]:
@@ -220,27 +154,6 @@ def _limits(facts: CardFacts) -> list[str]:
     return limits
 
 
-def _base_name(name: str) -> str:
-    """A path of the maker's machine is nobody's business."""
-    return name if not PurePath(name).is_absolute() and ".." not in name else PurePath(name).name
-
-
-def _provenance(record: dict[str, Any]) -> list[tuple[str, str]]:
-    hub = record["model"].get("hub") or {}
-    rows = [("revision of the original", hub["revision"])] if hub.get("revision") else []
-    rows += [
-        ("digest of the original", record["model"]["digest"]),
-        ("digest of the recipe", record["recipe"]["digest"]),
-    ]
-    for which in ("calibration", "evaluation"):
-        texts = record["texts"].get(which)
-        if texts:
-            rows.append((f"{which} texts", ", ".join(_base_name(s["source"]) for s in texts["sources"])))
-            rows.append((f"digest of the {which} documents", texts["digest"]))
-            rows.append((f"digest of the {which} rows", texts["rows_digest"]))
-    return rows + [(f"version of {name}", version) for name, version in sorted(record["versions"].items())]
-
-
 def _scheme(facts: CardFacts) -> str:
     recipe = facts.record["recipe"]
     roles = [ROLES.get(role, role) for role in recipe["quantize_roles"] if role in facts.roles]
@@ -266,7 +179,7 @@ def _context(facts: CardFacts) -> dict[str, Any]:
     longest = max((len(run) for run in re.findall(r"`+", recipe_yaml)), default=0)
     texts, interval = record["texts"]["evaluation"], kl.get("interval") or {}
     level = f"{interval.get('level', 0.95):.0%}"
-    base = facts.base_model or _base_name(record["model"]["name"])
+    base = facts.base_model or base_name(record["model"]["name"])
     note = f"Intervals: {interval['method']}, {interval['documents']} documents." if interval else (
         "Intervals treat a document as one draw.")  # fmt: skip
     return {
@@ -284,15 +197,15 @@ def _context(facts: CardFacts) -> dict[str, Any]:
         "quantized_share": f"{plan['quantized_share']:.1%}",
         "gate": _gate(record.get("gate") or {}),
         "evaluation": words(
-            f"{', '.join(_base_name(s['source']) for s in texts['sources'])}: {counted(kl['documents'], 'document')}, "
+            f"{', '.join(base_name(s['source']) for s in texts['sources'])}: {counted(kl['documents'], 'document')}, "
             f"{counted(kl['tokens'], 'predicted token')}"
         ),
-        "measured": _measured(kl),
+        "measured": measured(kl),
         "level": level,
         "interval_note": note,
         "rows_digest": texts["rows_digest"],
-        "kinds": _kinds(kl),
-        "flips": _flips(record.get("flips") or {}),
+        "kinds": kinds(kl),
+        "flips": flips(record.get("flips") or {}),
         "flips_digests": ", ".join(
             f"{code(s['task'])} {code(s['digest'])}" for s in (record.get("flips") or {}).get("tasks", [])
         ),
@@ -302,7 +215,7 @@ def _context(facts: CardFacts) -> dict[str, Any]:
         ],
         "engines": engines(record["model"]["family"], facts.roles, record["recipe"]["symmetric"], record["versions"]),
         "command_model": code(base).strip("`"),
-        "provenance": _provenance(record),
+        "provenance": provenance(record),
         "fence": "`" * max(3, longest + 1),
         "recipe": recipe_yaml,
         "limits": _limits(facts),

@@ -22,9 +22,10 @@ from onecard.checkpoint.emit import clear_checkpoint
 from onecard.checkpoint.provenance import front_matter, hub_origin, source_card
 from onecard.checkpoint.source import open_folder
 from onecard.recipe import load_recipe
+from onecard.report.card_tables import code, words
 from onecard.report.engines import engines
 from onecard.report.licence import EU_RESTRICTION, NOTICE_LINE, Licence, has_notice, licence_of, unmet_terms
-from onecard.report.model_card import FAILED_GATE, card_problems, code, words
+from onecard.report.model_card import FAILED_GATE, card_problems
 
 SAID = ("--base-model", "somebody/baby", "--license", "apache-2.0")
 META = "LLAMA 4 COMMUNITY LICENSE AGREEMENT\nLlama 4 Version Effective Date: April 5, 2025\n"
@@ -122,8 +123,14 @@ def test_flips_and_gate_of_the_record(folder: Path, drawn: Callable[..., str]) -
     assert "`abc123`" in text
     assert FAILED_GATE not in text
     assert "pass the gate" in text
-    edit_record(folder, lambda record: record.update(gate={"passed": False}))
-    assert FAILED_GATE in drawn(folder)
+    checks = [
+        {"name": "bytes", "said": "all well", "passed": True},
+        {"name": "p99", "said": "0.2 > 0.1", "passed": False},
+    ]
+    edit_record(folder, lambda record: record.update(gate={"passed": False, "checks": checks}))
+    text = drawn(folder)
+    assert f"**{FAILED_GATE}**\n\n- p99: 0.2 &gt; 0.1\n" in text
+    assert "all well" not in text
 
 
 def test_a_record_of_the_first_schema(folder: Path, drawn: Callable[..., str]) -> None:
