@@ -15,6 +15,7 @@ from . import __version__
 from .cli_calibration import calibration
 from .cli_evidence import flips, verify
 from .cli_gate import baseline, gate
+from .cli_publish import card, check, publish
 from .cli_report import report
 from .verbs import DEVICE_HELP, RECIPE_HELP, TEXTS_HELP, make_console, print_line, verb
 
@@ -36,6 +37,9 @@ main.add_command(flips)
 main.add_command(gate)
 main.add_command(baseline)
 main.add_command(report)
+main.add_command(check)
+main.add_command(card)
+main.add_command(publish)
 
 
 @main.command()

@@ -6,7 +6,7 @@ A run is a row of stages; after each one the work directory is committed, so a k
     1..n        one block: statistics, codes, packed shards, hidden rows that enter the next block
     n+1 rest    what lies outside the blocks is copied
     n+2 move    shards, index and side files move to OUT
-    n+3 verify  the twin walk over source and emitted files; then the record and, last of all, config.json
+    n+3 verify  the twin walk over source and emitted files; then the record, SHA256SUMS and, last of all, config.json
 """
 
 import json
@@ -22,6 +22,7 @@ from rich.console import Console
 from . import __version__
 from .calibration.sensitivity import sensitivities
 from .checkpoint import files
+from .checkpoint.checksums import write_sums
 from .checkpoint.emit import (
     ShardWriter,
     carry_side_files,
@@ -284,7 +285,10 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress) -> RunRecord:
     else:
         record = RunRecord(**read_json(workdir.path / RECORD))
     files.write_json(run.out / RECORD_NAME, record.to_json())
-    files.write_json(run.out / "config.json", config)
+    progress.begin("checksums")
+    config_bytes = files.json_bytes(config)
+    write_sums(run.out, record.files, {"config.json": config_bytes})
+    files.write_bytes(run.out / "config.json", config_bytes)
     return record
 
 

@@ -21,6 +21,7 @@ from .checkpoint.emit import emitted_before
 from .checkpoint.formats import compressed_tensors as ct
 from .checkpoint.formats.stored import StoredWeight
 from .checkpoint.packed import PackedSource, open_packed
+from .checkpoint.provenance import hub_origin, source_card
 from .checkpoint.source import Folder, check_shapes, open_folder
 from .checkpoint.workdir import has_run
 from .core.errors import InputError, ResourceError
@@ -38,6 +39,7 @@ from .report.card import size
 # What is fetched from the hub: never pickles, never code.
 HUB_PATTERNS = [
     "*.safetensors",
+    "README.md",
     "*.json",
     "*.jinja",
     "*.txt",
@@ -92,6 +94,8 @@ class Model:
             "blocks": self.adapter.n_blocks,
             "experts": self.adapter.n_experts,
             "digest": self.folder.digest,
+            "hub": hub_origin(self.path),
+            "card": source_card(self.path),
         }
 
 

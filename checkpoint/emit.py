@@ -9,14 +9,15 @@ from typing import Any, Protocol
 import torch
 
 from ..core.errors import InputError
-from ..core.layout import RECORD_NAME, StoredTensor
+from ..core.layout import CARD_MARK, CARD_NAME, RECORD_NAME, StoredTensor
 from ..core.tensors import DTYPE_NAMES
 from . import files
+from .checksums import SUMS_NAME
 from .source import INDEX_NAME
 
 # Files that belong to a checkpoint and are no weights: tokenizer, processor, templates, generation config, licences.
 CARRIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-NOT_CARRIED = ("config.json", INDEX_NAME, RECORD_NAME)
+NOT_CARRIED = ("config.json", INDEX_NAME, RECORD_NAME, SUMS_NAME)
 
 
 class ShardPlan(Protocol):
@@ -113,10 +114,16 @@ def emitted_before(out: Path) -> list[str] | None:
 
 def clear_checkpoint(out: Path) -> None:
     """Remove the files that an older run put into `out`: config.json first, so that a half-cleared folder cannot be
-    loaded, and the record last. Whatever else lies there stays."""
+    loaded, and the record last; and the model card that was drawn from it. Whatever else lies there stays."""
     names = emitted_before(out)
     if names is None:
         return
+    if CARD_MARK.encode() in _bytes(out / CARD_NAME):
+        names.append(CARD_NAME)
     for name in ("config.json", *(name for name in names if name != RECORD_NAME), RECORD_NAME):
         if (out / name).is_file() or (out / name).is_symlink():
             (out / name).unlink()
+
+
+def _bytes(path: Path) -> bytes:
+    return path.read_bytes() if path.is_file() else b""

@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -276,17 +276,24 @@ def refuse_nonfinite(folder: Folder, name: str) -> None:
         )
 
 
-def nonfinite(folder: Folder, name: str) -> str | None:
-    """'3 NaN, 1 Inf' when the tensor holds such values; read in slices of its first axis, so memory stays small."""
-    info = folder.infos[name]
-    if not TORCH_DTYPES[info.dtype].is_floating_point:
-        return None
-    shape = info.shape
+def pieces(folder: Folder, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first index, slice of the first axis) after slice, so that memory stays small; a scalar comes as one of [1]."""
+    shape = folder.infos[name].shape
+    if not shape:
+        yield 0, folder.get(name)[None]
+        return
     # 64 Mi values at a time: 128 MB in bf16.
-    rows = max(1, 2**26 // max(1, int(torch.Size(shape[1:]).numel()))) if shape else 1
+    rows = max(1, 2**26 // max(1, int(torch.Size(shape[1:]).numel())))
+    for start in range(0, shape[0], rows):
+        yield start, folder.get(name, (slice(start, start + rows),))
+
+
+def nonfinite(folder: Folder, name: str) -> str | None:
+    """'3 NaN, 1 Inf' when the tensor holds such values."""
+    if not TORCH_DTYPES[folder.infos[name].dtype].is_floating_point:
+        return None
     nan = inf = 0
-    for start in range(0, shape[0] if shape else 1, rows):
-        part = folder.get(name, (slice(start, start + rows),)) if shape else folder.get(name)
+    for _, part in pieces(folder, name):
         # One cheap pass decides: a sum of finite bf16 values in fp64 is finite.
         if not torch.isfinite(part.sum(dtype=torch.float64)):
             nan += int(torch.isnan(part).sum())

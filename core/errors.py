@@ -19,6 +19,12 @@ class LimitError(OnecardError):
     exit_code = 1
 
 
+class DamageError(OnecardError):
+    """A checkpoint is not what its own papers say: its digests, its record, its config, or its numbers."""
+
+    exit_code = 1
+
+
 class InputError(OnecardError):
     """What was given cannot be used: model, recipe, texts or paths. Nothing was written."""
 

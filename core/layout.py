@@ -37,6 +37,9 @@ _RANK = {
 METADATA = {"format": "pt"}
 # The record that lies beside the weights.
 RECORD_NAME = "onecard.json"
+# The model card, and what it ends in when it was drawn from a record: the first digits of that record's SHA-256.
+CARD_NAME = "README.md"
+CARD_MARK = "<!-- drawn by onecard from the record "
 # No header entry is longer than this beside its tensor's name (dtype, shape, two offsets).
 HEADER_ENTRY_BYTES = 160
 

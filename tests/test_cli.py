@@ -387,7 +387,7 @@ def test_what_is_emitted(emitted: Callable[..., tuple[Path, Result]], baby: Call
     names = {path.name for path in out.iterdir()}
     shards = {name for name in names if name.endswith(".safetensors")}
     carried = {path.name for path in source.iterdir()} - {"model.safetensors"}
-    assert names == shards | carried | {"model.safetensors.index.json", "onecard.json"}
+    assert names == shards | carried | {"model.safetensors.index.json", "onecard.json", "SHA256SUMS"}
     record, line = strict((out / "onecard.json").read_text()), one_line(result)
     assert record["schema_version"] == 1
     assert record["kl"]["kl_mean_nats"] == line["kl_mean_nats"]

@@ -36,10 +36,13 @@ FAMILY = "qwen3"  # the quickest baby
 
 
 def contents(folder: Path) -> Contents:
-    """Every file of a folder with its bytes; of the record all but `machine`, which may differ."""
+    """Every file of a folder with its bytes; of the record all but `machine`, which may differ, and so may its line in
+    SHA256SUMS."""
     found: Contents = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     if "onecard.json" in found:
         found["onecard.json"] = {k: v for k, v in json.loads(found["onecard.json"]).items() if k != "machine"}
+    if "SHA256SUMS" in found:
+        found["SHA256SUMS"] = [line for line in found["SHA256SUMS"].splitlines() if not line.endswith(b"onecard.json")]
     return found
 
 

@@ -8,7 +8,7 @@ pure functions. The config block is built and validated by the compressed-tensor
 Specification: compressed-tensors, `compressors/pack_quantized` (the reader that the tests hold this against).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from compressed_tensors.quantization import (
     QuantizationStrategy,
     QuantizationType,
 )
+from compressed_tensors.utils import is_match
 
 from ...core.scheme import QuantizedWeight, Scheme
 from .stored import unpack_fields
@@ -98,3 +99,38 @@ def quantization_config(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
         ignore=ignore,
     )
     return dict(config.model_dump(mode="json", exclude_none=True))
+
+
+def read_schemes(block: dict[str, Any]) -> dict[str, Scheme]:
+    """Config-group name -> Scheme of a `quantization_config` block. Raises ValueError for other schemes."""
+    config = QuantizationConfig.model_validate(block)
+    schemes = {}
+    for name, group in config.config_groups.items():
+        args = getattr(group, "weights", None)
+        if args is None or str(args.type) != "int" or args.group_size is None or config.format != "pack-quantized":
+            raise ValueError(f"group {name} of format {config.format!r} is no integer group scheme")
+        schemes[name] = Scheme(args.num_bits, args.group_size, args.symmetric)
+    return schemes
+
+
+def announced(block: dict[str, Any], linears: Iterable[str]) -> dict[str, Scheme]:
+    """Module -> Scheme of those of the Linear modules `linears` that a `quantization_config` says are quantized.
+
+    Raises ValueError for other schemes.
+    """
+    schemes = read_schemes(block)
+    config = QuantizationConfig.model_validate(block)
+    named = {entry for entry in config.ignore or [] if not entry.startswith("re:")}
+    patterns = [entry for entry in config.ignore or [] if entry.startswith("re:")]
+    linear = torch.nn.Linear(1, 1, device="meta")
+    found: dict[str, Scheme] = {}
+    for name in linears:
+        # Thousands of names: those that stand there as they are need no matching.
+        if name in named or type(linear).__name__ in named:
+            continue
+        for group, scheme in schemes.items():
+            targets = config.config_groups[group].targets
+            if is_match(name, linear, targets, patterns):
+                found[name] = scheme
+                break
+    return found

@@ -1,0 +1,31 @@
+"""What runs a checkpoint: engines with their least versions, by family and by what is quantized.
+
+From reading the engines' sources and, for transformers, from loading the files; docs/benchmarks.md and the README say
+what was run. A version is named only where an older one fails.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+FAMILIES = {"llama4": "Llama 4", "qwen3_moe": "Qwen3-MoE"}
+
+
+def _in_few_bits(roles: Mapping[str, Mapping[str, Any]], role: str) -> bool:
+    return any(str(width).startswith("int") for width in roles.get(role, {}).get("widths", {}))
+
+
+def engines(
+    family: str, roles: Mapping[str, Mapping[str, Any]], symmetric: bool, versions: Mapping[str, str]
+) -> list[tuple[str, str, str]]:
+    """(engine, least version, remark) for the model card. `roles` as inspection.py gives them."""
+    known = f"any version that knows {FAMILIES.get(family, family)} and compressed-tensors"
+    remark = "`vllm serve FOLDER`"
+    if family == "llama4" and _in_few_bits(roles, "attention"):
+        known = "one with pull request 35033 (merged 2026-02-23) or later"
+        remark += ". Older versions permute q and k for RoPE but not their scales: the model loads and answers nonsense"
+    found = [("vLLM", known, remark)]
+    loaded = "`quantization_config=CompressedTensorsConfig(dequantize=True)`, in older versions `run_compressed=False`"
+    if symmetric:
+        made = f"made with {versions.get('transformers')} and compressed-tensors {versions.get('compressed-tensors')}"
+        found.append(("transformers", made, f"{loaded}; it unpacks the weights to the dtype of the original"))
+    return found
