@@ -75,8 +75,11 @@ def _bca(drawn_R: np.ndarray, estimate: float, left_out_D: np.ndarray) -> Interv
     drawn_R = np.sort(drawn_R[np.isfinite(drawn_R)])
     if not len(drawn_R) or drawn_R[0] == drawn_R[-1]:
         return Interval(estimate, estimate)
-    # Ties count half, so that a figure of few values is not pushed to one side.
-    below = (np.searchsorted(drawn_R, estimate, "left") + np.searchsorted(drawn_R, estimate, "right")) / 2
+    # Ties count half, so that a figure of few values is not pushed to one side. A draw of every document once is a tie,
+    # though its sum is rounded in another order.
+    rounding = 1e-12 * np.abs(drawn_R).max()
+    left = np.searchsorted(drawn_R, estimate - rounding, "left")
+    below = (left + np.searchsorted(drawn_R, estimate + rounding, "right")) / 2
     bias = float(ndtri(np.clip(below / len(drawn_R), 0.5 / len(drawn_R), 1 - 0.5 / len(drawn_R))))
     gap_D = left_out_D.mean() - left_out_D
     spread = float((gap_D**2).sum())

@@ -27,7 +27,7 @@ from onecard.recipe import load_recipe, recipe_names
 
 Check = Callable[..., str]
 FAMILIES = ["scout", "maverick", "llama4-text", "qwen3"]
-VERBS = ["quantize", "verify", "plan", "inspect", "generate", "recipes", "calibration"]
+VERBS = ["quantize", "verify", "flips", "plan", "inspect", "generate", "recipes", "calibration"]
 RECIPES = ["demo", "llama4-scout-h100", "llama4-scout-h100-int4-attention", "qwen3-30b-a3b-24gb", "rtn-int4"]
 PROMISED = {"out", "emitted_bytes", "bits_per_weight", "kl_mean_nats", "kl_p99_nats", "same_top1", "tokens", "seconds",
             "peak_rss_bytes"}  # fmt: skip
@@ -382,7 +382,7 @@ def test_what_is_emitted(emitted: Callable[..., tuple[Path, Result]], baby: Call
     carried = {path.name for path in source.iterdir()} - {"model.safetensors"}
     assert names == shards | carried | {"model.safetensors.index.json", "onecard.json"}
     record, line = strict((out / "onecard.json").read_text()), one_line(result)
-    assert record["schema_version"] == 1
+    assert record["schema_version"] == 2
     assert record["kl"]["kl_mean_nats"] == line["kl_mean_nats"]
     assert record["plan"]["emitted_bytes"] == line["emitted_bytes"]
     assert [len(block["expert_rows"]) for block in record["blocks"]] == [8, 8]
