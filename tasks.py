@@ -143,7 +143,7 @@ def _local_items(name: str, path: Path) -> list[Item]:
             raise InputError(f"{path} is no Parquet file that can be read: {error}") from None
     else:
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{path} cannot be read: {error}") from None
         for number, line in enumerate(text.split("\n"), 1):  # splitlines would split at marks that JSON may hold

@@ -1,4 +1,4 @@
-"""How items are put to a model: the embedded questions, data sets of the hub by their columns, templates and plain text.
+"""How items are put to a model: the embedded questions, data sets of the hub by their columns, chats and plain text.
 
 Nothing is fetched: `datasets.load_dataset` is replaced by one that gives small sets with the real columns.
 """

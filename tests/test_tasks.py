@@ -57,7 +57,7 @@ def test_a_question_may_hold_any_character(jsonl: Jsonl) -> None:
     """Marks that str.splitlines takes for ends of lines stand unescaped in JSON of other tools."""
     odd = "first\u2028second\u0085third \u001c"
     line = json.dumps(GOOD | {"question": odd}, ensure_ascii=False).replace("\\u001c", "\u2029")
-    (item,) = load_task(str(jsonl("odd.jsonl", [line])), 0, None).items
+    (item,) = load_task(str(jsonl("odd.jsonl", ["\ufeff" + line])), 0, None).items
     assert item.question == odd.replace("\u001c", "\u2029")
 
 
