@@ -4,6 +4,7 @@ The simulation draws whole documents of unequal length whose tokens share a skew
 """
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from onecard.eval import intervals
 from onecard.eval.intervals import Interval, bootstrap, mcnemar, wilson
 
 NORMAL_975 = 1.959963984540054
@@ -91,10 +93,14 @@ def test_every_column_is_as_if_it_stood_alone() -> None:
 
 
 def test_draws_in_parts_have_the_law_of_draws_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many documents: the counts of all draws would not fit into memory."""
+    """Of very many documents the counts of all draws would not fit into memory: they are made one part at a time."""
     sums, sizes = skewed(50, 5)
     whole = one(sums, sizes)
-    monkeypatch.setattr("onecard.eval.intervals._COUNTS_AT_ONCE", 50 * 333)
+    assert [len(part) for part in intervals._draws(50, 1000, 0)] == [1000]
+    monkeypatch.setattr(intervals, "_COUNTS_AT_ONCE", 50 * 333)
+    parts = intervals._draws(50, 1000, 0)
+    assert isinstance(parts, Iterator)
+    assert [len(part) for part in parts] == [333, 333, 333, 1]
     parted = one(sums, sizes)
     assert (parted.low, parted.high) == pytest.approx((whole.low, whole.high), rel=1e-9)
 
