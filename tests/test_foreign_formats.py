@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import foreign
 import pytest
 import torch
 from click.testing import Result
@@ -20,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+import foreign
 from onecard.checkpoint import source as source_module
 from onecard.checkpoint.formats.stored import unpack_fields
 from onecard.checkpoint.packed import PackedSource, open_packed

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import foreign
 import pytest
 import torch
 from click.testing import Result
 from safetensors.torch import save_file
 
+import foreign
 from onecard.checkpoint.packed import open_packed
 from onecard.checkpoint.source import open_folder
 from onecard.core.errors import InputError
