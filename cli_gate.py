@@ -54,8 +54,7 @@ def gate(
 
     \b
     Example:
-      onecard baseline ./scout-int4 -o baseline.json
-      onecard gate ./scout-int4-new --baseline baseline.json --junit gate.xml
+      onecard gate ./scout-int4 --baseline baseline.json --junit gate.xml
     """
     from .checkpoint import files
     from .comparison import Tolerances

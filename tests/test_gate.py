@@ -224,6 +224,25 @@ def test_order_of_documents_and_answers_does_not_matter(onecard: Run, write: Wri
     assert line(against(onecard, write, mixed, record()), 0)["checks"] == plain["checks"]
 
 
+def test_a_text_that_stands_there_twice_is_one_document(onecard: Run, write: Write) -> None:
+    """Its tokens and its KL are added up, in whatever pieces they come."""
+    whole, halves = noisy(1.02, 0.05), noisy(1.02, 0.05)
+    first = halves["kl"]["by_document"][0]
+    first["tokens"] //= 2
+    whole["kl"]["by_document"][0]["tokens"] = 2 * first["tokens"]
+    halves["kl"]["by_document"].append(dict(first))
+    before = record()
+    before["kl"]["by_document"][0]["tokens"] = 2 * first["tokens"]
+    found = [line(against(onecard, write, now, before), 0)["checks"] for now in (whole, halves)]
+    assert found[0] == found[1]
+
+
+def test_another_device_is_a_note(onecard: Run, write: Write) -> None:
+    notes = line(against(onecard, write, record(machine={"device": "a card"}), record()), 0)["notes"]
+    assert any("measured on a card, the baseline on cpu" in note for note in notes)
+    assert line(against(onecard, write, record(), record()), 0)["notes"] == []
+
+
 def test_without_documents_it_says_that_it_compares_unpaired(onecard: Run, write: Write) -> None:
     bare = noisy(1.1, 0.05)
     del bare["kl"]["by_document"]

@@ -85,6 +85,12 @@ def test_a_rise_without_any_noise_is_one() -> None:
     assert not ratio_exceeds(1.03 * same, same, 1.04).exceeds
 
 
+def test_the_last_bits_of_a_sum_are_no_rise() -> None:
+    same = np.full(5, 0.1)
+    assert not ratio_exceeds(np.nextafter(same, 1), same, 1.0).exceeds
+    assert ratio_exceeds(same * (1 + 1e-9), same, 1.0).exceeds
+
+
 def test_a_baseline_without_any_kl() -> None:
     none, some = np.zeros(8), np.linspace(0.9, 1.1, 8)
     assert not ratio_exceeds(none, none, 1.01).exceeds
