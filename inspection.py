@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from .checkpoint.packed import PackedSource
 from .models.adapter import Role
 from .planner.cost import Cost, estimate, measure_flops
@@ -18,6 +16,7 @@ from .prepare import (
     open_source,
     plan_for,
     site_budget,
+    stored_widths,
     work_of,
 )
 from .recipe import Recipe
@@ -73,16 +72,12 @@ def inspect(model_name: str) -> dict[str, Any]:
     """Facts of a checkpoint, original or quantized, from config.json and headers alone."""
     model = open_model(model_name)
     adapter, folder = model.adapter, model.folder
-    shapes = adapter.expected()
-    packed = model.packed
     roles: dict[str, dict[str, Any]] = {}
-    for name, shape in shapes.items():
-        role = roles.setdefault(adapter.role(name).value, {"parameters": 0, "widths": {}})
-        count = torch.Size(shape).numel()
-        role["parameters"] += count
-        stored = adapter.locate(name, model.source.names).tensor
-        width = packed[stored].width if stored in packed else model.source.info(stored).dtype
-        role["widths"][width] = role["widths"].get(width, 0) + count
+    for entry in stored_widths(model):
+        role = roles.setdefault(entry.role, {"parameters": 0, "bytes": 0, "widths": {}})
+        role["parameters"] += entry.parameters
+        role["bytes"] += entry.bytes
+        role["widths"][entry.width] = entry.parameters
     parameters = sum(role["parameters"] for role in roles.values())
     moe_blocks = [b for b in range(adapter.n_blocks) if any(s.role is Role.EXPERT for s in adapter.sites(b))]
     return {

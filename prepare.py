@@ -10,6 +10,7 @@ import shutil
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,13 @@ from .checkpoint.packed import PackedSource, open_packed
 from .checkpoint.source import Folder, check_shapes, open_folder
 from .checkpoint.workdir import has_run
 from .core.errors import InputError, ResourceError
+from .core.layout import StoredTensor
 from .core.scheme import Scheme
 from .models.adapter import Adapter
 from .models.families import load_adapter, read_config
 from .planner.assign import assign
 from .planner.cost import Work
-from .planner.plan import Plan, make_plan
+from .planner.plan import Plan, Width, make_plan, tally
 from .quantize.site import Method, matrix_flops, working_bytes
 from .recipe import Recipe, matches
 from .report.card import size
@@ -156,6 +158,24 @@ def open_source(name: str) -> Model:
     if model.quantized:
         raise InputError(f"{name} is quantized already: quantize the original checkpoint")
     return model
+
+
+def stored_widths(model: Model) -> tuple[Width, ...]:
+    """What of a checkpoint lies there at which width, by role, from its headers."""
+    adapter, source, packed = model.adapter, model.source, model.packed
+
+    def stored(name: str, shape: tuple[int, ...]) -> Width:
+        tensor = adapter.locate(name, source.names).tensor
+        weight = packed.get(tensor)
+        if weight is None:
+            dtype = source.info(tensor).dtype
+            return Width(adapter.role(name).value, dtype, prod(shape), StoredTensor(name, dtype, shape).nbytes)
+        # A fused tensor holds many weights: each has its share of it.
+        parts = sum(model.folder.infos[part].nbytes for part in weight.parts.values())
+        count = parts * prod(shape) // prod(weight.info.shape)
+        return Width(adapter.role(name).value, weight.width, prod(shape), count)
+
+    return tally(stored(name, shape) for name, shape in adapter.expected().items())
 
 
 def plan_for(model: Model, recipe: Recipe) -> Plan:

@@ -3,10 +3,11 @@
     demo                    the 400 embedded questions
     PATH.jsonl, .parquet    a line {"question": ..., "choices": [...], "answer": index or letter or the option's text}
     mmlu, arc-easy, arc-challenge, hellaswag    through `datasets`, with the usual split and wording
+    lm-eval:TASK            a multiple-choice task of lm-evaluation-harness, or the YAML file of one (harness.py)
 
 A model with a chat template is asked in it (but for HellaSwag, which goes on with a text), its option being a whole
 answer with the mark that ends it; another reads "Question: ... Answer:". Options that are letters stand in the
-question.
+question. Tasks of the harness bring their own words, and no chat template.
 Nothing of a data set is executed: `datasets` 4 and later run no scripts.
 """
 
@@ -22,22 +23,25 @@ from .calibration.tokens import Encoder
 from .core.errors import InputError, ResourceError, input_error
 from .eval.choice import Request, Scored
 from .eval.flips import Answered, answers, summarize_answers
+from .harness import PREFIX, encode_pair, load_questions
 from .prepare import demo_folder
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SHOT_SEED = 0
-Style = Literal["chat", "letters", "continue"]
+Style = Literal["chat", "letters", "continue", "pairs"]
 
 
 @dataclass(frozen=True)
 class Item:
-    """`choices` are texts; `right` is the index of the right one. Examples before it are of its own `group`."""
+    """`choices` are texts; `right` is the index of the right one. Examples before it are of its own `group`. `pairs`,
+    of the style of that name: what stands before each option and the option as it goes on, in place of a question."""
 
     id: str
     question: str
     choices: tuple[str, ...]
     right: int
     group: str = ""
+    pairs: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Task:
     @property
     def digest(self) -> str:
         """SHA-256 of what is asked: two runs are compared only where it is the same."""
-        asked = [[i.question, i.choices, i.right, i.group] for i in self.items]
+        asked = [[i.question, i.choices, i.right, i.group, i.pairs] for i in self.items]
         shown = {group: [[i.question, i.choices, i.right] for i in items] for group, items in self.examples.items()}
         said = [self.style, self.normalized, asked, shown]
         return hashlib.sha256(json.dumps(said, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
@@ -96,6 +100,11 @@ def load_task(name: str, shots: int, limit: int | None) -> Task:
 
     Raises InputError for what is no task or whose items are unsound, ResourceError where the hub cannot be reached.
     """
+    if name.startswith(PREFIX):
+        found = load_questions(name.removeprefix(PREFIX), shots)
+        asked = [Item(q.id, "", q.choices, q.right, pairs=q.pairs) for q in found.items]
+        kept = asked if limit is None else _drawn(asked, limit, SHOT_SEED + 1)
+        return Task(found.name, tuple(kept), {}, found.shots, "pairs", found.normalized)
     examples: list[Item]
     if name in PUBLIC:
         public = PUBLIC[name]
@@ -129,8 +138,8 @@ def _drawn(items: list[Item], count: int, seed: int) -> list[Item]:
 def _local_items(name: str, path: Path) -> list[Item]:
     if not path.is_file() or path.suffix not in (".jsonl", ".parquet"):
         raise InputError(
-            f"there is no task {name!r}: {', '.join(['demo', *PUBLIC])}, or the path of a .jsonl or .parquet file with "
-            "question, choices and answer"
+            f"there is no task {name!r}: {', '.join(['demo', *PUBLIC])}, {PREFIX}TASK, or the path of a .jsonl or "
+            ".parquet file with question, choices and answer"
         )
     lines: list[Any] = []
     problems = []
@@ -211,6 +220,8 @@ def _public_items(name: str, public: Public, split: str) -> list[Item]:
 
 def requests_of(task: Task, encoder: Encoder) -> list[Request]:
     """A request for each option of each item, in order."""
+    if task.style == "pairs":
+        return [encode_pair(encoder, *pair) for item in task.items for pair in item.pairs]
     chats = bool(encoder.tokenizer.chat_template) and task.style != "continue"
     return [
         request

@@ -9,6 +9,7 @@ Shape legend: D documents, R resamples, C figures.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from scipy.special import ndtr, ndtri
@@ -53,6 +54,7 @@ def bootstrap(
     ]
 
 
+@lru_cache(maxsize=1)  # all figures of one record are drawn from the same documents
 def _draws(documents: int, resamples: int, seed: int) -> list[np.ndarray]:
     """How often each document is drawn: fp64 [R, D] in parts."""
     generator = np.random.default_rng(seed)
