@@ -112,6 +112,16 @@ def test_compressed_tensors_is_what_its_own_package_reads(
     assert torch.equal(source.get("m.weight", (slice(3, 9),)), got[3:9])
 
 
+@pytest.mark.parametrize("targets", [("Linear", "re:^m$"), ("Linear", "m"), ("re:.*", "m")], ids=str)
+def test_of_groups_that_all_fit_the_narrowest_target_counts(targets: tuple[str, str], tmp_path: Path) -> None:
+    """Blocks of 64 and of 96 rows give 97 rows as many scales."""
+    blocks = [{"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [n, 64]} for n in (64, 96)]
+    stored, meant = ct_write(a_weight(97), ct_block(blocks[1], form="naive-quantized"))
+    source = opened(tmp_path, stored, ct_block(*blocks, form="naive-quantized", targets=targets))
+    assert source.schemes == {"m": "fp8 block 96x64"}
+    assert torch.equal(source.get("m.weight").double(), meant)
+
+
 def test_an_order_of_columns_names_each_inputs_group(tmp_path: Path) -> None:
     """`weight_g_idx` of older llm-compressor, which the package no longer reads; -1 throughout is no order."""
     block = ct_block({"num_bits": 4, "strategy": "group", "group_size": 16, "actorder": "group"})
