@@ -183,7 +183,8 @@ def item_of(
     missing = [key for key in (question, choices, answer, group) if key is not None and line.get(key) is None]
     if missing:
         raise ValueError(f"has no {', '.join(missing)}")
-    options, labels = line[choices], None
+    options: Any = line[choices]
+    labels: list[Any] | None = None
     if isinstance(options, dict):  # ARC: {"text": [...], "label": [...]}
         options, labels = options.get("text"), options.get("label")
         if not isinstance(labels, list) or not isinstance(options, list) or len(labels) != len(options):

@@ -166,6 +166,7 @@ def test_what_is_said_of_it(proof: Proof) -> None:
     for said in ("of 30 items change", "accuracy", "6 evaluation documents: too few", "KL(source || checkpoint)"):
         assert said in proof.result.stderr
     assert "worst expert" not in proof.result.stderr, "none stands out of a sound checkpoint"
+    assert "Creating" not in proof.result.stderr, "other libraries' bars"
     assert {path.name for path in proof.folder.iterdir()} == {
         "items.jsonl", "recipe.yaml", "record.json", "tokens.parquet",
     }  # fmt: skip
