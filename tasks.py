@@ -95,8 +95,9 @@ PUBLIC = {
 }  # fmt: skip
 
 
-def load_task(name: str, shots: int, limit: int | None) -> Task:
+def load_task(name: str, shots: int, limit: int | None, folder: Path = Path()) -> Task:
     """The task called `name`, with so many examples before each question and at most `limit` items, drawn by a seed.
+    `folder`: what the path of a file begins at.
 
     Raises InputError for what is no task or whose items are unsound, ResourceError where the hub cannot be reached.
     """
@@ -112,7 +113,7 @@ def load_task(name: str, shots: int, limit: int | None) -> Task:
         examples = _public_items(name, public, public.examples) if shots else []
         style, normalized = public.style, public.normalized
     else:
-        path = demo_folder() / "data" / "questions.jsonl" if name == "demo" else Path(name)
+        path = demo_folder() / "data" / "questions.jsonl" if name == "demo" else folder / Path(name).expanduser()
         items, style, normalized = _local_items(name, path), "chat", False
         # Of a file's own items the first few are shown and not asked.
         drawn = _drawn(items, shots, SHOT_SEED) if shots else []
@@ -191,7 +192,8 @@ def item_of(
     missing = [key for key in (question, choices, answer, group) if key is not None and line.get(key) is None]
     if missing:
         raise ValueError(f"has no {', '.join(missing)}")
-    options, labels = line[choices], None
+    options: Any = line[choices]
+    labels: list[Any] | None = None
     if isinstance(options, dict):  # ARC: {"text": [...], "label": [...]}
         options, labels = options.get("text"), options.get("label")
         if not isinstance(labels, list) or not isinstance(options, list) or len(labels) != len(options):

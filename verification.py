@@ -16,6 +16,7 @@ from rich.console import Console
 
 from . import __version__
 from .calibration.tokens import Encoder
+from .checkpoint.files import disk_errors
 from .checkpoint.source import refuse_nonfinite
 from .checkpoint.workdir import Activations
 from .core.errors import InputError
@@ -92,7 +93,8 @@ def measure(
         }
         errors = twin.errors.facts(calibration_rows)
         if keep_tokens is not None:
-            write_tokens(keep_tokens, twin.tokens, rows)
+            with disk_errors(keep_tokens):
+                write_tokens(keep_tokens, twin.tokens, rows)
         if kl["documents"] < FEW_DOCUMENTS:
             warnings.append(
                 f"{kl['documents']} evaluation document{'s' if kl['documents'] > 1 else ''}: too few for the intervals "
@@ -109,10 +111,16 @@ def rows_of_experts(blocks: list[dict[str, Any]]) -> dict[int, list[int]]:
     return {block["block"]: block["expert_rows"] for block in blocks if block.get("expert_rows")}
 
 
-def recorded_rows(checkpoint: Path) -> dict[int, list[int]]:
-    """What the checkpoint's own record says of calibration rows; nothing where there is no record that can be read."""
+def recorded_rows(checkpoint: Model) -> dict[int, list[int]]:
+    """What the checkpoint's own record says of calibration rows; nothing where there is no record that can be read, or
+    one that is not of so many experts."""
     try:
-        return rows_of_experts(json.loads((checkpoint / RECORD_NAME).read_text(encoding="utf-8"))["blocks"])
+        found = rows_of_experts(json.loads((checkpoint.path / RECORD_NAME).read_text(encoding="utf-8"))["blocks"])
+        return {
+            block: rows
+            for block, rows in found.items()
+            if len(rows) == checkpoint.adapter.n_experts and all(isinstance(count, int) for count in rows)
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
@@ -141,7 +149,7 @@ def open_pair(source_name: str, checkpoint: str) -> tuple[Model, Model]:
 
 def tasks_of(recipe: Recipe) -> list[Task]:
     """The tasks that a recipe names. Raises InputError or ResourceError."""
-    return [load_task(name, recipe.task_shots, recipe.task_items) for name in recipe.tasks]
+    return [load_task(name, recipe.task_shots, recipe.task_items, recipe.folder) for name in recipe.tasks]
 
 
 def pair_record(command: str, source: Model, quantized: Model) -> RunRecord:
@@ -233,7 +241,7 @@ def _measured_pair(
             refuse_nonfinite(model.folder, model.name)
         measured = measure(
             source, Side("quantized", quantized.adapter, quantized.source), rows, recipe.batch_tokens,
-            Path(folder) / "acts", device, dtype, progress, tasks, recorded_rows(quantized.path), keep_tokens,
+            Path(folder) / "acts", device, dtype, progress, tasks, recorded_rows(quantized), keep_tokens,
         )  # fmt: skip
         measured.put_into(record)
         close_machine(record, progress, device, began)

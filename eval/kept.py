@@ -48,8 +48,9 @@ def columns(results: TokenResults, rows: list[Row]) -> dict[str, Any]:
 
 def write_tokens(path: Path, results: TokenResults, rows: list[Row]) -> None:
     """The columns as Parquet at `path`."""
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars
 
+    disable_progress_bars()  # ours is being shown
     temporary = path.with_name(path.name + TEMPORARY)
     Dataset.from_dict(columns(results, rows)).to_parquet(temporary)
     temporary.replace(path)

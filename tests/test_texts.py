@@ -331,7 +331,8 @@ def test_texts_of_which_most_is_not_used(
     record = json.loads((tmp_path / "out" / "onecard.json").read_text())
     facts = record["texts"]["evaluation"]
     assert facts["tokens"] < facts["tokens_given"] / 10
-    (warning,) = record["warnings"]
+    warning, few = record["warnings"]
+    assert few.startswith("2 evaluation documents")
     assert f"{facts['tokens']:,} of the {facts['tokens_given']:,} tokens" in warning
     assert "evaluation_row_tokens" in warning
     assert "evaluation_row_tokens" in result.stderr

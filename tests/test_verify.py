@@ -1,0 +1,324 @@
+"""The verbs `verify` and `flips` by the command line: what their records hold, and what is refused before any work."""
+
+import errno
+import json
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+import torch
+from click.testing import Result
+from conftest import refused, run_onecard, write_jsonl, write_recipe
+
+from babies import changed_copy
+from onecard.checkpoint.source import open_folder
+
+Check = Callable[..., str]
+ITEMS = [
+    {"id": f"item-{n}", "question": f"what is {'abcdefgh'[n % 8] * (n % 5 + 1)}?",
+     "choices": ["a", "b", "c d", "efg"], "answer": n % 4}
+    for n in range(40)
+]  # fmt: skip
+KL = {
+    "tokens", "documents", "kl_mean_nats", "kl_standard_error_nats", "kl_low_nats", "kl_high_nats", "kl_median_nats",
+    "kl_p90_nats", "kl_p95_nats", "kl_p99_nats", "kl_p999_nats", "kl_max_nats", "reverse_kl_mean_nats", "same_top1",
+    "same_top1_low", "same_top1_high", "top5_overlap", "delta_p_mean", "delta_p_rms", "delta_p_quantiles",
+    "perplexity_reference", "perplexity_quantized", "perplexity_ratio", "perplexity_ratio_low", "perplexity_ratio_high",
+    "interval", "changed_routes", "changed_routes_by_block", "histogram", "by_position", "by_confidence", "by_kind",
+    "by_document", "worst_tokens",
+}  # fmt: skip
+DOCUMENT = {"document", "digest", "kind", "source", "tokens", "kl_mean_nats", "same_top1", "nll_reference",
+            "nll_quantized"}  # fmt: skip
+WORST_TOKEN = {"document", "kind", "position", "kl_nats", "before", "token", "after", "p_reference", "p_quantized",
+               "reference_top", "quantized_top"}  # fmt: skip
+EXPERT = {"block", "expert", "weight_error", "output_error", "rows", "calibration_rows", "score"}
+FLIPS = {"task", "items", "accuracy_reference", "accuracy_quantized", "changed", "right_to_wrong", "wrong_to_right",
+         "mcnemar_p", "margin_of_changed", "margin_of_all"}  # fmt: skip
+BROKEN_BLOCKS = [{"blocks": [{"block": 0} | more]} for more in ({}, {"expert_rows": [1]}, {"expert_rows": 7},
+                                                                {"expert_rows": ["x"] * 8})]  # fmt: skip
+ANSWER = {"id", "right", "reference", "quantized", "margin_reference", "margin_quantized"}
+
+
+def strict(path: Path) -> Any:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """One `verify` of a baby's int4 checkpoint: its record, its kept tokens and what was said."""
+
+    source: Path
+    checkpoint: Path
+    record: dict[str, Any]
+    tokens: list[dict[str, Any]]
+    result: Result
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def proof(
+    baby: Callable[..., Path], emitted: Callable[..., tuple[Path, Result]], texts: list[str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Proof:  # fmt: skip
+    folder = tmp_path_factory.mktemp("proof")
+    write_jsonl(folder / "items.jsonl", ITEMS)
+    recipe = write_recipe(folder / "recipe.yaml", tasks=["items.jsonl"], task_shots=1, task_items=30)
+    checkpoint, _ = emitted("scout")
+    result = run_onecard(
+        "verify", baby("scout"), checkpoint, "--recipe", recipe, *texts[2:], "--record", folder / "record.json",
+        "--keep-tokens", folder / "tokens.parquet",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    record, tokens = strict(folder / "record.json"), pyarrow.parquet.read_table(folder / "tokens.parquet").to_pylist()
+    return Proof(baby("scout"), checkpoint, record, tokens, result, folder)
+
+
+def test_the_record_of_verify_holds_what_is_promised(proof: Proof) -> None:
+    record = proof.record
+    assert (record["schema_version"], record["command"]) == (2, "verify")
+    assert record["kl"].keys() == KL
+    assert set(record["kl"]["delta_p_quantiles"]) == {"p01", "p05", "p25", "p50", "p75", "p95", "p99"}
+    assert all(entry.keys() == DOCUMENT for entry in record["kl"]["by_document"])
+    assert all(entry.keys() == WORST_TOKEN for entry in record["kl"]["worst_tokens"])
+    assert record["errors"].keys() == {"blocks", "experts", "worst_experts"}
+    for block in record["errors"]["blocks"]:
+        assert block.keys() == {"block", "hidden", "attention", "feed_forward", "units"}
+    assert all(entry.keys() >= EXPERT for entry in record["errors"]["experts"])
+    assert record["flips"].keys() == {"all", "tasks"}
+    assert record["flips"]["all"].keys() == FLIPS
+    (task,) = record["flips"]["tasks"]
+    assert task.keys() == FLIPS | {"digest", "shots", "answers"}
+    assert (task["task"], task["items"], task["shots"]) == ("items.jsonl", 30, 1)
+    assert all(answer.keys() == ANSWER for answer in task["answers"])
+    assert record["gate"] == {}
+
+
+def test_the_record_says_what_was_measured_on_what(proof: Proof) -> None:
+    record = proof.record
+    folder = open_folder(proof.checkpoint)
+    assert record["checkpoint"] == {
+        "name": str(proof.checkpoint), "digest": folder.digest,
+        "bytes": sum(f.stat().st_size for f in proof.checkpoint.glob("*.safetensors")),
+    }  # fmt: skip
+    assert record["model"]["digest"] == open_folder(proof.source).digest
+    made = strict(proof.checkpoint / "onecard.json")
+    assert record["texts"]["evaluation"]["rows_digest"] == made["texts"]["evaluation"]["rows_digest"]
+    assert record["plan"]["emitted_bytes"] == made["plan"]["emitted_bytes"]
+
+
+def test_quantize_and_verify_record_the_same(proof: Proof) -> None:
+    """The figures, every list and every error; what quantize recorded was of the same files."""
+    made = strict(proof.checkpoint / "onecard.json")
+    assert made["kl"].keys() == KL
+    for key in ("by_document", "by_kind", "histogram", "worst_tokens", "changed_routes_by_block"):
+        assert made["kl"][key] == proof.record["kl"][key], key
+    assert made["errors"] == proof.record["errors"]
+    assert made["checkpoint"]["bytes"] == proof.record["checkpoint"]["bytes"]
+    # Of calibration rows the checkpoint's own record tells.
+    for expert in proof.record["errors"]["experts"]:
+        assert expert["calibration_rows"] == made["blocks"][expert["block"]]["expert_rows"][expert["expert"]]
+
+
+def test_the_lists_and_the_kept_tokens_agree(proof: Proof) -> None:
+    kl, tokens = proof.record["kl"], proof.tokens
+    assert len(tokens) == kl["tokens"] == sum(kl["histogram"]["tokens"])
+    assert fmean(t["kl_nats"] for t in tokens) == pytest.approx(kl["kl_mean_nats"], rel=1e-6)
+    assert fmean(t["reverse_kl_nats"] for t in tokens) == pytest.approx(kl["reverse_kl_mean_nats"], rel=1e-6)
+    assert fmean(t["same_top1"] for t in tokens) == pytest.approx(kl["same_top1"])
+    assert fmean(t["top5_overlap"] for t in tokens) == pytest.approx(kl["top5_overlap"])
+    own: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for token in tokens:
+        own[token["document_digest"]].append(token)
+    assert list(own) == [entry["digest"] for entry in kl["by_document"]]
+    for entry in kl["by_document"]:
+        mine = own[entry["digest"]]
+        assert (entry["document"], entry["tokens"]) == (mine[0]["document"], len(mine))
+        assert fmean(t["kl_nats"] for t in mine) == pytest.approx(entry["kl_mean_nats"], rel=1e-6)
+        assert -fmean(t["logp_quantized"] for t in mine) == pytest.approx(entry["nll_quantized"], rel=1e-6)
+    worst = kl["worst_tokens"][0]
+    largest = max(tokens, key=lambda t: t["kl_nats"])
+    assert (worst["kl_nats"], worst["position"], worst["document"]) == (
+        largest["kl_nats"], largest["position"], largest["document"])  # fmt: skip
+
+
+def test_worst_tokens_are_in_the_words_of_the_texts(proof: Proof, texts: list[str]) -> None:
+    """A character a token: what stands before and after is the text itself."""
+    lines = [json.loads(line) for line in Path(texts[3]).read_text().splitlines()]
+    documents = [line["text"] if "text" in line else line["messages"][0]["content"] for line in lines]
+    for entry in proof.record["kl"]["worst_tokens"]:
+        around = "".join(entry[key] for key in ("before", "token", "after"))
+        assert any(around.rpartition(">")[2] in text for text in documents), around
+
+
+def test_what_is_said_of_it(proof: Proof) -> None:
+    line = json.loads(proof.result.stdout)
+    record = proof.record
+    assert line["kl_mean_nats"] == record["kl"]["kl_mean_nats"]
+    assert (line["items"], line["changed"]) == (30, record["flips"]["all"]["changed"]["share"])
+    for said in ("of 30 items change", "accuracy", "6 evaluation documents: too few", "KL(source || checkpoint)"):
+        assert said in proof.result.stderr
+    assert "worst expert" not in proof.result.stderr, "none stands out of a sound checkpoint"
+    assert "Creating" not in proof.result.stderr, "other libraries' bars"
+    assert {path.name for path in proof.folder.iterdir()} == {
+        "items.jsonl", "recipe.yaml", "record.json", "tokens.parquet",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["scout", "qwen3"])
+def test_a_scale_of_one_expert_that_is_a_tenth_off_names_that_expert(
+    emitted: Callable[..., tuple[Path, Result]], baby: Callable[..., Path], onecard: Callable[..., Result],
+    texts: list[str], tmp_path: Path, family: str,
+) -> None:  # fmt: skip
+    """In the packed files, as a damaged upload would have it; in the record and on the card."""
+    out, _ = emitted(family)
+    name = next(n for n in open_folder(out).names if ".layers.0." in n and ".experts.3.down_proj.weight_scale" in n)
+    spoilt = changed_copy(out, tmp_path / "spoilt", lambda n, t: (t.float() * 1.1).to(t.dtype) if n == name else t)
+    result = onecard("verify", baby(family), spoilt, *texts[2:], "--record", tmp_path / "record.json")
+    assert result.exit_code == 0, result.output
+    worst, second = strict(tmp_path / "record.json")["errors"]["worst_experts"][:2]
+    assert (worst["block"], worst["expert"]) == (0, 3)
+    assert worst["weight_gain"] == pytest.approx(1.1, abs=0.02)
+    assert worst["score"] > 1.5 * second["score"]
+    assert "block 0, expert 3" in result.stderr
+
+
+# flips
+
+
+def test_flips(proof: Proof, onecard: Callable[..., Result], tmp_path: Path) -> None:
+    """The same items give the same answers as inside verify; nothing is said of KL."""
+    result = onecard(
+        "flips", proof.source, proof.checkpoint, "--tasks", proof.folder / "items.jsonl", "--shots", "1", "--items",
+        "30", "--record", tmp_path / "flips.json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    record = strict(tmp_path / "flips.json")
+    assert (record["command"], record["schema_version"]) == ("flips", 2)
+    assert record["kl"] == record["errors"] == record["texts"] == {}
+    (task,), (before,) = record["flips"]["tasks"], proof.record["flips"]["tasks"]
+    assert task["digest"] == before["digest"]
+    assert task["changed"] == before["changed"]
+    for a, b in zip(task["answers"], before["answers"], strict=True):
+        assert (a["id"], a["reference"], a["quantized"]) == (b["id"], b["reference"], b["quantized"])
+        assert a["margin_quantized"] == pytest.approx(b["margin_quantized"], rel=1e-3, abs=1e-4)
+    line = json.loads(result.stdout)
+    assert line["items"] == 30
+    assert line["accuracy_quantized"] == task["accuracy_quantized"]["share"]
+    assert "kl_mean_nats" not in line
+    assert "KL(" not in result.stderr
+    assert "McNemar" in result.stderr
+
+
+def test_a_model_changes_none_of_its_own_answers(
+    baby: Callable[..., Path], onecard: Callable[..., Result], jsonl: Callable[..., Path], tmp_path: Path
+) -> None:
+    tasks = f"{jsonl('one.jsonl', ITEMS[:5])},{jsonl('two.jsonl', ITEMS[5:12])}"
+    record = tmp_path / "record.json"
+    result = onecard("flips", baby("qwen3"), baby("qwen3"), "--tasks", tasks, "--record", record)
+    assert result.exit_code == 0, result.output
+    found = strict(record)["flips"]
+    assert [task["items"] for task in found["tasks"]] == [5, 7]
+    told = found["all"]
+    assert (told["items"], told["changed"]["count"], told["mcnemar_p"]) == (12, 0, 1.0)
+    assert told["accuracy_reference"] == told["accuracy_quantized"]
+    assert told["margin_of_changed"] is None
+
+
+# Refused before any work
+
+
+@pytest.mark.parametrize("option", ["--record", "--keep-tokens"])
+@pytest.mark.parametrize("place", ["missing/file", "a-folder"])
+def test_a_place_that_cannot_be_written_is_refused_at_once(
+    baby: Callable[..., Path], onecard: Callable[..., Result], texts: list[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, option: str, place: str,
+) -> None:  # fmt: skip
+    (tmp_path / "a-folder").mkdir()
+
+    def walked(*args: object, **kwargs: object) -> None:
+        raise AssertionError("work has begun")
+
+    monkeypatch.setattr("onecard.verification.twin_walk", walked)
+    result = onecard("verify", baby("qwen3"), baby("qwen3"), *texts[2:], option, tmp_path / place)
+    refused(result, tmp_path / place, "cannot be written")
+    if option == "--record":
+        refused(onecard("flips", baby("qwen3"), baby("qwen3"), option, tmp_path / place), "cannot be written")
+    assert not (tmp_path / "missing").exists()
+
+
+def test_bad_tasks_and_pairs_are_refused(
+    baby: Callable[..., Path], onecard: Callable[..., Result], jsonl: Callable[..., Path], recipe: Callable[..., Path],
+    texts: list[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    qwen, scout = baby("qwen3"), baby("scout")
+    good, bad = jsonl("good.jsonl", ITEMS), jsonl("bad.jsonl", [*ITEMS[:2], {"question": "?"}])
+    refused(onecard("flips", qwen, qwen, "--tasks", "mmul"), "mmul", "hellaswag")
+    refused(onecard("flips", qwen, qwen, "--tasks", f"{good},"), "there is no task ''")
+    refused(onecard("flips", qwen, qwen, "--tasks", bad), bad, "item 3", "choices, answer")
+    refused(onecard("flips", qwen, scout, "--tasks", good), "no version of")
+    refused(onecard("verify", qwen, qwen, "--recipe", recipe(tasks=[str(bad)]), *texts[2:]), bad, "item 3")
+    assert onecard("flips", qwen, qwen, "--shots", "-1").exit_code == 2
+    assert onecard("flips", qwen, qwen, "--items", "0").exit_code == 2
+
+    def unreachable(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    refused(onecard("flips", qwen, qwen, "--tasks", "mmlu"), "cais/mmlu", ".jsonl", code=4)
+
+
+def test_a_disk_that_is_full_when_tokens_are_kept(
+    baby: Callable[..., Path], onecard: Callable[..., Result], texts: list[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def full(self: object, path: Path) -> None:
+        Path(path).write_bytes(b"PAR1 half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("datasets.Dataset.to_parquet", full)
+    place = tmp_path / "tokens.parquet"
+    result = onecard("verify", baby("qwen3"), baby("qwen3"), *texts[2:], "--keep-tokens", place)
+    refused(result, "tokens.parquet", "full", code=4)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_without_a_record_or_with_a_broken_one_is_verified_all_the_same(
+    baby: Callable[..., Path], emitted: Callable[..., tuple[Path, Result]], onecard: Callable[..., Result],
+    texts: list[str], tmp_path: Path,
+) -> None:  # fmt: skip
+    """Other tools' checkpoints have none: then nothing is said of calibration rows."""
+    bare = changed_copy(emitted("qwen3")[0], tmp_path / "bare", lambda _, tensor: tensor)
+    for text in (None, "{broken", "[]", '{"blocks": 3}', *map(json.dumps, BROKEN_BLOCKS)):
+        (bare / "onecard.json").unlink() if text is None else (bare / "onecard.json").write_text(text)
+        result = onecard("verify", baby("qwen3"), bare, *texts[2:], "--record", tmp_path / "record.json")
+        assert result.exit_code == 0, (text, result.output)
+        experts = strict(tmp_path / "record.json")["errors"]["experts"]
+        assert {expert["calibration_rows"] for expert in experts} == {None}
+
+
+def test_tokens_that_are_kept_twice_are_compared_as_pairs(
+    baby: Callable[..., Path], onecard: Callable[..., Result], texts: list[str], tmp_path: Path
+) -> None:
+    """Two checkpoints on the same texts: line by line the same token of the same document."""
+
+    def softer(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor * 0.5 if name.endswith("lm_head.weight") else tensor
+
+    other = changed_copy(baby("qwen3"), tmp_path / "other", softer)
+    tables = []
+    for number, checkpoint in enumerate((baby("qwen3"), other)):
+        path = tmp_path / f"{number}.parquet"
+        assert onecard("verify", baby("qwen3"), checkpoint, *texts[2:], "--keep-tokens", path).exit_code == 0
+        tables.append(pyarrow.parquet.read_table(path))
+    for column in ("document", "document_digest", "kind", "source", "position", "token", "logp_reference"):
+        assert tables[0][column].equals(tables[1][column]), column
+    assert max(tables[0]["kl_nats"].to_pylist()) == 0 < min(tables[1]["kl_nats"].to_pylist())
+    assert tables[1]["same_top1"].to_pylist() == [True] * len(tables[1])
