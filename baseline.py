@@ -24,6 +24,7 @@ from .report.record import SCHEMA_VERSION
 _LEFT_OUT = ("worst_tokens", "histogram", "by_position", "by_confidence", "by_kind", "changed_routes_by_block")
 _OF_TEXTS = ("rows_digest", "rows", "tokens")
 _OF_DOCUMENT = ("document", "digest", "kind", "tokens", "kl_mean_nats", "same_top1")
+_OF_ANSWER = ("id", "reference", "quantized")
 _KEPT = ("command", "onecard", "model", "checkpoint", "texts", "plan", "versions", "kl", "flips", "schema_version")
 
 
@@ -212,6 +213,12 @@ def freeze(name: Path, out: Path) -> dict[str, Any]:
     if "by_document" in frozen["kl"]:
         documents = frozen["kl"]["by_document"]
         frozen["kl"]["by_document"] = [{key: d[key] for key in _OF_DOCUMENT if key in d} for d in documents]
+    flips = record.get("flips") or {}
+    answered = [
+        task | {"answers": [{key: a[key] for key in _OF_ANSWER} for a in task.get("answers", [])]}
+        for task in flips.get("tasks", [])
+    ]
+    frozen["flips"] = flips | {"tasks": answered} if flips else {}
     recipe = record.get("recipe") or {}
     frozen["recipe"] = {key: recipe[key] for key in ("name", "method", "digest") if key in recipe}
     frozen["machine"] = {"device": (record.get("machine") or {}).get("device")}
