@@ -200,12 +200,19 @@ def _short(value: Any) -> str:
     return f"{text[:12]}…" if len(text) == 64 else text
 
 
+def _without_folder(facts: dict[str, Any]) -> dict[str, Any]:
+    """A local folder's place is nobody's business; a hub id is its name."""
+    path = Path(str(facts.get("name", "")))
+    return facts | {"name": path.name} if path.is_absolute() or str(facts.get("name", "")).startswith(".") else facts
+
+
 def freeze(name: Path, out: Path) -> dict[str, Any]:
     """Write the baseline of the report `name` into `out`; returns what scripts get. Raises InputError."""
     if not out.parent.is_dir() or out.is_dir():
         raise InputError(f"the baseline {out} cannot be written: name a file in a folder that exists")
     record = read_report(name)
     frozen = {key: record[key] for key in _KEPT if key in record}
+    frozen |= {key: _without_folder(frozen[key] or {}) for key in ("model", "checkpoint") if key in frozen}
     texts = record["texts"].get("evaluation", {})
     frozen["texts"] = {"evaluation": {key: texts[key] for key in _OF_TEXTS if key in texts}}
     frozen["plan"] = {"emitted_bytes": record["plan"].get("emitted_bytes")}
