@@ -24,6 +24,7 @@ from .report.record import SCHEMA_VERSION
 _LEFT_OUT = ("worst_tokens", "histogram", "by_position", "by_confidence", "by_kind", "changed_routes_by_block")
 _OF_TEXTS = ("rows_digest", "rows", "tokens")
 _OF_DOCUMENT = ("document", "digest", "kind", "tokens", "kl_mean_nats", "same_top1")
+_OF_ANSWER = ("id", "reference", "quantized")
 _KEPT = ("command", "onecard", "model", "checkpoint", "texts", "plan", "versions", "kl", "flips", "schema_version")
 
 
@@ -199,12 +200,19 @@ def _short(value: Any) -> str:
     return f"{text[:12]}…" if len(text) == 64 else text
 
 
+def _without_folder(facts: dict[str, Any]) -> dict[str, Any]:
+    """A local folder's place is nobody's business; a hub id is its name."""
+    path = Path(str(facts.get("name", "")))
+    return facts | {"name": path.name} if path.is_absolute() or str(facts.get("name", "")).startswith(".") else facts
+
+
 def freeze(name: Path, out: Path) -> dict[str, Any]:
     """Write the baseline of the report `name` into `out`; returns what scripts get. Raises InputError."""
     if not out.parent.is_dir() or out.is_dir():
         raise InputError(f"the baseline {out} cannot be written: name a file in a folder that exists")
     record = read_report(name)
     frozen = {key: record[key] for key in _KEPT if key in record}
+    frozen |= {key: _without_folder(frozen[key] or {}) for key in ("model", "checkpoint") if key in frozen}
     texts = record["texts"].get("evaluation", {})
     frozen["texts"] = {"evaluation": {key: texts[key] for key in _OF_TEXTS if key in texts}}
     frozen["plan"] = {"emitted_bytes": record["plan"].get("emitted_bytes")}
@@ -212,6 +220,12 @@ def freeze(name: Path, out: Path) -> dict[str, Any]:
     if "by_document" in frozen["kl"]:
         documents = frozen["kl"]["by_document"]
         frozen["kl"]["by_document"] = [{key: d[key] for key in _OF_DOCUMENT if key in d} for d in documents]
+    flips = record.get("flips") or {}
+    answered = [
+        task | {"answers": [{key: a[key] for key in _OF_ANSWER} for a in task.get("answers", [])]}
+        for task in flips.get("tasks", [])
+    ]
+    frozen["flips"] = flips | {"tasks": answered} if flips else {}
     recipe = record.get("recipe") or {}
     frozen["recipe"] = {key: recipe[key] for key in ("name", "method", "digest") if key in recipe}
     frozen["machine"] = {"device": (record.get("machine") or {}).get("device")}

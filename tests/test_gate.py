@@ -34,7 +34,7 @@ def record(factor: float = 1.0, seed: int = 0, **changes: Any) -> dict[str, Any]
     share = {"share": 0.05, "low": 0.031, "high": 0.08, "count": 15}
     return {
         "command": "quantize", "onecard": "0", "schema_version": SCHEMA_VERSION,
-        "model": {"name": "m", "family": "llama4", "blocks": 2, "digest": "a" * 64},
+        "model": {"name": "/home/me/m", "family": "llama4", "blocks": 2, "digest": "a" * 64},
         "recipe": {"name": "r", "max_kl_mean_nats": 0.05, "max_fallbacks": 0},
         "texts": {"evaluation": {"source": "/home/me/secret.jsonl", "rows_digest": "b" * 64, "rows": DOCUMENTS}},
         "plan": {"emitted_bytes": 1000}, "versions": {}, "identity": {}, "files": [], "warnings": [],
