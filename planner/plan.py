@@ -99,7 +99,9 @@ class Plan:
 
 def width_name(scheme: Scheme | None, dtype: str) -> str:
     """What people call the width of a weight: its scheme's if it is quantized, else its dtype."""
-    return f"int{scheme.bits} group {scheme.group_size}" if scheme else dtype
+    if scheme is None:
+        return dtype
+    return f"int{scheme.bits} group {scheme.group_size}" + ("" if scheme.symmetric else " asymmetric")
 
 
 def tally(stored: Iterable[Width]) -> tuple[Width, ...]:
