@@ -5,6 +5,7 @@ import copy
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from click.testing import Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from onecard.core.errors import InputError
 from onecard.report import html
@@ -293,6 +295,24 @@ def test_a_finished_checkpoint_has_a_report(
     record = json.loads((folder / "onecard.json").read_text())
     assert f"{record['kl']['kl_mean_nats']:.5f}" in text
     assert f"{record['plan']['emitted_bytes']:,}" in text
+
+
+def test_a_changed_scale_of_one_expert_is_named_as_the_worst(
+    emitted: Callable[..., tuple[Path, Result]], baby: Callable[..., Path], onecard: Callable[..., Result],
+    texts: list[str], tmp_path: Path,
+) -> None:  # fmt: skip
+    """All the way: a tenth more in one scale tensor of the files, `verify`, and what the page says."""
+    spoilt = Path(shutil.copytree(emitted("scout")[0], tmp_path / "spoilt"))
+    name = "language_model.model.layers.1.feed_forward.experts.5.down_proj.weight_scale"
+    (path,) = [path for path in spoilt.glob("*.safetensors") if name in load_file(path)]
+    tensors = load_file(path)
+    save_file(tensors | {name: tensors[name] * 1.1}, path, metadata={"format": "pt"})
+    record = tmp_path / "verify.json"
+    assert onecard("verify", baby("scout"), spoilt, *texts[2:], "--record", record).exit_code == 0
+    assert onecard("report", record, "-o", tmp_path / "page.html").exit_code == 0
+    text = Elements((tmp_path / "page.html").read_text()).text
+    assert "The worst is expert 5 of block 1," in text
+    assert "block\u00a01, expert\u00a05" in text.partition("The worst experts")[2][:400]
 
 
 def _changed(**changes: Any) -> str:

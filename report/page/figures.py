@@ -268,6 +268,7 @@ def heat(
                     mode="markers",
                     marker={"symbol": symbol, "size": 10, "line": {"width": width}},
                     hoverinfo="skip",
+                    cliponaxis=False,
                     meta={"paint": paint},
                     showlegend=paint == "mark",
                 )
@@ -300,9 +301,10 @@ def heat(
         yaxis={
             "title": {"text": "block"},
             "type": "category",
-            "autorange": "reversed",
+            "range": [len(blocks) - 0.5, -0.5],
             "showgrid": False,
-            "nticks": 24,
+            "tick0": 0,
+            "dtick": max(1, math.ceil(len(blocks) / 24)),
         },
         margin={"b": 104},
         meta={"scale": scale},
