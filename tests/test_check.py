@@ -239,12 +239,12 @@ def test_a_zeroed_expert_of_an_asymmetric_checkpoint(
     assert onecard("quantize", baby("qwen3"), out, "--recipe", use, *texts).exit_code == 0
     assert onecard("check", out).exit_code == 0
     module = "model.layers.0.mlp.experts.2.up_proj"
-    # The zero points are packed along the outputs, the codes along the inputs: both all 0x8.
-    zero = struct.unpack("<i", b"\x88" * 4)[0]
+    # 3 in every field of both, and in none of them the code that is zero where there are no zero points.
+    three = struct.unpack("<i", b"\xbb" * 4)[0]
 
     def change(tensors: Tensors) -> None:
         for part in ("weight_packed", "weight_zero_point"):
-            tensors[f"{module}.{part}"].fill_(zero)
+            tensors[f"{module}.{part}"].fill_(three)
 
     edit(out, f"{module}.weight_packed", change)
     damaged(out, f"{module} is all zeros")
