@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT := out
 
-.PHONY: venv demo test style quality peers peers-env clean
+.PHONY: venv demo test chromium style quality peers peers-env clean
 
 venv: $(STAMP)
 
@@ -22,7 +22,14 @@ demo: venv
 	$(BIN)/onecard quantize demo $(OUT)/demo-int4 --recipe demo --overwrite
 	$(BIN)/onecard generate $(OUT)/demo-int4 "What do you see?" --image demo/data/images/caption-001.png
 
-test: venv quality
+# A browser for the tests of the report: Debian's, where there is none and root may install it. Else they are skipped.
+chromium:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
+	{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && { apt-get -qq update; \
+	DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium; }; } >/dev/null 2>&1 || \
+	echo "no Chromium here: the report's tests in a browser are skipped"
+
+test: venv quality chromium
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 peers-env: venv

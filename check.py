@@ -14,14 +14,16 @@ from typing import Any
 
 from .checkpoint.checksums import SUMS_NAME, read_sums, sha256_file
 from .checkpoint.formats import compressed_tensors as ct
+from .checkpoint.packed import open_packed
 from .checkpoint.soundness import Stored, index_problems, shape_problems, stored_modules, value_problems
-from .checkpoint.source import PICKLES, Folder, open_folder
+from .checkpoint.source import PICKLES, Folder, check_shapes, open_folder
 from .core.errors import DamageError, InputError
 from .core.layout import RECORD_NAME
 from .core.scheme import Scheme
 from .models.adapter import Adapter, Role
 from .models.families import load_adapter, read_config
 from .planner.assign import assign
+from .prepare import quantization_block
 from .recipe import matches
 
 # What a loader may pick up although the index does not name it, and what could run code.
@@ -172,11 +174,18 @@ def _tensors(
     told: Told | None,
 ) -> None:  # fmt: skip
     """Layout, widths and values."""
-    block = config.get("quantization_config")
-    if isinstance(block, dict) and block.get("quant_method") != ct.NAME:
-        found.unchecked.append(f"shapes and widths: {block.get('quant_method')!r} is not read here, {ct.NAME} is")
+    block = quantization_block(folder.path, config)
+    if block is not None and not _as_we_write(block):
+        # Another tool's layout: its own reader says what does not fit together.
+        try:
+            source = open_packed(folder, block)
+            check_shapes(folder.path, source, adapter.disk_shapes(source.names))
+        except InputError as error:
+            found.problems += _offenders(error)
+        found.unchecked.append("widths: they are whatever the files hold, in another layout than onecard writes")
         stored, expected = Stored(plain=dict(folder.infos)), {}
     else:
+        assert block is None or isinstance(block, dict)
         canonical = adapter.expected()
         stored, problems = stored_modules(folder, canonical)
         expected = canonical if stored.schemes or stored.broken else adapter.disk_shapes(folder.names)
@@ -195,6 +204,17 @@ def _tensors(
     if told is not None:
         told("values")
     found.problems += value_problems(folder, stored, expected)
+
+
+def _as_we_write(block: object) -> bool:
+    """Whether a quantization_config announces integer groups, packed: what onecard itself writes."""
+    if not isinstance(block, dict) or block.get("quant_method") != ct.NAME:
+        return False
+    try:
+        ct.read_schemes(block)
+    except Exception:  # the package raises pydantic's and its own kinds
+        return False
+    return True
 
 
 def _stored_as(stored: Stored, module: str) -> str:

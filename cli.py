@@ -1,8 +1,8 @@
 """The command line: verbs -> recipe -> pipeline -> exit code. torch is imported only inside a verb.
 
 Two voices: a card for people on stderr, one JSON line on stdout for scripts.
-Exit codes: 0 done; 1 a limit of the recipe was exceeded; 2 unusable input, nothing was written; 4 the machine gave out
-(disk, memory, network), what is finished is kept; 130 stopped with Ctrl-C or SIGTERM, likewise.
+Exit codes: 0 done; 1 a limit was exceeded, or the gate found a regression; 2 unusable input, nothing was written; 4 the
+machine gave out (disk, memory, network), what is finished is kept; 130 stopped with Ctrl-C or SIGTERM, likewise.
 """
 
 import json
@@ -14,7 +14,9 @@ import click
 from . import __version__
 from .cli_calibration import calibration
 from .cli_evidence import flips, verify
+from .cli_gate import baseline, gate
 from .cli_publish import card, check, publish
+from .cli_report import report
 from .verbs import DEVICE_HELP, RECIPE_HELP, TEXTS_HELP, make_console, print_line, verb
 
 
@@ -32,6 +34,9 @@ def main() -> None:
 main.add_command(calibration)
 main.add_command(verify)
 main.add_command(flips)
+main.add_command(gate)
+main.add_command(baseline)
+main.add_command(report)
 main.add_command(check)
 main.add_command(card)
 main.add_command(publish)
@@ -72,6 +77,7 @@ def quantize(
     Stopped? The same line with --resume goes on where it was and ends in the same bytes (of the record, all but times
     and memory). It must find the same number of threads.
     """
+    from .gate import refuse_failed
     from .pipeline import quantize as run
     from .prepare import work_folder
     from .recipe import load_recipe
@@ -101,6 +107,7 @@ def quantize(
         sys.exit(130)
     draw_card(record, str(out), console)
     print_line(json.dumps(result_line(record, str(out))))
+    refuse_failed(record.to_json(), str(out))
 
 
 @main.command()

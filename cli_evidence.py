@@ -76,8 +76,9 @@ def verify(
     "--tasks",
     default="demo",
     show_default=True,
-    help="Comma-separated: demo (the embedded questions), mmlu, arc-easy, arc-challenge, hellaswag, or .jsonl and "
-    ".parquet files with question, choices and answer.",
+    help="Comma-separated: demo (the embedded questions), mmlu, arc-easy, arc-challenge, hellaswag, "
+    "lm-eval:TASK (a task of lm-evaluation-harness, or its YAML file), or .jsonl and .parquet files with question, "
+    "choices and answer.",
 )
 @click.option("--shots", default=0, show_default=True, type=click.IntRange(0, 32), help="Examples before a question.")
 @click.option("--items", type=click.IntRange(1), help="Of each task so many, drawn by a seed. [default: all]")

@@ -8,6 +8,7 @@ import torch
 
 from .calibration.documents import Document
 from .calibration.tokens import Encoder
+from .checkpoint.formats.compressed_tensors import NAME as COMPRESSED_TENSORS
 from .core.errors import InputError
 from .models.families import load_adapter
 from .prepare import open_model
@@ -21,7 +22,8 @@ def load_with_transformers(path: Path, dtype: torch.dtype | str = "auto") -> Any
     config = load_adapter(path).config  # AutoConfig would refuse what the adapter mends
     cls = AutoModelForImageTextToText if config.model_type == "llama4" else AutoModelForCausalLM
     kwargs: dict[str, Any] = {"config": config, "dtype": dtype, "local_files_only": True, "trust_remote_code": False}
-    if getattr(config, "quantization_config", None) is not None:
+    block = getattr(config, "quantization_config", None)
+    if isinstance(block, dict) and block.get("quant_method") == COMPRESSED_TENSORS:
         # Left compressed, the first forward pass ends in an AttributeError on a CPU.
         kwargs["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     try:
@@ -29,7 +31,9 @@ def load_with_transformers(path: Path, dtype: torch.dtype | str = "auto") -> Any
             # That `dequantize` overrides the checkpoint's own configuration is what it is given for.
             warnings.filterwarnings("ignore", message="You passed `quantization_config`")
             model = cls.from_pretrained(str(path), **kwargs).eval()
-    except RuntimeError as error:  # 5.23 drops the zero points of experts, which it stacks, and then misses them
+    # 5.23 drops the zero points of experts, which it stacks, and then misses them; of bitsandbytes it wants the experts
+    # one by one that it saved fused; for GPTQ it wants packages that need not be here.
+    except (RuntimeError, ImportError, ValueError) as error:
         raise InputError(f"transformers {transformers.__version__} cannot load {path}: {error}") from error
     # Experts that it dequantizes and stacks (Qwen3) keep the dtype of their scales, whatever was asked for.
     # Parameters alone: the buffers of RoPE must stay in fp32.

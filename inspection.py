@@ -3,9 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from .checkpoint.source import Folder
+from .checkpoint.packed import PackedSource
 from .models.adapter import Role
 from .planner.cost import Cost, estimate, measure_flops
 from .planner.plan import Plan
@@ -18,6 +16,7 @@ from .prepare import (
     open_source,
     plan_for,
     site_budget,
+    stored_widths,
     work_of,
 )
 from .recipe import Recipe
@@ -73,17 +72,12 @@ def inspect(model_name: str) -> dict[str, Any]:
     """Facts of a checkpoint, original or quantized, from config.json and headers alone."""
     model = open_model(model_name)
     adapter, folder = model.adapter, model.folder
-    shapes = adapter.expected()
-    schemes = {} if isinstance(model.source, Folder) else model.source.schemes
     roles: dict[str, dict[str, Any]] = {}
-    for name, shape in shapes.items():
-        role = roles.setdefault(adapter.role(name).value, {"parameters": 0, "widths": {}})
-        count = torch.Size(shape).numel()
-        role["parameters"] += count
-        scheme = schemes.get(name.removesuffix(".weight"))
-        width = f"int{scheme.bits} group {scheme.group_size}" if scheme else model.source.info(
-            adapter.locate(name, model.source.names).tensor).dtype  # fmt: skip
-        role["widths"][width] = role["widths"].get(width, 0) + count
+    for entry in stored_widths(model):
+        role = roles.setdefault(entry.role, {"parameters": 0, "bytes": 0, "widths": {}})
+        role["parameters"] += entry.parameters
+        role["bytes"] += entry.bytes
+        role["widths"][entry.width] = entry.parameters
     parameters = sum(role["parameters"] for role in roles.values())
     moe_blocks = [b for b in range(adapter.n_blocks) if any(s.role is Role.EXPERT for s in adapter.sites(b))]
     return {
@@ -98,10 +92,12 @@ def inspect(model_name: str) -> dict[str, Any]:
         "vocab_size": adapter.vocab_size,
         "vision": adapter.has_vision,
         "quantized": model.quantized,
+        "format": model.source.label if isinstance(model.source, PackedSource) else None,
         "parameters": parameters,
         "file_bytes": folder.file_bytes,
         "shards": len(folder.shards),
         "bits_per_weight": folder.file_bytes * 8 / parameters,
         "roles": roles,
         "config_faults": adapter.faults(model.config),
+        "warnings": model.warnings,
     }

@@ -41,6 +41,7 @@ from .core.layout import RECORD_NAME
 from .core.rows import Row, batches
 from .coverage import balanced
 from .eval.twin import Side
+from .gate import gate_of_run, refuse_too_large
 from .models.adapter import Adapter, Role
 from .models.walk import Calls, embed
 from .planner.cost import estimate
@@ -154,12 +155,17 @@ def quantize(
     console: Console | None = None,
     quiet: bool = False,
 ) -> RunRecord:
-    """Run the whole job; returns its record, which lies in OUT as onecard.json too."""
+    """Run the whole job; returns its record, which lies in OUT as onecard.json too.
+
+    Limits of the recipe that only the finished checkpoint can pass are judged in the record's `gate`: the checkpoint is
+    finished all the same, since it is what one wants to look at, and the command line ends in their exit code.
+    """
     began = time.monotonic()
     device = choose_device(device_name)
     method = method_of(recipe)
     model = open_source(model_name)
     plan = plan_for(model, recipe)
+    refuse_too_large(plan.emitted_bytes, recipe)
     work_path = check_paths(out, work, model.path, resume, overwrite)
     texts = prepare_texts(model, recipe, calibration, evaluation, method.needs_statistics)
     run = Run(model, plan, recipe, method, texts, tasks_of(recipe), out, device, choose_dtype(recipe, device), began)
@@ -272,6 +278,7 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress) -> RunRecord:
         )  # fmt: skip
         measured.put_into(record)
         record.checkpoint = {"name": run.out.name, "bytes": emitted.file_bytes}
+        record.gate = gate_of_run(record.to_json(), run.out.name, run.recipe)
         close_machine(record, progress, run.device, run.began)
         files.write_json(workdir.path / RECORD, record.to_json())
         workdir.commit(4 + blocks)

@@ -4,11 +4,13 @@ Every refusal that needs no weight and no lock happens here, with one message th
 that starts can finish.
 """
 
+import json
 import re
 import shutil
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +19,19 @@ import torch
 from .calibration.sensitivity import rows_at_once
 from .checkpoint.emit import emitted_before
 from .checkpoint.formats import compressed_tensors as ct
+from .checkpoint.formats.stored import StoredWeight
 from .checkpoint.packed import PackedSource, open_packed
 from .checkpoint.provenance import hub_origin, source_card
 from .checkpoint.source import Folder, check_shapes, open_folder
 from .checkpoint.workdir import has_run
 from .core.errors import InputError, ResourceError
+from .core.layout import StoredTensor
 from .core.scheme import Scheme
 from .models.adapter import Adapter
 from .models.families import load_adapter, read_config
 from .planner.assign import assign
 from .planner.cost import Work
-from .planner.plan import Plan, make_plan
+from .planner.plan import Plan, Width, make_plan, tally
 from .quantize.site import Method, matrix_flops, working_bytes
 from .recipe import Recipe, matches
 from .report.card import size
@@ -61,6 +65,26 @@ class Model:
     @property
     def quantized(self) -> bool:
         return isinstance(self.source, PackedSource)
+
+    @property
+    def packed(self) -> dict[str, StoredWeight]:
+        """Every weight that is stored in parts, by the name that the source gives it."""
+        return self.source.weights if isinstance(self.source, PackedSource) else {}
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a measurement of these files leaves out."""
+        found = self.source.warnings if isinstance(self.source, PackedSource) else ()
+        return [f"{self.name}: {warning}" for warning in found]
+
+    @property
+    def quantized_parameters(self) -> int:
+        return sum(torch.Size(weight.info.shape).numel() for weight in self.packed.values())
+
+    @property
+    def quantized_bytes(self) -> int:
+        """Bytes of all parts of those weights."""
+        return sum(self.folder.infos[n].nbytes for w in self.packed.values() for n in w.parts.values())
 
     def facts(self) -> dict[str, Any]:
         """What the record says of a model."""
@@ -108,14 +132,28 @@ def open_model(name: str) -> Model:
     config = read_config(path)
     adapter = load_adapter(path)
     folder = open_folder(path)
-    block = config.get("quantization_config")
-    source: Folder | PackedSource = folder
-    if block is not None:
-        source = open_packed(folder, block)
-        check_shapes(path, source, adapter.expected())
-    else:
-        check_shapes(path, folder, adapter.disk_shapes(folder.names))
+    block = quantization_block(path, config)
+    source = folder if block is None else open_packed(folder, block)
+    check_shapes(path, source, adapter.disk_shapes(source.names))
     return Model(name, path, config, adapter, folder, source)
+
+
+def quantization_block(path: Path, config: dict[str, Any]) -> object | None:
+    """What config.json says of a quantized checkpoint, where the tools put it: at the top, in the text model's config,
+    under its first name (`compression_config`), or, of older GPTQ files, in a file of its own."""
+    text = config.get("text_config")
+    for place in (config, text if isinstance(text, dict) else {}):
+        for key in ("quantization_config", "compression_config"):
+            if place.get(key) is not None:
+                return place[key]
+    beside = path / "quantize_config.json"
+    if not beside.is_file():
+        return None
+    try:
+        block = json.loads(beside.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise InputError(f"{beside} is not valid JSON: fetch the checkpoint again") from None
+    return {"quant_method": "gptq"} | block if isinstance(block, dict) else block
 
 
 def open_source(name: str) -> Model:
@@ -124,6 +162,24 @@ def open_source(name: str) -> Model:
     if model.quantized:
         raise InputError(f"{name} is quantized already: quantize the original checkpoint")
     return model
+
+
+def stored_widths(model: Model) -> tuple[Width, ...]:
+    """What of a checkpoint lies there at which width, by role, from its headers."""
+    adapter, source, packed = model.adapter, model.source, model.packed
+
+    def stored(name: str, shape: tuple[int, ...]) -> Width:
+        tensor = adapter.locate(name, source.names).tensor
+        weight = packed.get(tensor)
+        if weight is None:
+            dtype = source.info(tensor).dtype
+            return Width(adapter.role(name).value, dtype, prod(shape), StoredTensor(name, dtype, shape).nbytes)
+        # A fused tensor holds many weights: each has its share of it.
+        parts = sum(model.folder.infos[part].nbytes for part in weight.parts.values())
+        count = parts * prod(shape) // prod(weight.info.shape)
+        return Width(adapter.role(name).value, weight.width, prod(shape), count)
+
+    return tally(stored(name, shape) for name, shape in adapter.expected().items())
 
 
 def plan_for(model: Model, recipe: Recipe) -> Plan:

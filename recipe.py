@@ -89,7 +89,24 @@ class Texts(TextSource):
         return self
 
 
-class Recipe(BaseModel):
+class Limits(BaseModel):
+    """What a finished run is held against: flat fields of a recipe, and the keys of a file for `gate --limits`.
+
+    None, and 0 of `fail_below_expert_rows`: no limit. It is the measured mean that a limit is held against, not an end
+    of its interval: the same files on the same texts then always get the same answer.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    max_kl_mean_nats: float | None = Field(default=None, gt=0)
+    max_kl_p99_nats: float | None = Field(default=None, gt=0)
+    min_same_top1: float | None = Field(default=None, ge=0, le=1)
+    max_flip_rate: float | None = Field(default=None, ge=0, le=1)  # share of items whose answer is another
+    max_emitted_bytes: int | None = Field(default=None, ge=1)
+    fail_below_expert_rows: int = Field(default=0, ge=0)  # found after each block, and the run stops there
+    max_fallbacks: int = Field(default=0, ge=0)  # matrices whose second moment could not be factored; likewise
+
+
+class Recipe(Limits):
     """A frozen recipe. Field names are the YAML's keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -149,8 +166,6 @@ class Recipe(BaseModel):
     calibration_pool: float = Field(default=1.0, ge=1, le=64)
     calibration_random_share: float = Field(default=0.5, ge=0, le=1)
     warn_below_expert_rows: int = Field(default=256, ge=0)
-    fail_below_expert_rows: int = Field(default=0, ge=0)
-    max_fallbacks: int = Field(default=0, ge=0)  # matrices whose second moment could not be factored
 
     evaluation: Texts = Texts(split="test")
     evaluation_rows: int = Field(default=128, ge=1)
@@ -176,6 +191,8 @@ class Recipe(BaseModel):
             raise ValueError(f"group_size is {self.group_size}; it must be a positive multiple of 8")
         if not self.name.isprintable() or not (self.note or "").isprintable():
             raise ValueError("name or note holds control characters")
+        if self.max_flip_rate is not None and not self.tasks:
+            raise ValueError("max_flip_rate needs tasks: no answer would be looked at")
         if not self.quantize_roles:
             raise ValueError("quantize_roles is empty: nothing would be quantized")
         if self.tune_epochs and not self.reference_correction:
@@ -239,27 +256,66 @@ class _Loader(yaml.SafeLoader):
 
 def load_recipe(name: str) -> Recipe:
     """Read and check a recipe. Raises InputError listing every offending key."""
-    try:
-        data = yaml.load(recipe_text(name), Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise InputError(f"the recipe {name} is not valid YAML: {error}") from None
-    if not isinstance(data, dict):
-        raise InputError(f"the recipe {name} holds no keys: print one with `onecard recipes demo`")
+    data = _read_yaml(f"the recipe {name}", recipe_text(name), "print one with `onecard recipes demo`")
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        problems = []
-        for item in error.errors():
-            where = ".".join(str(part) for part in item["loc"]) or "recipe"
-            said = "unknown key" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
-            problems.append(f"{where}: {said.replace('a valid tuple', 'a list')}")
-        keys = ", ".join(Recipe.model_fields)
-        way_out = f"Known keys: {keys}."
-        if any(item["loc"][:1] in (("calibration",), ("evaluation",)) for item in error.errors()):
-            way_out += f" Keys of texts: {', '.join(Texts.model_fields)}."
-        raise input_error(f"the recipe {name} cannot be used:", problems, way_out) from None
+        raise _refusal(f"the recipe {name}", error, Recipe) from None
     recipe._folder = Path(name).parent if name not in recipe_names() else Path()
     return recipe
+
+
+def load_limits(path: Path) -> dict[str, float]:
+    """The limits that a YAML file names, and no others; the file may be a whole recipe. Raises InputError listing every
+    offending key."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the limits {path} cannot be read: {error}") from None
+    data = _read_yaml(f"the file of limits {path}", text, f"it may name {', '.join(Limits.model_fields)}")
+    model = Recipe if "name" in data else Limits
+    try:
+        limits = model.model_validate(data)
+    except ValidationError as error:
+        raise _refusal(f"the file of limits {path}", error, model) from None
+    return named_limits(limits.model_dump(include=limits.model_fields_set))
+
+
+def named_limits(fields: dict[str, Any]) -> dict[str, float]:
+    """Of a recipe's fields (or a record's) those that limit something."""
+    found = {key: fields[key] for key in Limits.model_fields if fields.get(key) is not None}
+    return {key: value for key, value in found.items() if key != "fail_below_expert_rows" or value > 0}
+
+
+def recorded_limits(what: str, fields: dict[str, Any]) -> dict[str, float]:
+    """The limits in the recipe of a record. Raises InputError listing every offending key."""
+    try:
+        limits = Limits.model_validate({key: fields[key] for key in Limits.model_fields if key in fields})
+    except ValidationError as error:
+        raise _refusal(what, error, Limits) from None
+    return named_limits(limits.model_dump(include=limits.model_fields_set))
+
+
+def _read_yaml(what: str, text: str, way_out: str) -> dict[str, Any]:
+    try:
+        data = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise InputError(f"{what} is not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{what} holds no keys: {way_out}")
+    return data
+
+
+def _refusal(what: str, error: ValidationError, model: type[Limits]) -> InputError:
+    problems = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"]) or "recipe"
+        said = "unknown key" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
+        problems.append(f"{where}: {said.replace('a valid tuple', 'a list')}")
+    way_out = f"Known keys: {', '.join(model.model_fields)}."
+    if any(item["loc"][:1] in (("calibration",), ("evaluation",)) for item in error.errors()):
+        way_out += f" Keys of texts: {', '.join(Texts.model_fields)}."
+    return input_error(f"{what} cannot be used:", problems, way_out)
 
 
 def matches(pattern: str, module: str) -> bool:

@@ -3,10 +3,11 @@
     demo                    the 400 embedded questions
     PATH.jsonl, .parquet    a line {"question": ..., "choices": [...], "answer": index or letter or the option's text}
     mmlu, arc-easy, arc-challenge, hellaswag    through `datasets`, with the usual split and wording
+    lm-eval:TASK            a multiple-choice task of lm-evaluation-harness, or the YAML file of one (harness.py)
 
 A model with a chat template is asked in it (but for HellaSwag, which goes on with a text), its option being a whole
 answer with the mark that ends it; another reads "Question: ... Answer:". Options that are letters stand in the
-question.
+question. Tasks of the harness bring their own words, and no chat template.
 Nothing of a data set is executed: `datasets` 4 and later run no scripts.
 """
 
@@ -22,22 +23,25 @@ from .calibration.tokens import Encoder
 from .core.errors import InputError, ResourceError, input_error
 from .eval.choice import Request, Scored
 from .eval.flips import Answered, answers, summarize_answers
+from .harness import PREFIX, encode_pair, load_questions
 from .prepare import demo_folder
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SHOT_SEED = 0
-Style = Literal["chat", "letters", "continue"]
+Style = Literal["chat", "letters", "continue", "pairs"]
 
 
 @dataclass(frozen=True)
 class Item:
-    """`choices` are texts; `right` is the index of the right one. Examples before it are of its own `group`."""
+    """`choices` are texts; `right` is the index of the right one. Examples before it are of its own `group`. `pairs`,
+    of the style of that name: what stands before each option and the option as it goes on, in place of a question."""
 
     id: str
     question: str
     choices: tuple[str, ...]
     right: int
     group: str = ""
+    pairs: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Task:
     @property
     def digest(self) -> str:
         """SHA-256 of what is asked: two runs are compared only where it is the same."""
-        asked = [[i.question, i.choices, i.right, i.group] for i in self.items]
+        asked = [[i.question, i.choices, i.right, i.group, i.pairs] for i in self.items]
         shown = {group: [[i.question, i.choices, i.right] for i in items] for group, items in self.examples.items()}
         said = [self.style, self.normalized, asked, shown]
         return hashlib.sha256(json.dumps(said, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
@@ -96,6 +100,11 @@ def load_task(name: str, shots: int, limit: int | None) -> Task:
 
     Raises InputError for what is no task or whose items are unsound, ResourceError where the hub cannot be reached.
     """
+    if name.startswith(PREFIX):
+        found = load_questions(name.removeprefix(PREFIX), shots)
+        asked = [Item(q.id, "", q.choices, q.right, pairs=q.pairs) for q in found.items]
+        kept = asked if limit is None else _drawn(asked, limit, SHOT_SEED + 1)
+        return Task(found.name, tuple(kept), {}, found.shots, "pairs", found.normalized)
     examples: list[Item]
     if name in PUBLIC:
         public = PUBLIC[name]
@@ -129,35 +138,41 @@ def _drawn(items: list[Item], count: int, seed: int) -> list[Item]:
 def _local_items(name: str, path: Path) -> list[Item]:
     if not path.is_file() or path.suffix not in (".jsonl", ".parquet"):
         raise InputError(
-            f"there is no task {name!r}: {', '.join(['demo', *PUBLIC])}, or the path of a .jsonl or .parquet file with "
-            "question, choices and answer"
+            f"there is no task {name!r}: {', '.join(['demo', *PUBLIC])}, {PREFIX}TASK, or the path of a .jsonl or "
+            ".parquet file with question, choices and answer"
         )
-    lines: list[Any] = []
-    problems = []
+    lines: list[tuple[int, Any]] = []
+    problems: list[str] = []
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
         try:
-            lines = pyarrow.parquet.read_table(path).to_pylist()
+            lines = list(enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1))
         except (OSError, pyarrow.ArrowException) as error:
             raise InputError(f"{path} is no Parquet file that can be read: {error}") from None
     else:
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{path} cannot be read: {error}") from None
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):  # splitlines would split at marks that JSON may hold
             if line.strip():
                 try:
-                    lines.append(json.loads(line))
+                    lines.append((number, json.loads(line)))
                 except (ValueError, RecursionError):
-                    problems.append(f"line {number} is no JSON")
+                    problems.append(f"item {number}: is no JSON")
     items = []
-    for number, line in enumerate(lines, 1):
+    first: dict[str, int] = {}
+    for number, line in lines:
         try:
-            items.append(item_of(line, str(number)))
+            item = item_of(line, str(number))
         except ValueError as error:
             problems.append(f"item {number}: {error}")
+            continue
+        items.append(item)
+        # Two runs are compared item by item, by these.
+        if first.setdefault(item.id, number) != number:
+            problems.append(f"item {number}: has the id {item.id!r} of item {first[item.id]}")
     if problems or not items:
         raise input_error(
             f"{path} holds items that cannot be asked:", problems[:20] or ["there is none"],
@@ -173,26 +188,43 @@ def item_of(
     """One item from a row of a file or data set. Raises ValueError with what is wrong with it."""
     if not isinstance(line, dict):
         raise ValueError("is no object")
-    missing = [key for key in (question, choices, answer) if line.get(key) is None]
+    missing = [key for key in (question, choices, answer, group) if key is not None and line.get(key) is None]
     if missing:
         raise ValueError(f"has no {', '.join(missing)}")
-    options, labels = line[choices], list(LETTERS)
+    options, labels = line[choices], None
     if isinstance(options, dict):  # ARC: {"text": [...], "label": [...]}
-        labels, options = [str(label) for label in options.get("label", [])], options.get("text", [])
-    options = list(options) if isinstance(options, list | tuple) else []
-    if len(options) < 2 or not all(isinstance(option, str) and option for option in options):
+        options, labels = options.get("text"), options.get("label")
+        if not isinstance(labels, list) or not isinstance(options, list) or len(labels) != len(options):
+            raise ValueError(f"its {choices} are no two or more texts with as many labels")
+    if (
+        not isinstance(options, list)
+        or len(options) < 2
+        or not all(isinstance(option, str) and option for option in options)
+    ):
         raise ValueError(f"its {choices} are no two or more texts")
     if not isinstance(line[question], str) or not line[question].strip():
         raise ValueError(f"its {question} is empty")
     said = line[answer]
-    if isinstance(said, str) and not isinstance(said, bool):
-        found = [i for i, (label, text) in enumerate(zip(labels, options, strict=False)) if said in (label, text)]
-        right = found[0] if found else int(said) if said.isdigit() else -1
-    else:
-        right = said if isinstance(said, int) and not isinstance(said, bool) else -1
+    right = said if isinstance(said, int) and not isinstance(said, bool) else -1
+    if isinstance(said, str):
+        found = _named(said, options, labels)
+        if len(found) > 1:
+            raise ValueError(f"its {answer} {said!r} may mean any of its {choices} {found}: give the index as a number")
+        right = found[0] if found else -1
     if not 0 <= right < len(options):
         raise ValueError(f"its {answer} {said!r} names none of its {len(options)} {choices}")
-    return Item(str(line.get("id", number)), line[question], tuple(options), right, str(line[group]) if group else "")
+    name = number if line.get("id") is None else str(line["id"])
+    return Item(name, line[question], tuple(options), right, str(line[group]) if group else "")
+
+
+def _named(said: str, options: list[str], labels: list[Any] | None) -> list[int]:
+    """The indices that an answer in words may mean: a label of the item's own, or else a letter, an index, a text."""
+    if labels is not None and said in labels:
+        return [labels.index(said)]
+    found = {i for i, option in enumerate(options) if said == option}
+    if labels is None:
+        found |= {i for i in range(len(options)) if said in (LETTERS[i : i + 1], str(i))}
+    return sorted(found)
 
 
 def _public_items(name: str, public: Public, split: str) -> list[Item]:
@@ -206,11 +238,19 @@ def _public_items(name: str, public: Public, split: str) -> list[Item]:
             f"({type(error).__name__}). On a machine without network give the items as a .jsonl file"
         ) from error
     columns = (public.question, public.choices, public.answer, public.group)
-    return [item_of(line, str(n), *columns) for n, line in enumerate(lines)]
+    try:
+        return [item_of(line, str(n), *columns) for n, line in enumerate(lines)]
+    except ValueError as error:
+        raise InputError(
+            f"the task {name} is the data set {public.path} of the hub, and one of its items {error}: it is not what "
+            "it was. Give the items as a .jsonl file"
+        ) from None
 
 
 def requests_of(task: Task, encoder: Encoder) -> list[Request]:
     """A request for each option of each item, in order."""
+    if task.style == "pairs":
+        return [encode_pair(encoder, *pair) for item in task.items for pair in item.pairs]
     chats = bool(encoder.tokenizer.chat_template) and task.style != "continue"
     return [
         request

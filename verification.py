@@ -16,7 +16,7 @@ from rich.console import Console
 
 from . import __version__
 from .calibration.tokens import Encoder
-from .checkpoint.source import Folder, refuse_nonfinite
+from .checkpoint.source import refuse_nonfinite
 from .checkpoint.workdir import Activations
 from .core.errors import InputError
 from .core.layout import RECORD_NAME
@@ -27,7 +27,7 @@ from .eval.kept import write_tokens
 from .eval.summary import summarize
 from .eval.told import tell
 from .eval.twin import Side, twin_walk
-from .prepare import Model, choose_device, choose_dtype, open_model
+from .prepare import Model, choose_device, choose_dtype, open_model, stored_widths
 from .recipe import Recipe
 from .report.progress import Progress
 from .report.record import RunRecord
@@ -147,12 +147,6 @@ def tasks_of(recipe: Recipe) -> list[Task]:
 def pair_record(command: str, source: Model, quantized: Model) -> RunRecord:
     """What a record of two checkpoints says before anything is measured."""
     parameters = sum(torch.Size(shape).numel() for shape in source.adapter.expected().values())
-    low_bit = quantized.source.schemes if not isinstance(quantized.source, Folder) else {}
-    shapes = source.adapter.expected()
-    quantized_parameters = sum(torch.Size(shapes[f"{module}.weight"]).numel() for module in low_bit)
-    quantized_bytes = sum(
-        info.nbytes for name, info in quantized.folder.infos.items() if name.rpartition(".")[0] in low_bit
-    )
     emitted_bytes = quantized.folder.file_bytes
     return RunRecord(
         command=command,
@@ -164,11 +158,12 @@ def pair_record(command: str, source: Model, quantized: Model) -> RunRecord:
             "emitted_bytes": emitted_bytes,
             "source_bytes": source.folder.file_bytes,
             "bits_per_weight": emitted_bytes * 8 / parameters,
-            "quantized_bits_per_weight": quantized_bytes * 8 / max(1, quantized_parameters),
-            "quantized_share": quantized_parameters / parameters,
+            "quantized_bits_per_weight": quantized.quantized_bytes * 8 / max(1, quantized.quantized_parameters),
+            "quantized_share": quantized.quantized_parameters / parameters,
+            "widths": [asdict(width) for width in stored_widths(quantized)],
         },
         versions=package_versions(),
-        warnings=source.adapter.faults(source.config),
+        warnings=source.adapter.faults(source.config) + source.warnings + quantized.warnings,
     )
 
 

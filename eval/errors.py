@@ -34,7 +34,7 @@ from ..models.walk import Calls, exchanged, expert_stacks, only, run_block, weig
 
 # Tokens on which experts are compared, and those that go through half a block for every unit: at most this many, and no
 # more than this share, so that the walk is not much longer for it.
-EXPERT_TOKENS, UNIT_TOKENS, UNIT_SHARE = 8192, 4096, 1 / 32
+EXPERT_TOKENS, UNIT_TOKENS, UNIT_SHARE = 4096, 4096, 1 / 32
 LEAST_TOKENS = 1024
 WORST_EXPERTS = 10
 # Experts whose errors differ by less than a tenth, or whose gains by less than a half per cent, are alike.

@@ -8,7 +8,9 @@ share their draws, which are one matrix product, so that an interval for every g
 Shape legend: D documents, R resamples, C figures.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from scipy.special import ndtr, ndtri
@@ -53,15 +55,25 @@ def bootstrap(
     ]
 
 
-def _draws(documents: int, resamples: int, seed: int) -> list[np.ndarray]:
+def _draws(documents: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
     """How often each document is drawn: fp64 [R, D] in parts."""
+    if documents * resamples <= _COUNTS_AT_ONCE:
+        yield _all_draws(documents, resamples, seed)
+        return
     generator = np.random.default_rng(seed)
     step = max(1, _COUNTS_AT_ONCE // documents)
-    even = np.full(documents, 1 / documents)
-    return [
-        generator.multinomial(documents, even, size=min(step, resamples - start)).astype(np.float64)
-        for start in range(0, resamples, step)
-    ]
+    for start in range(0, resamples, step):
+        yield _draw(generator, documents, min(step, resamples - start))
+
+
+@lru_cache(maxsize=1)  # all figures of one record are drawn from the same documents
+def _all_draws(documents: int, resamples: int, seed: int) -> np.ndarray:
+    return _draw(np.random.default_rng(seed), documents, resamples)
+
+
+def _draw(generator: np.random.Generator, documents: int, resamples: int) -> np.ndarray:
+    counts = generator.multinomial(documents, np.full(documents, 1 / documents), size=resamples)
+    return np.asarray(counts, dtype=np.float64)
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
@@ -73,8 +85,11 @@ def _bca(drawn_R: np.ndarray, estimate: float, left_out_D: np.ndarray) -> Interv
     drawn_R = np.sort(drawn_R[np.isfinite(drawn_R)])
     if not len(drawn_R) or drawn_R[0] == drawn_R[-1]:
         return Interval(estimate, estimate)
-    # Ties count half, so that a figure of few values is not pushed to one side.
-    below = (np.searchsorted(drawn_R, estimate, "left") + np.searchsorted(drawn_R, estimate, "right")) / 2
+    # Ties count half, so that a figure of few values is not pushed to one side. A draw of every document once is a tie,
+    # though its sum is rounded in another order.
+    rounding = 1e-12 * np.abs(drawn_R).max()
+    left = np.searchsorted(drawn_R, estimate - rounding, "left")
+    below = (left + np.searchsorted(drawn_R, estimate + rounding, "right")) / 2
     bias = float(ndtri(np.clip(below / len(drawn_R), 0.5 / len(drawn_R), 1 - 0.5 / len(drawn_R))))
     gap_D = left_out_D.mean() - left_out_D
     spread = float((gap_D**2).sum())

@@ -69,7 +69,7 @@ class _Online:
 
     def add(self, logits_TC: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (factor that old sums are multiplied with, exp of this slice under the new peak)."""
-        top, index = logits_TC.topk(min(TOP, logits_TC.shape[1]), -1)
+        top, index = _likeliest(logits_TC)
         # The older ones stand first: of equal logits the first of the vocabulary wins, as in one whole argmax.
         merged, order = torch.cat([self.top_TK, top], -1).sort(dim=-1, descending=True, stable=True)
         self.index_TK = torch.cat([self.index_TK, index + start], -1).gather(1, order)[:, :TOP]
@@ -92,6 +92,20 @@ class _Online:
     def top_p(self) -> torch.Tensor:
         """[T, K]"""
         return torch.exp(self.top_TK - self.log_total[:, None])
+
+
+def _likeliest(logits_TC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logits, columns) of the largest, each [T, K or fewer]: of equal ones the first, in the order of the columns, for
+    which topk takes any."""
+    columns = logits_TC.shape[1]
+    top, index = logits_TC.topk(min(TOP + 1, columns), -1)
+    index = index[:, :TOP]
+    if columns > TOP:
+        tied = top[:, TOP - 1] == top[:, TOP]
+        if tied.any():
+            index[tied] = logits_TC[tied].sort(dim=-1, descending=True, stable=True).indices[:, :TOP]
+    index = index.sort(-1).values
+    return logits_TC.gather(1, index), index
 
 
 def compare(

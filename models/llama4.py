@@ -116,21 +116,26 @@ class Llama4Adapter(Adapter):
         )
 
     def expected(self) -> dict[str, tuple[int, ...]]:
-        shapes = self.disk_shapes(())
+        shapes = dict(self._fused_shapes)
         for block in range(self.n_blocks):
-            if self.is_moe(block):
-                stem = f"{self.block_prefix(block)}feed_forward.experts."
-                shapes.pop(f"{stem}gate_up_proj")
-                shapes.pop(f"{stem}down_proj")
-                for _, name, out, inp in self.modules(block):
-                    shapes.setdefault(f"{name}.weight", (out, inp))
+            self._unfuse(shapes, block)
         return shapes
 
+    def _unfuse(self, shapes: dict[str, tuple[int, ...]], block: int) -> None:
+        if self.is_moe(block):
+            stem = f"{self.block_prefix(block)}feed_forward.experts."
+            shapes.pop(f"{stem}gate_up_proj")
+            shapes.pop(f"{stem}down_proj")
+            for _, name, out, inp in self.modules(block):
+                shapes.setdefault(f"{name}.weight", (out, inp))
+
     def disk_shapes(self, available: Collection[str]) -> dict[str, tuple[int, ...]]:
-        unfused = any(".experts.0." in name for name in available)
-        if unfused:
-            return self.expected()
-        return dict(self._fused_shapes)
+        shapes = dict(self._fused_shapes)
+        for block in range(self.n_blocks):
+            # Block by block: a tool that takes experts apart may have left some of them fused.
+            if any(f"{self.block_prefix(block)}feed_forward.experts.0.{p}.weight" in available for p in PROJECTIONS):
+                self._unfuse(shapes, block)
+        return shapes
 
     @cached_property
     def _fused_shapes(self) -> dict[str, tuple[int, ...]]:

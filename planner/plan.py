@@ -1,7 +1,7 @@
 """Plan: every tensor that will be emitted, in its shard, to the byte, before any weight is read."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 from ..core.layout import StoredTensor, file_bytes, shard_name, split_shards
 from ..core.scheme import Scheme
 from ..core.tensors import TensorSource
-from ..models.adapter import Adapter, Role
+from ..models.adapter import Adapter
 
 # (scheme, outputs, inputs, model dtype) -> suffix -> (dtype, shape): what a format stores for one weight.
 Layout = Callable[[Scheme, int, int, str], dict[str, tuple[str, tuple[int, ...]]]]
@@ -33,9 +33,19 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class Width:
+    """How much of one role is stored at one width (`int4 group 128`, `BF16`); `bytes` of codes, scales and shapes."""
+
+    role: str
+    width: str
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run will write. `parameters` counts the model's weights, quantized or not; `source_bytes` are the source's
-    safetensors files, headers included, as `emitted_bytes` are."""
+    safetensors files, headers included, as `emitted_bytes` are. `widths`: the most bytes first."""
 
     shards: tuple[Shard, ...]
     schemes: dict[str, Scheme]
@@ -43,7 +53,14 @@ class Plan:
     quantized_parameters: int
     quantized_bytes: int
     source_bytes: int
-    role_bytes: dict[str, int]
+    widths: tuple[Width, ...]
+
+    @property
+    def role_bytes(self) -> dict[str, int]:
+        """Role -> bytes of its tensors, the most first."""
+        roles = [width.role for width in self.widths]
+        sums = {role: sum(width.bytes for width in self.widths if width.role == role) for role in roles}
+        return dict(sorted(sums.items(), key=lambda item: -item[1]))
 
     @property
     def emitted_bytes(self) -> int:
@@ -71,12 +88,27 @@ class Plan:
             "bits_per_weight": self.bits_per_weight,
             "quantized_bits_per_weight": self.quantized_bits_per_weight,
             "shards": len(self.shards),
+            "widths": [asdict(width) for width in self.widths],
         }
 
     def tensors(self) -> Iterator[tuple[Shard, StoredTensor]]:
         for shard in self.shards:
             for tensor in shard.tensors:
                 yield shard, tensor
+
+
+def width_name(scheme: Scheme | None, dtype: str) -> str:
+    """What people call the width of a weight: its scheme's if it is quantized, else its dtype."""
+    return f"int{scheme.bits} group {scheme.group_size}" if scheme else dtype
+
+
+def tally(stored: Iterable[Width]) -> tuple[Width, ...]:
+    """Entries of one role and one width added up, the most bytes first."""
+    sums: dict[tuple[str, str], tuple[int, int]] = {}
+    for entry in stored:
+        parameters, count = sums.get((entry.role, entry.width), (0, 0))
+        sums[entry.role, entry.width] = parameters + entry.parameters, count + entry.bytes
+    return tuple(Width(*key, *value) for key, value in sorted(sums.items(), key=lambda item: -item[1][1]))
 
 
 def make_plan(
@@ -96,7 +128,7 @@ def make_plan(
         prefix = _block_prefix(name, by_prefix)
         (rest if prefix is None else by_prefix[prefix]).append(name)
     quantized = quantized_bytes = 0
-    role_bytes: dict[str, int] = {}
+    widths: list[Width] = []
 
     def atom(name: str) -> list[StoredTensor]:
         nonlocal quantized, quantized_bytes
@@ -110,8 +142,9 @@ def make_plan(
             quantized_bytes += sum(t.nbytes for t in tensors)
         else:
             tensors = [StoredTensor(name, dtype, shapes[name])]
-        role: Role = adapter.role(name)
-        role_bytes[role.value] = role_bytes.get(role.value, 0) + sum(t.nbytes for t in tensors)
+        width = width_name(schemes.get(module) if name.endswith(".weight") else None, dtype)
+        stored_bytes = sum(t.nbytes for t in tensors)
+        widths.append(Width(adapter.role(name).value, width, prod(shapes[name]), stored_bytes))
         return tensors
 
     stages = [[atom(name) for name in by_prefix[prefix]] for prefix in prefixes] + [[atom(name) for name in rest]]
@@ -124,7 +157,7 @@ def make_plan(
         quantized_parameters=quantized,
         quantized_bytes=quantized_bytes,
         source_bytes=source_bytes,
-        role_bytes=dict(sorted(role_bytes.items(), key=lambda item: -item[1])),
+        widths=tally(widths),
     )
 
 

@@ -63,6 +63,8 @@ def draw_inspection(facts: dict[str, Any], console: Console) -> None:
         f"{facts['experts_per_token']} per token",
     )
     grid.add_row("sizes", f"hidden {facts['hidden_size']:,}, vocabulary {facts['vocab_size']:,}")
+    if facts["format"] is not None:
+        grid.add_row("format", Text(facts["format"]))
     grid.add_row("vision tower", "yes" if facts["vision"] else "no")
     grid.add_row("parameters", f"{facts['parameters']:,}")
     grid.add_row(
@@ -72,6 +74,8 @@ def draw_inspection(facts: dict[str, Any], console: Console) -> None:
     for role, entry in sorted(facts["roles"].items(), key=lambda item: -item[1]["parameters"]):
         widths = ", ".join(f"{count:,} in {width}" for width, count in entry["widths"].items())
         grid.add_row(f"  {role}", widths)
+    for warning in facts["warnings"]:
+        grid.add_row("warning", Text(warning, style="yellow"))
     for fault in facts["config_faults"]:
         grid.add_row("config fault", Text(fault, style="yellow"))
     console.print(Panel(grid, title="onecard inspect", box=box.ROUNDED, expand=False))

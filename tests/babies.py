@@ -5,12 +5,13 @@ small, so that routing, attention and the head all matter.
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Llama4Config, Llama4ForConditionalGeneration, Qwen3MoeConfig
 from transformers.models.llama4 import modeling_llama4 as hf_llama4
 
@@ -167,3 +168,25 @@ def edit_json(path: Path, change: Callable[[Any], None]) -> None:
 
 def shard_files(model: Path) -> list[Path]:
     return sorted(model.glob("*.safetensors"))
+
+
+def changed_copy(model: Path, out: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Path:
+    """A copy of a baby's folder in `out`, each of its tensors as `change(name, tensor)` gives it."""
+    shutil.copytree(model, out)
+    for shard in shard_files(out):
+        tensors = {name: change(name, tensor) for name, tensor in load_file(shard).items()}
+        save_file({n: t.contiguous() for n, t in tensors.items()}, shard, metadata={"format": "pt"})
+    return out
+
+
+def noise(share: float, seed: int = 0) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    """A change: noise of so much of its own spread on every matrix."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dim() < 2:
+            return tensor
+        spread = share * tensor.float().std()
+        return (tensor.float() + spread * torch.randn(tensor.shape, generator=generator)).to(tensor.dtype)
+
+    return change

@@ -19,12 +19,12 @@ import torch
 from click.testing import Result
 from hypothesis import given
 from hypothesis import strategies as st
-from papers import resum
 from safetensors.torch import load_file, save_file
 
 from babies import edit_json
 from onecard.checkpoint.checksums import SUMS_NAME, read_sums, sums_text
 from onecard.core.errors import InputError
+from papers import resum
 
 EXPERT = "language_model.model.layers.1.feed_forward.experts.3.down_proj"
 Tensors = dict[str, torch.Tensor]

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,16 @@ from onecard import cli, inspection, stages
 from onecard.checkpoint.source import Folder, open_folder
 from onecard.core import errors
 from onecard.models.families import load_adapter
+from onecard.prepare import open_model, stored_widths
 from onecard.quantize.site import SiteResult
 from onecard.recipe import load_recipe, recipe_names
 
 Check = Callable[..., str]
 FAMILIES = ["scout", "maverick", "llama4-text", "qwen3"]
-VERBS = ["quantize", "verify", "plan", "inspect", "generate", "recipes", "calibration", "check", "card", "publish"]
+VERBS = [
+    "quantize", "verify", "flips", "gate", "baseline", "report", "check", "card", "publish", "plan", "inspect",
+    "generate", "recipes", "calibration",
+]  # fmt: skip
 RECIPES = ["demo", "llama4-scout-h100", "llama4-scout-h100-int4-attention", "qwen3-30b-a3b-24gb", "rtn-int4"]
 PROMISED = {"out", "emitted_bytes", "bits_per_weight", "kl_mean_nats", "kl_p99_nats", "same_top1", "tokens", "seconds",
             "peak_rss_bytes"}  # fmt: skip
@@ -192,6 +196,9 @@ def test_plan_is_exact_before_a_weight_is_read(
             stored |= {key: (name, file.get_tensor(key).nbytes) for key in file.keys()}  # noqa: SIM118
     assert {tensor.name: (shard.file, tensor.nbytes) for shard, tensor in plan.tensors()} == stored
     assert sum(promised["role_bytes"].values()) == sum(nbytes for _, nbytes in stored.values())
+    found = stored_widths(open_model(str(out)))
+    assert {(w.role, w.width): w for w in found} == {(w.role, w.width): w for w in plan.widths}
+    assert promised["widths"] == [asdict(width) for width in plan.widths]
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["weight_map"] == {tensor: file for tensor, (file, _) in stored.items()}
     assert index["metadata"]["total_size"] == sum(nbytes for _, nbytes in stored.values())
@@ -349,7 +356,9 @@ def test_inspect_plan_and_quantize_warn_of_faults(
         assert result.exit_code == 0
         assert "rms_norm_eps is 1e-06" in result.stderr
         assert "high_freq_factor 4" in result.stderr
-    assert json.loads((tmp_path / "out" / "onecard.json").read_text())["warnings"] == faults
+    *told, few = json.loads((tmp_path / "out" / "onecard.json").read_text())["warnings"]
+    assert told == faults
+    assert few.startswith("6 evaluation documents")
 
 
 # --- quantize and verify
@@ -382,7 +391,7 @@ def test_what_is_emitted(emitted: Callable[..., tuple[Path, Result]], baby: Call
     carried = {path.name for path in source.iterdir()} - {"model.safetensors"}
     assert names == shards | carried | {"model.safetensors.index.json", "onecard.json", "SHA256SUMS"}
     record, line = strict((out / "onecard.json").read_text()), one_line(result)
-    assert record["schema_version"] == 1
+    assert record["schema_version"] == 2
     assert record["kl"]["kl_mean_nats"] == line["kl_mean_nats"]
     assert record["plan"]["emitted_bytes"] == line["emitted_bytes"]
     assert [len(block["expert_rows"]) for block in record["blocks"]] == [8, 8]

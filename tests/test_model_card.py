@@ -16,7 +16,6 @@ from click.testing import Result
 from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
-from papers import edit_record
 
 from onecard.checkpoint.emit import clear_checkpoint
 from onecard.checkpoint.provenance import front_matter, hub_origin, source_card
@@ -26,6 +25,7 @@ from onecard.report.card_tables import code, words
 from onecard.report.engines import engines
 from onecard.report.licence import EU_RESTRICTION, NOTICE_LINE, Licence, has_notice, licence_of, unmet_terms
 from onecard.report.model_card import FAILED_GATE, card_problems
+from papers import edit_record
 
 SAID = ("--base-model", "somebody/baby", "--license", "apache-2.0")
 META = "LLAMA 4 COMMUNITY LICENSE AGREEMENT\nLlama 4 Version Effective Date: April 5, 2025\n"

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 from click.testing import Result
 from conftest import listing
-from hub_standin import Hub, serve
 from huggingface_hub import constants
-from papers import edit_record, resum
 
+from hub_standin import Hub, serve
 from onecard.checkpoint.checksums import SUMS_NAME
 from onecard.report.licence import EU_RESTRICTION, NOTICE_LINE
 from onecard.report.model_card import FAILED_GATE
+from papers import edit_record, resum
 
 TOKEN = "hf_" + "PlantedSecretOfATest"
 REPO = "somebody/baby-int4"

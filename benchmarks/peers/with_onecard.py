@@ -28,18 +28,15 @@ def quantize(job: Job) -> None:
 
 
 def dense(job: Job) -> dict[str, object]:
-    from onecard.checkpoint.formats import compressed_tensors as ct
+    import torch
+
     from onecard.prepare import open_model
 
     model = open_model(str(job.checkpoint))
     out = {}
     for name in job.weights:
-        module = name.removesuffix(".weight")
-        if module not in model.source.schemes:  # kept
-            out[name] = model.source.get(name)
-            continue
-        stored = {suffix: model.folder.get(f"{module}.{suffix}") for suffix in (ct.PACKED, ct.SCALE, ct.SHAPE)}
-        out[name] = ct.unpack(stored, model.source.schemes[module]).dequantize()
+        # fp32, so that the product is not rounded to bf16 once more.
+        out[name] = model.source.dense(name, torch.float32) if name in model.packed else model.source.get(name)
     return out
 
 

@@ -8,7 +8,7 @@ pure functions. The config block is built and validated by the compressed-tensor
 Specification: compressed-tensors, `compressors/pack_quantized` (the reader that the tests hold this against).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from compressed_tensors.quantization import (
 from compressed_tensors.utils import is_match
 
 from ...core.scheme import QuantizedWeight, Scheme
+from .stored import unpack_fields
 
 NAME = "compressed-tensors"
 PACKED, SCALE, SHAPE, ZERO = "weight_packed", "weight_scale", "weight_shape", "weight_zero_point"
@@ -55,9 +56,7 @@ def pack_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack_words(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     """The inverse of pack_words: int32 [R, W] -> int8 codes [R, columns]."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
-    fields = (words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
-    return (fields.flatten(1)[:, :columns] - (1 << (bits - 1))).to(torch.int8)
+    return (unpack_fields(words, bits, columns) - (1 << (bits - 1))).to(torch.int8)
 
 
 def pack(weight: QuantizedWeight) -> dict[str, torch.Tensor]:
@@ -135,17 +134,3 @@ def announced(block: dict[str, Any], linears: Iterable[str]) -> dict[str, Scheme
                 found[name] = scheme
                 break
     return found
-
-
-def scheme_of(stem: str, shape_of: Callable[[str], tuple[int, ...]], names: Any, bits_known: int) -> Scheme:
-    """The scheme of one stored weight from its shapes: group size from the scales, symmetry from the zero point.
-
-    Raises ValueError with one line when codes and scales do not belong together.
-    """
-    codes, scales = shape_of(f"{stem}.{PACKED}"), shape_of(f"{stem}.{SCALE}")
-    if len(codes) != 2 or len(scales) != 2 or codes[0] != scales[0]:
-        raise ValueError(f"has codes {list(codes)} and scales {list(scales)}")
-    inputs, groups = codes[1] * (32 // bits_known), scales[1]
-    if groups == 0 or inputs % groups:
-        raise ValueError(f"has {groups} groups for {inputs} inputs")
-    return Scheme(bits_known, inputs // groups, f"{stem}.{ZERO}" not in names)

@@ -1,0 +1,112 @@
+"""What a page is made of: sections with tables, figures and passages, as plain values; and how numbers are spelled.
+
+Every part carries text only. The template escapes it; nothing here is markup.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..shown import readable
+
+ABSENT = "–"
+# Keeps the two ends of an interval on one line.
+KEPT = "\u00a0"
+# Names of colours (page.css) for things that have no colour of their own, in turn.
+PAINTS = ("accent", "violet", "teal", "orange")
+
+
+@dataclass(frozen=True)
+class Table:
+    """`columns` that begin with `>` hold numbers and stand flush right. A row's `mark` is its class, or ''."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+    @property
+    def heads(self) -> list[tuple[str, bool]]:
+        return [(name.removeprefix(">"), name.startswith(">")) for name in self.columns]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart: `spec` is plotly's JSON with colours left to the page's script; `tables` say the same in figures."""
+
+    title: str
+    spec: dict[str, Any]
+    tables: tuple[Table, ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a model would have said, and whether the text says it."""
+
+    text: str
+    probability: float
+    true: bool
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A token in its context, and what both models would have said there, the likeliest first."""
+
+    heading: str
+    facts: str
+    before: str
+    token: str
+    after: str
+    reference: tuple[Choice, ...]
+    quantized: tuple[Choice, ...]
+
+
+@dataclass(frozen=True)
+class Section:
+    """`lede` says in a sentence or two what is seen. `tables` stand open; a figure's own fold away."""
+
+    key: str
+    title: str
+    lede: str
+    figures: tuple[Figure, ...] = ()
+    tables: tuple[Table, ...] = ()
+    passages: tuple[Passage, ...] = ()
+    more_passages: tuple[Passage, ...] = ()
+    folded: tuple[Table, ...] = field(default=())
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], note: str = "") -> Table:
+    """Cells become text; None becomes a dash."""
+    spelled = tuple(tuple(ABSENT if cell is None else plain(str(cell)) for cell in row) for row in rows)
+    assert all(len(row) == len(columns) for row in spelled), title
+    return Table(title, tuple(columns), spelled, note)
+
+
+def plain(text: str) -> str:
+    """Without characters that would steer a reader's screen."""
+    return KEPT.join(map(readable, text.split(KEPT)))
+
+
+def nats(value: float | None) -> str:
+    """Four figures that count: 0.01395, 0.0001234, 3.079."""
+    if value is None:
+        return ABSENT
+    return f"{value:.3f}" if abs(value) >= 1 else f"{value:.5f}" if abs(value) >= 0.001 or not value else f"{value:.2e}"
+
+
+def percent(share: float | None, digits: int = 2) -> str:
+    return ABSENT if share is None else f"{share:.{digits}%}"
+
+
+def between(low: float | None, high: float | None, spell: Any) -> str:
+    """`0.0133 to 0.0146`, or a dash where there is no interval."""
+    return ABSENT if low is None or high is None else KEPT.join((spell(low), "to", spell(high)))
+
+
+def count(value: float | None) -> str:
+    return ABSENT if value is None else f"{value:,.0f}"
+
+
+def short(digest: str | None) -> str:
+    return ABSENT if digest is None else digest[:16]

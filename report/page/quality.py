@@ -1,0 +1,138 @@
+"""Sections on KL: how it is spread over tokens, and where it is larger: by position, kind and confidence."""
+
+from collections.abc import Sequence
+
+from ..reading import Bucket, Kl, Record
+from . import figures
+from .parts import ABSENT, Figure, Section, between, count, nats, percent, table
+
+
+def kl_sections(record: Record) -> list[Section]:
+    kl = record.kl
+    if kl is None:
+        return []
+    return [_distribution(kl), *_buckets(kl)]
+
+
+def _distribution(kl: Kl) -> Section:
+    quantiles = [
+        ("median", kl.kl_median_nats),
+        ("90 %", kl.kl_p90_nats),
+        ("95 %", kl.kl_p95_nats),
+        ("99 %", kl.kl_p99_nats),
+        ("99.9 %", kl.kl_p999_nats),
+        ("largest", kl.kl_max_nats),
+    ]
+    rows = [("mean KL(original || quantized), nats", nats(kl.kl_mean_nats),
+             between(kl.kl_low_nats, kl.kl_high_nats, nats))]  # fmt: skip
+    rows += [(f"KL, {name}, nats", nats(value), ABSENT) for name, value in quantiles if value is not None]
+    if kl.reverse_kl_mean_nats is not None:
+        rows.append(("mean reverse KL(quantized || original), nats", nats(kl.reverse_kl_mean_nats), ABSENT))
+    if kl.same_top1 is not None:
+        rows.append(("same top-1", percent(kl.same_top1), between(kl.same_top1_low, kl.same_top1_high, percent)))
+    if kl.top5_overlap is not None:
+        rows.append(("overlap of the top 5", percent(kl.top5_overlap), ABSENT))
+    if kl.perplexity_reference is not None and kl.perplexity_quantized is not None:
+        rows.append(("perplexity of the original", f"{kl.perplexity_reference:.3f}", ABSENT))
+        rows.append(("perplexity, quantized", f"{kl.perplexity_quantized:.3f}", ABSENT))
+    if kl.perplexity_ratio is not None:
+        ends = between(kl.perplexity_ratio_low, kl.perplexity_ratio_high, "{:.5f}".format)
+        rows.append(("ratio of perplexities", f"{kl.perplexity_ratio:.5f}", ends))
+    if kl.changed_routes is not None:
+        rows.append(("tokens sent to other experts, a layer", percent(kl.changed_routes), ABSENT))
+    changes = [("mean", kl.delta_p_mean), ("root mean square", kl.delta_p_rms)]
+    changes += [(f"{name.removeprefix('p').lstrip('0')} % quantile", p) for name, p in kl.delta_p_quantiles.items()]
+    moved = table("Change of the true token's probability", ("figure", ">quantized less original"),
+                  [(name, f"{value:+.3%}") for name, value in changes if value is not None])  # fmt: skip
+    routed = table("Tokens sent to other experts", ("block", ">share of tokens"),
+                   [(block, percent(share)) for block, share in kl.changed_routes_by_block.items()])  # fmt: skip
+    folded = tuple(each for each in (moved, routed) if each.rows)
+    how = "95 % intervals take a document as one draw."
+    if kl.interval is not None:
+        times = f", {kl.interval.resamples:,} resamples" if kl.interval.resamples else ""
+        seed = f", seed {kl.interval.seed}" if kl.interval.seed is not None else ""
+        how = f"Intervals: {kl.interval.method}, level {kl.interval.level:.0%}{times}{seed}."
+    summary = table("All figures", ("figure", ">value", ">interval"), rows, how)
+    if kl.histogram is None:
+        return Section(
+            "kl",
+            "How far from the original",
+            f"{count(kl.tokens)} tokens. The record holds no histogram.",
+            tables=(summary,),
+            folded=folded,
+        )
+    edges, counts = kl.histogram.edges_nats, kl.histogram.tokens
+    total = max(1, sum(counts))
+    bins = [
+        (f"{a:.3g} to {b:.3g}", f"{n:,}", f"{n / total:.2%}") for a, b, n in zip(edges, edges[1:], counts, strict=False)
+    ]
+    marks = [("mean", kl.kl_mean_nats)]
+    marks += [(name, value) for name, value in quantiles if name in ("median", "99 %") and value is not None]
+    drawn = Figure(
+        "KL of single tokens",
+        figures.histogram(edges, counts, sorted(marks, key=lambda mark: mark[1])),
+        (table("KL of single tokens", ("nats", ">tokens", ">share"), bins),),
+    )
+    lede = (
+        f"Each of {count(kl.tokens)} tokens has its own KL: most are near nought, and few make up the mean. "
+        f"Half lie below {nats(kl.kl_median_nats)} nats."
+    )
+    return Section("kl", "How far from the original", lede, (drawn,), (summary,), folded=folded)
+
+
+def _figure(title: str, what: str, buckets: Sequence[Bucket], upright: bool, mean: float) -> Figure:
+    rows = [
+        (
+            b.label,
+            f"{b.tokens:,}",
+            b.documents,
+            nats(b.kl_mean_nats),
+            between(b.kl_low_nats, b.kl_high_nats, nats),
+            percent(b.same_top1),
+        )
+        for b in buckets
+    ]
+    entries = [
+        (
+            b.label,
+            b.kl_mean_nats,
+            b.kl_low_nats,
+            b.kl_high_nats,
+            figures.nats_said(b.label, b.kl_mean_nats, b.kl_low_nats, b.kl_high_nats),
+        )
+        for b in buckets
+    ]
+    return Figure(
+        title,
+        figures.dots([("mean KL", "accent", entries)], "mean KL, nats a token", upright, mean),
+        (table(title, (what, ">tokens", ">documents", ">mean KL", ">95 %", ">same top-1"), rows),),
+        "Whiskers: 95 % intervals. Dotted: all tokens together.",
+    )
+
+
+def _buckets(kl: Kl) -> list[Section]:
+    mean = kl.kl_mean_nats
+    out = []
+    if kl.by_position:
+        first, last = kl.by_position[0], kl.by_position[-1]
+        lede = (
+            f"Does the difference grow with context? It is {nats(first.kl_mean_nats)} nats at positions "
+            f"{first.label} and {nats(last.kl_mean_nats)} at {last.label}."
+        )
+        figure = _figure("KL by position in the row", "position", kl.by_position, True, mean)
+        out.append(Section("position", "By position", lede, (figure,)))
+    if kl.by_kind:
+        worst = max(kl.by_kind, key=lambda bucket: bucket.kl_mean_nats)
+        lede = f"It is largest for {worst.label}: {nats(worst.kl_mean_nats)} nats."
+        figure = _figure("KL by kind of text", "kind", kl.by_kind, False, mean)
+        out.append(Section("kind", "By kind", lede, (figure,)))
+    if kl.by_confidence:
+        lede = (
+            "How sure the original was of its first choice, and what became of it. Where it was nearly certain, even a "
+            "small KL can cost the right word."
+        )
+        figure = _figure(
+            "KL by the original's confidence", "its first choice's probability", kl.by_confidence, True, mean
+        )
+        out.append(Section("confidence", "By confidence", lede, (figure,)))
+    return out
