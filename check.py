@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .checkpoint.checksums import SUMS_NAME, read_sums, sha256_file
 from .checkpoint.formats import compressed_tensors as ct
-from .checkpoint.packed import open_packed
+from .checkpoint.packed import READERS, open_packed
 from .checkpoint.soundness import Stored, index_problems, shape_problems, stored_modules, value_problems
-from .checkpoint.source import PICKLES, Folder, check_shapes, open_folder
+from .checkpoint.source import PICKLES, Folder, open_folder
 from .core.errors import DamageError, InputError
 from .core.layout import RECORD_NAME
 from .core.scheme import Scheme
@@ -175,17 +177,10 @@ def _tensors(
 ) -> None:  # fmt: skip
     """Layout, widths and values."""
     block = quantization_block(folder.path, config)
-    if block is not None and not _as_we_write(block):
-        # Another tool's layout: its own reader says what does not fit together.
-        try:
-            source = open_packed(folder, block)
-            check_shapes(folder.path, source, adapter.disk_shapes(source.names))
-        except InputError as error:
-            found.problems += _offenders(error)
-        found.unchecked.append("widths: they are whatever the files hold, in another layout than onecard writes")
+    if block is not None and record is None:
+        _of_another_tool(folder, block, adapter, found)
         stored, expected = Stored(plain=dict(folder.infos)), {}
     else:
-        assert block is None or isinstance(block, dict)
         canonical = adapter.expected()
         stored, problems = stored_modules(folder, canonical)
         expected = canonical if stored.schemes or stored.broken else adapter.disk_shapes(folder.names)
@@ -200,21 +195,33 @@ def _tensors(
         found.problems += _width_problems(stored, block, adapter, canonical, told_of, found)
         if record is not None:
             found.problems += _plan_problems(stored, record, adapter, told_of)
-    found.facts["quantized_modules"] = len(stored.schemes)
+        found.facts["quantized_modules"] = len(stored.schemes)
     if told is not None:
         told("values")
     found.problems += value_problems(folder, stored, expected)
 
 
-def _as_we_write(block: object) -> bool:
-    """Whether a quantization_config announces integer groups, packed: what onecard itself writes."""
-    if not isinstance(block, dict) or block.get("quant_method") != ct.NAME:
-        return False
+def _of_another_tool(folder: Folder, block: object, adapter: Adapter, found: Checked) -> None:
+    """The format's own reader says which parts make a weight; every weight is unpacked once, and none may be zero."""
+    found.facts["quantized_modules"] = 0
+    if not isinstance(block, dict) or block.get("quant_method") not in READERS:
+        method = block.get("quant_method") if isinstance(block, dict) else block
+        found.unchecked.append(f"shapes and widths: {method!r} is not read here, {', '.join(READERS)} are")
+        return
     try:
-        ct.read_schemes(block)
-    except Exception:  # the package raises pydantic's and its own kinds
-        return False
-    return True
+        source = open_packed(folder, block)
+        found.facts["quantized_modules"] = len(source.weights)
+        read_as = Stored(plain={name: source.info(name) for name in source.names})
+        found.problems += shape_problems(read_as, adapter.disk_shapes(source.names))
+        for name, weight in source.weights.items():
+            shape = weight.info.shape
+            # Of fused experts one after the other.
+            for index in [(i,) for i in range(shape[0])] if len(shape) == 3 else [()]:
+                if not source.dense(name, torch.float32, index).any():
+                    found.problems.append(f"{name}{list(index) or ''} is all zeros")
+    except InputError as error:
+        found.problems += _offenders(error)
+    found.unchecked.append("widths: only what onecard made has a plan to hold them against")
 
 
 def _stored_as(stored: Stored, module: str) -> str:
@@ -224,7 +231,7 @@ def _stored_as(stored: Stored, module: str) -> str:
 
 def _width_problems(
     stored: Stored,
-    block: dict[str, Any] | None,
+    block: Any,
     adapter: Adapter,
     shapes: dict[str, tuple[int, ...]],
     told_of: set[str],

@@ -4,7 +4,6 @@ The folder is a baby's, as `quantize` emitted it. Where the damage is one that d
 made anew (`resum`), as somebody would who swaps files on purpose: the tensors themselves must then tell.
 """
 
-import hashlib
 import json
 import math
 import shutil
@@ -17,13 +16,10 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from babies import edit_json
 from onecard.checkpoint.checksums import SUMS_NAME, read_sums, sums_text
-from onecard.core.errors import InputError
 from papers import resum
 
 EXPERT = "language_model.model.layers.1.feed_forward.experts.3.down_proj"
@@ -119,16 +115,44 @@ def test_a_card_and_a_notice_beside_it_are_no_damage(folder: Path, onecard: Call
     assert onecard("check", folder).exit_code == 0
 
 
-def test_another_tools_folder_is_checked_for_the_rest(folder: Path, onecard: Callable[..., Result]) -> None:
-    """Without papers: what could not be checked is said, and what can be is."""
+@pytest.fixture
+def foreign(folder: Path) -> Path:
+    """The same folder as another tool would leave it: without papers."""
     (folder / "onecard.json").unlink()
     (folder / SUMS_NAME).unlink()
-    result = onecard("check", folder)
+    return folder
+
+
+def test_another_tools_folder_is_checked_for_the_rest(foreign: Path, onecard: Callable[..., Result]) -> None:
+    """What could not be checked is said, and what can be is."""
+    result = onecard("check", foreign)
     line = json.loads(result.stdout)
     assert (result.exit_code, line["sound"]) == (0, True)
-    assert [what.split(":")[0] for what in line["not_checked"]] == ["digests", "the plan"]
+    assert [what.split(":")[0] for what in line["not_checked"]] == ["digests", "the plan", "widths"]
     assert "files" not in line
     assert line["quantized_modules"] > 0
+
+
+def test_damage_of_another_tools_folder(foreign: Path, damaged: Callable[..., dict[str, Any]]) -> None:
+    """A zeroed expert, and a value that is no number."""
+    shard = holder(foreign, f"{EXPERT}.weight_packed")
+    tensors = load_file(shard)
+    tensors[f"{EXPERT}.weight_packed"].fill_(struct.unpack("<i", b"\x88" * 4)[0])
+    norm = next(name for name in tensors if name.endswith("norm.weight"))
+    tensors[norm][0] = math.nan
+    save_file(tensors, shard, metadata={"format": "pt"})
+    damaged(foreign, f"{EXPERT}.weight is all zeros", f"{norm} holds 1 NaN")
+    del tensors[f"{EXPERT}.weight_scale"]
+    save_file(tensors, shard, metadata={"format": "pt"})
+    edit_json(foreign / "model.safetensors.index.json", lambda i: i["weight_map"].pop(f"{EXPERT}.weight_scale"))
+    damaged(foreign, EXPERT, only=False)
+
+
+def test_a_format_that_nobody_here_reads(foreign: Path, onecard: Callable[..., Result]) -> None:
+    edit_json(foreign / "config.json", lambda config: config.update(quantization_config={"quant_method": "quux"}))
+    result = onecard("check", foreign)
+    assert result.exit_code == 0, result.output
+    assert "'quux' is not read here" in json.loads(result.stdout)["not_checked"][2]
 
 
 def test_an_original_is_checked_too(baby: Callable[..., Path], onecard: Callable[..., Result]) -> None:
@@ -239,12 +263,12 @@ def test_a_zeroed_expert_of_an_asymmetric_checkpoint(
     assert onecard("quantize", baby("qwen3"), out, "--recipe", use, *texts).exit_code == 0
     assert onecard("check", out).exit_code == 0
     module = "model.layers.0.mlp.experts.2.up_proj"
-    # The zero points are packed along the outputs, the codes along the inputs: both all 0x8.
-    zero = struct.unpack("<i", b"\x88" * 4)[0]
+    # 3 in every field of both, and in none of them the code that is zero where there are no zero points.
+    three = struct.unpack("<i", b"\xbb" * 4)[0]
 
     def change(tensors: Tensors) -> None:
         for part in ("weight_packed", "weight_zero_point"):
-            tensors[f"{module}.{part}"].fill_(zero)
+            tensors[f"{module}.{part}"].fill_(three)
 
     edit(out, f"{module}.weight_packed", change)
     damaged(out, f"{module} is all zeros")
@@ -363,33 +387,3 @@ def test_what_is_no_checkpoint(
 def test_a_finished_folder_without_its_config_is_damaged(folder: Path, damaged: Callable[..., dict[str, Any]]) -> None:
     (folder / "config.json").unlink()
     damaged(folder, "config.json is missing", only=False)
-
-
-# --- the format of SHA256SUMS
-
-
-@given(
-    st.dictionaries(
-        st.text(
-            st.characters(blacklist_characters="/\0", blacklist_categories=("Cs",)), min_size=1, max_size=12
-        ).filter(lambda name: name not in (".", "..")),
-        st.binary(max_size=8),
-        min_size=1,
-        max_size=6,
-    )
-)
-def test_sums_come_back_as_they_were_written(tmp_path_factory: pytest.TempPathFactory, files: dict[str, bytes]) -> None:
-    """Whatever a file is called: names with line ends and backslashes are escaped as sha256sum does it."""
-    digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    path = tmp_path_factory.mktemp("sums") / SUMS_NAME
-    path.write_bytes(sums_text(digests).encode())
-    assert read_sums(path) == digests
-
-
-def test_sums_that_lead_out_of_the_folder(tmp_path: Path) -> None:
-    digest = "0" * 64
-    (tmp_path / SUMS_NAME).write_text(f"{digest}  ../../etc/passwd\n{digest}  a\n{digest} *a\nnot a line\n")
-    with pytest.raises(InputError) as error:
-        read_sums(tmp_path / SUMS_NAME)
-    for needle in ("line 1", "line 3", "line 4"):
-        assert needle in str(error.value)
