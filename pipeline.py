@@ -277,7 +277,7 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress) -> RunRecord:
             run.dtype, progress, run.tasks, rows_of_experts(record.blocks),
         )  # fmt: skip
         measured.put_into(record)
-        record.checkpoint = {"name": run.out.name, "bytes": emitted.file_bytes}
+        record.checkpoint = {"bytes": emitted.file_bytes}
         record.gate = gate_of_run(record.to_json(), run.out.name, run.recipe)
         close_machine(record, progress, run.device, run.began)
         files.write_json(workdir.path / RECORD, record.to_json())

@@ -127,7 +127,8 @@ def load_task(name: str, shots: int, limit: int | None, folder: Path = Path()) -
     if limit is not None and limit < len(items):
         items = _drawn(items, limit, SHOT_SEED + 1)
     shown = {group: tuple(_drawn(found, shots, SHOT_SEED)) for group, found in by_group.items()}
-    return Task(name, tuple(items), shown, shots, style, normalized)
+    # A file goes by its own name, so that runs of two machines are one task.
+    return Task(Path(name).name, tuple(items), shown, shots, style, normalized)
 
 
 def _drawn(items: list[Item], count: int, seed: int) -> list[Item]:

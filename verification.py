@@ -152,6 +152,11 @@ def tasks_of(recipe: Recipe) -> list[Task]:
     return [load_task(name, recipe.task_shots, recipe.task_items, recipe.folder) for name in recipe.tasks]
 
 
+def _said(name: str) -> str:
+    """A hub id, or of a local folder its own name: a record that is passed on tells of no machine's paths."""
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
 def pair_record(command: str, source: Model, quantized: Model) -> RunRecord:
     """What a record of two checkpoints says before anything is measured."""
     parameters = sum(torch.Size(shape).numel() for shape in source.adapter.expected().values())
@@ -161,7 +166,7 @@ def pair_record(command: str, source: Model, quantized: Model) -> RunRecord:
         onecard=__version__,
         model=source.facts(),
         recipe={},
-        checkpoint={"name": quantized.name, "digest": quantized.folder.digest, "bytes": emitted_bytes},
+        checkpoint={"name": _said(quantized.name), "digest": quantized.folder.digest, "bytes": emitted_bytes},
         plan={
             "emitted_bytes": emitted_bytes,
             "source_bytes": source.folder.file_bytes,
