@@ -39,7 +39,7 @@ def columns(page: Image.Image) -> Image.Image:
 
 def save(picture: Image.Image, path: Path) -> None:
     """With a palette, and without dithering, of which text gets dirty."""
-    few = picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few = picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE)
     few.save(path, optimize=True)
     print(f"{path}: {picture.width} x {picture.height}, {path.stat().st_size:,} bytes")
 

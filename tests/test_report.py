@@ -116,6 +116,8 @@ def test_the_verdict_comes_first() -> None:
     for said in (f"{kl['kl_mean_nats']:.5f}", f"{kl['kl_low_nats']:.5f}", f"{kl['kl_high_nats']:.5f}", "92.46%",
                  "passed", "64.85 GB", "80 GB", "60 documents", "1,200"):  # fmt: skip
         assert 0 <= text.index(said) < text.index("Bytes on the card"), said
+    data["gate"] = {"passed": True, "checks": [{"name": "max_fallbacks", "passed": True}]}
+    assert "1 check: max fallbacks" in page_of(data).text
     data["gate"] = {"passed": False, "checks": [{"name": "kl", "passed": False}, {"name": "p99", "passed": True}]}
     text = page_of(data).text
     assert text.index("1 of 2 checks failed") < text.index("Held against its limits, 1 of 2 checks failed.")
@@ -290,7 +292,7 @@ def test_a_finished_checkpoint_has_a_report(
     result = onecard("report", folder, "-o", tmp_path / "page.html")
     assert result.exit_code == 0, result.output
     line = json.loads(result.stdout)
-    assert {*html.SECTIONS, "provenance"} - set(line["sections"]) == {"gate", "flips"}
+    assert {*html.SECTIONS, "provenance"} - set(line["sections"]) == {"flips"}
     text = Elements((tmp_path / "page.html").read_text()).text
     record = json.loads((folder / "onecard.json").read_text())
     assert f"{record['kl']['kl_mean_nats']:.5f}" in text

@@ -87,7 +87,9 @@ def _tiles(record: Record) -> list[Tile]:
     kl, flips, plan, gate = record.kl, record.flips, record.plan, record.gate
     if gate is not None:
         wrong = sum(not check.passed for check in gate.checks)
-        told = f"{wrong:,} of {len(gate.checks):,} checks failed" if wrong else f"{counted(len(gate.checks), 'check')}"
+        told = f"{wrong:,} of {len(gate.checks):,} checks failed" if wrong else counted(len(gate.checks), "check")
+        if not wrong and len(gate.checks) == 1:  # a pass is worth what was asked
+            told += f": {gate.checks[0].name.replace('_', ' ')}"
         tiles.append(Tile("Gate", "passed" if gate.passed else "failed", told, "good" if gate.passed else "bad"))
     if kl is not None:
         at = between(kl.kl_low_nats, kl.kl_high_nats, nats)
