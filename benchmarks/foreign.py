@@ -1,8 +1,8 @@
 """Checkpoints of other tools on the embedded model, judged by `onecard verify` and once more without it.
 
     make peers-env                                 # its environments llmcompressor and bitsandbytes are needed
-    python benchmarks/foreign.py                   # all calibration rows: about ten minutes, most in llm-compressor
-    python benchmarks/foreign.py --rows 64         # a trial of two minutes
+    python benchmarks/foreign.py                   # all calibration rows: most of the time is llm-compressor's
+    python benchmarks/foreign.py --rows 64         # a trial: some minutes on an idle machine
     python benchmarks/foreign.py --only NAME       # one of the names below; may be given more than once
 
 Three folders are made as users make them:
@@ -42,7 +42,7 @@ from onecard.texts import prepare_texts
 HERE = Path(__file__).resolve().parent
 SOURCE = demo_folder() / "model"
 RECIPE = "demo"
-# Both sides add in fp32 in other orders; measured: 1e-6 to 1e-5.
+# Both sides add in fp32 in other orders; measured: 1e-7.
 MOST_DIFFERENCE = 1e-4
 NF4 = {
     "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
