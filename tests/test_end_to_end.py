@@ -94,6 +94,18 @@ def test_the_record_agrees_with_transformers(runs: dict[str, tuple[Path, dict[st
     assert record["kl"]["same_top1"] * tokens == pytest.approx(float(value["same"].sum()), abs=1)
 
 
+def test_the_embedded_questions_are_answered_as_the_demos_readme_says(
+    runs: dict[str, tuple[Path, dict[str, Any]]],
+) -> None:
+    """Its figure was measured with transformers, on the whole model, where the model was made."""
+    record = json.loads((runs["demo"][0] / "onecard.json").read_text())
+    lines = (demo_folder() / "README.md").read_text(encoding="utf-8").splitlines()
+    (line,) = [line for line in lines if line.startswith("| choice accuracy, 400 questions |")]
+    (task,) = record["flips"]["tasks"]
+    assert (task["task"], task["items"]) == ("demo", 400)
+    assert f"{task['accuracy_reference']['share']:.1%}" in line
+
+
 def test_verify_repeats_the_figure_from_the_files_alone(runs: dict[str, tuple[Path, dict[str, Any]]]) -> None:
     out, line = runs["demo"]
     result = CliRunner().invoke(main, ["verify", "demo", str(out), "--recipe", "demo", "--device", "cpu"])

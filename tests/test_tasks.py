@@ -43,7 +43,7 @@ def test_items_of_a_jsonl_file(jsonl: Jsonl) -> None:
     assert [item.right for item in task.items] == [1, 0, 1, 0, 2]
     assert [item.id for item in task.items] == ["1", "mine", "4", "5", "6"]
     assert task.items[1] == Item("mine", "Which?", ("this", "that"), 0)
-    assert (task.name, task.normalized) == (str(path), False)
+    assert (task.name, task.normalized) == ("items.jsonl", False)
 
 
 def test_items_of_a_parquet_file(tmp_path: Path, jsonl: Jsonl) -> None:

@@ -105,13 +105,16 @@ def test_the_record_says_what_was_measured_on_what(proof: Proof) -> None:
     record = proof.record
     folder = open_folder(proof.checkpoint)
     assert record["checkpoint"] == {
-        "name": str(proof.checkpoint), "digest": folder.digest,
+        "name": "scout", "digest": folder.digest,
         "bytes": sum(f.stat().st_size for f in proof.checkpoint.glob("*.safetensors")),
     }  # fmt: skip
     assert record["model"]["digest"] == open_folder(proof.source).digest
     made = strict(proof.checkpoint / "onecard.json")
     assert record["texts"]["evaluation"]["rows_digest"] == made["texts"]["evaluation"]["rows_digest"]
     assert record["plan"]["emitted_bytes"] == made["plan"]["emitted_bytes"]
+    # A record is passed on: it tells of no machine's folders.
+    assert str(proof.folder) not in json.dumps(record)
+    assert str(proof.checkpoint.parent) not in json.dumps(record)
 
 
 def test_quantize_and_verify_record_the_same(proof: Proof) -> None:
