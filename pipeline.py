@@ -278,7 +278,7 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress) -> RunRecord:
         )  # fmt: skip
         measured.put_into(record)
         record.checkpoint = {"bytes": emitted.file_bytes}
-        record.gate = gate_of_run(record.to_json(), run.out.name, run.recipe)
+        record.gate = gate_of_run(record.to_json(), RECORD_NAME, run.recipe)
         close_machine(record, progress, run.device, run.began)
         files.write_json(workdir.path / RECORD, record.to_json())
         workdir.commit(4 + blocks)

@@ -36,7 +36,7 @@ class Model(_Part):
 
 
 class Checkpoint(_Part):
-    name: str
+    name: str | None = None
     digest: str | None = None
     bytes: int | None = None
 
@@ -281,6 +281,9 @@ def read_run(path: Path) -> Record:
         data = json.loads(file.read_text(encoding="utf-8"), parse_constant=_no_json)
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file} is no record: it cannot be read as JSON ({error}). {WAY_OUT}") from None
+    if path.is_dir() and isinstance(data, dict) and isinstance(data.get("checkpoint"), dict):
+        # A record of quantize names no folder, so that equal runs have equal records.
+        data["checkpoint"] = {"name": path.resolve().name} | data["checkpoint"]
     return check_record(data, str(file))
 
 

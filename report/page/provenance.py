@@ -48,7 +48,7 @@ def provenance_section(record: Record, absent: list[str]) -> Section:
         ("its digest", model.digest),
     ]
     if checkpoint is not None:
-        origin += [("checkpoint", checkpoint.name), ("its digest", checkpoint.digest)]
+        origin += [("checkpoint", checkpoint.name or "not named"), ("its digest", checkpoint.digest)]
         origin += [("its bytes", f"{checkpoint.bytes:,}")] if checkpoint.bytes is not None else []
     if record.recipe:
         origin += [("recipe", record.recipe.get("name")), ("its digest", record.recipe.get("digest"))]

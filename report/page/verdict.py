@@ -40,7 +40,7 @@ def width(record: Record) -> str:
 
 def verdict(record: Record) -> Verdict:
     """Drawn from the record alone; what it does not hold is not spoken of."""
-    name = record.checkpoint.name if record.checkpoint else record.model.name
+    name = (record.checkpoint and record.checkpoint.name) or record.model.name
     return Verdict(name, record.command, tuple(_sentences(record)), tuple(_tiles(record)), tuple(_cautions(record)))
 
 
