@@ -17,6 +17,9 @@ def _check_files(*paths: Path | None) -> None:
     for path in paths:
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise InputError(f"{path} cannot be written: name a file in a folder that exists")
+    named = [path.absolute() for path in paths if path is not None]
+    if len({*named}) < len(named):
+        raise InputError(f"{named[0]} is named for two things: name two files")
 
 
 @click.command()
@@ -102,12 +105,12 @@ def flips(
     from .recipe import load_recipe
     from .report.card import draw_card
     from .report.record import result_line
-    from .tasks import load_task
+    from .tasks import load_tasks
     from .verification import flips as run
 
     _check_files(record)
     console = make_console()
-    wanted = [load_task(name.strip(), shots, items) for name in tasks.split(",")]
+    wanted = load_tasks([name.strip() for name in tasks.split(",")], shots, items)
     found = run(source, checkpoint, load_recipe("rtn-int4"), wanted, device_name=device, console=console)
     if record is not None:
         write_json(record, found.to_json())

@@ -89,7 +89,7 @@ class Model:
     def facts(self) -> dict[str, Any]:
         """What the record says of a model."""
         return {
-            "name": self.name,
+            "name": said_name(self.name),
             "family": self.adapter.family,
             "blocks": self.adapter.n_blocks,
             "experts": self.adapter.n_experts,
@@ -97,6 +97,11 @@ class Model:
             "hub": hub_origin(self.path),
             "card": source_card(self.path),
         }
+
+
+def said_name(name: str) -> str:
+    """`demo` or a hub id, and of a local folder its own name: a record is passed on, and tells no paths."""
+    return Path(name).resolve().name if name != "demo" and Path(name).exists() else name
 
 
 def demo_folder() -> Path:

@@ -2,7 +2,7 @@
 
     demo                    the 400 embedded questions
     PATH.jsonl, .parquet    a line {"question": ..., "choices": [...], "answer": index or letter or the option's text}
-    mmlu, arc-easy, arc-challenge, hellaswag    through `datasets`, with the usual split and wording
+    mmlu, arc-easy, arc-challenge, hellaswag    through `datasets`, their usual split in our wording (below)
     lm-eval:TASK            a multiple-choice task of lm-evaluation-harness, or the YAML file of one (harness.py)
 
 A model with a chat template is asked in it (but for HellaSwag, which goes on with a text), its option being a whole
@@ -93,6 +93,15 @@ PUBLIC = {
     ),
     "hellaswag": Public("Rowan/hellaswag", None, "validation", "train", "ctx", "endings", "label", "continue", True),
 }  # fmt: skip
+
+
+def load_tasks(names: Sequence[str], shots: int, limit: int | None, folder: Path = Path()) -> list[Task]:
+    """Every task by its name. Raises InputError too where two have one name: two runs are paired by it."""
+    tasks = [load_task(name, shots, limit, folder) for name in names]
+    twice = sorted({t.name for t in tasks if sum(other.name == t.name for other in tasks) > 1})
+    if twice:
+        raise InputError(f"{', '.join(twice)}: named twice. Name each task once, and give files names of their own")
+    return tasks
 
 
 def load_task(name: str, shots: int, limit: int | None, folder: Path = Path()) -> Task:

@@ -28,12 +28,12 @@ from .eval.kept import write_tokens
 from .eval.summary import summarize
 from .eval.told import tell
 from .eval.twin import Side, twin_walk
-from .prepare import Model, choose_device, choose_dtype, open_model, stored_widths
+from .prepare import Model, choose_device, choose_dtype, open_model, said_name, stored_widths
 from .recipe import Recipe
 from .report.progress import Progress
 from .report.record import RunRecord
 from .report.resources import describe_machine, package_versions, peak_device_bytes, peak_rss_bytes
-from .tasks import Task, flips_facts, load_task, requests_of
+from .tasks import Task, flips_facts, load_tasks, requests_of
 from .texts import prepare_texts
 
 
@@ -149,12 +149,7 @@ def open_pair(source_name: str, checkpoint: str) -> tuple[Model, Model]:
 
 def tasks_of(recipe: Recipe) -> list[Task]:
     """The tasks that a recipe names. Raises InputError or ResourceError."""
-    return [load_task(name, recipe.task_shots, recipe.task_items, recipe.folder) for name in recipe.tasks]
-
-
-def _said(name: str) -> str:
-    """A hub id, or of a local folder its own name: a record that is passed on tells of no machine's paths."""
-    return Path(name).resolve().name if Path(name).exists() else name
+    return load_tasks(recipe.tasks, recipe.task_shots, recipe.task_items, recipe.folder)
 
 
 def pair_record(command: str, source: Model, quantized: Model) -> RunRecord:
@@ -166,7 +161,7 @@ def pair_record(command: str, source: Model, quantized: Model) -> RunRecord:
         onecard=__version__,
         model=source.facts(),
         recipe={},
-        checkpoint={"name": _said(quantized.name), "digest": quantized.folder.digest, "bytes": emitted_bytes},
+        checkpoint={"name": said_name(quantized.name), "digest": quantized.folder.digest, "bytes": emitted_bytes},
         plan={
             "emitted_bytes": emitted_bytes,
             "source_bytes": source.folder.file_bytes,

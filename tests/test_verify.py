@@ -325,3 +325,15 @@ def test_tokens_that_are_kept_twice_are_compared_as_pairs(
         assert tables[0][column].equals(tables[1][column]), column
     assert max(tables[0]["kl_nats"].to_pylist()) == 0 < min(tables[1]["kl_nats"].to_pylist())
     assert tables[1]["same_top1"].to_pylist() == [True] * len(tables[1])
+
+
+def test_a_task_is_named_once_and_a_file_for_one_thing(
+    baby: Callable[..., Path], texts: list[str], tmp_path: Path
+) -> None:
+    """Two runs are paired by the names of tasks; and the record would take the place of the tokens."""
+    model = baby("llama4-text")
+    refused(run_onecard("flips", model, model, "--tasks", "demo,demo"), "demo: named twice")
+    both = tmp_path / "both"
+    given = ("--record", both, "--keep-tokens", both)
+    refused(run_onecard("verify", model, model, *texts[2:], *given), both, "named for two things")
+    assert not both.exists()
