@@ -93,7 +93,12 @@ def test_stopped_and_resumed(hub: Hub, folder: Path, onecard: Callable[..., Resu
             os.kill(os.getpid(), signal.SIGINT)
 
     hub.before_put = stop
-    stopped = onecard("publish", folder, REPO, *SAID)
+    # What is started in the background of a shell script is born deaf to it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        stopped = onecard("publish", folder, REPO, *SAID)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (stopped.exit_code, stopped.stdout) == (130, "")
     assert hub.commits == []
     hub.before_put = lambda number: None
