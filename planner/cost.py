@@ -148,7 +148,7 @@ def estimate(
             flops += calibration_tokens * (5 * forward + 2 * head)
             disk = max(disk, (2 + work.walk_back(adapter.n_blocks)) * stream)
     else:
-        device_bytes = block_bytes  # the verification walk
+        device_bytes = 2 * block_bytes  # the verification walk: both versions of one block
         disk = plan.emitted_bytes
     traffic = 3 * plan.source_bytes + 2 * plan.emitted_bytes + adapter.n_blocks * (8 * stream if work.statistics else 0)
     on_cpu = device.type == "cpu"
