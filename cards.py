@@ -78,7 +78,7 @@ def finished_record(folder: Path) -> dict[str, Any]:
 
 
 def with_evidence(record: dict[str, Any], folder: Path, records: tuple[Path, ...]) -> dict[str, Any]:
-    """The record with what verify, flips or gate found later of the same files and the same original."""
+    """The record with what verify or flips found later of the same files and the same original."""
     problems = []
     for path in records:
         later = read_record(path)
