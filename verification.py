@@ -36,8 +36,8 @@ from .report.resources import describe_machine, package_versions, peak_device_by
 from .tasks import Task, flips_facts, load_tasks, requests_of
 from .texts import prepare_texts
 
-SAME_FILES = (
-    "source and checkpoint are the same weights: nothing can differ (`demo` is the embedded model, a folder of that "
+SAME_FOLDER = (
+    "source and checkpoint are the same folder: nothing can differ (`demo` is the embedded model, a folder of that "
     "name ./demo)"
 )
 
@@ -161,7 +161,7 @@ def pair_record(command: str, source: Model, quantized: Model) -> RunRecord:
     """What a record of two checkpoints says before anything is measured."""
     parameters = sum(torch.Size(shape).numel() for shape in source.adapter.expected().values())
     emitted_bytes = quantized.folder.file_bytes
-    same = [SAME_FILES] if source.folder.digest == quantized.folder.digest else []
+    same = [SAME_FOLDER] if source.path.resolve() == quantized.path.resolve() else []
     return RunRecord(
         command=command,
         onecard=__version__,
