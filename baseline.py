@@ -28,15 +28,19 @@ _OF_ANSWER = ("id", "reference", "quantized")
 _KEPT = ("command", "onecard", "model", "checkpoint", "texts", "plan", "versions", "kl", "flips", "schema_version")
 
 
+def _file_of(name: Path) -> Path:
+    return name / RECORD_NAME if name.is_dir() else name
+
+
 def read_report(name: Path) -> dict[str, Any]:
     """The record that `name` is or holds. Raises InputError where there is none that this version understands."""
-    path = name / RECORD_NAME if name.is_dir() else name
+    path = _file_of(name)
     if not path.is_file():
         made = "`onecard quantize` and `onecard verify --record FILE` write one"
         raise InputError(f"{name} holds no record: name a checkpoint folder with {RECORD_NAME}, or a record. {made}")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"the record {path} cannot be read ({error}): make it anew") from None
     if not isinstance(record, dict):
         raise InputError(f"{path} is no record of onecard: it holds no keys")
@@ -52,7 +56,7 @@ def read_report(name: Path) -> dict[str, Any]:
     problems = _problems(record)
     if problems:
         raise input_error(f"the record {path} cannot be used:", problems, "Make it anew with `onecard verify`.")
-    return record
+    return {"kl": {}, "flips": {}} | record
 
 
 class _Read(BaseModel):
@@ -210,6 +214,8 @@ def freeze(name: Path, out: Path) -> dict[str, Any]:
     """Write the baseline of the report `name` into `out`; returns what scripts get. Raises InputError."""
     if not out.parent.is_dir() or out.is_dir():
         raise InputError(f"the baseline {out} cannot be written: name a file in a folder that exists")
+    if out.absolute() == _file_of(name).absolute():
+        raise InputError(f"the baseline would take the place of the record {out}: name another file")
     record = read_report(name)
     frozen = {key: record[key] for key in _KEPT if key in record}
     frozen |= {key: _without_folder(frozen[key] or {}) for key in ("model", "checkpoint") if key in frozen}

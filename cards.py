@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .check import KNOWN_SCHEMAS
 from .checkpoint import files
 from .checkpoint.source import open_folder
 from .core.errors import InputError, input_error
@@ -16,6 +15,7 @@ from .core.layout import CARD_MARK, CARD_NAME, RECORD_NAME
 from .inspection import inspect
 from .report.licence import NOTICE_LINE, NOTICE_NAME, Licence, has_notice, is_licence_file, licence_of
 from .report.model_card import CardFacts, digest_of, render
+from .report.reading import check_record
 
 # What may hold terms: read as text, and published beside the weights.
 TERMS = ("LICENSE*", "LICENCE*", "NOTICE*", "Notice*", "notice*", "USE_POLICY*")
@@ -51,14 +51,15 @@ def terms(folder: Path) -> dict[str, str]:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """A record of ours. Raises InputError for other files and other schema versions."""
+    """A record of ours, or the beginnings of one. Raises InputError for other files, damaged records and other schema
+    versions."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        version = record.get("schema_version")
-    except (OSError, ValueError, AttributeError):
+        begun = record.get("schema_version") is None
+    except (OSError, ValueError, AttributeError, RecursionError):
         raise InputError(f"{path} is no record of onecard: name one that quantize, verify or flips wrote") from None
-    if version is not None and version not in KNOWN_SCHEMAS:
-        raise InputError(f"{path} has the schema version {version}: this version reads {KNOWN_SCHEMAS[-1]} and older")
+    if not begun:
+        check_record(record, str(path))
     return dict(record)
 
 
@@ -77,10 +78,13 @@ def finished_record(folder: Path) -> dict[str, Any]:
 
 
 def with_evidence(record: dict[str, Any], folder: Path, records: tuple[Path, ...]) -> dict[str, Any]:
-    """The record with what verify, flips or gate found later of the same files and the same original."""
+    """The record with what verify or flips found later of the same files and the same original."""
     problems = []
     for path in records:
         later = read_record(path)
+        if later.get("schema_version") is None:
+            problems.append(f"{path} is of a run that has not finished")
+            continue
         if (later.get("checkpoint") or {}).get("digest") != open_folder(folder).digest:
             problems.append(f"{path} is of other files")
             continue
@@ -104,7 +108,7 @@ def draw(checkpoint: str, wishes: Wishes, name: str | None = None) -> Drawn:
     base = wishes.base_model or (record["model"].get("hub") or {}).get("id")
     front = record["model"].get("card") or {}
     found, contradictions = licence_of(wishes.licence, wishes.licence_name, front, texts, base)
-    headers = inspect(checkpoint)
+    headers = inspect(str(folder.absolute()))  # a folder called `demo` is not the embedded model
     facts = CardFacts(
         name=name or folder.resolve().name,
         record=record,
@@ -116,7 +120,13 @@ def draw(checkpoint: str, wishes: Wishes, name: str | None = None) -> Drawn:
         licence_file=next((file for file in texts if is_licence_file(file)), None),
     )
     wanted = found is not None and found.is_llama4 and not has_notice(texts)
-    return Drawn(render(facts), f"{NOTICE_LINE}\n" if wanted else None, found, contradictions, record)
+    try:
+        text = render(facts)
+    except (KeyError, TypeError, AttributeError) as error:  # of recipe and texts, which a record holds as they come
+        raise InputError(
+            f"the record of {folder} lacks what a card is drawn from ({type(error).__name__}: {error}): make it anew"
+        ) from error
+    return Drawn(text, f"{NOTICE_LINE}\n" if wanted else None, found, contradictions, record)
 
 
 def write(drawn: Drawn, folder: Path, out: Path | None = None, overwrite: bool = False) -> list[Path]:

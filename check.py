@@ -27,10 +27,10 @@ from .models.families import load_adapter, read_config
 from .planner.assign import assign
 from .prepare import quantization_block
 from .recipe import matches
+from .report.reading import READABLE_VERSIONS, check_record
 
 # What a loader may pick up although the index does not name it, and what could run code.
 LOADED = (".safetensors", *PICKLES, ".py", ".gguf")
-KNOWN_SCHEMAS = (1, 2)
 SHOWN = 40
 Told = Callable[[str], None]
 
@@ -142,14 +142,15 @@ def _record(path: Path, found: Checked, sums: dict[str, str] | None) -> dict[str
         record = json.loads((path / RECORD_NAME).read_text(encoding="utf-8"))
         version = record.get("schema_version")
         names = [str(name) for name in record["files"]]
-        if version is not None and version not in KNOWN_SCHEMAS:
+        if version is not None and version not in READABLE_VERSIONS:
             found.unchecked.append(f"the plan: {RECORD_NAME} has the schema version {version}, which is not known here")
             return None
         if version is None or not record["plan"]:
             if (path / "config.json").exists():
                 found.problems.append(f"{RECORD_NAME} is of a run that has not finished")
             return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        check_record(record, RECORD_NAME)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, InputError):
         found.problems.append(f"{RECORD_NAME} is damaged")
         return None
     if sums is not None:
@@ -157,7 +158,7 @@ def _record(path: Path, found: Checked, sums: dict[str, str] | None) -> dict[str
         found.problems += [f"{name} is in {RECORD_NAME} and not in {SUMS_NAME}" for name in sorted({*names} - listed)]
         found.problems += [f"{name} is in {SUMS_NAME} and not in {RECORD_NAME}" for name in sorted(listed - {*names})]
     else:
-        gone = [name for name in names if name != SUMS_NAME and not (path / name).is_file()]
+        gone = [name for name in names if not (path / name).is_file()]
         found.problems += [f"{name} is missing, and {RECORD_NAME} names it" for name in gone]
     return dict(record)
 

@@ -9,8 +9,6 @@ import click
 
 from .verbs import DEVICE_HELP, RECIPE_HELP, TEXTS_HELP, make_console, print_line, verb
 
-MODEL_HELP = "MODEL is a local folder, a hub id or `demo` (the default); the recipe is `demo` for it."
-
 
 class _Verbs(click.Group):
     """A group whose verbs may be spelled as flags too: `onecard calibration --show` is `onecard calibration show`."""

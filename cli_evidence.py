@@ -1,6 +1,7 @@
 """The verbs that measure a checkpoint against its original: `onecard verify` and `onecard flips`."""
 
 import json
+import os
 from pathlib import Path
 
 import click
@@ -13,10 +14,18 @@ RECORD_HELP = "Write the whole record, every figure of the run, as JSON to this 
 def _check_files(*paths: Path | None) -> None:
     """What is to be written at the end can be: refused before hours of work."""
     from .core.errors import InputError
+    from .core.layout import RECORD_NAME
 
     for path in paths:
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        if path is None:
+            continue
+        folder = path.absolute().parent
+        if path.is_dir() or not folder.is_dir():
             raise InputError(f"{path} cannot be written: name a file in a folder that exists")
+        if not os.access(folder, os.W_OK):
+            raise InputError(f"{path} cannot be written: the folder {folder} is read-only")
+        if path.name == RECORD_NAME and path.exists() and (folder / "config.json").exists():
+            raise InputError(f"{path} is a checkpoint's own record, which is not replaced: name another file")
     named = [path.absolute() for path in paths if path is not None]
     if len({*named}) < len(named):
         raise InputError(f"{named[0]} is named for two things: name two files")
@@ -66,9 +75,9 @@ def verify(
         device_name=device,
         console=console,
     )
+    draw_card(found, checkpoint, console)
     if record is not None:
         write_json(record, found.to_json())
-    draw_card(found, checkpoint, console)
     print_line(json.dumps(result_line(found, checkpoint)))
 
 
@@ -112,7 +121,7 @@ def flips(
     console = make_console()
     wanted = load_tasks([name.strip() for name in tasks.split(",")], shots, items)
     found = run(source, checkpoint, load_recipe("rtn-int4"), wanted, device_name=device, console=console)
+    draw_card(found, checkpoint, console)
     if record is not None:
         write_json(record, found.to_json())
-    draw_card(found, checkpoint, console)
     print_line(json.dumps(result_line(found, checkpoint)))

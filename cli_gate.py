@@ -48,9 +48,10 @@ def gate(
     """Hold REPORT against limits and against a baseline: exit code 0 pass, 1 limit or regression, 2 unusable input.
 
     REPORT is a record (JSON) or a checkpoint folder with its onecard.json. Limits are those of the recipe that made
-    it, or the keys of --limits: max_kl_mean_nats, max_kl_p99_nats, min_same_top1, max_flip_rate, max_emitted_bytes,
-    fail_below_expert_rows, max_fallbacks. A limit is held against the measured figure. Against a baseline a check
-    fails only where even the low end of the interval lies beyond the tolerance, documents and items taken as pairs.
+    it (a record of verify or flips names none), or the keys of --limits: max_kl_mean_nats, max_kl_p99_nats,
+    min_same_top1, max_flip_rate, max_emitted_bytes, fail_below_expert_rows, max_fallbacks. A limit is held against the
+    measured figure. Against a baseline a check fails only where even the low end of the interval lies beyond the
+    tolerance, documents and items taken as pairs.
 
     \b
     Example:

@@ -144,7 +144,7 @@ def _kl_check(now: float, before: float, found: Exceedance, tolerances: Toleranc
 def _top1_check(now: float, before: float, found: Exceedance, tolerances: Tolerances, documents: int | None) -> Check:
     """`found` is of the fall, `change` of the share: its sign is turned."""
     tolerance = tolerances.same_top1
-    low, high = (None if end is None else -end for end in (found.high, found.low))
+    low, high = (None if end is None else 0.0 - end for end in (found.high, found.low))  # 0.0 - 0.0 has no sign
     how = f"{documents} documents as pairs" if documents else "unpaired"
     span = "" if low is None or high is None else f", 90 % interval {low * 100:+.2f} to {high * 100:+.2f}"
     word = "a fall of more than" if found.exceeds else "no fall shown of more than"
@@ -174,7 +174,7 @@ def _flips(now: dict[str, Any], before: dict[str, Any], tolerances: Tolerances) 
     tolerance = tolerances.flip_rate
     found = share_rise_exceeds(changed[0], changed[1], tolerance)
     low, high = found.low or 0.0, found.high or 0.0
-    word = "more than" if found.exceeds else "not shown to be more than"
+    word = "of more than" if found.exceeds else "not shown to be more than"
     said = (
         f"{now['task']}: {shares[0]:.2%} of {items:,} answers changed, was {shares[1]:.2%} "
         f"({found.value * 100:+.2f} points, 90 % interval {low * 100:+.2f} to {high * 100:+.2f}; as pairs): "

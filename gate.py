@@ -41,6 +41,8 @@ def run_gate(
     if baseline is not None:
         against, notes = check_baseline(report, baseline, tolerances)
         checks += against
+        if not limits:
+            notes.append("no limits were looked at: the report names none (one of `verify` or `flips` never does)")
     name = None if baseline_name is None else str(baseline_name)
     return Verdict(str(report_name), name, tuple(checks), (*_reaching(checks), *notes))
 

@@ -7,7 +7,7 @@ sent, with the card and the licence terms: nothing else that lies in the folder.
 alone: this file neither asks for it nor keeps it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from . import __version__
 from .cards import Drawn, Wishes, draw, finished_record, terms, write
-from .check import check
+from .check import Told, check
 from .checkpoint.checksums import SUMS_NAME, read_sums
 from .checkpoint.provenance import front_matter
 from .core.errors import InputError, OnecardError, ResourceError, input_error
@@ -27,7 +27,6 @@ from .core.layout import CARD_MARK, CARD_NAME, RECORD_NAME
 from .report.licence import Licence, holds_llama4, is_llama4_id, unmet_terms
 from .report.model_card import FAILED_GATE, card_problems, digest_of, mark
 
-Told = Callable[[str], None]
 WEIGHTS = ".safetensors"
 
 

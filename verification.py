@@ -36,6 +36,11 @@ from .report.resources import describe_machine, package_versions, peak_device_by
 from .tasks import Task, flips_facts, load_tasks, requests_of
 from .texts import prepare_texts
 
+SAME_FOLDER = (
+    "source and checkpoint are the same folder: nothing can differ (`demo` is the embedded model, a folder of that "
+    "name ./demo)"
+)
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -156,6 +161,7 @@ def pair_record(command: str, source: Model, quantized: Model) -> RunRecord:
     """What a record of two checkpoints says before anything is measured."""
     parameters = sum(torch.Size(shape).numel() for shape in source.adapter.expected().values())
     emitted_bytes = quantized.folder.file_bytes
+    same = [SAME_FOLDER] if source.path.resolve() == quantized.path.resolve() else []
     return RunRecord(
         command=command,
         onecard=__version__,
@@ -171,7 +177,7 @@ def pair_record(command: str, source: Model, quantized: Model) -> RunRecord:
             "widths": [asdict(width) for width in stored_widths(quantized)],
         },
         versions=package_versions(),
-        warnings=source.adapter.faults(source.config) + source.warnings + quantized.warnings,
+        warnings=same + source.adapter.faults(source.config) + source.warnings + quantized.warnings,
     )
 
 

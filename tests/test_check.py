@@ -206,6 +206,23 @@ def test_damaged_papers(folder: Path, damaged: Callable[..., dict[str, Any]], na
     damaged(folder, f"{name}", only=False)
 
 
+@pytest.mark.parametrize("content", ["[" * 100_000, {"model": [1]}, {"kl": [1]}], ids=["deep", "model", "kl"])
+def test_a_record_of_other_shapes(
+    folder: Path, damaged: Callable[..., dict[str, Any]], content: str | dict[str, Any]
+) -> None:
+    if isinstance(content, str):
+        (folder / "onecard.json").write_text(content)
+    else:
+        edit_json(folder / "onecard.json", lambda record: record.update(content))
+    resum(folder)
+    damaged(folder, "onecard.json is damaged")
+
+
+def test_digests_that_the_record_names_and_that_are_gone(folder: Path, damaged: Callable[..., dict[str, Any]]) -> None:
+    (folder / SUMS_NAME).unlink()
+    damaged(folder, f"{SUMS_NAME} is missing, and onecard.json names it")
+
+
 # --- damage with SHA256SUMS made anew
 
 

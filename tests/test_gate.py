@@ -337,6 +337,7 @@ def test_a_task_that_only_the_report_has_is_a_note(onecard: Run, write: Write) -
     (record(kl={}, flips={}), ["holds no measurement"]),
     (changed(kl__by_document=[{"digest": 3}] * 9), ["kl.by_document.0.digest", "more"]),
     (changed(flips__tasks=[{"task": "t", "answers": [{}]}]), ["flips.tasks.0.changed", "flips.tasks.0.answers.0.id"]),
+    ("[" * 100_000, ["cannot be read"]),
     (record(blocks=[{"expert_rows": ["many"]}], fallbacks=[], plan=3), ["blocks.0.expert_rows.0", "fallbacks", "plan"]),
 ])  # fmt: skip
 def test_what_is_no_report(
@@ -394,3 +395,27 @@ def test_files_that_cannot_be_written_are_named_before_anything(
     report = write("r.json", record())
     refused(onecard("gate", report, "--junit", nowhere, "--summary", tmp_path), "--junit", "--summary")
     refused(onecard("baseline", report, "-o", nowhere), "folder that exists")
+
+
+def test_a_record_without_a_part(onecard: Run, write: Write, refused: Check_) -> None:
+    """A key that is missing says the same as an empty one."""
+    bare = {key: value for key, value in record().items() if key != "kl"}
+    refused(against(onecard, write, bare, record()), "KL is measured in only one of the two")
+
+
+def test_it_says_when_no_limit_was_looked_at(onecard: Run, write: Write) -> None:
+    """A record of `verify` has no recipe: a CI that counts on its limits must hear of it."""
+    found = line(against(onecard, write, record(recipe={}), record()), 0)
+    assert any("no limits were looked at" in note for note in found["notes"])
+
+
+def test_no_sign_before_nought(onecard: Run, write: Write) -> None:
+    found = checks(against(onecard, write, record(), record()), 0)["baseline same_top1"]
+    assert "-0.00" not in found["said"]
+
+
+def test_a_baseline_does_not_take_the_records_place(onecard: Run, write: Write, refused: Check_) -> None:
+    report = write("r.json", record())
+    before = report.read_bytes()
+    refused(onecard("baseline", report, "-o", report), "r.json", "another file")
+    assert report.read_bytes() == before

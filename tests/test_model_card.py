@@ -98,6 +98,42 @@ def test_cards_without_metadata(text: str) -> None:
     assert card_problems(text) != []
 
 
+def test_a_folder_called_demo_is_not_the_embedded_model(
+    folder: Path, onecard: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`verify demo` means the embedded model; a card is of a folder."""
+    folder.rename(folder.with_name("demo"))
+    monkeypatch.chdir(folder.parent)
+    result = onecard("card", "demo", *SAID)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"\| routed experts \| [\d,]+ \| int4", Path("demo/README.md").read_text())
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[" * 100_000, '{"checkpoint": [1]}', '{"schema_version": 2, "checkpoint": [1]}', '{"schema_version": 9}'],
+)
+def test_later_records_that_are_none(
+    folder: Path, onecard: Callable[..., Result], tmp_path: Path, content: str
+) -> None:
+    later = tmp_path / "later.json"
+    later.write_text(content)
+    result = onecard("card", folder, *SAID, "--record", later)
+    assert result.exit_code == 2, repr(result.exception)
+    assert str(later) in result.stderr
+    assert not (folder / "README.md").exists()
+
+
+@pytest.mark.parametrize(("part", "value"), [("kl", [1]), ("model", [1]), ("recipe", {}), ("texts", {}), ("plan", {})])
+def test_a_record_that_lacks_what_a_card_needs(
+    folder: Path, onecard: Callable[..., Result], part: str, value: object
+) -> None:
+    edit_record(folder, lambda record: record.update({part: value}))
+    result = onecard("card", folder, *SAID)
+    assert result.exit_code == 2, repr(result.exception)
+    assert not (folder / "README.md").exists()
+
+
 # --- figures
 
 
@@ -171,6 +207,7 @@ def test_figures_that_were_measured_later(
     record = record_of(folder)
     later = {
         "command": "flips",
+        "onecard": "0",
         "schema_version": 2,
         "model": record["model"],
         "checkpoint": {"digest": open_folder(folder).digest},
@@ -180,7 +217,7 @@ def test_figures_that_were_measured_later(
     assert "0.0625 |" in drawn(folder, *SAID, "--record", tmp_path / "later.json")
     other_files, other_original = tmp_path / "files.json", tmp_path / "original.json"
     other_files.write_text(json.dumps(later | {"checkpoint": {"digest": "0"}}))
-    other_original.write_text(json.dumps(later | {"model": {"digest": "0"}}))
+    other_original.write_text(json.dumps(later | {"model": record["model"] | {"digest": "0"}}))
     result = onecard("card", folder, "--record", other_files, "--record", other_original)
     refused(result, f"{other_files} is of other files", f"{other_original} is of another original")
     (tmp_path / "later.json").write_text(json.dumps(later | {"schema_version": 99}))

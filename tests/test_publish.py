@@ -226,7 +226,7 @@ def test_a_folder_of_another_tool(folder: Path, refuses: Callable[..., dict[str,
 
 def test_a_folder_without_digests(folder: Path, refuses: Callable[..., dict[str, Any]]) -> None:
     (folder / SUMS_NAME).unlink()
-    refuses("there is no SHA256SUMS")
+    refuses("SHA256SUMS is missing, and onecard.json names it", "there is no SHA256SUMS")
 
 
 def test_digests_that_no_longer_match_are_never_forced(folder: Path, refuses: Callable[..., dict[str, Any]]) -> None:

@@ -233,6 +233,7 @@ def test_a_model_changes_none_of_its_own_answers(
     assert (told["items"], told["changed"]["count"], told["mcnemar_p"]) == (12, 0, 1.0)
     assert told["accuracy_reference"] == told["accuracy_quantized"]
     assert told["margin_of_changed"] is None
+    assert any("the same folder" in warning for warning in strict(record)["warnings"])
 
 
 # Refused before any work
@@ -255,6 +256,19 @@ def test_a_place_that_cannot_be_written_is_refused_at_once(
     if option == "--record":
         refused(onecard("flips", baby("qwen3"), baby("qwen3"), option, tmp_path / place), "cannot be written")
     assert not (tmp_path / "missing").exists()
+
+
+def test_a_read_only_folder_and_a_checkpoints_record_are_refused_at_once(
+    emitted: Callable[..., tuple[Path, Result]], baby: Callable[..., Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    checkpoint = emitted("scout")[0]
+    own = checkpoint / "onecard.json"
+    before = own.read_bytes()
+    refused(run_onecard("flips", baby("scout"), checkpoint, "--record", own), own, "another file")
+    assert own.read_bytes() == before
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)  # root may write everywhere
+    refused(run_onecard("flips", baby("scout"), checkpoint, "--record", tmp_path / "x"), "read-only")
 
 
 def test_bad_tasks_and_pairs_are_refused(
