@@ -45,8 +45,12 @@ class Drawn:
 
 
 def terms(folder: Path) -> dict[str, str]:
-    """Name -> text of the files that hold licence terms."""
-    found = {path for pattern in TERMS for path in folder.glob(pattern) if path.is_file()}
+    """Name -> text of the files that hold licence terms. A link that leaves the folder is none of it: what is found here
+    is published."""
+    home = folder.resolve()
+    found = {
+        path for pattern in TERMS for path in folder.glob(pattern) if path.is_file() and path.resolve().parent == home
+    }
     return {path.name: path.read_text(encoding="utf-8", errors="replace") for path in sorted(found)}
 
 

@@ -83,6 +83,17 @@ def test_only_files_of_the_run_are_sent(hub: Hub, folder: Path, onecard: Callabl
     assert not {".env", "notes.txt"} & hub.repos[REPO].keys()
 
 
+def test_a_link_to_elsewhere_is_not_sent(
+    hub: Hub, folder: Path, onecard: Callable[..., Result], tmp_path: Path
+) -> None:
+    """It has the name of a licence, and may lead to any file of the machine."""
+    (tmp_path / "secret").write_text("mine")
+    (folder / "LICENSE2").symlink_to(tmp_path / "secret")
+    assert onecard("publish", folder, REPO, *SAID).exit_code == 0
+    assert "LICENSE2" not in hub.repos[REPO]
+    assert not any(b"mine" == data for data in hub.repos[REPO].values())
+
+
 @pytest.mark.parametrize("shard", [0, 1, 2])
 def test_stopped_and_resumed(hub: Hub, folder: Path, onecard: Callable[..., Result], shard: int) -> None:
     """Ctrl-C while a shard goes up: the hub shows nothing; the same line sends the rest, and no shard twice."""
