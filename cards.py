@@ -45,8 +45,8 @@ class Drawn:
 
 
 def terms(folder: Path) -> dict[str, str]:
-    """Name -> text of the files that hold licence terms. A link that leaves the folder is none of it, since what is found
-    here is published."""
+    """Name -> text of the files that hold licence terms. A link that leaves the folder is none of it, since all that is
+    found is published."""
     home = folder.resolve()
     found = {
         path for pattern in TERMS for path in folder.glob(pattern) if path.is_file() and path.resolve().parent == home
