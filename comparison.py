@@ -11,6 +11,7 @@ from typing import Any
 from .baseline import tasks
 from .core.errors import InputError, input_error
 from .core.verdict import BASELINE, Check
+from .eval.intervals import FEW_DOCUMENTS
 from .eval.regression import (
     Exceedance,
     ratio_exceeds,
@@ -19,7 +20,6 @@ from .eval.regression import (
     unpaired_rise_exceeds,
 )
 
-FEW_DOCUMENTS = 20
 # A 95 % interval is this many standard errors to each side.
 _HALF_INTERVAL = 1.96
 

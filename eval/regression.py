@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import ndtr, stdtr, stdtrit
 
-LEVEL = 0.95
+LEVEL = 0.95  # one-sided; the intervals that are quoted are two-sided (eval/intervals.py)
 # The normal distribution's 95 % point, one-sided.
 _Z = 1.6448536269514722
 
