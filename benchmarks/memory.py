@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from synthetic import write_model, write_texts
+from synthetic import peaks_by_blocks, write_model, write_texts
 
 GIB = 2**30
 RECIPE = """name: memory
@@ -44,19 +44,7 @@ def run(folder: Path, model: Path, method: str, evaluation_characters: int) -> d
 
 
 def by_blocks() -> int:
-    peaks = {}
-    print("blocks  source GB  peak RSS GB  seconds")
-    for blocks in (4, 8, 16):
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            model = write_model(folder / "model", blocks, hidden=512, intermediate=1024, experts=16)
-            source = sum(f.stat().st_size for f in model.glob("*.safetensors"))
-            result = run(folder, model, "best", 256)
-        peaks[blocks] = result["peak_rss_bytes"]
-        print(f"{blocks:6d}  {source / 1e9:9.3f}  {peaks[blocks] / 1e9:11.3f}  {result['seconds']:7.1f}", flush=True)
-    growth = max(peaks.values()) / min(peaks.values()) - 1
-    print(f"largest over smallest: {growth:+.1%} (limit +10 %)")
-    return int(growth > 0.10)
+    return peaks_by_blocks(lambda folder, model: run(folder, model, "best", 256))
 
 
 def scout_block() -> int:

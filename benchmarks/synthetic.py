@@ -4,6 +4,8 @@ They carry no meaning: memory and time may be measured on them, quality may not.
 """
 
 import json
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,6 +13,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 VOCABULARY = 512
+MOST_GROWTH = 0.10
 
 
 def text_config(blocks: int, hidden: int, intermediate: int, experts: int) -> dict[str, object]:
@@ -116,3 +119,22 @@ def write_texts(path: Path, documents: int, characters: int, seed: int) -> Path:
         lines.append(json.dumps({"text": bytes(letters).decode()}))
     path.write_text("\n".join(lines))
     return path
+
+
+def peaks_by_blocks(measure: Callable[[Path, Path], dict[str, float]]) -> int:
+    """Peak resident set against the number of blocks: a table, and 1 when the largest of models of 4, 8 and 16 blocks
+    is more than 10 % above the smallest, else 0. `measure(folder, model)` gives the JSON line of a command of its own.
+    """
+    peaks = {}
+    print("blocks  source GB  peak RSS GB  seconds")
+    for blocks in (4, 8, 16):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            model = write_model(folder / "model", blocks, hidden=512, intermediate=1024, experts=16)
+            source = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+            line = measure(folder, model)
+        peaks[blocks] = line["peak_rss_bytes"]
+        print(f"{blocks:6d}  {source / 1e9:9.3f}  {peaks[blocks] / 1e9:11.3f}  {line['seconds']:7.1f}", flush=True)
+    growth = max(peaks.values()) / min(peaks.values()) - 1
+    print(f"largest over smallest: {growth:+.1%} (limit {MOST_GROWTH:+.0%})")
+    return int(growth > MOST_GROWTH)

@@ -18,9 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..core.errors import ResourceError
-from ..core.layout import METADATA
-
-TEMPORARY = ".partial"
+from ..core.layout import METADATA, TEMPORARY
 
 
 @contextmanager

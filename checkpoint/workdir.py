@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..core.errors import InputError, input_error
+from ..core.layout import TEMPORARY
 from . import files
 
 STATE = "state.json"
@@ -91,7 +92,7 @@ class WorkDir:
         names = {p.name for p in path.iterdir()} if path.is_dir() else set()
         occupied = bool(names - {"lock"})
         # The state is the first thing that is written and the last that is removed.
-        foreign = occupied and not names >= {"lock", STATE} and names != {"lock", STATE + files.TEMPORARY}
+        foreign = occupied and not names >= {"lock", STATE} and names != {"lock", STATE + TEMPORARY}
         if foreign or ("lock" in names and (path / "lock").stat().st_size):
             raise InputError(f"{path} is not empty and is no work directory of onecard: name another with --work")
         files.make_folder(path)

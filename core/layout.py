@@ -35,6 +35,8 @@ _RANK = {
     )
 }
 METADATA = {"format": "pt"}
+# What a file's name ends in until it is whole.
+TEMPORARY = ".partial"
 # The record that lies beside the weights.
 RECORD_NAME = "onecard.json"
 # The model card, and what it ends in when it was drawn from a record: the first digits of that record's SHA-256.

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..core.layout import TEMPORARY
 from ..core.rows import Row
 from .kl import TokenResults
 from .told import row_digest
-
-TEMPORARY = ".partial"
 
 
 def columns(results: TokenResults, rows: list[Row]) -> dict[str, Any]:

@@ -8,9 +8,9 @@ every fault. Unknown keys are left alone: a record may say more than this reads.
 import json
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..core.errors import InputError, input_error
 from ..core.layout import RECORD_NAME
@@ -237,15 +237,6 @@ class Gate(_Part):
     notes: tuple[str, ...] = ()
 
 
-def _absent_if_empty(value: Any) -> Any:
-    return None if value == {} else value
-
-
-def _optional(part: type[_Part]) -> Any:
-    """A section that is missing, null or {}: all three say that it was not made."""
-    return Annotated[part | None, BeforeValidator(_absent_if_empty)]
-
-
 class Record(_Part):
     """A RunRecord (report/record.py) as it is read back."""
 
@@ -253,21 +244,30 @@ class Record(_Part):
     onecard: str
     schema_version: int
     model: Model
-    checkpoint: _optional(Checkpoint) = None  # type: ignore[valid-type]
+    checkpoint: Checkpoint | None = None
     recipe: dict[str, Any] = {}
     texts: dict[str, dict[str, Any]] = {}
-    plan: _optional(Plan) = None  # type: ignore[valid-type]
+    plan: Plan | None = None
     versions: dict[str, str] = {}
     identity: dict[str, Any] = {}
     files: tuple[str, ...] = ()
     blocks: tuple[Block, ...] = ()
     fallbacks: dict[str, int] = {}
     warnings: tuple[str, ...] = ()
-    kl: _optional(Kl) = None  # type: ignore[valid-type]
-    errors: _optional(Errors) = None  # type: ignore[valid-type]
-    flips: _optional(Flips) = None  # type: ignore[valid-type]
-    gate: _optional(Gate) = None  # type: ignore[valid-type]
+    kl: Kl | None = None
+    errors: Errors | None = None
+    flips: Flips | None = None
+    gate: Gate | None = None
     machine: dict[str, Any] = Field(default={})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _absent_if_empty(cls, data: Any) -> Any:
+        """A section that is missing, null or {}: all three say that it was not made."""
+        if not isinstance(data, dict):
+            return data
+        sections = ("checkpoint", "plan", "kl", "errors", "flips", "gate")
+        return data | {key: None for key in sections if data.get(key) == {}}
 
 
 def read_run(path: Path) -> Record:
