@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..core.tensors import TORCH_DTYPES, Index, TensorSource
+from .cache import SPLITS, CacheLayer, Split, attention_caches
 
 
 class Role(StrEnum):
@@ -101,6 +102,8 @@ class Adapter(ABC):
     half_modules: ClassVar[dict[Half, str]]
     first_norm = "input_layernorm"
     middle_norm = "post_attention_layernorm"
+    # Leaf name -> what tensor parallelism does with it; a leaf that is not here is copied to every card.
+    splits: ClassVar[dict[str, Split]] = SPLITS
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -160,6 +163,16 @@ class Adapter(ABC):
     @abstractmethod
     def unit(self, module_name: str) -> str:
         """The unit of a canonical module: what the engine fuses, and so what must share one scheme."""
+
+    def cache_layers(self) -> tuple[CacheLayer, ...]:
+        """What each decoder layer caches, in order."""
+        return attention_caches(self.text_config)
+
+    def split(self, name: str) -> Split:
+        """What tensor parallelism does with the canonical tensor `name`; the vision tower is planned as copied, which
+        errs high."""
+        leaf = name.removesuffix(".weight").rpartition(".")[2]
+        return Split.COPIED if self.role(name) is Role.VISION else self.splits.get(leaf, Split.COPIED)
 
     def image_features(
         self, source: TensorSource, pixels: torch.Tensor, device: torch.device, dtype: torch.dtype
