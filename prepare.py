@@ -171,6 +171,11 @@ def open_source(name: str) -> Model:
 
 def stored_widths(model: Model) -> tuple[Width, ...]:
     """What of a checkpoint lies there at which width, by role, from its headers."""
+    return tally(stored_weights(model).values())
+
+
+def stored_weights(model: Model) -> dict[str, Width]:
+    """Canonical name -> how that tensor is stored, from the headers."""
     adapter, source, packed = model.adapter, model.source, model.packed
 
     def stored(name: str, shape: tuple[int, ...]) -> Width:
@@ -184,7 +189,7 @@ def stored_widths(model: Model) -> tuple[Width, ...]:
         count = parts * prod(shape) // prod(weight.info.shape)
         return Width(adapter.role(name).value, weight.width, prod(shape), count)
 
-    return tally(stored(name, shape) for name, shape in adapter.expected().items())
+    return {name: stored(name, shape) for name, shape in adapter.expected().items()}
 
 
 def plan_for(model: Model, recipe: Recipe) -> Plan:

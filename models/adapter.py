@@ -95,6 +95,7 @@ class Adapter(ABC):
     tied_head: bool
     image_token_id: int | None = None
     has_vision: bool = False
+    image_tiles: int = 1  # at most, of one image
     embedding_name: str
     head_name: str
     norm_name: str
