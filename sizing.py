@@ -25,6 +25,7 @@ from .planner.fit import (
     max_context,
     max_sequences,
     pass_tokens,
+    usable_bytes,
 )
 from .planner.kv import cache_rates
 from .planner.plan import Plan
@@ -70,6 +71,7 @@ class Sizing:
     row: Row | None
     rows: tuple[Row, ...]
     changes: tuple[Change, ...]
+    better: Change | None
     cards_needed: int | None
     bits: float | None
     table: tuple[CardRow, ...]
@@ -85,8 +87,8 @@ class Sizing:
         card = self.card
         if card is None or self.row is None:
             return []
-        reach = max([self.request.context, *(row.max_context for row in self.rows if row.max_context)])
-        end = min(self.needs.most_context, max(2 * self.request.context, reach + reach // 4))
+        reach = max(self.request.context, *(row.max_context for row in self.rows))
+        end = min(max(self.needs.most_context, self.request.context), reach + reach // 4)
         contexts = sorted({max(1, end * i // CURVE_POINTS) for i in range(CURVE_POINTS + 1)})
         out = []
         for candidate in self.candidates:
@@ -107,7 +109,7 @@ class Sizing:
             f"--max-model-len {r.context}",
             f"--max-num-seqs {r.sequences}",
             f"--max-num-batched-tokens {pass_tokens(self.card, r)}",
-            f"--gpu-memory-utilization {r.memory_share or r.rules.memory_share}",
+            f"--gpu-memory-utilization {r.rules.memory_share if r.memory_share is None else r.memory_share:g}",
         ]
         parts += [f"--kv-cache-dtype {r.kv_dtype}"] if r.kv_dtype != "bf16" else []
         parts += [f"--tensor-parallel-size {r.tensor_parallel}"] if r.tensor_parallel > 1 else []
@@ -124,6 +126,7 @@ class Sizing:
             "family": self.model.adapter.family,
             "candidate": self.chosen.name,
             "gpu": None if self.card is None else self.card.key,
+            "memory_share": rules.memory_share if r.memory_share is None else r.memory_share,
             "cards": r.tensor_parallel,
             **{k: getattr(r, k) for k in ("engine", "context", "sequences", "kv_dtype", "vision", "images")},
             "kv_per_token_bytes": rates.per_token_bytes,
@@ -138,28 +141,40 @@ class Sizing:
                 **_numbers(self.row),
                 "kv": asdict(made.cache),
                 "workspace": asdict(made.workspace),
-                "changes": [  # as many as there are
-                    {"steps": list(c.steps), "candidate": c.choice, "left_bytes": c.fit.left_bytes}
-                    for c in self.changes
-                ],
-                "candidates": [{"name": row.name, **_numbers(row)} for row in self.rows],
+                "changes": [_change(change) for change in self.changes],
+                "better": _change(self.better) if self.better is not None else None,
                 "cards_needed": self.cards_needed,
                 "bits_that_fit": self.bits,
                 "serve": self.serve,
                 "curves": self.curves,
             }
+        rows = {row.name: row for row in self.rows}
+        said["candidates"] = [
+            {
+                "name": c.name,
+                "weight_bytes": c.choice(rules.dequantizes).weights.on_card(r.tensor_parallel, r.vision),
+                "file_bytes": c.file_bytes,
+                **(_numbers(rows[c.name]) if c.name in rows else {}),
+            }
+            for c in self.candidates
+        ]
         said["table"] = [
             {
                 "gpu": entry.card.key,
                 "name": entry.card.name,
                 "source": entry.card.source,
                 "cards_needed": entry.cards_needed,
+                "all_usable_bytes": usable_bytes(entry.card, r),
                 "candidate": entry.best.name if entry.best else None,
                 **(_numbers(entry.best) if entry.best else {"fits": False}),
             }
             for entry in self.table
         ]
         return said | {"fit_warnings": list(self.warnings)}
+
+
+def _change(change: Change) -> dict[str, Any]:
+    return {"steps": list(change.steps), "candidate": change.choice, "left_bytes": change.fit.left_bytes}
 
 
 def _numbers(row: Row) -> dict[str, Any]:
@@ -232,7 +247,12 @@ def size_up(
     chosen = next((c for c in allowed if c.name in by_name and by_name[c.name].fit.fits), allowed[-1])
     own = by_name.get(chosen.name)
     offered: list[Change] = []
-    needed = bits = None
+    needed = bits = better = None
+    if card is not None and own is not None and own.fit.fits and recipe is None:
+        # Of what keeps more, the first that smaller passes or a narrower cache let in.
+        for larger in (c for c in allowed[: allowed.index(chosen)] if c.name in by_name):
+            ways = changes(needs, card, larger.choice(rules.dequantizes), [], request, keep_tower=True)
+            better = better or next(iter(ways), None)
     if card is not None and own is not None and not own.fit.fits:
         others = [c.choice(rules.dequantizes) for c in found if c.name in by_name]
         offered = changes(needs, card, chosen.choice(rules.dequantizes), others, request)
@@ -248,6 +268,7 @@ def size_up(
         row=own,
         rows=tuple(rows),
         changes=tuple(offered),
+        better=better,
         cards_needed=needed,
         bits=bits,
         table=tuple(table),

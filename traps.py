@@ -48,7 +48,7 @@ def _of_context(needs: Needs, chosen: Candidate, request: Request, card: Card | 
         if reach < positions:
             found.append(
                 f"the {positions:,} tokens that the model is sold with need {whole / 1e9:,.0f} GB of KV cache: here "
-                f"{reach:,} fit for one sequence"
+                + (f"{reach:,} fit for one sequence" if reach else "not one fits")
             )
     return found
 
@@ -65,7 +65,7 @@ def _of_local_layers(needs: Needs, chosen: Candidate, request: Request, card: Ca
     reach = ""
     if card is not None:
         whole = max_context(needs, card, _weights(chosen, request), replace(request, frees=False))
-        reach = f", and {whole:,} tokens of context would fit"
+        reach = f", and {whole:,} tokens of context would fit" if whole else ""
     return [
         f"{said}; vLLM gives the rest back only with its hybrid KV cache manager, which older versions switch off for "
         f"chunked attention (VLLM_ALLOW_CHUNKED_LOCAL_ATTN_WITH_HYBRID_KV_CACHE=1 switches it on). Without it: "

@@ -37,14 +37,21 @@ class Change:
     fit: Fit
 
 
-def changes(needs: Needs, card: Card, chosen: Choice, others: Sequence[Choice], request: Request) -> list[Change]:
+def changes(
+    needs: Needs,
+    card: Card,
+    chosen: Choice,
+    others: Sequence[Choice],
+    request: Request,
+    keep_tower: bool = False,
+) -> list[Change]:
     """`others`: what may take the chosen one's place, the most bytes first; only what is smaller is looked at."""
     own = chosen.weights.on_card(request.tensor_parallel, request.vision)
     smaller = [c for c in others if c.weights.on_card(request.tensor_parallel, request.vision) < own]
     passes = pass_tokens(card, request)
     small = SMALL_PASS if passes is None or passes > SMALL_PASS else None
     narrow = next((d for d in request.rules.kv_dtypes[1:] if request.kv_dtype == "bf16"), None)
-    tower = request.vision and not request.images and chosen.weights.vision_bytes > 0
+    tower = not keep_tower and request.vision and not request.images and chosen.weights.vision_bytes > 0
     found: list[tuple[frozenset[str], Change]] = []
     for level, less, slim, blind in product(range(len(smaller) + 1), (False, True), (False, True), (False, True)):
         if (less and small is None) or (slim and narrow is None) or (blind and not tower):
