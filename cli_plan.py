@@ -96,9 +96,7 @@ def plan(
     console = make_console()
     quantizing = plan_run(model, load_recipe(recipe), device) if recipe is not None else None
     opened = quantizing.model if quantizing is not None else open_model(model)
-    sizing = size_up(
-        opened, asked, card, quantizing.recipe if quantizing else None, quantizing.plan if quantizing else None
-    )
+    sizing = size_up(opened, asked, card, quantizing.recipe if quantizing is not None else None)
     facts = sizing.facts()
     if not only_json:
         if quantizing is not None:

@@ -28,7 +28,6 @@ from .planner.fit import (
     usable_bytes,
 )
 from .planner.kv import cache_rates
-from .planner.plan import Plan
 from .planner.weights import cut_problems
 from .planner.workspace import image_tokens
 from .prepare import Model
@@ -153,7 +152,6 @@ class Sizing:
             {
                 "name": c.name,
                 "weight_bytes": c.choice(rules.dequantizes).weights.on_card(r.tensor_parallel, r.vision),
-                "file_bytes": c.file_bytes,
                 **(_numbers(rows[c.name]) if c.name in rows else {}),
             }
             for c in self.candidates
@@ -196,9 +194,8 @@ def size_up(
     request: Request,
     card: Card | None = None,
     recipe: Recipe | None = None,
-    plan: Plan | None = None,
 ) -> Sizing:
-    """Everything that can be said of memory before a weight is read. `plan`: the recipe's, if it is made already.
+    """Everything that can be said of memory before a weight is read.
 
     Raises InputError for what the engine cannot do, and for a number of cards that the model cannot be cut over.
     """
@@ -213,7 +210,7 @@ def size_up(
             f"{request.images} images take up to {image_tokens(needs.sizes, request.images):,} tokens, and the context "
             f"has {request.context:,}: fewer images, or a longer context"
         )
-    found = candidates_of(model, recipe, plan)
+    found = candidates_of(model, recipe)
     wanted = [c for c in found if recipe is None or c.name == recipe.name]
     allowed = [c for c in wanted if not cut_problems(adapter, request.tensor_parallel, c.groups)]
     if not allowed:

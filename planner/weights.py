@@ -34,13 +34,21 @@ class DeviceWeights:
         return cut + self.copied_bytes + (self.vision_bytes if vision else 0)
 
 
-def device_weights(adapter: Adapter, stored: Iterable[tuple[str, int]]) -> DeviceWeights:
-    """`stored`: (canonical name, bytes) of every tensor, a weight's parts together or one by one."""
-    sums = dict.fromkeys((*Split, Role.VISION), 0)
-    for name, count in stored:
-        split = adapter.split(name)
-        vision = split is Split.COPIED and adapter.role(name) is Role.VISION
-        sums[Role.VISION if vision else split] += count
+# What becomes of a tensor on several cards: its cut, or the vision tower's all-or-nothing.
+Place = Split | Role
+
+
+def place_of(adapter: Adapter, name: str) -> Place:
+    """Of a canonical tensor."""
+    split = adapter.split(name)
+    return Role.VISION if split is Split.COPIED and adapter.role(name) is Role.VISION else split
+
+
+def device_weights(adapter: Adapter, stored: Iterable[tuple[Place, int]]) -> DeviceWeights:
+    """`stored`: (place, bytes) of every tensor, a weight's parts together or one by one."""
+    sums: dict[Place, int] = dict.fromkeys((*Split, Role.VISION), 0)
+    for place, count in stored:
+        sums[place] += count
     kv_heads = max(layer.kv_heads for layer in adapter.cache_layers())
     cut = sums[Split.OUTPUTS] + sums[Split.INPUTS]
     return DeviceWeights(cut, sums[Split.KV_HEADS], kv_heads, sums[Split.COPIED], sums[Role.VISION])
@@ -53,7 +61,7 @@ def planned_weights(adapter: Adapter, plan: Plan) -> DeviceWeights:
         module = name.rpartition(".")[0]
         return f"{module}.weight" if module in plan.schemes else name
 
-    return device_weights(adapter, ((canonical(tensor.name), tensor.nbytes) for _, tensor in plan.tensors()))
+    return device_weights(adapter, ((place_of(adapter, canonical(t.name)), t.nbytes) for _, t in plan.tensors()))
 
 
 def cut_problems(adapter: Adapter, tensor_parallel: int, groups: Mapping[str, int]) -> list[str]:
@@ -72,7 +80,7 @@ def cut_problems(adapter: Adapter, tensor_parallel: int, groups: Mapping[str, in
             if (site.key, site.in_features) in said or adapter.split(f"{module}.weight") is not Split.INPUTS:
                 continue
             said.add((site.key, site.in_features))
-            group = groups.get(module, 1)
+            group = max(1, groups.get(module, 1))  # one scale a row: no groups
             if site.in_features % (tensor_parallel * group):
                 each = f"{site.in_features / tensor_parallel:g} inputs of {module} on each of {tensor_parallel} cards"
                 found.append(f"{each} are no multiple of its group size {group}" if group > 1 else f"{each}")
