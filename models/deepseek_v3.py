@@ -222,8 +222,8 @@ class DeepseekV3Adapter(Adapter):
         if raw_config.get(MTP):
             first = f"{self.block_prefix(self.n_blocks)}*"
             found.append(
-                f"{MTP} is {raw_config[MTP]}: the layers of multi-token prediction (from {first} on) are neither measured "
-                "nor emitted, so that an engine cannot draft tokens with the result"
+                f"{MTP} is {raw_config[MTP]}: the layers of multi-token prediction (from {first} on) are neither "
+                "measured nor emitted, so that an engine cannot draft tokens with the result"
             )
         unsaid = [key for key in ("scoring_func", "topk_method") if key not in raw_config]
         if unsaid:
