@@ -65,7 +65,7 @@ def plan(model_name: str, recipe: Recipe, device_name: str = "auto") -> PlanResu
         device,
         site_budget(device),
     )
-    return PlanResult(model, recipe, laid_out, cost, model.adapter.faults(model.config))
+    return PlanResult(model, recipe, laid_out, cost, model.adapter.faults(model.config) + model.warnings)
 
 
 def inspect(model_name: str) -> dict[str, Any]:

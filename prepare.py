@@ -19,6 +19,7 @@ import torch
 from .calibration.sensitivity import rows_at_once
 from .checkpoint.emit import emitted_before
 from .checkpoint.formats import compressed_tensors as ct
+from .checkpoint.formats.fp8 import FP8_BLOCKS
 from .checkpoint.formats.stored import StoredWeight
 from .checkpoint.packed import PackedSource, open_packed
 from .checkpoint.provenance import hub_origin, source_card
@@ -139,7 +140,7 @@ def open_model(name: str) -> Model:
     folder = open_folder(path)
     block = quantization_block(path, config)
     source = folder if block is None else open_packed(folder, block)
-    check_shapes(path, source, adapter.disk_shapes(source.names))
+    check_shapes(path, source, adapter.disk_shapes(source.names), adapter.left_aside)
     return Model(name, path, config, adapter, folder, source)
 
 
@@ -162,9 +163,12 @@ def quantization_block(path: Path, config: dict[str, Any]) -> object | None:
 
 
 def open_source(name: str) -> Model:
-    """A model to be quantized: it must not be quantized already."""
+    """A model to be quantized: it must not be quantized already, other than by those who made it."""
     model = open_model(name)
-    if model.quantized:
+    published = (
+        model.adapter.published_in_fp8 and isinstance(model.source, PackedSource) and model.source.label == FP8_BLOCKS
+    )
+    if model.quantized and not published:
         raise InputError(f"{name} is quantized already: quantize the original checkpoint")
     return model
 

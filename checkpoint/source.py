@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -245,8 +245,11 @@ def _refuse_without_safetensors(path: Path) -> None:
     raise InputError(f"{path} holds no safetensors checkpoint ({SINGLE_NAME} or {INDEX_NAME})")
 
 
-def check_shapes(path: Path, source: TensorSource, expected: dict[str, tuple[int, ...]]) -> None:
-    """Every promised tensor is there, in the promised shape, in a dtype that is a weight. Raises InputError."""
+def check_shapes(
+    path: Path, source: TensorSource, expected: dict[str, tuple[int, ...]], left_aside: Callable[[str], bool]
+) -> None:
+    """Every promised tensor is there, in the promised shape, in a dtype that is a weight, and nothing else but what may
+    be left aside. Raises InputError."""
     problems = [f"{name} is missing" for name in expected if name not in source.names]
     for name in expected.keys() & source.names:
         info, shape = source.info(name), expected[name]
@@ -254,7 +257,7 @@ def check_shapes(path: Path, source: TensorSource, expected: dict[str, tuple[int
             problems.append(f"{name} is {list(info.shape)}, and config.json says {list(shape)}")
         if info.dtype not in ("BF16", "F16", "F32"):
             problems.append(f"{name} is stored as {info.dtype}: onecard reads BF16, F16 and F32 weights")
-    unknown = [name for name in source.names if name not in expected]
+    unknown = [name for name in source.names if name not in expected and not left_aside(name)]
     problems.sort()
     problems += [f"{name} is in the checkpoint and config.json knows no such tensor" for name in unknown]
     if problems:

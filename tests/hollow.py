@@ -2,7 +2,8 @@
 
 A plan reads headers alone, so that Scout's 217 GB can be planned for from a sparse file of a few megabytes. Configs are
 in data/: of Llama 4 from facts that were checked against transformers and vLLM, with what early copies had wrong set
-right (rope scaling, temperature tuning); of Qwen3-30B-A3B and DeepSeek-V3 as published. Reading a weight gives zeros.
+right (rope scaling, temperature tuning); of Qwen3-30B-A3B, DeepSeek-V3 and Mixtral-8x7B as published. Reading a weight
+gives zeros.
 """
 
 import json
@@ -16,10 +17,11 @@ from onecard.models.families import load_adapter
 
 DATA = Path(__file__).parent / "data"
 SCOUT, MAVERICK, QWEN3, DEEPSEEK = "llama4-scout", "llama4-maverick", "qwen3-30b-a3b", "deepseek-v3"
+MIXTRAL = "mixtral-8x7b"
 
 
 def published(name: str) -> dict[str, Any]:
-    """The config.json of SCOUT, MAVERICK, QWEN3 or DEEPSEEK."""
+    """The config.json of SCOUT, MAVERICK, QWEN3, DEEPSEEK or MIXTRAL."""
     return dict(json.loads((DATA / f"{name}.json").read_text(encoding="utf-8")))
 
 
