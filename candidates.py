@@ -18,7 +18,7 @@ from .core.tensors import TORCH_DTYPES
 from .planner.changes import Choice
 from .planner.plan import Width, tally, width_name
 from .planner.weights import DeviceWeights, Place, device_weights, place_of
-from .prepare import Model, schemes_of, stored_weights
+from .prepare import Model, is_original, schemes_of, stored_weights
 from .recipe import Recipe, load_recipe, recipe_names
 
 AS_IT_IS = "as it is"
@@ -147,7 +147,7 @@ def candidates_of(model: Model, recipe: Recipe | None) -> list[Candidate]:
     emit, and it itself; of a quantized checkpoint it alone."""
     entries = entries_of(model)
     found = [own_candidate(model, entries)]
-    if model.quantized:
+    if not is_original(model):
         return found
     if recipe is not None:
         found.append(recipe_candidate(model, entries, recipe))

@@ -67,7 +67,7 @@ def plan(
     from .inspection import plan as plan_run
     from .planner.cards import find_card
     from .planner.fit import Request
-    from .prepare import open_model
+    from .prepare import open_headers
     from .recipe import load_recipe
     from .report.fit_card import draw_fit, misfit
     from .report.plan_card import draw_plan
@@ -95,7 +95,7 @@ def plan(
     )
     console = make_console()
     quantizing = plan_run(model, load_recipe(recipe), device) if recipe is not None else None
-    opened = quantizing.model if quantizing is not None else open_model(model)
+    opened = quantizing.model if quantizing is not None else open_headers(model)
     sizing = size_up(opened, asked, card, quantizing.recipe if quantizing is not None else None)
     facts = sizing.facts()
     if not only_json:
