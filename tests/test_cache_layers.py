@@ -6,10 +6,10 @@ import pytest
 from transformers import Llama4TextConfig
 from transformers.cache_utils import DynamicCache
 
+from babies import llama4_config, qwen3_config
 from onecard.models.cache import CacheLayer, Split, attention_caches
 from onecard.models.llama4 import Llama4Adapter
 from onecard.models.qwen3_moe import Qwen3MoeAdapter
-from babies import llama4_config, qwen3_config
 
 
 def test_llama4_sees_everything_in_every_fourth_layer_and_a_chunk_in_the_others() -> None:
