@@ -159,6 +159,8 @@ def unit_of(name: str, block: int) -> str | None:
         "q_proj": "qkv",
         "k_proj": "qkv",
         "v_proj": "qkv",
+        "q_a_proj": "fused_qkv_a_proj",
+        "kv_a_proj_with_mqa": "fused_qkv_a_proj",
         "gate_proj": "gate_up",
         "up_proj": "gate_up",
     }.items():
@@ -166,7 +168,7 @@ def unit_of(name: str, block: int) -> str | None:
     return local
 
 
-@pytest.mark.parametrize("family", ["scout", "maverick", "qwen3"])
+@pytest.mark.parametrize("family", ["scout", "maverick", "qwen3", "deepseek"])
 def test_a_units_error_is_that_of_a_model_with_that_unit_alone_replaced(
     baby: Callable[..., Path], tmp_path: Path, family: str
 ) -> None:
@@ -181,7 +183,7 @@ def test_a_units_error_is_that_of_a_model_with_that_unit_alone_replaced(
 
     found = errors_of(reference, changed_copy(reference, tmp_path / "all", remember), tmp_path / "acts")["blocks"]
     units = {unit for unit in (unit_of(name, 0) for name in noisy) if unit}
-    assert len(units) == {"scout": 6, "maverick": 4, "qwen3": 4}[family]
+    assert len(units) == {"scout": 6, "maverick": 4, "qwen3": 4, "deepseek": 6}[family]
     assert set(found[0]["units"]) == units
     for unit in units:
         alone = changed_copy(
