@@ -154,18 +154,11 @@ def unit_of(name: str, block: int) -> str | None:
     local = name.split(f".layers.{block}.")[1]
     if ".experts." in local:
         return local.split(".experts.")[0] + ".experts"
-    local = local.removesuffix(".weight")
-    for leaf, unit in {
-        "q_proj": "qkv",
-        "k_proj": "qkv",
-        "v_proj": "qkv",
-        "q_a_proj": "fused_qkv_a_proj",
-        "kv_a_proj_with_mqa": "fused_qkv_a_proj",
-        "gate_proj": "gate_up",
-        "up_proj": "gate_up",
-    }.items():
-        local = local.replace(leaf, unit)
-    return local
+    head, _, leaf = local.removesuffix(".weight").rpartition(".")
+    fused = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj")
+    fused |= dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa"), "fused_qkv_a_proj")
+    fused |= dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj")
+    return f"{head}.{fused.get(leaf, leaf)}"
 
 
 @pytest.mark.parametrize("family", ["scout", "maverick", "qwen3", "deepseek"])
