@@ -30,7 +30,7 @@ from .calibration.tokens import Encoder
 from .checkpoint import files
 from .checkpoint.emit import side_files_digest
 from .checkpoint.source import refuse_nonfinite
-from .checkpoint.workdir import refuse_changed
+from .checkpoint.workdir import refuse_resumed
 from .core.errors import InputError
 from .core.rows import Row
 from .generate import load_with_transformers
@@ -119,7 +119,7 @@ class Journal:
             try:
                 old = json.loads(self.path.read_text(encoding="utf-8"))
                 self.kept = dict(old["talks"])
-                refuse_changed(dict(old["identity"]), identity, self.path)
+                refuse_resumed(dict(old["identity"]), identity, self.path)
             except (ValueError, TypeError, KeyError):
                 raise InputError(f"{self.path} is damaged: start anew with --overwrite") from None
 
