@@ -29,7 +29,6 @@ from .checkpoint.emit import (
     clear_checkpoint,
     emitted_before,
     emitted_files,
-    index_json,
     side_files_digest,
 )
 from .checkpoint.formats import compressed_tensors as ct
@@ -37,7 +36,7 @@ from .checkpoint.packed import open_packed
 from .checkpoint.source import open_folder, refuse_nonfinite
 from .checkpoint.workdir import Activations, WorkDir, has_run, read_json, read_tensors, refuse_changed
 from .core.errors import InputError, LimitError
-from .core.layout import RECORD_NAME
+from .core.layout import RECORD_NAME, index_json, json_bytes
 from .core.rows import Row, batches
 from .coverage import balanced
 from .eval.twin import Side
@@ -286,7 +285,7 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress) -> RunRecord:
         record = RunRecord(**read_json(workdir.path / RECORD))
     files.write_json(run.out / RECORD_NAME, record.to_json())
     progress.begin("checksums")
-    config_bytes = files.json_bytes(config)
+    config_bytes = json_bytes(config)
     write_sums(run.out, record.files, {"config.json": config_bytes})
     files.write_bytes(run.out / "config.json", config_bytes)
     return record
