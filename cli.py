@@ -115,8 +115,9 @@ def quantize(
 @click.option("--recipe", required=True, help=RECIPE_HELP)
 @click.option("--device", default="auto", show_default=True, help=DEVICE_HELP)
 @click.option("--tensors", is_flag=True, help="List every tensor that will be emitted.")
+@click.option("--measure", is_flag=True, help="Measure this machine for half a minute, and keep its rates for later.")
 @verb
-def plan(model: str, recipe: str, device: str, tensors: bool) -> None:
+def plan(model: str, recipe: str, device: str, tensors: bool, measure: bool) -> None:
     """Say what quantizing MODEL would emit, to the byte, and what it would take; reads no weights.
 
     \b
@@ -127,7 +128,7 @@ def plan(model: str, recipe: str, device: str, tensors: bool) -> None:
     from .recipe import load_recipe
     from .report.plan_card import draw_plan
 
-    result = run(model, load_recipe(recipe), device)
+    result = run(model, load_recipe(recipe), device, measure)
     draw_plan(result, tensors, make_console())
     print_line(json.dumps(result.line()))
 

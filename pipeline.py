@@ -45,6 +45,7 @@ from .models.adapter import Adapter, Role
 from .models.walk import Calls, embed
 from .planner.cost import estimate
 from .planner.plan import Plan
+from .planner.rates import uniform
 from .prepare import (
     Model,
     check_paths,
@@ -129,7 +130,7 @@ class Run:
         wanted = sum(length * count for length, count in self.texts.wanted.items())
         cost = estimate(
             self.adapter, self.plan, work_of(self.recipe), wanted,
-            _tokens(self.texts.evaluation), self.dtype.itemsize, 1.0, self.device, site_budget(self.device),
+            _tokens(self.texts.evaluation), self.dtype.itemsize, uniform(1.0), self.device, site_budget(self.device),
         )  # fmt: skip
         # Beside the pool's hidden rows, before and after a block, nothing lies there yet.
         pool_bytes = 2 * _tokens(self.texts.calibration) * self.adapter.hidden_size * self.dtype.itemsize

@@ -28,6 +28,7 @@ FLOORS = [
     ["baseline"],
     ["comparison"],
     ["gate"],
+    ["measuring"],
     ["verification", "inspection", "synthesis", "samples", "check"],
     ["twin_lm"],
     ["pipeline", "cards"],
