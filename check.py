@@ -24,9 +24,8 @@ from .core.layout import RECORD_NAME
 from .core.scheme import Scheme
 from .models.adapter import Adapter, Role
 from .models.families import load_adapter, read_config
-from .planner.assign import assign
-from .prepare import quantization_block
-from .recipe import matches
+from .prepare import quantization_block, schemes_of
+from .recipe import recorded_recipe
 from .report.reading import READABLE_VERSIONS, check_record
 
 # What a loader may pick up although the index does not name it, and what could run code.
@@ -230,6 +229,10 @@ def _stored_as(stored: Stored, module: str) -> str:
     return str(stored.schemes.get(module) or (info.dtype if info else "nothing"))
 
 
+def _at(schemes: dict[str, Scheme], module: str, inputs: int) -> Scheme | None:
+    return schemes[module].at(inputs) if module in schemes else None
+
+
 def _width_problems(
     stored: Stored,
     block: Any,
@@ -259,7 +262,7 @@ def _width_problems(
         found.unchecked.append(f"widths against config.json: its `ignore` names {strange[0]}, which no file holds")
         return
     for module in sorted({*wanted, *stored.schemes} - told_of):
-        if stored.schemes.get(module) != wanted.get(module):
+        if stored.schemes.get(module) != _at(wanted, module, shapes[f"{module}.weight"][1]):
             said = wanted.get(module) or "as it was"
             yield f"{module} is stored as {_stored_as(stored, module)}, and config.json announces {said}"
 
@@ -283,14 +286,12 @@ def _plan_problems(stored: Stored, record: dict[str, Any], adapter: Adapter, tol
     if not recipe:
         return
     try:
-        scheme = Scheme(recipe["bits"], recipe["group_size"], recipe["symmetric"])
-        roles, keep = tuple(recipe["quantize_roles"]), tuple(recipe["keep_modules"])
-        wanted = assign(adapter, scheme, roles, keep, matches, str(recipe["name"]))
+        wanted = schemes_of(adapter, recorded_recipe(recipe))
     except (KeyError, TypeError, ValueError, InputError):
         yield f"the recipe in {RECORD_NAME} does not fit config.json"
         return
     for block in range(adapter.n_blocks):
-        for _, module, _, _ in adapter.modules(block):
-            if module not in told_of and stored.schemes.get(module) != wanted.get(module):
+        for _, module, _, inputs in adapter.modules(block):
+            if module not in told_of and stored.schemes.get(module) != _at(wanted, module, inputs):
                 said = wanted.get(module) or "as it was"
                 yield f"{module} is stored as {_stored_as(stored, module)}, and {RECORD_NAME} says {said}"

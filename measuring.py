@@ -57,7 +57,7 @@ def rates_key(adapter: Adapter, recipe: Recipe, device: torch.device, dtype: tor
         "sites": [[len(site.members), sum(site.out_features), site.in_features] for site in sites],
         "vocabulary": adapter.vocab_size,
         "rows": [recipe.batch_tokens, recipe.evaluation_row_tokens],
-        "method": [*asdict(method_of(recipe)).values(), recipe.bits, recipe.group_size, recipe.symmetric],
+        "method": [*asdict(method_of(recipe)).values(), str(recipe.scheme), *recipe.schemes.values()],
     }
     return json.dumps(told, separators=(",", ":"))
 
@@ -160,7 +160,7 @@ def _solve(adapter: Adapter, plan: Plan, method: Method, device: torch.device, r
     most = SOLVE_FLOPS[device.type]
     while outputs > 256 and matrix_flops(outputs, inputs, measured, method) > most:
         outputs //= 2
-    while inputs % (2 * scheme.group_size) == 0 and matrix_flops(outputs, inputs, measured, method) > most:
+    while inputs % 16 == 0 and scheme.divides(inputs // 2) and matrix_flops(outputs, inputs, measured, method) > most:
         inputs //= 2
     batch = next(cuts(len(site.members), outputs, inputs, site_budget(device), method, measured)).stop
     batch = max(1, min(batch, int(most // matrix_flops(outputs, inputs, measured, method))))

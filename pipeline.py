@@ -390,4 +390,6 @@ def _quantization_config(adapter: Adapter, plan: Plan) -> dict[str, Any]:
     ]  # fmt: skip
     if adapter.tied_head:
         ignore.append("lm_head")
-    return ct.quantization_config(next(iter(plan.schemes.values())), sorted(ignore))
+    sizes = {m: outputs * inputs for b in range(adapter.n_blocks) for _, m, outputs, inputs in adapter.modules(b)}
+    units = {module: adapter.unit(module) for module in plan.schemes}
+    return ct.quantization_config(plan.schemes, units, sizes, sorted(ignore))

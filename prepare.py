@@ -214,12 +214,18 @@ def stored_widths(model: Model) -> tuple[Width, ...]:
     return tally(stored(name, shape) for name, shape in adapter.expected().items())
 
 
+def schemes_of(adapter: Adapter, recipe: Recipe) -> dict[str, Scheme]:
+    """Module -> Scheme of all that the recipe quantizes. Raises InputError."""
+    return assign(
+        adapter, recipe.scheme_of, recipe.quantize_roles, recipe.schemes, recipe.keep_modules, matches, recipe.name
+    )
+
+
 def plan_for(model: Model, recipe: Recipe) -> Plan:
     """Match the recipe to the model and lay out what will be emitted. Raises InputError."""
     if recipe.family not in (None, model.adapter.family):
         raise InputError(f"the recipe {recipe.name} is for {recipe.family}, and {model.name} is {model.adapter.family}")
-    scheme = Scheme(recipe.bits, recipe.group_size, recipe.symmetric)
-    schemes = assign(model.adapter, scheme, recipe.quantize_roles, recipe.keep_modules, matches, recipe.name)
+    schemes = schemes_of(model.adapter, recipe)
     return make_plan(model.adapter, model.source, schemes, ct.layout, recipe.max_shard_bytes, model.folder.file_bytes)
 
 

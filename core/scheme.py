@@ -4,15 +4,20 @@ Codes are decided once, by a method of quantize/; no format rounds again and no 
 Shape legend: B batch (experts), O output features, I input features, G groups along I (I / group size).
 """
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
+# In place of a group size: one scale a row, whatever the number of inputs.
+BY_ROW = -1
+_WORDS = re.compile(r"int(?P<bits>[48]) (?:group (?P<group>\d+)|by row)(?P<asymmetric> asymmetric)?")
+
 
 @dataclass(frozen=True)
 class Scheme:
-    """How one weight matrix is stored: integer codes of `bits`, one scale a group of `group_size` inputs.
+    """How one weight matrix is stored: integer codes of `bits`, one scale a group of `group_size` inputs, or a row.
 
     Contradictions are refused at construction with a ValueError (a recipe turns that into its own message).
     """
@@ -26,15 +31,30 @@ class Scheme:
         problems = []
         if self.bits not in (4, 8):
             problems.append(f"bits is {self.bits}; the engines load 4 and 8")
-        if self.group_size < 8 or self.group_size % 8:
-            problems.append(f"group_size is {self.group_size}; it must be a positive multiple of 8")
+        if self.group_size != BY_ROW and (self.group_size < 8 or self.group_size % 8):
+            problems.append(
+                f"group_size is {self.group_size}; it must be a positive multiple of 8, or {BY_ROW} for one scale a row"
+            )
         if self.grid != "int":
             problems.append(f"grid is {self.grid!r}; only 'int' is known")
         if problems:
             raise ValueError("; ".join(problems))
 
     def __str__(self) -> str:
-        return f"int{self.bits} in groups of {self.group_size}, {'symmetric' if self.symmetric else 'asymmetric'}"
+        """What recipes, records and cards call it: 'int4 group 128', 'int8 by row', 'int4 group 32 asymmetric'."""
+        over = "by row" if self.group_size == BY_ROW else f"group {self.group_size}"
+        return f"int{self.bits} {over}" + ("" if self.symmetric else " asymmetric")
+
+    @classmethod
+    def parse(cls, words: str) -> "Scheme":
+        """The inverse of str(). Raises ValueError."""
+        found = _WORDS.fullmatch(words)
+        if found is None:
+            raise ValueError(
+                f"{words!r} is no width: write it like 'int4 group 128', 'int8 by row' or 'int4 group 32 asymmetric'"
+            )
+        group = BY_ROW if found["group"] is None else int(found["group"])
+        return cls(int(found["bits"]), group, found["asymmetric"] is None)
 
     @property
     def code_min(self) -> int:
@@ -45,10 +65,21 @@ class Scheme:
     def code_max(self) -> int:
         return 2 ** (self.bits - 1) - 1
 
+    def width(self, in_features: int) -> int:
+        """Inputs that share a scale."""
+        return in_features if self.group_size == BY_ROW else self.group_size
+
+    def at(self, in_features: int) -> "Scheme":
+        """The same with its width as a number: what files tell, where a row of one group is a row."""
+        return replace(self, group_size=self.width(in_features))
+
+    def divides(self, in_features: int) -> bool:
+        return in_features % self.width(in_features) == 0
+
     def groups(self, in_features: int) -> int:
         """Number of groups along the inputs; the group size must divide them (checked before a run starts)."""
-        assert in_features % self.group_size == 0, (in_features, self.group_size)
-        return in_features // self.group_size
+        assert self.divides(in_features), (in_features, self.group_size)
+        return in_features // self.width(in_features)
 
 
 @dataclass(frozen=True)
@@ -73,7 +104,7 @@ class QuantizedWeight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight [(B,) O, I] in `dtype`, multiplied in fp32 and rounded once."""
-        grouped = self.codes.unflatten(-1, (-1, self.scheme.group_size)).to(torch.float32)
+        grouped = self.codes.unflatten(-1, (self.scales.shape[-1], -1)).to(torch.float32)
         if self.zero_points is not None:
             grouped = grouped - self.zero_points.to(torch.float32).unsqueeze(-1)
         return (grouped * self.scales.to(torch.float32).unsqueeze(-1)).flatten(-2).to(dtype)

@@ -47,6 +47,15 @@ def interval(kl: dict[str, Any]) -> str:
     return f"95 %: {kl['kl_low_nats']:.5f} to {kl['kl_high_nats']:.5f}"
 
 
+def few_bits(plan: dict[str, Any]) -> list[str]:
+    """The widths that matrices were quantized to, the most bytes first."""
+    found: dict[str, int] = {}
+    for entry in plan["widths"]:
+        if entry["width"].startswith(("int", "nf")):
+            found[entry["width"]] = found.get(entry["width"], 0) + entry["bytes"]
+    return sorted(found, key=lambda width: -found[width])
+
+
 def _add_kl(grid: Table, kl: dict[str, Any], reference: str, other: str) -> None:
     drawn = f"{counted(kl['documents'], 'document')}, {counted(kl['tokens'], 'token')}"
     grid.add_row(f"KL({reference} || {other})", f"{kl['kl_mean_nats']:.5f} nats a token ({interval(kl)}, {drawn})")
@@ -104,9 +113,7 @@ def draw_card(record: RunRecord, out: str, console: Console) -> None:
     )
     if record.recipe:
         recipe = record.recipe
-        grid.add_row(
-            "recipe", f"{recipe['name']}: {recipe['method']}, int{recipe['bits']}, group {recipe['group_size']}"
-        )
+        grid.add_row("recipe", f"{recipe['name']}: {recipe['method']}, {', '.join(few_bits(plan))}")
     ratio = plan["source_bytes"] / plan["emitted_bytes"]
     grid.add_row(
         "size", f"{size(plan['emitted_bytes'])}, from {size(plan['source_bytes'])} ({ratio:.2f} times smaller)"

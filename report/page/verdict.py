@@ -29,8 +29,6 @@ class Verdict:
 
 def width(record: Record) -> str:
     """What the quantized side is called: int4 where the recipe or the plan says so."""
-    if record.recipe.get("bits"):
-        return f"int{record.recipe['bits']}"
     if record.plan is not None and record.plan.widths:
         low = [entry for entry in record.plan.widths if entry.width.startswith(("int", "nf", "fp", "F8"))]
         if low:
