@@ -37,7 +37,7 @@ def run(recipe: str, folder: Path) -> dict[str, Any]:
     most = 0
     while process.poll() is None:
         most = max(most, tree_bytes(folder))
-        time.sleep(0.2)
+        time.sleep(0.5)
     assert process.returncode in (0, 1), process.returncode
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     record = json.loads((folder / recipe / "onecard.json").read_text())
