@@ -29,7 +29,6 @@ from .checkpoint.emit import (
     clear_checkpoint,
     emitted_before,
     emitted_files,
-    index_json,
     side_files_digest,
 )
 from .checkpoint.formats import compressed_tensors as ct
@@ -37,7 +36,7 @@ from .checkpoint.packed import open_packed
 from .checkpoint.source import open_folder, refuse_nonfinite
 from .checkpoint.workdir import Activations, WorkDir, has_run, read_json, read_tensors, refuse_resumed
 from .core.errors import InputError, LimitError
-from .core.layout import RECORD_NAME
+from .core.layout import RECORD_NAME, index_json, json_bytes
 from .core.rows import Row, batches
 from .coverage import balanced
 from .eval.twin import Side
@@ -47,6 +46,7 @@ from .models.adapter import Adapter, Role
 from .models.walk import Calls, embed
 from .planner.cost import estimate
 from .planner.plan import Plan
+from .planner.rates import uniform
 from .prepare import (
     Model,
     check_paths,
@@ -119,7 +119,7 @@ class Run:
         wanted = sum(length * count for length, count in self.texts.wanted.items())
         cost = estimate(
             self.adapter, self.plan, work_of(self.recipe), wanted,
-            _tokens(self.texts.evaluation), self.dtype.itemsize, 1.0, self.device, site_budget(self.device),
+            _tokens(self.texts.evaluation), self.dtype.itemsize, uniform(1.0), self.device, site_budget(self.device),
         )  # fmt: skip
         # Beside the pool's hidden rows, before and after a block, nothing lies there yet.
         pool_bytes = 2 * _tokens(self.texts.calibration) * self.adapter.hidden_size * self.dtype.itemsize
@@ -322,7 +322,7 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress, prices: Path | None 
         record = RunRecord(**read_json(workdir.path / RECORD))
     files.write_json(run.out / RECORD_NAME, record.to_json())
     progress.begin("checksums")
-    config_bytes = files.json_bytes(config)
+    config_bytes = json_bytes(config)
     write_sums(run.out, record.files, {"config.json": config_bytes})
     files.write_bytes(run.out / "config.json", config_bytes)
     return record

@@ -35,7 +35,7 @@ from .core.errors import InputError
 from .core.rows import Row
 from .generate import load_with_transformers
 from .models.adapter import Adapter, Role
-from .planner.cost import DISK_BYTES_PER_SECOND, measure_flops
+from .planner.rates import DISK_BYTES_PER_SECOND, measure_flops
 from .prepare import Model, choose_device, choose_dtype, open_source
 from .recipe import Recipe
 from .report.card import size
