@@ -109,6 +109,6 @@ def plan(
         draw_fit(facts, console)
         if plot:
             draw_plot(facts, console)
-    print_line(json.dumps((quantizing.line() if quantizing is not None else {}) | facts))
+    print_line(json.dumps(facts | (quantizing.line() if quantizing is not None else {})))
     if facts["fits"] is False:
         raise FitError(misfit(facts))
