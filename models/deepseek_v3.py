@@ -156,7 +156,7 @@ class DeepseekV3Adapter(Adapter):
             return head.rpartition(".")[0]
         if leaf in ("q_a_proj", "kv_a_proj_with_mqa") and self.config.q_lora_rank is not None:
             return f"{head}.fused_qkv_a_proj"
-        return f"{head}.gate_up" if leaf in ("gate_proj", "up_proj") else module_name
+        return f"{head}.gate_up_proj" if leaf in ("gate_proj", "up_proj") else module_name
 
     def cache_layers(self) -> tuple[CacheLayer, ...]:
         c = self.config

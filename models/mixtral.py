@@ -96,7 +96,7 @@ class MixtralAdapter(Adapter):
         head, _, leaf = module_name.rpartition(".")
         if ".experts." in module_name:
             return head.rpartition(".")[0]
-        return f"{head}.qkv" if leaf in ("q_proj", "k_proj", "v_proj") else module_name
+        return f"{head}.qkv_proj" if leaf in ("q_proj", "k_proj", "v_proj") else module_name
 
     def expected(self) -> dict[str, tuple[int, ...]]:
         return dict(self._shapes)

@@ -187,6 +187,22 @@ def test_a_copy_in_fp8_is_no_original(
     refused(onecard("plan", pair[0], "--recipe", recipe()), "quantized already")
 
 
+def test_latents_that_an_engine_fuses_share_a_scheme(
+    baby: Callable[..., Path], recipe: Callable[..., Path], refused: Callable[..., str], onecard: Callable[..., Result],
+    texts: list[str], tmp_path: Path,
+) -> None:  # fmt: skip
+    """kv_b may be kept by itself, which engines unpack; what reads the residual stream is one matrix for vLLM."""
+    roles = ["expert", "shared_expert", "mlp", "attention"]
+    alone = recipe(method="rtn", quantize_roles=roles, keep_modules=["*.kv_a_proj_with_mqa"])
+    refused(onecard("plan", baby("deepseek"), "--recipe", alone), "q_a_proj", "kv_a_proj_with_mqa", "fused_qkv_a_proj")
+    kept = recipe(method="rtn", quantize_roles=roles, keep_modules=["*.kv_b_proj"])
+    result = onecard("quantize", baby("deepseek"), tmp_path / "out", "--recipe", kept, *texts)
+    assert result.exit_code == 0, result.stderr
+    emitted = {name for shard in babies.shard_files(tmp_path / "out") for name in load_file(shard)}
+    assert "model.layers.1.self_attn.kv_b_proj.weight" in emitted
+    assert "model.layers.1.self_attn.q_b_proj.weight_packed" in emitted
+
+
 # What statistics and planners are told
 
 
