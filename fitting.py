@@ -33,7 +33,7 @@ from .recipe import KEEP, Recipe, matches
 # By how much the errors of a method are smaller than those of the quantizer that prices are taken with, when the whole
 # model is rounded: it is aimed at the reference and searched. Measured on the embedded model and on a small Qwen3-MoE
 # (benchmarks/fit.py); too high a value overstates the predicted KL and changes few choices.
-GAINS = {"rtn": 1.0, "fast": 0.9, "balanced": 0.8, "best": 0.78}
+GAINS = {"rtn": 1.0, "fast": 0.8, "balanced": 0.68, "best": 0.66}
 GB = 10**9
 
 
@@ -133,7 +133,7 @@ def fit_to(model: Model, recipe: Recipe, prices: Prices, budget_bytes: int | Non
     adapter = model.adapter
     modules = priced_units(adapter, recipe)
     allowed = [*menu_of(recipe), *([None] if KEEP in recipe.fit_schemes else [])]
-    units = [replace(unit, widths=tuple(w for w in unit.widths if w.scheme in allowed)) for unit in prices.units]
+    units = [replace(unit, widths=tuple(w for w in unit.widths if w.scheme in allowed)) for unit in prices.held]
     gain = GAINS[recipe.method]
     asked = request_of(recipe)
     budget = (

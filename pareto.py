@@ -116,7 +116,7 @@ def drawn_from(model: Model, recipe: Recipe, prices: Prices) -> Pareto:
     """The curve and the named points of these prices."""
     menu, gain = menu_of(recipe), GAINS[recipe.method]
     keeps = KEEP in recipe.fit_schemes
-    units = [replace(u, widths=tuple(w for w in u.widths if keeps or w.scheme is not None)) for u in prices.units]
+    units = [replace(u, widths=tuple(w for w in u.widths if keeps or w.scheme is not None)) for u in prices.held]
     modules = priced_units(model.adapter, recipe)
     least = {u.unit: min(u.widths, key=lambda w: w.bytes).scheme for u in units}
     smallest = plan_for(model, resolved(recipe, modules, least))
@@ -126,7 +126,7 @@ def drawn_from(model: Model, recipe: Recipe, prices: Prices) -> Pareto:
         choice = chosen(units, widths, gain)
         return Point(name, rest + choice.bytes, choice.kl_nats)
 
-    named = [point(name, [unit.at(rule(unit)) for unit in prices.units]) for name, rule in rules_of_thumb(menu).items()]
+    named = [point(name, [unit.at(rule(unit)) for unit in prices.held]) for name, rule in rules_of_thumb(menu).items()]
     most = sum(max(w.bytes for w in u.widths) for u in units)
     budgets = np.linspace(smallest.emitted_bytes - rest, most, CURVE_POINTS)
     curve: list[Point] = []

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -48,6 +49,18 @@ class Prices:
     rows: int
     tokens: int
 
+    @property
+    def scale(self) -> float:
+        """What the streams with every unit at one width measured over what the units' prices predict for them: the
+        geometric mean over widths."""
+        ratios = [measured / predicted for measured, predicted in self.together_nats.values() if measured and predicted]
+        return float(np.exp(np.mean(np.log(ratios)))) if ratios else 1.0
+
+    @property
+    def held(self) -> tuple[UnitPrices, ...]:
+        """The units, their prices scaled to what was measured of all of them together."""
+        return tuple(replace(u, smooth=u.smooth * self.scale, flip=u.flip * self.scale) for u in self.units)
+
     def facts(self) -> dict[str, Any]:
         """For the record, and for a file that another run reads."""
         units = [
@@ -65,7 +78,7 @@ class Prices:
             for unit in self.units
         ]
         both = {w: {"measured_nats": m, "predicted_nats": p} for w, (m, p) in self.together_nats.items()}
-        return {"units": units, "together": both, "rows": self.rows, "tokens": self.tokens}
+        return {"units": units, "together": both, "scale": self.scale, "rows": self.rows, "tokens": self.tokens}
 
     @classmethod
     def from_facts(cls, facts: dict[str, Any]) -> "Prices":
