@@ -44,7 +44,7 @@ def draw_pareto(facts: Mapping[str, Any], console: Console) -> None:
         "checkpoint is measured when it is made",
         style="dim",
     )  # fmt: skip
-    parts = [_picture(curve, named, asked), table, note] if curve else [table, note]
+    parts: list[Any] = [_picture(curve, named, asked), table, note] if curve else [table, note]
     console.print(Panel(Group(*parts), title=f"onecard pareto {facts['model']}", box=box.ROUNDED, expand=False))
 
 
