@@ -28,7 +28,7 @@ FLOORS = [
     ["baseline"],
     ["comparison"],
     ["gate"],
-    ["verification", "inspection", "synthesis", "samples", "check"],
+    ["verification", "inspection", "synthesis", "samples", "check", "engine_check"],
     ["twin_lm"],
     ["pipeline", "cards"],
     ["publish"],
