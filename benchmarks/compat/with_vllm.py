@@ -93,12 +93,17 @@ def no_kernels() -> Iterator[set[str]]:
                 return real(*args, **kwargs)
             except (NotImplementedError, ValueError) as error:
                 said.add(" ".join(str(error).split()))
-                return otherwise
+                return otherwise(kwargs)
 
         return chosen
 
-    places = ((experts, "select_wna16_moe_backend", (WNA16MoEBackend.EMULATION, None)),
-              (linear, "choose_mp_linear_kernel", NoKernel))  # fmt: skip
+    def backend(asked: dict[str, Any]) -> Any:
+        # Marlin's alone takes scales by row, and asks for sizes that a small model has not; none of the two is built.
+        by_row = asked["quant_config"].strategy == "channel"
+        return (WNA16MoEBackend.MARLIN if by_row else WNA16MoEBackend.EMULATION), None
+
+    places = ((experts, "select_wna16_moe_backend", backend),
+              (linear, "choose_mp_linear_kernel", lambda _: NoKernel))  # fmt: skip
     kept = [getattr(module, name) for module, name, _ in places]
     for (module, name, otherwise), real in zip(places, kept, strict=True):
         setattr(module, name, or_else(real, otherwise))

@@ -116,13 +116,21 @@ def missing_parts(view: View) -> Iterator[str]:
 def one_scheme(view: View) -> Iterator[str]:
     """Widths that differ inside what the engine fuses."""
     for unit, members in view.units.items():
-        by_width: dict[str, list[str]] = {}
-        for matrix in members:
-            if matrix.kind is not Kind.MISSING:
-                by_width.setdefault(matrix.width, []).append(matrix.module)
-        if len(by_width) > 1:
-            told = [f"{width} ({_named(unit, modules)})" for width, modules in by_width.items()]
+        found = widths(members)
+        if len(found) > 1:
+            told = [f"{width} ({_named(unit, modules)})" for width, modules in found.items()]
             yield f"{unit} holds {' and '.join(told)}"
+
+
+def widths(members: list[Kept]) -> dict[str, list[str]]:
+    """Width in words -> modules. Rows of different lengths are one width only where all are by row; else one group that
+    fills a row is a group of so many."""
+    there = [m for m in members if m.kind is not Kind.MISSING]
+    by_row = all(m.group == m.shape[1] for m in there if m.quantized)
+    found: dict[str, list[str]] = {}
+    for matrix in there:
+        found.setdefault(matrix.said(by_row), []).append(matrix.module)
+    return found
 
 
 def _named(unit: str, modules: list[str]) -> str:

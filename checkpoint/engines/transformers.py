@@ -38,10 +38,9 @@ def schemes_at_large(view: View) -> Iterator[str]:
         ("the experts", [m for m in packed if m.role is Role.EXPERT]),
         ("the other matrices", [m for m in packed if m.role is not Role.EXPERT]),
     ):
-        # By row, groups are as long as each matrix's row is.
-        widths = sorted({m.width for m in members})
-        if len(widths) > 1:
-            yield f"{what} are {', '.join(widths)}"
+        found = rules.widths(members)
+        if len(found) > 1:
+            yield f"{what} are {', '.join(sorted(found))}"
 
 
 def gptq_experts(view: View) -> Iterator[str]:

@@ -82,12 +82,16 @@ class Kept:
     @property
     def width(self) -> str:
         """In words: 'int4 group 32', 'BF16'."""
+        return self.said(self.group == self.shape[1])
+
+    def said(self, by_row: bool) -> str:
+        """One group that is as long as the row is both."""
         if self.kind in (Kind.PLAIN, Kind.FUSED):
-            return next(iter(self.parts.values())).dtype if self.parts else "fused"
+            return next(iter(self.parts.values())).dtype
         if self.kind is Kind.MISSING:
             return "nothing"
         kind = "nf4" if self.kind is Kind.NF4 else f"int{self.bits or '?'}"
-        over = "by row" if self.group == self.shape[1] else f"group {self.group or '?'}"
+        over = "by row" if by_row else f"group {self.group or '?'}"
         return f"{kind} {over}" + (" asymmetric" if self.zero_points else "")
 
 
@@ -156,6 +160,8 @@ def _matrices(adapter: Adapter, infos: Mapping[str, TensorInfo]) -> Iterator[Kep
             states = {name: infos[f"{module}.{name}"] for name in _nf4_parts(module, infos)}
             kind, tensor = _kind(adapter, module, parts, states, infos)
             bits, group = _width(kind, parts, (outputs, inputs))
+            if kind is Kind.FUSED:
+                parts["stack"] = infos[tensor]
             yield Kept(
                 module, site.role, adapter.unit(module), (outputs, inputs), kind, tensor, parts | states, bits, group,
                 site.reaches_residual,
