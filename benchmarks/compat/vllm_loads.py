@@ -59,11 +59,13 @@ PROMPTS, PROMPT_TOKENS, LONG_TOKENS, NEW_TOKENS = 7, 48, 160, 64
 
 @dataclass(frozen=True)
 class Case:
-    """`recipe`: what it changes in RECIPE."""
+    """`recipe`: what it changes in RECIPE. `packed`: the int4 files themselves are served, by vLLM's kernel for int4
+    experts on CPUs with AMX: symmetric, groups longer than 32, and a family that weighs what experts give out."""
 
     name: str
     model: str
     recipe: dict[str, Any] = field(default_factory=dict)
+    packed: bool = False
 
 
 CASES = (
@@ -77,6 +79,7 @@ CASES = (
          {"group_size": 32, "quantize_roles": TEXT, "schemes": {
              "shared_expert": "int8 group 64", "attention": "int8 by row", "*layers.2.*experts.*": "int8 group 32"}}),
     Case("qwen3-moe int4-g32, attention too", "qwen3-moe", {"group_size": 32, "quantize_roles": TEXT}),
+    Case("qwen3-moe int4-g64, attention too", "qwen3-moe", {"group_size": 64, "quantize_roles": TEXT}, packed=True),
 )  # fmt: skip
 
 
@@ -222,21 +225,42 @@ def answers(folder: Path, rows: list[list[int]]) -> list[list[int]]:
     return found
 
 
-def serve(model: Model, original: Model, work: Path, python: Path) -> tuple[dict[str, Any], list[str]]:
+def served(folder: Path, work: Path, python: Path, dtype: str) -> list[list[int]]:
+    out = work / f"served-{folder.name}-{dtype}"
+    run(python, HERE / "with_vllm.py", "serve", folder, out, "--prompts", work / "prompts.json",
+        "--tokens", NEW_TOKENS, "--dtype", dtype, ours=False)  # fmt: skip
+    return list(json.loads((out / "served.json").read_text()))
+
+
+def agreed(one: list[list[int]], other: list[list[int]]) -> list[int]:
+    """Tokens of each prompt up to the first that differs."""
+    return [
+        next((at for at, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), NEW_TOKENS)
+        for x, y in zip(one, other, strict=True)
+    ]
+
+
+def serve(model: Model, original: Model, work: Path, python: Path, packed: bool) -> tuple[dict[str, Any], list[str]]:
     folder, rows = dense(model, original, work / "bf16"), prompts(original)
     (work / "prompts.json").write_text(json.dumps(rows))
-    run(python, HERE / "with_vllm.py", "serve", folder, work / "out", "--prompts", work / "prompts.json",
-        "--tokens", NEW_TOKENS, ours=False)  # fmt: skip
-    theirs, ours = json.loads((work / "out" / "served.json").read_text()), answers(folder, rows)
-    same = [
-        next((at for at, (a, b) in enumerate(zip(t, o, strict=True)) if a != b), NEW_TOKENS)
-        for t, o in zip(theirs, ours, strict=True)
-    ]
+    theirs, ours = served(folder, work, python, "float32"), answers(folder, rows)
+    same = agreed(theirs, ours)
     problems = [
         f"prompt {n}: transformers goes another way after {at} tokens" for n, at in enumerate(same) if at < NEW_TOKENS
     ]
     text = Encoder(original.path, original.adapter).tokenizer.decode(theirs[0])
-    return {"prompts": len(rows), "new_tokens": NEW_TOKENS, "same_tokens": same, "first_text": text}, problems
+    facts = {"prompts": len(rows), "new_tokens": NEW_TOKENS, "same_tokens": same, "first_text": text}
+    if packed and amx():
+        # Its kernels compute in bf16, so that texts part somewhere: the bf16 weights' do as well, and say how soon.
+        facts["packed_same_tokens"] = agreed(served(model.path, work, python, "bfloat16"), ours)
+        facts["bf16_same_tokens"] = agreed(served(folder, work, python, "bfloat16"), ours)
+        begun = [n for n, at in enumerate(facts["packed_same_tokens"]) if not at]
+        problems += [f"prompt {n}: the int4 files begin otherwise" for n in begun]
+    return facts, problems
+
+
+def amx() -> bool:
+    return "amx_tile" in Path("/proc/cpuinfo").read_text()
 
 
 def judged(case: Case, source: str, build: Path) -> dict[str, Any]:
@@ -247,8 +271,8 @@ def judged(case: Case, source: str, build: Path) -> dict[str, Any]:
     model, original = open_model(str(folder)), open_model(source)
     run(python, HERE / "with_vllm.py", "load", folder, work / "out", ours=False)
     facts, problems = compare(model, work / "out")
-    served, more = serve(model, original, work, python)
-    return {"case": case.name, **facts, **served, "problems": problems + more}
+    answered, more = serve(model, original, work, python, case.packed)
+    return {"case": case.name, **facts, **answered, "problems": problems + more}
 
 
 def main() -> int:
@@ -277,6 +301,9 @@ def main() -> int:
         cells = [case.name, row["class"], row["tensors"], written, row["matrices"], f"{row['codes']:,}", same]
         amiss = f" {len(row['problems'])} AMISS" if row["problems"] else ""
         print(f"| {' | '.join(map(str, cells))} |{amiss}", flush=True)
+        if "packed_same_tokens" in row:
+            told = f"{row['packed_same_tokens']} tokens as transformers' in fp32 before another"
+            print(f"\nthe int4 files themselves, served in bf16: {told}; their bf16 export: {row['bf16_same_tokens']}")
         for problem in row["problems"][:10]:
             print(f"    {problem}")
     (build / "vllm.json").write_text(json.dumps(found, indent=1))

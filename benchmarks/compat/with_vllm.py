@@ -90,17 +90,21 @@ def no_kernels() -> Iterator[set[str]]:
     def or_else(real: Any, otherwise: Any) -> Any:
         def chosen(*args: Any, **kwargs: Any) -> Any:
             try:
-                return real(*args, **kwargs)
+                found = real(*args, **kwargs)
+                # On a CPU with AMX there is a kernel for int4 experts, which then refuses scales by row.
+                return otherwise(kwargs) if by_row(kwargs) else found
             except (NotImplementedError, ValueError) as error:
                 said.add(" ".join(str(error).split()))
                 return otherwise(kwargs)
 
         return chosen
 
+    def by_row(asked: dict[str, Any]) -> bool:
+        return "quant_config" in asked and asked["quant_config"].strategy == "channel"
+
     def backend(asked: dict[str, Any]) -> Any:
         # Marlin's alone takes scales by row, and asks for sizes that a small model has not; none of the two is built.
-        by_row = asked["quant_config"].strategy == "channel"
-        return (WNA16MoEBackend.MARLIN if by_row else WNA16MoEBackend.EMULATION), None
+        return (WNA16MoEBackend.MARLIN if by_row(asked) else WNA16MoEBackend.EMULATION), None
 
     places = ((experts, "select_wna16_moe_backend", backend),
               (linear, "choose_mp_linear_kernel", lambda _: NoKernel))  # fmt: skip
@@ -168,14 +172,14 @@ def methods(model: torch.nn.Module) -> dict[str, int]:
     return found
 
 
-def serve(folder: Path, prompts: Path, out: Path, tokens: int) -> None:
+def serve(folder: Path, prompts: Path, out: Path, tokens: int, dtype: str) -> None:
     """Greedy tokens of every prompt (ids in, ids out)."""
     from vllm import LLM, SamplingParams
 
     rows = json.loads(prompts.read_text())
     # Below 32k tokens vLLM takes Llama 4's temperature tuning for off unless it is told so here; transformers reads the
     # config's. A family without it does not look.
-    engine = LLM(model=str(folder), dtype="float32", max_model_len=512, enforce_eager=True, max_num_seqs=8,
+    engine = LLM(model=str(folder), dtype=dtype, max_model_len=512, enforce_eager=True, max_num_seqs=8,
                  skip_tokenizer_init=True, seed=0,
                  override_generation_config={"attn_temperature_tuning": True})  # fmt: skip
     sampling = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
@@ -192,13 +196,14 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--prompts", type=Path)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--dtype", default="float32", help="what the engine computes in")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     registry._run_in_subprocess = lambda look: look()
     if given.phase == "load":
         load(given.folder, given.out)
     else:
-        serve(given.folder, given.prompts, given.out, given.tokens)
+        serve(given.folder, given.prompts, given.out, given.tokens, given.dtype)
     return 0
 
 
