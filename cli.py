@@ -1,8 +1,9 @@
 """The command line: verbs -> recipe -> pipeline -> exit code. torch is imported only inside a verb.
 
 Two voices: a card for people on stderr, one JSON line on stdout for scripts.
-Exit codes: 0 done; 1 a limit was exceeded, or the gate found a regression; 2 unusable input, nothing was written; 4 the
-machine gave out (disk, memory, network), what is finished is kept; 130 stopped with Ctrl-C or SIGTERM, likewise.
+Exit codes: 0 done; 1 a limit was exceeded, or the gate found a regression; 2 unusable input, nothing was written; 3 a
+plan does not fit the card; 4 the machine gave out (disk, memory, network), what is finished is kept; 130 stopped with
+Ctrl-C or SIGTERM, likewise.
 """
 
 import json
@@ -15,6 +16,7 @@ from . import __version__
 from .cli_calibration import calibration
 from .cli_evidence import flips, verify
 from .cli_gate import baseline, gate
+from .cli_plan import plan
 from .cli_publish import card, check, publish
 from .cli_report import report
 from .verbs import DEVICE_HELP, RECIPE_HELP, TEXTS_HELP, make_console, print_line, verb
@@ -31,6 +33,7 @@ def main() -> None:
     """
 
 
+main.add_command(plan)
 main.add_command(calibration)
 main.add_command(verify)
 main.add_command(flips)
@@ -108,28 +111,6 @@ def quantize(
     draw_card(record, str(out), console)
     print_line(json.dumps(result_line(record, str(out))))
     refuse_failed(record.to_json(), str(out))
-
-
-@main.command()
-@click.argument("model")
-@click.option("--recipe", required=True, help=RECIPE_HELP)
-@click.option("--device", default="auto", show_default=True, help=DEVICE_HELP)
-@click.option("--tensors", is_flag=True, help="List every tensor that will be emitted.")
-@verb
-def plan(model: str, recipe: str, device: str, tensors: bool) -> None:
-    """Say what quantizing MODEL would emit, to the byte, and what it would take; reads no weights.
-
-    \b
-    Example:
-      onecard plan ./Llama-4-Scout-17B-16E-Instruct --recipe llama4-scout-h100 --tensors
-    """
-    from .inspection import plan as run
-    from .recipe import load_recipe
-    from .report.plan_card import draw_plan
-
-    result = run(model, load_recipe(recipe), device)
-    draw_plan(result, tensors, make_console())
-    print_line(json.dumps(result.line()))
 
 
 @main.command()

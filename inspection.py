@@ -12,11 +12,11 @@ from .prepare import (
     choose_device,
     choose_dtype,
     method_of,
-    open_model,
-    open_source,
+    open_headers,
     plan_for,
     site_budget,
     stored_widths,
+    unquantized,
     work_of,
 )
 from .recipe import Recipe
@@ -51,7 +51,7 @@ def plan(model_name: str, recipe: Recipe, device_name: str = "auto") -> PlanResu
     """What quantizing would emit and take; reads headers only."""
     device = choose_device(device_name)
     dtype = choose_dtype(recipe, device)
-    model = open_source(model_name)
+    model = unquantized(open_headers(model_name))
     laid_out = plan_for(model, recipe)
     method = method_of(recipe)
     cost = estimate(
@@ -65,12 +65,12 @@ def plan(model_name: str, recipe: Recipe, device_name: str = "auto") -> PlanResu
         device,
         site_budget(device),
     )
-    return PlanResult(model, recipe, laid_out, cost, model.adapter.faults(model.config))
+    return PlanResult(model, recipe, laid_out, cost, model.adapter.faults(model.config) + model.warnings)
 
 
 def inspect(model_name: str) -> dict[str, Any]:
     """Facts of a checkpoint, original or quantized, from config.json and headers alone."""
-    model = open_model(model_name)
+    model = open_headers(model_name)
     adapter, folder = model.adapter, model.folder
     roles: dict[str, dict[str, Any]] = {}
     for entry in stored_widths(model):

@@ -123,7 +123,7 @@ class Run:
             versions=package_versions(),
             identity=self.identity,
             files=emitted_files(self.plan.shards, self.model.path),
-            warnings=self.adapter.faults(self.model.config) + self.texts.warnings,
+            warnings=self.adapter.faults(self.model.config) + self.model.warnings + self.texts.warnings,
         )
 
     def check_space(self, work: Path) -> None:
@@ -267,7 +267,9 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress) -> RunRecord:
         progress.begin("move to OUT")
         _move(run, workdir)
         workdir.commit(3 + blocks)
-    config = run.adapter.mended(run.model.config) | {"quantization_config": _quantization_config(run.adapter, run.plan)}
+    config = run.adapter.emitted(run.model.config) | {
+        "quantization_config": _quantization_config(run.adapter, run.plan)
+    }
     if workdir.done < 4 + blocks:
         emitted = open_folder(run.out)
         assert emitted.file_bytes == run.plan.emitted_bytes, (emitted.file_bytes, run.plan.emitted_bytes)

@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 
 from .calibration.sensitivity import rows_at_once
 from .checkpoint.emit import emitted_before
 from .checkpoint.formats import compressed_tensors as ct
+from .checkpoint.formats.fp8 import FP8_BLOCKS
 from .checkpoint.formats.stored import StoredWeight
 from .checkpoint.packed import PackedSource, open_packed
 from .checkpoint.provenance import hub_origin, source_card
+from .checkpoint.remote import hub_error, open_remote
 from .checkpoint.source import Folder, check_shapes, open_folder
 from .checkpoint.workdir import has_run
 from .core.errors import InputError, ResourceError
@@ -113,33 +116,54 @@ def resolve_model(name: str) -> Path:
     """`demo`, a local folder, or a hub id (downloaded). Raises InputError or ResourceError."""
     if name == "demo":
         return demo_folder() / "model"
-    path = Path(name)
-    if path.exists():
-        return path
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
-        raise InputError(f"{name} is no folder and no hub id: name a local checkpoint, a hub id (owner/name) or `demo`")
-    from huggingface_hub import snapshot_download
-
+    if not on_hub(name):
+        return Path(name)
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS))
     except Exception as error:  # the hub client raises its own and its HTTP library's kinds
-        raise ResourceError(
-            f"{name} is no local folder, and the hub could not give it ({type(error).__name__}). On a machine without "
-            "network copy the checkpoint's folder here and name that; for a gated model log in with `hf auth login`"
-        ) from error
+        raise hub_error(name, error) from error
+
+
+def on_hub(name: str) -> bool:
+    """Whether a model's name is a hub id, and no local folder or `demo`. Raises InputError for what is none of them."""
+    if name == "demo" or Path(name).exists():
+        return False
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
+        raise InputError(f"{name} is no folder and no hub id: name a local checkpoint, a hub id (owner/name) or `demo`")
+    return True
 
 
 def open_model(name: str) -> Model:
-    """Open and check a checkpoint: headers, names and shapes against config.json. Reads no weights."""
+    """Open and check a checkpoint: headers, names and shapes against config.json. Reads no weights (of a hub id, all
+    files are downloaded)."""
     path = resolve_model(name)
     if not path.is_dir():
         raise InputError(f"{path} is a file: name the folder that holds it and its config.json")
     config = read_config(path)
-    adapter = load_adapter(path)
-    folder = open_folder(path)
+    return checked_model(name, config, load_adapter(path), open_folder(path))
+
+
+def open_headers(name: str) -> Model:
+    """`open_model` for what looks at headers alone: of a hub id only config.json and headers are fetched. Its weights
+    cannot be read, nor has it a digest. Without network a model that was downloaded before is opened."""
+    if not on_hub(name):
+        return open_model(name)
+    try:
+        folder: Folder = open_remote(name)
+    except ResourceError as error:
+        try:
+            folder = open_folder(Path(snapshot_download(name, local_files_only=True)))
+        except Exception:  # it was never downloaded, or in part
+            raise error from None
+    return checked_model(name, read_config(folder.path), load_adapter(folder.path), folder)
+
+
+def checked_model(name: str, config: dict[str, Any], adapter: Adapter, folder: Folder) -> Model:
+    """The Model of an opened folder whose tensors are what its config.json says."""
+    path = folder.path
     block = quantization_block(path, config)
     source = folder if block is None else open_packed(folder, block)
-    check_shapes(path, source, adapter.disk_shapes(source.names))
+    check_shapes(path, source, adapter.disk_shapes(source.names), adapter.left_aside)
     return Model(name, path, config, adapter, folder, source)
 
 
@@ -162,15 +186,32 @@ def quantization_block(path: Path, config: dict[str, Any]) -> object | None:
 
 
 def open_source(name: str) -> Model:
-    """A model to be quantized: it must not be quantized already."""
-    model = open_model(name)
-    if model.quantized:
-        raise InputError(f"{name} is quantized already: quantize the original checkpoint")
+    """A model to be quantized: it must not be quantized already, other than by those who made it."""
+    return unquantized(open_model(name))
+
+
+def is_original(model: Model) -> bool:
+    """Whether it can be quantized: not quantized already, other than by those who made it."""
+    adapter, source = model.adapter, model.source
+    return not model.quantized or (
+        adapter.published_in_fp8 and isinstance(source, PackedSource) and source.label == FP8_BLOCKS
+    )
+
+
+def unquantized(model: Model) -> Model:
+    """Raises InputError for a model that is quantized already."""
+    if not is_original(model):
+        raise InputError(f"{model.name} is quantized already: quantize the original checkpoint")
     return model
 
 
 def stored_widths(model: Model) -> tuple[Width, ...]:
     """What of a checkpoint lies there at which width, by role, from its headers."""
+    return tally(stored_weights(model).values())
+
+
+def stored_weights(model: Model) -> dict[str, Width]:
+    """Canonical name -> how that tensor is stored, from the headers."""
     adapter, source, packed = model.adapter, model.source, model.packed
 
     def stored(name: str, shape: tuple[int, ...]) -> Width:
@@ -184,7 +225,7 @@ def stored_widths(model: Model) -> tuple[Width, ...]:
         count = parts * prod(shape) // prod(weight.info.shape)
         return Width(adapter.role(name).value, weight.width, prod(shape), count)
 
-    return tally(stored(name, shape) for name, shape in adapter.expected().items())
+    return {name: stored(name, shape) for name, shape in adapter.expected().items()}
 
 
 def schemes_of(adapter: Adapter, recipe: Recipe) -> dict[str, Scheme]:

@@ -118,7 +118,7 @@ class Recipe(Limits):
 
     name: str
     description: str
-    family: Literal["llama4", "qwen3_moe"] | None = None  # None: any family
+    family: Literal["deepseek_v3", "llama4", "mixtral", "qwen3_moe"] | None = None  # None: any family
     note: str | None = None  # printed with the plan and kept in the record
 
     method: Literal["rtn", "fast", "balanced", "best"] = "best"

@@ -149,7 +149,7 @@ def _to_tune(job: BlockJob, present: list[Site], sites: list[Site]) -> list[Site
 
 def _stages(sites: list[Site], one_by_one: bool) -> list[list[Site]]:
     """Sites whose statistics are taken together, in order; of a half without sites none. In the attention half one
-    after the other costs nothing: q, k and v read a norm, and o is run once."""
+    after the other costs little: what reads a norm needs no run, and o's run is the last that there is."""
     if not (one_by_one or all(site.half is Half.ATTENTION for site in sites)):
         return [sites]
     return [[site for site in sites if site.stage == number] for number in sorted({site.stage for site in sites})]

@@ -8,7 +8,8 @@ Model-Preserving Adaptive Rounding, arXiv 2505.22988, here taken block by block.
 
 A gradient knows nothing of a token that is sent to another expert, the worst error of all. So routers have a part of
 their own, of equal weight: with a and b the last expert that token t takes and the first that it does not, d_t the
-difference of their router rows, seen through the norm, and phi_t falling with the margin between the two,
+difference of their router rows (each times the slope of what it is ranked by: 1 for a logit), seen through the norm,
+and phi_t falling with the margin between the two,
 
     D = sum phi_t d_t d_t^T  over the tokens of a router's block,  averaged over the routers that are still to come,
 
@@ -49,6 +50,9 @@ RESIDUAL = "residual"
 NEAR_SHARE = 0.15
 # Logits of 1024 tokens at a time: 0.8 GB for a vocabulary of 202,048.
 TOKENS_PER_SLICE = 1024
+
+# Of near ties: margins [tokens], the two experts [tokens, 2], the slopes of their ranks [tokens, 2].
+Ties = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 # By site key or RESIDUAL: what errors of the outputs cost, fp32 [O, O], of trace O without the routers' part; and how
 # much tokens count in the statistics, fp32 [tokens of all batches in a line].
@@ -124,7 +128,7 @@ def sensitivities(
             block = load_block(adapter, source, index, calls.device, calls.dtype)
             step.begin("sensitivity", index)
             found = _Found(weighting)
-            ties: list[tuple[torch.Tensor, torch.Tensor]] = []
+            ties: list[Ties] = []
             for k, numbers in enumerate(groups):
                 hidden = store.get(index, STREAM, k).to(calls.device)
                 gradient = store.get(index + 1, STREAM, k).to(calls.device)
@@ -251,39 +255,50 @@ class _Routers:
         return torch.zeros_like(like) if self.total is None else self.total / self.count
 
 
-def near_ties(
-    adapter: Adapter, block: nn.Module, index: int, middle_NTH: torch.Tensor
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Of a block with experts: [(margins fp32 [tokens], the two experts of each int64 [tokens, 2])]; else nothing."""
+def near_ties(adapter: Adapter, block: nn.Module, index: int, middle_NTH: torch.Tensor) -> list[Ties]:
+    """Of a block with experts: [(margins fp32 [tokens] in what the router ranks by, the two experts of each int64
+    [tokens, 2], how much what they are ranked by grows with their logits, fp32 [tokens, 2])]; else nothing. Of experts
+    in groups, those of the chosen groups; that the groups themselves may change is not counted."""
     router = adapter.router_site(index)
     if router is None or adapter.top_k >= adapter.n_experts:
         return []
     weight_EH = weight_view(adapter, block, index, router.members[0][0]).float()
     with torch.no_grad():
         rows = block.get_submodule(adapter.middle_norm)(middle_NTH).flatten(0, 1).float()
-        top = (rows @ weight_EH.T).topk(adapter.top_k + 1, dim=-1)
+        logits_TE = rows @ weight_EH.T
+    with torch.enable_grad():
+        rank_TE = adapter.ranking(block, logits_TE.requires_grad_())
+    (slope_TE,) = torch.autograd.grad(rank_TE.sum(), logits_TE)
+    top = rank_TE.detach().topk(adapter.top_k + 1, dim=-1)
     last, first = adapter.top_k - 1, adapter.top_k
-    return [(top.values[:, last] - top.values[:, first], top.indices[:, last : first + 1])]
+    pair_T2 = top.indices[:, last : first + 1]
+    margin_T = top.values[:, last] - top.values[:, first]
+    if torch.isinf(margin_T).all():  # the chosen groups hold no more experts than a token takes
+        return []
+    return [(margin_T, pair_T2, slope_TE.gather(1, pair_T2))]
 
 
-def tie_metric(
-    adapter: Adapter, block: nn.Module, index: int, ties: list[tuple[torch.Tensor, torch.Tensor]]
-) -> torch.Tensor:
-    """D [H, H] of trace H: W^T L W with L the Laplacian of the graph of experts whose edges are the weighted ties."""
+def tie_metric(adapter: Adapter, block: nn.Module, index: int, ties: list[Ties]) -> torch.Tensor:
+    """D [H, H] of trace H: W^T L W with L the sum over ties of phi u u^T, u the slopes of the two experts, one of them
+    negative. Where slopes are 1 that is the Laplacian of the graph of experts whose edges are the weighted ties."""
     router = adapter.router_site(index)
     assert router is not None
     norm = block.get_submodule(adapter.middle_norm)
     gain_H = norm.weight
     assert isinstance(gain_H, torch.Tensor)
     weight_EH = weight_view(adapter, block, index, router.members[0][0]).float() * gain_H.float()
-    margin_T = torch.cat([margin for margin, _ in ties])
-    pair_T2 = torch.cat([pair for _, pair in ties])
+    margin_T, pair_T2, slope_T2 = (torch.cat(parts) for parts in zip(*ties, strict=True))
     near = margin_T.kthvalue(max(1, int(NEAR_SHARE * len(margin_T)))).values.clamp_min(1e-12)
     experts = len(weight_EH)
+    phi_T = torch.exp(-0.5 * (margin_T / near) ** 2)
+    product_T = slope_T2.prod(-1)
     edges = torch.zeros(experts * experts, device=margin_T.device)
-    edges.index_add_(0, pair_T2[:, 0] * experts + pair_T2[:, 1], torch.exp(-0.5 * (margin_T / near) ** 2))
+    edges.index_add_(0, pair_T2[:, 0] * experts + pair_T2[:, 1], phi_T * product_T)
     edges_EE = edges.view(experts, experts) + edges.view(experts, experts).T
-    metric = weight_EH.T @ (torch.diag(edges_EE.sum(1)) - edges_EE) @ weight_EH
+    # What the squares of the slopes are more than their product: nothing where both are alike.
+    more_E = torch.zeros(experts, device=margin_T.device)
+    more_E.index_add_(0, pair_T2.flatten(), (phi_T[:, None] * (slope_T2.square() - product_T[:, None])).flatten())
+    metric = weight_EH.T @ (torch.diag(edges_EE.sum(1) + more_E) - edges_EE) @ weight_EH
     return metric * (len(metric) / metric.trace().clamp_min(torch.finfo(metric.dtype).tiny))
 
 

@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,10 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_HEADER_BYTES = 100_000_000
 # The digest of a source reads so many bytes at every stride of each tensor: 55 MB of Scout's 217 GB.
 SAMPLE_BYTES, SAMPLE_STRIDE = 4096, 2**24
+# A safetensors file begins with its header's length.
+LENGTH_BYTES = 8
+# Of one file: each tensor with its first byte in the file.
+Header = dict[str, tuple[TensorInfo, int]]
 
 
 @dataclass(frozen=True)
@@ -112,22 +116,32 @@ def _read_into(file: Path, offset: int, buffer: torch.Tensor) -> None:
         raise ResourceError(f"{file} could not be read ({error}); what is finished is kept") from error
 
 
-def read_header(path: Path) -> dict[str, tuple[TensorInfo, int]]:
+def read_header(path: Path) -> Header:
     """Each tensor of one safetensors file with its offset, from the header alone; the file must be as long as it says.
 
     Raises ValueError with one line that says what is wrong.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
-        first = file.read(8)
-        length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
-        if len(first) < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-            raise ValueError("is no safetensors file, or its header is cut off")
-        try:
-            header = json.loads(file.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
-            raise ValueError("has a damaged header") from None
-    infos: dict[str, tuple[TensorInfo, int]] = {}
+        return parse_header(file.read(header_bytes(file.read(LENGTH_BYTES), size)), size)
+
+
+def header_bytes(first: bytes, size: int) -> int:
+    """How long the header of a file of `size` bytes is, by its first LENGTH_BYTES. Raises ValueError."""
+    length = struct.unpack("<Q", first)[0] if len(first) == LENGTH_BYTES else 0
+    if not 2 <= length <= min(MAX_HEADER_BYTES, size - LENGTH_BYTES):
+        raise ValueError("is no safetensors file, or its header is cut off")
+    return int(length)
+
+
+def parse_header(text: bytes, size: int) -> Header:
+    """What the header `text` of a file of `size` bytes says. Raises ValueError."""
+    try:
+        header = json.loads(text)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        raise ValueError("has a damaged header") from None
+    data = LENGTH_BYTES + len(text)
+    infos: Header = {}
     spans = []
     try:
         for name, entry in header.items():
@@ -143,7 +157,7 @@ def read_header(path: Path) -> dict[str, tuple[TensorInfo, int]]:
             info = TensorInfo(tuple(entry["shape"]), entry["dtype"])
             if stop - begin != info.nbytes:
                 raise ValueError(f"has a damaged header (the size of {name})")
-            infos[name] = (info, 8 + length + begin)
+            infos[name] = (info, data + begin)
             spans.append((begin, stop, name))
     except (KeyError, TypeError, AttributeError):
         raise ValueError("has a damaged header") from None
@@ -153,8 +167,8 @@ def read_header(path: Path) -> dict[str, tuple[TensorInfo, int]]:
         if begin != end:
             raise ValueError(f"has a damaged header ({name} does not begin where the tensor before it ends)")
         end = stop
-    if size != 8 + length + end:
-        raise ValueError(f"is truncated or damaged: {size:,} bytes, and its header promises {8 + length + end:,}")
+    if size != data + end:
+        raise ValueError(f"is truncated or damaged: {size:,} bytes, and its header promises {data + end:,}")
     return infos
 
 
@@ -180,30 +194,12 @@ def open_folder(path: Path) -> Folder:
     if not path.is_dir():
         raise InputError(f"{path} is no folder: name a local checkpoint, a hub id or `demo`")
     root = _allowed_root(path)
-    weight_map: dict[str, str] | None = None
-    if (path / INDEX_NAME).exists():
-        try:
-            weight_map = json.loads((path / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"]
-            shard_names = sorted(set(weight_map.values()))
-            assert all(isinstance(n, str) for n in shard_names)
-        except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
-            raise InputError(f"{path / INDEX_NAME} is damaged: fetch it again") from None
-        if (path / SINGLE_NAME).exists() and SINGLE_NAME not in shard_names:
-            raise InputError(
-                f"{path} holds two sets of weights, {SINGLE_NAME} and the shards of {INDEX_NAME}, and loaders "
-                "differ in which they take: remove one of them"
-            )
-    elif (path / SINGLE_NAME).exists():
-        shard_names = [SINGLE_NAME]
-    else:
-        _refuse_without_safetensors(path)
+    shard_names, weight_map = shards_of(path, {p.name for p in path.iterdir() if p.exists()}, str(path))
     problems: list[str] = []
-    infos: dict[str, TensorInfo] = {}
-    offsets: dict[str, tuple[Path, int]] = {}
-    shards = []
+    headers: dict[str, Header] = {}
     for name in shard_names:
         shard = path / name
-        if re.search(r"[/\\]", name) or name in ("", ".", ".."):
+        if leaves_folder(name):
             problems.append(f"{INDEX_NAME} names {name!r}, which is not a file name inside the folder")
             continue
         if not _is_file(shard):
@@ -213,40 +209,80 @@ def open_folder(path: Path) -> Folder:
             problems.append(f"{name} is a link that leaves the folder (to {shard.resolve()})")
             continue
         try:
-            found = read_header(shard)
+            headers[name] = read_header(shard)
         except ValueError as error:
             problems.append(f"{name} {error}")
-            continue
-        shards.append(shard)
-        for tensor in sorted(infos.keys() & found.keys()):
-            problems.append(f"{tensor} is in {offsets[tensor][0].name} and in {name}")
+    return Folder(path, *join_headers(path, headers, weight_map, problems))
+
+
+def shards_of(path: Path, present: Collection[str], said: str) -> tuple[list[str], dict[str, str] | None]:
+    """The names of a checkpoint's shards, and its index where it has one, which lies in `path`; `present` are the names
+    of all files of what messages call `said`. Raises InputError."""
+    if INDEX_NAME not in present:
+        if SINGLE_NAME not in present:
+            _refuse_without_safetensors(said, present)
+        return [SINGLE_NAME], None
+    try:
+        weight_map: dict[str, str] = json.loads((path / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"]
+        shard_names = sorted(set(weight_map.values()))
+        assert all(isinstance(n, str) for n in shard_names)
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
+        raise InputError(f"{path / INDEX_NAME} is damaged: fetch it again") from None
+    if SINGLE_NAME in present and SINGLE_NAME not in shard_names:
+        raise InputError(
+            f"{said} holds two sets of weights, {SINGLE_NAME} and the shards of {INDEX_NAME}, and loaders "
+            "differ in which they take: remove one of them"
+        )
+    return shard_names, weight_map
+
+
+def leaves_folder(name: str) -> bool:
+    """Whether an index's name of a shard is no name of a file beside it."""
+    return bool(re.search(r"[/\\]", name)) or name in ("", ".", "..")
+
+
+def join_headers(
+    path: Path, headers: dict[str, Header], weight_map: dict[str, str] | None, problems: list[str]
+) -> tuple[dict[str, TensorInfo], dict[str, tuple[Path, int]], tuple[Path, ...]]:
+    """infos, offsets and shards of a Folder. Raises InputError with `problems` and those of the files together."""
+    infos: dict[str, TensorInfo] = {}
+    offsets: dict[str, tuple[Path, int]] = {}
+    for name, found in headers.items():
+        problems += [f"{t} is in {offsets[t][0].name} and in {name}" for t in sorted(infos.keys() & found.keys())]
         for tensor, (info, offset) in found.items():
-            infos[tensor], offsets[tensor] = info, (shard, offset)
+            infos[tensor], offsets[tensor] = info, (path / name, offset)
     if weight_map is not None and not problems:
         problems += [f"{name} is in the index and in no shard" for name in sorted(weight_map.keys() - infos.keys())]
     if problems:
-        raise input_error(f"{path} cannot be read:", problems, "Fetch the named files again, whole, into that folder.")
-    return Folder(path, infos, offsets, tuple(shards))
+        raise _unreadable(path, problems)
+    return infos, offsets, tuple(path / name for name in headers)
 
 
-def _refuse_without_safetensors(path: Path) -> None:
-    pickles = sorted(p.name for p in path.iterdir() if p.suffix in PICKLES)
+def _unreadable(path: Path, problems: list[str]) -> InputError:
+    return input_error(f"{path} cannot be read:", problems, "Fetch the named files again, whole, into that folder.")
+
+
+def _refuse_without_safetensors(said: str, present: Collection[str]) -> None:
+    pickles = sorted(name for name in present if name.endswith(PICKLES))
     if pickles:
         raise input_error(
-            f"{path} holds pickle files, which can run code and are never unpickled:",
+            f"{said} holds pickle files, which can run code and are never unpickled:",
             pickles,
             "Use the safetensors version of the checkpoint, or convert it on a machine that may run it.",
         )
-    stray = sorted(p.name for p in path.glob("*.safetensors"))
+    stray = [name for name in present if name.endswith(".safetensors")]
     if stray:
         raise InputError(
-            f"{path} has {len(stray)} safetensors files but neither {SINGLE_NAME} nor {INDEX_NAME}: fetch the index"
+            f"{said} has {len(stray)} safetensors files but neither {SINGLE_NAME} nor {INDEX_NAME}: fetch the index"
         )
-    raise InputError(f"{path} holds no safetensors checkpoint ({SINGLE_NAME} or {INDEX_NAME})")
+    raise InputError(f"{said} holds no safetensors checkpoint ({SINGLE_NAME} or {INDEX_NAME})")
 
 
-def check_shapes(path: Path, source: TensorSource, expected: dict[str, tuple[int, ...]]) -> None:
-    """Every promised tensor is there, in the promised shape, in a dtype that is a weight. Raises InputError."""
+def check_shapes(
+    path: Path, source: TensorSource, expected: dict[str, tuple[int, ...]], left_aside: Callable[[str], bool]
+) -> None:
+    """Every promised tensor is there, in the promised shape, in a dtype that is a weight, and nothing else but what may
+    be left aside. Raises InputError."""
     problems = [f"{name} is missing" for name in expected if name not in source.names]
     for name in expected.keys() & source.names:
         info, shape = source.info(name), expected[name]
@@ -254,7 +290,7 @@ def check_shapes(path: Path, source: TensorSource, expected: dict[str, tuple[int
             problems.append(f"{name} is {list(info.shape)}, and config.json says {list(shape)}")
         if info.dtype not in ("BF16", "F16", "F32"):
             problems.append(f"{name} is stored as {info.dtype}: onecard reads BF16, F16 and F32 weights")
-    unknown = [name for name in source.names if name not in expected]
+    unknown = [name for name in source.names if name not in expected and not left_aside(name)]
     problems.sort()
     problems += [f"{name} is in the checkpoint and config.json knows no such tensor" for name in unknown]
     if problems:

@@ -31,6 +31,12 @@ class InputError(OnecardError):
     exit_code = 2
 
 
+class FitError(OnecardError):
+    """The plan does not fit the card. The plan itself was made and printed; the message says what would fit."""
+
+    exit_code = 3
+
+
 class ResourceError(OnecardError):
     """The machine gave out (disk, memory, network). What was finished is kept; the message says how to go on."""
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..core.tensors import TORCH_DTYPES, Index, TensorSource
+from .cache import SPLITS, CacheLayer, Split, attention_caches
 
 
 class Role(StrEnum):
@@ -62,8 +63,8 @@ class Site:
     gate and up of expert e. A site that is no expert site has one entry. All entries have equal shapes. Sites of one
     `stage` are quantized together, after those of earlier stages. `adds_to_residual`: the outputs are added to the
     residual stream as they are, unscaled. `reaches_residual`: so they are, or after a routing weight. `feeds`, of a
-    site of gates and ups: the module that reads silu(gate) * up of each entry. `reads_norm`: the norm, by its name in
-    the block, whose output every row of the site is.
+    site of gates and ups: the module that reads silu(gate) * up of each entry. `reads_norm`: the norm that the half
+    begins with, by its name in the block, where every row of the site is its output; a norm inside a half is not named.
     """
 
     key: str
@@ -94,6 +95,7 @@ class Adapter(ABC):
     tied_head: bool
     image_token_id: int | None = None
     has_vision: bool = False
+    image_tiles: int = 1  # at most, of one image
     embedding_name: str
     head_name: str
     norm_name: str
@@ -101,6 +103,12 @@ class Adapter(ABC):
     half_modules: ClassVar[dict[Half, str]]
     first_norm = "input_layernorm"
     middle_norm = "post_attention_layernorm"
+    # Leaf name -> what tensor parallelism does with it; a leaf that is not here is copied to every card.
+    splits: ClassVar[dict[str, Split]] = SPLITS
+    # Whether fp8 is what the family's makers published, so that a copy in fp8 is an original.
+    published_in_fp8 = False
+    # What an `auto_map` may name that transformers' own class computes too. It is never run.
+    known_code: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -157,6 +165,11 @@ class Adapter(ABC):
     def router_site(self, block: int) -> Site | None:
         """The router of a block with experts, as a site that is never quantized; it reads what `middle_norm` gives."""
 
+    def ranking(self, block: nn.Module, logits_TE: torch.Tensor) -> torch.Tensor:
+        """What the router of a loaded block ranks experts by, given its logits: a function of each expert's own, or
+        -inf where it cannot be chosen."""
+        return logits_TE
+
     @abstractmethod
     def unit(self, module_name: str) -> str:
         """The unit of a canonical module, by the engine's name for it (`...self_attn.qkv_proj`,
@@ -177,6 +190,16 @@ class Adapter(ABC):
         family's own RoPE rotates neighbours: all that a row has (codes, scales, zero points) must move along."""
         return False
 
+    def cache_layers(self) -> tuple[CacheLayer, ...]:
+        """What each decoder layer caches, in order."""
+        return attention_caches(self.text_config)
+
+    def split(self, name: str) -> Split:
+        """What tensor parallelism does with the canonical tensor `name`; the vision tower is planned as copied, which
+        errs high."""
+        leaf = name.removesuffix(".weight").rpartition(".")[2]
+        return Split.COPIED if self.role(name) is Role.VISION else self.splits.get(leaf, Split.COPIED)
+
     def image_features(
         self, source: TensorSource, pixels: torch.Tensor, device: torch.device, dtype: torch.dtype
     ) -> torch.Tensor:
@@ -191,11 +214,20 @@ class Adapter(ABC):
         """What the chat template's image marker becomes in a row: markers and placeholders of one tile."""
         raise AssertionError(f"{self.family} has no vision tower")
 
+    def left_aside(self, name: str) -> bool:
+        """Whether a stored tensor is of the family and no part of the model: neither read nor emitted, and `faults`
+        says so."""
+        return False
+
     @staticmethod
     def mended(raw_config: dict[str, Any]) -> dict[str, Any]:
         """config.json with published values that transformers refuses by now written as it wants them; what is emitted
         has them so. `faults` warns of each."""
         return raw_config
+
+    def emitted(self, raw_config: dict[str, Any]) -> dict[str, Any]:
+        """config.json as it goes beside the emitted weights, the quantization's own block apart."""
+        return self.mended(raw_config)
 
     def faults(self, raw_config: dict[str, Any]) -> list[str]:
         """Known published faults found in config.json, each with what it should be. Warned of, not refused."""

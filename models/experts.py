@@ -32,13 +32,13 @@ class RoutedExperts(nn.Module):
         self.routes_TK = torch.empty(0, 0, dtype=torch.int64)  # the last call's choice: each token's experts, rising
 
     def weight(self, expert: int, projection: str) -> torch.Tensor:
-        """A view `[out, in]` of one expert's 'gate_proj', 'up_proj' or 'down_proj'."""
+        """A view `[out, in]` of one expert's 'gate_proj', 'up_proj' or 'down_proj' (Mixtral's 'w1', 'w3' and 'w2')."""
         match projection:
-            case "gate_proj":
+            case "gate_proj" | "w1":
                 return self.gate_up[expert, : self.intermediate]
-            case "up_proj":
+            case "up_proj" | "w3":
                 return self.gate_up[expert, self.intermediate :]
-            case "down_proj":
+            case "down_proj" | "w2":
                 return self.down[expert]
         raise AssertionError(projection)
 
@@ -70,6 +70,7 @@ class RoutedExperts(nn.Module):
                 self.observer("down", expert, token[rows], h_RM)
             y_RH = F.linear(h_RM, self.down[expert].to(h_RM.dtype))
             if not self.scale_input:
-                y_RH = y_RH * weight[rows]
+                # Some families weigh in fp32, whatever the rows are.
+                y_RH = (y_RH * weight[rows]).to(out_TH.dtype)
             out_TH.index_add_(0, token[rows], y_RH)
         return out_TH

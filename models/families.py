@@ -8,12 +8,16 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..core.errors import InputError
 from .adapter import Adapter
+from .deepseek_v3 import DeepseekV3Adapter
 from .llama4 import Llama4Adapter
+from .mixtral import MixtralAdapter
 from .qwen3_moe import Qwen3MoeAdapter
 
 ADAPTERS: dict[str, type[Adapter]] = {
+    "deepseek_v3": DeepseekV3Adapter,
     "llama4": Llama4Adapter,
     "llama4_text": Llama4Adapter,
+    "mixtral": MixtralAdapter,
     "qwen3_moe": Qwen3MoeAdapter,
 }
 
@@ -21,7 +25,8 @@ ADAPTERS: dict[str, type[Adapter]] = {
 SIZES = (
     "num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim",
     "intermediate_size", "intermediate_size_mlp", "moe_intermediate_size", "num_experts_per_tok",
-    "attention_chunk_size",
+    "attention_chunk_size", "sliding_window", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
+    "v_head_dim", "num_local_experts", "topk_group",
 )  # fmt: skip
 
 
@@ -43,7 +48,8 @@ def load_adapter(folder: Path) -> Adapter:
     """The adapter of the checkpoint in `folder`. No code of the checkpoint is ever run."""
     raw = read_config(folder)
     model_type = raw.get("model_type")
-    if raw.get("auto_map"):
+    known = ADAPTERS[model_type].known_code if isinstance(model_type, str) and model_type in ADAPTERS else frozenset()
+    if raw.get("auto_map") and not (isinstance(raw["auto_map"], dict) and known.issuperset(raw["auto_map"].values())):
         wanted = ", ".join(sorted(raw["auto_map"])) if isinstance(raw["auto_map"], dict) else repr(raw["auto_map"])
         raise InputError(
             f"{folder / 'config.json'} wants remote code (auto_map: {wanted}), which "

@@ -49,6 +49,7 @@ class Llama4Adapter(Adapter):
     """`config` is a Llama4Config (multimodal) or a Llama4TextConfig."""
 
     family = "llama4"
+    image_tiles = 17  # sixteen, and the whole picture once more (transformers' Llama4ImageProcessor, max_patches)
     half_modules: ClassVar = {Half.ATTENTION: "self_attn", Half.FEED_FORWARD: "feed_forward"}
 
     def __init__(self, config: Any) -> None:

@@ -105,6 +105,10 @@ def load_block(
         else:
             value = read(adapter, source, prefix + name).to(device, dtype)
         setattr(block.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+    # Stored numbers that are no weights (the bias that a router ranks with) keep their dtype.
+    for name in block.state_dict().keys() - dict(block.named_parameters()).keys():
+        owner, _, leaf = name.rpartition(".")
+        setattr(block.get_submodule(owner), leaf, read(adapter, source, prefix + name).to(device))
     if stacks is not None:
         for _, module_name, _, _ in adapter.modules(index):
             if ".experts." in module_name:

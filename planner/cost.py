@@ -86,7 +86,8 @@ def estimate(
     GPTQ:       quantize/site.matrix_flops
     The calibration rows of the quantized stream go through the attention half once, and through the feed-forward half
     once for every stage and once more; those of the reference stream once, and in the feed-forward half once more for
-    every later stage that reads inner inputs. For metrics and token weights they go through a block three times forward
+    every later stage that reads inner inputs. In the attention half both go once more for what reads inside it (MLA's
+    latents). For metrics and token weights they go through a block three times forward
     and once back, and lie on disk at several places meanwhile. An epoch of tuning
     takes them through a feed-forward half forward and back. The evaluation rows go through each block twice,
     and twice through the head.
@@ -98,6 +99,7 @@ def estimate(
         block_params = 0
         moments: dict[tuple[Half, int], int] = {}
         inner: set[tuple[Half, int]] = set()
+        inside: set[int] = set()
         half_forward = dict.fromkeys(Half, 0.0)
         tuned_params = 0
         tuned_stages: set[int] = set()
@@ -123,13 +125,15 @@ def estimate(
                 matrix_bytes = max(matrix_bytes, work.matrix_bytes(outputs, inputs, measured))
                 if not site.adds_to_residual:
                     inner.add(stage)
+                    inside |= {site.stage} if site.half is Half.ATTENTION and site.reads_norm is None else set()
                 if work.tune_epochs and site.half is Half.FEED_FORWARD:
                     tuned_params += outputs * inputs * count
                     tuned_stages |= set() if site.adds_to_residual else {stage[1]}
         forward += block_forward
         for half, flops_a_token in half_forward.items():
             stages, reads = (sum(stage[0] is half for stage in group) for group in (moments, inner))
-            calibration += flops_a_token * (2 if half is Half.ATTENTION else stages + 1 + max(1, reads))
+            attention = 2 + 2 * len(inside)
+            calibration += flops_a_token * (attention if half is Half.ATTENTION else stages + 1 + max(1, reads))
         calibration += 3 * half_forward[Half.FEED_FORWARD] * work.tune_epochs * len(tuned_stages)
         tuned_bytes = max(tuned_bytes, tuned_params * TUNING_BYTES)
         block_bytes = max(block_bytes, block_params * STORED_BYTES)

@@ -7,7 +7,7 @@ what was run. A version is named only where an older one fails.
 from collections.abc import Mapping
 from typing import Any
 
-FAMILIES = {"llama4": "Llama 4", "qwen3_moe": "Qwen3-MoE"}
+FAMILIES = {"deepseek_v3": "DeepSeek-V3", "llama4": "Llama 4", "mixtral": "Mixtral", "qwen3_moe": "Qwen3-MoE"}
 
 
 def _in_few_bits(roles: Mapping[str, Mapping[str, Any]], role: str) -> bool:

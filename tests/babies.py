@@ -12,7 +12,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Llama4Config, Llama4ForConditionalGeneration, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    Llama4Config,
+    Llama4ForConditionalGeneration,
+    MixtralConfig,
+    Qwen3MoeConfig,
+)
 from transformers.models.llama4 import modeling_llama4 as hf_llama4
 
 VOCAB = 256
@@ -88,6 +95,74 @@ def qwen3_config(layers: int = 3) -> Qwen3MoeConfig:
     )
 
 
+def deepseek_config(layers: int = 3) -> DeepseekV3Config:
+    """A dense layer first; experts in four groups of two, of which two are open; YaRN, as published."""
+    return DeepseekV3Config(
+        hidden_size=64,
+        intermediate_size=160,
+        moe_intermediate_size=32,
+        num_hidden_layers=layers,
+        first_k_dense_replace=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=32,
+        kv_lora_rank=32,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=24,
+        vocab_size=VOCAB,
+        n_routed_experts=8,
+        n_shared_experts=3,
+        num_experts_per_tok=2,
+        n_group=4,
+        topk_group=2,
+        norm_topk_prob=True,
+        routed_scaling_factor=2.5,
+        scoring_func="sigmoid",
+        topk_method="noaux_tc",
+        num_nextn_predict_layers=0,
+        max_position_embeddings=256,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 64,
+        },
+        architectures=["DeepseekV3ForCausalLM"],
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+
+
+def mixtral_config(layers: int = 3) -> MixtralConfig:
+    return MixtralConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCAB,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        sliding_window=8,
+        max_position_embeddings=256,
+        architectures=["MixtralForCausalLM"],
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+
+
+# Families whose experts transformers 5 fuses in memory, and whose files hold one tensor each.
+UNFUSED = {"qwen3": qwen3_config, "deepseek": deepseek_config, "mixtral": mixtral_config}
+# Mixtral's published names of what transformers 5 calls otherwise.
+MIXTRAL_NAMES = {".mlp.": ".block_sparse_moe.", ".gate_proj.": ".w1.", ".up_proj.": ".w3.", ".down_proj.": ".w2."}
+ROUTER_BIAS = "e_score_correction_bias"
+
+
 def randomize(model: torch.nn.Module, seed: int) -> None:
     """Weights large enough that every part of the model shows in the logits."""
     generator = torch.Generator().manual_seed(seed)
@@ -98,10 +173,25 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
             scale = 1.0 if "embed" in name else parameter.shape[-1] ** -0.5
             noise = scale * torch.randn(parameter.shape, generator=generator)
         parameter.data.copy_(noise.to(torch.bfloat16))
+    for name, buffer in model.named_buffers():
+        if name.endswith(ROUTER_BIAS):
+            buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
+
+
+def published(family: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A model's tensors as the family's files hold them."""
+    if family not in UNFUSED:
+        return state
+    apart = split_experts(state)
+    if family != "mixtral":
+        return apart
+    for theirs, ours in MIXTRAL_NAMES.items():
+        apart = {name.replace(theirs, ours): tensor for name, tensor in apart.items()}
+    return apart
 
 
 def split_experts(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Qwen3-MoE's published layout: transformers 5 fuses the experts in memory, the files hold one tensor each."""
+    """The fused experts of transformers 5 apart, `[out, in]` each."""
     out: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
         if name.endswith(".experts.gate_up_proj"):
@@ -119,11 +209,15 @@ def split_experts(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def save(folder: Path, config: Any, state: dict[str, torch.Tensor], shards: int = 1) -> Path:
-    """Write config.json and bf16 safetensors, sharded with an index when `shards` > 1."""
+    """Write config.json and bf16 safetensors (a router's bias stays in fp32, as published), sharded with an index when
+    `shards` > 1."""
     folder.mkdir(parents=True, exist_ok=True)
     config.dtype = "bfloat16"
     config.save_pretrained(str(folder))
-    state = {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in state.items()}
+    state = {
+        name: tensor.detach().to(torch.float32 if name.endswith(ROUTER_BIAS) else torch.bfloat16).contiguous()
+        for name, tensor in state.items()
+    }
     if shards == 1:
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         return folder
@@ -140,9 +234,10 @@ def save(folder: Path, config: Any, state: dict[str, torch.Tensor], shards: int 
 
 
 def make_model(family: str, layers: int | None = None, seed: int = 0) -> Any:
-    """A random fp32 transformers model whose weights are exact in bf16: scout, maverick, llama4-text, qwen3."""
-    if family == "qwen3":
-        model = AutoModelForCausalLM.from_config(qwen3_config(layers or 3), dtype=torch.float32)
+    """A random fp32 transformers model whose weights are exact in bf16: scout, maverick, llama4-text, qwen3, deepseek,
+    mixtral."""
+    if family in UNFUSED:
+        model = AutoModelForCausalLM.from_config(UNFUSED[family](layers or 3), dtype=torch.float32)
     elif family == "llama4-text":
         text = llama4_config(layers or 4).text_config
         text.architectures = ["Llama4ForCausalLM"]
@@ -156,8 +251,7 @@ def make_model(family: str, layers: int | None = None, seed: int = 0) -> Any:
 
 def make_baby(folder: Path, family: str, layers: int | None = None, seed: int = 0, shards: int = 1) -> Path:
     model = make_model(family, layers, seed)
-    state = model.state_dict()
-    return save(folder, model.config, split_experts(state) if family == "qwen3" else state, shards)
+    return save(folder, model.config, published(family, model.state_dict()), shards)
 
 
 def edit_json(path: Path, change: Callable[[Any], None]) -> None:

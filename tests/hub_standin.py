@@ -1,28 +1,42 @@
-"""A small stand-in of the hub's HTTP API on 127.0.0.1: what an upload through huggingface_hub asks for, and no more.
+"""A small stand-in of the hub's HTTP API on 127.0.0.1: what huggingface_hub asks for to upload and to read a model.
 
-Repositories are dicts in memory. Large files go by Git LFS (`batch`, then a PUT each), as the hub has it for clients
-without Xet. What was asked is kept, with the token that came along, for the tests to look at.
+Repositories are dicts in memory; a file is its bytes, or a path to it. Large files go up by Git LFS (`batch`, then a
+PUT each), as the hub has it for clients without Xet, and are answered with a redirection to a second server, as the
+hub's are to its CDN. What was asked is kept, with tokens that came along and bytes that went out, for the tests.
 """
 
 import base64
 import hashlib
+import io
 import json
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+COMMIT = "0" * 40
 
 
 @dataclass
 class Hub:
     """`repos`: name -> path -> bytes. `blobs`: what LFS holds, by SHA-256. `puts`: LFS uploads that came in, in order.
-    `before_put` is called with their number; a status that it gives is answered in place of storing."""
+    `before_put` is called with their number; a status that it gives is answered in place of storing. `gated`: whose
+    files are given to nobody. `ranges`: whether the CDN knows byte ranges. `served`: file -> bytes of it that went out;
+    `fetched`: what the CDN was asked for, in order."""
 
     endpoint: str = ""
-    repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    cdn: str = ""
+    repos: dict[str, dict[str, Any]] = field(default_factory=dict)
+    gated: set[str] = field(default_factory=set)
+    ranges: bool = True
+    served: Counter[str] = field(default_factory=Counter)
+    fetched: list[str] = field(default_factory=list)
+    cdn_tokens: set[str] = field(default_factory=set)
     private: dict[str, bool] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)
     puts: list[str] = field(default_factory=list)
@@ -31,6 +45,10 @@ class Hub:
     tokens: set[str] = field(default_factory=set)
     token: str | None = None
     before_put: Callable[[int], int | None] = lambda number: None
+
+
+def _digest(data: bytes) -> str:
+    return f'"{hashlib.sha256(data).hexdigest()}"'
 
 
 def _is_large(path: str) -> bool:
@@ -43,13 +61,16 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         """Quiet."""
 
-    def _answer(self, status: int, value: Any = None) -> None:
-        data = json.dumps(value).encode()
+    def _answer(self, status: int, value: Any = None, headers: dict[str, str] | None = None) -> None:
+        data = value if isinstance(value, bytes) else json.dumps(value).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
+        for name, text in (headers or {}).items():
+            self.send_header(name, text)
         self.end_headers()
-        self.wfile.write(data)
+        if self.command != "HEAD":
+            self.wfile.write(data)
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") == "chunked":
@@ -73,12 +94,37 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if not self._may():
             return
-        if found := re.match(r"/api/models/([^/]+/[^/]+)/tree/main", self.path):
+        if found := re.match(rf"/api/models/([^/]+/[^/]+)/tree/(?:main|{COMMIT})", self.path):
             self._answer(200, [self._entry(path, data) for path, data in self.hub.repos[found[1]].items()])
         elif found := re.match(r"/api/models/([^/]+/[^/?]+)", self.path):
-            self._answer(200, {"id": found[1], "sha": "0" * 40, "siblings": []})
+            siblings = [{"rfilename": path} for path in self.hub.repos.get(found[1], ())]
+            told = {"id": found[1], "sha": COMMIT, "siblings": siblings}
+            self._answer(*((200, told) if found[1] in self.hub.repos else (404, {}, {"X-Error-Code": "RepoNotFound"})))
         else:
-            self._answer(404, {"error": self.path})
+            self._resolve()
+
+    def do_HEAD(self) -> None:
+        if self._may():
+            self._resolve()
+
+    def _resolve(self) -> None:
+        """A file of a repository: small ones at once, large ones by way of the CDN."""
+        found = re.match(rf"/([^/]+/[^/]+)/resolve/{COMMIT}/(.+)", self.path)
+        if found is None or found[2] not in self.hub.repos.get(found[1], {}):
+            self._answer(404, {}, {"X-Error-Code": "EntryNotFound"})
+        elif found[1] in self.hub.gated:
+            self._answer(403, {}, {"X-Error-Code": "GatedRepo"})
+        elif _is_large(found[2]):
+            data = self.hub.repos[found[1]][found[2]]
+            # What is a path was not made to be downloaded whole.
+            told = {} if isinstance(data, Path) else {"X-Linked-Size": str(len(data)), "X-Linked-Etag": _digest(data)}
+            where = f"{self.hub.cdn}/{found[1]}/{found[2]}"
+            self._answer(302, {}, {"Location": where, "X-Repo-Commit": COMMIT, **told})
+        else:
+            data = self.hub.repos[found[1]][found[2]]
+            self.hub.served[found[2]] += len(data) * (self.command == "GET")
+            etag = f'"{hashlib.sha1(data).hexdigest()}"'
+            self._answer(200, data, {"X-Repo-Commit": COMMIT, "ETag": etag})
 
     @staticmethod
     def _entry(path: str, data: bytes) -> dict[str, Any]:
@@ -145,17 +191,55 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(status or 200, {})
 
 
+class _Cdn(BaseHTTPRequestHandler):
+    """Bytes of large files, in ranges or whole, to anybody."""
+
+    hub: Hub
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Quiet."""
+
+    def do_GET(self) -> None:
+        owner, name, path = self.path.lstrip("/").split("/", 2)
+        self.hub.cdn_tokens.add(self.headers.get("Authorization") or "")
+        self.hub.fetched.append(path)
+        data = self.hub.repos[f"{owner}/{name}"][path]
+        size = data.stat().st_size if isinstance(data, Path) else len(data)
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "") if self.hub.ranges else None
+        begin, stop = (int(asked[1]), min(size, int(asked[2]) + 1)) if asked else (0, size)
+        self.send_response(206 if asked else 200)
+        if asked:
+            self.send_header("Content-Range", f"bytes {begin}-{stop - 1}/{size}")
+        self.send_header("Content-Length", str(stop - begin))
+        self.end_headers()
+        with data.open("rb") if isinstance(data, Path) else io.BytesIO(data) as file:
+            file.seek(begin)
+            while begin < stop:
+                piece = file.read(min(2**16, stop - begin))
+                try:
+                    self.wfile.write(piece)
+                except OSError:  # the client has had enough
+                    return
+                begin += len(piece)
+                self.hub.served[path] += len(piece)
+
+
 @contextmanager
-def serve() -> Iterator[Hub]:
-    """A hub that runs in a thread."""
-    hub = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
-    hub.endpoint = f"http://127.0.0.1:{server.server_port}"
+def _running(handler: type[BaseHTTPRequestHandler], hub: Hub) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (handler,), {"hub": hub}))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:
-        yield hub
+        yield f"http://127.0.0.1:{server.server_port}"
     finally:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def serve() -> Iterator[Hub]:
+    """A hub and its CDN that run in threads."""
+    hub = Hub()
+    with _running(_Handler, hub) as hub.endpoint, _running(_Cdn, hub) as hub.cdn:
+        yield hub

@@ -34,7 +34,7 @@ def run(
     return go
 
 
-@pytest.mark.parametrize("family", ["maverick", "qwen3"])
+@pytest.mark.parametrize("family", ["maverick", "qwen3", "deepseek", "mixtral"])
 def test_routers_and_kept_attention_are_aimed_and_nothing_else(
     family: str, baby: Callable[..., Path], run: Callable[..., tuple]
 ) -> None:

@@ -23,8 +23,8 @@ Check = Callable[..., str]
 
 def test_unknown_model_type(copied: Callable[..., Path], refuse_model: Check) -> None:
     model = copied()
-    edit_json(model / "config.json", lambda c: c.update(model_type="mixtral"))
-    refuse_model(model, "mixtral", "llama4", "qwen3_moe")
+    edit_json(model / "config.json", lambda c: c.update(model_type="mamba"))
+    refuse_model(model, "mamba", "deepseek_v3", "llama4", "mixtral", "qwen3_moe")
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "null", b"\xff"])

@@ -168,7 +168,8 @@ PLANS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("family", "kind"),
     [*((family, "default") for family in FAMILIES), *(("qwen3", kind) for kind in PLANS if kind != "default"),
-     ("scout", "attention")],
+     ("scout", "attention"),
+     *((family, kind) for family in ("deepseek", "mixtral") for kind in ("default", "attention"))],
 )  # fmt: skip
 def test_plan_is_exact_before_a_weight_is_read(
     baby: Callable[..., Path], onecard: Callable[..., Result], recipe: Callable[..., Path], texts: list[str],

@@ -24,7 +24,7 @@ from onecard.report.heatmap import BARS, NONE, STEPS, draw_coverage, least_line,
 Check = Callable[..., str]
 
 
-@pytest.mark.parametrize("family", ["llama4-text", "maverick", "qwen3"])
+@pytest.mark.parametrize("family", ["llama4-text", "maverick", "qwen3", "deepseek", "mixtral"])
 def test_counts_are_the_routes_of_transformers(baby: Callable[..., Path], tmp_path: Path, family: str) -> None:
     layers = 3 if family == "qwen3" else 2
     model = open_model(str(baby(family, layers)))
@@ -35,22 +35,25 @@ def test_counts_are_the_routes_of_transformers(baby: Callable[..., Path], tmp_pa
                           torch.float32, Silence())  # fmt: skip
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
     network = load_with_transformers(model.path, torch.float32)
-    logits: list[torch.Tensor] = []
+    top = model.adapter.top_k
+    chosen: list[torch.Tensor] = []
     for name, module in network.named_modules():
         if name.endswith((".router", ".mlp.gate")):
 
             def hook(m: Any, i: Any, o: Any) -> None:
-                logits.append(torch.nn.functional.linear(i[0].reshape(-1, i[0].shape[-1]), m.weight))
+                logits = torch.nn.functional.linear(i[0].reshape(-1, i[0].shape[-1]), m.weight)
+                # DeepSeek's takes those whose logits and biases are best, of some of the groups.
+                chosen.append(o[2] if family == "deepseek" else logits.topk(top).indices)
 
             module.register_forward_hook(hook)  # fmt: skip
-    experts, top = model.adapter.n_experts, model.adapter.top_k
+    experts = model.adapter.n_experts
     for number, row in enumerate(rows):
-        logits.clear()
+        chosen.clear()
         with torch.inference_mode():
             network(input_ids=row.tokens[None])
-        expected = [torch.bincount(x.topk(top).indices.flatten(), minlength=experts).tolist() for x in logits]
+        expected = [torch.bincount(indices.flatten(), minlength=experts).tolist() for indices in chosen]
         assert routes.counts_RLE[number].tolist() == expected
-    assert len(routes.blocks) == len(logits)
+    assert len(routes.blocks) == len(chosen)
 
 
 def texts(path: Path, count: int = 60) -> Path:

@@ -154,19 +154,14 @@ def unit_of(name: str, block: int) -> str | None:
     local = name.split(f".layers.{block}.")[1]
     if ".experts." in local:
         return local.split(".experts.")[0] + ".experts"
-    local = local.removesuffix(".weight")
-    for leaf, unit in {
-        "q_proj": "qkv",
-        "k_proj": "qkv",
-        "v_proj": "qkv",
-        "gate_proj": "gate_up",
-        "up_proj": "gate_up",
-    }.items():
-        local = local.replace(leaf, unit)
-    return local
+    head, _, leaf = local.removesuffix(".weight").rpartition(".")
+    fused = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj")
+    fused |= dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa"), "fused_qkv_a_proj")
+    fused |= dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj")
+    return f"{head}.{fused.get(leaf, leaf)}"
 
 
-@pytest.mark.parametrize("family", ["scout", "maverick", "qwen3"])
+@pytest.mark.parametrize("family", ["scout", "maverick", "qwen3", "deepseek"])
 def test_a_units_error_is_that_of_a_model_with_that_unit_alone_replaced(
     baby: Callable[..., Path], tmp_path: Path, family: str
 ) -> None:
@@ -181,7 +176,7 @@ def test_a_units_error_is_that_of_a_model_with_that_unit_alone_replaced(
 
     found = errors_of(reference, changed_copy(reference, tmp_path / "all", remember), tmp_path / "acts")["blocks"]
     units = {unit for unit in (unit_of(name, 0) for name in noisy) if unit}
-    assert len(units) == {"scout": 6, "maverick": 4, "qwen3": 4}[family]
+    assert len(units) == {"scout": 6, "maverick": 4, "qwen3": 4, "deepseek": 6}[family]
     assert set(found[0]["units"]) == units
     for unit in units:
         alone = changed_copy(

@@ -121,7 +121,7 @@ def test_equal_inputs_give_equal_bits() -> None:
 # Adapters
 
 
-@pytest.fixture(scope="module", params=["scout", "maverick", "llama4-text", "qwen3"])
+@pytest.fixture(scope="module", params=["scout", "maverick", "llama4-text", "qwen3", "deepseek", "mixtral"])
 def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     return request.param, babies.make_baby(tmp_path_factory.mktemp(request.param), request.param)
 
@@ -192,6 +192,28 @@ QWEN3_ROLES = {
     r"P model\.layers\.\d+\.mlp\.experts\.\d+\.(gate|up|down)_proj\.weight": Role.EXPERT,
     r"P model\.layers\.\d+\.mlp\.(gate|up|down)_proj\.weight": Role.MLP,
 }
+DEEPSEEK_ROLES = {
+    r"P model\.embed_tokens\.weight": Role.EMBEDDING,
+    r"P lm_head\.weight": Role.HEAD,
+    r"P model\.norm\.weight": Role.NORM,
+    r"P model\.layers\.\d+\.(input|post_attention)_layernorm\.weight": Role.NORM,
+    r"P model\.layers\.\d+\.self_attn\.(q|kv)_a_layernorm\.weight": Role.NORM,
+    r"P model\.layers\.\d+\.self_attn\.(q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj)\.weight": Role.ATTENTION,
+    r"P model\.layers\.\d+\.mlp\.gate\.(weight|e_score_correction_bias)": Role.ROUTER,
+    r"P model\.layers\.\d+\.mlp\.shared_experts\.(gate|up|down)_proj\.weight": Role.SHARED,
+    r"P model\.layers\.\d+\.mlp\.experts\.\d+\.(gate|up|down)_proj\.weight": Role.EXPERT,
+    r"P model\.layers\.\d+\.mlp\.(gate|up|down)_proj\.weight": Role.MLP,
+}
+MIXTRAL_ROLES = {
+    r"P model\.embed_tokens\.weight": Role.EMBEDDING,
+    r"P lm_head\.weight": Role.HEAD,
+    r"P model\.norm\.weight": Role.NORM,
+    r"P model\.layers\.\d+\.(input|post_attention)_layernorm\.weight": Role.NORM,
+    r"P model\.layers\.\d+\.self_attn\.[qkvo]_proj\.weight": Role.ATTENTION,
+    r"P model\.layers\.\d+\.block_sparse_moe\.gate\.weight": Role.ROUTER,
+    r"P model\.layers\.\d+\.block_sparse_moe\.experts\.\d+\.w[123]\.weight": Role.EXPERT,
+}
+ROLES = {"qwen3": QWEN3_ROLES, "deepseek": DEEPSEEK_ROLES, "mixtral": MIXTRAL_ROLES}
 # Weights a block: 8 experts of three, a shared expert of three; qwen3's block 1 and maverick's even ones are dense.
 COUNTS = {
     "scout": {Role.EXPERT: 4 * 24, Role.SHARED: 12, Role.MLP: 0, Role.ROUTER: 4, Role.ATTENTION: 16, Role.NORM: 9},
@@ -205,6 +227,9 @@ COUNTS = {
         Role.NORM: 9,
     },
     "qwen3": {Role.EXPERT: 2 * 24, Role.SHARED: 0, Role.MLP: 3, Role.ROUTER: 2, Role.ATTENTION: 12, Role.NORM: 13},
+    # The router's bias counts with it; block 0 is dense.
+    "deepseek": {Role.EXPERT: 2 * 24, Role.SHARED: 6, Role.MLP: 3, Role.ROUTER: 4, Role.ATTENTION: 15, Role.NORM: 13},
+    "mixtral": {Role.EXPERT: 3 * 24, Role.SHARED: 0, Role.MLP: 0, Role.ROUTER: 3, Role.ATTENTION: 12, Role.NORM: 7},
 }
 
 
@@ -212,7 +237,7 @@ def test_roles_are_what_a_person_would_say(stored: tuple[str, Path]) -> None:
     family, folder = stored
     adapter = load_adapter(folder)
     prefix = r"language_model\." if family in ("scout", "maverick") else ""
-    rows = QWEN3_ROLES if family == "qwen3" else LLAMA4_ROLES
+    rows = ROLES.get(family, LLAMA4_ROLES)
     table = [(re.compile(pattern.replace("P ", prefix)), role) for pattern, role in rows.items()]
     files = load_file(folder / "model.safetensors").keys()
     for name in adapter.expected().keys() | files:
@@ -225,18 +250,25 @@ def test_roles_are_what_a_person_would_say(stored: tuple[str, Path]) -> None:
 
 
 def engine_units(family: str, adapter: Adapter) -> set[frozenset[str]]:
-    """What vLLM fuses, block by block, from facts.md: qkv; gate and up of a dense MLP; all experts of a layer."""
+    """What vLLM fuses, block by block, from facts.md and its deepseek_v2.py and mixtral.py: qkv, or what reads the
+    residual stream before MLA's latents; gate and up of a dense MLP; all experts of a layer."""
     units = set()
     for block in range(adapter.n_blocks):
         stem = f"{'language_model.' if family in ('scout', 'maverick') else ''}model.layers.{block}."
-        units.add(frozenset(f"{stem}self_attn.{p}_proj" for p in "qkv"))
         units.add(frozenset([f"{stem}self_attn.o_proj"]))
-        moe = {"maverick": block % 2 == 1, "qwen3": block != 1}.get(family, True)
-        feed = f"{stem}{'mlp' if family == 'qwen3' else 'feed_forward'}."
+        if family == "deepseek":
+            units.add(frozenset([f"{stem}self_attn.q_a_proj", f"{stem}self_attn.kv_a_proj_with_mqa"]))
+            units |= {frozenset([f"{stem}self_attn.{latent}_b_proj"]) for latent in ("q", "kv")}
+        else:
+            units.add(frozenset(f"{stem}self_attn.{p}_proj" for p in "qkv"))
+        moe = {"maverick": block % 2 == 1, "qwen3": block != 1, "deepseek": block > 0}.get(family, True)
+        feed = stem + {"qwen3": "mlp.", "deepseek": "mlp.", "mixtral": "block_sparse_moe."}.get(family, "feed_forward.")
+        leaves = ("w1", "w2", "w3") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
         if moe:
-            units.add(frozenset(f"{feed}experts.{e}.{p}_proj" for e in range(8) for p in ("gate", "up", "down")))
-        dense = feed + "shared_expert." if moe and family != "qwen3" else feed
-        if not moe or family != "qwen3":
+            units.add(frozenset(f"{feed}experts.{e}.{leaf}" for e in range(8) for leaf in leaves))
+        shared = {"qwen3": "", "mixtral": "", "deepseek": "shared_experts."}.get(family, "shared_expert.")
+        if shared or not moe:
+            dense = feed + shared if moe else feed
             units.add(frozenset([f"{dense}gate_proj", f"{dense}up_proj"]))
             units.add(frozenset([f"{dense}down_proj"]))
     return units

@@ -19,20 +19,38 @@ from onecard.prepare import open_model
 CPU = torch.device("cpu")
 
 
-def tie_twin(x_TH: torch.Tensor, w_EH: torch.Tensor, gain_H: torch.Tensor, family: str) -> torch.Tensor:
+def ranks_twin(logits_E: torch.Tensor, bias_E: torch.Tensor) -> torch.Tensor:
+    """DeepSeek-V3's: sigmoid and bias, in the two groups of two experts whose sums are largest."""
+    ranks = (1 / (1 + (-logits_E).exp()) + bias_E.double()).tolist()
+    sums = sorted((-ranks[2 * g] - ranks[2 * g + 1], g) for g in range(4))
+    chosen = {g for _, g in sums[:2]}
+    return torch.tensor([rank if e // 2 in chosen else -torch.inf for e, rank in enumerate(ranks)], dtype=torch.float64)
+
+
+def tie_twin(x_TH: torch.Tensor, router: Any, gain_H: torch.Tensor, family: str) -> torch.Tensor:
     """One token after the other, in fp64."""
     top_k = 1 if family == "scout" else 2
+    w_EH = router.weight.detach()
     logits = x_TH @ w_EH.double().T
-    order = logits.sort(dim=-1, descending=True)
+    ranks, slopes = logits, torch.ones_like(logits)
+    if family == "deepseek":
+        ranks = torch.stack([ranks_twin(row, router.e_score_correction_bias) for row in logits])
+        slopes = logits.sigmoid() * (1 - logits.sigmoid())
+    order = ranks.sort(dim=-1, descending=True)
     margins = order.values[:, top_k - 1] - order.values[:, top_k]
     near = margins.sort().values[max(1, int(NEAR_SHARE * len(margins))) - 1]
     total = torch.zeros(x_TH.shape[1], x_TH.shape[1], dtype=torch.float64)
-    for margin, experts in zip(margins, order.indices, strict=True):
-        d = (w_EH[experts[top_k - 1]] - w_EH[experts[top_k]]).double() * gain_H.double()
+    for margin, slope, experts in zip(margins, slopes, order.indices, strict=True):
+        taken, left = experts[top_k - 1], experts[top_k]
+        d = (slope[taken] * w_EH[taken] - slope[left] * w_EH[left]) * gain_H.double()
         total += torch.exp(-(margin**2) / (2 * near**2)) * torch.outer(d, d)
     return total * (len(total) / total.trace())
 
 
+GROUPED = {n: f"{n}_proj" for n in "qkvo"}
+ATTENTION = {
+    "deepseek": {"q_a": "q_a_proj", "kv_a": "kv_a_proj_with_mqa", "q_b": "q_b_proj", "kv_b": "kv_b_proj", "o": "o_proj"}
+}
 Found = dict[tuple[int, str], torch.Tensor]
 
 
@@ -57,7 +75,7 @@ def by_transformers(folder: Path, family: str, ids_NT: torch.Tensor, seed: int, 
     for block, layer in enumerate(layers):
         layer.register_forward_hook(keep(block, RESIDUAL))
         layer.post_attention_layernorm.register_forward_hook(keep(block, "middle"))
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        for name in ATTENTION.get(family, GROUPED).values():
             getattr(layer.self_attn, name).register_forward_hook(keep(block, name))
     logits = model(input_ids=ids_NT, use_cache=False).logits.flatten(0, 1)
     p = torch.softmax(logits.detach(), dim=-1)
@@ -70,17 +88,16 @@ def by_transformers(folder: Path, family: str, ids_NT: torch.Tensor, seed: int, 
         )
         if router is not None:
             normed = kept[block, "normed"].detach().flatten(0, 1).double()
-            ties[block] = tie_twin(
-                normed, router.weight.detach(), layer.post_attention_layernorm.weight.detach(), family
-            )
+            ties[block] = tie_twin(normed, router, layer.post_attention_layernorm.weight.detach(), family)
     found, weights = {}, {}
     for block in range(len(layers)):
-        for key, name in {RESIDUAL: RESIDUAL, **{f"self_attn.{n}": f"{n}_proj" for n in "qkvo"}}.items():
+        sites = {f"self_attn.{key}": name for key, name in ATTENTION.get(family, GROUPED).items()}
+        for key, name in {RESIDUAL: RESIDUAL, **sites}.items():
             left = kept[block, RESIDUAL if name == RESIDUAL else "middle"]
             root_mean_square = left.detach().flatten(0, 1).double().square().mean(-1).sqrt()
             gradients = kept[block, name].grad
             assert gradients is not None
-            g = gradients.flatten(0, 1).double()
+            g = gradients.flatten(0, -2).double()
             size = g.norm(dim=-1)
             match weighting:
                 case "residual":
@@ -119,7 +136,7 @@ def walked(
 
 
 @pytest.mark.parametrize("weighting", ["none", "residual", "gradient"])
-@pytest.mark.parametrize("family", ["scout", "qwen3"])
+@pytest.mark.parametrize("family", ["scout", "qwen3", "deepseek", "mixtral"])
 def test_metrics_and_weights_are_those_of_the_whole_model(
     family: str, weighting: str, baby: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -200,7 +217,7 @@ def test_the_walk_back_needs_far_fewer_places_than_blocks(
 def test_the_two_halves_are_the_block(baby: Callable[..., Path]) -> None:
     from onecard.models.walk import load_block, only, run_block
 
-    for family in ("scout", "maverick", "qwen3"):
+    for family in ("scout", "maverick", "qwen3", "deepseek", "mixtral"):
         model = open_model(str(baby(family)))
         hidden = torch.randn(2, 9, model.adapter.hidden_size, generator=torch.Generator().manual_seed(1))
         calls = Calls(model.adapter, CPU, torch.float32).of(9)

@@ -24,12 +24,15 @@ from onecard.models.walk import Calls, Embedder, expert_stacks, final_norm, load
 from onecard.prepare import demo_folder, open_model
 
 CPU = torch.device("cpu")
-FAMILIES = ("scout", "maverick", "maverick-as-published", "llama4-text", "qwen3", "qwen3-tied")
+FAMILIES = (
+    "scout", "maverick", "maverick-as-published", "llama4-text", "qwen3", "qwen3-tied", "deepseek", "moonlight",
+    "mixtral", "mixtral-as-published",
+)  # fmt: skip
 IMAGE_TOKENS = 4  # the babies' tile: (16 / 4)^2 patches, shuffled 2 x 2 into one
 
 
 def make_variant(family: str) -> tuple[Any, dict[str, torch.Tensor]]:
-    """(model, its tensors as stored). Two variants have settings that babies.py lacks and published models have."""
+    """(model, its tensors as stored). Some variants have settings that babies.py lacks and published models have."""
     if family == "maverick-as-published":  # no QK norm, plain RoPE
         config = babies.llama4_config(moe_step=2)
         config.text_config.use_qk_norm = False
@@ -40,14 +43,24 @@ def make_variant(family: str) -> tuple[Any, dict[str, torch.Tensor]]:
         config.tie_word_embeddings, config.norm_topk_prob = True, False
         config.mlp_only_layers, config.decoder_sparse_step = [], 2
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    elif family == "moonlight":  # queries without a latent, one group of experts, plain RoPE
+        config = babies.deepseek_config()
+        config.q_lora_rank, config.n_group, config.topk_group, config.n_shared_experts = None, 1, 1, 2
+        config.rope_parameters = {"rope_type": "default", "rope_theta": 50000.0}
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    elif family == "mixtral-as-published":  # no window
+        config = babies.mixtral_config()
+        config.sliding_window = None
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     else:
         model = babies.make_model(family)
-        return model, babies.split_experts(model.state_dict()) if family == "qwen3" else model.state_dict()
+        return model, babies.published(family, model.state_dict())
     babies.randomize(model, seed=1)
     state = model.state_dict()
     if family == "qwen3-tied":
-        state = babies.split_experts({name: t for name, t in state.items() if name != "lm_head.weight"})
-    return model, state
+        state = {name: t for name, t in state.items() if name != "lm_head.weight"}
+    like = {"qwen3-tied": "qwen3", "moonlight": "deepseek", "mixtral-as-published": "mixtral"}
+    return model, babies.published(like.get(family, family), state)
 
 
 def make_rows(adapter: Adapter) -> list[Row]:
@@ -156,8 +169,12 @@ def test_the_first_token_and_the_images_show_in_the_last_logits(pair: Pair) -> N
     if row.pixels is not None:
         changed.append(Row("blank", "text", row.tokens, torch.zeros_like(row.pixels)))
     as_is, *others = (walk_logits(pair.adapter, pair.source, [r])[0] for r in (row, *changed))
+    # Where every layer slides, a token is heard of no farther on than the windows reach, one after the other.
+    window = getattr(pair.adapter.text_config, "sliding_window", None)
+    reach = pair.adapter.n_blocks * (window - 1) if window else len(row.tokens) - 1
+    assert relative(as_is[reach + 1 :], others[0][reach + 1 :]) < 1e-5 if window else reach
     for other, same_until in zip(others, (0, 2), strict=False):
-        assert relative(as_is[-1:], other[-1:]) > 1e-3
+        assert relative(as_is[reach : reach + 1], other[reach : reach + 1]) > 1e-3
         if same_until:
             assert relative(as_is[:same_until], other[:same_until]) < 1e-5, "nothing is seen before it comes"
     assert len(row.tokens) > 4 * getattr(pair.adapter.text_config, "attention_chunk_size", 0)
@@ -309,7 +326,7 @@ def test_nothing_is_left_hooked_even_after_a_failure(pair: Pair) -> None:
         raise RuntimeError(site.key)
 
     watch = observed(pair.adapter, block, 0, fail)
-    with pytest.raises(RuntimeError, match=r"^self_attn\.q$"), watch:
+    with pytest.raises(RuntimeError, match=r"^self_attn\.q(_a)?$"), watch:
         run_block(block, hidden, call)
     assert hooks_left(block) == []
     before = run_block(block, hidden, call)

@@ -15,11 +15,8 @@ from .view import GPTQ, Kept, Kind, View
 
 LOADER = "gptqmodel/models/loader.py, from_quantized"
 TORCH_LINEAR = "gptqmodel/nn_modules/qlinear/torch.py, TorchLinear.SUPPORTS_*"
-# Of each family's module tree, by role: Maverick's dense layers are not in Llama 4's.
-TREES = {
-    "llama4": (Role.EXPERT, Role.SHARED, Role.ATTENTION),
-    "qwen3_moe": (Role.EXPERT, Role.MLP, Role.ATTENTION),
-}
+# Roles that a family's module tree lacks: of Llama 4 Maverick's dense layers.
+LEFT_OUT = {"llama4": (Role.MLP,)}
 GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
 WIDTHS = (2, 3, 4, 8)
 
@@ -54,9 +51,9 @@ def left_alone(view: View) -> Iterator[str]:
     """Matrices in bf16 that the loader takes for quantized, and quantized ones that it takes for bf16."""
     if view.method != GPTQ:
         return
-    tree = TREES.get(view.adapter.family, ())
+    left_out = LEFT_OUT.get(view.adapter.family, ())
     for matrix in view.kept.values():
-        taken = matrix.role in tree and override(view, matrix) is not False
+        taken = matrix.role not in left_out and override(view, matrix) is not False
         if taken and matrix.kind is Kind.PLAIN:
             yield f"{matrix.module} is {matrix.width}, and no rule of `dynamic` leaves it alone"
         elif not taken and matrix.kind is Kind.GPTQ:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ...models.adapter import Role
+from ...models.cache import Split
 from ..formats.stored import FLOATS
 from .view import COMPRESSED_TENSORS, PARTS, Kept, Kind, View
 
@@ -249,8 +250,11 @@ def tensor_parallel(view: View) -> Iterator[str]:
         yield f"{kv} key-value heads over {ranks} ranks"
     told: dict[str, None] = {}
     for matrix in view.kept.values():
+        # Where there are more ranks than key-value heads, k and v are copied.
+        if matrix.split is Split.COPIED or (matrix.split is Split.KV_HEADS and ranks > kv):
+            continue
         outputs, inputs = matrix.shape
-        split_inputs = matrix.to_residual
+        split_inputs = matrix.split is Split.INPUTS
         if (inputs if split_inputs else outputs) % ranks:
             told[f"{_called(matrix)}: {inputs if split_inputs else outputs} over {ranks} ranks"] = None
         elif matrix.group is not None and matrix.group < inputs and split_inputs and (inputs // ranks) % matrix.group:

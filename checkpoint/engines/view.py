@@ -16,6 +16,7 @@ from typing import Any
 
 from ...core.tensors import TensorInfo
 from ...models.adapter import Adapter, Role
+from ...models.cache import Split
 from ..formats.compressed_tensors_read import Group, read_groups
 from ..formats.stored import FLOATS, words_for
 
@@ -57,8 +58,7 @@ ASIDE = re.compile(
 class Kept:
     """One matrix `[out, in]` of the text blocks in the files. `tensor`: what holds its values. `bits` and `group`
     (inputs a scale) are None where it is kept whole, or where its tensors do not say. `parts`: leaf -> header.
-    `to_residual`: it projects back to the residual stream, and so is cut along its inputs where several cards
-    share it."""
+    `split`: how tensor parallelism cuts it."""
 
     module: str
     role: Role
@@ -69,7 +69,7 @@ class Kept:
     parts: Mapping[str, TensorInfo]
     bits: int | None = None
     group: int | None = None
-    to_residual: bool = False
+    split: Split = Split.COPIED
 
     @property
     def quantized(self) -> bool:
@@ -164,7 +164,7 @@ def _matrices(adapter: Adapter, infos: Mapping[str, TensorInfo]) -> Iterator[Kep
                 parts["stack"] = infos[tensor]
             yield Kept(
                 module, site.role, adapter.unit(module), (outputs, inputs), kind, tensor, parts | states, bits, group,
-                site.reaches_residual,
+                adapter.split(f"{module}.weight"),
             )  # fmt: skip
 
 

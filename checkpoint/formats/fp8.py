@@ -23,8 +23,8 @@ from ...core.tensors import TensorInfo
 from ..source import Folder
 from .stored import FLOATS, Reading, StoredWeight, spread, spreads
 
-FBGEMM = "fbgemm_fp8"
-NAMES = ("fp8", FBGEMM)
+FP8_BLOCKS, FBGEMM = "fp8", "fbgemm_fp8"
+NAMES = (FP8_BLOCKS, FBGEMM)
 FP8 = ("F8_E4M3", "F8_E5M2")
 SCALES = ("_scale_inv", "_scale")
 # Of activations and of the key-value cache.
