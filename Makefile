@@ -45,6 +45,7 @@ peers: venv
 compat-vllm: venv
 	$(BIN)/python benchmarks/compat/vllm_environment.py
 	$(BIN)/python benchmarks/compat/vllm_loads.py
+	$(BIN)/python benchmarks/compat/vllm_breaks.py
 
 style: venv
 	$(BIN)/ruff format .

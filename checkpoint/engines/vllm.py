@@ -4,7 +4,7 @@ Formats: bf16, compressed-tensors and GPTQ; others are not looked at here. What 
 experts go one by one into a stacked parameter whose scheme is looked up once, for expert 0 (`get_moe_method`); q, k and
 v, and gate and up, are stacked likewise; q and k of Llama 4 have their rows permuted (`permute_qk_weight_for_rotary`).
 A parameter of a quantized model that no tensor fills is not noticed (`DefaultModelLoader.load_weights` tracks whole
-models alone): it keeps whatever `torch.empty` gave it, so a missing scale is no error there and nonsense in the
+models alone): it keeps what it was created with, so a missing scale is no error there and nonsense in the
 answers.
 """
 
@@ -99,7 +99,7 @@ RULES = (
     ),
     Rule(
         "missing-scales", "error", rules.missing_parts,
-        "vLLM does not notice: the scales stay what memory held, and the model answers nonsense. Export the "
+        "vLLM does not notice: the scales stay as they were created, and the model answers nonsense. Export the "
         "checkpoint again, all shards of one run.",
         "vllm/model_executor/model_loader/default_loader.py, load_weights",
     ),
