@@ -30,6 +30,7 @@ SHARE_HELP = "Share of the card that the engine takes. [default: vllm 0.9, other
 @click.option("--keep-local", is_flag=True, help=LOCAL_HELP)
 @click.option("--plot", is_flag=True, help="Draw memory against context for each recipe.")
 @click.option("--tensors", is_flag=True, help="List every tensor that the recipe will emit.")
+@click.option("--measure", is_flag=True, help="Measure this machine for half a minute, and keep its rates for later.")
 @click.option("--json", "only_json", is_flag=True, help="The JSON line alone, without the card.")
 @click.option("--device", default="auto", show_default=True, help=f"Where it would be quantized: {DEVICE_HELP}")
 @verb
@@ -49,6 +50,7 @@ def plan(
     keep_local: bool,
     plot: bool,
     tensors: bool,
+    measure: bool,
     only_json: bool,
     device: str,
 ) -> None:
@@ -76,6 +78,8 @@ def plan(
 
     if tensors and recipe is None:
         raise InputError("--tensors lists what a recipe will emit: give --recipe as well")
+    if measure and recipe is None:
+        raise InputError("--measure measures what a recipe will do here: give --recipe as well")
     if plot and gpu is None:
         raise InputError("--plot draws memory against a card's: give --gpu as well")
     many, card = find_card(gpu) if gpu else (1, None)
@@ -94,7 +98,7 @@ def plan(
         frees=False if keep_local else None,
     )
     console = make_console()
-    quantizing = plan_run(model, load_recipe(recipe), device) if recipe is not None else None
+    quantizing = plan_run(model, load_recipe(recipe), device, measure) if recipe is not None else None
     opened = quantizing.model if quantizing is not None else open_headers(model)
     sizing = size_up(opened, asked, card, quantizing.recipe if quantizing is not None else None)
     facts = sizing.facts()
@@ -105,6 +109,6 @@ def plan(
         draw_fit(facts, console)
         if plot:
             draw_plot(facts, console)
-    print_line(json.dumps((quantizing.line() if quantizing is not None else {}) | facts))
+    print_line(json.dumps(facts | (quantizing.line() if quantizing is not None else {})))
     if facts["fits"] is False:
         raise FitError(misfit(facts))

@@ -1,12 +1,18 @@
 """The verbs that read headers only: what quantizing would emit and take, and what a checkpoint is."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from .checkpoint.packed import PackedSource
-from .models.adapter import Role
-from .planner.cost import Cost, estimate, measure_flops
+from .core.errors import ResourceError
+from .measuring import measure_rates, rates_key
+from .models.adapter import Adapter, Role
+from .planner.cost import Cost, estimate
 from .planner.plan import Plan
+from .planner.rates import Rates, keep_rates, kept_rates, measure_flops, uniform
 from .prepare import (
     Model,
     choose_device,
@@ -32,6 +38,8 @@ class PlanResult:
     plan: Plan
     cost: Cost
     warnings: list[str]
+    rates: Rates
+    rates_from: str
 
     def line(self) -> dict[str, Any]:
         """The JSON line for scripts."""
@@ -41,31 +49,68 @@ class PlanResult:
             **self.plan.facts(),
             "role_bytes": self.plan.role_bytes,
             "estimated_seconds": self.cost.seconds,
+            "estimated_seconds_by": self.cost.seconds_by,
+            "rates": asdict(self.rates),
+            "rates_from": self.rates_from,
             "estimated_ram_bytes": self.cost.ram_bytes,
             "estimated_device_bytes": self.cost.device_bytes,
             "estimated_disk_bytes": self.cost.disk_bytes,
         }
 
 
-def plan(model_name: str, recipe: Recipe, device_name: str = "auto") -> PlanResult:
-    """What quantizing would emit and take; reads headers only."""
+def plan(model_name: str, recipe: Recipe, device_name: str = "auto", measure: bool = False) -> PlanResult:
+    """What quantizing would emit and take; reads headers only. `measure`: measure this machine's rates first, and keep
+    them; otherwise kept ones are taken where there are some for this very work."""
     device = choose_device(device_name)
     dtype = choose_dtype(recipe, device)
     model = unquantized(open_headers(model_name))
     laid_out = plan_for(model, recipe)
-    method = method_of(recipe)
-    cost = estimate(
-        model.adapter,
-        laid_out,
-        work_of(recipe),
-        calibration_rows(recipe, model.adapter) * recipe.calibration_row_tokens if method.needs_statistics else 0,
-        recipe.evaluation_rows * recipe.evaluation_row_tokens,
-        dtype.itemsize,
-        measure_flops(device, dtype),
-        device,
+    rates, rates_from, notes = rates_for(model.adapter, laid_out, recipe, device, dtype, measure)
+    tokens = calibration_rows(recipe, model.adapter) * recipe.calibration_row_tokens
+    evaluated = recipe.evaluation_rows * recipe.evaluation_row_tokens
+    cost = cost_of(model.adapter, laid_out, recipe, rates, device, dtype, tokens, evaluated)
+    warnings = model.adapter.faults(model.config) + model.warnings + notes
+    return PlanResult(model, recipe, laid_out, cost, warnings, rates, rates_from)
+
+
+def cost_of(
+    adapter: Adapter,
+    plan: Plan,
+    recipe: Recipe,
+    rates: Rates,
+    device: torch.device,
+    dtype: torch.dtype,
+    calibration_tokens: int,
+    evaluation_tokens: int,
+) -> Cost:
+    """The estimate for so many tokens; round-to-nearest takes none for calibration."""
+    calibrated = calibration_tokens if method_of(recipe).needs_statistics else 0
+    return estimate(
+        adapter, plan, work_of(recipe), calibrated, evaluation_tokens, dtype.itemsize, rates, device,
         site_budget(device),
-    )
-    return PlanResult(model, recipe, laid_out, cost, model.adapter.faults(model.config) + model.warnings)
+    )  # fmt: skip
+
+
+def rates_for(
+    adapter: Adapter, plan: Plan, recipe: Recipe, device: torch.device, dtype: torch.dtype, measure: bool
+) -> tuple[Rates, str, list[str]]:
+    """(rates, where they come from, notes for the user)."""
+    key = rates_key(adapter, recipe, device, dtype)
+    if measure:
+        try:
+            rates = measure_rates(adapter, plan, recipe, device, dtype)
+        except OSError as error:
+            raise ResourceError(
+                f"the disk of {Path.cwd()} could not be measured ({error.strerror}): run --measure in the folder that "
+                "OUT will lie in"
+            ) from error
+        note = keep_rates(key, rates)
+        return rates, "measured here now", [note] if note else []
+    kept, note = kept_rates(key)
+    notes = [note] if note else []
+    if kept is not None:
+        return kept, "kept from --measure on this machine", notes
+    return uniform(measure_flops(device, dtype)), "one matrix product measured now; --measure does better", notes
 
 
 def inspect(model_name: str) -> dict[str, Any]:

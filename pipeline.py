@@ -10,9 +10,9 @@ A run is a row of stages; after each one the work directory is committed, so a k
 """
 
 import json
+import shutil
 import time
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +29,24 @@ from .checkpoint.emit import (
     clear_checkpoint,
     emitted_before,
     emitted_files,
-    index_json,
     side_files_digest,
 )
 from .checkpoint.formats import compressed_tensors as ct
 from .checkpoint.packed import open_packed
 from .checkpoint.source import open_folder, refuse_nonfinite
-from .checkpoint.workdir import Activations, WorkDir, has_run, read_json, read_tensors, refuse_changed
+from .checkpoint.workdir import Activations, WorkDir, has_run, read_json, read_tensors, refuse_resumed
 from .core.errors import InputError, LimitError
-from .core.layout import RECORD_NAME
+from .core.layout import RECORD_NAME, index_json, json_bytes
 from .core.rows import Row, batches
 from .coverage import balanced
 from .eval.twin import Side
+from .fitting import fit_to, load_prices, price_model
 from .gate import gate_of_run, refuse_too_large
 from .models.adapter import Adapter, Role
 from .models.walk import Calls, embed
 from .planner.cost import estimate
 from .planner.plan import Plan
+from .planner.rates import uniform
 from .prepare import (
     Model,
     check_paths,
@@ -60,6 +61,7 @@ from .prepare import (
     walks_back,
     work_of,
 )
+from .pricing import Prices
 from .quantize.site import Method
 from .recipe import Recipe
 from .report.progress import Progress
@@ -71,7 +73,7 @@ from .tasks import Task
 from .texts import RunTexts, prepare_texts
 from .verification import close_machine, measure, rows_of_experts, tasks_of
 
-RECORD = "record.json"
+RECORD, PRICES = "record.json", "prices.json"
 # What tensors of a block's sensitivity file are, before the site's key.
 METRIC, WEIGHT = "metric:", "weight:"
 
@@ -90,27 +92,13 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     began: float
+    # All that the bytes of a run depend on. A resumed run must find every one of them again.
+    identity: dict[str, str]
+    allocation: dict[str, Any] = field(default_factory=dict)
 
     @property
     def adapter(self) -> Adapter:
         return self.model.adapter
-
-    @cached_property
-    def identity(self) -> dict[str, str]:
-        """All that the bytes of a run depend on. A resumed run must find every one of them again."""
-        identity = {
-            "onecard": __version__,
-            "source": self.model.folder.digest,
-            "tokenizer and other files beside the weights": side_files_digest(self.model.path),
-            # Another card has other kernels, and memory for other batches.
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
-            "compute dtype": str(self.dtype).removeprefix("torch."),
-            # Sums over another number of threads round differently.
-            "threads (OMP_NUM_THREADS)": str(torch.get_num_threads()),
-        }
-        identity |= {f"recipe's {key}": str(value) for key, value in self.recipe.model_dump(mode="json").items()}
-        identity |= {f"{which} texts": str(facts["digest"]) for which, facts in self.texts.facts.items()}
-        return identity | {f"version of {name}": v for name, v in package_versions().items() if name != "datasets"}
 
     def new_record(self) -> RunRecord:
         return RunRecord(
@@ -120,6 +108,7 @@ class Run:
             recipe=self.recipe.model_dump(mode="json") | {"digest": self.recipe.digest},
             texts=self.texts.facts,
             plan=self.plan.facts(),
+            allocation=self.allocation,
             versions=package_versions(),
             identity=self.identity,
             files=emitted_files(self.plan.shards, self.model.path),
@@ -130,11 +119,29 @@ class Run:
         wanted = sum(length * count for length, count in self.texts.wanted.items())
         cost = estimate(
             self.adapter, self.plan, work_of(self.recipe), wanted,
-            _tokens(self.texts.evaluation), self.dtype.itemsize, 1.0, self.device, site_budget(self.device),
+            _tokens(self.texts.evaluation), self.dtype.itemsize, uniform(1.0), self.device, site_budget(self.device),
         )  # fmt: skip
         # Beside the pool's hidden rows, before and after a block, nothing lies there yet.
         pool_bytes = 2 * _tokens(self.texts.calibration) * self.adapter.hidden_size * self.dtype.itemsize
         check_space(work, max(cost.disk_bytes, pool_bytes if self.texts.is_pool else 0))
+
+
+def _identity(
+    model: Model, recipe: Recipe, texts: RunTexts, device: torch.device, dtype: torch.dtype
+) -> dict[str, str]:
+    identity = {
+        "onecard": __version__,
+        "source": model.folder.digest,
+        "tokenizer and other files beside the weights": side_files_digest(model.path),
+        # Another card has other kernels, and memory for other batches.
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "compute dtype": str(dtype).removeprefix("torch."),
+        # Sums over another number of threads round differently.
+        "threads (OMP_NUM_THREADS)": str(torch.get_num_threads()),
+    }
+    identity |= {f"recipe's {key}": str(value) for key, value in recipe.model_dump(mode="json").items()}
+    identity |= {f"{which} texts": str(facts["digest"]) for which, facts in texts.facts.items()}
+    return identity | {f"version of {name}": v for name, v in package_versions().items() if name != "datasets"}
 
 
 def _tokens(rows: list[Row]) -> int:
@@ -152,6 +159,7 @@ def quantize(
     overwrite: bool = False,
     calibration: Path | None = None,
     evaluation: Path | None = None,
+    prices: Path | None = None,
     console: Console | None = None,
     quiet: bool = False,
 ) -> RunRecord:
@@ -164,11 +172,16 @@ def quantize(
     device = choose_device(device_name)
     method = method_of(recipe)
     model = open_source(model_name)
-    plan = plan_for(model, recipe)
-    refuse_too_large(plan.emitted_bytes, recipe)
+    plan = plan_for(model, recipe)  # of a recipe that is yet to be fitted, about the least there can be
+    if recipe.bits != "fit":
+        refuse_too_large(plan.emitted_bytes, recipe)
     work_path = check_paths(out, work, model.path, resume, overwrite)
-    texts = prepare_texts(model, recipe, calibration, evaluation, method.needs_statistics)
-    run = Run(model, plan, recipe, method, texts, tasks_of(recipe), out, device, choose_dtype(recipe, device), began)
+    texts = prepare_texts(model, recipe, calibration, evaluation, method.needs_statistics or recipe.bits == "fit")
+    dtype = choose_dtype(recipe, device)
+    identity = _identity(model, recipe, texts, device, dtype)
+    run = Run(model, plan, recipe, method, texts, tasks_of(recipe), out, device, dtype, began, identity)
+    if prices is not None:
+        load_prices(prices, model, recipe, texts.calibration, device, dtype)
     finished = None
     if resume and not has_run(work_path):
         finished = _finished(run)
@@ -187,7 +200,7 @@ def quantize(
                     "folder: name that one, or start anew with --overwrite"
                 )
             with Progress(f"onecard quantize {model_name}", model.adapter.n_blocks, console, quiet) as progress:
-                finished = _stages(run, workdir, progress)
+                finished = _stages(run, workdir, progress, prices)
         workdir.remove()
     return finished
 
@@ -204,12 +217,33 @@ def _finished(run: Run) -> RunRecord | None:
         record = RunRecord(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
         raise InputError(f"{path} is damaged: start anew with --overwrite") from None
-    refuse_changed(record.identity, run.identity, run.out)
+    refuse_resumed(record.identity, run.identity, run.out)
     return record
 
 
-def _stages(run: Run, workdir: WorkDir, progress: Progress) -> RunRecord:
+def _fitted(run: Run, workdir: WorkDir, progress: Progress, given: Path | None) -> Run:
+    """The run with the widths that its prices and its budget choose. What was priced lies in the work directory."""
+    kept = workdir.path / PRICES
+    if not kept.exists():
+        if given is not None:
+            found = load_prices(given, run.model, run.recipe, run.texts.calibration, run.device, run.dtype)
+        else:
+            found = price_model(
+                run.model, run.recipe, run.texts.calibration, workdir.folder("price"), run.device, run.dtype, progress
+            )
+        files.write_json(kept, found.facts())
+        shutil.rmtree(workdir.path / "price", ignore_errors=True)
+    prices = Prices.from_facts(read_json(kept))
+    fitted = fit_to(run.model, run.recipe, prices)
+    allocation = fitted.facts() | {"prices": prices.facts()}
+    return replace(run, recipe=fitted.recipe, plan=plan_for(run.model, fitted.recipe), allocation=allocation)
+
+
+def _stages(run: Run, workdir: WorkDir, progress: Progress, prices: Path | None = None) -> RunRecord:
     """Every stage that is not done yet."""
+    if run.recipe.bits == "fit":
+        run = _fitted(run, workdir, progress, prices)
+        refuse_too_large(run.plan.emitted_bytes, run.recipe)
     record = run.new_record()
     for warning in record.warnings:
         progress.warn(warning)
@@ -288,7 +322,7 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress) -> RunRecord:
         record = RunRecord(**read_json(workdir.path / RECORD))
     files.write_json(run.out / RECORD_NAME, record.to_json())
     progress.begin("checksums")
-    config_bytes = files.json_bytes(config)
+    config_bytes = json_bytes(config)
     write_sums(run.out, record.files, {"config.json": config_bytes})
     files.write_bytes(run.out / "config.json", config_bytes)
     return record

@@ -7,6 +7,7 @@ model). Every field has its unit in its name and its reason in its description.
 import hashlib
 import json
 from fnmatch import fnmatchcase
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -123,13 +124,28 @@ class Recipe(Limits):
 
     method: Literal["rtn", "fast", "balanced", "best"] = "best"
     format: Literal["compressed-tensors"] = "compressed-tensors"
-    bits: Literal[4, 8] = 4
+    # 'fit': for every unit the width of `fit_schemes` that a budget buys the least predicted KL with (fitting.py): what
+    # `gpu` leaves for weights, or `budget_gb` of files.
+    bits: Literal[4, 8, "fit"] = 4
+    fit_schemes: tuple[str, ...] = ("int4 group 128", "int4 group 64", "int4 group 32", "int8 group 128", KEEP)
+    budget_gb: float | None = Field(default=None, gt=0)  # decimal GB of safetensors files
+    # So many calibration rows, cut to so many tokens, price the units; all others give the statistics: pricing.py
+    price_rows: int = Field(default=64, ge=1)
+    price_row_tokens: int = Field(default=512, ge=2)
+    # The card, and what it is to hold beside the weights. A run that would not fit it is refused (planner/fit.py).
+    gpu: str | None = None
+    context: int = Field(default=32_768, ge=1)
+    sequences: int = Field(default=1, ge=1)
+    kv_dtype: Literal["bf16", "fp8"] = "bf16"
+    engine: Literal["vllm", "transformers", "llama.cpp"] = "vllm"
+    vision: bool = True  # whether the tower is loaded
+
     group_size: int = 128  # -1: one scale a row
     symmetric: bool = True
     quantize_roles: tuple[QuantizableRole, ...] = ("expert", "shared_expert")
     # What is to have another width than bits, group_size and symmetric say: role, or glob pattern of module names ->
-    # 'int8 group 128', 'int4 by row', ..., or 'keep'. A pattern goes before a role, and of several
-    # patterns the last one counts.
+    # 'int8 group 128', 'int4 by row', ..., or 'keep'. A name goes before a pattern, a pattern before a
+    # role, and of several patterns the last one counts.
     schemes: dict[str, str] = {}
     keep_modules: tuple[str, ...] = ()  # glob patterns of module names that stay as they are
 
@@ -194,10 +210,12 @@ class Recipe(Limits):
 
     @model_validator(mode="after")
     def _sound(self) -> "Recipe":
-        Scheme(self.bits, self.group_size, self.symmetric)
-        for words in self.schemes.values():
+        Scheme(4 if self.bits == "fit" else self.bits, self.group_size, self.symmetric)
+        for words in (*self.schemes.values(), *self.fit_schemes):
             if words != KEEP:
                 Scheme.parse(words)
+        if self.bits == "fit":
+            self._sound_fit()
         if not self.name.isprintable() or not (self.note or "").isprintable():
             raise ValueError("name or note holds control characters")
         if self.max_flip_rate is not None and not self.tasks:
@@ -214,16 +232,26 @@ class Recipe(Limits):
             )
         return self
 
+    def _sound_fit(self) -> None:
+        if (self.budget_gb is None) == (self.gpu is None):
+            raise ValueError("bits: fit needs a budget: gpu (with context and sequences) or budget_gb, one of them")
+        if self.engine != "vllm":
+            raise ValueError(f"bits: fit mixes widths as vLLM loads them, and engine is {self.engine}")
+        if not set(self.fit_schemes) - {KEEP}:
+            raise ValueError("fit_schemes names no width: nothing would be quantized")
+
     @property
     def scheme(self) -> Scheme:
-        """What every module gets that `schemes` says nothing of."""
-        return Scheme(self.bits, self.group_size, self.symmetric)
+        """What every module gets that `schemes` says nothing of; of a recipe that is yet to be fitted, the least."""
+        return Scheme(4 if self.bits == "fit" else self.bits, self.group_size, self.symmetric)
 
     def scheme_of(self, role: str, module: str) -> tuple[Scheme | None, list[str]]:
         """The scheme of a module, None where it stays as it is; and the entries of `schemes` that mean it."""
         scheme = self.scheme if role in self.quantize_roles else None
-        hits = [key for key in self.schemes if key == role or matches(key, module)]
-        for key in sorted(hits, key=lambda key: key != role):
+        # Names as they are, of which a fitted recipe has thousands, need no matching.
+        patterns = [key for key in _patterns(tuple(self.schemes)) if matches(key, module)]
+        hits = [key for key in (role, *patterns, module) if key in self.schemes]
+        for key in hits:
             scheme = None if self.schemes[key] == KEEP else Scheme.parse(self.schemes[key])
         return scheme, hits
 
@@ -350,3 +378,8 @@ def _refusal(what: str, error: ValidationError, model: type[Limits]) -> InputErr
 
 def matches(pattern: str, module: str) -> bool:
     return fnmatchcase(module, pattern)
+
+
+@cache
+def _patterns(keys: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(key for key in keys if set(key) & set("*?["))

@@ -30,7 +30,7 @@ from .planner.fit import (
 from .planner.kv import cache_rates
 from .planner.weights import cut_problems
 from .planner.workspace import image_tokens
-from .prepare import Model
+from .prepare import Model, said_name
 from .recipe import Recipe
 from .traps import traps
 
@@ -121,7 +121,7 @@ class Sizing:
         r, rules = self.request, self.request.rules
         rates = cache_rates(self.needs.layers, rules, r.kv_dtype, r.tensor_parallel, r.frees)
         said: dict[str, Any] = {
-            "model": self.model.name,
+            "model": said_name(self.model.name),
             "family": self.model.adapter.family,
             "candidate": self.chosen.name,
             "gpu": None if self.card is None else self.card.key,

@@ -30,12 +30,12 @@ from .calibration.tokens import Encoder
 from .checkpoint import files
 from .checkpoint.emit import side_files_digest
 from .checkpoint.source import refuse_nonfinite
-from .checkpoint.workdir import refuse_changed
+from .checkpoint.workdir import refuse_resumed
 from .core.errors import InputError
 from .core.rows import Row
 from .generate import load_with_transformers
 from .models.adapter import Adapter, Role
-from .planner.cost import DISK_BYTES_PER_SECOND, measure_flops
+from .planner.rates import DISK_BYTES_PER_SECOND, measure_flops
 from .prepare import Model, choose_device, choose_dtype, open_source
 from .recipe import Recipe
 from .report.card import size
@@ -119,7 +119,7 @@ class Journal:
             try:
                 old = json.loads(self.path.read_text(encoding="utf-8"))
                 self.kept = dict(old["talks"])
-                refuse_changed(dict(old["identity"]), identity, self.path)
+                refuse_resumed(dict(old["identity"]), identity, self.path)
             except (ValueError, TypeError, KeyError):
                 raise InputError(f"{self.path} is damaged: start anew with --overwrite") from None
 

@@ -26,8 +26,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).parent))
 from onecard.checkpoint.workdir import Activations
 from onecard.core.rows import Row, batches
-from onecard.eval.kl import compare
-from onecard.eval.twin import COLUMNS_PER_SLICE, TOKENS_PER_SLICE
+from onecard.eval.kl import COLUMNS_PER_SLICE, TOKENS_PER_SLICE, compare
 from onecard.models.adapter import read
 from onecard.models.walk import Calls, embed, final_norm, load_block, run_block
 from onecard.pipeline import quantize

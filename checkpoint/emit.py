@@ -4,12 +4,11 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 
 from ..core.errors import InputError
-from ..core.layout import CARD_MARK, CARD_NAME, RECORD_NAME, StoredTensor
+from ..core.layout import CARD_MARK, CARD_NAME, RECORD_NAME, ShardPlan
 from ..core.tensors import DTYPE_NAMES
 from . import files
 from .checksums import SUMS_NAME
@@ -18,16 +17,6 @@ from .source import INDEX_NAME
 # Files that belong to a checkpoint and are no weights: tokenizer, processor, templates, generation config, licences.
 CARRIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 NOT_CARRIED = ("config.json", INDEX_NAME, RECORD_NAME, SUMS_NAME)
-
-
-class ShardPlan(Protocol):
-    """One file to write: planner/plan.py's Shard."""
-
-    @property
-    def file(self) -> str: ...
-
-    @property
-    def tensors(self) -> tuple[StoredTensor, ...]: ...
 
 
 class ShardWriter:
@@ -64,13 +53,6 @@ class ShardWriter:
     def check_complete(self) -> None:
         missing = self._home.keys() - self._seen
         assert not missing, f"planned and never put: {sorted(missing)[:5]}"
-
-
-def index_json(shards: Iterable[ShardPlan]) -> dict[str, Any]:
-    """The content of model.safetensors.index.json."""
-    weight_map = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
-    total = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
-    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
 def _side_files(source: Path) -> list[Path]:

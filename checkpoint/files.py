@@ -5,7 +5,6 @@ that says how to go on.
 """
 
 import errno
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..core.errors import ResourceError
-from ..core.layout import METADATA, TEMPORARY
+from ..core.layout import METADATA, TEMPORARY, json_bytes
 
 
 @contextmanager
@@ -84,11 +83,6 @@ def write_bytes(path: Path, data: bytes) -> None:
     with disk_errors(path):
         temporary.write_bytes(data)
         _commit(temporary, path)
-
-
-def json_bytes(value: Any) -> bytes:
-    """What `write_json` writes."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def write_json(path: Path, value: Any) -> None:

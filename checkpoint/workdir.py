@@ -63,19 +63,21 @@ def has_run(path: Path) -> bool:
     return (path / STATE).exists() and not _read_state(path).get("over")
 
 
-def refuse_changed(old: dict[str, str], new: dict[str, str], where: Path) -> None:
-    """Raises InputError that names every part of a run's identity that is not what it was."""
+def refuse_changed(old: dict[str, str], new: dict[str, str], headline: str, way_out: str) -> None:
+    """Raises InputError that names every part of an identity that is not what it was."""
     changed = [
         f"{key} was {old.get(key, NONE)} and is {new.get(key, NONE)}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     ]
     if changed:
-        raise input_error(
-            f"the run in {where} cannot be resumed, since it would not end in the same bytes:",
-            changed,
-            "Put back what changed, or start anew with --overwrite.",
-        )
+        raise input_error(headline, changed, way_out)
+
+
+def refuse_resumed(old: dict[str, str], new: dict[str, str], where: Path) -> None:
+    """Raises InputError when a run is not the one that was begun in `where`."""
+    headline = f"the run in {where} cannot be resumed, since it would not end in the same bytes:"
+    refuse_changed(old, new, headline, "Put back what changed, or start anew with --overwrite.")
 
 
 class WorkDir:
@@ -110,7 +112,7 @@ class WorkDir:
                 self.state["may_clear"] = str(out.resolve())
             if has_run(path):
                 self.state = _read_state(path)
-                refuse_changed(self.state["identity"], identity, path)
+                refuse_resumed(self.state["identity"], identity, path)
             else:
                 self._write_state()
         except BaseException:

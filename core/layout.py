@@ -1,4 +1,4 @@
-"""How many bytes a safetensors file will have, known before a weight is read; and which tensors share a shard.
+"""How many bytes a checkpoint's files will have, known before a weight is read; and which tensors share a shard.
 
 A safetensors file is 8 bytes, a JSON header padded with spaces to a multiple of 8, and the data. The header's length
 depends on the order in which the library lays tensors out (by falling dtype rank, then name), so that order is
@@ -6,8 +6,10 @@ repeated here; a test holds the sum against files that the library wrote.
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
+from typing import Any, Protocol
 
 from .tensors import TORCH_DTYPES
 
@@ -57,6 +59,28 @@ class StoredTensor:
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * TORCH_DTYPES[self.dtype].itemsize
+
+
+class ShardPlan(Protocol):
+    """One file to write: planner/plan.py's Shard."""
+
+    @property
+    def file(self) -> str: ...
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]: ...
+
+
+def index_json(shards: Iterable[ShardPlan]) -> dict[str, Any]:
+    """The content of model.safetensors.index.json."""
+    weight_map = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
+    total = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def json_bytes(value: Any) -> bytes:
+    """How every JSON file of a checkpoint is written."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def file_bytes(tensors: list[StoredTensor]) -> int:

@@ -108,6 +108,32 @@ def _likeliest(logits_TC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return logits_TC.gather(1, index), index
 
 
+# Logits of 1024 tokens x 16384 columns are 64 MiB in fp32; about six such arrays live at once.
+TOKENS_PER_SLICE, COLUMNS_PER_SLICE = 1024, 16384
+
+
+def compare_rows(
+    rows: tuple[torch.Tensor, torch.Tensor],
+    heads: tuple[torch.Tensor, torch.Tensor],
+    targets_T: torch.Tensor,
+    document_T: torch.Tensor,
+    position_T: torch.Tensor,
+) -> TokenResults:
+    """Normed hidden rows [T, H] of both models through their heads [V, H], by slices of tokens and vocabulary."""
+    parts = []
+    for start in range(0, len(targets_T), TOKENS_PER_SLICE):
+        part = slice(start, start + TOKENS_PER_SLICE)
+        with torch.inference_mode():
+            p_TH, q_TH = rows[0][part].float(), rows[1][part].float()
+            slices = (
+                (column, p_TH @ heads[0][columns].float().T, q_TH @ heads[1][columns].float().T)
+                for column in range(0, len(heads[0]), COLUMNS_PER_SLICE)
+                for columns in [slice(column, column + COLUMNS_PER_SLICE)]
+            )
+            parts.append(compare(slices, targets_T[part], document_T[part], position_T[part]))
+    return concatenate(parts)
+
+
 def compare(
     slices: Iterable[tuple[int, torch.Tensor, torch.Tensor]],
     targets_T: torch.Tensor,

@@ -16,10 +16,7 @@ from ..core.tensors import TensorSource
 from ..models.adapter import Adapter, read
 from ..models.walk import Calls, embed, expert_stacks, final_norm, load_block, run_block
 from .errors import Errors
-from .kl import TokenResults, compare, concatenate
-
-# Logits of 1024 tokens x 16384 columns are 64 MiB in fp32; about six such arrays live at once.
-TOKENS_PER_SLICE, COLUMNS_PER_SLICE = 1024, 16384
+from .kl import TokenResults, compare_rows, concatenate
 
 
 @dataclass(frozen=True)
@@ -178,20 +175,6 @@ def _through_heads(
             with torch.inference_mode():
                 h_NTH = norm(store.get(last, side.name, k).to(device))
                 hidden.append(h_NTH[row.to(device), position.to(device)])
-        parts = []
-        for start in range(0, len(targets), TOKENS_PER_SLICE):
-            part = slice(start, start + TOKENS_PER_SLICE)
-            with torch.inference_mode():
-                slices = (
-                    (
-                        c,
-                        *(
-                            h[part].float() @ w[c : c + COLUMNS_PER_SLICE].float().T
-                            for h, w in zip(hidden, heads, strict=True)
-                        ),
-                    )
-                    for c in range(0, len(heads[0]), COLUMNS_PER_SLICE)
-                )
-                parts.append(compare(slices, targets[part], document[part], position[part]))
+        results = compare_rows((hidden[0], hidden[1]), (heads[0], heads[1]), targets, document, position)
         step.advance(h_NTH.shape[0] * h_NTH.shape[1])
-        yield concatenate(parts)
+        yield results

@@ -1,10 +1,12 @@
 """What a run will take: time, RAM, device memory and disk. Estimates with their formulas; the plan's bytes are exact.
 
-Time is arithmetic over a rate measured on this machine in half a second (a matmul in the compute dtype), plus reading
-and writing at the given disk rate. It errs low: small matrices run below the measured rate.
+Time is each kind of work, counted in operations or bytes, over its rate on this machine (planner/rates.py): the rates
+that `onecard plan --measure` kept, or one matrix product of half a second for all of them, which errs low where
+matrices are small and attention long. It counts the tokens that a recipe wants: texts that hold fewer take less. With
+measured rates it came out 15 to 30 % below the processor time of runs on the embedded model (benchmarks/plan_cost.py):
+what is not arithmetic (figures, intervals, files) is in no rate.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,24 +14,30 @@ import torch
 
 from ..models.adapter import Adapter, Half, Role
 from .plan import Plan
+from .rates import Rates
 
-# Sequential rate of a plain NVMe disk; a network disk is slower, a warm page cache faster.
-DISK_BYTES_PER_SECOND = 1e9
 # Experts are held as they are stored, in bf16.
 STORED_BYTES = 2
 # Of a parameter that is tuned: as it was, its gradient, master, master's gradient, and the optimizer's two moments.
 TUNING_BYTES = 2 + 2 + 4 + 4 + 8
-# The interpreter with torch and transformers imported.
-BASE_RAM_BYTES = 900_000_000
+# The interpreter with torch and transformers imported, texts and tokenizer: 0.45 GB before the first block, and 0.1 to
+# 0.2 GB of buffers that come and go. Measured on the embedded model, whose weights are small beside it.
+BASE_RAM_BYTES = 550_000_000
+# Verification beside its two forward walks: where errors come from, intervals, files. docs/benchmarks.md has 1.29.
+VERIFICATION_SHARE = 1.3
+# Logits of so many tokens and columns at a time, in about six fp32 arrays (eval/twin.py).
+HEAD_TOKENS, HEAD_COLUMNS, HEAD_ARRAYS = 1024, 16384, 6
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Estimates. `seconds` covers scan, quantize and verify."""
+    """Estimates. `seconds` covers scan, quantize and verify; `seconds_by`: its parts. `flops_per_second`: of all
+    computing together."""
 
     flops: float
     flops_per_second: float
     seconds: float
+    seconds_by: dict[str, float]
     ram_bytes: int
     device_bytes: int
     disk_bytes: int
@@ -52,21 +60,6 @@ class Work:
     matrix_flops: Callable[[int, int, bool], float]
 
 
-def measure_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Multiply-adds count two: a square matmul repeated for about half a second."""
-    n = 4096 if device.type == "cuda" else 768
-    a = torch.randn(n, n, device=device, dtype=torch.float32).to(dtype)
-    a @ a
-    count = 0
-    begin = time.perf_counter()
-    while time.perf_counter() - begin < 0.4:
-        a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        count += 1
-    return 2 * n**3 * count / (time.perf_counter() - begin)
-
-
 def estimate(
     adapter: Adapter,
     plan: Plan,
@@ -74,7 +67,7 @@ def estimate(
     calibration_tokens: int,
     evaluation_tokens: int,
     compute_itemsize: int,
-    flops_per_second: float,
+    rates: Rates,
     device: torch.device,
     site_budget_bytes: int,
 ) -> Cost:
@@ -139,28 +132,49 @@ def estimate(
         block_bytes = max(block_bytes, block_params * STORED_BYTES)
         moment_bytes = max(moment_bytes, max(moments.values(), default=0))
     head = 2.0 * adapter.vocab_size * adapter.hidden_size
-    flops = 2 * evaluation_tokens * (forward + head)
+    forward_flops = 2 * evaluation_tokens * forward * VERIFICATION_SHARE
+    head_flops = 2 * evaluation_tokens * head * VERIFICATION_SHARE
+    statistics_flops = 0.0
     largest_shard = max(shard.data_bytes for shard in plan.shards)
     stream = calibration_tokens * adapter.hidden_size * compute_itemsize
+    # The verification walk: both versions of one block, a slice of the logits and the heads.
+    verify_bytes = 2 * block_bytes + 4 * HEAD_ARRAYS * HEAD_TOKENS * min(HEAD_COLUMNS, adapter.vocab_size)
+    verify_bytes += 2 * STORED_BYTES * adapter.vocab_size * adapter.hidden_size
+    # Its rows lie on disk before and after a block, of both versions.
+    verify_disk = plan.emitted_bytes + 4 * evaluation_tokens * adapter.hidden_size * compute_itemsize
+    device_bytes, disk = verify_bytes, verify_disk
     if work.statistics:
-        flops += calibration_tokens * (calibration + statistics) + solve
+        forward_flops += calibration_tokens * calibration
+        statistics_flops = calibration_tokens * statistics
         # The block as it was and as it becomes; moments of one stage, and one cut, which holds a matrix at least; or,
         # before there are moments, what tuning holds.
-        device_bytes = 2 * block_bytes + max(moment_bytes + max(site_budget_bytes, matrix_bytes), tuned_bytes)
-        disk = plan.emitted_bytes + 7 * stream
+        quantize_bytes = 2 * block_bytes + max(moment_bytes + max(site_budget_bytes, matrix_bytes), tuned_bytes)
+        device_bytes = max(device_bytes, quantize_bytes)
+        disk = max(verify_disk, plan.emitted_bytes + 7 * stream)
         if work.walk_back is not None:
-            flops += calibration_tokens * (5 * forward + 2 * head)
+            forward_flops += calibration_tokens * 5 * forward
+            head_flops += calibration_tokens * 2 * head
             disk = max(disk, (2 + work.walk_back(adapter.n_blocks)) * stream)
-    else:
-        device_bytes = 2 * block_bytes  # the verification walk: both versions of one block
-        disk = plan.emitted_bytes
-    traffic = 3 * plan.source_bytes + 2 * plan.emitted_bytes + adapter.n_blocks * (8 * stream if work.statistics else 0)
+    # The source is looked through, quantized from and verified against; what is emitted is read back, and its digests
+    # are taken. Streams are written and read several times a block.
+    moved = adapter.n_blocks * 4 * stream if work.statistics else 0
+    seconds_by = {
+        "forward": forward_flops / rates.forward_flops,
+        "statistics": statistics_flops / rates.product_flops,
+        "quantize": (solve if work.statistics else 0.0) / rates.solve_flops,
+        "head": head_flops / rates.head_flops,
+        "disk": (3 * plan.source_bytes + plan.emitted_bytes + moved) / rates.read_bytes
+        + (plan.emitted_bytes + moved) / rates.write_bytes,
+    }
+    flops = forward_flops + statistics_flops + head_flops + (solve if work.statistics else 0.0)
+    seconds = sum(seconds_by.values())
     on_cpu = device.type == "cpu"
     ram = BASE_RAM_BYTES + largest_shard + (device_bytes if on_cpu else block_bytes // 16)
     return Cost(
         flops=flops,
-        flops_per_second=flops_per_second,
-        seconds=flops / flops_per_second + traffic / DISK_BYTES_PER_SECOND,
+        flops_per_second=flops / (seconds - seconds_by["disk"]),
+        seconds=seconds,
+        seconds_by=seconds_by,
         ram_bytes=ram,
         device_bytes=0 if on_cpu else device_bytes,
         disk_bytes=disk,

@@ -6,7 +6,7 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
-from ..core.layout import StoredTensor, file_bytes, shard_name, split_shards
+from ..core.layout import StoredTensor, file_bytes, index_json, json_bytes, shard_name, split_shards
 from ..core.scheme import Scheme
 from ..core.tensors import TensorSource
 from ..models.adapter import Adapter
@@ -68,6 +68,16 @@ class Plan:
         return sum(shard.file_bytes for shard in self.shards)
 
     @property
+    def weight_bytes(self) -> int:
+        """The tensors alone: `emitted_bytes` less the files' headers."""
+        return sum(shard.data_bytes for shard in self.shards)
+
+    @cached_property
+    def index_bytes(self) -> int:
+        """The file that says which tensor is in which shard."""
+        return len(json_bytes(index_json(self.shards)))
+
+    @property
     def bits_per_weight(self) -> float:
         """Bits of all shards over all parameters, kept ones included."""
         return self.emitted_bytes * 8 / self.parameters
@@ -81,6 +91,8 @@ class Plan:
         """What the record says of a plan."""
         return {
             "emitted_bytes": self.emitted_bytes,
+            "weight_bytes": self.weight_bytes,
+            "index_bytes": self.index_bytes,
             "source_bytes": self.source_bytes,
             "parameters": self.parameters,
             "quantized_parameters": self.quantized_parameters,

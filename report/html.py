@@ -17,6 +17,7 @@ from plotly.offline import get_plotlyjs
 
 from .page.answers import documents_section, flips_section, tokens_section
 from .page.experts import coverage_section, errors_sections
+from .page.fit import fit_section
 from .page.parts import Section, plain
 from .page.provenance import gate_section, provenance_section
 from .page.quality import kl_sections
@@ -49,6 +50,7 @@ def sections(record: Record) -> list[Section]:
     found = [
         *gate_section(record),
         *bytes_section(record),
+        *fit_section(record),
         *kl_sections(record),
         *coverage_section(record),
         *errors_sections(record),

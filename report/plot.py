@@ -23,7 +23,7 @@ HEADROOM = 1.25
 
 def draw_plot(facts: Mapping[str, Any], console: Console) -> None:
     """`facts`: of sizing.Sizing.facts(), with curves."""
-    curves = facts["curves"]
+    curves = facts.get("curves")  # a plan without a card has none
     if not curves:
         return
     columns = min(console.width, 80) - MARGIN - 2

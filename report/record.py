@@ -16,9 +16,11 @@ LINE_FLIPS = ("accuracy_reference", "accuracy_quantized", "changed", "right_to_w
 @dataclass
 class RunRecord:
     """Filled while a run goes on. `blocks` holds one entry a block: rows by expert, output errors by site.
-    `identity` is all that the emitted bytes depend on; `files` the names of all that was put into OUT. `checkpoint` is
+    `identity` is all that the emitted bytes depend on; `files` the names of all that was put into OUT. `fit`: the
+    card that the run is for (sizing.py). `allocation`: prices and choice of `bits: fit` (fitting.py). `checkpoint` is
     what was measured; `kl` (eval/summary.py, eval/told.py), `errors` (eval/errors.py), `flips` (eval/flips.py) and
-    `gate` are what was found of it, each empty where it was not asked for.
+    `gate` are what was found of it, each empty where it was not asked for; `fit` what was planned of a card's memory
+    (sizing.py), if the run was made for a card.
     """
 
     command: str
@@ -27,6 +29,8 @@ class RunRecord:
     recipe: dict[str, Any]
     texts: dict[str, Any] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=dict)
+    fit: dict[str, Any] = field(default_factory=dict)
+    allocation: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     identity: dict[str, str] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
@@ -38,6 +42,7 @@ class RunRecord:
     errors: dict[str, Any] = field(default_factory=dict)
     flips: dict[str, Any] = field(default_factory=dict)
     gate: dict[str, Any] = field(default_factory=dict)
+    fit: dict[str, Any] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 

@@ -1,8 +1,8 @@
 """`onecard check --engine`: every rule of every engine catches a broken checkpoint, and sound ones break none.
 
-Most are headers alone (engine_views.py, engine_breaks.py). The three breakages that users report most are made of real files and go
-through the command line: fused experts never taken apart, q and k in a layout that the engine garbles, and widths that
-differ inside what it fuses.
+Most are headers alone (engine_views.py, engine_breaks.py). The three breakages that users report most are made of real
+files and go through the command line: fused experts never taken apart, q and k in a layout that the engine garbles,
+and widths that differ inside what it fuses.
 """
 
 import json

@@ -31,6 +31,7 @@ FLOORS = [
     ["baseline"],
     ["comparison"],
     ["gate"],
+    ["measuring"],
     ["verification", "inspection", "synthesis", "samples", "check", "engine_check"],
     ["twin_lm"],
     ["pipeline", "cards"],

@@ -364,6 +364,22 @@ def tree(entries: Sequence[tuple[str, str, int, str]], whole: str) -> dict[str, 
     )
 
 
+def curves(
+    series: Sequence[tuple[str, str, Sequence[float], Sequence[float]]], x: str, y: str, line: float, mark: float
+) -> dict[str, Any]:
+    """Lines over a plain axis. `series`: (name, paint, xs, ys); `line` is drawn across, `mark` upright."""
+    traces = [
+        go.Scatter(name=label(name), mode="lines", x=list(xs), y=list(ys), meta={"paint": paint},
+                   hovertemplate="%{x:,}: %{y:.2f}<extra>%{fullData.name}</extra>")
+        for name, paint, xs, ys in series
+    ]  # fmt: skip
+    dotted = {"type": "line", "line": {"width": 1.5, "dash": "dot"}}
+    across = {"x0": 0, "x1": 1, "xref": "paper", "y0": line, "y1": line}
+    shapes = [dotted | across, dotted | {"x0": mark, "x1": mark, "y0": 0, "y1": 1, "yref": "paper"}]
+    axes = {"xaxis": {"title": {"text": x}, "rangemode": "tozero"}, "yaxis": {"title": {"text": y}}}
+    return _spec(traces, 380, shapes=shapes, showlegend=True, **axes)
+
+
 def log_key(values: Sequence[float], title: str) -> dict[str, Any]:
     """The key of a logarithmic range of colours (log10 of the values), from the least to the most."""
     low, high = math.log10(min(values)), math.log10(max(values))

@@ -1,0 +1,90 @@
+"""What `onecard plan --measure` says of time, memory and disk beside what runs take: `python benchmarks/plan_cost.py`.
+
+The embedded model by the recipes `rtn-int4` and `demo`, each in a process of its own. Rates are measured and runs are
+timed by processor time, since a machine that does other work beside gives the clock's no meaning; so disks are left
+out of the comparison of times. The plan counts the tokens that the recipe wants, and the embedded texts hold fewer: the
+second estimate is for those that the run had, and is the one that the model of costs is judged by.
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers.utils import logging
+
+from onecard.inspection import cost_of, plan
+from onecard.measuring import measure_rates
+from onecard.prepare import choose_dtype
+from onecard.recipe import load_recipe
+
+RECIPES = sys.argv[1:] or ["rtn-int4", "demo"]
+
+
+def run(recipe: str, folder: Path) -> dict[str, Any]:
+    """CPU seconds less those of starting, peak resident set, and the most bytes in OUT and the work directory."""
+    command = [sys.executable, "-m", "onecard", "quantize", "demo", str(folder / recipe), "--recipe", recipe,
+               "--device", "cpu"]  # fmt: skip
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    most = 0
+    while process.poll() is None:
+        most = max(most, tree_bytes(folder))
+        time.sleep(0.5)
+    assert process.returncode in (0, 1), process.returncode
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    record = json.loads((folder / recipe / "onecard.json").read_text())
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    texts = record["texts"]
+    tokens = {which: texts[which]["tokens"] if which in texts else 0 for which in ("calibration", "evaluation")}
+    return {"cpu": cpu, "ram": record["machine"]["peak_rss_bytes"], "disk": most, **tokens}
+
+
+def tree_bytes(folder: Path) -> int:
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.stat(os.path.join(root, name)).st_size
+            except OSError:  # it has been moved meanwhile
+                continue
+    return total
+
+
+def main() -> None:
+    logging.set_verbosity_error()
+    device = torch.device("cpu")
+    start = subprocess.run([sys.executable, "-c", "import os, onecard.pipeline; print(sum(os.times()[:2]))"],
+                           capture_output=True, text=True, check=True)  # fmt: skip
+    print(f"imports take {float(start.stdout):.1f} CPU s and are in neither; load {psutil.getloadavg()[0]:.1f}")
+    for name in RECIPES:
+        recipe = load_recipe(name)
+        planned = plan("demo", recipe, "cpu")
+        adapter, dtype = planned.model.adapter, choose_dtype(recipe, device)
+        rates = measure_rates(adapter, planned.plan, recipe, device, dtype, clock=time.process_time)
+        with tempfile.TemporaryDirectory() as folder:
+            truth = run(name, Path(folder))
+        cpu = truth["cpu"] - float(start.stdout)
+        cost = cost_of(adapter, planned.plan, recipe, rates, device, dtype, truth["calibration"], truth["evaluation"])
+        said = cost.seconds - cost.seconds_by["disk"]
+        print(
+            f"{name}: {truth['calibration']:,} and {truth['evaluation']:,} tokens\n"
+            f"  time  {said:8.1f} CPU s predicted, {cpu:8.1f} measured: {said / cpu:.2f}\n"
+            f"  RAM   {cost.ram_bytes / 1e6:8.0f} MB predicted, {truth['ram'] / 1e6:8.0f} measured: "
+            f"{cost.ram_bytes / truth['ram']:.2f}\n"
+            f"  disk  {cost.disk_bytes / 1e6:8.0f} MB predicted, {truth['disk'] / 1e6:8.0f} measured: "
+            f"{cost.disk_bytes / truth['disk']:.2f}\n"
+            f"  parts {', '.join(f'{part} {seconds:.1f} s' for part, seconds in cost.seconds_by.items())}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

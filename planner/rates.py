@@ -1,0 +1,116 @@
+"""How fast a machine is at each kind of work that a run consists of; measured once, kept, and looked up again.
+
+`onecard plan --measure` keeps what it measured in `$XDG_CACHE_HOME/onecard/rates.json` (`~/.cache` where that is not
+set), by machine, device, threads, versions, and what was measured: another width of model or method has other rates.
+The file is data: it is read as JSON numbers, a damaged one is left out with a note, and nothing that a run writes
+depends on it. This file measures nothing but a matrix product; measuring.py does.
+"""
+
+import json
+import math
+import os
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Sequential rate of a plain NVMe disk; a network disk is slower, a warm page cache faster.
+DISK_BYTES_PER_SECOND = 1e9
+SCHEMA = 1
+# Of so many machines and models rates are kept, the newest: a file of some ten kilobytes.
+MOST_KEPT = 64
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Operations a second by kind of work, by the same count as `estimate` adds them up, and bytes a second.
+
+    forward: rows through a block; product: second moments, which are plain matrix products; solve: quantizing a
+    matrix; head: logits of both models and their KL.
+    """
+
+    forward_flops: float
+    product_flops: float
+    solve_flops: float
+    head_flops: float
+    read_bytes: float
+    write_bytes: float
+
+
+def uniform(flops_per_second: float) -> Rates:
+    """All work at one rate, and a plain disk."""
+    flops = (flops_per_second,) * 4
+    return Rates(*flops, DISK_BYTES_PER_SECOND, DISK_BYTES_PER_SECOND)
+
+
+def measure_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Multiply-adds count two: a square matmul repeated for about half a second."""
+    n = 4096 if device.type == "cuda" else 768
+    a = torch.randn(n, n, device=device, dtype=torch.float32).to(dtype)
+    a @ a
+    count = 0
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < 0.4:
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        count += 1
+    return 2 * n**3 * count / (time.perf_counter() - begin)
+
+
+def rates_file() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or ""
+    # An XDG path that is not absolute must be left aside (XDG Base Directory Specification).
+    return (Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "onecard" / "rates.json"
+
+
+def kept_rates(key: str) -> tuple[Rates | None, str | None]:
+    """What was kept under `key`, and a note where the file cannot be read."""
+    path = rates_file()
+    if not path.is_file():
+        return None, None
+    damaged = f"{path} is damaged and left out: `onecard plan --measure` writes it anew"
+    try:
+        kept = _entries(path)
+    except (OSError, ValueError, RecursionError):
+        return None, damaged
+    if key not in kept:
+        return None, None
+    entry = kept[key]
+    names = {field.name for field in fields(Rates)}
+    if not isinstance(entry, dict) or set(entry) != names or not all(map(_is_rate, entry.values())):
+        return None, damaged
+    return Rates(**{name: float(value) for name, value in entry.items()}), None
+
+
+def keep_rates(key: str, rates: Rates) -> str | None:
+    """Keep them; a note where that cannot be done. Written beside and renamed, so that no reader sees half a file."""
+    path = rates_file()
+    kept: dict[str, Any] = {}
+    with suppress(OSError, ValueError, RecursionError):
+        kept = _entries(path)
+    kept = {other: value for other, value in kept.items() if other != key} | {key: asdict(rates)}
+    text = json.dumps({"schema": SCHEMA, "rates": dict(list(kept.items())[-MOST_KEPT:])}, indent=2)
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        return f"the rates could not be kept in {path} ({error.strerror})"
+    return None
+
+
+def _entries(path: Path) -> dict[str, Any]:
+    """Raises ValueError for what is no such file."""
+    value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict) or value.get("schema") != SCHEMA or not isinstance(value.get("rates"), dict):
+        raise ValueError("no rates")
+    return dict(value["rates"])
+
+
+def _is_rate(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
