@@ -151,9 +151,11 @@ def candidates_of(model: Model, recipe: Recipe | None) -> list[Candidate]:
         return found
     if recipe is not None:
         found.append(recipe_candidate(model, entries, recipe))
-    # The family's own recipes first: of two of one size the first is kept. The demo's recipe is for its texts.
-    shipped = sorted((load_recipe(name) for name in recipe_names() if name != "demo"), key=lambda r: r.family is None)
-    for each in shipped:
+    # The family's own recipes first: of two of one size the first is kept. Those for the demo are for its texts, and
+    # what `bits: fit` chooses is known only once its sensitivities are measured.
+    named = [load_recipe(name) for name in recipe_names() if not name.startswith("demo")]
+    shipped = [each for each in named if each.bits != "fit"]
+    for each in sorted(shipped, key=lambda r: r.family is None):
         if each.family in (None, model.adapter.family) and (recipe is None or each.name != recipe.name):
             try:
                 made = recipe_candidate(model, entries, each)

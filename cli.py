@@ -16,6 +16,7 @@ from . import __version__
 from .cli_calibration import calibration
 from .cli_evidence import flips, verify
 from .cli_gate import baseline, gate
+from .cli_pareto import pareto
 from .cli_plan import plan
 from .cli_publish import card, check, publish
 from .cli_report import report
@@ -35,6 +36,7 @@ def main() -> None:
 
 main.add_command(plan)
 main.add_command(calibration)
+main.add_command(pareto)
 main.add_command(verify)
 main.add_command(flips)
 main.add_command(gate)
@@ -55,6 +57,8 @@ main.add_command(publish)
 @click.option("--overwrite", is_flag=True, help="Replace what a run put into OUT and the work directory.")
 @click.option("--calibration", type=click.Path(path_type=Path), help=f"Your own calibration texts: {TEXTS_HELP}.")
 @click.option("--evaluation", type=click.Path(path_type=Path), help=f"Your own evaluation texts: {TEXTS_HELP}.")
+@click.option("--prices", type=click.Path(path_type=Path), help="Prices that `onecard pareto` wrote, for bits: fit.")
+@click.option("--budget-gb", type=click.FloatRange(0, min_open=True), help="bits: fit, to so many GB of files.")
 @verb
 def quantize(
     model: str,
@@ -66,6 +70,8 @@ def quantize(
     overwrite: bool,
     calibration: Path | None,
     evaluation: Path | None,
+    prices: Path | None,
+    budget_gb: float | None,
 ) -> None:
     """Calibrate, quantize, emit and verify MODEL into the folder OUT.
 
@@ -80,6 +86,7 @@ def quantize(
     Stopped? The same line with --resume goes on where it was and ends in the same bytes (of the record, all but times
     and memory). It must find the same number of threads.
     """
+    from .core.errors import InputError
     from .gate import refuse_failed
     from .pipeline import quantize as run
     from .prepare import work_folder
@@ -88,17 +95,23 @@ def quantize(
     from .report.record import result_line
 
     console = make_console()
+    loaded = load_recipe(recipe)
+    if budget_gb is not None:
+        loaded = loaded.changed(bits="fit", budget_gb=budget_gb, gpu=None)
+    if prices is not None and loaded.bits != "fit":
+        raise InputError(f"--prices is for recipes with bits: fit, and {recipe} has bits: {loaded.bits}")
     try:
         record = run(
             model,
             out,
-            load_recipe(recipe),
+            loaded,
             device_name=device,
             work=work,
             resume=resume,
             overwrite=overwrite,
             calibration=calibration,
             evaluation=evaluation,
+            prices=prices,
             console=console,
         )
     except KeyboardInterrupt:

@@ -255,6 +255,15 @@ class Recipe(Limits):
             scheme = None if self.schemes[key] == KEEP else Scheme.parse(self.schemes[key])
         return scheme, hits
 
+    def changed(self, **fields: Any) -> "Recipe":
+        """The recipe with other values of some fields, checked anew. Raises InputError."""
+        try:
+            made = Recipe.model_validate(self.model_dump() | fields)
+        except ValidationError as error:
+            raise _refusal(f"the recipe {self.name}, as it was changed,", error, Recipe) from None
+        made._folder = self._folder
+        return made
+
     @property
     def folder(self) -> Path:
         return self._folder

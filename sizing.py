@@ -13,7 +13,7 @@ from .candidates import Candidate, candidates_of
 from .core.errors import InputError, input_error
 from .models.adapter import QUANTIZABLE
 from .planner.cards import CARDS, Card
-from .planner.changes import Change, changes
+from .planner.changes import PASS_COST, Change, changes
 from .planner.engines import engine_named
 from .planner.fit import (
     Fit,
@@ -246,10 +246,10 @@ def size_up(
     offered: list[Change] = []
     needed = bits = better = None
     if card is not None and own is not None and own.fit.fits and recipe is None:
-        # Of what keeps more, the first that smaller passes or a narrower cache let in.
+        # Of what keeps more, the first that smaller passes let in: they cost nothing of the answers.
         for larger in (c for c in allowed[: allowed.index(chosen)] if c.name in by_name):
             ways = changes(needs, card, larger.choice(rules.dequantizes), [], request, keep_tower=True)
-            better = better or next(iter(ways), None)
+            better = better or next((way for way in ways if way.cost <= PASS_COST), None)
     if card is not None and own is not None and not own.fit.fits:
         others = [c.choice(rules.dequantizes) for c in found if c.name in by_name]
         offered = changes(needs, card, chosen.choice(rules.dequantizes), others, request)

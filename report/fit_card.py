@@ -180,7 +180,7 @@ def _candidates(facts: Mapping[str, Any]) -> Table:
         for row in facts["candidates"]:
             table.add_row(letter(facts, row["name"]), Text(row["name"]), f"{row['weight_bytes'] / GIB:,.1f}")
         return table
-    title = f"Recipes on {on_cards(facts)} (GiB; longest context, most sequences)"
+    title = f"Recipes on {on_cards(facts)} (GiB)"  # no longer than the narrowest table, or it is wrapped
     table = _listing(title, "<", "<recipe", "weights", "left", "context", "sequences")
     for row in facts["candidates"]:
         style = "bold" if row["name"] == facts["candidate"] else ""

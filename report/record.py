@@ -19,8 +19,7 @@ class RunRecord:
     `identity` is all that the emitted bytes depend on; `files` the names of all that was put into OUT. `fit`: the
     card that the run is for (sizing.py). `allocation`: prices and choice of `bits: fit` (fitting.py). `checkpoint` is
     what was measured; `kl` (eval/summary.py, eval/told.py), `errors` (eval/errors.py), `flips` (eval/flips.py) and
-    `gate` are what was found of it, each empty where it was not asked for; `fit` what was planned of a card's memory
-    (sizing.py), if the run was made for a card.
+    `gate` are what was found of it, each empty where it was not asked for.
     """
 
     command: str
@@ -42,7 +41,6 @@ class RunRecord:
     errors: dict[str, Any] = field(default_factory=dict)
     flips: dict[str, Any] = field(default_factory=dict)
     gate: dict[str, Any] = field(default_factory=dict)
-    fit: dict[str, Any] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 

@@ -72,6 +72,7 @@ def test_scout_on_one_h100(scout: Path, plan: Planner) -> None:
     assert facts["serve"].startswith("vllm serve FOLDER --max-model-len 131072 --max-num-seqs 1 ")
     assert "--kv-cache-dtype fp8" in facts["serve"]
     assert [row["name"] for row in facts["table"]] == [card.name for card in CARDS]
+    assert facts["better"] is None, "bf16 needs more than smaller passes"
     assert any("hybrid KV cache manager" in warning for warning in facts["fit_warnings"])
     assert any("10,485,760 tokens" in warning for warning in facts["fit_warnings"])
     assert not any("35033" in warning for warning in facts["fit_warnings"])
@@ -101,6 +102,17 @@ def test_what_does_not_fit_ends_in_three_and_says_what_would(scout: Path, plan: 
     again, _ = plan(scout, "--gpu", f"{facts['cards_needed']}xh100-80gb", "--context", 131072, "--sequences", 4)
     assert again.exit_code == 0
     assert any("35033" in warning for warning in facts["fit_warnings"]), "int4 attention wants a newer vLLM"
+
+
+def test_smaller_passes_let_more_in(scout: Path, plan: Planner) -> None:
+    """128k in bf16: int4 attention as it is, or attention kept when prompts come in smaller passes."""
+    _, facts = plan(scout, "--gpu", "h100-80gb", "--context", 131072, "--json")
+    assert facts["candidate"] == "llama4-scout-h100-int4-attention"
+    better = facts["better"]
+    assert (better["candidate"], better["steps"]) == ("llama4-scout-h100", ["prompts in passes of 2,048"])
+    result, again = plan(scout, "--gpu", "h100-80gb", "--context", 131072, "--batch-tokens", 2048)
+    assert (result.exit_code, again["candidate"], again["left_bytes"]) == (0, better["candidate"], better["left_bytes"])
+    assert "--max-num-batched-tokens 2048" in again["serve"]
 
 
 def test_maverick_is_told_how_many_cards(tmp_path: Path, plan: Planner) -> None:
@@ -181,6 +193,7 @@ def test_card_and_picture_keep_to_80_columns(scout: Path, plan: Planner, case: s
         assert any(row["name"] in line for line in lines), "a name is never cut"
     for card in CARDS:
         assert any(card.name in line for line in lines)
+    assert any("Cards, " in line and ("that fits)" in line or "a card)" in line) for line in lines)
 
 
 def test_the_picture_has_every_curve_and_the_cards_edge(scout: Path, plan: Planner) -> None:

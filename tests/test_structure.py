@@ -26,6 +26,8 @@ FLOORS = [
     ["candidates"],
     ["traps"],
     ["sizing"],
+    ["pricing"],
+    ["fitting"],
     ["coverage"],
     ["generate"],
     ["baseline"],

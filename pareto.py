@@ -1,0 +1,142 @@
+"""`onecard pareto`: predicted KL against bytes, before anything is quantized: the best choice for each of many budgets,
+and beside that curve the choices that people make without prices."""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from .core.scheme import Scheme
+from .fitting import GAINS, fit_to, load_prices, menu_of, price_model, priced_units, resolved, save_prices
+from .models.adapter import Role
+from .planner.allocate import allocate, chosen
+from .planner.prices import Priced, UnitPrices
+from .prepare import Model, choose_device, choose_dtype, open_source, plan_for
+from .pricing import Prices
+from .recipe import KEEP, Recipe
+from .report.progress import Progress
+from .texts import prepare_texts
+
+# Budgets of the curve, in equal steps of bytes from the least to all kept.
+CURVE_POINTS = 33
+# What people quantize least when they have bytes to spare (llama.cpp's and Unsloth's files do).
+FIRST = (Role.ATTENTION.value, Role.SHARED.value)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A choice of widths by name; bytes of its safetensors files, to the header's last few."""
+
+    name: str
+    bytes: int
+    kl_nats: float
+
+
+@dataclass(frozen=True)
+class Pareto:
+    """`named`: uniform widths and rules of thumb; `curve`: the best choice for each budget; `asked`: for the recipe's
+    own budget, if it has one that can be met."""
+
+    model: str
+    recipe: str
+    parameters: int
+    named: tuple[Point, ...]
+    curve: tuple[Point, ...]
+    asked: Point | None
+    prices: Prices
+
+    def facts(self) -> dict[str, Any]:
+        """For scripts."""
+
+        def said(point: Point) -> dict[str, Any]:
+            bits = point.bytes * 8 / self.parameters
+            return {
+                "name": point.name, "bytes": point.bytes, "bits_per_weight": bits, "predicted_kl_nats": point.kl_nats
+            }  # fmt: skip
+
+        return {
+            "model": self.model,
+            "recipe": self.recipe,
+            "named": [said(point) for point in self.named],
+            "curve": [said(point) for point in self.curve],
+            "asked": said(self.asked) if self.asked is not None else None,
+            "together": self.prices.facts()["together"],
+            "price_rows": self.prices.rows,
+            "price_tokens": self.prices.tokens,
+        }
+
+
+def rules_of_thumb(menu: tuple[Scheme, ...]) -> dict[str, Callable[[UnitPrices], Scheme | None]]:
+    """Name -> the width that the rule gives a unit: one width for all, and attention and shared experts at the finest
+    integers beside the rest at each narrower width."""
+    finest = max(menu, key=lambda scheme: scheme.bits)
+    rules: dict[str, Callable[[UnitPrices], Scheme | None]] = {f"all {s}": lambda _, s=s: s for s in menu}  # type: ignore[misc]
+    for scheme in menu:
+        if scheme.bits < finest.bits:
+            rules[f"attention, shared {finest}; rest {scheme}"] = (
+                lambda unit, s=scheme: finest if unit.role in FIRST else s  # type: ignore[misc]
+            )
+    return rules
+
+
+def pareto(
+    model_name: str,
+    recipe: Recipe,
+    *,
+    prices_file: Path | None = None,
+    calibration: Path | None = None,
+    device_name: str = "auto",
+    console: Console | None = None,
+    quiet: bool = False,
+) -> Pareto:
+    """Prices (read from `prices_file` if it is there, else measured and written to it), and what they buy."""
+    device = choose_device(device_name)
+    dtype = choose_dtype(recipe, device)
+    model = open_source(model_name)
+    priced_units(model.adapter, recipe)  # refuses at once what could not be chosen
+    rows = prepare_texts(model, recipe, calibration, None, needs_calibration=True).calibration
+    if prices_file is not None and prices_file.exists():
+        prices = load_prices(prices_file, model, recipe, rows, device, dtype)
+    else:
+        with (
+            tempfile.TemporaryDirectory(prefix="onecard-prices-") as folder,
+            Progress(f"onecard pareto {model_name}", model.adapter.n_blocks, console, quiet) as progress,
+        ):
+            prices = price_model(model, recipe, rows, Path(folder), device, dtype, progress)
+        if prices_file is not None:
+            save_prices(prices_file, prices, model, recipe, rows, device, dtype)
+    return drawn_from(model, recipe, prices)
+
+
+def drawn_from(model: Model, recipe: Recipe, prices: Prices) -> Pareto:
+    """The curve and the named points of these prices."""
+    menu, gain = menu_of(recipe), GAINS[recipe.method]
+    keeps = KEEP in recipe.fit_schemes
+    units = [replace(u, widths=tuple(w for w in u.widths if keeps or w.scheme is not None)) for u in prices.units]
+    modules = priced_units(model.adapter, recipe)
+    least = {u.unit: min(u.widths, key=lambda w: w.bytes).scheme for u in units}
+    smallest = plan_for(model, resolved(recipe, modules, least))
+    rest = smallest.emitted_bytes - sum(min(w.bytes for w in u.widths) for u in units)
+
+    def point(name: str, widths: list[Priced]) -> Point:
+        choice = chosen(units, widths, gain)
+        return Point(name, rest + choice.bytes, choice.kl_nats)
+
+    named = [point(name, [unit.at(rule(unit)) for unit in prices.units]) for name, rule in rules_of_thumb(menu).items()]
+    most = sum(max(w.bytes for w in u.widths) for u in units)
+    budgets = np.linspace(smallest.emitted_bytes - rest, most, CURVE_POINTS)
+    curve: list[Point] = []
+    for budget in budgets:
+        choice = allocate(units, int(budget), gain)
+        found = Point("fit", rest + choice.bytes, choice.kl_nats)
+        if not curve or found.bytes > curve[-1].bytes:
+            curve.append(found)
+    asked = None
+    if recipe.bits == "fit":
+        fitted = fit_to(model, recipe, prices)
+        asked = Point("asked", plan_for(model, fitted.recipe).emitted_bytes, fitted.choice.kl_nats)
+    return Pareto(model.name, recipe.name, smallest.parameters, tuple(named), tuple(curve), asked, prices)

@@ -1,0 +1,81 @@
+"""`onecard pareto`, drawn for people at 80 columns: a curve of predicted KL against bytes, named points beside it."""
+
+from collections.abc import Mapping
+from math import log10
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from .card import size
+
+ROWS, COLUMNS = 14, 62
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+# Points of the curve that stand in the table: enough to choose a budget by.
+IN_TABLE = 6
+
+
+def draw_pareto(facts: Mapping[str, Any], console: Console) -> None:
+    """`facts`: of pareto.Pareto.facts()."""
+    named, curve = facts["named"], [point for point in facts["curve"] if point["predicted_kl_nats"] > 0]
+    asked = facts["asked"]
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("")
+    table.add_column("widths", overflow="fold", max_width=34)
+    for head in ("size", "bits", "KL, nats"):
+        table.add_column(head, justify="right", no_wrap=True)
+
+    def row(mark: str, name: str, point: Mapping[str, Any], style: str = "") -> None:
+        kl = f"{point['predicted_kl_nats']:.5f}"
+        table.add_row(mark, name, size(point["bytes"]), f"{point['bits_per_weight']:.2f}", kl, style=style)
+
+    for letter, point in zip(LETTERS, named, strict=False):
+        row(letter, point["name"], point)
+    step = max(1, len(curve) // IN_TABLE)
+    for point in curve[::step]:
+        row("•", "fit to this size", point)
+    if asked is not None:
+        row("★", "fit to the recipe's budget", asked, "bold")
+    note = Text(
+        f"predicted from {facts['price_rows']} rows, {facts['price_tokens']:,} tokens; the KL of a finished "
+        "checkpoint is measured when it is made",
+        style="dim",
+    )  # fmt: skip
+    parts = [_picture(curve, named, asked), table, note] if curve else [table, note]
+    console.print(Panel(Group(*parts), title=f"onecard pareto {facts['model']}", box=box.ROUNDED, expand=False))
+
+
+def _picture(curve: list[Any], named: list[Any], asked: Mapping[str, Any] | None) -> Text:
+    """KL on a logarithmic axis, since it spans orders of magnitude."""
+    shown = [*curve, *(point for point in named if point["predicted_kl_nats"] > 0)]
+    left, right = min(p["bytes"] for p in shown), max(p["bytes"] for p in shown)
+    heights = [log10(p["predicted_kl_nats"]) for p in shown]
+    low, high = min(heights), max(heights)
+    grid: list[list[str]] = [[" "] * COLUMNS for _ in range(ROWS)]
+
+    def put(point: Mapping[str, Any], mark: str) -> None:
+        x = round((point["bytes"] - left) / max(1, right - left) * (COLUMNS - 1))
+        y = round((high - log10(point["predicted_kl_nats"])) / max(1e-9, high - low) * (ROWS - 1))
+        grid[y][x] = mark
+
+    for point in curve:
+        put(point, "•")
+    for letter, point in zip(LETTERS, named, strict=False):
+        if point["predicted_kl_nats"] > 0:
+            put(point, letter)
+    if asked is not None and asked["predicted_kl_nats"] > 0:
+        put(asked, "★")
+    text = Text("KL, nats a token (log)\n", style="bold")
+    for y, cells in enumerate(grid):
+        tick = f"{10 ** (high - (high - low) * y / (ROWS - 1)):.5f}" if y % 4 == 0 or y == ROWS - 1 else ""
+        text.append(f"{tick:>8} {'┤' if tick else '│'}", style="dim")
+        for cell in cells:
+            text.append(cell, style="green" if cell == "•" else "bold yellow" if cell == "★" else "bold")
+        text.append("\n")
+    text.append(f"{'':9}└{'─' * COLUMNS}\n", style="dim")
+    first, last = size(left), size(right)
+    text.append(f"{'':10}{first}{'':{COLUMNS - len(first) - len(last)}}{last}", style="dim")
+    return text
