@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT := out
 
-.PHONY: venv demo test chromium style quality peers peers-env clean
+.PHONY: venv demo test chromium style quality peers peers-env compat-vllm clean
 
 venv: $(STAMP)
 
@@ -40,6 +40,12 @@ peers: venv
 	-$(BIN)/python benchmarks/peers/environments.py
 	test -d build/peers/models/qwen3-moe || $(BIN)/python benchmarks/peers/qwen3_moe.py build/peers/models/qwen3-moe
 	$(BIN)/python benchmarks/peers/run.py --again
+
+# vLLM's own loader and its CPU engine on our files (docs/vllm.md); 3.5 GB in build/compat/vllm.
+compat-vllm: venv
+	$(BIN)/python benchmarks/compat/vllm_environment.py
+	$(BIN)/python benchmarks/compat/vllm_loads.py
+	$(BIN)/python benchmarks/compat/vllm_breaks.py
 
 style: venv
 	$(BIN)/ruff format .

@@ -11,17 +11,34 @@ from .verbs import make_console, print_line, verb
 
 @click.command()
 @click.argument("checkpoint")
+@click.option(
+    "--engine",
+    "engines",
+    multiple=True,
+    type=click.Choice(["vllm", "transformers", "llama.cpp", "gptqmodel"]),
+    help="Instead: will this engine load it, and load it right? May be given again.",
+)
+@click.option(
+    "--tensor-parallel",
+    type=click.IntRange(1),
+    help="With --engine vllm: over so many cards. [default: 1]",
+)
 @verb
-def check(checkpoint: str) -> None:
+def check(checkpoint: str, engines: tuple[str, ...], tensor_parallel: int | None) -> None:
     """Check a downloaded or finished CHECKPOINT: its digests, widths, shapes and values. Reads every byte.
 
     Against SHA256SUMS, onecard.json and its own config.json; a folder of another tool against what of these it has.
-    Exit code 0: sound; 1: damaged, or not as recorded; 2: no checkpoint.
+    With --engine its config.json and headers, and no weight, against that engine's loading rules (docs/engines.md).
+    Exit code 0: sound, or it loads; 1: damaged, not as recorded, or a rule is broken; 2: no checkpoint.
 
     \b
-    Example:
+    Examples:
       onecard check ./scout-int4
+      onecard check ./scout-int4 --engine vllm --tensor-parallel 2
     """
+    if engines or tensor_parallel:
+        _check_engines(checkpoint, engines, tensor_parallel)
+        return
     from .check import check as run
     from .report.check_card import draw_check
     from .report.progress import Progress
@@ -32,6 +49,19 @@ def check(checkpoint: str) -> None:
     draw_check(found.line(), console)
     print_line(json.dumps(found.line()))
     found.refuse()
+
+
+def _check_engines(checkpoint: str, engines: tuple[str, ...], tensor_parallel: int | None) -> None:
+    from .core.errors import InputError
+    from .engine_check import hold_against
+    from .report.engine_card import draw_engines
+
+    if tensor_parallel and "vllm" not in engines:
+        raise InputError("--tensor-parallel is a setting of vLLM: give --engine vllm with it")
+    held = hold_against(checkpoint, engines, tensor_parallel or 1)
+    draw_engines(held.line(), make_console())
+    print_line(json.dumps(held.line()))
+    held.refuse()
 
 
 def _card_options(function: Any) -> Any:

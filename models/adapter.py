@@ -176,6 +176,20 @@ class Adapter(ABC):
         `...feed_forward.experts`): what the engine fuses, and so what must share one scheme. A module that is fused
         with no other is its own."""
 
+    def fused_tensor(self, module_name: str) -> str | None:
+        """Where a tool that does not take experts apart leaves an expert's matrix: the 3-D tensor of all experts of the
+        layer. None for a module that is no expert's."""
+        stem, _, rest = module_name.partition(".experts.")
+        if not rest:
+            return None
+        projection = rest.rpartition(".")[2]
+        return f"{stem}.experts.{projection if projection == 'down_proj' else 'gate_up_proj'}"
+
+    def permuted_at_load(self, module_name: str) -> bool:
+        """Whether an engine that rotates the halves of a head reorders this module's rows as it loads it, since the
+        family's own RoPE rotates neighbours: all that a row has (codes, scales, zero points) must move along."""
+        return False
+
     def cache_layers(self) -> tuple[CacheLayer, ...]:
         """What each decoder layer caches, in order."""
         return attention_caches(self.text_config)

@@ -116,6 +116,9 @@ class Llama4Adapter(Adapter):
             leaf, ".gate_up_proj" if leaf in ("gate_proj", "up_proj") else f".{leaf}"
         )
 
+    def permuted_at_load(self, module_name: str) -> bool:
+        return self.role(f"{module_name}.weight") is Role.ATTENTION and module_name.endswith((".q_proj", ".k_proj"))
+
     def expected(self) -> dict[str, tuple[int, ...]]:
         shapes = dict(self._fused_shapes)
         for block in range(self.n_blocks):

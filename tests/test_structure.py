@@ -34,7 +34,7 @@ FLOORS = [
     ["comparison"],
     ["gate"],
     ["measuring"],
-    ["verification", "inspection", "synthesis", "samples", "check"],
+    ["verification", "inspection", "synthesis", "samples", "check", "engine_check"],
     ["twin_lm"],
     ["pipeline", "cards"],
     ["publish"],
