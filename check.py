@@ -16,7 +16,8 @@ import torch
 
 from .checkpoint.checksums import SUMS_NAME, read_sums, sha256_file
 from .checkpoint.formats import compressed_tensors as ct
-from .checkpoint.packed import READERS, open_packed
+from .checkpoint.gguf_read import holds_gguf, open_gguf
+from .checkpoint.packed import READERS, PackedSource, open_packed
 from .checkpoint.soundness import Stored, index_problems, shape_problems, stored_modules, value_problems
 from .checkpoint.source import PICKLES, Folder, open_folder
 from .core.errors import DamageError, InputError
@@ -87,12 +88,21 @@ def check(checkpoint: str, told: Told | None = None) -> Checked:
             raise
         return _stop(found, _offenders(error), "config.json cannot be used")
     try:
-        folder = open_folder(path)
+        packed = open_gguf(path, adapter.text_only()) if holds_gguf(path) else None
+        folder = packed.folder if packed is not None else open_folder(path)
     except InputError as error:
         return _stop(found, _offenders(error), "the weights cannot be opened")
     found.problems += _strays(path, folder, sums)
     found.problems += index_problems(folder)
     found.facts |= {"weight_bytes": folder.file_bytes, "tensors": len(folder.infos)}
+    if packed is not None:
+        if told is not None:
+            told("values")
+        _unpacked(packed, found)
+        if record is not None:
+            found.problems += _size_problems(record, adapter, folder)
+        found.problems += value_problems(folder, Stored(plain=dict(folder.infos)), {})
+        return found
     _tensors(folder, config, adapter, record, found, told)
     return found
 
@@ -210,18 +220,26 @@ def _of_another_tool(folder: Folder, block: object, adapter: Adapter, found: Che
         return
     try:
         source = open_packed(folder, block)
-        found.facts["quantized_modules"] = len(source.weights)
         read_as = Stored(plain={name: source.info(name) for name in source.names})
         found.problems += shape_problems(read_as, adapter.disk_shapes(source.names))
-        for name, weight in source.weights.items():
-            shape = weight.info.shape
-            # Of fused experts one after the other.
-            for index in [(i,) for i in range(shape[0])] if len(shape) == 3 else [()]:
-                if not source.dense(name, torch.float32, index).any():
-                    found.problems.append(f"{name}{list(index) or ''} is all zeros")
+        _unpacked(source, found)
     except InputError as error:
         found.problems += _offenders(error)
     found.unchecked.append("widths: only what onecard made has a plan to hold them against")
+
+
+def _unpacked(source: PackedSource, found: Checked) -> None:
+    """Every weight that is stored in parts, unpacked once."""
+    found.facts["quantized_modules"] = len(source.weights)
+    for name, weight in source.weights.items():
+        shape = weight.info.shape
+        # Of fused experts one after the other.
+        for index in [(i,) for i in range(shape[0])] if len(shape) == 3 else [()]:
+            try:
+                if not source.dense(name, torch.float32, index).any():
+                    found.problems.append(f"{name}{list(index) or ''} is all zeros")
+            except InputError as error:
+                found.problems += _offenders(error)
 
 
 def _stored_as(stored: Stored, module: str) -> str:

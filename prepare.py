@@ -20,6 +20,7 @@ from .calibration.sensitivity import rows_at_once
 from .checkpoint.emit import emitted_before
 from .checkpoint.formats import compressed_tensors as ct
 from .checkpoint.formats.stored import StoredWeight
+from .checkpoint.gguf_read import holds_gguf, open_gguf
 from .checkpoint.packed import PackedSource, open_packed
 from .checkpoint.provenance import hub_origin, source_card
 from .checkpoint.source import Folder, check_shapes, open_folder
@@ -64,7 +65,7 @@ class Model:
 
     @property
     def quantized(self) -> bool:
-        return isinstance(self.source, PackedSource)
+        return bool(self.packed)
 
     @property
     def packed(self) -> dict[str, StoredWeight]:
@@ -136,6 +137,10 @@ def open_model(name: str) -> Model:
         raise InputError(f"{path} is a file: name the folder that holds it and its config.json")
     config = read_config(path)
     adapter = load_adapter(path)
+    if holds_gguf(path):
+        adapter = adapter.text_only()
+        packed = open_gguf(path, adapter)
+        return Model(name, path, config, adapter, packed.folder, packed)
     folder = open_folder(path)
     block = quantization_block(path, config)
     source = folder if block is None else open_packed(folder, block)

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -145,6 +145,8 @@ def open_pair(source_name: str, checkpoint: str) -> tuple[Model, Model]:
     """The original and the checkpoint that is said to be a version of it. Raises InputError."""
     source, quantized = open_model(source_name), open_model(checkpoint)
     a, b = source.adapter, quantized.adapter
+    if a.has_vision and not b.has_vision:  # a format that holds the text model alone
+        a = a.text_only()
     if a.family != b.family or a.expected() != b.expected():
         raise InputError(f"{checkpoint} is no version of {source_name}: their families or sizes differ")
     if source.quantized and not quantized.quantized:
@@ -235,7 +237,11 @@ def _measured_pair(
     record = pair_record(command, source, quantized)
     rows: list[Row] = []
     if with_texts:
-        texts = prepare_texts(source, recipe, None, evaluation, needs_calibration=False)
+        reader = source
+        if source.adapter.has_vision and not quantized.adapter.has_vision:
+            reader = replace(source, adapter=source.adapter.text_only())
+            record.warnings.append(f"{said_name(checkpoint)} has no vision tower: no text with a picture is evaluated")
+        texts = prepare_texts(reader, recipe, None, evaluation, needs_calibration=False)
         rows, record.texts = texts.evaluation, texts.facts
         record.warnings += texts.warnings
     with (

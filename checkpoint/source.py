@@ -86,10 +86,11 @@ class Folder:
                 sha.update(name.encode() + (self.path / name).read_bytes())
         for shard in self.shards:
             with shard.open("rb") as file:
-                first = file.read(8)
-                sha.update(f"{shard.name}:{shard.stat().st_size}".encode() + first)
-                sha.update(file.read(struct.unpack("<Q", first)[0]))
-                for name in sorted(name for name in self.infos if self.offsets[name][0] == shard):
+                names = sorted(name for name in self.infos if self.offsets[name][0] == shard)
+                # The header is all that lies before the first tensor.
+                header = min((self.offsets[name][1] for name in names), default=shard.stat().st_size)
+                sha.update(f"{shard.name}:{shard.stat().st_size}".encode() + file.read(header))
+                for name in names:
                     begin, size = self.offsets[name][1], self.infos[name].nbytes
                     for offset in range(begin, begin + size, SAMPLE_STRIDE):
                         file.seek(offset)
@@ -171,6 +172,10 @@ def _allowed_root(folder: Path) -> Path:
     if resolved.parent.name == "snapshots" and resolved.parent.parent.name.startswith("models--"):
         return resolved.parent.parent
     return resolved
+
+
+def holds_safetensors(path: Path) -> bool:
+    return (path / INDEX_NAME).exists() or (path / SINGLE_NAME).exists()
 
 
 def open_folder(path: Path) -> Folder:

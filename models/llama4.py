@@ -71,6 +71,9 @@ class Llama4Adapter(Adapter):
     def text_config(self) -> Any:
         return self.config.text_config if self.has_vision else self.config
 
+    def text_only(self) -> Adapter:
+        return Llama4Adapter(self.config.text_config) if self.has_vision else self
+
     def block_prefix(self, block: int) -> str:
         return f"{self.prefix}model.layers.{block}."
 
