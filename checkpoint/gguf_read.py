@@ -72,6 +72,12 @@ def open_gguf(path: Path, adapter: Adapter) -> PackedSource:
         raise InputError(f"{found[0]} {error}") from None
     if entries is None:
         raise InputError(f"{path}: {words.refusals(adapter)[0]}")
+    architecture, said = words.ARCHITECTURES[adapter.family], opened.metadata.get("general.architecture")
+    if said != architecture:
+        raise InputError(
+            f"{found[0]} has general.architecture {said!r}, and config.json's model is llama.cpp's {architecture!r}: "
+            "put config.json of the very model beside the GGUF file"
+        )
     problems = _metadata_problems(opened, adapter)
     infos: dict[str, TensorInfo] = {}
     offsets: dict[str, tuple[Path, int]] = {}
@@ -106,11 +112,10 @@ def open_gguf(path: Path, adapter: Adapter) -> PackedSource:
                 codes=None if scheme is None else partial(codes, scheme=scheme),
             )
     known = {entry.name for entry in entries} | {words.ROPE_FACTORS}
-    problems += [
-        f"{name} is in the file and config.json knows no such tensor" for name in opened.tensors.keys() - known
-    ]
+    strange = sorted(opened.tensors.keys() - known)
+    problems += [f"{name} is in the file and config.json knows no such tensor" for name in strange]
     if problems:
-        shown = sorted(problems)[:MOST_SHOWN]
+        shown = problems[:MOST_SHOWN]
         if len(problems) > MOST_SHOWN:
             shown.append(f"... and {len(problems) - MOST_SHOWN} more")
         raise input_error(
@@ -138,9 +143,6 @@ def _readable(kind: str) -> bool:
 def _metadata_problems(opened: gguf_file.Opened, adapter: Adapter) -> list[str]:
     """Where the file's metadata and config.json contradict each other."""
     architecture = words.ARCHITECTURES[adapter.family]
-    said = opened.metadata.get("general.architecture")
-    if said != architecture:
-        return [f"general.architecture is {said!r}, and config.json's model is llama.cpp's {architecture!r}"]
     problems = []
     for key, value in words.settings(adapter).items():
         stored = opened.metadata.get(f"{architecture}.{key}")
