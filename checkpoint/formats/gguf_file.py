@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFEndian, GGUFReader, GGUFWriter
 
 from .. import files
