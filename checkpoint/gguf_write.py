@@ -22,7 +22,7 @@ from ..models import gguf as words
 from ..models.adapter import Adapter, read
 from .formats import gguf_blocks, gguf_file
 from .formats.gguf_file import GgufTensor
-from .formats.gguf_tokenizer import describe
+from .formats.gguf_tokenizer import Told, describe
 from .formats.stored import FLOATS
 from .packed import PackedSource
 from .source import Folder
@@ -45,35 +45,54 @@ class GgufPlan:
         return gguf_file.file_bytes(self.head, self.tensors)
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """What a file is to hold, and everything that speaks against it."""
+
+    tensors: list[GgufTensor]
+    entries: list[words.Entry | None]
+    tokenizer: Told
+    problems: list[str]
+
+
+def _parts(adapter: Adapter, source: Folder | PackedSource, folder: Path, floats: str | None) -> _Parts:
+    problems = words.refusals(adapter)
+    entries: list[words.Entry | None] = []
+    tensors = []
+    for entry in words.layout(adapter) if not problems else []:
+        try:
+            tensors.append(GgufTensor(entry.name, _kind(adapter, source, entry, floats), entry.shape))
+            entries.append(entry)
+        except ValueError as error:
+            problems.append(f"{entry.name}: {error}")
+    factors = words.rope_factors(adapter)
+    if factors is not None:
+        tensors.append(GgufTensor(words.ROPE_FACTORS, "F32", tuple(factors.shape)))
+        entries.append(None)
+    told = describe(folder, adapter.vocab_size, stops_at(adapter.config) + stops_at(adapter.text_config))
+    return _Parts(tensors, entries, told, problems + told.problems)
+
+
+def problems_of(adapter: Adapter, source: Folder | PackedSource, folder: Path) -> list[str]:
+    """Everything that speaks against a GGUF file of this checkpoint, a line each; `folder` has its tokenizer."""
+    return _parts(adapter, source, folder, None).problems
+
+
 def plan(
     adapter: Adapter, source: Folder | PackedSource, folder: Path, name: str, floats: str | None = None
 ) -> GgufPlan:
     """Everything but the weights: `folder` has the tokenizer, `name` is the model's for people. Reads no weight. Raises
     InputError with everything that cannot be written."""
     assert floats is None or floats in FLOATS
-    problems = words.refusals(adapter)
-    told = describe(folder, adapter.vocab_size, stops_at(adapter.config) + stops_at(adapter.text_config))
-    problems += told.problems
-    tensors: list[GgufTensor] = []
-    entries: list[words.Entry | None] = []
-    for entry in words.layout(adapter) if not words.refusals(adapter) else []:
-        try:
-            tensors.append(GgufTensor(entry.name, _kind(adapter, source, entry, floats), entry.shape))
-            entries.append(entry)
-        except ValueError as error:
-            problems.append(f"{entry.name}: {error}")
-    if problems:
-        shown = problems[:MOST_NAMED] + (
-            [f"... and {len(problems) - MOST_NAMED} more"] if problems[MOST_NAMED:] else []
-        )
+    parts = _parts(adapter, source, folder, floats)
+    if parts.problems:
+        shown = parts.problems[:MOST_NAMED]
+        if len(parts.problems) > MOST_NAMED:
+            shown.append(f"... and {len(parts.problems) - MOST_NAMED} more")
         raise input_error(f"{name} cannot be written as GGUF:", shown, "Mend that, or choose another format.")
-    factors = words.rope_factors(adapter)
-    if factors is not None:
-        tensors.append(GgufTensor(words.ROPE_FACTORS, "F32", tuple(factors.shape)))
-        entries.append(None)
     architecture = words.ARCHITECTURES[adapter.family]
     by_kind: dict[str, int] = {}
-    for tensor in tensors:
+    for tensor in parts.tensors:
         by_kind[tensor.kind] = by_kind.get(tensor.kind, 0) + tensor.nbytes
     metadata: dict[str, Any] = {
         "general.type": "model",
@@ -81,20 +100,11 @@ def plan(
         "general.file_type": gguf_file.FILE_TYPES[max(by_kind, key=lambda kind: by_kind[kind])],
         "general.quantization_version": gguf_file.QUANTIZATION_VERSION,
         **{f"{architecture}.{key}": value for key, value in words.settings(adapter).items()},
-        **{f"tokenizer.{key}": value for key, value in told.metadata.items()},
+        **{f"tokenizer.{key}": value for key, value in parts.tokenizer.metadata.items()},
     }
-    head = gguf_file.header(architecture, metadata, tensors)
-    return GgufPlan(head, tuple(tensors), tuple(entries), tuple(words.warnings(adapter) + told.warnings))
-
-
-def problems_of(adapter: Adapter, source: Folder | PackedSource, folder: Path) -> list[str]:
-    """What `plan` would refuse, a line each."""
-    try:
-        plan(adapter, source, folder, str(folder))
-    except InputError as error:
-        lines = str(error).splitlines()
-        return [line.removeprefix("  - ") for line in lines if line.startswith("  - ")] or lines
-    return []
+    head = gguf_file.header(architecture, metadata, parts.tensors)
+    told = (*words.warnings(adapter), *parts.tokenizer.warnings)
+    return GgufPlan(head, tuple(parts.tensors), tuple(parts.entries), told)
 
 
 def stops_at(config: Any) -> list[int]:

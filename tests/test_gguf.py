@@ -228,6 +228,15 @@ def test_the_tokenizer_is_all_there(tmp_path: Path, split: str, ignore: bool, na
     assert "messages" in str(said["chat_template"])
 
 
+def test_tokens_of_one_text_under_two_numbers_are_refused(tmp_path: Path) -> None:
+    write_bpe(tmp_path)
+    twin = {"id": 200, "content": "a", "special": False, "normalized": False}
+    edit_json(tmp_path / "tokenizer.json", lambda t: t["added_tokens"].append(twin))
+    assert tokenizers.describe(tmp_path, 256, []).problems == [
+        "tokenizer.json has tokens of one text under two numbers: a"
+    ]
+
+
 def refused_plan(folder: Path) -> str:
     model = open_model(str(folder))
     with pytest.raises(InputError) as caught:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from conftest import refused, run_onecard
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from gguf.quants import quantize as by_gguf
 from gguf_files import export, make, quantize
+from hypothesis import given
+from hypothesis import strategies as st
 
 from babies import edit_json
 from onecard.checkpoint import gguf_write
@@ -148,6 +151,27 @@ def test_a_file_can_be_exported_from_again_without_a_code_being_changed(whole: P
     assert [t.name for t in first.tensors] == [t.name for t in second.tensors]
     for a, b in zip(first.tensors, second.tensors, strict=True):
         assert np.array_equal(a.data, b.data)
+
+
+def test_a_header_is_read_as_the_gguf_package_reads_it(whole: Path) -> None:
+    ours, theirs = gguf_file.open_file(whole / FILE), GGUFReader(whole / FILE)
+    tensors = {t.name: (t.tensor_type.name, tuple(reversed(t.shape.tolist())), t.data_offset) for t in theirs.tensors}
+    assert {name: (t.kind, t.shape, at) for name, (t, at) in ours.tensors.items()} == tensors
+    scalars = {key: field.contents() for key, field in theirs.fields.items() if len(field.types) == 1}
+    assert ours.metadata == {key: value for key, value in scalars.items() if not key.startswith("GGUF.")}
+    assert {"tokenizer.chat_template", "tokenizer.ggml.add_bos_token", "llama4.rope.freq_base"} <= ours.metadata.keys()
+
+
+@given(st.data())
+def test_a_header_with_a_spoilt_byte_is_read_or_refused_and_never_worse(whole: Path, data: st.DataObject) -> None:
+    content = bytearray((whole / FILE).read_bytes())
+    header = min(at for _, at in gguf_file.open_file(whole / FILE).tensors.values())
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, header - 1))] = data.draw(st.integers(0, 255))
+    spoilt = whole.parent / "spoilt.gguf"
+    spoilt.write_bytes(content)
+    with suppress(ValueError):
+        gguf_file.open_file(spoilt)
 
 
 def test_check_finds_a_sound_file_sound(whole: Path) -> None:

@@ -3,23 +3,25 @@
     header: magic, version, metadata (key, type, value), one entry a tensor (name, dimensions, type, offset)
     data:   the tensors, each at a multiple of 32 bytes
 
-The header is made and read by the gguf package. Data is written tensor by tensor and read with plain reads at its
-offsets, as safetensors files are (checkpoint/source.py says why no memory map). Dimensions lie in the file
-innermost first; here they are as torch has them. Big-endian files and files in several parts are refused.
+The gguf package makes the header. It is read here: the package's reader keeps two arrays a token, half a minute and
+1 GB for Llama 4's vocabulary, and a header is read for every `inspect`. Data is written tensor by tensor and read with
+plain reads at its offsets, as safetensors files are (checkpoint/source.py says why no memory map). Dimensions lie in
+the file innermost first; here they are as torch has them. Big-endian files and files in several parts are refused.
 
-Specification: ggml `docs/gguf.md`; the gguf package's GGUFWriter, GGUFReader and GGML_QUANT_SIZES.
+Specification: ggml `docs/gguf.md`; the gguf package's GGUFWriter and GGML_QUANT_SIZES.
 """
 
+import struct
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFEndian, GGUFReader, GGUFWriter
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter
 
 from .. import files
 
@@ -27,6 +29,16 @@ ALIGNMENT = 32
 # general.file_type, which loaders print: the type of most of the weights (llama.cpp's llama_ftype).
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
 QUANTIZATION_VERSION = 2
+MAGIC, VERSIONS, MOST_AXES = b"GGUF", (2, 3), 4
+# Type of a value in the metadata -> how `struct` reads it.
+SCALARS = {
+    int(GGUFValueType[name]): form
+    for name, form in {
+        "UINT8": "B", "INT8": "b", "UINT16": "H", "INT16": "h", "UINT32": "I", "INT32": "i", "FLOAT32": "f",
+        "BOOL": "?", "UINT64": "Q", "INT64": "q", "FLOAT64": "d",
+    }.items()
+}  # fmt: skip
+STRING, ARRAY = int(GGUFValueType.STRING), int(GGUFValueType.ARRAY)
 
 
 @dataclass(frozen=True)
@@ -108,27 +120,97 @@ class Opened:
 
 def open_file(path: Path) -> Opened:
     """Read a header; the file must be as long as it says. Raises ValueError with a line that says what is wrong."""
-    try:
-        reader = GGUFReader(path)
-        tensors = {}
-        for tensor in reader.tensors:
-            shape = tuple(int(n) for n in reversed(tensor.shape.tolist()))
-            entry = GgufTensor(tensor.name, tensor.tensor_type.name, shape)
-            tensors[tensor.name] = (entry, int(tensor.data_offset))
-        metadata = {
-            key: field.contents()
-            for key, field in reader.fields.items()
-            if len(field.types) == 1 and key[:5] != "GGUF."
-        }
-        little = reader.endianess is GGUFEndian.LITTLE
-    except Exception as error:  # the package raises many kinds for a damaged file
-        raise ValueError(f"is no GGUF file that the gguf package reads, or is cut off ({error})") from None
-    if not little:
-        raise ValueError("is a big-endian GGUF file, which onecard does not read")
-    if metadata.get("split.count", 1) != 1:
-        raise ValueError("is one part of several: join them with llama.cpp's llama-gguf-split --merge")
     size = path.stat().st_size
-    for tensor, offset in tensors.values():
-        if offset + tensor.nbytes > size:
-            raise ValueError(f"is cut off: {tensor.name} ends at byte {offset + tensor.nbytes:,} of {size:,}")
+    with path.open("rb", buffering=2**20) as file:
+        read = _Reader(file, size)
+        if read.bytes(4) != MAGIC:
+            raise ValueError("is no GGUF file")
+        version, tensor_count, value_count = read.numbers("IQQ")
+        if version not in VERSIONS:
+            raise ValueError(f"has GGUF version {version} (or is big-endian): {', '.join(map(str, VERSIONS))} are read")
+        metadata: dict[str, Any] = {}
+        for _ in range(value_count):
+            key = read.string()
+            value = read.value(read.number("I"))
+            if value is not None:
+                metadata[key] = value
+        entries = [_entry(read) for _ in range(tensor_count)]
+        begin = padded(file.tell(), _alignment(metadata))
+    if metadata.get("split.count", 1) > 1:
+        raise ValueError("is one part of several: join them with llama.cpp's llama-gguf-split --merge")
+    tensors = {}
+    for tensor, offset in entries:
+        if begin + offset + tensor.nbytes > size:
+            raise ValueError(f"is cut off: {tensor.name} ends at byte {begin + offset + tensor.nbytes:,} of {size:,}")
+        if tensor.name in tensors:
+            raise ValueError(f"holds {tensor.name} twice")
+        tensors[tensor.name] = (tensor, begin + offset)
     return Opened(path, metadata, tensors)
+
+
+def _alignment(metadata: Mapping[str, Any]) -> int:
+    found = metadata.get("general.alignment", ALIGNMENT)
+    if not isinstance(found, int) or found < 1 or found & (found - 1):
+        raise ValueError(f"has the alignment {found}, which is no power of two")
+    return found
+
+
+def _entry(read: "_Reader") -> tuple[GgufTensor, int]:
+    """A tensor of the header, and where it begins in the data."""
+    name = read.string()
+    axes = read.number("I")
+    if axes > MOST_AXES:
+        raise ValueError(f"has a damaged header ({name} has {axes} axes)")
+    shape = read.numbers(f"{axes}Q")[::-1]
+    kind, offset = read.numbers("IQ")
+    if kind not in GGMLQuantizationType:
+        raise ValueError(f"holds {name} in the type {kind}, which the gguf package does not know")
+    tensor = GgufTensor(name, GGMLQuantizationType(kind).name, shape)
+    if shape and shape[-1] % GGML_QUANT_SIZES[GGMLQuantizationType(kind)][0]:
+        raise ValueError(f"has a damaged header ({name} has rows of {shape[-1]} in {tensor.kind})")
+    return tensor, offset
+
+
+class _Reader:
+    """A cursor over a header that never reads past the file's end."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self.file, self.size = file, size
+
+    def bytes(self, count: int) -> bytes:
+        if count > self.size:
+            raise ValueError("has a damaged header, or is cut off")
+        data = self.file.read(count)
+        if len(data) < count:
+            raise ValueError("is cut off in its header")
+        return data
+
+    def numbers(self, form: str) -> tuple[Any, ...]:
+        return struct.unpack(f"<{form}", self.bytes(struct.calcsize(f"<{form}")))
+
+    def number(self, form: str) -> Any:
+        return self.numbers(form)[0]
+
+    def string(self) -> str:
+        try:
+            return self.bytes(self.number("Q")).decode("utf-8")
+        except UnicodeDecodeError:
+            raise ValueError("has a damaged header (a name that is no text)") from None
+
+    def value(self, kind: int) -> Any:
+        """A scalar or a string; None of an array, which is read over."""
+        if kind in SCALARS:
+            return self.number(SCALARS[kind])
+        if kind == STRING:
+            return self.string()
+        if kind != ARRAY:
+            raise ValueError(f"has a damaged header (a value of the type {kind})")
+        of, count = self.numbers("IQ")
+        if of in SCALARS:
+            self.bytes(struct.calcsize(f"<{SCALARS[of]}") * count)
+        elif of == STRING:
+            for _ in range(count):
+                self.bytes(self.number("Q"))
+        else:
+            raise ValueError(f"has a damaged header (an array of the type {of})")
+        return None

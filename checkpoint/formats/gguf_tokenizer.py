@@ -70,6 +70,10 @@ def describe(folder: Path, vocab_size: int, eos_ids: list[int]) -> Told:
         told.problems.append(f"tokenizer.json has the token {ids[-1]}, and the model {vocab_size} rows of embeddings")
         return told
     tokens, types = _tokens(vocab, added, vocab_size)
+    if len(set(tokens)) < vocab_size:  # llama.cpp ends with an assertion
+        twice = sorted({token for token in tokens if tokens.count(token) > 1})[:3]
+        told.problems.append(f"tokenizer.json has tokens of one text under two numbers: {', '.join(twice)}")
+        return told
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in bpe["merges"]]
     told.metadata = {"ggml.model": "gpt2", "ggml.pre": _split(raw, told.warnings), "ggml.tokens": tokens,
                      "ggml.token_type": types, "ggml.merges": merges}  # fmt: skip
