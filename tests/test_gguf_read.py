@@ -162,6 +162,32 @@ def test_a_header_is_read_as_the_gguf_package_reads_it(whole: Path) -> None:
     assert {"tokenizer.chat_template", "tokenizer.ggml.add_bos_token", "llama4.rope.freq_base"} <= ours.metadata.keys()
 
 
+def test_a_header_is_written_as_the_gguf_package_writes_it(tmp_path: Path) -> None:
+    metadata = {"a.text": "x \N{SNOWMAN}", "a.whole": 7, "a.real": 0.5, "a.switch": True, "a.words": ["p", "qq", "\u0120r"],
+                "a.numbers": [1, 3, -2]}  # fmt: skip
+    tensors = [gguf_file.GgufTensor("one", "F32", (5,)), gguf_file.GgufTensor("two", "Q4_0", (3, 4, 64)),
+               gguf_file.GgufTensor("three", "BF16", (7, 3))]  # fmt: skip
+    writer = GGUFWriter(tmp_path / "theirs", "llama4")
+    writer.add_string("a.text", metadata["a.text"])
+    writer.add_uint32("a.whole", 7)
+    writer.add_float32("a.real", 0.5)
+    writer.add_bool("a.switch", True)
+    writer.add_array("a.words", metadata["a.words"])
+    writer.add_array("a.numbers", metadata["a.numbers"])
+    for tensor in tensors:
+        kind = GGMLQuantizationType[tensor.kind]
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    theirs = (tmp_path / "theirs").read_bytes()
+    ours = gguf_file.header("llama4", metadata, tensors)
+    assert ours[: len(theirs)] == theirs
+    assert len(ours) % 32 == 0
+    assert not any(ours[len(theirs) :])
+
+
 @given(st.data())
 def test_a_header_with_a_spoilt_byte_is_read_or_refused_and_never_worse(whole: Path, data: st.DataObject) -> None:
     content = bytearray((whole / FILE).read_bytes())

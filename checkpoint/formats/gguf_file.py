@@ -3,25 +3,24 @@
     header: magic, version, metadata (key, type, value), one entry a tensor (name, dimensions, type, offset)
     data:   the tensors, each at a multiple of 32 bytes
 
-The gguf package makes the header. It is read here: the package's reader keeps two arrays a token, half a minute and
-1 GB for Llama 4's vocabulary, and a header is read for every `inspect`. Data is written tensor by tensor and read with
-plain reads at its offsets, as safetensors files are (checkpoint/source.py says why no memory map). Dimensions lie in
-the file innermost first; here they are as torch has them. Big-endian files and files in several parts are refused.
+Types and their sizes are the gguf package's; the tests hold what is written here against its writer, byte by byte, and
+what is read against its reader. Neither is used: for Llama 4's vocabulary they take seconds, and the reader, which keeps
+two arrays a token, half a minute and 1 GB. Data is written tensor by tensor and read with plain reads at its offsets,
+as safetensors files are (checkpoint/source.py says why no memory map). Dimensions lie in the file innermost first;
+here they are as torch has them. Big-endian files and files in several parts are refused.
 
-Specification: ggml `docs/gguf.md`; the gguf package's GGUFWriter and GGML_QUANT_SIZES.
+Specification: ggml `docs/gguf.md`; the gguf package's GGML_QUANT_SIZES.
 """
 
 import struct
-import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from .. import files
 
@@ -38,6 +37,7 @@ SCALARS = {
         "BOOL": "?", "UINT64": "Q", "INT64": "q", "FLOAT64": "d",
     }.items()
 }  # fmt: skip
+KNOWN = {int(kind) for kind in GGMLQuantizationType}
 STRING, ARRAY = int(GGUFValueType.STRING), int(GGUFValueType.ARRAY)
 
 
@@ -59,32 +59,44 @@ def padded(count: int, to: int = ALIGNMENT) -> int:
     return -(-count // to) * to
 
 
-def header(architecture: str, metadata: Mapping[str, Any], tensors: Iterable[GgufTensor]) -> bytes:
-    """All that comes before the data, filled up to where that begins. Lists are arrays, whole numbers uint32."""
-    writer = GGUFWriter(None, architecture)
-    for key, value in metadata.items():
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        else:
-            writer.add_array(key, value)
+def header(architecture: str, metadata: Mapping[str, Any], tensors: Sequence[GgufTensor]) -> bytes:
+    """All that comes before the data, filled up to where that begins. Lists are arrays; whole numbers are uint32, and
+    int32 in arrays."""
+    values = {"general.architecture": architecture, **metadata}
+    pieces = [MAGIC, struct.pack("<IQQ", VERSIONS[-1], len(tensors), len(values))]
+    for key, value in values.items():
+        pieces += [_text(key), *_value(value)]
+    offset = 0
     for tensor in tensors:
-        kind = GGMLQuantizationType[tensor.kind]
-        # The dtype is not looked at where the kind is given, but for bytes, whose shape would be another.
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, kind)
-    with tempfile.TemporaryDirectory(prefix="onecard-gguf-") as folder:
-        path = Path(folder) / "header"
-        writer.write_header_to_file(path)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        writer.close()
-        written = path.read_bytes()
+        axes = len(tensor.shape)
+        numbers = struct.pack(
+            f"<I{axes}QIQ", axes, *reversed(tensor.shape), GGMLQuantizationType[tensor.kind], offset
+        )
+        pieces += [_text(tensor.name), numbers]
+        offset += padded(tensor.nbytes)
+    written = b"".join(pieces)
     return written.ljust(padded(len(written)), b"\0")
+
+
+def _text(text: str) -> bytes:
+    data = text.encode("utf-8")
+    return struct.pack("<Q", len(data)) + data
+
+
+def _value(value: Any) -> list[bytes]:
+    """A value of the metadata behind its type."""
+    if isinstance(value, bool):
+        return [struct.pack("<I?", GGUFValueType.BOOL, value)]
+    if isinstance(value, int):
+        return [struct.pack("<II", GGUFValueType.UINT32, value)]
+    if isinstance(value, float):
+        return [struct.pack("<If", GGUFValueType.FLOAT32, value)]
+    if isinstance(value, str):
+        return [struct.pack("<I", STRING), _text(value)]
+    assert value, "an empty array has no type"
+    if isinstance(value[0], str):
+        return [struct.pack("<IIQ", ARRAY, STRING, len(value)), *map(_text, value)]
+    return [struct.pack(f"<IIQ{len(value)}i", ARRAY, GGUFValueType.INT32, len(value), *value)]
 
 
 def file_bytes(head: bytes, tensors: Iterable[GgufTensor]) -> int:
@@ -163,7 +175,7 @@ def _entry(read: "_Reader") -> tuple[GgufTensor, int]:
         raise ValueError(f"has a damaged header ({name} has {axes} axes)")
     shape = read.numbers(f"{axes}Q")[::-1]
     kind, offset = read.numbers("IQ")
-    if kind not in GGMLQuantizationType:
+    if kind not in KNOWN:
         raise ValueError(f"holds {name} in the type {kind}, which the gguf package does not know")
     tensor = GgufTensor(name, GGMLQuantizationType(kind).name, shape)
     if shape and shape[-1] % GGML_QUANT_SIZES[GGMLQuantizationType(kind)][0]:
