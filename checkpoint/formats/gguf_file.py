@@ -4,8 +4,8 @@
     data:   the tensors, each at a multiple of 32 bytes
 
 Types and their sizes are the gguf package's; the tests hold what is written here against its writer, byte by byte, and
-what is read against its reader. Neither is used: for Llama 4's vocabulary they take seconds, and the reader, which keeps
-two arrays a token, half a minute and 1 GB. Data is written tensor by tensor and read with plain reads at its offsets,
+what is read against its reader. Neither is used: for Llama 4's vocabulary the writer takes seconds, and the reader,
+which keeps two arrays a token, half a minute and 1 GB. Data is written tensor by tensor and read with plain reads at its offsets,
 as safetensors files are (checkpoint/source.py says why no memory map). Dimensions lie in the file innermost first;
 here they are as torch has them. Big-endian files and files in several parts are refused.
 
@@ -69,9 +69,7 @@ def header(architecture: str, metadata: Mapping[str, Any], tensors: Sequence[Ggu
     offset = 0
     for tensor in tensors:
         axes = len(tensor.shape)
-        numbers = struct.pack(
-            f"<I{axes}QIQ", axes, *reversed(tensor.shape), GGMLQuantizationType[tensor.kind], offset
-        )
+        numbers = struct.pack(f"<I{axes}QIQ", axes, *reversed(tensor.shape), GGMLQuantizationType[tensor.kind], offset)
         pieces += [_text(tensor.name), numbers]
         offset += padded(tensor.nbytes)
     written = b"".join(pieces)
