@@ -7,7 +7,9 @@ along with the weights: that is what `verify` against the original is for.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,6 +103,9 @@ def check(checkpoint: str, told: Told | None = None) -> Checked:
         _unpacked(packed, found)
         if record is not None:
             found.problems += _size_problems(record, adapter, folder)
+        if record is not None and record.get("export"):
+            widths = Counter(weight.width for weight in packed.weights.values())
+            found.problems += _width_counts(widths, record["export"].get("matrices", {}))
         found.problems += value_problems(folder, Stored(plain=dict(folder.infos)), {})
         return found
     _tensors(folder, config, adapter, record, found, told)
@@ -187,8 +192,16 @@ def _tensors(
 ) -> None:  # fmt: skip
     """Layout, widths and values."""
     block = quantization_block(folder.path, config)
-    if block is not None and record is None:
+    ours = block is None or (isinstance(block, dict) and block.get("quant_method") == ct.NAME)
+    exported = (record or {}).get("export") or None
+    if exported is not None:
+        found.problems += _matrix_problems(folder, block, exported)
+    if block is not None and (record is None or not ours):
+        if record is not None:
+            found.problems += _size_problems(record, adapter, folder)
         _of_another_tool(folder, block, adapter, found)
+        if exported is None:
+            found.unchecked.append("widths: only what onecard made has a plan to hold them against")
         stored, expected = Stored(plain=dict(folder.infos)), {}
     else:
         canonical = adapter.expected()
@@ -203,7 +216,7 @@ def _tensors(
         absent = {name.removesuffix(".weight") for name in expected.keys() - stored.plain.keys() - packed}
         told_of = stored.broken | absent
         found.problems += _width_problems(stored, block, adapter, canonical, told_of, found)
-        if record is not None:
+        if record is not None and exported is None:
             found.problems += _plan_problems(stored, record, adapter, told_of)
         found.facts["quantized_modules"] = len(stored.schemes)
     if told is not None:
@@ -225,7 +238,21 @@ def _of_another_tool(folder: Folder, block: object, adapter: Adapter, found: Che
         _unpacked(source, found)
     except InputError as error:
         found.problems += _offenders(error)
-    found.unchecked.append("widths: only what onecard made has a plan to hold them against")
+
+
+def _matrix_problems(folder: Folder, block: object, exported: dict[str, Any]) -> Iterator[str]:
+    """A record of `onecard export` says how many matrices lie there at which width."""
+    stored: Counter[str] = Counter()
+    if isinstance(block, dict) and block.get("quant_method") in READERS:
+        with suppress(InputError):  # what its reader has against it is told beside this
+            stored = Counter(weight.width for weight in open_packed(folder, block).weights.values())
+    yield from _width_counts(stored, exported.get("matrices", {}))
+
+
+def _width_counts(stored: Counter[str], wanted: dict[str, int]) -> Iterator[str]:
+    for width in sorted({*wanted, *stored}):
+        if stored[width] != wanted.get(width, 0):
+            yield f"{stored[width]} matrices are stored as {width}, and {RECORD_NAME} says {wanted.get(width, 0)}"
 
 
 def _unpacked(source: PackedSource, found: Checked) -> None:

@@ -122,7 +122,8 @@ class Recipe(Limits):
     note: str | None = None  # printed with the plan and kept in the record
 
     method: Literal["rtn", "fast", "balanced", "best"] = "best"
-    format: Literal["compressed-tensors"] = "compressed-tensors"
+    # What OUT holds (export.py); the codes are the same in all, and bf16 holds what they stand for.
+    format: Literal["compressed-tensors", "gptq", "gptq-v2", "bf16"] = "compressed-tensors"
     bits: Literal[4, 8] = 4
     group_size: int = 128  # -1: one scale a row
     symmetric: bool = True

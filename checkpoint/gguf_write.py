@@ -136,13 +136,10 @@ def _kind(adapter: Adapter, source: Folder | PackedSource, entry: words.Entry, f
 
 def write(
     planned: GgufPlan, adapter: Adapter, source: Folder | PackedSource, file: Path, step: Step | None = None
-) -> int:
-    """Write `file`, whole or not at all. Returns how many groups have a scale that fp16 does not hold exactly. Raises
-    InputError for values that cannot be stored."""
-    rounded = 0
+) -> None:
+    """Write `file`, whole or not at all. Raises InputError for values that cannot be stored."""
 
     def pieces(tensor: GgufTensor, entry: words.Entry | None) -> Iterator[torch.Tensor]:
-        nonlocal rounded
         if entry is None:
             factors = words.rope_factors(adapter)
             assert factors is not None
@@ -158,16 +155,16 @@ def write(
                 assert isinstance(source, PackedSource)
                 weight = source.quantized(adapter.locate(part, source.names).tensor)
                 assert weight is not None, part
-                rounded += gguf_blocks.rounded(weight)
                 yield gguf_blocks.pack(weight)
             except ValueError as error:
-                raise InputError(f"{part} cannot be written as {tensor.kind}: {error}") from None
+                raise InputError(
+                    f"{part} {error}: export it to another format (compressed-tensors holds all scales)"
+                ) from None
 
     gguf_file.write(
         file, planned.head, ((t, pieces(t, e)) for t, e in zip(planned.tensors, planned.entries, strict=True))
     )
     assert file.stat().st_size == planned.nbytes
-    return rounded
 
 
 def _floats(adapter: Adapter, source: Folder | PackedSource, part: str, kind: str) -> torch.Tensor:
@@ -180,5 +177,5 @@ def _floats(adapter: Adapter, source: Folder | PackedSource, part: str, kind: st
         value = read(adapter, source, part)
     out = value.to(TORCH_DTYPES[kind])
     if kind == "F16" and not bool(torch.isfinite(out).all()):
-        raise ValueError("it holds values past 65504")
+        raise ValueError("holds values past 65504, which F16 cannot hold")
     return out

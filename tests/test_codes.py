@@ -16,7 +16,7 @@ from onecard.checkpoint.formats import compressed_tensors as ct
 from onecard.checkpoint.packed import PackedSource, open_packed
 from onecard.checkpoint.source import open_folder
 from onecard.core.errors import InputError
-from onecard.core.scheme import QuantizedWeight, Scheme
+from onecard.core.scheme import BY_ROW, QuantizedWeight, Scheme
 
 Block = dict[str, Any]
 Place = Callable[[], Path]
@@ -27,6 +27,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     """A new folder with each call: hypothesis calls a test many times."""
     number, home = itertools.count(), tmp_path_factory.mktemp("codes")
     return lambda: home / str(next(number))
+
+
+def ct_block(scheme: Scheme, strategy: str) -> Block:
+    args = {"num_bits": scheme.bits, "type": "int", "symmetric": scheme.symmetric, "strategy": strategy}
+    args |= {"group_size": scheme.group_size} if strategy == "group" else {}
+    groups = {"group_0": {"targets": ["Linear"], "weights": args}}
+    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+            "config_groups": groups}  # fmt: skip
 
 
 def opened(folder: Path, stored: dict[str, torch.Tensor], block: Block) -> PackedSource:
@@ -66,7 +74,7 @@ def test_compressed_tensors_gives_the_codes_that_were_packed(
     place: Place, scheme: Scheme, outputs: int, groups: int, seed: int
 ) -> None:
     weight = a_weight(outputs, groups * scheme.group_size, scheme, seed, torch.bfloat16)
-    source = opened(place(), ct.pack(weight), ct.quantization_config(scheme, []))
+    source = opened(place(), ct.pack(weight), ct_block(scheme, "group"))
     assert source.weights["m.weight"].scheme == scheme
     got = source.quantized("m.weight")
     assert same(got, weight)
@@ -77,7 +85,7 @@ def test_compressed_tensors_gives_the_codes_that_were_packed(
 @pytest.mark.parametrize("strategy", ["channel", "tensor"])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_one_scale_for_a_row_or_for_all_is_one_group(place: Place, strategy: str, symmetric: bool) -> None:
-    weight = a_weight(16, 64, Scheme(8, 64, symmetric), 0, torch.bfloat16)
+    weight = a_weight(16, 64, Scheme(8, BY_ROW, symmetric), 0, torch.bfloat16)
     stored = ct.pack(weight)
     if strategy == "tensor":
         first = None if weight.zero_points is None else weight.zero_points[:1].expand(16, 1).contiguous()
@@ -85,10 +93,7 @@ def test_one_scale_for_a_row_or_for_all_is_one_group(place: Place, strategy: str
         stored |= {"weight_scale": weight.scales[:1, 0]} | (
             {} if first is None else {"weight_zero_point": first[:1, 0]}
         )
-    block = ct.quantization_config(weight.scheme, [])
-    args = {"num_bits": 8, "type": "int", "symmetric": symmetric, "strategy": strategy}
-    block["config_groups"]["group_0"]["weights"] = args
-    source = opened(place(), stored, block)
+    source = opened(place(), stored, ct_block(weight.scheme, strategy))
     assert same(source.quantized("m.weight"), weight)
     assert torch.equal(weight.dequantize(torch.bfloat16), source.get("m.weight"))
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from compressed_tensors.quantization import QuantizationConfig
 
-from ...core.scheme import QuantizedWeight, Scheme
+from ...core.scheme import BY_ROW, QuantizedWeight, Scheme
 from ...core.tensors import TensorInfo
 from ..source import Folder
 from .compressed_tensors import NAME, PACKED, SCALE, SHAPE, ZERO, unpack_words
@@ -271,7 +271,7 @@ def _packed(stem: str, folder: Folder, group: Group) -> StoredWeight:
             raise ValueError(f"{told}, and {ZERO} {zero.dtype} {list(zero.shape)}")
     if ORDER in leaves and (infos[f"{stem}.{ORDER}"] != TensorInfo((inputs,), "I32") or group.strategy != "group"):
         raise ValueError(f"has {ORDER} {list(infos[f'{stem}.{ORDER}'].shape)} for {inputs} inputs")
-    size = group.group_size if group.strategy == "group" else inputs
+    size = group.group_size if group.strategy == "group" else BY_ROW
     scheme = integer_scheme(group.bits, size, group.symmetric) if ORDER not in leaves else None
     return StoredWeight(
         TensorInfo((outputs, inputs), scale.dtype),

@@ -8,10 +8,8 @@ So symmetric int4 is Q4_0, asymmetric int4 is Q4_1 and symmetric int8 is Q8_0. A
 blocks of one scale, and a row of one scale as many as it has: exact as well, and more bytes. Codes never change. What
 can change is how a scale is stored, fp16 for bf16:
 
-- from 2^-17 on a bf16 scale (8 bits) is an fp16 number, below 2^-14 a subnormal one. A smaller scale is rounded, to a
-  multiple of 2^-24: an error of at most 2^-25 a step, for weights that are themselves below 8 x 2^-17. `rounded` counts
-  them. (Our own quantizer makes none: its least scale is 2^-14.)
-- past 65504 there is no fp16 number: refused. So is what is no number.
+- a bf16 scale of 2^-17 to 65504 is an fp16 number; one that fp16 would change by more than bf16 rounds is refused, and so
+  is what is no number. (Our own quantizer makes none: its least scale is 2^-14.)
 - Q4_1's m is -(8 + zero point) x d, up to 12 bits in fp16's 11: an error of up to 2^-11 of m, 0.0073 of a step.
 
 Specification: ggml `ggml-common.h` (block_q4_0, block_q4_1, block_q8_0), `ggml-quants.c` (dequantize_row_*).
@@ -21,6 +19,7 @@ Shape legend: O outputs, I inputs, N blocks along I, G groups along I.
 import torch
 
 from ...core.scheme import QuantizedWeight, Scheme
+from .stored import fp16_scales
 
 BLOCK = 32
 HALF = BLOCK // 2
@@ -38,25 +37,19 @@ def kind_of(scheme: Scheme, inputs: int) -> str:
     return "Q8_0" if scheme.bits == 8 else "Q4_0" if scheme.symmetric else "Q4_1"
 
 
-def rounded(weight: QuantizedWeight) -> int:
-    """How many of the groups' scales fp16 cannot hold exactly."""
-    scales = weight.scales.to(torch.float32)
-    return int((scales.to(torch.float16).to(torch.float32) != scales).sum())
-
-
 def pack(weight: QuantizedWeight) -> torch.Tensor:
-    """One 2-D weight -> its blocks, uint8 [O, N * bytes of a block]. Raises ValueError for scales that have no fp16."""
+    """One 2-D weight -> its blocks, uint8 [O, N * bytes of a block]. Raises ValueError for scales that fp16 cannot hold."""
     scheme, (outputs, inputs) = weight.scheme, weight.codes.shape
     kind = kind_of(scheme, inputs)
     blocks_a_group = inputs // scheme.groups(inputs) // BLOCK
-    d_ON = weight.scales.to(torch.float16).repeat_interleave(blocks_a_group, -1)
+    d_ON = fp16_scales(weight.scales).repeat_interleave(blocks_a_group, -1)
     heads = [d_ON]
     if weight.zero_points is not None:
         zero_ON = weight.zero_points.repeat_interleave(blocks_a_group, -1).to(torch.float32)
         # From the scale as it is stored, so that what is lost of it does not shift the weights.
         heads.append(((scheme.code_min - zero_ON) * d_ON.to(torch.float32)).to(torch.float16))
-    if not all(bool(torch.isfinite(head).all()) for head in heads):
-        raise ValueError("a scale (or a group's least value) is past 65504, or is no number: fp16 cannot hold it")
+    if not bool(torch.isfinite(heads[-1]).all()):
+        raise ValueError("has groups whose least value is past 65504, which fp16 cannot hold")
     blocks_ONB = weight.codes.unflatten(-1, (-1, BLOCK))
     if scheme.bits == 4:
         unsigned = (blocks_ONB - scheme.code_min).view(torch.uint8)
@@ -70,8 +63,8 @@ def pack(weight: QuantizedWeight) -> torch.Tensor:
 
 
 def unpack(blocks: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> QuantizedWeight:
-    """The inverse of pack, bit for bit where `rounded` counts nothing. (A scale of zero keeps no zero point: every
-    code is the same weight then.) Raises ValueError when blocks of one group differ in their scales."""
+    """The inverse of pack, bit for bit where fp16 holds every scale exactly. (A scale of zero keeps no zero point:
+    every code is the same weight then.) Raises ValueError when blocks of one group differ in their scales."""
     kind = "Q8_0" if scheme.bits == 8 else "Q4_0" if scheme.symmetric else "Q4_1"
     inputs = blocks.shape[1] // BLOCK_BYTES[kind] * BLOCK
     assert kind == kind_of(scheme, inputs)

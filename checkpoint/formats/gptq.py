@@ -10,13 +10,14 @@ Not read: formats that are made for one kernel (marlin, bitblas), and AWQ's orde
 Specification: AutoGPTQ `qlinear_cuda_old.py`, GPTQModel `nn_modules/qlinear` and its conversion between the versions.
 """
 
+import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
 
-from ...core.scheme import QuantizedWeight, Scheme
+from ...core.scheme import BY_ROW, QuantizedWeight, Scheme
 from ...core.tensors import TensorInfo
 from ..source import Folder
 from .stored import (
@@ -116,6 +117,7 @@ def _weight(stem: str, infos: Mapping[str, TensorInfo], block: Mapping[str, Any]
     told = ", ".join(f"{leaf} {dtypes[leaf]} {list(shape)}" for leaf, shape in shapes.items())
     if any(dtype != "I32" for leaf, dtype in dtypes.items() if leaf != "scales") or dtypes["scales"] not in FLOATS:
         raise ValueError(f"has {told}: codes, zeros and g_idx must be I32, scales {', '.join(FLOATS)}")
+    block = dict(block) | override(block, stem)
     # Rules of its own for a module (GPTQModel's `dynamic`) may change its width: then the shapes say which.
     for bits in WIDTHS if block.get("dynamic") else (int(block["bits"]),):
         if _fits(shapes, bits, block):
@@ -124,7 +126,8 @@ def _weight(stem: str, infos: Mapping[str, TensorInfo], block: Mapping[str, Any]
             size = "one group" if groups == 1 else f"group {-(-inputs // groups)}"
             # With desc_act a group's inputs lie anywhere, unless the groups were laid out before (static_groups).
             neighbours = inputs % groups == 0 and (not block.get("desc_act") or bool(block.get("static_groups")))
-            scheme = integer_scheme(bits, inputs // groups, block.get("sym") is True) if neighbours else None
+            group = BY_ROW if block.get("group_size", BY_ROW) in (BY_ROW, None) else inputs // groups
+            scheme = integer_scheme(bits, group, block.get("sym") is True) if neighbours else None
             return StoredWeight(
                 TensorInfo((outputs, inputs), dtypes["scales"]),
                 f"int{bits} {size}",
@@ -134,6 +137,18 @@ def _weight(stem: str, infos: Mapping[str, TensorInfo], block: Mapping[str, Any]
                 codes=None if scheme is None else partial(quantized, scheme=scheme, version=version),
             )
     raise ValueError(f"has {told}, which {block['bits']} bits in groups of {block.get('group_size')} do not give")
+
+
+def override(block: Mapping[str, Any], module: str) -> dict[str, Any]:
+    """What the first rule of `dynamic` that matches a module says of it; nothing for those that it leaves alone. Raises
+    ValueError for a rule that is none."""
+    for rule, fields in (block.get("dynamic") or {}).items():
+        try:
+            if re.match(rule.removeprefix("+:").removeprefix("-:"), module):
+                return dict(fields) if not rule.startswith("-:") else {}
+        except (re.error, TypeError, ValueError) as error:
+            raise ValueError(f"meets the rule {rule!r} of `dynamic`, which is none ({error})") from None
+    return {}
 
 
 def _fits(shapes: Mapping[str, tuple[int, ...]], bits: int, block: Mapping[str, Any]) -> bool:

@@ -26,6 +26,8 @@ Codes = Callable[[Mapping[str, torch.Tensor]], QuantizedWeight]
 # What a scale may be stored in, and so what a dense weight is read as.
 FLOATS = ("BF16", "F16", "F32")
 BITS_A_WORD = 32
+# Half a step of bf16, relative: what rounding a scale to fp16 may change at most.
+BF16_ROUNDING = 2.0**-9
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,16 @@ def integer_scheme(bits: int, group_size: int, symmetric: bool) -> Scheme | None
         return Scheme(bits, group_size, symmetric)
     except ValueError:
         return None
+
+
+def fp16_scales(scales: torch.Tensor) -> torch.Tensor:
+    """Scales as fp16. Raises ValueError for those that fp16 changes by more than bf16 would round."""
+    exact = scales.to(torch.float32)
+    stored = scales.to(torch.float16)
+    off = ~((stored.to(torch.float32) - exact).abs() <= BF16_ROUNDING * exact.abs())  # a NaN is off too
+    if bool(off.any()):
+        raise ValueError(f"has {int(off.sum())} scales like {float(exact[off][0]):.3g}, which fp16 cannot hold")
+    return stored
 
 
 def missing(stem: str, suffixes: tuple[str, ...], infos: Mapping[str, TensorInfo]) -> str | None:
