@@ -63,13 +63,15 @@ class Exporter:
 
     can_write: every reason why a model cannot be held, empty if it can. plan: the name and exact bytes of every file
     that holds weights or says where they lie, from headers alone. write: those files, each whole or not at all, no more
-    than one of them in memory. config: what config.json is to say; the caller writes it, last of all.
+    than one of them in memory. config: what config.json is to say; the caller writes it, last of all. warnings: what a
+    user of the files should know; for the record.
     """
 
     can_write: Callable[[Model], list[str]]
     plan: Callable[[Model], Files]
     write: Callable[[Model, Path, Step], None]
     config: Callable[[Model], dict[str, Any]]
+    warnings: Callable[[Model], list[str]] = lambda model: []
 
 
 def _safetensors(
@@ -121,6 +123,7 @@ FORMATS: dict[str, Exporter] = {
             _gguf_plan(model), model.adapter, model.source, out / gguf_write.FILE_NAME, step
         ),
         plain_config,
+        lambda model: list(_gguf_plan(model).warnings),
     ),
 }
 
@@ -195,6 +198,7 @@ class Exported:
     planned: Files
     dry_run: bool
     seconds: float
+    warnings: tuple[str, ...]
 
     def line(self) -> dict[str, Any]:
         """The JSON line for scripts."""
@@ -208,6 +212,7 @@ class Exported:
             "weight_bytes": weight_bytes(self.planned),
             "seconds": round(self.seconds, 3),
             "peak_rss_bytes": peak_rss_bytes(),
+            "warnings": list(self.warnings),
         }
 
 
@@ -226,7 +231,7 @@ def export(
         check_space(out, sum(count for _, count in planned))
         names = written_files([name for name, _ in planned], model.path)
         _write(model, format_name, out, names, planned, step)
-    return Exported(checkpoint, format_name, str(out), planned, dry_run, time.monotonic() - began)
+    return Exported(checkpoint, format_name, str(out), planned, dry_run, time.monotonic() - began, tuple(exporter.warnings(model)))
 
 
 def _write(model: Model, format_name: str, out: Path, names: list[str], planned: Files, step: Step) -> None:
@@ -246,6 +251,7 @@ def _write(model: Model, format_name: str, out: Path, names: list[str], planned:
     config = exporter.config(model)
     record = exported_record(parent, model, open_written(model, out, config), format_name)
     record.files = names
+    record.warnings = [*record.warnings, *exporter.warnings(model)]
     files.write_json(out / RECORD_NAME, record.to_json())
     step.begin("checksums")
     config_bytes = files.json_bytes(config)

@@ -287,6 +287,7 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress) -> RunRecord:
         if run.recipe.format != ct.NAME:
             record.plan |= stored_facts(emitted)
             record.export = {"format": run.recipe.format, "onecard": __version__, "matrices": matrices(emitted)}
+        record.warnings += FORMATS[run.recipe.format].warnings(planned_run(run.model, run.plan))
         quantized = Side("quantized", emitted.adapter, emitted.source)
         rows = run.texts.evaluation
         if run.adapter.has_vision and not emitted.adapter.has_vision:

@@ -139,14 +139,15 @@ def write(
 ) -> None:
     """Write `file`, whole or not at all. Raises InputError for values that cannot be stored."""
 
+    if step is not None:
+        step.begin(f"write {file.name}")
+
     def pieces(tensor: GgufTensor, entry: words.Entry | None) -> Iterator[torch.Tensor]:
         if entry is None:
             factors = words.rope_factors(adapter)
             assert factors is not None
             yield factors
             return
-        if step is not None:
-            step.begin(f"gguf: {tensor.name}")
         for part in entry.parts:
             try:
                 if tensor.kind in FLOATS:

@@ -8,8 +8,8 @@ So symmetric int4 is Q4_0, asymmetric int4 is Q4_1 and symmetric int8 is Q8_0. A
 blocks of one scale, and a row of one scale as many as it has: exact as well, and more bytes. Codes never change. What
 can change is how a scale is stored, fp16 for bf16:
 
-- a bf16 scale of 2^-17 to 65504 is an fp16 number; one that fp16 would change by more than bf16 rounds is refused, and so
-  is what is no number. (Our own quantizer makes none: its least scale is 2^-14.)
+- a bf16 scale of 2^-17 to 65504 is an fp16 number; one that fp16 would change by more than bf16 rounds is refused, and
+  so is what is no number. (Our own quantizer makes none: its least scale is 2^-14.)
 - Q4_1's m is -(8 + zero point) x d, up to 12 bits in fp16's 11: an error of up to 2^-11 of m, 0.0073 of a step.
 
 Specification: ggml `ggml-common.h` (block_q4_0, block_q4_1, block_q8_0), `ggml-quants.c` (dequantize_row_*).
@@ -38,7 +38,8 @@ def kind_of(scheme: Scheme, inputs: int) -> str:
 
 
 def pack(weight: QuantizedWeight) -> torch.Tensor:
-    """One 2-D weight -> its blocks, uint8 [O, N * bytes of a block]. Raises ValueError for scales that fp16 cannot hold."""
+    """One 2-D weight -> its blocks, uint8 [O, N * bytes of a block]. Raises ValueError for a scale that fp16 cannot
+    hold."""
     scheme, (outputs, inputs) = weight.scheme, weight.codes.shape
     kind = kind_of(scheme, inputs)
     blocks_a_group = inputs // scheme.groups(inputs) // BLOCK

@@ -5,9 +5,9 @@
 
 Types and their sizes are the gguf package's; the tests hold what is written here against its writer, byte by byte, and
 what is read against its reader. Neither is used: for Llama 4's vocabulary the writer takes seconds, and the reader,
-which keeps two arrays a token, half a minute and 1 GB. Data is written tensor by tensor and read with plain reads at its offsets,
-as safetensors files are (checkpoint/source.py says why no memory map). Dimensions lie in the file innermost first;
-here they are as torch has them. Big-endian files and files in several parts are refused.
+which keeps two arrays a token, half a minute and 1 GB. Data is written tensor by tensor and read with plain reads at
+its offsets, as safetensors files are (checkpoint/source.py says why no memory map). Dimensions lie in the file
+innermost first; here they are as torch has them. Big-endian files and files in several parts are refused.
 
 Specification: ggml `docs/gguf.md`; the gguf package's GGML_QUANT_SIZES.
 """

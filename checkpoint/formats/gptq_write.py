@@ -21,6 +21,7 @@ import torch
 
 from ...core.scheme import QuantizedWeight, Scheme
 from .compressed_tensors import pack_words
+from .stored import fp16_scales
 
 # AutoGPTQ counts words as `features // 32 * bits`: other sizes it would cut short.
 MULTIPLE = 32
