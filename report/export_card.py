@@ -19,5 +19,7 @@ def draw_export(line: dict[str, Any], console: Console) -> None:
     for name, count in line["files"].items():
         grid.add_row("", Text(f"{count:>15,} bytes  {name}", overflow="fold"))
     grid.add_row("in all", f"{size(line['bytes'])} beside tokenizer and papers")
+    for warning in line["warnings"]:
+        grid.add_row("warning", Text(warning, overflow="fold"))
     title = "onecard export, a dry run: nothing is written" if line["dry_run"] else "onecard export"
     console.print(Panel(grid, title=title, box=box.ROUNDED, expand=False))

@@ -57,7 +57,8 @@ def all_codes(model: Model) -> dict[str, tuple[torch.Tensor, ...]]:
     return found
 
 
-@pytest.mark.parametrize("form", sorted(export.FORMATS))
+# llama.cpp's file holds neither these babies' tokenizer nor Qwen3's dense layer: test_gguf.py has others.
+@pytest.mark.parametrize("form", sorted(export.FORMATS.keys() - {"gguf"}))
 @pytest.mark.parametrize(
     ("family", "symmetric"), [*((f, True) for f in FAMILIES), ("maverick", False), ("qwen3", False)]
 )

@@ -160,6 +160,44 @@ def test_an_original_is_written_as_it_is_and_verifies_to_nothing(made: Callable[
     assert "no vision tower" in done.stderr
 
 
+def test_the_verb_writes_what_it_planned_and_check_finds_it_sound(made: Callable[..., Path], tmp_path: Path) -> None:
+    source, out = made("scout", "Q4_1"), tmp_path / "out"
+    planned = run_onecard("export", source, "--format", "gguf", "-o", out, "--dry-run")
+    assert planned.exit_code == 0, planned.stderr
+    done = run_onecard("export", source, "--format", "gguf", "-o", out)
+    assert done.exit_code == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["files"] == json.loads(planned.stdout)["files"] == {"model.gguf": (out / "model.gguf").stat().st_size}
+    assert "mmproj" in " ".join(told["warnings"])
+    assert "contexts of at most 7 tokens" in " ".join(json.loads((out / "onecard.json").read_text())["warnings"])
+    assert run_onecard("check", out).exit_code == 0
+    edit_json(out / "onecard.json", lambda r: r["export"]["matrices"].update(Q4_1=3))
+    (out / "SHA256SUMS").unlink()
+    broken = run_onecard("check", out)
+    assert "onecard.json says 3" in broken.stderr
+
+
+def test_a_recipe_may_end_in_a_gguf_file(made: Callable[..., Path], tmp_path: Path) -> None:
+    """The codes are those of the run that ends in compressed-tensors, and the run's own verification reads the file."""
+    out = quantize(made("scout"), tmp_path / "out", format="gguf")
+    assert sorted(path.name for path in out.glob("*.gguf")) == ["model.gguf"]
+    assert not list(out.glob("*.safetensors"))
+    assert run_onecard("check", out).exit_code == 0
+    record = json.loads((out / "onecard.json").read_text())
+    assert record["kl"]["kl_mean_nats"] > 0
+    assert record["export"]["matrices"] == {"Q4_0": 4 * 9 * 3}
+    wanted = open_model(str(made("scout", "Q4_0"))).source
+    found = open_model(str(out)).source
+    assert isinstance(wanted, PackedSource)
+    assert isinstance(found, PackedSource)
+    for name in wanted.weights:
+        a, b = wanted.quantized(name), found.quantized(name.removeprefix("language_model."))
+        assert a is not None
+        assert b is not None
+        assert torch.equal(a.codes, b.codes)
+        assert torch.equal(a.scales.float(), b.scales.float())
+
+
 def test_floats_of_codes_are_their_weights_in_fp32(made: Callable[..., Path], tmp_path: Path) -> None:
     folder, model = export(made("qwen3", "Q4_0"), tmp_path / "floats", "F32")
     found = stored(folder)
