@@ -231,7 +231,9 @@ def export(
         check_space(out, sum(count for _, count in planned))
         names = written_files([name for name, _ in planned], model.path)
         _write(model, format_name, out, names, planned, step)
-    return Exported(checkpoint, format_name, str(out), planned, dry_run, time.monotonic() - began, tuple(exporter.warnings(model)))
+    return Exported(
+        checkpoint, format_name, str(out), planned, dry_run, time.monotonic() - began, tuple(exporter.warnings(model))
+    )
 
 
 def _write(model: Model, format_name: str, out: Path, names: list[str], planned: Files, step: Step) -> None:

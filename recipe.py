@@ -123,7 +123,7 @@ class Recipe(Limits):
 
     method: Literal["rtn", "fast", "balanced", "best"] = "best"
     # What OUT holds (export.py); the codes are the same in all, and bf16 holds what they stand for.
-    format: Literal["compressed-tensors", "gptq", "gptq-v2", "bf16"] = "compressed-tensors"
+    format: Literal["compressed-tensors", "gptq", "gptq-v2", "bf16", "gguf"] = "compressed-tensors"
     bits: Literal[4, 8] = 4
     group_size: int = 128  # -1: one scale a row
     symmetric: bool = True

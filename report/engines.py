@@ -26,6 +26,9 @@ def engines(
     if stored_as == "bf16":
         plain = f"any version that knows {name}"
         return [("vLLM", plain, "`vllm serve FOLDER`"), ("transformers", plain, "`from_pretrained(FOLDER)`")]
+    if stored_as == "gguf":
+        known = f"any build that knows {name}"
+        return [("llama.cpp", known, "`llama-server -m FOLDER/model.gguf`; the text model alone")]
     if stored_as.startswith("gptq"):
         known = f"any version that knows {name} and GPTQ"
         return [("GPTQModel", known, "`GPTQModel.load(FOLDER)`"), ("vLLM", known, "`vllm serve FOLDER`")][

@@ -36,6 +36,7 @@ FORMATS = {
     "compressed-tensors": "compressed-tensors `pack-quantized`",
     "gptq": "that of GPTQ, version 1 (AutoGPTQ's, GPTQModel's)",
     "gptq-v2": "that of GPTQ, version 2 (GPTQModel's)",
+    "gguf": "GGUF (llama.cpp's)",
     "bf16": "dense: bf16 weights that stand for the integer codes they were made from",
 }
 
