@@ -25,7 +25,7 @@ from ..models.adapter import Adapter
 from .formats import gguf_blocks, gguf_file
 from .formats.stored import FLOATS, StoredWeight
 from .packed import MOST_SHOWN, PackedSource
-from .source import Folder, holds_safetensors
+from .source import Folder, allowed_root, holds_safetensors
 
 NAME = "gguf"
 BLOCKS = "blocks"
@@ -64,6 +64,8 @@ def open_gguf(path: Path, adapter: Adapter) -> PackedSource:
     found = sorted(path.glob("*.gguf"))
     if len(found) != 1:
         raise InputError(f"{path} holds {len(found)} GGUF files: keep one, whole, in a folder")
+    if not found[0].resolve().is_relative_to(allowed_root(path)):
+        raise InputError(f"{found[0]} is a link that leaves the folder (to {found[0].resolve()})")
     try:
         opened = gguf_file.open_file(found[0])
         entries = words.layout(adapter) if adapter.family in words.ARCHITECTURES else None
@@ -147,7 +149,7 @@ def _metadata_problems(opened: gguf_file.Opened, adapter: Adapter) -> list[str]:
         stored = opened.metadata.get(f"{architecture}.{key}")
         if key in CHOSEN or stored is None or isinstance(value, list | str):
             continue
-        if not math.isclose(stored, value, rel_tol=RELATIVE_TOLERANCE):
+        if not isinstance(stored, int | float) or not math.isclose(stored, value, rel_tol=RELATIVE_TOLERANCE):
             problems.append(f"{architecture}.{key} is {stored}, and config.json says {value}")
     wanted, stored = words.rope_factors(adapter), opened.tensors.get(words.ROPE_FACTORS)
     if (wanted is None) != (stored is None):

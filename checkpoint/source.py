@@ -166,7 +166,7 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _allowed_root(folder: Path) -> Path:
+def allowed_root(folder: Path) -> Path:
     """Where links may lead: the folder, or for a hub snapshot the cache of its repository."""
     resolved = folder.resolve()
     if resolved.parent.name == "snapshots" and resolved.parent.parent.name.startswith("models--"):
@@ -184,7 +184,7 @@ def open_folder(path: Path) -> Folder:
         raise InputError(f"{path} is a file: name the folder that holds it and its config.json")
     if not path.is_dir():
         raise InputError(f"{path} is no folder: name a local checkpoint, a hub id or `demo`")
-    root = _allowed_root(path)
+    root = allowed_root(path)
     weight_map: dict[str, str] | None = None
     if (path / INDEX_NAME).exists():
         try:

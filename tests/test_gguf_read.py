@@ -98,6 +98,17 @@ def test_two_files_and_another_architecture_are_refused(copy: Path) -> None:
     assert "general.architecture" in refusal(copy)
 
 
+def test_a_link_that_leaves_the_folder_is_refused(copy: Path) -> None:
+    (copy / FILE).rename(copy.parent / "elsewhere.gguf")
+    (copy / FILE).symlink_to(copy.parent / "elsewhere.gguf")
+    assert "leaves the folder" in refusal(copy)
+
+
+def test_a_setting_that_is_no_number_is_refused(copy: Path) -> None:
+    (copy / FILE).write_bytes(gguf_file.header("llama4", {"llama4.block_count": "four"}, []))
+    assert "llama4.block_count is four, and config.json says 4" in refusal(copy)
+
+
 def test_every_missing_or_misshapen_tensor_is_named(copy: Path) -> None:
     reader = GGUFReader(copy / FILE)
     writer = GGUFWriter(copy / FILE, "llama4")
