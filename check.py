@@ -7,7 +7,9 @@ along with the weights: that is what `verify` against the original is for.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ import torch
 
 from .checkpoint.checksums import SUMS_NAME, read_sums, sha256_file
 from .checkpoint.formats import compressed_tensors as ct
-from .checkpoint.packed import READERS, open_packed
+from .checkpoint.gguf_read import holds_gguf, open_gguf
+from .checkpoint.packed import READERS, PackedSource, open_packed
 from .checkpoint.soundness import Stored, index_problems, shape_problems, stored_modules, value_problems
 from .checkpoint.source import PICKLES, Folder, open_folder
 from .core.errors import DamageError, InputError
@@ -87,12 +90,24 @@ def check(checkpoint: str, told: Told | None = None) -> Checked:
             raise
         return _stop(found, _offenders(error), "config.json cannot be used")
     try:
-        folder = open_folder(path)
+        packed = open_gguf(path, adapter.text_only()) if holds_gguf(path) else None
+        folder = packed.folder if packed is not None else open_folder(path)
     except InputError as error:
         return _stop(found, _offenders(error), "the weights cannot be opened")
     found.problems += _strays(path, folder, sums)
     found.problems += index_problems(folder)
     found.facts |= {"weight_bytes": folder.file_bytes, "tensors": len(folder.infos)}
+    if packed is not None:
+        if told is not None:
+            told("values")
+        _unpacked(packed, found)
+        if record is not None:
+            found.problems += _size_problems(record, adapter, folder)
+        if record is not None and record.get("export"):
+            widths = Counter(weight.width for weight in packed.weights.values())
+            found.problems += _width_counts(widths, record["export"].get("matrices", {}))
+        found.problems += value_problems(folder, Stored(plain=dict(folder.infos)), {})
+        return found
     _tensors(folder, config, adapter, record, found, told)
     return found
 
@@ -177,8 +192,16 @@ def _tensors(
 ) -> None:  # fmt: skip
     """Layout, widths and values."""
     block = quantization_block(folder.path, config)
-    if block is not None and record is None:
+    ours = block is None or (isinstance(block, dict) and block.get("quant_method") == ct.NAME)
+    exported = (record or {}).get("export") or None
+    if exported is not None:
+        found.problems += _matrix_problems(folder, block, exported)
+    if block is not None and (record is None or not ours):
+        if record is not None:
+            found.problems += _size_problems(record, adapter, folder)
         _of_another_tool(folder, block, adapter, found)
+        if exported is None:
+            found.unchecked.append("widths: only what onecard made has a plan to hold them against")
         stored, expected = Stored(plain=dict(folder.infos)), {}
     else:
         canonical = adapter.expected()
@@ -193,7 +216,7 @@ def _tensors(
         absent = {name.removesuffix(".weight") for name in expected.keys() - stored.plain.keys() - packed}
         told_of = stored.broken | absent
         found.problems += _width_problems(stored, block, adapter, canonical, told_of, found)
-        if record is not None:
+        if record is not None and exported is None:
             found.problems += _plan_problems(stored, record, adapter, told_of)
         found.facts["quantized_modules"] = len(stored.schemes)
     if told is not None:
@@ -210,18 +233,40 @@ def _of_another_tool(folder: Folder, block: object, adapter: Adapter, found: Che
         return
     try:
         source = open_packed(folder, block)
-        found.facts["quantized_modules"] = len(source.weights)
         read_as = Stored(plain={name: source.info(name) for name in source.names})
         found.problems += shape_problems(read_as, adapter.disk_shapes(source.names))
-        for name, weight in source.weights.items():
-            shape = weight.info.shape
-            # Of fused experts one after the other.
-            for index in [(i,) for i in range(shape[0])] if len(shape) == 3 else [()]:
-                if not source.dense(name, torch.float32, index).any():
-                    found.problems.append(f"{name}{list(index) or ''} is all zeros")
+        _unpacked(source, found)
     except InputError as error:
         found.problems += _offenders(error)
-    found.unchecked.append("widths: only what onecard made has a plan to hold them against")
+
+
+def _matrix_problems(folder: Folder, block: object, exported: dict[str, Any]) -> Iterator[str]:
+    """A record of `onecard export` says how many matrices lie there at which width."""
+    stored: Counter[str] = Counter()
+    if isinstance(block, dict) and block.get("quant_method") in READERS:
+        with suppress(InputError):  # what its reader has against it is told beside this
+            stored = Counter(weight.width for weight in open_packed(folder, block).weights.values())
+    yield from _width_counts(stored, exported.get("matrices", {}))
+
+
+def _width_counts(stored: Counter[str], wanted: dict[str, int]) -> Iterator[str]:
+    for width in sorted({*wanted, *stored}):
+        if stored[width] != wanted.get(width, 0):
+            yield f"{stored[width]} matrices are stored as {width}, and {RECORD_NAME} says {wanted.get(width, 0)}"
+
+
+def _unpacked(source: PackedSource, found: Checked) -> None:
+    """Every weight that is stored in parts, unpacked once."""
+    found.facts["quantized_modules"] = len(source.weights)
+    for name, weight in source.weights.items():
+        shape = weight.info.shape
+        # Of fused experts one after the other.
+        for index in [(i,) for i in range(shape[0])] if len(shape) == 3 else [()]:
+            try:
+                if not source.dense(name, torch.float32, index).any():
+                    found.problems.append(f"{name}{list(index) or ''} is all zeros")
+            except InputError as error:
+                found.problems += _offenders(error)
 
 
 def _stored_as(stored: Stored, module: str) -> str:

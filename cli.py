@@ -15,6 +15,7 @@ import click
 from . import __version__
 from .cli_calibration import calibration
 from .cli_evidence import flips, verify
+from .cli_export import export
 from .cli_gate import baseline, gate
 from .cli_pareto import pareto
 from .cli_plan import plan
@@ -45,6 +46,7 @@ main.add_command(report)
 main.add_command(check)
 main.add_command(card)
 main.add_command(publish)
+main.add_command(export)
 
 
 @main.command()

@@ -8,6 +8,7 @@ import torch
 
 from .checkpoint.packed import PackedSource
 from .core.errors import ResourceError
+from .export import Files, planned_files, weight_bytes
 from .measuring import measure_rates, rates_key
 from .models.adapter import Adapter, Role
 from .planner.cost import Cost, estimate
@@ -36,10 +37,15 @@ class PlanResult:
     model: Model
     recipe: Recipe
     plan: Plan
+    planned: Files  # what OUT will hold, in the recipe's format
     cost: Cost
     warnings: list[str]
     rates: Rates
     rates_from: str
+
+    @property
+    def emitted_bytes(self) -> int:
+        return weight_bytes(self.planned)
 
     def line(self) -> dict[str, Any]:
         """The JSON line for scripts."""
@@ -47,6 +53,9 @@ class PlanResult:
             "model": self.model.name,
             "recipe": self.recipe.name,
             **self.plan.facts(),
+            "format": self.recipe.format,
+            "emitted_bytes": self.emitted_bytes,
+            "files": dict(self.planned),
             "role_bytes": self.plan.role_bytes,
             "estimated_seconds": self.cost.seconds,
             "estimated_seconds_by": self.cost.seconds_by,
@@ -70,7 +79,8 @@ def plan(model_name: str, recipe: Recipe, device_name: str = "auto", measure: bo
     evaluated = recipe.evaluation_rows * recipe.evaluation_row_tokens
     cost = cost_of(model.adapter, laid_out, recipe, rates, device, dtype, tokens, evaluated)
     warnings = model.adapter.faults(model.config) + model.warnings + notes
-    return PlanResult(model, recipe, laid_out, cost, warnings, rates, rates_from)
+    planned = planned_files(model, laid_out, recipe.format)
+    return PlanResult(model, recipe, laid_out, planned, cost, warnings, rates, rates_from)
 
 
 def cost_of(

@@ -5,7 +5,7 @@ A run is a row of stages; after each one the work directory is committed, so a k
     0 embed     token rows -> hidden rows that enter block 0, for both streams
     1..n        one block: statistics, codes, packed shards, hidden rows that enter the next block
     n+1 rest    what lies outside the blocks is copied
-    n+2 move    shards, index and side files move to OUT
+    n+2 move    shards, index and side files move to OUT, or are written there in the recipe's format
     n+3 verify  the twin walk over source and emitted files; then the record, SHA256SUMS and, last of all, config.json
 """
 
@@ -28,21 +28,21 @@ from .checkpoint.emit import (
     carry_side_files,
     clear_checkpoint,
     emitted_before,
-    emitted_files,
     side_files_digest,
+    written_files,
 )
 from .checkpoint.formats import compressed_tensors as ct
-from .checkpoint.packed import open_packed
-from .checkpoint.source import open_folder, refuse_nonfinite
+from .checkpoint.source import INDEX_NAME, refuse_nonfinite
 from .checkpoint.workdir import Activations, WorkDir, has_run, read_json, read_tensors, refuse_resumed
 from .core.errors import InputError, LimitError
 from .core.layout import RECORD_NAME, index_json, json_bytes
 from .core.rows import Row, batches
 from .coverage import balanced
 from .eval.twin import Side
+from .export import FORMATS, Files, finished_run, matrices, planned_files, planned_run, weight_bytes
 from .fitting import fit_to, load_prices, price_model
 from .gate import gate_of_run, refuse_too_large
-from .models.adapter import Adapter, Role
+from .models.adapter import Adapter
 from .models.walk import Calls, embed
 from .planner.cost import estimate
 from .planner.plan import Plan
@@ -56,8 +56,10 @@ from .prepare import (
     method_of,
     occupied,
     open_source,
+    open_written,
     plan_for,
     site_budget,
+    stored_facts,
     walks_back,
     work_of,
 )
@@ -71,7 +73,7 @@ from .stages import BlockJob, quantize_block
 from .streams import QUANTIZED, REFERENCE
 from .tasks import Task
 from .texts import RunTexts, prepare_texts
-from .verification import close_machine, measure, rows_of_experts, tasks_of
+from .verification import WITHOUT_VISION, close_machine, measure, rows_of_experts, tasks_of
 
 RECORD, PRICES = "record.json", "prices.json"
 # What tensors of a block's sensitivity file are, before the site's key.
@@ -84,6 +86,7 @@ class Run:
 
     model: Model
     plan: Plan
+    planned: Files  # what of OUT holds weights, in the recipe's format; the plan's shards are the work directory's
     recipe: Recipe
     method: Method
     texts: RunTexts
@@ -100,6 +103,11 @@ class Run:
     def adapter(self) -> Adapter:
         return self.model.adapter
 
+    @property
+    def files(self) -> list[str]:
+        """All that will lie in OUT."""
+        return written_files([name for name, _ in self.planned], self.model.path)
+
     def new_record(self) -> RunRecord:
         return RunRecord(
             command="quantize",
@@ -107,11 +115,11 @@ class Run:
             model=self.model.facts(),
             recipe=self.recipe.model_dump(mode="json") | {"digest": self.recipe.digest},
             texts=self.texts.facts,
-            plan=self.plan.facts(),
+            plan=self.plan.facts() | {"emitted_bytes": weight_bytes(self.planned)},
             allocation=self.allocation,
             versions=package_versions(),
             identity=self.identity,
-            files=emitted_files(self.plan.shards, self.model.path),
+            files=self.files,
             warnings=self.adapter.faults(self.model.config) + self.model.warnings + self.texts.warnings,
         )
 
@@ -123,7 +131,9 @@ class Run:
         )  # fmt: skip
         # Beside the pool's hidden rows, before and after a block, nothing lies there yet.
         pool_bytes = 2 * _tokens(self.texts.calibration) * self.adapter.hidden_size * self.dtype.itemsize
-        check_space(work, max(cost.disk_bytes, pool_bytes if self.texts.is_pool else 0))
+        # Shards are moved to OUT, or written there anew in another format.
+        anew = 0 if self.recipe.format == ct.NAME else weight_bytes(self.planned)
+        check_space(work, max(cost.disk_bytes, pool_bytes if self.texts.is_pool else 0) + anew)
 
 
 def _identity(
@@ -173,13 +183,14 @@ def quantize(
     method = method_of(recipe)
     model = open_source(model_name)
     plan = plan_for(model, recipe)  # of a recipe that is yet to be fitted, about the least there can be
+    planned = planned_files(model, plan, recipe.format)
     if recipe.bits != "fit":
-        refuse_too_large(plan.emitted_bytes, recipe)
+        refuse_too_large(weight_bytes(planned), recipe)
     work_path = check_paths(out, work, model.path, resume, overwrite)
     texts = prepare_texts(model, recipe, calibration, evaluation, method.needs_statistics or recipe.bits == "fit")
     dtype = choose_dtype(recipe, device)
     identity = _identity(model, recipe, texts, device, dtype)
-    run = Run(model, plan, recipe, method, texts, tasks_of(recipe), out, device, dtype, began, identity)
+    run = Run(model, plan, planned, recipe, method, texts, tasks_of(recipe), out, device, dtype, began, identity)
     if prices is not None:
         load_prices(prices, model, recipe, texts.calibration, device, dtype)
     finished = None
@@ -236,14 +247,16 @@ def _fitted(run: Run, workdir: WorkDir, progress: Progress, given: Path | None) 
     prices = Prices.from_facts(read_json(kept))
     fitted = fit_to(run.model, run.recipe, prices)
     allocation = fitted.facts() | {"prices": prices.facts()}
-    return replace(run, recipe=fitted.recipe, plan=plan_for(run.model, fitted.recipe), allocation=allocation)
+    plan = plan_for(run.model, fitted.recipe)
+    planned = planned_files(run.model, plan, run.recipe.format)
+    return replace(run, recipe=fitted.recipe, plan=plan, planned=planned, allocation=allocation)
 
 
 def _stages(run: Run, workdir: WorkDir, progress: Progress, prices: Path | None = None) -> RunRecord:
     """Every stage that is not done yet."""
     if run.recipe.bits == "fit":
         run = _fitted(run, workdir, progress, prices)
-        refuse_too_large(run.plan.emitted_bytes, run.recipe)
+        refuse_too_large(weight_bytes(run.planned), run.recipe)
     record = run.new_record()
     for warning in record.warnings:
         progress.warn(warning)
@@ -299,21 +312,28 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress, prices: Path | None 
         workdir.commit(2 + blocks)
     if workdir.done < 3 + blocks:
         progress.begin("move to OUT")
-        _move(run, workdir)
+        _move(run, workdir, progress)
         workdir.commit(3 + blocks)
-    config = run.adapter.emitted(run.model.config) | {
-        "quantization_config": _quantization_config(run.adapter, run.plan)
-    }
+    config = FORMATS[run.recipe.format].config(planned_run(run.model, run.plan))
     if workdir.done < 4 + blocks:
-        emitted = open_folder(run.out)
-        assert emitted.file_bytes == run.plan.emitted_bytes, (emitted.file_bytes, run.plan.emitted_bytes)
-        quantized = Side("quantized", run.adapter, open_packed(emitted, config["quantization_config"]))
+        emitted = open_written(run.model, run.out, config)
+        emitted_bytes = emitted.folder.file_bytes
+        assert emitted_bytes == weight_bytes(run.planned), (emitted_bytes, run.planned)
+        if run.recipe.format != ct.NAME:
+            record.plan |= stored_facts(emitted)
+            record.export = {"format": run.recipe.format, "onecard": __version__, "matrices": matrices(emitted)}
+        record.warnings += FORMATS[run.recipe.format].warnings(planned_run(run.model, run.plan))
+        quantized = Side("quantized", emitted.adapter, emitted.source)
+        rows = run.texts.evaluation
+        if run.adapter.has_vision and not emitted.adapter.has_vision:
+            rows = [row for row in rows if row.pixels is None]
+            record.warnings.append(WITHOUT_VISION.format(name=run.recipe.format))
         measured = measure(
-            run.model, quantized, run.texts.evaluation, run.recipe.batch_tokens, workdir.folder("verify"), run.device,
+            run.model, quantized, rows, run.recipe.batch_tokens, workdir.folder("verify"), run.device,
             run.dtype, progress, run.tasks, rows_of_experts(record.blocks),
         )  # fmt: skip
         measured.put_into(record)
-        record.checkpoint = {"bytes": emitted.file_bytes}
+        record.checkpoint = {"bytes": emitted_bytes}
         record.gate = gate_of_run(record.to_json(), RECORD_NAME, run.recipe)
         close_machine(record, progress, run.device, run.began)
         files.write_json(workdir.path / RECORD, record.to_json())
@@ -358,19 +378,23 @@ def _sensitivity(
     return metrics, weights
 
 
-def _move(run: Run, workdir: WorkDir) -> None:
+def _move(run: Run, workdir: WorkDir, progress: Progress) -> None:
     """Everything but config.json: a folder without it is no checkpoint to any engine."""
     if workdir.moving_to is None:
         clear_checkpoint(run.out)  # there is none, unless the run was begun with --overwrite for it
         files.make_folder(run.out)
         workdir.begin_move(run.out)
     # First of all, what will lie there: a folder with this file may be cleared of it.
-    files.write_json(run.out / RECORD_NAME, {"files": emitted_files(run.plan.shards, run.model.path)})
-    for shard in run.plan.shards:
-        finished = workdir.path / "shards" / shard.file
-        if finished.exists():
-            files.move(finished, run.out / shard.file)
-    files.write_json(run.out / "model.safetensors.index.json", index_json(run.plan.shards))
+    files.write_json(run.out / RECORD_NAME, {"files": run.files})
+    if run.recipe.format == ct.NAME:
+        for shard in run.plan.shards:
+            finished = workdir.path / "shards" / shard.file
+            if finished.exists():
+                files.move(finished, run.out / shard.file)
+        files.write_json(run.out / INDEX_NAME, index_json(run.plan.shards))
+    else:
+        stored = finished_run(run.model, run.plan, workdir.path / "shards")
+        FORMATS[run.recipe.format].write(stored, run.out, progress)
     carry_side_files(run.model.path, run.out)
 
 
@@ -413,19 +437,3 @@ def _summarise_coverage(record: RunRecord, recipe: Recipe) -> None:
             f"{len(low)} of {len(covered)} experts got fewer than {recipe.warn_below_expert_rows} calibration rows and "
             "borrowed from their layers: give more or more varied calibration texts"
         )
-
-
-def _quantization_config(adapter: Adapter, plan: Plan) -> dict[str, Any]:
-    """Every 2-D weight that stays as it was is named in `ignore`; the format's own package builds the block."""
-    keep = (Role.EMBEDDING, Role.NORM)
-    ignore = [
-        name.removesuffix(".weight")
-        for name, shape in adapter.expected().items()
-        if len(shape) == 2 and name.endswith(".weight") and adapter.role(name) not in keep
-        and name.removesuffix(".weight") not in plan.schemes
-    ]  # fmt: skip
-    if adapter.tied_head:
-        ignore.append("lm_head")
-    sizes = {m: outputs * inputs for b in range(adapter.n_blocks) for _, m, outputs, inputs in adapter.modules(b)}
-    units = {module: adapter.unit(module) for module in plan.schemes}
-    return ct.quantization_config(plan.schemes, units, sizes, sorted(ignore))

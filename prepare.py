@@ -7,7 +7,7 @@ that starts can finish.
 import json
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import resources
 from math import prod
@@ -22,6 +22,7 @@ from .checkpoint.emit import emitted_before
 from .checkpoint.formats import compressed_tensors as ct
 from .checkpoint.formats.fp8 import FP8_BLOCKS
 from .checkpoint.formats.stored import StoredWeight
+from .checkpoint.gguf_read import holds_gguf, open_gguf
 from .checkpoint.packed import PackedSource, open_packed
 from .checkpoint.provenance import hub_origin, source_card
 from .checkpoint.remote import hub_error, open_remote
@@ -67,7 +68,7 @@ class Model:
 
     @property
     def quantized(self) -> bool:
-        return isinstance(self.source, PackedSource)
+        return bool(self.packed)
 
     @property
     def packed(self) -> dict[str, StoredWeight]:
@@ -140,7 +141,7 @@ def open_model(name: str) -> Model:
     if not path.is_dir():
         raise InputError(f"{path} is a file: name the folder that holds it and its config.json")
     config = read_config(path)
-    return checked_model(name, config, load_adapter(path), open_folder(path))
+    return checked_model(name, config, load_adapter(path), path)
 
 
 def open_headers(name: str) -> Model:
@@ -149,18 +150,29 @@ def open_headers(name: str) -> Model:
     if not on_hub(name):
         return open_model(name)
     try:
-        folder: Folder = open_remote(name)
+        folder: Folder | Path = open_remote(name)
     except ResourceError as error:
         try:
-            folder = open_folder(Path(snapshot_download(name, local_files_only=True)))
+            folder = Path(snapshot_download(name, local_files_only=True))
         except Exception:  # it was never downloaded, or in part
             raise error from None
-    return checked_model(name, read_config(folder.path), load_adapter(folder.path), folder)
+    path = folder if isinstance(folder, Path) else folder.path
+    return checked_model(name, read_config(path), load_adapter(path), folder)
 
 
-def checked_model(name: str, config: dict[str, Any], adapter: Adapter, folder: Folder) -> Model:
-    """The Model of an opened folder whose tensors are what its config.json says."""
-    path = folder.path
+def open_written(model: Model, path: Path, config: dict[str, Any]) -> Model:
+    """What was made from `model` in the folder `path`, before its config.json, which is to say `config`, lies there."""
+    return checked_model(str(path), config, model.adapter, path)
+
+
+def checked_model(name: str, config: dict[str, Any], adapter: Adapter, where: Folder | Path) -> Model:
+    """The Model of a folder, opened already or not, whose tensors are what its config.json says."""
+    path = where if isinstance(where, Path) else where.path
+    if isinstance(where, Path) and holds_gguf(path):
+        adapter = adapter.text_only()
+        packed = open_gguf(path, adapter)
+        return Model(name, path, config, adapter, packed.folder, packed)
+    folder = open_folder(path) if isinstance(where, Path) else where
     block = quantization_block(path, config)
     source = folder if block is None else open_packed(folder, block)
     check_shapes(path, source, adapter.disk_shapes(source.names), adapter.left_aside)
@@ -233,6 +245,22 @@ def schemes_of(adapter: Adapter, recipe: Recipe) -> dict[str, Scheme]:
     return assign(
         adapter, recipe.scheme_of, recipe.quantize_roles, recipe.schemes, recipe.keep_modules, matches, recipe.name
     )
+
+
+def stored_facts(model: Model) -> dict[str, Any]:
+    """What a record's `plan` says of files that lie there."""
+    parameters = sum(prod(shape) for shape in model.adapter.expected().values())
+    emitted_bytes = model.folder.file_bytes
+    return {
+        "emitted_bytes": emitted_bytes,
+        "parameters": parameters,
+        "quantized_parameters": model.quantized_parameters,
+        "quantized_share": model.quantized_parameters / parameters,
+        "bits_per_weight": emitted_bytes * 8 / parameters,
+        "quantized_bits_per_weight": model.quantized_bytes * 8 / max(1, model.quantized_parameters),
+        "shards": len(model.folder.shards),
+        "widths": [asdict(width) for width in stored_widths(model)],
+    }
 
 
 def plan_for(model: Model, recipe: Recipe) -> Plan:

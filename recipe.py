@@ -123,7 +123,8 @@ class Recipe(Limits):
     note: str | None = None  # printed with the plan and kept in the record
 
     method: Literal["rtn", "fast", "balanced", "best"] = "best"
-    format: Literal["compressed-tensors"] = "compressed-tensors"
+    # What OUT holds (export.py); the codes are the same in all, and bf16 holds what they stand for.
+    format: Literal["compressed-tensors", "gptq", "gptq-v2", "bf16", "gguf"] = "compressed-tensors"
     # 'fit': for every unit the width of `fit_schemes` that a budget buys the least predicted KL with (fitting.py): what
     # `gpu` leaves for weights, or `budget_gb` of files.
     bits: Literal[4, 8, "fit"] = 4
@@ -237,6 +238,8 @@ class Recipe(Limits):
             raise ValueError("bits: fit needs a budget: gpu (with context and sequences) or budget_gb, one of them")
         if self.engine != "vllm":
             raise ValueError(f"bits: fit mixes widths as vLLM loads them, and engine is {self.engine}")
+        if self.format != "compressed-tensors":
+            raise ValueError(f"bits: fit mixes widths as compressed-tensors holds them, and format is {self.format}")
         if not set(self.fit_schemes) - {KEEP}:
             raise ValueError("fit_schemes names no width: nothing would be quantized")
 

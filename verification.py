@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from .eval.kept import write_tokens
 from .eval.summary import summarize
 from .eval.told import tell
 from .eval.twin import Side, twin_walk
-from .prepare import Model, choose_device, choose_dtype, open_model, said_name, stored_widths
+from .prepare import Model, choose_device, choose_dtype, open_model, said_name, stored_facts
 from .recipe import Recipe
 from .report.progress import Progress
 from .report.record import RunRecord
@@ -40,6 +40,9 @@ SAME_FOLDER = (
     "source and checkpoint are the same folder: nothing can differ (`demo` is the embedded model, a folder of that "
     "name ./demo)"
 )
+
+
+WITHOUT_VISION = "{name} has no vision tower: no text with a picture is evaluated"
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,8 @@ def open_pair(source_name: str, checkpoint: str) -> tuple[Model, Model]:
     """The original and the checkpoint that is said to be a version of it. Raises InputError."""
     source, quantized = open_model(source_name), open_model(checkpoint)
     a, b = source.adapter, quantized.adapter
+    if a.has_vision and not b.has_vision:  # a format that holds the text model alone
+        a = a.text_only()
     if a.family != b.family or a.expected() != b.expected():
         raise InputError(f"{checkpoint} is no version of {source_name}: their families or sizes differ")
     if source.quantized and not quantized.quantized:
@@ -159,23 +164,19 @@ def tasks_of(recipe: Recipe) -> list[Task]:
 
 def pair_record(command: str, source: Model, quantized: Model) -> RunRecord:
     """What a record of two checkpoints says before anything is measured."""
-    parameters = sum(torch.Size(shape).numel() for shape in source.adapter.expected().values())
-    emitted_bytes = quantized.folder.file_bytes
+    facts = stored_facts(quantized)
     same = [SAME_FOLDER] if source.path.resolve() == quantized.path.resolve() else []
     return RunRecord(
         command=command,
         onecard=__version__,
         model=source.facts(),
         recipe={},
-        checkpoint={"name": said_name(quantized.name), "digest": quantized.folder.digest, "bytes": emitted_bytes},
-        plan={
-            "emitted_bytes": emitted_bytes,
-            "source_bytes": source.folder.file_bytes,
-            "bits_per_weight": emitted_bytes * 8 / parameters,
-            "quantized_bits_per_weight": quantized.quantized_bytes * 8 / max(1, quantized.quantized_parameters),
-            "quantized_share": quantized.quantized_parameters / parameters,
-            "widths": [asdict(width) for width in stored_widths(quantized)],
+        checkpoint={
+            "name": said_name(quantized.name),
+            "digest": quantized.folder.digest,
+            "bytes": facts["emitted_bytes"],
         },
+        plan=facts | {"source_bytes": source.folder.file_bytes},
         versions=package_versions(),
         warnings=same + source.adapter.faults(source.config) + source.warnings + quantized.warnings,
     )
@@ -235,7 +236,11 @@ def _measured_pair(
     record = pair_record(command, source, quantized)
     rows: list[Row] = []
     if with_texts:
-        texts = prepare_texts(source, recipe, None, evaluation, needs_calibration=False)
+        reader = source
+        if source.adapter.has_vision and not quantized.adapter.has_vision:
+            reader = replace(source, adapter=source.adapter.text_only())
+            record.warnings.append(WITHOUT_VISION.format(name=said_name(checkpoint)))
+        texts = prepare_texts(reader, recipe, None, evaluation, needs_calibration=False)
         rows, record.texts = texts.evaluation, texts.facts
         record.warnings += texts.warnings
     with (

@@ -7,7 +7,7 @@ that says how to go on.
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,21 @@ def write_bytes(path: Path, data: bytes) -> None:
     temporary = path.with_name(path.name + TEMPORARY)
     with disk_errors(path):
         temporary.write_bytes(data)
+        _commit(temporary, path)
+
+
+def write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
+    """A file, whole or not at all, from pieces of which one is in memory at a time. A piece that cannot be made leaves
+    nothing behind."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    with disk_errors(path):
+        try:
+            with temporary.open("wb") as file:
+                for piece in pieces:
+                    file.write(piece)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
         _commit(temporary, path)
 
 

@@ -90,10 +90,11 @@ class Folder:
                 sha.update(name.encode() + (self.path / name).read_bytes())
         for shard in self.shards:
             with shard.open("rb") as file:
-                first = file.read(8)
-                sha.update(f"{shard.name}:{shard.stat().st_size}".encode() + first)
-                sha.update(file.read(struct.unpack("<Q", first)[0]))
-                for name in sorted(name for name in self.infos if self.offsets[name][0] == shard):
+                names = sorted(name for name in self.infos if self.offsets[name][0] == shard)
+                # The header is all that lies before the first tensor.
+                header = min((self.offsets[name][1] for name in names), default=shard.stat().st_size)
+                sha.update(f"{shard.name}:{shard.stat().st_size}".encode() + file.read(header))
+                for name in names:
                     begin, size = self.offsets[name][1], self.infos[name].nbytes
                     for offset in range(begin, begin + size, SAMPLE_STRIDE):
                         file.seek(offset)
@@ -179,12 +180,16 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _allowed_root(folder: Path) -> Path:
+def allowed_root(folder: Path) -> Path:
     """Where links may lead: the folder, or for a hub snapshot the cache of its repository."""
     resolved = folder.resolve()
     if resolved.parent.name == "snapshots" and resolved.parent.parent.name.startswith("models--"):
         return resolved.parent.parent
     return resolved
+
+
+def holds_safetensors(path: Path) -> bool:
+    return (path / INDEX_NAME).exists() or (path / SINGLE_NAME).exists()
 
 
 def open_folder(path: Path) -> Folder:
@@ -193,7 +198,7 @@ def open_folder(path: Path) -> Folder:
         raise InputError(f"{path} is a file: name the folder that holds it and its config.json")
     if not path.is_dir():
         raise InputError(f"{path} is no folder: name a local checkpoint, a hub id or `demo`")
-    root = _allowed_root(path)
+    root = allowed_root(path)
     shard_names, weight_map = shards_of(path, {p.name for p in path.iterdir() if p.exists()}, str(path))
     problems: list[str] = []
     headers: dict[str, Header] = {}

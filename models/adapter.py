@@ -118,6 +118,11 @@ class Adapter(ABC):
     def text_config(self) -> Any:
         """The config of the text model: what the decoder layers are built from."""
 
+    def text_only(self) -> "Adapter":
+        """The same model without its vision tower, as some formats hold it; names lose the multimodal prefix."""
+        assert not self.has_vision
+        return self
+
     @abstractmethod
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Canonical name -> shape of every tensor that config.json promises."""

@@ -72,6 +72,9 @@ class Llama4Adapter(Adapter):
     def text_config(self) -> Any:
         return self.config.text_config if self.has_vision else self.config
 
+    def text_only(self) -> Adapter:
+        return Llama4Adapter(self.config.text_config) if self.has_vision else self
+
     def block_prefix(self, block: int) -> str:
         return f"{self.prefix}model.layers.{block}."
 
@@ -117,6 +120,7 @@ class Llama4Adapter(Adapter):
         )
 
     def permuted_at_load(self, module_name: str) -> bool:
+        # For RoPE; vLLM, models/llama4.py `permute_qk_weight_for_rotary`, does so for every q and k of the text model.
         return self.role(f"{module_name}.weight") is Role.ATTENTION and module_name.endswith((".q_proj", ".k_proj"))
 
     def expected(self) -> dict[str, tuple[int, ...]]:

@@ -15,10 +15,26 @@ def _in_few_bits(roles: Mapping[str, Mapping[str, Any]], role: str) -> bool:
 
 
 def engines(
-    family: str, roles: Mapping[str, Mapping[str, Any]], symmetric: bool, versions: Mapping[str, str]
+    family: str,
+    roles: Mapping[str, Mapping[str, Any]],
+    symmetric: bool,
+    versions: Mapping[str, str],
+    stored_as: str = "compressed-tensors",
 ) -> list[tuple[str, str, str]]:
     """(engine, least version, remark) for the model card. `roles` as inspection.py gives them."""
-    known = f"any version that knows {FAMILIES.get(family, family)} and compressed-tensors"
+    name = FAMILIES.get(family, family)
+    if stored_as == "bf16":
+        plain = f"any version that knows {name}"
+        return [("vLLM", plain, "`vllm serve FOLDER`"), ("transformers", plain, "`from_pretrained(FOLDER)`")]
+    if stored_as == "gguf":
+        known = f"any build that knows {name}"
+        return [("llama.cpp", known, "`llama-server -m FOLDER/model.gguf`; the text model alone")]
+    if stored_as.startswith("gptq"):
+        known = f"any version that knows {name} and GPTQ"
+        return [("GPTQModel", known, "`GPTQModel.load(FOLDER)`"), ("vLLM", known, "`vllm serve FOLDER`")][
+            : 1 + symmetric
+        ]
+    known = f"any version that knows {name} and compressed-tensors"
     remark = "`vllm serve FOLDER`"
     if family == "llama4" and _in_few_bits(roles, "attention"):
         known = "one with pull request 35033 (merged 2026-02-23) or later"

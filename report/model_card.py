@@ -31,6 +31,21 @@ ROLES = {"expert": "routed experts", "shared_expert": "shared expert", "mlp": "d
          "vision": "vision tower and projector"}  # fmt: skip
 
 
+# What a format of export.py is called on a card.
+FORMATS = {
+    "compressed-tensors": "compressed-tensors `pack-quantized`",
+    "gptq": "that of GPTQ, version 1 (AutoGPTQ's, GPTQModel's)",
+    "gptq-v2": "that of GPTQ, version 2 (GPTQModel's)",
+    "gguf": "GGUF (llama.cpp's)",
+    "bf16": "dense: bf16 weights that stand for the integer codes they were made from",
+}
+
+
+def stored_as(record: dict[str, Any]) -> str:
+    """The format of the files that a record lies beside: what they were exported to, or the recipe's."""
+    return str((record.get("export") or {}).get("format") or record["recipe"].get("format", "compressed-tensors"))
+
+
 @dataclass(frozen=True)
 class CardFacts:
     """What a card is drawn from. `record`: onecard.json, with what later measurements added. `record_digest`: SHA-256
@@ -76,7 +91,7 @@ def metadata(facts: CardFacts) -> ModelCardData:
         "quantized",
         *bits,
         *(f"{word.lstrip('intf')}-bit" for word in bits),
-        "compressed-tensors",
+        stored_as(facts.record),
         "moe",
         "onecard",
     ]
@@ -222,7 +237,10 @@ def _context(facts: CardFacts) -> dict[str, Any]:
             (ROLES.get(role, role), f"{said['parameters']:,}", ", ".join(said["widths"]))
             for role, said in facts.roles.items()
         ],
-        "engines": engines(record["model"]["family"], facts.roles, record["recipe"]["symmetric"], record["versions"]),
+        "format": FORMATS.get(stored_as(record), stored_as(record)),
+        "engines": engines(
+            record["model"]["family"], facts.roles, record["recipe"]["symmetric"], record["versions"], stored_as(record)
+        ),
         "command_model": code(base).strip("`"),
         "provenance": provenance(record),
         "fence": "`" * max(3, longest + 1),

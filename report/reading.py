@@ -295,6 +295,11 @@ class Fit(_Part):
     fit_warnings: tuple[str, ...] = ()
 
 
+class Export(_Part):
+    format: str
+    matrices: dict[str, int] = {}
+
+
 class Record(_Part):
     """A RunRecord (report/record.py) as it is read back."""
 
@@ -317,6 +322,7 @@ class Record(_Part):
     flips: Flips | None = None
     gate: Gate | None = None
     fit: Fit | None = None
+    export: Export | None = None
     machine: dict[str, Any] = Field(default={})
 
     @model_validator(mode="before")
@@ -325,7 +331,7 @@ class Record(_Part):
         """A section that is missing, null or {}: all three say that it was not made."""
         if not isinstance(data, dict):
             return data
-        sections = ("checkpoint", "plan", "kl", "errors", "flips", "gate", "fit")
+        sections = ("checkpoint", "plan", "kl", "errors", "flips", "gate", "fit", "export")
         return data | {key: None for key in sections if data.get(key) == {}}
 
 

@@ -19,7 +19,8 @@ class RunRecord:
     `identity` is all that the emitted bytes depend on; `files` the names of all that was put into OUT. `fit`: the
     card that the run is for (sizing.py). `allocation`: prices and choice of `bits: fit` (fitting.py). `checkpoint` is
     what was measured; `kl` (eval/summary.py, eval/told.py), `errors` (eval/errors.py), `flips` (eval/flips.py) and
-    `gate` are what was found of it, each empty where it was not asked for.
+    `gate` are what was found of it, each empty where it was not asked for. `export`: of files that were written from
+    another checkpoint's codes, which format they have and which checkpoint that was; `kl` and the like are then its.
     """
 
     command: str
@@ -41,6 +42,7 @@ class RunRecord:
     errors: dict[str, Any] = field(default_factory=dict)
     flips: dict[str, Any] = field(default_factory=dict)
     gate: dict[str, Any] = field(default_factory=dict)
+    export: dict[str, Any] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
