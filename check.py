@@ -7,7 +7,7 @@ along with the weights: that is what `verify` against the original is for.
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from .checkpoint.soundness import Stored, index_problems, shape_problems, stored
 from .checkpoint.source import PICKLES, Folder, open_folder
 from .core.errors import DamageError, InputError
 from .core.layout import RECORD_NAME
-from .core.scheme import Scheme
+from .core.scheme import scheme_of
 from .models.adapter import Adapter, Role
 from .models.families import load_adapter, read_config
 from .planner.assign import assign
@@ -32,6 +32,8 @@ from .report.reading import READABLE_VERSIONS, check_record
 # What a loader may pick up although the index does not name it, and what could run code.
 LOADED = (".safetensors", *PICKLES, ".py", ".gguf")
 SHOWN = 40
+# What a weight that is not quantized may be stored as.
+PLAIN = ("BF16", "F16", "F32")
 Told = Callable[[str], None]
 
 
@@ -178,8 +180,8 @@ def _tensors(
 ) -> None:  # fmt: skip
     """Layout, widths and values."""
     block = quantization_block(folder.path, config)
-    if block is not None and record is None:
-        _of_another_tool(folder, block, adapter, found)
+    if block is not None and (record is None or not _is_compressed_tensors(block)):
+        _by_reader(folder, block, adapter, record, found)
         stored, expected = Stored(plain=dict(folder.infos)), {}
     else:
         canonical = adapter.expected()
@@ -195,15 +197,22 @@ def _tensors(
         told_of = stored.broken | absent
         found.problems += _width_problems(stored, block, adapter, canonical, told_of, found)
         if record is not None:
-            found.problems += _plan_problems(stored, record, adapter, told_of)
+            widths = {module: scheme.width for module, scheme in stored.schemes.items()}
+            widths |= {name.removesuffix(".weight"): info.dtype for name, info in stored.plain.items()}
+            found.problems += _plan_problems(widths, record, adapter, told_of)
         found.facts["quantized_modules"] = len(stored.schemes)
     if told is not None:
         told("values")
     found.problems += value_problems(folder, stored, expected)
 
 
-def _of_another_tool(folder: Folder, block: object, adapter: Adapter, found: Checked) -> None:
-    """The format's own reader says which parts make a weight; every weight is unpacked once, and none may be zero."""
+def _is_compressed_tensors(block: object) -> bool:
+    return isinstance(block, dict) and block.get("quant_method") == ct.NAME
+
+
+def _by_reader(folder: Folder, block: object, adapter: Adapter, record: dict[str, Any] | None, found: Checked) -> None:
+    """Another tool's files, and ours in another format than compressed-tensors: the format's own reader says which
+    parts make a weight; every weight is unpacked once, and none may be zero."""
     found.facts["quantized_modules"] = 0
     if not isinstance(block, dict) or block.get("quant_method") not in READERS:
         method = block.get("quant_method") if isinstance(block, dict) else block
@@ -222,7 +231,13 @@ def _of_another_tool(folder: Folder, block: object, adapter: Adapter, found: Che
                     found.problems.append(f"{name}{list(index) or ''} is all zeros")
     except InputError as error:
         found.problems += _offenders(error)
-    found.unchecked.append("widths: only what onecard made has a plan to hold them against")
+        return
+    if record is None:
+        found.unchecked.append("widths: only what onecard made has a plan to hold them against")
+        return
+    found.problems += _size_problems(record, adapter, folder)
+    widths = source.schemes | {n.removesuffix(".weight"): i.dtype for n, i in folder.infos.items() if n in source.names}
+    found.problems += _plan_problems(widths | source.schemes, record, adapter, set())
 
 
 def _stored_as(stored: Stored, module: str) -> str:
@@ -277,20 +292,22 @@ def _size_problems(record: dict[str, Any], adapter: Adapter, folder: Folder) -> 
         yield f"there are {len(folder.shards)} shards, and {RECORD_NAME} says {plan['shards']}"
 
 
-def _plan_problems(stored: Stored, record: dict[str, Any], adapter: Adapter, told_of: set[str]) -> Iterator[str]:
-    """The record's recipe says which module has which scheme."""
+def _plan_problems(
+    widths: Mapping[str, str], record: dict[str, Any], adapter: Adapter, told_of: set[str]
+) -> Iterator[str]:
+    """The record's recipe says which module has which scheme. `widths`: what is stored, by module, quantized or not."""
     recipe = record.get("recipe")
     if not recipe:
         return
     try:
-        scheme = Scheme(recipe["bits"], recipe["group_size"], recipe["symmetric"])
         roles, keep = tuple(recipe["quantize_roles"]), tuple(recipe["keep_modules"])
-        wanted = assign(adapter, scheme, roles, keep, matches, str(recipe["name"]))
+        wanted = assign(adapter, scheme_of(recipe), roles, keep, matches, str(recipe["name"]))
     except (KeyError, TypeError, ValueError, InputError):
         yield f"the recipe in {RECORD_NAME} does not fit config.json"
         return
     for block in range(adapter.n_blocks):
         for _, module, _, _ in adapter.modules(block):
-            if module not in told_of and stored.schemes.get(module) != wanted.get(module):
-                said = wanted.get(module) or "as it was"
-                yield f"{module} is stored as {_stored_as(stored, module)}, and {RECORD_NAME} says {said}"
+            width = widths.get(module, "nothing")
+            said = wanted[module].width if module in wanted else "as it was"
+            if module not in told_of and width != said and (module in wanted or width not in PLAIN):
+                yield f"{module} is stored as {width}, and {RECORD_NAME} says {said}"

@@ -32,7 +32,7 @@ from .checkpoint.emit import (
     index_json,
     side_files_digest,
 )
-from .checkpoint.formats import compressed_tensors as ct
+from .checkpoint.formats.written import FORMATS, Format
 from .checkpoint.packed import open_packed
 from .checkpoint.source import open_folder, refuse_nonfinite
 from .checkpoint.workdir import Activations, WorkDir, has_run, read_json, read_tensors, refuse_changed
@@ -267,7 +267,9 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress) -> RunRecord:
         progress.begin("move to OUT")
         _move(run, workdir)
         workdir.commit(3 + blocks)
-    config = run.adapter.mended(run.model.config) | {"quantization_config": _quantization_config(run.adapter, run.plan)}
+    config = run.adapter.mended(run.model.config) | {
+        "quantization_config": _quantization_config(run.adapter, run.plan, FORMATS[run.recipe.format])
+    }
     if workdir.done < 4 + blocks:
         emitted = open_folder(run.out)
         assert emitted.file_bytes == run.plan.emitted_bytes, (emitted.file_bytes, run.plan.emitted_bytes)
@@ -379,8 +381,8 @@ def _summarise_coverage(record: RunRecord, recipe: Recipe) -> None:
         )
 
 
-def _quantization_config(adapter: Adapter, plan: Plan) -> dict[str, Any]:
-    """Every 2-D weight that stays as it was is named in `ignore`; the format's own package builds the block."""
+def _quantization_config(adapter: Adapter, plan: Plan, written: Format) -> dict[str, Any]:
+    """Every 2-D weight that stays as it was is named in it; the rest is the format's."""
     keep = (Role.EMBEDDING, Role.NORM)
     ignore = [
         name.removesuffix(".weight")
@@ -390,4 +392,4 @@ def _quantization_config(adapter: Adapter, plan: Plan) -> dict[str, Any]:
     ]  # fmt: skip
     if adapter.tied_head:
         ignore.append("lm_head")
-    return ct.quantization_config(next(iter(plan.schemes.values())), sorted(ignore))
+    return written.config(next(iter(plan.schemes.values())), sorted(ignore))

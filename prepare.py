@@ -18,15 +18,15 @@ import torch
 
 from .calibration.sensitivity import rows_at_once
 from .checkpoint.emit import emitted_before
-from .checkpoint.formats import compressed_tensors as ct
 from .checkpoint.formats.stored import StoredWeight
+from .checkpoint.formats.written import FORMATS
 from .checkpoint.packed import PackedSource, open_packed
 from .checkpoint.provenance import hub_origin, source_card
 from .checkpoint.source import Folder, check_shapes, open_folder
 from .checkpoint.workdir import has_run
 from .core.errors import InputError, ResourceError
 from .core.layout import StoredTensor
-from .core.scheme import Scheme
+from .core.scheme import GRIDS
 from .models.adapter import Adapter
 from .models.families import load_adapter, read_config
 from .planner.assign import assign
@@ -49,6 +49,10 @@ HUB_PATTERNS = [
     "NOTICE*",
     "USE_POLICY*",
 ]
+
+
+# Methods that look at weights alone.
+UNCALIBRATED = ("rtn", *GRIDS)
 
 
 @dataclass(frozen=True)
@@ -191,9 +195,9 @@ def plan_for(model: Model, recipe: Recipe) -> Plan:
     """Match the recipe to the model and lay out what will be emitted. Raises InputError."""
     if recipe.family not in (None, model.adapter.family):
         raise InputError(f"the recipe {recipe.name} is for {recipe.family}, and {model.name} is {model.adapter.family}")
-    scheme = Scheme(recipe.bits, recipe.group_size, recipe.symmetric)
-    schemes = assign(model.adapter, scheme, recipe.quantize_roles, recipe.keep_modules, matches, recipe.name)
-    return make_plan(model.adapter, model.source, schemes, ct.layout, recipe.max_shard_bytes, model.folder.file_bytes)
+    schemes = assign(model.adapter, recipe.scheme, recipe.quantize_roles, recipe.keep_modules, matches, recipe.name)
+    layout = FORMATS[recipe.format].layout
+    return make_plan(model.adapter, model.source, schemes, layout, recipe.max_shard_bytes, model.folder.file_bytes)
 
 
 def occupied(folder: Path) -> bool:
@@ -250,7 +254,7 @@ def check_space(folder: Path, needed_bytes: int) -> None:
 def method_of(recipe: Recipe) -> Method:
     """The recipe's words for quantize/."""
     return Method(
-        "rtn" if recipe.method == "rtn" else "gptq",
+        recipe.method if recipe.method in UNCALIBRATED else "gptq",
         recipe.scale_search,
         recipe.signed_scales,
         recipe.damping,

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from .core.errors import InputError, input_error
+from .core.scheme import GRIDS, NF4_BLOCK, Scheme, scheme_of
 
 QuantizableRole = Literal["expert", "shared_expert", "mlp", "attention"]
 
@@ -24,6 +25,9 @@ QuantizableRole = Literal["expert", "shared_expert", "mlp", "attention"]
 METHODS: dict[str, dict[str, Any]] = {
     # Round-to-nearest with absmax / 8, no calibration: Meta's own scheme for Scout.
     "rtn": {},
+    # bitsandbytes' own quantizers, which are their own format; no calibration either.
+    "bnb-nf4": {"format": "bitsandbytes", "bits": 4, "group_size": NF4_BLOCK},
+    "bnb-int8": {"format": "bitsandbytes", "bits": 8, "group_size": 0},
     # GPTQ on statistics taken once for each half of a block, aimed at the reference stream.
     "fast": {
         "sequential": "halves",
@@ -44,6 +48,10 @@ METHODS: dict[str, dict[str, Any]] = {
         "tune_epochs": 4,
     },
 }
+
+
+# What the methods of bitsandbytes say themselves: the package gives no choice.
+FIXED = {"bits": "bits", "group_size": "group size (0: a whole row)", "symmetric": "symmetry"}
 
 
 class TextSource(BaseModel):
@@ -118,8 +126,8 @@ class Recipe(Limits):
     family: Literal["llama4", "qwen3_moe"] | None = None  # None: any family
     note: str | None = None  # printed with the plan and kept in the record
 
-    method: Literal["rtn", "fast", "balanced", "best"] = "best"
-    format: Literal["compressed-tensors"] = "compressed-tensors"
+    method: Literal["rtn", "bnb-nf4", "bnb-int8", "fast", "balanced", "best"] = "best"
+    format: Literal["compressed-tensors", "bitsandbytes"] = "compressed-tensors"
     bits: Literal[4, 8] = 4
     group_size: int = 128
     symmetric: bool = True
@@ -187,7 +195,19 @@ class Recipe(Limits):
 
     @model_validator(mode="after")
     def _sound(self) -> "Recipe":
-        if self.group_size < 8 or self.group_size % 8:
+        if (self.method in GRIDS) != (self.format == "bitsandbytes"):
+            raise ValueError(
+                f"method {self.method} and format {self.format} contradict each other: bitsandbytes quantizes by its "
+                f"own functions, so that {' and '.join(GRIDS)} are the methods of its format and of no other"
+            )
+        if self.method in GRIDS:
+            own = METHODS[self.method] | {"symmetric": True}
+            wrong = [f"{FIXED[key]} {own[key]}" for key in FIXED if getattr(self, key) != own[key]]
+            if wrong:
+                raise ValueError(
+                    f"method {self.method} has {', '.join(wrong)} and no other: leave {', '.join(FIXED)} out"
+                )
+        elif self.group_size < 8 or self.group_size % 8:
             raise ValueError(f"group_size is {self.group_size}; it must be a positive multiple of 8")
         if not self.name.isprintable() or not (self.note or "").isprintable():
             raise ValueError("name or note holds control characters")
@@ -208,6 +228,10 @@ class Recipe(Limits):
     @property
     def folder(self) -> Path:
         return self._folder
+
+    @property
+    def scheme(self) -> Scheme:
+        return scheme_of(self.model_dump(include={"method", "bits", "group_size", "symmetric"}))
 
     def __eq__(self, other: object) -> bool:
         """By what it says, not by where it lies."""

@@ -1,40 +1,72 @@
 """Scheme and QuantizedWeight: what a weight is stored as, and the only thing that passes from a method to a format.
 
-Codes are decided once, by a method of quantize/; no format rounds again and no method packs bits.
+Codes are decided once, by a method of quantize/; no format rounds again and no method packs bits. bitsandbytes alone
+quantizes and stores in one step, so that a Scheme on one of its grids has no QuantizedWeight.
 Shape legend: B batch (experts), O output features, I input features, G groups along I (I / group size).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+
+# Grids that are not integers in groups: bitsandbytes' own, which its functions alone write (arXiv 2305.14314,
+# 2208.07339).
+NF4: Literal["nf4"] = "nf4"
+INT8_ROWS: Literal["int8 rows"] = "int8 rows"
+NF4_BLOCK = 64
+# The methods that are those functions. All others give integers in groups.
+GRIDS: dict[str, Literal["nf4", "int8 rows"]] = {"bnb-nf4": NF4, "bnb-int8": INT8_ROWS}
 
 
 @dataclass(frozen=True)
 class Scheme:
     """How one weight matrix is stored: integer codes of `bits`, one scale a group of `group_size` inputs.
 
-    Contradictions are refused at construction with a ValueError (a recipe turns that into its own message).
+    Or on a grid of bitsandbytes: `nf4`, 16 quantiles of a normal distribution, the flattened weight in blocks of
+    `group_size`, double quantized; `int8 rows`, one scale a row (`group_size` 0). Contradictions are
+    refused at construction with a ValueError (a recipe turns that into its own message).
     """
 
     bits: int = 4
     group_size: int = 128
     symmetric: bool = True
-    grid: Literal["int"] = "int"
+    grid: Literal["int", "nf4", "int8 rows"] = "int"
 
     def __post_init__(self) -> None:
         problems = []
-        if self.bits not in (4, 8):
+        own = {NF4: (4, NF4_BLOCK, True), INT8_ROWS: (8, 0, True)}
+        if self.grid in own:
+            if (self.bits, self.group_size, self.symmetric) != own[self.grid]:
+                problems.append(f"the grid {self.grid} is {own[self.grid]}: bits, group_size, symmetric")
+        elif self.bits not in (4, 8):
             problems.append(f"bits is {self.bits}; the engines load 4 and 8")
-        if self.group_size < 8 or self.group_size % 8:
+        if self.grid not in own and (self.group_size < 8 or self.group_size % 8):
             problems.append(f"group_size is {self.group_size}; it must be a positive multiple of 8")
-        if self.grid != "int":
-            problems.append(f"grid is {self.grid!r}; only 'int' is known")
+        if self.grid not in ("int", *own):
+            problems.append(f"grid is {self.grid!r}; int, {', '.join(own)} are known")
         if problems:
             raise ValueError("; ".join(problems))
 
     def __str__(self) -> str:
+        if self.grid != "int":
+            return self.width
         return f"int{self.bits} in groups of {self.group_size}, {'symmetric' if self.symmetric else 'asymmetric'}"
+
+    @property
+    def width(self) -> str:
+        """What people call it, in plans, records and pages."""
+        if self.grid == NF4:
+            return f"nf4 block {self.group_size}, double quantized"
+        if self.grid == INT8_ROWS:
+            return "int8 by row"
+        return f"int{self.bits} group {self.group_size}" + ("" if self.symmetric else " asymmetric")
+
+    def divides(self, in_features: int) -> bool:
+        """Whether a matrix of so many inputs can be stored so. NF4's blocks could run across rows, but a kernel of
+        bitsandbytes then reads them wrongly (checkpoint/formats/bitsandbytes.py)."""
+        return self.grid == INT8_ROWS or in_features % self.group_size == 0
 
     @property
     def code_min(self) -> int:
@@ -49,6 +81,11 @@ class Scheme:
         """Number of groups along the inputs; the group size must divide them (checked before a run starts)."""
         assert in_features % self.group_size == 0, (in_features, self.group_size)
         return in_features // self.group_size
+
+
+def scheme_of(fields: Mapping[str, Any]) -> Scheme:
+    """The scheme that a recipe's fields (or a record's) name. Raises KeyError, TypeError or ValueError."""
+    return Scheme(fields["bits"], fields["group_size"], fields["symmetric"], GRIDS.get(fields["method"], "int"))
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def assign(
             if hit:
                 kept_units.setdefault(adapter.unit(module), []).append(module)
                 continue
-            if inputs % scheme.group_size:
+            if not scheme.divides(inputs):
                 bad_inputs.setdefault(inputs, []).append(module)
             chosen[module] = scheme
     for pattern in keep_modules:

@@ -99,9 +99,7 @@ class Plan:
 
 def width_name(scheme: Scheme | None, dtype: str) -> str:
     """What people call the width of a weight: its scheme's if it is quantized, else its dtype."""
-    if scheme is None:
-        return dtype
-    return f"int{scheme.bits} group {scheme.group_size}" + ("" if scheme.symmetric else " asymmetric")
+    return dtype if scheme is None else scheme.width
 
 
 def tally(stored: Iterable[Width]) -> tuple[Width, ...]:

@@ -8,6 +8,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from ..core.scheme import scheme_of
 from .heatmap import BARS, least_line
 from .progress import clock, gigabytes
 from .record import RunRecord
@@ -104,9 +105,7 @@ def draw_card(record: RunRecord, out: str, console: Console) -> None:
     )
     if record.recipe:
         recipe = record.recipe
-        grid.add_row(
-            "recipe", f"{recipe['name']}: {recipe['method']}, int{recipe['bits']}, group {recipe['group_size']}"
-        )
+        grid.add_row("recipe", f"{recipe['name']}: {recipe['method']}, {scheme_of(recipe).width}")
     ratio = plan["source_bytes"] / plan["emitted_bytes"]
     grid.add_row(
         "size", f"{size(plan['emitted_bytes'])}, from {size(plan['source_bytes'])} ({ratio:.2f} times smaller)"

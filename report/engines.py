@@ -29,3 +29,12 @@ def engines(
         made = f"made with {versions.get('transformers')} and compressed-tensors {versions.get('compressed-tensors')}"
         found.append(("transformers", made, f"{loaded}; it unpacks the weights to the dtype of the original"))
     return found
+
+
+def bitsandbytes_engines(family: str, versions: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """The same of bitsandbytes' files. vLLM 0.32 reads them no more."""
+    made = f"made with {versions.get('transformers')} and bitsandbytes {versions.get('bitsandbytes')}"
+    if family == "llama4":
+        return [("transformers", made, "`from_pretrained(FOLDER)`; every expert stays in few bits")]
+    remark = "by `onecard generate`; `from_pretrained` alone stacks the experts and refuses"
+    return [("transformers", made, remark)]

@@ -19,12 +19,17 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..core.errors import InputError
 from ..core.layout import CARD_MARK
+from ..core.scheme import GRIDS, scheme_of
 from . import licence as licences
 from .card import counted, size
 from .card_tables import base_name, code, flips, kinds, measured, provenance, words
-from .engines import engines
+from .engines import bitsandbytes_engines, engines
 from .licence import Licence
 
+FORMATS = {
+    "compressed-tensors": "compressed-tensors `pack-quantized`",
+    "bitsandbytes": "that of bitsandbytes, every expert a matrix of its own",
+}
 FAILED_GATE = "These files did NOT pass the gate of their recipe, and were published all the same."
 ROLES = {"expert": "routed experts", "shared_expert": "shared expert", "mlp": "dense MLPs", "attention": "attention",
          "router": "routers", "embedding": "embeddings", "head": "head", "norm": "norms",
@@ -55,6 +60,7 @@ def metadata(facts: CardFacts) -> ModelCardData:
     """The card's front matter. Raises InputError for ids that the hub would not take."""
     front = facts.record["model"].get("card") or {}
     bits = facts.record["recipe"]["bits"]
+    grid = scheme_of(facts.record["recipe"]).width.partition(" ")[0]
     vision = facts.vision
     more: dict[str, Any] = {}
     if facts.base_model is not None:
@@ -72,7 +78,7 @@ def metadata(facts: CardFacts) -> ModelCardData:
                 f"the licence {facts.licence.id!r} is no id of the hub, such as apache-2.0: give --license"
             )
         more |= {"license": facts.licence.id, "license_name": facts.licence.name, "license_link": facts.licence.link}
-    tags = ["quantized", f"int{bits}", f"{bits}-bit", "compressed-tensors", "moe", "onecard"]
+    tags = ["quantized", grid, f"{bits}-bit", facts.record["recipe"]["format"], "moe", "onecard"]
     return ModelCardData(
         **more,
         language=front.get("language"),
@@ -134,6 +140,8 @@ def _limits(facts: CardFacts) -> list[str]:
         limits.append(f"Only {counted(kl.get('documents', 0), 'document')} were evaluated: the intervals mean little.")
     if recipe["method"] == "rtn":
         limits.append("Rounded to nearest, without calibration.")
+    elif recipe["method"] in GRIDS:
+        limits.append("Quantized by bitsandbytes' own functions, without calibration.")
     elif recipe.get("scale_search") and recipe.get("signed_scales"):
         limits.append(
             "Some scales are negative. Readers that multiply code and scale are right; kernels that take the sign of a "
@@ -158,6 +166,8 @@ def _scheme(facts: CardFacts) -> str:
     recipe = facts.record["recipe"]
     roles = [ROLES.get(role, role) for role in recipe["quantize_roles"] if role in facts.roles]
     names = roles[0] if len(roles) == 1 else f"{', '.join(roles[:-1])} and {roles[-1]}"
+    if recipe["method"] in GRIDS:
+        return f"{names} in {scheme_of(recipe).width}"
     symmetric = "symmetric" if recipe["symmetric"] else "asymmetric"
     return f"{names} in int{recipe['bits']} (groups of {recipe['group_size']}, {symmetric})"
 
@@ -213,7 +223,12 @@ def _context(facts: CardFacts) -> dict[str, Any]:
             (ROLES.get(role, role), f"{said['parameters']:,}", ", ".join(said["widths"]))
             for role, said in facts.roles.items()
         ],
-        "engines": engines(record["model"]["family"], facts.roles, record["recipe"]["symmetric"], record["versions"]),
+        "format": FORMATS[record["recipe"]["format"]],
+        "engines": (
+            bitsandbytes_engines(record["model"]["family"], record["versions"])
+            if record["recipe"]["format"] == "bitsandbytes"
+            else engines(record["model"]["family"], facts.roles, record["recipe"]["symmetric"], record["versions"])
+        ),
         "command_model": code(base).strip("`"),
         "provenance": provenance(record),
         "fence": "`" * max(3, longest + 1),
