@@ -66,8 +66,8 @@ def gptq(weight: torch.Tensor, bits: int = 4, group: int = 32, version: int = 1,
 
 
 def nf4(weight: torch.Tensor, kind: str = "nf4", nested: bool = True, storage: torch.dtype = torch.uint8) -> Written:
-    """What transformers saves of a bitsandbytes Linear; read back by the package, flat: on a CPU its 0.50.2 reads blocks
-    that run across rows wrongly (test_bitsandbytes.py)."""
+    """What transformers saves of a bitsandbytes Linear; read back by the package, flat: on a CPU its 0.50.2 misreads
+    blocks that run across rows (test_bitsandbytes.py)."""
     codes, state = quantize_4bit(
         weight.contiguous(), blocksize=64, compress_statistics=nested, quant_type=kind, quant_storage=storage
     )
