@@ -7,7 +7,7 @@ along with the weights: that is what `verify` against the original is for.
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,16 @@ from .checkpoint.soundness import Stored, index_problems, shape_problems, stored
 from .checkpoint.source import PICKLES, Folder, open_folder
 from .core.errors import DamageError, InputError
 from .core.layout import RECORD_NAME
-from .core.scheme import scheme_of
+from .core.scheme import BY_ROW, INT8_ROWS, NF4, NF4_BLOCK, Scheme
 from .models.adapter import Adapter, Role
 from .models.families import load_adapter, read_config
-from .planner.assign import assign
-from .prepare import quantization_block
-from .recipe import matches
+from .prepare import quantization_block, schemes_of
+from .recipe import recorded_recipe
 from .report.reading import READABLE_VERSIONS, check_record
 
 # What a loader may pick up although the index does not name it, and what could run code.
 LOADED = (".safetensors", *PICKLES, ".py", ".gguf")
 SHOWN = 40
-# What a weight that is not quantized may be stored as.
-PLAIN = ("BF16", "F16", "F32")
 Told = Callable[[str], None]
 
 
@@ -197,9 +194,7 @@ def _tensors(
         told_of = stored.broken | absent
         found.problems += _width_problems(stored, block, adapter, canonical, told_of, found)
         if record is not None:
-            widths = {module: scheme.width for module, scheme in stored.schemes.items()}
-            widths |= {name.removesuffix(".weight"): info.dtype for name, info in stored.plain.items()}
-            found.problems += _plan_problems(widths, record, adapter, told_of)
+            found.problems += _plan_problems(stored, record, adapter, told_of)
         found.facts["quantized_modules"] = len(stored.schemes)
     if told is not None:
         told("values")
@@ -236,13 +231,19 @@ def _by_reader(folder: Folder, block: object, adapter: Adapter, record: dict[str
         found.unchecked.append("widths: only what onecard made has a plan to hold them against")
         return
     found.problems += _size_problems(record, adapter, folder)
-    widths = source.schemes | {n.removesuffix(".weight"): i.dtype for n, i in folder.infos.items() if n in source.names}
-    found.problems += _plan_problems(widths | source.schemes, record, adapter, set())
+    # Of what a recipe of ours names; another width is no scheme, and so is not what was planned.
+    known = {str(scheme): scheme for scheme in (Scheme(4, NF4_BLOCK, True, NF4), Scheme(8, BY_ROW, True, INT8_ROWS))}
+    read_as.schemes = {module: known[width] for module, width in source.schemes.items() if width in known}
+    found.problems += _plan_problems(read_as, record, adapter, set())
 
 
 def _stored_as(stored: Stored, module: str) -> str:
     info = stored.plain.get(f"{module}.weight")
     return str(stored.schemes.get(module) or (info.dtype if info else "nothing"))
+
+
+def _at(schemes: dict[str, Scheme], module: str, inputs: int) -> Scheme | None:
+    return schemes[module].at(inputs) if module in schemes else None
 
 
 def _width_problems(
@@ -274,7 +275,7 @@ def _width_problems(
         found.unchecked.append(f"widths against config.json: its `ignore` names {strange[0]}, which no file holds")
         return
     for module in sorted({*wanted, *stored.schemes} - told_of):
-        if stored.schemes.get(module) != wanted.get(module):
+        if stored.schemes.get(module) != _at(wanted, module, shapes[f"{module}.weight"][1]):
             said = wanted.get(module) or "as it was"
             yield f"{module} is stored as {_stored_as(stored, module)}, and config.json announces {said}"
 
@@ -292,22 +293,18 @@ def _size_problems(record: dict[str, Any], adapter: Adapter, folder: Folder) -> 
         yield f"there are {len(folder.shards)} shards, and {RECORD_NAME} says {plan['shards']}"
 
 
-def _plan_problems(
-    widths: Mapping[str, str], record: dict[str, Any], adapter: Adapter, told_of: set[str]
-) -> Iterator[str]:
-    """The record's recipe says which module has which scheme. `widths`: what is stored, by module, quantized or not."""
+def _plan_problems(stored: Stored, record: dict[str, Any], adapter: Adapter, told_of: set[str]) -> Iterator[str]:
+    """The record's recipe says which module has which scheme."""
     recipe = record.get("recipe")
     if not recipe:
         return
     try:
-        roles, keep = tuple(recipe["quantize_roles"]), tuple(recipe["keep_modules"])
-        wanted = assign(adapter, scheme_of(recipe), roles, keep, matches, str(recipe["name"]))
+        wanted = schemes_of(adapter, recorded_recipe(recipe))
     except (KeyError, TypeError, ValueError, InputError):
         yield f"the recipe in {RECORD_NAME} does not fit config.json"
         return
     for block in range(adapter.n_blocks):
-        for _, module, _, _ in adapter.modules(block):
-            width = widths.get(module, "nothing")
-            said = wanted[module].width if module in wanted else "as it was"
-            if module not in told_of and width != said and (module in wanted or width not in PLAIN):
-                yield f"{module} is stored as {width}, and {RECORD_NAME} says {said}"
+        for _, module, _, inputs in adapter.modules(block):
+            if module not in told_of and stored.schemes.get(module) != _at(wanted, module, inputs):
+                said = wanted.get(module) or "as it was"
+                yield f"{module} is stored as {_stored_as(stored, module)}, and {RECORD_NAME} says {said}"

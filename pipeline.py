@@ -392,4 +392,6 @@ def _quantization_config(adapter: Adapter, plan: Plan, written: Format) -> dict[
     ]  # fmt: skip
     if adapter.tied_head:
         ignore.append("lm_head")
-    return written.config(next(iter(plan.schemes.values())), sorted(ignore))
+    sizes = {m: outputs * inputs for b in range(adapter.n_blocks) for _, m, outputs, inputs in adapter.modules(b)}
+    units = {module: adapter.unit(module) for module in plan.schemes}
+    return written.config(plan.schemes, units, sizes, sorted(ignore))

@@ -26,7 +26,7 @@ from .checkpoint.source import Folder, check_shapes, open_folder
 from .checkpoint.workdir import has_run
 from .core.errors import InputError, ResourceError
 from .core.layout import StoredTensor
-from .core.scheme import GRIDS
+from .core.scheme import GRIDS, Scheme
 from .models.adapter import Adapter
 from .models.families import load_adapter, read_config
 from .planner.assign import assign
@@ -191,12 +191,18 @@ def stored_widths(model: Model) -> tuple[Width, ...]:
     return tally(stored(name, shape) for name, shape in adapter.expected().items())
 
 
+def schemes_of(adapter: Adapter, recipe: Recipe) -> dict[str, Scheme]:
+    """Module -> Scheme of all that the recipe quantizes. Raises InputError."""
+    return assign(
+        adapter, recipe.scheme_of, recipe.quantize_roles, recipe.schemes, recipe.keep_modules, matches, recipe.name
+    )
+
+
 def plan_for(model: Model, recipe: Recipe) -> Plan:
     """Match the recipe to the model and lay out what will be emitted. Raises InputError."""
     if recipe.family not in (None, model.adapter.family):
         raise InputError(f"the recipe {recipe.name} is for {recipe.family}, and {model.name} is {model.adapter.family}")
-    schemes = assign(model.adapter, recipe.scheme, recipe.quantize_roles, recipe.keep_modules, matches, recipe.name)
-    layout = FORMATS[recipe.format].layout
+    schemes, layout = schemes_of(model.adapter, recipe), FORMATS[recipe.format].layout
     return make_plan(model.adapter, model.source, schemes, layout, recipe.max_shard_bytes, model.folder.file_bytes)
 
 

@@ -15,9 +15,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from .core.errors import InputError, input_error
-from .core.scheme import GRIDS, NF4_BLOCK, Scheme, scheme_of
+from .core.scheme import BY_ROW, GRIDS, NF4_BLOCK, Scheme
 
 QuantizableRole = Literal["expert", "shared_expert", "mlp", "attention"]
+# Among a recipe's `schemes`, in place of a width: it stays in the source's dtype.
+KEEP = "keep"
 
 
 # What a method is short for: fields that a recipe does not name itself get these values. Times and KL of each stand in
@@ -27,7 +29,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "rtn": {},
     # bitsandbytes' own quantizers, which are their own format; no calibration either.
     "bnb-nf4": {"format": "bitsandbytes", "bits": 4, "group_size": NF4_BLOCK},
-    "bnb-int8": {"format": "bitsandbytes", "bits": 8, "group_size": 0},
+    "bnb-int8": {"format": "bitsandbytes", "bits": 8, "group_size": BY_ROW},
     # GPTQ on statistics taken once for each half of a block, aimed at the reference stream.
     "fast": {
         "sequential": "halves",
@@ -51,7 +53,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 # What the methods of bitsandbytes say themselves: the package gives no choice.
-FIXED = {"bits": "bits", "group_size": "group size (0: a whole row)", "symmetric": "symmetry"}
+FIXED = ("bits", "group_size", "symmetric")
 
 
 class TextSource(BaseModel):
@@ -129,9 +131,13 @@ class Recipe(Limits):
     method: Literal["rtn", "bnb-nf4", "bnb-int8", "fast", "balanced", "best"] = "best"
     format: Literal["compressed-tensors", "bitsandbytes"] = "compressed-tensors"
     bits: Literal[4, 8] = 4
-    group_size: int = 128
+    group_size: int = 128  # -1: one scale a row
     symmetric: bool = True
     quantize_roles: tuple[QuantizableRole, ...] = ("expert", "shared_expert")
+    # What is to have another width than bits, group_size and symmetric say: role, or glob pattern of module names ->
+    # 'int8 group 128', 'int4 by row', ..., or 'keep'. A pattern goes before a role, and of several
+    # patterns the last one counts.
+    schemes: dict[str, str] = {}
     keep_modules: tuple[str, ...] = ()  # glob patterns of module names that stay as they are
 
     scale_search: bool = True
@@ -202,13 +208,15 @@ class Recipe(Limits):
             )
         if self.method in GRIDS:
             own = METHODS[self.method] | {"symmetric": True}
-            wrong = [f"{FIXED[key]} {own[key]}" for key in FIXED if getattr(self, key) != own[key]]
+            wrong = [f"{key} {own[key]}" for key in FIXED if getattr(self, key) != own[key]]
             if wrong:
-                raise ValueError(
-                    f"method {self.method} has {', '.join(wrong)} and no other: leave {', '.join(FIXED)} out"
-                )
-        elif self.group_size < 8 or self.group_size % 8:
-            raise ValueError(f"group_size is {self.group_size}; it must be a positive multiple of 8")
+                raise ValueError(f"method {self.method} has {', '.join(wrong)} and no other: leave it out")
+            if any(words != KEEP for words in self.schemes.values()):
+                raise ValueError(f"method {self.method} knows one width: `schemes` may say '{KEEP}' and no more")
+        Scheme(self.bits, self.group_size, self.symmetric, GRIDS.get(self.method, "int"))
+        for words in self.schemes.values():
+            if words != KEEP:
+                Scheme.parse(words)
         if not self.name.isprintable() or not (self.note or "").isprintable():
             raise ValueError("name or note holds control characters")
         if self.max_flip_rate is not None and not self.tasks:
@@ -226,12 +234,21 @@ class Recipe(Limits):
         return self
 
     @property
-    def folder(self) -> Path:
-        return self._folder
+    def scheme(self) -> Scheme:
+        """What every module gets that `schemes` says nothing of."""
+        return Scheme(self.bits, self.group_size, self.symmetric, GRIDS.get(self.method, "int"))
+
+    def scheme_of(self, role: str, module: str) -> tuple[Scheme | None, list[str]]:
+        """The scheme of a module, None where it stays as it is; and the entries of `schemes` that mean it."""
+        scheme = self.scheme if role in self.quantize_roles else None
+        hits = [key for key in self.schemes if key == role or matches(key, module)]
+        for key in sorted(hits, key=lambda key: key != role):
+            scheme = None if self.schemes[key] == KEEP else Scheme.parse(self.schemes[key])
+        return scheme, hits
 
     @property
-    def scheme(self) -> Scheme:
-        return scheme_of(self.model_dump(include={"method", "bits", "group_size", "symmetric"}))
+    def folder(self) -> Path:
+        return self._folder
 
     def __eq__(self, other: object) -> bool:
         """By what it says, not by where it lies."""
@@ -309,6 +326,14 @@ def named_limits(fields: dict[str, Any]) -> dict[str, float]:
     """Of a recipe's fields (or a record's) those that limit something."""
     found = {key: fields[key] for key in Limits.model_fields if fields.get(key) is not None}
     return {key: value for key, value in found.items() if key != "fail_below_expert_rows" or value > 0}
+
+
+def recorded_recipe(fields: dict[str, Any]) -> Recipe:
+    """The recipe of a record. Raises InputError listing every offending key."""
+    try:
+        return Recipe.model_validate({key: value for key, value in fields.items() if key != "digest"})
+    except ValidationError as error:
+        raise _refusal("the recipe of the record", error, Recipe) from None
 
 
 def recorded_limits(what: str, fields: dict[str, Any]) -> dict[str, float]:

@@ -156,8 +156,8 @@ def _zero_codes(folder: Folder, module: str, scheme: Scheme) -> bool:
         zero_word = ct.pack_words(torch.zeros(1, 32 // scheme.bits, dtype=torch.int8), scheme.bits)
         return not bool((words != zero_word).any())
     parts = {part: folder.get(f"{module}.{part}") for part in (ct.SCALE, ct.ZERO)}
-    shape = torch.tensor([words.shape[0], parts[ct.SCALE].shape[1] * scheme.group_size])
-    weight = ct.unpack({ct.PACKED: words, ct.SHAPE: shape, **parts}, scheme)
+    parts |= {ct.PACKED: words, ct.SHAPE: folder.get(f"{module}.{ct.SHAPE}")}
+    weight = ct.unpack(parts, scheme)
     assert weight.zero_points is not None
-    grouped = weight.codes.unflatten(-1, (-1, scheme.group_size))
+    grouped = weight.codes.unflatten(-1, (weight.scales.shape[-1], -1))
     return not bool((grouped != weight.zero_points.unsqueeze(-1)).any())

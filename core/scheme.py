@@ -5,12 +5,14 @@ quantizes and stores in one step, so that a Scheme on one of its grids has no Qu
 Shape legend: B batch (experts), O output features, I input features, G groups along I (I / group size).
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+import re
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
+# In place of a group size: one scale a row, whatever the number of inputs.
+BY_ROW = -1
 # Grids that are not integers in groups: bitsandbytes' own, which its functions alone write (arXiv 2305.14314,
 # 2208.07339).
 NF4: Literal["nf4"] = "nf4"
@@ -18,15 +20,16 @@ INT8_ROWS: Literal["int8 rows"] = "int8 rows"
 NF4_BLOCK = 64
 # The methods that are those functions. All others give integers in groups.
 GRIDS: dict[str, Literal["nf4", "int8 rows"]] = {"bnb-nf4": NF4, "bnb-int8": INT8_ROWS}
+_WORDS = re.compile(r"int(?P<bits>[48]) (?:group (?P<group>\d+)|by row)(?P<asymmetric> asymmetric)?")
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How one weight matrix is stored: integer codes of `bits`, one scale a group of `group_size` inputs.
+    """How one weight matrix is stored: integer codes of `bits`, one scale a group of `group_size` inputs, or a row.
 
     Or on a grid of bitsandbytes: `nf4`, 16 quantiles of a normal distribution, the flattened weight in blocks of
-    `group_size`, double quantized; `int8 rows`, one scale a row (`group_size` 0). Contradictions are
-    refused at construction with a ValueError (a recipe turns that into its own message).
+    `group_size`, double quantized; `int8 rows`, one scale a row. Contradictions are refused at construction with a
+    ValueError (a recipe turns that into its own message).
     """
 
     bits: int = 4
@@ -36,37 +39,37 @@ class Scheme:
 
     def __post_init__(self) -> None:
         problems = []
-        own = {NF4: (4, NF4_BLOCK, True), INT8_ROWS: (8, 0, True)}
-        if self.grid in own:
-            if (self.bits, self.group_size, self.symmetric) != own[self.grid]:
-                problems.append(f"the grid {self.grid} is {own[self.grid]}: bits, group_size, symmetric")
-        elif self.bits not in (4, 8):
+        if self.bits not in (4, 8):
             problems.append(f"bits is {self.bits}; the engines load 4 and 8")
-        if self.grid not in own and (self.group_size < 8 or self.group_size % 8):
-            problems.append(f"group_size is {self.group_size}; it must be a positive multiple of 8")
+        if self.group_size != BY_ROW and (self.group_size < 8 or self.group_size % 8):
+            problems.append(
+                f"group_size is {self.group_size}; it must be a positive multiple of 8, or {BY_ROW} for one scale a row"
+            )
+        own = {NF4: (4, NF4_BLOCK, True), INT8_ROWS: (8, BY_ROW, True)}
+        if self.grid in own and (self.bits, self.group_size, self.symmetric) != own[self.grid]:
+            problems.append(f"the grid {self.grid} has bits, group_size and symmetric {own[self.grid]}")
         if self.grid not in ("int", *own):
             problems.append(f"grid is {self.grid!r}; int, {', '.join(own)} are known")
         if problems:
             raise ValueError("; ".join(problems))
 
     def __str__(self) -> str:
-        if self.grid != "int":
-            return self.width
-        return f"int{self.bits} in groups of {self.group_size}, {'symmetric' if self.symmetric else 'asymmetric'}"
-
-    @property
-    def width(self) -> str:
-        """What people call it, in plans, records and pages."""
+        """What recipes, records and cards call it: 'int4 group 128', 'int8 by row', 'int4 group 32 asymmetric'."""
         if self.grid == NF4:
             return f"nf4 block {self.group_size}, double quantized"
-        if self.grid == INT8_ROWS:
-            return "int8 by row"
-        return f"int{self.bits} group {self.group_size}" + ("" if self.symmetric else " asymmetric")
+        over = "by row" if self.group_size == BY_ROW else f"group {self.group_size}"
+        return f"int{self.bits} {over}" + ("" if self.symmetric else " asymmetric")
 
-    def divides(self, in_features: int) -> bool:
-        """Whether a matrix of so many inputs can be stored so. NF4's blocks could run across rows, but a kernel of
-        bitsandbytes then reads them wrongly (checkpoint/formats/bitsandbytes.py)."""
-        return self.grid == INT8_ROWS or in_features % self.group_size == 0
+    @classmethod
+    def parse(cls, words: str) -> "Scheme":
+        """The inverse of str(), of integers. Raises ValueError."""
+        found = _WORDS.fullmatch(words)
+        if found is None:
+            raise ValueError(
+                f"{words!r} is no width: write it like 'int4 group 128', 'int8 by row' or 'int4 group 32 asymmetric'"
+            )
+        group = BY_ROW if found["group"] is None else int(found["group"])
+        return cls(int(found["bits"]), group, found["asymmetric"] is None)
 
     @property
     def code_min(self) -> int:
@@ -77,15 +80,23 @@ class Scheme:
     def code_max(self) -> int:
         return 2 ** (self.bits - 1) - 1
 
+    def width(self, in_features: int) -> int:
+        """Inputs that share a scale."""
+        return in_features if self.group_size == BY_ROW else self.group_size
+
+    def at(self, in_features: int) -> "Scheme":
+        """The same with its width as a number: what files tell, where a row of one group is a row."""
+        return replace(self, group_size=self.width(in_features)) if self.grid == "int" else self
+
+    def divides(self, in_features: int) -> bool:
+        """Whether a matrix of so many inputs can be stored so. NF4's blocks could run across rows, but a kernel of
+        bitsandbytes then reads them wrongly (checkpoint/formats/bitsandbytes.py)."""
+        return in_features % self.width(in_features) == 0
+
     def groups(self, in_features: int) -> int:
         """Number of groups along the inputs; the group size must divide them (checked before a run starts)."""
-        assert in_features % self.group_size == 0, (in_features, self.group_size)
-        return in_features // self.group_size
-
-
-def scheme_of(fields: Mapping[str, Any]) -> Scheme:
-    """The scheme that a recipe's fields (or a record's) name. Raises KeyError, TypeError or ValueError."""
-    return Scheme(fields["bits"], fields["group_size"], fields["symmetric"], GRIDS.get(fields["method"], "int"))
+        assert self.divides(in_features), (in_features, self.group_size)
+        return in_features // self.width(in_features)
 
 
 @dataclass(frozen=True)
@@ -110,7 +121,7 @@ class QuantizedWeight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight [(B,) O, I] in `dtype`, multiplied in fp32 and rounded once."""
-        grouped = self.codes.unflatten(-1, (-1, self.scheme.group_size)).to(torch.float32)
+        grouped = self.codes.unflatten(-1, (self.scales.shape[-1], -1)).to(torch.float32)
         if self.zero_points is not None:
             grouped = grouped - self.zero_points.to(torch.float32).unsqueeze(-1)
         return (grouped * self.scales.to(torch.float32).unsqueeze(-1)).flatten(-2).to(dtype)

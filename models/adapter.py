@@ -159,7 +159,9 @@ class Adapter(ABC):
 
     @abstractmethod
     def unit(self, module_name: str) -> str:
-        """The unit of a canonical module: what the engine fuses, and so what must share one scheme."""
+        """The unit of a canonical module, by the engine's name for it (`...self_attn.qkv_proj`,
+        `...feed_forward.experts`): what the engine fuses, and so what must share one scheme. A module that is fused
+        with no other is its own."""
 
     def image_features(
         self, source: TensorSource, pixels: torch.Tensor, device: torch.device, dtype: torch.dtype

@@ -111,8 +111,8 @@ class Llama4Adapter(Adapter):
         head, _, leaf = module_name.rpartition(".")
         if ".experts." in module_name:
             return head.rpartition(".")[0]  # all experts of a layer
-        return head + {"q_proj": ".qkv", "k_proj": ".qkv", "v_proj": ".qkv"}.get(
-            leaf, ".gate_up" if leaf in ("gate_proj", "up_proj") else f".{leaf}"
+        return head + {"q_proj": ".qkv_proj", "k_proj": ".qkv_proj", "v_proj": ".qkv_proj"}.get(
+            leaf, ".gate_up_proj" if leaf in ("gate_proj", "up_proj") else f".{leaf}"
         )
 
     def expected(self) -> dict[str, tuple[int, ...]]:

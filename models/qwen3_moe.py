@@ -91,8 +91,8 @@ class Qwen3MoeAdapter(Adapter):
         if ".experts." in module_name:
             return head.rpartition(".")[0]
         if leaf in ("q_proj", "k_proj", "v_proj"):
-            return f"{head}.qkv"
-        return f"{head}.gate_up" if leaf in ("gate_proj", "up_proj") else module_name
+            return f"{head}.qkv_proj"
+        return f"{head}.gate_up_proj" if leaf in ("gate_proj", "up_proj") else module_name
 
     def expected(self) -> dict[str, tuple[int, ...]]:
         return dict(self._shapes)

@@ -99,7 +99,7 @@ class Plan:
 
 def width_name(scheme: Scheme | None, dtype: str) -> str:
     """What people call the width of a weight: its scheme's if it is quantized, else its dtype."""
-    return dtype if scheme is None else scheme.width
+    return dtype if scheme is None else str(scheme)
 
 
 def tally(stored: Iterable[Width]) -> tuple[Width, ...]:

@@ -110,7 +110,7 @@ def gptq(
     each = torch.arange(batch, device=w_BOI.device)
     upper = prepared.factor.upper
     wt = w_BOI.transpose(1, 2)[each[:, None], order_BI].contiguous()  # [B, I, O], permuted: a copy of our own
-    group_BI = order_BI // scheme.group_size
+    group_BI = order_BI // scheme.width(inputs)
     scale_BGO = scale_BOG.to(wt.dtype).transpose(1, 2).contiguous()
     zero_BGO = None if zero_BOG is None else zero_BOG.to(wt.dtype).transpose(1, 2).contiguous()
     codes_t = torch.empty(wt.shape, dtype=torch.int8, device=wt.device)

@@ -39,7 +39,7 @@ def absmax_scales(w_BOI: torch.Tensor, scheme: Scheme, dtype: torch.dtype) -> tu
 
     The symmetric one maps the largest magnitude to code -8 and clips +8 to 7: the scheme of Meta's own int4 Scout.
     """
-    w_BOGg = w_BOI.unflatten(-1, (-1, scheme.group_size))
+    w_BOGg = w_BOI.unflatten(-1, (scheme.groups(w_BOI.shape[-1]), -1))
     if scheme.symmetric:
         return _stored(w_BOGg.abs().amax(-1) / -scheme.code_min, dtype), None
     low, high = w_BOGg.amin(-1).clamp_max(0), w_BOGg.amax(-1).clamp_min(0)
@@ -60,7 +60,7 @@ def signs(w_BOI: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     The symmetric grid has one more level below zero than above. A negative scale turns it round, costs nothing and is
     what llama.cpp's Q4_0 stores; every reader multiplies code and scale.
     """
-    w_BOGg = w_BOI.unflatten(-1, (-1, scheme.group_size))
+    w_BOGg = w_BOI.unflatten(-1, (scheme.groups(w_BOI.shape[-1]), -1))
     largest = w_BOGg.gather(-1, w_BOGg.abs().argmax(-1, keepdim=True)).squeeze(-1)
     return torch.where(largest > 0, -1.0, 1.0).to(w_BOI.dtype)
 
@@ -75,7 +75,7 @@ def searched_scales(
     """
     if signed and scheme.symmetric:
         sign_BOG = signs(w_BOI, scheme)
-        turned_BOI = (w_BOI.unflatten(-1, (-1, scheme.group_size)) * sign_BOG.unsqueeze(-1)).flatten(-2)
+        turned_BOI = (w_BOI.unflatten(-1, (scheme.groups(w_BOI.shape[-1]), -1)) * sign_BOG.unsqueeze(-1)).flatten(-2)
         scale, _ = searched_scales(turned_BOI, importance_BI, scheme, dtype)
         return scale * sign_BOG.to(dtype), None
     parts = []
@@ -91,8 +91,8 @@ def searched_scales(
 def _search(
     w_OI: torch.Tensor, importance_I: torch.Tensor, scheme: Scheme, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    w_OGg = w_OI.unflatten(-1, (-1, scheme.group_size))
-    d_Gg = importance_I.unflatten(-1, (-1, scheme.group_size))
+    w_OGg = w_OI.unflatten(-1, (scheme.groups(w_OI.shape[-1]), -1))
+    d_Gg = importance_I.unflatten(-1, (scheme.groups(importance_I.shape[-1]), -1))
     best_error = torch.full(w_OGg.shape[:-1], torch.inf, device=w_OI.device, dtype=w_OI.dtype)
     best_scale, best_zero = absmax_scales(w_OI, scheme, dtype)
     peak = w_OGg.abs().amax(-1) / -scheme.code_min
@@ -119,7 +119,7 @@ def round_to_nearest(
     w_BOI: torch.Tensor, scale_BOG: torch.Tensor, zero_BOG: torch.Tensor | None, scheme: Scheme
 ) -> QuantizedWeight:
     """Every value to its nearest code, given the scales."""
-    w_BOGg = w_BOI.unflatten(-1, (-1, scheme.group_size))
+    w_BOGg = w_BOI.unflatten(-1, (scheme.groups(w_BOI.shape[-1]), -1))
     z = None if zero_BOG is None else zero_BOG.unsqueeze(-1)
     codes = round_codes(w_BOGg, scale_BOG.float().unsqueeze(-1), z, scheme).flatten(-2)
     zero = None if zero_BOG is None else zero_BOG.to(torch.int8)

@@ -28,7 +28,7 @@ def refine(weight: QuantizedWeight, w_BOI: torch.Tensor, moment_BII: torch.Tenso
     zero_BGO = None if weight.zero_points is None else weight.zero_points.to(w_BOI.dtype).transpose(1, 2).contiguous()
     value_t = weight.dequantize(w_BOI.dtype).transpose(1, 2)
     gradient_t = torch.bmm(moment_BII, w_BOI.transpose(1, 2) - value_t)  # S is symmetric: (E S)^T = S E^T
-    group = scheme.group_size
+    group = scheme.width(codes_t.shape[1])
     for _ in range(rounds):
         for g in range(scale_BGO.shape[1]):
             columns = slice(g * group, (g + 1) * group)
@@ -58,7 +58,7 @@ def _sweep(
     weight: QuantizedWeight,
 ) -> None:
     """One pass of coordinate descent over all columns; codes and gradient are changed in place."""
-    inputs, group = codes_t.shape[1], weight.scheme.group_size
+    inputs, group = codes_t.shape[1], weight.scheme.width(codes_t.shape[1])
     for begin in range(0, inputs, BLOCK_COLUMNS):
         end = min(begin + BLOCK_COLUMNS, inputs)
         moves = torch.empty_like(gradient_t[:, begin:end])

@@ -4,7 +4,7 @@ The batch of experts is cut so that working copies stay within a budget of memor
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,6 +18,8 @@ from .restarts import PASSES, Stretch, prepare_restarts, restarted
 
 # What a move of a code costs in time, for each weight of its stretch, beside matrix products: measured on one CPU core.
 MOVE_FLOPS = 700.0
+# Groups wider than this get no restarts and no tabu search: a stretch of whole groups would be most of the row.
+WIDEST_SEARCHED = 512
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,10 @@ def quantize_batch(
     if method.needs_statistics:
         assert moment_BII is not None
         prepared = prepare(moment_BII, method.damping, method.activation_order)
-        restarts = prepare_restarts(prepared.objective, scheme.group_size, method.restarts)
+        # Both searches go over stretches of whole groups: one as wide as a row has none.
+        wide = scheme.width(w_BOI.shape[-1]) > WIDEST_SEARCHED
+        method = replace(method, restarts=0, tabu_moves=0) if wide else method
+        restarts = prepare_restarts(prepared.objective, scheme.width(w_BOI.shape[-1]), method.restarts)
 
         def quantize_rows(rows_BRI: torch.Tensor) -> QuantizedWeight:
             return _codes(rows_BRI, prepared, restarts, scheme, method, scale_dtype)

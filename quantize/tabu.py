@@ -33,11 +33,12 @@ def tabu_searched(
     scheme, inputs = weight.scheme, w_BOI.shape[-1]
     codes = weight.codes.clone()
     error_BOI = w_BOI - weight.dequantize(w_BOI.dtype)
-    width = max(1, BLOCK_COLUMNS // scheme.group_size) * scheme.group_size
+    group = scheme.width(inputs)
+    width = max(1, BLOCK_COLUMNS // group) * group
     for begin in range(0, inputs, width):
         columns = slice(begin, min(begin + width, inputs))
-        groups = slice(begin // scheme.group_size, columns.stop // scheme.group_size)
-        step = weight.scales[:, :, groups].to(w_BOI.dtype).repeat_interleave(scheme.group_size, dim=-1)
+        groups = slice(begin // group, columns.stop // group)
+        step = weight.scales[:, :, groups].to(w_BOI.dtype).repeat_interleave(group, dim=-1)
         own = moment_BII[:, columns, columns]
         slope = torch.bmm(error_BOI, moment_BII[:, :, columns])
         steps = _search(codes[:, :, columns], step, slope, own, moves, scheme)

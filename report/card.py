@@ -8,7 +8,6 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from ..core.scheme import scheme_of
 from .heatmap import BARS, least_line
 from .progress import clock, gigabytes
 from .record import RunRecord
@@ -46,6 +45,15 @@ def interval(kl: dict[str, Any]) -> str:
     if kl["kl_low_nats"] is None:
         return "no interval"
     return f"95 %: {kl['kl_low_nats']:.5f} to {kl['kl_high_nats']:.5f}"
+
+
+def few_bits(plan: dict[str, Any]) -> list[str]:
+    """The widths that matrices were quantized to, the most bytes first."""
+    found: dict[str, int] = {}
+    for entry in plan["widths"]:
+        if entry["width"].startswith(("int", "nf")):
+            found[entry["width"]] = found.get(entry["width"], 0) + entry["bytes"]
+    return sorted(found, key=lambda width: -found[width])
 
 
 def _add_kl(grid: Table, kl: dict[str, Any], reference: str, other: str) -> None:
@@ -105,7 +113,7 @@ def draw_card(record: RunRecord, out: str, console: Console) -> None:
     )
     if record.recipe:
         recipe = record.recipe
-        grid.add_row("recipe", f"{recipe['name']}: {recipe['method']}, {scheme_of(recipe).width}")
+        grid.add_row("recipe", f"{recipe['name']}: {recipe['method']}, {', '.join(few_bits(plan))}")
     ratio = plan["source_bytes"] / plan["emitted_bytes"]
     grid.add_row(
         "size", f"{size(plan['emitted_bytes'])}, from {size(plan['source_bytes'])} ({ratio:.2f} times smaller)"

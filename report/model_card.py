@@ -19,9 +19,9 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..core.errors import InputError
 from ..core.layout import CARD_MARK
-from ..core.scheme import GRIDS, scheme_of
+from ..core.scheme import GRIDS
 from . import licence as licences
-from .card import counted, size
+from .card import counted, few_bits, size
 from .card_tables import base_name, code, flips, kinds, measured, provenance, words
 from .engines import bitsandbytes_engines, engines
 from .licence import Licence
@@ -59,8 +59,7 @@ def mark(record_digest: str) -> str:
 def metadata(facts: CardFacts) -> ModelCardData:
     """The card's front matter. Raises InputError for ids that the hub would not take."""
     front = facts.record["model"].get("card") or {}
-    bits = facts.record["recipe"]["bits"]
-    grid = scheme_of(facts.record["recipe"]).width.partition(" ")[0]
+    bits = sorted({width.partition(" ")[0] for width in few_bits(facts.record["plan"])})
     vision = facts.vision
     more: dict[str, Any] = {}
     if facts.base_model is not None:
@@ -78,7 +77,14 @@ def metadata(facts: CardFacts) -> ModelCardData:
                 f"the licence {facts.licence.id!r} is no id of the hub, such as apache-2.0: give --license"
             )
         more |= {"license": facts.licence.id, "license_name": facts.licence.name, "license_link": facts.licence.link}
-    tags = ["quantized", grid, f"{bits}-bit", facts.record["recipe"]["format"], "moe", "onecard"]
+    tags = [
+        "quantized",
+        *bits,
+        *(f"{word.lstrip('intf')}-bit" for word in bits),
+        facts.record["recipe"]["format"],
+        "moe",
+        "onecard",
+    ]
     return ModelCardData(
         **more,
         language=front.get("language"),
@@ -163,13 +169,13 @@ def _limits(facts: CardFacts) -> list[str]:
 
 
 def _scheme(facts: CardFacts) -> str:
-    recipe = facts.record["recipe"]
-    roles = [ROLES.get(role, role) for role in recipe["quantize_roles"] if role in facts.roles]
-    names = roles[0] if len(roles) == 1 else f"{', '.join(roles[:-1])} and {roles[-1]}"
-    if recipe["method"] in GRIDS:
-        return f"{names} in {scheme_of(recipe).width}"
-    symmetric = "symmetric" if recipe["symmetric"] else "asymmetric"
-    return f"{names} in int{recipe['bits']} (groups of {recipe['group_size']}, {symmetric})"
+    """Roles by the widths that they were quantized to: a width once, with all that has it."""
+    by_width: dict[str, list[str]] = {}
+    for role, said in facts.roles.items():
+        widths = [width for width in few_bits(facts.record["plan"]) if width in said["widths"]]
+        if widths:
+            by_width.setdefault(", ".join(widths), []).append(ROLES.get(role, role))
+    return "; ".join(f"{' and '.join(roles)} in {width}" for width, roles in by_width.items())
 
 
 def _licence_words(facts: CardFacts) -> str:

@@ -70,7 +70,7 @@ def write_jsonl(path: Path, rows: list[Any]) -> Path:
 
 
 def write_recipe(path: Path, **changes: Any) -> Path:
-    path.write_text(yaml.safe_dump(RECIPE | changes), encoding="utf-8")
+    path.write_text(yaml.safe_dump(RECIPE | changes, sort_keys=False), encoding="utf-8")
     return path
 
 

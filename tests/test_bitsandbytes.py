@@ -32,7 +32,7 @@ from onecard.checkpoint.formats.bitsandbytes import dense_4bit, dense_8bit
 from onecard.checkpoint.formats.bitsandbytes_write import STATE_PART, layout, quantization_config, quantize
 from onecard.checkpoint.packed import PackedSource
 from onecard.core.errors import InputError
-from onecard.core.scheme import INT8_ROWS, NF4, Scheme
+from onecard.core.scheme import BY_ROW, INT8_ROWS, NF4, Scheme
 from onecard.core.tensors import DTYPE_NAMES
 from onecard.generate import load_with_transformers
 from onecard.inspection import inspect
@@ -40,8 +40,8 @@ from onecard.models.adapter import Role, read
 from onecard.prepare import Model, open_model, open_source, plan_for
 from onecard.recipe import Recipe, load_recipe
 
-SCHEMES = {"bnb-nf4": Scheme(4, 64, True, NF4), "bnb-int8": Scheme(8, 0, True, INT8_ROWS)}
-SIZES = {"bnb-nf4": 64, "bnb-int8": 0}
+SCHEMES = {"bnb-nf4": Scheme(4, 64, True, NF4), "bnb-int8": Scheme(8, BY_ROW, True, INT8_ROWS)}
+SIZES = {"bnb-nf4": 64, "bnb-int8": BY_ROW}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -135,7 +135,7 @@ def test_linear4bit_saves_the_same_parts() -> None:
 
 @pytest.mark.parametrize("method", SCHEMES)
 def test_transformers_reads_the_config_block_as_it_is_meant(method: str) -> None:
-    config = BitsAndBytesConfig.from_dict(quantization_config(SCHEMES[method], ["lm_head"]))
+    config = BitsAndBytesConfig.from_dict(quantization_config({"a": SCHEMES[method]}, {}, {}, ["lm_head"]))
     assert (config.load_in_4bit, config.load_in_8bit) == (method == "bnb-nf4", method == "bnb-int8")
     assert config.quantization_method() == ("nf4" if method == "bnb-nf4" else "llm_int8")
     assert config.llm_int8_skip_modules == ["lm_head"]
@@ -149,12 +149,13 @@ def test_transformers_reads_the_config_block_as_it_is_meant(method: str) -> None
 @pytest.mark.parametrize(
     ("keys", "told"),
     [
-        ({"method": "bnb-nf4", "group_size": 128}, "method bnb-nf4 has group size"),
+        ({"method": "bnb-nf4", "group_size": 128}, "method bnb-nf4 has group_size 64"),
         ({"method": "bnb-nf4", "bits": 8}, "method bnb-nf4 has bits 4"),
-        ({"method": "bnb-int8", "symmetric": False}, "symmetry True"),
+        ({"method": "bnb-int8", "symmetric": False}, "symmetric True"),
         ({"method": "bnb-nf4", "format": "compressed-tensors"}, "contradict each other"),
         ({"method": "rtn", "format": "bitsandbytes"}, "bnb-nf4 and bnb-int8 are the methods"),
         ({"method": "rtn", "group_size": 0}, "positive multiple of 8"),
+        ({"method": "bnb-nf4", "schemes": {"attention": "int8 by row"}}, "knows one width"),
     ],
 )
 def test_contradictions_are_refused(keys: dict[str, Any], told: str, tmp_path: Path) -> None:
@@ -235,7 +236,7 @@ def test_every_expert_is_in_few_bits_and_near_its_own_weight(run: tuple[Model, M
         ours = packed(made).get(name).float()
         assert float((ours - original).norm() / original.norm()) < (0.12 if method == "bnb-nf4" else 0.01), name
     roles = inspect(str(made.path))["roles"]
-    assert roles["expert"]["widths"] == {SCHEMES[method].width: roles["expert"]["parameters"]}
+    assert roles["expert"]["widths"] == {str(SCHEMES[method]): roles["expert"]["parameters"]}
 
 
 def test_what_is_not_quantized_is_byte_identical_and_named(run: tuple[Model, Model, str]) -> None:
@@ -270,10 +271,10 @@ def test_check_is_content_and_finds_a_width_that_was_not_planned(run: tuple[Mode
     assert found.facts["quantized_modules"] == len(packed(made).schemes)
     other = tmp_path / "other"
     shutil.copytree(made.path, other)
-    said = {"method": "rtn", "bits": 8, "group_size": 32}
+    said = {"method": "rtn", "format": "compressed-tensors", "bits": 8, "group_size": 32}
     babies.edit_json(other / "onecard.json", lambda record: record["recipe"].update(said))
     found = check(str(other))
-    wanted = f"is stored as {SCHEMES[method].width}, and onecard.json says int8 group 32"
+    wanted = f"is stored as {SCHEMES[method]}, and onecard.json says int8 group 32"
     assert sum(wanted in problem for problem in found.problems) == len(packed(made).schemes)
 
 
@@ -343,4 +344,4 @@ def test_a_weight_that_fp16_cannot_hold_is_refused_by_int8(tmp_path: Path) -> No
 
     wrong = babies.changed_copy(source, tmp_path / "wrong", change)
     with pytest.raises(InputError, match=r"experts\.3\.up_proj holds weights that bnb-int8 cannot hold"):
-        run_pipeline(wrong, tmp_path / "out", make_recipe(method="bnb-int8", group_size=0))
+        run_pipeline(wrong, tmp_path / "out", make_recipe(method="bnb-int8", group_size=BY_ROW))

@@ -9,20 +9,23 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor, unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+from compressed_tensors.quantization.lifecycle.apply import apply_quantization_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onecard.checkpoint.formats import compressed_tensors as ct
 from onecard.checkpoint.formats.compressed_tensors_read import read_groups
-from onecard.core.scheme import QuantizedWeight, Scheme
+from onecard.core.scheme import BY_ROW, QuantizedWeight, Scheme
 from onecard.core.tensors import DTYPE_NAMES
 
 
 @st.composite
 def weights(draw: st.DrawFn) -> QuantizedWeight:
     """Any codes and zero points in range, outputs that fill no whole word included."""
-    scheme = Scheme(draw(st.sampled_from([4, 8])), draw(st.sampled_from([8, 16, 24, 32, 128])), draw(st.booleans()))
-    outputs, groups = draw(st.integers(1, 21)), draw(st.integers(1, 5))
+    group = draw(st.sampled_from([8, 16, 24, 32, 128, BY_ROW]))
+    scheme = Scheme(draw(st.sampled_from([4, 8])), group, draw(st.booleans()))
+    outputs, groups = draw(st.integers(1, 21)), 1 if group == BY_ROW else draw(st.integers(1, 5))
+    inputs = draw(st.integers(1, 9)) * 8 if group == BY_ROW else groups * group
     dtype = draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
 
@@ -31,7 +34,7 @@ def weights(draw: st.DrawFn) -> QuantizedWeight:
 
     scales = torch.rand(outputs, groups, generator=generator).add(0.01).to(dtype)
     zero = None if scheme.symmetric else codes(outputs, groups)
-    return QuantizedWeight(codes(outputs, groups * scheme.group_size), scales, zero, scheme)
+    return QuantizedWeight(codes(outputs, inputs), scales, zero, scheme)
 
 
 def same_bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
@@ -86,8 +89,9 @@ def test_words_are_those_of_the_specification(weight: QuantizedWeight) -> None:
 
 
 def their_scheme(scheme: Scheme) -> QuantizationScheme:
+    over = {"strategy": "channel"} if scheme.group_size == BY_ROW else {"group_size": scheme.group_size}
     args = QuantizationArgs(
-        num_bits=scheme.bits, type="int", symmetric=scheme.symmetric, strategy="group", group_size=scheme.group_size
+        num_bits=scheme.bits, type="int", symmetric=scheme.symmetric, **{"strategy": "group"} | over
     )
     return QuantizationScheme(targets=["Linear"], weights=args)
 
@@ -127,7 +131,7 @@ def test_what_the_package_writes_is_what_we_write(weight: QuantizedWeight) -> No
 @given(weights())
 def test_dequantize_is_code_minus_zero_times_scale(weight: QuantizedWeight) -> None:
     got = weight.dequantize()
-    size = weight.scheme.group_size
+    size = weight.scheme.width(weight.codes.shape[1])
     for o in range(weight.codes.shape[0]):
         for i in range(0, weight.codes.shape[1], 5):
             zero = 0 if weight.zero_points is None else int(weight.zero_points[o, i // size])
@@ -151,7 +155,7 @@ def test_one_matrix_of_a_batch_is_its_rows() -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_config_block_is_the_packages_own(bits: int, group: int, symmetric: bool) -> None:
     scheme, ignore = Scheme(bits, group, symmetric), ["lm_head", "model.layers.0.mlp.gate"]
-    block = ct.quantization_config(scheme, ignore)
+    block = ct.quantization_config({"a.b": scheme}, {"a.b": "a.b"}, {"a.b": 1}, ignore)
     config = QuantizationConfig.model_validate(block)
     assert config.model_dump(mode="json", exclude_none=True) == block
     assert (block["quant_method"], block["format"], block["quantization_status"]) == (
@@ -169,6 +173,50 @@ def test_the_config_block_is_the_packages_own(bits: int, group: int, symmetric: 
     assert config.ignore == ignore
     (group,) = read_groups(block)
     assert (group.bits, group.group_size, group.symmetric) == (scheme.bits, scheme.group_size, scheme.symmetric)
+
+
+def test_several_schemes_are_groups_of_which_the_largest_is_the_class() -> None:
+    most, some, few = Scheme(4, 128), Scheme(8, BY_ROW), Scheme(4, 32, False)
+    units = {"m.0.q_proj": "m.0.qkv_proj", "m.0.k_proj": "m.0.qkv_proj", "m.0.o_proj": "m.0.o_proj"}
+    units |= {
+        f"m.{b}.experts.{e}.{p}_proj": f"m.{b}.experts" for b in (0, 1, 10) for e in (0, 11) for p in ("up", "down")
+    }
+    schemes = {m: {"m.0.qkv_proj": some, "m.0.o_proj": few, "m.1.experts": some}.get(u, most) for m, u in units.items()}
+    block = ct.quantization_config(schemes, units, dict.fromkeys(units, 64), ["lm_head"])
+    config = QuantizationConfig.model_validate(block)
+    assert config.config_groups["group_0"].targets == ["Linear"]
+    assert ct.announced(block, [*units, "lm_head"]) == schemes
+    # As vLLM asks: a fused module by its own name first, the experts of a layer by their first expert's projections.
+    fused = ct.announced(block, ["m.0.qkv_proj", "m.1.experts.0.gate_proj", "m.10.experts.0.gate_proj"])
+    assert fused == {"m.0.qkv_proj": some, "m.1.experts.0.gate_proj": some, "m.10.experts.0.gate_proj": most}
+    # As the package itself asks, over a model with modules of these names.
+    model = torch.nn.Module()
+    for name in (*units, "lm_head"):
+        owner = model
+        for part in name.split(".")[:-1]:
+            if not hasattr(owner, part):
+                owner.add_module(part, torch.nn.Module())
+            owner = getattr(owner, part)
+        owner.add_module(name.rpartition(".")[2], torch.nn.Linear(128, 32, device="meta"))
+    apply_quantization_config(model, config)
+    for name, scheme in schemes.items():
+        args = model.get_submodule(name).quantization_scheme.weights
+        assert (args.num_bits, args.group_size or BY_ROW, args.symmetric) == (
+            scheme.bits, scheme.group_size, scheme.symmetric
+        )  # fmt: skip
+    assert not hasattr(model.lm_head, "quantization_scheme")
+
+
+@given(st.sampled_from([4, 8]), st.one_of(st.just(BY_ROW), st.integers(1, 64).map(lambda n: 8 * n)), st.booleans())
+def test_a_schemes_words_are_read_back(bits: int, group: int, symmetric: bool) -> None:
+    scheme = Scheme(bits, group, symmetric)
+    assert Scheme.parse(str(scheme)) == scheme
+
+
+@pytest.mark.parametrize("words", ["", "int4", "int3 group 128", "int4 group 12", "bf16", "int4 by row x"])
+def test_other_words_are_no_scheme(words: str) -> None:
+    with pytest.raises(ValueError, match=r"width|group_size"):
+        Scheme.parse(words)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ Dettmers et al., arXiv 2305.14314 (NF4, double quantization) and 2208.07339 (LLM
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -95,9 +96,12 @@ def _int8_rows(weight_OI: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.
     return parts, int8_vectorwise_dequant(codes, scales)
 
 
-def quantization_config(scheme: Scheme, keep: list[str]) -> dict[str, Any]:
-    """The `quantization_config` block of config.json. `keep` names every Linear module that stays as it was:
-    transformers makes all others into bitsandbytes' own, and so does vLLM."""
+def quantization_config(
+    schemes: Mapping[str, Scheme], units: Mapping[str, str], sizes: Mapping[str, int], keep: list[str]
+) -> dict[str, Any]:
+    """The `quantization_config` block of config.json, of the one scheme that all modules have. `keep` names every
+    Linear module that stays as it was: transformers makes all others into bitsandbytes' own."""
+    (scheme,) = set(schemes.values())
     return {
         "quant_method": NAME,
         "load_in_4bit": scheme.grid == NF4,

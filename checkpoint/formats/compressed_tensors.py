@@ -8,6 +8,7 @@ pure functions. The config block is built and validated by the compressed-tensor
 Specification: compressed-tensors, `compressors/pack_quantized` (the reader that the tests hold this against).
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ from compressed_tensors.quantization import (
 )
 from compressed_tensors.utils import is_match
 
-from ...core.scheme import QuantizedWeight, Scheme
+from ...core.scheme import BY_ROW, QuantizedWeight, Scheme
 from .stored import unpack_fields
 
 NAME = "compressed-tensors"
@@ -81,24 +82,53 @@ def unpack(stored: Mapping[str, torch.Tensor], scheme: Scheme) -> QuantizedWeigh
     return QuantizedWeight(unpack_words(stored[PACKED], scheme.bits, inputs), stored[SCALE], zero, scheme)
 
 
-def quantization_config(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
-    """The `quantization_config` block of config.json. `ignore` names every Linear module that stays as it was."""
-    weights = QuantizationArgs(
-        num_bits=scheme.bits,
-        type=QuantizationType.INT,
-        symmetric=scheme.symmetric,
-        strategy=QuantizationStrategy.GROUP,
-        group_size=scheme.group_size,
-        dynamic=False,
-    )
+def quantization_config(
+    schemes: Mapping[str, Scheme], units: Mapping[str, str], sizes: Mapping[str, int], ignore: list[str]
+) -> dict[str, Any]:
+    """The `quantization_config` block of config.json.
+
+    schemes: module -> Scheme; units: module -> what an engine fuses it into; sizes: module -> weights. `ignore` names
+    every Linear module that stays as it was. The scheme that most weights have is the group of the class `Linear`:
+    vLLM looks its MoE scheme up under that name. Others are groups that name their modules, and the fused ones that
+    vLLM makes of them: it matches a fused module by its own name before it falls back on the class.
+    """
+    total = dict.fromkeys(schemes.values(), 0)
+    for module, scheme in schemes.items():
+        total[scheme] += sizes[module]
+    by_size = sorted(total, key=lambda scheme: (-total[scheme], str(scheme)))
+    groups = {}
+    for number, scheme in enumerate(by_size):
+        targets = _targets([m for m, s in schemes.items() if s == scheme], units) if number else ["Linear"]
+        by_row = scheme.group_size == BY_ROW
+        weights = QuantizationArgs(
+            num_bits=scheme.bits,
+            type=QuantizationType.INT,
+            symmetric=scheme.symmetric,
+            strategy=QuantizationStrategy.CHANNEL if by_row else QuantizationStrategy.GROUP,
+            group_size=None if by_row else scheme.group_size,
+            dynamic=False,
+        )
+        groups[f"group_{number}"] = QuantizationScheme(targets=targets, weights=weights)
     config = QuantizationConfig(
-        # The class name `Linear` must be a target: vLLM looks its MoE scheme up under it.
-        config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=weights)},
+        config_groups=groups,
         format="pack-quantized",
         quantization_status=QuantizationStatus.COMPRESSED,
         ignore=ignore,
     )
     return dict(config.model_dump(mode="json", exclude_none=True))
+
+
+def _targets(modules: list[str], units: Mapping[str, str]) -> list[str]:
+    """Names of modules and of the units that they are fused into; of experts, of which there are thousands, one
+    expression for all that lie under the unit's name."""
+    found: dict[str, None] = {}
+    for module in modules:
+        unit = units[module]
+        if module.startswith(f"{unit}."):
+            found[f"re:{re.escape(unit)}[.].+"] = None
+        else:
+            found |= {module: None, unit: None}
+    return list(found)
 
 
 def read_schemes(block: dict[str, Any]) -> dict[str, Scheme]:
@@ -107,9 +137,11 @@ def read_schemes(block: dict[str, Any]) -> dict[str, Scheme]:
     schemes = {}
     for name, group in config.config_groups.items():
         args = getattr(group, "weights", None)
-        if args is None or str(args.type) != "int" or args.group_size is None or config.format != "pack-quantized":
-            raise ValueError(f"group {name} of format {config.format!r} is no integer group scheme")
-        schemes[name] = Scheme(args.num_bits, args.group_size, args.symmetric)
+        by_row = args is not None and str(args.strategy) == "channel"
+        sized = args is not None and str(args.type) == "int" and (by_row or args.group_size)
+        if args is None or not sized or config.format != "pack-quantized":
+            raise ValueError(f"group {name} of format {config.format!r} is no integer scheme by group or row")
+        schemes[name] = Scheme(args.num_bits, BY_ROW if by_row else args.group_size, args.symmetric)
     return schemes
 
 
@@ -128,9 +160,10 @@ def announced(block: dict[str, Any], linears: Iterable[str]) -> dict[str, Scheme
         # Thousands of names: those that stand there as they are need no matching.
         if name in named or type(linear).__name__ in named:
             continue
-        for group, scheme in schemes.items():
-            targets = config.config_groups[group].targets
-            if is_match(name, linear, targets, patterns):
-                found[name] = scheme
-                break
+        # A name goes before a class, as the readers have it.
+        for by_name in (True, False):
+            for group, scheme in schemes.items():
+                targets = [t for t in config.config_groups[group].targets if (t != "Linear") == by_name]
+                if name not in found and is_match(name, linear, targets, patterns):
+                    found[name] = scheme
     return found

@@ -6,7 +6,7 @@ A format holds integer codes that a method has decided (`pack`), or it is a quan
 Shape legend: O outputs, I inputs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,13 @@ from .bitsandbytes import NAME as BITSANDBYTES
 
 @dataclass(frozen=True)
 class Format:
-    """`layout`: (scheme, O, I, model dtype) -> suffix -> (dtype, shape) of what stores one weight. `config`: (scheme,
-    Linear modules that stay as they were) -> the `quantization_config` block. `pack`: one weight's tensors by suffix.
-    `quantize`: the same of a dense weight [O, I], and the weight that they are."""
+    """`layout`: (scheme, O, I, model dtype) -> suffix -> (dtype, shape) of what stores one weight. `config`: (module ->
+    scheme, module -> unit, module -> weights, Linear modules that stay as they were) -> the `quantization_config`
+    block. `pack`: one weight's tensors by suffix. `quantize`: the same of a dense weight [O, I], and the weight that
+    they are."""
 
     layout: Callable[[Scheme, int, int, str], dict[str, tuple[str, tuple[int, ...]]]]
-    config: Callable[[Scheme, list[str]], dict[str, Any]]
+    config: Callable[[Mapping[str, Scheme], Mapping[str, str], Mapping[str, int], list[str]], dict[str, Any]]
     pack: Callable[[QuantizedWeight], dict[str, torch.Tensor]] | None = None
     quantize: Callable[[torch.Tensor, Scheme], tuple[dict[str, torch.Tensor], torch.Tensor]] | None = None
 

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from ...core.scheme import GRIDS, scheme_of
 from ..card import counted, size
 from ..reading import Record
 from .parts import ABSENT, between, count, nats, percent
@@ -30,10 +29,6 @@ class Verdict:
 
 def width(record: Record) -> str:
     """What the quantized side is called: int4 where the recipe or the plan says so."""
-    if record.recipe.get("method") in GRIDS:
-        return scheme_of(record.recipe).width.partition(" ")[0]
-    if record.recipe.get("bits"):
-        return f"int{record.recipe['bits']}"
     if record.plan is not None and record.plan.widths:
         low = [entry for entry in record.plan.widths if entry.width.startswith(("int", "nf", "fp", "F8"))]
         if low:
