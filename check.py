@@ -7,7 +7,9 @@ along with the weights: that is what `verify` against the original is for.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import torch
 
 from .checkpoint.checksums import SUMS_NAME, read_sums, sha256_file
 from .checkpoint.formats import compressed_tensors as ct
-from .checkpoint.packed import READERS, open_packed
+from .checkpoint.packed import READERS, PackedSource, open_packed
 from .checkpoint.soundness import Stored, index_problems, shape_problems, stored_modules, value_problems
 from .checkpoint.source import PICKLES, Folder, open_folder
 from .core.errors import DamageError, InputError
@@ -177,8 +179,18 @@ def _tensors(
 ) -> None:  # fmt: skip
     """Layout, widths and values."""
     block = quantization_block(folder.path, config)
-    if block is not None and (record is None or not _is_compressed_tensors(block)):
-        _by_reader(folder, block, adapter, record, found)
+    ours = block is None or (isinstance(block, dict) and block.get("quant_method") == ct.NAME)
+    exported = (record or {}).get("export") or None
+    if exported is not None:
+        found.problems += _matrix_problems(folder, block, exported)
+    if block is not None and (record is None or not ours):
+        if record is not None:
+            found.problems += _size_problems(record, adapter, folder)
+        read = _by_reader(folder, block, adapter, found)
+        if record is not None and exported is None and read is not None:
+            found.problems += _plan_problems(_as_planned(read), record, adapter, set())
+        elif record is None:
+            found.unchecked.append("widths: only what onecard made has a plan to hold them against")
         stored, expected = Stored(plain=dict(folder.infos)), {}
     else:
         canonical = adapter.expected()
@@ -193,7 +205,7 @@ def _tensors(
         absent = {name.removesuffix(".weight") for name in expected.keys() - stored.plain.keys() - packed}
         told_of = stored.broken | absent
         found.problems += _width_problems(stored, block, adapter, canonical, told_of, found)
-        if record is not None:
+        if record is not None and exported is None:
             found.problems += _plan_problems(stored, record, adapter, told_of)
         found.facts["quantized_modules"] = len(stored.schemes)
     if told is not None:
@@ -201,18 +213,14 @@ def _tensors(
     found.problems += value_problems(folder, stored, expected)
 
 
-def _is_compressed_tensors(block: object) -> bool:
-    return isinstance(block, dict) and block.get("quant_method") == ct.NAME
-
-
-def _by_reader(folder: Folder, block: object, adapter: Adapter, record: dict[str, Any] | None, found: Checked) -> None:
+def _by_reader(folder: Folder, block: object, adapter: Adapter, found: Checked) -> PackedSource | None:
     """Another tool's files, and ours in another format than compressed-tensors: the format's own reader says which
     parts make a weight; every weight is unpacked once, and none may be zero."""
     found.facts["quantized_modules"] = 0
     if not isinstance(block, dict) or block.get("quant_method") not in READERS:
         method = block.get("quant_method") if isinstance(block, dict) else block
         found.unchecked.append(f"shapes and widths: {method!r} is not read here, {', '.join(READERS)} are")
-        return
+        return None
     try:
         source = open_packed(folder, block)
         found.facts["quantized_modules"] = len(source.weights)
@@ -226,15 +234,27 @@ def _by_reader(folder: Folder, block: object, adapter: Adapter, record: dict[str
                     found.problems.append(f"{name}{list(index) or ''} is all zeros")
     except InputError as error:
         found.problems += _offenders(error)
-        return
-    if record is None:
-        found.unchecked.append("widths: only what onecard made has a plan to hold them against")
-        return
-    found.problems += _size_problems(record, adapter, folder)
-    # Of what a recipe of ours names; another width is no scheme, and so is not what was planned.
+        return None
+    return source
+
+
+def _as_planned(source: PackedSource) -> Stored:
+    """What a recipe of ours can name, of what a reader found; another width is no scheme, and so was not planned."""
     known = {str(scheme): scheme for scheme in (Scheme(4, NF4_BLOCK, True, NF4), Scheme(8, BY_ROW, True, INT8_ROWS))}
-    read_as.schemes = {module: known[width] for module, width in source.schemes.items() if width in known}
-    found.problems += _plan_problems(read_as, record, adapter, set())
+    schemes = {module: known[width] for module, width in source.schemes.items() if width in known}
+    return Stored(schemes, {name: source.info(name) for name in source.names})
+
+
+def _matrix_problems(folder: Folder, block: object, exported: dict[str, Any]) -> Iterator[str]:
+    """A record of `onecard export` says how many matrices lie there at which width."""
+    wanted = exported.get("matrices", {})
+    stored: Counter[str] = Counter()
+    if isinstance(block, dict) and block.get("quant_method") in READERS:
+        with suppress(InputError):  # what its reader has against it is told beside this
+            stored = Counter(weight.width for weight in open_packed(folder, block).weights.values())
+    for width in sorted({*wanted, *stored}):
+        if stored[width] != wanted.get(width, 0):
+            yield f"{stored[width]} matrices are stored as {width}, and {RECORD_NAME} says {wanted.get(width, 0)}"
 
 
 def _stored_as(stored: Stored, module: str) -> str:

@@ -14,6 +14,7 @@ import click
 from . import __version__
 from .cli_calibration import calibration
 from .cli_evidence import flips, verify
+from .cli_export import export
 from .cli_gate import baseline, gate
 from .cli_publish import card, check, publish
 from .cli_report import report
@@ -40,6 +41,7 @@ main.add_command(report)
 main.add_command(check)
 main.add_command(card)
 main.add_command(publish)
+main.add_command(export)
 
 
 @main.command()

@@ -7,7 +7,7 @@ that starts can finish.
 import json
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import resources
 from math import prod
@@ -140,6 +140,15 @@ def open_model(name: str) -> Model:
         raise InputError(f"{path} is a file: name the folder that holds it and its config.json")
     config = read_config(path)
     adapter = load_adapter(path)
+    return _opened(name, path, config, adapter)
+
+
+def open_written(model: Model, path: Path, config: dict[str, Any]) -> Model:
+    """What was made from `model` in the folder `path`, before its config.json, which is to say `config`, lies there."""
+    return _opened(str(path), path, config, model.adapter)
+
+
+def _opened(name: str, path: Path, config: dict[str, Any], adapter: Adapter) -> Model:
     folder = open_folder(path)
     block = quantization_block(path, config)
     source = folder if block is None else open_packed(folder, block)
@@ -196,6 +205,22 @@ def schemes_of(adapter: Adapter, recipe: Recipe) -> dict[str, Scheme]:
     return assign(
         adapter, recipe.scheme_of, recipe.quantize_roles, recipe.schemes, recipe.keep_modules, matches, recipe.name
     )
+
+
+def stored_facts(model: Model) -> dict[str, Any]:
+    """What a record's `plan` says of files that lie there."""
+    parameters = sum(prod(shape) for shape in model.adapter.expected().values())
+    emitted_bytes = model.folder.file_bytes
+    return {
+        "emitted_bytes": emitted_bytes,
+        "parameters": parameters,
+        "quantized_parameters": model.quantized_parameters,
+        "quantized_share": model.quantized_parameters / parameters,
+        "bits_per_weight": emitted_bytes * 8 / parameters,
+        "quantized_bits_per_weight": model.quantized_bytes * 8 / max(1, model.quantized_parameters),
+        "shards": len(model.folder.shards),
+        "widths": [asdict(width) for width in stored_widths(model)],
+    }
 
 
 def plan_for(model: Model, recipe: Recipe) -> Plan:

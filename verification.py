@@ -28,7 +28,7 @@ from .eval.kept import write_tokens
 from .eval.summary import summarize
 from .eval.told import tell
 from .eval.twin import Side, twin_walk
-from .prepare import Model, choose_device, choose_dtype, open_model, said_name, stored_widths
+from .prepare import Model, choose_device, choose_dtype, open_model, said_name, stored_facts
 from .recipe import Recipe
 from .report.progress import Progress
 from .report.record import RunRecord
@@ -159,23 +159,19 @@ def tasks_of(recipe: Recipe) -> list[Task]:
 
 def pair_record(command: str, source: Model, quantized: Model) -> RunRecord:
     """What a record of two checkpoints says before anything is measured."""
-    parameters = sum(torch.Size(shape).numel() for shape in source.adapter.expected().values())
-    emitted_bytes = quantized.folder.file_bytes
+    facts = stored_facts(quantized)
     same = [SAME_FOLDER] if source.path.resolve() == quantized.path.resolve() else []
     return RunRecord(
         command=command,
         onecard=__version__,
         model=source.facts(),
         recipe={},
-        checkpoint={"name": said_name(quantized.name), "digest": quantized.folder.digest, "bytes": emitted_bytes},
-        plan={
-            "emitted_bytes": emitted_bytes,
-            "source_bytes": source.folder.file_bytes,
-            "bits_per_weight": emitted_bytes * 8 / parameters,
-            "quantized_bits_per_weight": quantized.quantized_bytes * 8 / max(1, quantized.quantized_parameters),
-            "quantized_share": quantized.quantized_parameters / parameters,
-            "widths": [asdict(width) for width in stored_widths(quantized)],
+        checkpoint={
+            "name": said_name(quantized.name),
+            "digest": quantized.folder.digest,
+            "bytes": facts["emitted_bytes"],
         },
+        plan=facts | {"source_bytes": source.folder.file_bytes},
         versions=package_versions(),
         warnings=same + source.adapter.faults(source.config) + source.warnings + quantized.warnings,
     )

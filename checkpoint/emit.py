@@ -17,7 +17,10 @@ from .source import INDEX_NAME
 
 # Files that belong to a checkpoint and are no weights: tokenizer, processor, templates, generation config, licences.
 CARRIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-NOT_CARRIED = ("config.json", INDEX_NAME, RECORD_NAME, SUMS_NAME)
+WRITTEN = ("config.json", RECORD_NAME, SUMS_NAME)
+# GPTQ's own copy of what config.json says: beside weights of another format it would be wrong.
+GPTQ_CONFIG = "quantize_config.json"
+NOT_CARRIED = (*WRITTEN, INDEX_NAME, GPTQ_CONFIG)
 
 
 class ShardPlan(Protocol):
@@ -94,7 +97,12 @@ def side_files_digest(source: Path) -> str:
 
 def emitted_files(shards: Iterable[ShardPlan], source: Path) -> list[str]:
     """The names of all files that a run puts into OUT."""
-    return sorted({*NOT_CARRIED, *(shard.file for shard in shards), *(path.name for path in _side_files(source))})
+    return written_files((INDEX_NAME, *(shard.file for shard in shards)), source)
+
+
+def written_files(weights: Iterable[str], source: Path) -> list[str]:
+    """The same, given the names of the files that hold the weights and say where each lies."""
+    return sorted({*WRITTEN, *weights, *(path.name for path in _side_files(source))})
 
 
 def emitted_before(out: Path) -> list[str] | None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..core.errors import InputError, input_error
+from ..core.scheme import QuantizedWeight
 from ..core.tensors import TORCH_DTYPES, Index, TensorInfo
 from .formats import bitsandbytes, compressed_tensors_read, fp8, gptq
 from .formats.compressed_tensors import NAME as COMPRESSED_TENSORS
@@ -74,6 +75,17 @@ class PackedSource:
         except ValueError as error:
             raise InputError(f"{name} in {self.folder.path}: {error}: the checkpoint is damaged") from None
         return dense[index].contiguous() if index else dense
+
+    def quantized(self, name: str) -> QuantizedWeight | None:
+        """A weight that is integer codes as those codes, bit for bit; None of every other. Raises InputError when its
+        parts contradict each other."""
+        weight = self.weights.get(name)
+        if weight is None or weight.codes is None:
+            return None
+        try:
+            return weight.codes({part: self.folder.get(stored) for part, stored in weight.parts.items()})
+        except ValueError as error:
+            raise InputError(f"{name} in {self.folder.path}: {error}: the checkpoint is damaged") from None
 
 
 def open_packed(folder: Folder, quantization_config: object) -> PackedSource:

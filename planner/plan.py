@@ -121,12 +121,6 @@ def make_plan(
 ) -> Plan:
     """Lay out the whole emitted checkpoint from names and shapes alone."""
     shapes = adapter.expected()
-    prefixes = [adapter.block_prefix(block) for block in range(adapter.n_blocks)]
-    by_prefix: dict[str, list[str]] = {prefix: [] for prefix in prefixes}
-    rest: list[str] = []
-    for name in sorted(shapes):
-        prefix = _block_prefix(name, by_prefix)
-        (rest if prefix is None else by_prefix[prefix]).append(name)
     quantized = quantized_bytes = 0
     widths: list[Width] = []
 
@@ -147,11 +141,9 @@ def make_plan(
         widths.append(Width(adapter.role(name).value, width, prod(shapes[name]), stored_bytes))
         return tensors
 
-    stages = [[atom(name) for name in by_prefix[prefix]] for prefix in prefixes] + [[atom(name) for name in rest]]
-    split = split_shards(stages, max_shard_bytes)
-    shards = tuple(Shard(shard_name(i, len(split)), stage, tuple(tensors)) for i, (stage, tensors) in enumerate(split))
+    stages = [[atom(name) for name in names] for names in by_stage(adapter, shapes)]
     return Plan(
-        shards=shards,
+        shards=shards_of(stages, max_shard_bytes),
         schemes=schemes,
         parameters=sum(prod(shape) for shape in shapes.values()),
         quantized_parameters=quantized,
@@ -159,6 +151,23 @@ def make_plan(
         source_bytes=source_bytes,
         widths=tally(widths),
     )
+
+
+def by_stage(adapter: Adapter, names: Iterable[str]) -> list[list[str]]:
+    """Names sorted, block by block; last of all those that belong to no block."""
+    prefixes = [adapter.block_prefix(block) for block in range(adapter.n_blocks)]
+    by_prefix: dict[str, list[str]] = {prefix: [] for prefix in prefixes}
+    rest: list[str] = []
+    for name in sorted(names):
+        prefix = _block_prefix(name, by_prefix)
+        (rest if prefix is None else by_prefix[prefix]).append(name)
+    return [*(by_prefix[prefix] for prefix in prefixes), rest]
+
+
+def shards_of(stages: list[list[list[StoredTensor]]], max_shard_bytes: int) -> tuple[Shard, ...]:
+    """The files that hold the tensors of each stage; lists of tensors stay together."""
+    split = split_shards(stages, max_shard_bytes)
+    return tuple(Shard(shard_name(i, len(split)), stage, tuple(tensors)) for i, (stage, tensors) in enumerate(split))
 
 
 def _block_prefix(name: str, prefixes: dict[str, list[str]]) -> str | None:

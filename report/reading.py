@@ -237,6 +237,11 @@ class Gate(_Part):
     notes: tuple[str, ...] = ()
 
 
+class Export(_Part):
+    format: str
+    matrices: dict[str, int] = {}
+
+
 class Record(_Part):
     """A RunRecord (report/record.py) as it is read back."""
 
@@ -258,6 +263,7 @@ class Record(_Part):
     errors: Errors | None = None
     flips: Flips | None = None
     gate: Gate | None = None
+    export: Export | None = None
     machine: dict[str, Any] = Field(default={})
 
     @model_validator(mode="before")
@@ -266,7 +272,7 @@ class Record(_Part):
         """A section that is missing, null or {}: all three say that it was not made."""
         if not isinstance(data, dict):
             return data
-        sections = ("checkpoint", "plan", "kl", "errors", "flips", "gate")
+        sections = ("checkpoint", "plan", "kl", "errors", "flips", "gate", "export")
         return data | {key: None for key in sections if data.get(key) == {}}
 
 

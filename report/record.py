@@ -18,7 +18,8 @@ class RunRecord:
     """Filled while a run goes on. `blocks` holds one entry a block: rows by expert, output errors by site.
     `identity` is all that the emitted bytes depend on; `files` the names of all that was put into OUT. `checkpoint` is
     what was measured; `kl` (eval/summary.py, eval/told.py), `errors` (eval/errors.py), `flips` (eval/flips.py) and
-    `gate` are what was found of it, each empty where it was not asked for.
+    `gate` are what was found of it, each empty where it was not asked for. `export`: of files that were written from
+    another checkpoint's codes, which format they have and which checkpoint that was; `kl` and the like are then its.
     """
 
     command: str
@@ -38,6 +39,7 @@ class RunRecord:
     errors: dict[str, Any] = field(default_factory=dict)
     flips: dict[str, Any] = field(default_factory=dict)
     gate: dict[str, Any] = field(default_factory=dict)
+    export: dict[str, Any] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 

@@ -34,6 +34,7 @@ from onecard.checkpoint.packed import PackedSource
 from onecard.core.errors import InputError
 from onecard.core.scheme import BY_ROW, INT8_ROWS, NF4, Scheme
 from onecard.core.tensors import DTYPE_NAMES
+from onecard.export import export
 from onecard.generate import load_with_transformers
 from onecard.inspection import inspect
 from onecard.models.adapter import Role, read
@@ -345,3 +346,45 @@ def test_a_weight_that_fp16_cannot_hold_is_refused_by_int8(tmp_path: Path) -> No
     wrong = babies.changed_copy(source, tmp_path / "wrong", change)
     with pytest.raises(InputError, match=r"experts\.3\.up_proj holds weights that bnb-int8 cannot hold"):
         run_pipeline(wrong, tmp_path / "out", make_recipe(method="bnb-int8", group_size=BY_ROW))
+
+
+# Exported
+
+
+class Quiet:
+    """A Step that tells nobody."""
+
+    def begin(self, stage: str, block: int | None = None) -> None: ...
+
+    def advance(self, tokens: int) -> None: ...
+
+
+def test_an_original_is_exported_to_the_bytes_that_the_method_writes(scout: tuple[Path, Path], tmp_path: Path) -> None:
+    done = export(str(scout[0]), "bnb-nf4", tmp_path / "out", Quiet())
+    assert done.warnings == []
+    assert raw_tensors(tmp_path / "out") == raw_tensors(scout[1])
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", scout[1])]
+    assert configs[0] == configs[1]
+    assert check(str(tmp_path / "out")).problems == []
+
+
+def test_an_int4_checkpoint_is_exported_with_a_warning_that_no_code_was_kept(
+    scout: tuple[Path, Path], tmp_path: Path
+) -> None:
+    run_pipeline(scout[0], tmp_path / "int4", make_recipe(method="rtn"))
+    done = export(str(tmp_path / "int4"), "bnb-nf4", tmp_path / "out", Quiet())
+    (warning,) = done.warnings
+    assert "no code could be kept" in warning
+    assert warning in json.loads((tmp_path / "out" / "onecard.json").read_text())["warnings"]
+    int4, made = open_model(str(tmp_path / "int4")), open_model(str(tmp_path / "out"))
+    assert packed(made).schemes.keys() == packed(int4).schemes.keys()
+    for name in packed(int4).weights:
+        _, wanted = quantize(packed(int4).get(name), SCHEMES["bnb-nf4"])
+        assert torch.equal(packed(made).get(name), wanted), name
+    assert check(str(tmp_path / "out")).problems == []
+
+
+def test_what_is_in_nf4_already_is_not_exported_to_it(scout: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="it is in NF4 already"):
+        export(str(scout[1]), "bnb-nf4", tmp_path / "out", Quiet())
+    assert not (tmp_path / "out").exists()

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 ROWS = 16
-# A product of code and scale in fp16 against one in fp32: half a step of fp16, and that of the difference of codes, exact.
+# A product of code and scale in fp16 against one in fp32: half a step of fp16; the difference of codes is exact.
 FP16 = 2.0**-10
 
 

@@ -21,10 +21,22 @@ from typing import Any
 import torch
 from compressed_tensors.quantization import QuantizationConfig
 
+from ...core.scheme import BY_ROW, QuantizedWeight, Scheme
 from ...core.tensors import TensorInfo
 from ..source import Folder
-from .compressed_tensors import NAME, PACKED, SCALE, SHAPE, ZERO
-from .stored import FLOATS, Reading, StoredWeight, missing, scaled, spread, spreads, unpack_fields, words_for
+from .compressed_tensors import NAME, PACKED, SCALE, SHAPE, ZERO, unpack_words
+from .stored import (
+    FLOATS,
+    Reading,
+    StoredWeight,
+    integer_scheme,
+    missing,
+    scaled,
+    spread,
+    spreads,
+    unpack_fields,
+    words_for,
+)
 
 ORDER, PLAIN = "weight_g_idx", "weight"
 PACK, NAIVE = "pack-quantized", ("int-quantized", "float-quantized", "naive-quantized")
@@ -85,6 +97,23 @@ def dense_packed(
         if int(group_of.min()) < 0 or int(group_of.max()) >= groups:
             raise ValueError(f"{ORDER} names groups {int(group_of.min())} to {int(group_of.max())} of {groups}")
     return scaled(codes, scales, zeros, group_of, dtype)
+
+
+def quantized_packed(parts: Mapping[str, torch.Tensor], *, scheme: Scheme, shape: tuple[int, int]) -> QuantizedWeight:
+    """The codes [O, I], scales [O, G] and zero points of packed codes. Raises ValueError when
+    `weight_shape` contradicts them."""
+    if tuple(parts[SHAPE].tolist()) != shape:
+        raise ValueError(f"{SHAPE} says {parts[SHAPE].tolist()}, and the codes are {list(shape)}")
+    outputs, inputs = shape
+    groups = scheme.groups(inputs)
+    # One scale may stand for a row, or for all of them.
+    scales = parts[SCALE].reshape(-1, groups).expand(outputs, groups).contiguous()
+    zeros = parts.get(ZERO)
+    if zeros is not None and zeros.dtype is torch.int32:
+        zeros = unpack_words(zeros.T.contiguous(), scheme.bits, outputs).T.contiguous()
+    elif zeros is not None:
+        zeros = zeros.reshape(-1, groups).expand(outputs, groups).contiguous()
+    return QuantizedWeight(unpack_words(parts[PACKED], scheme.bits, inputs), scales, zeros, scheme)
 
 
 def dense_plain(parts: Mapping[str, torch.Tensor], dtype: torch.dtype, *, block: tuple[int, int]) -> torch.Tensor:
@@ -242,11 +271,15 @@ def _packed(stem: str, folder: Folder, group: Group) -> StoredWeight:
             raise ValueError(f"{told}, and {ZERO} {zero.dtype} {list(zero.shape)}")
     if ORDER in leaves and (infos[f"{stem}.{ORDER}"] != TensorInfo((inputs,), "I32") or group.strategy != "group"):
         raise ValueError(f"has {ORDER} {list(infos[f'{stem}.{ORDER}'].shape)} for {inputs} inputs")
+    size = group.group_size if group.strategy == "group" else BY_ROW
+    scheme = integer_scheme(group.bits, size, group.symmetric) if ORDER not in leaves else None
     return StoredWeight(
         TensorInfo((outputs, inputs), scale.dtype),
         _width(group),
         {leaf: f"{stem}.{leaf}" for leaf in leaves},
         partial(dense_packed, bits=group.bits, shape=(outputs, inputs)),
+        scheme=scheme,
+        codes=None if scheme is None else partial(quantized_packed, scheme=scheme, shape=(outputs, inputs)),
     )
 
 

@@ -10,15 +10,27 @@ Not read: formats that are made for one kernel (marlin, bitblas), and AWQ's orde
 Specification: AutoGPTQ `qlinear_cuda_old.py`, GPTQModel `nn_modules/qlinear` and its conversion between the versions.
 """
 
+import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
 
+from ...core.scheme import BY_ROW, QuantizedWeight, Scheme
 from ...core.tensors import TensorInfo
 from ..source import Folder
-from .stored import BITS_A_WORD, FLOATS, Reading, StoredWeight, missing, scaled, unpack_fields, words_for
+from .stored import (
+    BITS_A_WORD,
+    FLOATS,
+    Reading,
+    StoredWeight,
+    integer_scheme,
+    missing,
+    scaled,
+    unpack_fields,
+    words_for,
+)
 
 NAME = "gptq"
 VERSIONS = {"gptq": 1, "gptq_v2": 2}
@@ -38,6 +50,22 @@ def dense(parts: Mapping[str, torch.Tensor], dtype: torch.dtype, *, bits: int, v
         raise ValueError(f"g_idx names groups {int(group_of.min())} to {int(group_of.max())} of {groups}")
     plain = inputs % groups == 0 and torch.equal(group_of, even)
     return scaled(codes_OI, scales_GO.T, zeros_GO.T, None if plain else group_of, dtype)
+
+
+def quantized(parts: Mapping[str, torch.Tensor], *, scheme: Scheme, version: int) -> QuantizedWeight:
+    """The codes [O, I] and zero points [O, G] less half the range, so that both are signed, and the scales as they are.
+    Raises ValueError for groups in an order of their own, and for zero points where the scheme has none."""
+    scales_GO, words = parts["scales"], parts["qweight"]
+    groups, outputs = scales_GO.shape
+    inputs = words.shape[0] * BITS_A_WORD // scheme.bits
+    if "g_idx" in parts and not torch.equal(parts["g_idx"].long(), torch.arange(inputs) // (inputs // groups)):
+        raise ValueError("g_idx gives its groups an order of their own")
+    half = 1 << (scheme.bits - 1)
+    codes_OI = (unpack_fields(words.T.contiguous(), scheme.bits, inputs) - half).to(torch.int8)
+    zeros_OG = (zero_points(parts["qzeros"], scheme.bits, outputs, version).T - half).to(torch.int8).contiguous()
+    if scheme.symmetric and bool(zeros_OG.any()):
+        raise ValueError("it is announced as symmetric (sym), and has zero points")
+    return QuantizedWeight(codes_OI, scales_GO.T.contiguous(), None if scheme.symmetric else zeros_OG, scheme)
 
 
 def zero_points(words: torch.Tensor, bits: int, outputs: int, version: int) -> torch.Tensor:
@@ -89,19 +117,38 @@ def _weight(stem: str, infos: Mapping[str, TensorInfo], block: Mapping[str, Any]
     told = ", ".join(f"{leaf} {dtypes[leaf]} {list(shape)}" for leaf, shape in shapes.items())
     if any(dtype != "I32" for leaf, dtype in dtypes.items() if leaf != "scales") or dtypes["scales"] not in FLOATS:
         raise ValueError(f"has {told}: codes, zeros and g_idx must be I32, scales {', '.join(FLOATS)}")
+    block = dict(block) | override(block, stem)
     # Rules of its own for a module (GPTQModel's `dynamic`) may change its width: then the shapes say which.
     for bits in WIDTHS if block.get("dynamic") else (int(block["bits"]),):
         if _fits(shapes, bits, block):
             groups, outputs = shapes["scales"]
             inputs = shapes["qweight"][0] * BITS_A_WORD // bits
             size = "one group" if groups == 1 else f"group {-(-inputs // groups)}"
+            # With desc_act a group's inputs lie anywhere, unless the groups were laid out before (static_groups).
+            neighbours = inputs % groups == 0 and (not block.get("desc_act") or bool(block.get("static_groups")))
+            group = BY_ROW if block.get("group_size", BY_ROW) in (BY_ROW, None) else inputs // groups
+            scheme = integer_scheme(bits, group, block.get("sym") is True) if neighbours else None
             return StoredWeight(
                 TensorInfo((outputs, inputs), dtypes["scales"]),
                 f"int{bits} {size}",
                 names,
                 partial(dense, bits=bits, version=version),
+                scheme=scheme,
+                codes=None if scheme is None else partial(quantized, scheme=scheme, version=version),
             )
     raise ValueError(f"has {told}, which {block['bits']} bits in groups of {block.get('group_size')} do not give")
+
+
+def override(block: Mapping[str, Any], module: str) -> dict[str, Any]:
+    """What the first rule of `dynamic` that matches a module says of it; nothing for those that it leaves alone. Raises
+    ValueError for a rule that is none."""
+    for rule, fields in (block.get("dynamic") or {}).items():
+        try:
+            if re.match(rule.removeprefix("+:").removeprefix("-:"), module):
+                return dict(fields) if not rule.startswith("-:") else {}
+        except (re.error, TypeError, ValueError) as error:
+            raise ValueError(f"meets the rule {rule!r} of `dynamic`, which is none ({error})") from None
+    return {}
 
 
 def _fits(shapes: Mapping[str, tuple[int, ...]], bits: int, block: Mapping[str, Any]) -> bool:

@@ -5,6 +5,9 @@ in which parts, and every contradiction; and pure functions that turn the parts 
 here knows what a weight is for, and nothing of a checkpoint is executed: its config block is data, and so are its JSON
 parts.
 
+Some formats hold integer codes and no more than that: of those a weight can be had as the codes it is, for another
+format to hold.
+
 Shape legend: O outputs, I inputs, G groups along I, W words of 32 bits.
 """
 
@@ -13,10 +16,13 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ...core.scheme import QuantizedWeight, Scheme
 from ...core.tensors import TensorInfo
 
 # Parts by what they are to the format -> the dense weight, fp32 before it is rounded to the dtype.
 Decode = Callable[[Mapping[str, torch.Tensor], torch.dtype], torch.Tensor]
+# Parts by what they are to the format -> the same weight as codes. Raises ValueError when they contradict the scheme.
+Codes = Callable[[Mapping[str, torch.Tensor]], QuantizedWeight]
 # What a scale may be stored in, and so what a dense weight is read as.
 FLOATS = ("BF16", "F16", "F32")
 BITS_A_WORD = 32
@@ -28,7 +34,8 @@ class StoredWeight:
 
     `info`: what it reads as. `width`: its scheme in words, e.g. 'int4 group 128'. `parts`: what a part is to the format
     -> its stored name. `by_expert`: those parts whose first axis is the weight's (fused experts), so that one expert is
-    read without the others.
+    read without the others. `scheme` and `codes`: of a 2-D weight of integer codes in groups of neighbouring inputs;
+    None of all others (NF4, fp8, groups in an order of their own).
     """
 
     info: TensorInfo
@@ -36,6 +43,8 @@ class StoredWeight:
     parts: dict[str, str]
     decode: Decode
     by_expert: frozenset[str] = frozenset()
+    scheme: Scheme | None = None
+    codes: Codes | None = None
 
 
 @dataclass
@@ -48,6 +57,14 @@ class Reading:
     aside: set[str] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+
+
+def integer_scheme(bits: int, group_size: int, symmetric: bool) -> Scheme | None:
+    """The Scheme of codes that a format stores; None where ours have no such width or group."""
+    try:
+        return Scheme(bits, group_size, symmetric)
+    except ValueError:
+        return None
 
 
 def missing(stem: str, suffixes: tuple[str, ...], infos: Mapping[str, TensorInfo]) -> str | None:

@@ -1,0 +1,142 @@
+"""GPTQ's layout, written: the integer codes of a weight as AutoGPTQ, GPTQModel, transformers and vLLM read them.
+
+`gptq.py` says how a weight lies in the file. Version 1 stores each zero point less 1, and readers put the 1 back in
+different ways (field by field, or on whole words): they agree on everything but a zero point of 0. Symmetric weights
+have none, so version 1, which every reader knows, is for them alone; version 2 is for both.
+
+Scales are fp16: AutoGPTQ knows no other dtype. A bf16 scale between 2^-17 and 65504 is exact in it; one that fp16 would
+change by more than bf16 rounds is refused, not rounded. A scale may be negative (quantize/grid.py): readers multiply.
+`g_idx` is written as neighbouring groups have it, since AutoGPTQ wants the tensor.
+
+Which modules stay in 16 bits, or have another width, is said in `dynamic`: expressions over module names, `-:` for
+those that stay. Specification: AutoGPTQ `qlinear_cuda_old.py`; GPTQModel `quantization/config.py`; vLLM
+`quantization/utils/gptq_utils.py`, which matches the names of fused modules too.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from ...core.scheme import QuantizedWeight, Scheme
+from .compressed_tensors import pack_words
+
+# AutoGPTQ counts words as `features // 32 * bits`: other sizes it would cut short.
+MULTIPLE = 32
+# Half a step of bf16, relative: what rounding a scale to fp16 may change at most.
+BF16_ROUNDING = 2.0**-9
+CHECKPOINT_FORMATS = {1: "gptq", 2: "gptq_v2"}
+
+
+def layout(scheme: Scheme, outputs: int, inputs: int, model_dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Suffix -> (safetensors dtype, shape) of the tensors that store one weight `[outputs, inputs]`."""
+    per_word, groups = 32 // scheme.bits, scheme.groups(inputs)
+    return {
+        "qweight": ("I32", (inputs // per_word, outputs)),
+        "qzeros": ("I32", (groups, outputs // per_word)),
+        "scales": ("F16", (groups, outputs)),
+        "g_idx": ("I32", (inputs,)),
+    }
+
+
+def size_problem(outputs: int, inputs: int) -> str | None:
+    """Why a weight of that shape cannot be held; None if it can."""
+    if outputs % MULTIPLE or inputs % MULTIPLE:
+        return f"is {outputs} x {inputs}, and readers count in multiples of {MULTIPLE}"
+    return None
+
+
+def pack(weight: QuantizedWeight, version: int) -> dict[str, torch.Tensor]:
+    """One 2-D QuantizedWeight -> its stored tensors by suffix, on the CPU. Raises ValueError for a scale that fp16
+    cannot hold."""
+    bits, groups = weight.scheme.bits, weight.scales.shape[1]
+    outputs, inputs = weight.codes.shape
+    assert version == 2 or weight.zero_points is None, "version 1 is for symmetric weights"
+    zeros_GO = torch.zeros(groups, outputs, dtype=torch.int8)
+    if weight.zero_points is not None:
+        zeros_GO = weight.zero_points.T.cpu()
+    words_GW = pack_words(zeros_GO, bits)
+    if version == 1:
+        # Every field is the middle of its range: nothing borrows.
+        words_GW = words_GW - sum(1 << at for at in range(0, 32, bits))
+    return {
+        "qweight": pack_words(weight.codes.cpu(), bits).T.contiguous(),
+        "qzeros": words_GW.contiguous(),
+        "scales": _fp16(weight.scales.cpu()).T.contiguous(),
+        "g_idx": torch.arange(inputs, dtype=torch.int32) // (inputs // groups),
+    }
+
+
+def _fp16(scales: torch.Tensor) -> torch.Tensor:
+    exact = scales.to(torch.float32)
+    stored = scales.to(torch.float16)
+    off = ~((stored.to(torch.float32) - exact).abs() <= BF16_ROUNDING * exact.abs())  # a NaN is off too
+    if bool(off.any()):
+        raise ValueError(f"has {int(off.sum())} scales like {float(exact[off][0]):.3g}, which fp16 cannot hold")
+    return stored
+
+
+def expressions(modules: Iterable[str], units: Mapping[str, str]) -> list[str]:
+    """Expressions that match these modules and what an engine fuses them into, whatever stands before their names: one
+    for all blocks' modules of a kind.
+
+    units: module -> its unit. Of units that lie above their modules (experts) the unit stands for all of them.
+    """
+    kinds: dict[tuple[str, str], dict[str, None]] = {}
+    for module in modules:
+        unit = units.get(module, module)
+        above = module.startswith(f"{unit}.")
+        for name in (unit,) if above else (module, unit):
+            head, number, tail = _split(name)
+            kinds.setdefault((head, f"{tail}(?:[.].+)?" if above else tail), {})[number] = None
+    return [_joined(head, list(numbers), tail) for (head, tail), numbers in kinds.items()]
+
+
+def _split(name: str) -> tuple[str, str, str]:
+    """Before the first number among a name's parts, the number, and behind it; both escaped. Without one: all of it."""
+    parts = name.split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
+    return re.escape(".".join(parts[:at])), "".join(parts[at : at + 1]), re.escape(".".join(parts[at + 1 :]))
+
+
+def _joined(head: str, numbers: list[str], tail: str) -> str:
+    middle = f"[.](?:{'|'.join(numbers)})" if numbers != [""] else ""
+    return f"(?:.*[.])?{head}{middle}{'[.]' if middle and tail else ''}{tail}$"
+
+
+def quantization_config(
+    schemes: Mapping[str, Scheme],
+    kept: Iterable[str],
+    units: Mapping[str, str],
+    sizes: Mapping[str, int],
+    version: int,
+    meta: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The `quantization_config` block of config.json, and the content of quantize_config.json.
+
+    schemes: module -> Scheme; kept: Linear modules that stay as they are; units: module -> what an engine fuses it
+    into; sizes: module -> weights: the scheme of most weights is the folder's own, others are rules in `dynamic`.
+    """
+    total = dict.fromkeys(schemes.values(), 0)
+    for module, scheme in schemes.items():
+        total[scheme] += sizes[module]
+    by_size = sorted(total, key=lambda scheme: (-total[scheme], str(scheme)))
+    dynamic: dict[str, dict[str, Any]] = {f"-:{found}": {} for found in expressions(kept, units)}
+    for scheme in by_size[1:]:
+        chosen = [module for module, own in schemes.items() if own == scheme]
+        dynamic |= {f"+:{found}": _fields(scheme) for found in expressions(chosen, units)}
+    return {
+        "quant_method": "gptq",
+        **_fields(by_size[0]),
+        "desc_act": False,
+        "lm_head": False,
+        "checkpoint_format": CHECKPOINT_FORMATS[version],
+        "pack_dtype": "int32",
+        "dynamic": dynamic,
+        "meta": dict(meta),
+    }
+
+
+def _fields(scheme: Scheme) -> dict[str, Any]:
+    return {"bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.symmetric}

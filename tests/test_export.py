@@ -1,0 +1,273 @@
+"""One set of codes, every engine's package: what is exported holds the codes it was made from, to the byte that was
+planned, and reads back as the same model; what a format cannot hold is refused before a byte is written."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import Result
+from conftest import listing, run_onecard, write_recipe
+
+from onecard import conversion, export
+from onecard.checkpoint.formats import compressed_tensors as ct
+from onecard.checkpoint.packed import PackedSource
+from onecard.checkpoint.source import open_folder
+from onecard.generate import load_with_transformers
+from onecard.prepare import Model, open_model
+
+FAMILIES = ("scout", "maverick", "llama4-text", "qwen3")
+Made = Callable[..., Path]
+Run = Callable[..., Result]
+
+
+@pytest.fixture(scope="session")
+def packed(baby: Callable[..., Path], texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """(family, recipe's changes) -> a baby quantized by round-to-nearest, attention too."""
+    made: dict[str, Path] = {}
+
+    def get(family: str, **changes: object) -> Path:
+        key = json.dumps([family, changes], sort_keys=True)
+        if key not in made:
+            home = tmp_path_factory.mktemp("packed")
+            roles = ["expert", "shared_expert", "mlp", "attention"]
+            recipe = write_recipe(home / "recipe.yaml", **{"method": "rtn", "quantize_roles": roles} | changes)
+            done = run_onecard("quantize", baby(family), home / "out", "--recipe", recipe, *texts[2:])
+            assert done.exit_code == 0, done.stderr
+            made[key] = home / "out"
+        return made[key]
+
+    return get
+
+
+MIXED = {"schemes": {"attention": "int8 by row", "mlp": "int8 group 32 asymmetric"}}
+
+
+def all_codes(model: Model) -> dict[str, tuple[torch.Tensor, ...]]:
+    """Module -> codes, scales and zero points of all that is stored so."""
+    found = {}
+    for module in conversion.coded(model):
+        weight = conversion.codes(model, module)
+        zero = torch.zeros_like(weight.scales, dtype=torch.int8) if weight.zero_points is None else weight.zero_points
+        found[module] = (weight.codes, weight.scales.float(), zero)
+    return found
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+# NF4 holds no codes: test_bitsandbytes.py.
+@pytest.mark.parametrize("form", sorted(export.FORMATS.keys() - {"bnb-nf4"}))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_file_has_the_bytes_that_were_planned_and_holds_the_same_codes(
+    family: str, form: str, symmetric: bool, packed: Made, onecard: Run, tmp_path: Path
+) -> None:
+    source, out = packed(family, symmetric=symmetric), tmp_path / "out"
+    planned = onecard("export", source, "--format", form, "-o", out, "--dry-run")
+    if form == "gptq" and not symmetric:
+        assert planned.exit_code == 2
+        assert "gptq-v2" in planned.stderr
+        return
+    assert planned.exit_code == 0, planned.stderr
+    assert not out.exists()
+    done = onecard("export", source, "--format", form, "-o", out)
+    assert done.exit_code == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["files"] == json.loads(planned.stdout)["files"]
+    assert told["files"] == {name: (out / name).stat().st_size for name in told["files"]}
+    weights = {path.name for path in out.iterdir() if path.suffix == ".safetensors"}
+    assert weights == {name for name in told["files"] if name.endswith(".safetensors")}
+    assert onecard("check", out).exit_code == 0
+    made, parent = open_model(str(out)), open_model(str(source))
+    if form == "bf16":
+        assert not made.quantized
+        return
+    codes, wanted = all_codes(made), all_codes(parent)
+    left = wanted.keys() - codes.keys()
+    permuted = {module for module in wanted if re.search(r"self_attn\.[qkv]_proj", module)}
+    assert left == (permuted if form.startswith("gptq") and family != "qwen3" else set())
+    for module, parts in codes.items():
+        assert all(torch.equal(a, b) for a, b in zip(parts, wanted[module], strict=True)), module
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_has_the_sources_own_names_and_transformers_reads_the_same_model(
+    family: str, packed: Made, baby: Callable[..., Path], onecard: Run, tmp_path: Path
+) -> None:
+    source, out = packed(family, symmetric=True), tmp_path / "out"
+    assert onecard("export", source, "--format", "bf16", "-o", out).exit_code == 0
+    original, written = open_folder(baby(family)), open_folder(out)
+    assert written.infos == original.infos
+    model, parent = open_model(str(out)), open_model(str(source))
+    for name in parent.adapter.expected():
+        assert torch.equal(conversion.dense(model, name), conversion.dense(parent, name, torch.bfloat16)), name
+    config = json.loads((out / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config == json.loads((baby(family) / "config.json").read_text())
+    tokens = torch.randint(4, 99, (1, 24), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        ours, untouched, theirs = (
+            load_with_transformers(folder, torch.float32)(input_ids=tokens).logits
+            for folder in (out, baby(family), source)
+        )
+    assert not torch.allclose(ours, untouched, atol=1e-3), "the test sees weights that are not quantized"
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["scout", "qwen3"])
+@pytest.mark.parametrize("form", ["compressed-tensors", "gptq-v2", "bf16"])
+def test_mixed_widths_go_through_every_format(
+    form: str, family: str, packed: Made, baby: Callable[..., Path], onecard: Run, texts: list[str], tmp_path: Path
+) -> None:
+    """Two formats one after the other: the codes are those of the beginning, and so is the KL."""
+    source, out, back = packed(family, **MIXED), tmp_path / "out", tmp_path / "back"
+    done = onecard("export", source, "--format", form, "-o", out)
+    assert done.exit_code == 0, done.stderr
+    lines = [json.loads(onecard("verify", baby(family), folder, *texts[2:]).stdout) for folder in (source, out)]
+    assert lines[0]["kl_mean_nats"] > 1e-4
+    # GPTQ's scales are fp16, and so its weights are read as that: another rounding of the same products.
+    assert (lines[1]["kl_mean_nats"] == lines[0]["kl_mean_nats"]) == (form != "gptq-v2")
+    if form == "bf16":
+        model, parent = open_model(str(out)), open_model(str(source))
+        for name in parent.adapter.expected():
+            assert torch.equal(conversion.dense(model, name), conversion.dense(parent, name, torch.bfloat16)), name
+        return
+    assert onecard("export", out, "--format", "compressed-tensors", "-o", back).exit_code == 0
+    first, last = all_codes(open_model(str(source))), all_codes(open_model(str(back)))
+    assert first.keys() >= last.keys()
+    assert all(torch.equal(a, b) for module in last for a, b in zip(first[module], last[module], strict=True))
+    blocks = [json.loads((folder / "config.json").read_text())["quantization_config"] for folder in (source, back)]
+    schemes = [set(ct.read_schemes(block).values()) for block in blocks]
+    assert schemes[0] == schemes[1]
+    assert len(schemes[0]) == {"scout": 2, "qwen3": 3}[family]
+
+
+def test_q_and_k_of_llama4_stay_in_16_bits_in_gptqs_layout_and_the_config_says_why(
+    packed: Made, onecard: Run, tmp_path: Path
+) -> None:
+    source = packed("scout", symmetric=True)
+    assert onecard("export", source, "--format", "gptq", "-o", tmp_path / "out").exit_code == 0
+    names = open_folder(tmp_path / "out").names
+    stem = "language_model.model.layers.0.self_attn."
+    for leaf in "qkv":  # v is fused with them
+        assert f"{stem}{leaf}_proj.weight" in names
+        assert f"{stem}{leaf}_proj.qweight" not in names
+    assert f"{stem}o_proj.qweight" in names
+    block = json.loads((tmp_path / "out" / "quantize_config.json").read_text())
+    assert block == json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    kept = block["meta"]["kept_in_16_bits"]
+    assert "RoPE" in kept["why"]
+    assert any(re.match(rule, f"{stem}q_proj") for rule in kept["modules"])
+    model, parent = open_model(str(tmp_path / "out")), open_model(str(source))
+    name = f"{stem}q_proj.weight"
+    assert torch.equal(conversion.dense(model, name), conversion.dense(parent, name))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rules_of_dynamic_mean_what_is_stored_and_nothing_else(family: str, packed: Made, tmp_path: Path) -> None:
+    """As vLLM reads them: by the names of fused modules, too."""
+    model = open_model(str(packed(family, **MIXED)))
+    block = export.gptq_block(model, 2)
+    schemes, _ = conversion.gptq_schemes(model)
+    units = conversion.units(model.adapter)
+
+    def said(name: str) -> object:
+        for rule, fields in block["dynamic"].items():
+            if re.match(rule[2:], name):
+                return fields if rule.startswith("+:") else None
+        return {key: block[key] for key in ("bits", "group_size", "sym")}
+
+    kept = conversion.kept_linears(model.adapter, schemes)
+    for module in (*schemes, *kept):
+        scheme = schemes.get(module)
+        wanted = scheme and {"bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.symmetric}
+        for name in {module, units.get(module, module)}:
+            for prefix in ("", "model."):
+                assert said(prefix + name) == wanted, name
+    assert len(block["dynamic"]) < 25
+
+
+def test_nothing_is_written_for_what_a_format_cannot_hold(
+    packed: Made, baby: Callable[..., Path], onecard: Run, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    refused(onecard("export", baby("scout"), "--format", "gptq", "-o", tmp_path / "a"), "quantize it first")
+    refused(onecard("export", packed("scout"), "--format", "gguff", "-o", tmp_path / "a"), "gguff", "bf16")
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    before = listing(tmp_path)
+    for more in ([], ["--overwrite"]):
+        refused(
+            onecard("export", packed("scout"), "--format", "bf16", "-o", tmp_path / "mine", *more), "no run of onecard"
+        )
+    refused(onecard("export", packed("scout"), "--format", "bf16", "-o", packed("scout") / "x"), "in each other")
+    assert listing(tmp_path) == before
+
+
+def test_scales_that_fp16_cannot_hold_are_refused_and_nothing_stays(
+    packed: Made, onecard: Run, refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = PackedSource.quantized
+
+    def spoiled(self: PackedSource, name: str) -> object:
+        weight = original(self, name)
+        assert weight is not None
+        if "layers.1." in name:
+            weight.scales[0, 0] = 1e-9
+        return weight
+
+    monkeypatch.setattr(PackedSource, "quantized", spoiled)
+    refused(onecard("export", packed("qwen3"), "--format", "gptq", "-o", tmp_path / "out"), "fp16", "e-10", "layers.1.")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_interrupted_export_is_no_checkpoint_and_a_second_one_ends_in_the_same_bytes(
+    packed: Made, onecard: Run, refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = packed("maverick"), tmp_path / "out"
+    monkeypatch.setattr(conversion, "MAX_SHARD_BYTES", 100_000)
+    whole = tmp_path / "whole"
+    assert onecard("export", source, "--format", "gptq", "-o", whole).exit_code == 0
+    shards = sorted(whole.glob("*.safetensors"))
+    assert len(shards) > 3
+    made = conversion._as_codes
+
+    def stops(*args: object) -> conversion.Conversion:
+        full = made(*args)  # type: ignore[arg-type]
+        last = full.shards[2].tensors[0].name
+
+        def make(name: str) -> dict[str, torch.Tensor]:
+            if name == full.made_of[last]:
+                raise KeyboardInterrupt
+            return full.make(name)
+
+        return conversion.Conversion(full.shards, full.schemes, full.made_of, make)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "_as_codes", stops)
+        assert onecard("export", source, "--format", "gptq", "-o", out).exit_code == 130
+    assert len(list(out.glob("*.safetensors"))) == 2
+    assert not (out / "config.json").exists()
+    refused(onecard("inspect", out), "config.json")
+    refused(onecard("export", source, "--format", "gptq", "-o", out), "--overwrite")
+    assert onecard("export", source, "--format", "gptq", "-o", out, "--overwrite").exit_code == 0
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
+
+
+def test_the_record_says_what_it_was_made_from_and_check_holds_the_folder_against_it(
+    packed: Made, onecard: Run, tmp_path: Path
+) -> None:
+    source, out = packed("qwen3"), tmp_path / "out"
+    assert onecard("export", source, "--format", "gptq", "-o", out).exit_code == 0
+    record, parent = (json.loads((f / "onecard.json").read_text()) for f in (out, source))
+    assert record["export"]["from"]["digest"] == open_folder(source).digest
+    assert record["export"]["format"] == "gptq"
+    assert record["kl"] == parent["kl"]
+    assert record["plan"]["emitted_bytes"] == sum(p.stat().st_size for p in out.glob("*.safetensors"))
+    assert onecard("card", out).exit_code == 0
+    assert onecard("check", out).exit_code == 0
+    record["export"]["matrices"]["int8 group 32"] = 7
+    (out / "onecard.json").write_text(json.dumps(record))
+    result = onecard("check", out)
+    assert result.exit_code == 1
+    assert "0 matrices are stored as int8 group 32" in result.stderr
