@@ -62,10 +62,10 @@ def write(conversion: Conversion, out: Path, step: Step) -> None:
 
 
 def coded(model: Model) -> dict[str, Scheme]:
-    """Module -> Scheme of every weight that is stored as integer codes."""
+    """Module -> Scheme of every weight that is stored as integer codes, sorted: what is said of them has one order."""
     return {
         name.removesuffix(".weight"): weight.scheme
-        for name, weight in model.packed.items()
+        for name, weight in sorted(model.packed.items())
         if weight.scheme is not None and name.endswith(".weight")
     }
 
@@ -201,7 +201,7 @@ def config_compressed(model: Model) -> dict[str, Any]:
 def gptq_schemes(model: Model) -> tuple[dict[str, Scheme], list[str]]:
     """What is stored as codes, and what was and is stored in 16 bits: units with rows that engines permute."""
     found, adapter = coded(model), model.adapter
-    permuted = {adapter.unit(module) for module in found if adapter.rows_permuted(module)}
+    permuted = {adapter.unit(module) for module in found if adapter.permuted_at_load(module)}
     dequantized = [module for module in found if adapter.unit(module) in permuted]
     return {module: scheme for module, scheme in found.items() if module not in {*dequantized}}, dequantized
 
@@ -293,8 +293,11 @@ def lay_out_nf4(model: Model) -> Conversion:
 
 
 def config_nf4(model: Model) -> dict[str, Any]:
-    schemes = nf4_schemes(model)
-    block = bitsandbytes_write.quantization_config(schemes, {}, {}, kept_linears(model.adapter, schemes))
+    return config_bitsandbytes(model, nf4_schemes(model))
+
+
+def config_bitsandbytes(model: Model, schemes: dict[str, Scheme]) -> dict[str, Any]:
+    block = bitsandbytes_write.quantization_config(schemes, kept_linears(model.adapter, schemes))
     return plain_config(model) | {"quantization_config": block}
 
 

@@ -12,22 +12,29 @@ made from. A KL in it was measured on the parent's files: `onecard verify` measu
 import json
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from . import __version__
 from .checkpoint import files
 from .checkpoint.checksums import write_sums
 from .checkpoint.emit import GPTQ_CONFIG, carry_side_files, clear_checkpoint, index_json, written_files
-from .checkpoint.packed import PackedSource
-from .checkpoint.source import INDEX_NAME
+from .checkpoint.formats import compressed_tensors as ct
+from .checkpoint.formats.bitsandbytes import NAME as BITSANDBYTES
+from .checkpoint.formats.stored import StoredWeight
+from .checkpoint.formats.written import OWN
+from .checkpoint.packed import PackedSource, open_packed
+from .checkpoint.source import INDEX_NAME, Folder, open_folder
 from .conversion import (
     Conversion,
     compressed_problems,
     config_bf16,
+    config_bitsandbytes,
     config_compressed,
     config_gptq,
     config_nf4,
@@ -44,6 +51,8 @@ from .conversion import (
 from .core.errors import InputError, input_error
 from .core.layout import RECORD_NAME
 from .core.rows import Step
+from .core.tensors import TensorInfo
+from .planner.plan import Plan
 from .prepare import Model, check_paths, check_space, open_model, open_written, said_name, stored_facts
 from .report.reading import check_record
 from .report.record import RunRecord
@@ -126,6 +135,58 @@ def refuse_unheld(model: Model, name: str) -> None:
     reasons = exporter_of(name).can_write(model)
     if reasons:
         raise input_error(f"the format {name} cannot hold {model.name}:", reasons, "Choose another format.")
+
+
+def planned_run(model: Model, plan: Plan) -> Model:
+    """What the shards of a run of quantize on `model` will be: names, shapes and schemes; there is nothing to read."""
+    infos = {tensor.name: TensorInfo(tensor.shape, tensor.dtype) for _, tensor in plan.tensors()}
+    shapes = model.adapter.expected()
+    weights = {}
+    for module, scheme in plan.schemes.items():
+        name = f"{module}.weight"
+        outputs, inputs = shapes[name]
+        dtype = infos[f"{module}.{ct.SCALE}"].dtype
+        parts = {leaf: f"{module}.{leaf}" for leaf in ct.layout(scheme, outputs, inputs, dtype)}
+        weights[name] = StoredWeight(TensorInfo(shapes[name], dtype), str(scheme), parts, _unread, scheme=scheme)
+    taken = {stored for weight in weights.values() for stored in weight.parts.values()}
+    virtual = {name: info for name, info in infos.items() if name not in taken}
+    virtual |= {name: weight.info for name, weight in weights.items()}
+    folder = Folder(model.path, infos, {}, ())
+    return replace(model, folder=folder, source=PackedSource(folder, ct.NAME, weights, virtual))
+
+
+def planned_files(model: Model, plan: Plan, format_name: str) -> Files:
+    """What of a run's OUT holds weights. Raises InputError with every reason why the format cannot hold them."""
+    if format_name not in FORMATS and format_name in OWN:  # a quantizer's own: the plan has asked whether it fits
+        return _own_files(plan)
+    run = planned_run(model, plan)
+    refuse_unheld(run, format_name)
+    return _own_files(plan) if format_name in OWN else FORMATS[format_name].plan(run)
+
+
+def _own_files(plan: Plan) -> Files:
+    # The run's own shards, as large as its recipe has them.
+    index = files.json_bytes(index_json(plan.shards))
+    return [*((shard.file, shard.file_bytes) for shard in plan.shards), (INDEX_NAME, len(index))]
+
+
+def config_of_run(model: Model, plan: Plan, format_name: str) -> dict[str, Any]:
+    """What config.json is to say of a run's OUT."""
+    if format_name == BITSANDBYTES:
+        return config_bitsandbytes(model, plan.schemes)
+    return FORMATS[format_name].config(planned_run(model, plan))
+
+
+def _unread(parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    raise AssertionError("a weight that is planned and not written yet was read")
+
+
+def finished_run(model: Model, plan: Plan, shards: Path) -> Model:
+    """The shards of a run of quantize, all of them in the folder `shards`."""
+    files.write_json(shards / INDEX_NAME, index_json(plan.shards))
+    block = config_compressed(planned_run(model, plan))["quantization_config"]
+    folder = open_folder(shards)
+    return replace(model, folder=folder, source=open_packed(folder, block))
 
 
 def weight_bytes(planned: Files) -> int:
@@ -218,9 +279,14 @@ def exported_record(parent: RunRecord, model: Model, written: Model, format_name
             "format": format_name,
             "onecard": __version__,
             "from": {"name": said_name(model.name), "digest": model.folder.digest, "format": label(model)},
-            "matrices": dict(sorted(Counter(weight.width for weight in written.packed.values()).items())),
+            "matrices": matrices(written),
         },
     )
+
+
+def matrices(model: Model) -> dict[str, int]:
+    """How many matrices lie there at which width: what `onecard check` holds a folder against."""
+    return dict(sorted(Counter(weight.width for weight in model.packed.values()).items()))
 
 
 def _record_of(model: Model) -> RunRecord:

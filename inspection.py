@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .checkpoint.packed import PackedSource
+from .export import Files, planned_files, weight_bytes
 from .models.adapter import Role
 from .planner.cost import Cost, estimate, measure_flops
 from .planner.plan import Plan
@@ -30,8 +31,13 @@ class PlanResult:
     model: Model
     recipe: Recipe
     plan: Plan
+    planned: Files  # what OUT will hold, in the recipe's format
     cost: Cost
     warnings: list[str]
+
+    @property
+    def emitted_bytes(self) -> int:
+        return weight_bytes(self.planned)
 
     def line(self) -> dict[str, Any]:
         """The JSON line for scripts."""
@@ -39,6 +45,9 @@ class PlanResult:
             "model": self.model.name,
             "recipe": self.recipe.name,
             **self.plan.facts(),
+            "format": self.recipe.format,
+            "emitted_bytes": self.emitted_bytes,
+            "files": dict(self.planned),
             "role_bytes": self.plan.role_bytes,
             "estimated_seconds": self.cost.seconds,
             "estimated_ram_bytes": self.cost.ram_bytes,
@@ -53,6 +62,7 @@ def plan(model_name: str, recipe: Recipe, device_name: str = "auto") -> PlanResu
     dtype = choose_dtype(recipe, device)
     model = open_source(model_name)
     laid_out = plan_for(model, recipe)
+    planned = planned_files(model, laid_out, recipe.format)
     method = method_of(recipe)
     cost = estimate(
         model.adapter,
@@ -65,7 +75,7 @@ def plan(model_name: str, recipe: Recipe, device_name: str = "auto") -> PlanResu
         device,
         site_budget(device),
     )
-    return PlanResult(model, recipe, laid_out, cost, model.adapter.faults(model.config))
+    return PlanResult(model, recipe, laid_out, planned, cost, model.adapter.faults(model.config))
 
 
 def inspect(model_name: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ A run is a row of stages; after each one the work directory is committed, so a k
     0 embed     token rows -> hidden rows that enter block 0, for both streams
     1..n        one block: statistics, codes, packed shards, hidden rows that enter the next block
     n+1 rest    what lies outside the blocks is copied
-    n+2 move    shards, index and side files move to OUT
+    n+2 move    shards, index and side files move to OUT, or are written there in the recipe's format
     n+3 verify  the twin walk over source and emitted files; then the record, SHA256SUMS and, last of all, config.json
 """
 
@@ -14,7 +14,6 @@ import time
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -28,21 +27,21 @@ from .checkpoint.emit import (
     carry_side_files,
     clear_checkpoint,
     emitted_before,
-    emitted_files,
     index_json,
     side_files_digest,
+    written_files,
 )
-from .checkpoint.formats.written import FORMATS, Format
-from .checkpoint.packed import open_packed
-from .checkpoint.source import open_folder, refuse_nonfinite
+from .checkpoint.formats.written import OWN
+from .checkpoint.source import INDEX_NAME, refuse_nonfinite
 from .checkpoint.workdir import Activations, WorkDir, has_run, read_json, read_tensors, refuse_changed
 from .core.errors import InputError, LimitError
 from .core.layout import RECORD_NAME
 from .core.rows import Row, batches
 from .coverage import balanced
 from .eval.twin import Side
+from .export import FORMATS, Files, config_of_run, finished_run, matrices, planned_files, weight_bytes
 from .gate import gate_of_run, refuse_too_large
-from .models.adapter import Adapter, Role
+from .models.adapter import Adapter
 from .models.walk import Calls, embed
 from .planner.cost import estimate
 from .planner.plan import Plan
@@ -55,8 +54,10 @@ from .prepare import (
     method_of,
     occupied,
     open_source,
+    open_written,
     plan_for,
     site_budget,
+    stored_facts,
     walks_back,
     work_of,
 )
@@ -82,6 +83,7 @@ class Run:
 
     model: Model
     plan: Plan
+    planned: Files  # what of OUT holds weights, in the recipe's format; the plan's shards are the work directory's
     recipe: Recipe
     method: Method
     texts: RunTexts
@@ -112,6 +114,11 @@ class Run:
         identity |= {f"{which} texts": str(facts["digest"]) for which, facts in self.texts.facts.items()}
         return identity | {f"version of {name}": v for name, v in package_versions().items() if name != "datasets"}
 
+    @property
+    def files(self) -> list[str]:
+        """All that will lie in OUT."""
+        return written_files([name for name, _ in self.planned], self.model.path)
+
     def new_record(self) -> RunRecord:
         return RunRecord(
             command="quantize",
@@ -119,10 +126,10 @@ class Run:
             model=self.model.facts(),
             recipe=self.recipe.model_dump(mode="json") | {"digest": self.recipe.digest},
             texts=self.texts.facts,
-            plan=self.plan.facts(),
+            plan=self.plan.facts() | {"emitted_bytes": weight_bytes(self.planned)},
             versions=package_versions(),
             identity=self.identity,
-            files=emitted_files(self.plan.shards, self.model.path),
+            files=self.files,
             warnings=self.adapter.faults(self.model.config) + self.texts.warnings,
         )
 
@@ -134,7 +141,9 @@ class Run:
         )  # fmt: skip
         # Beside the pool's hidden rows, before and after a block, nothing lies there yet.
         pool_bytes = 2 * _tokens(self.texts.calibration) * self.adapter.hidden_size * self.dtype.itemsize
-        check_space(work, max(cost.disk_bytes, pool_bytes if self.texts.is_pool else 0))
+        # Shards are moved to OUT, or written there anew in another format.
+        anew = 0 if self.recipe.format in OWN else weight_bytes(self.planned)
+        check_space(work, max(cost.disk_bytes, pool_bytes if self.texts.is_pool else 0) + anew)
 
 
 def _tokens(rows: list[Row]) -> int:
@@ -165,10 +174,13 @@ def quantize(
     method = method_of(recipe)
     model = open_source(model_name)
     plan = plan_for(model, recipe)
-    refuse_too_large(plan.emitted_bytes, recipe)
+    planned = planned_files(model, plan, recipe.format)
+    refuse_too_large(weight_bytes(planned), recipe)
     work_path = check_paths(out, work, model.path, resume, overwrite)
     texts = prepare_texts(model, recipe, calibration, evaluation, method.needs_statistics)
-    run = Run(model, plan, recipe, method, texts, tasks_of(recipe), out, device, choose_dtype(recipe, device), began)
+    run = Run(
+        model, plan, planned, recipe, method, texts, tasks_of(recipe), out, device, choose_dtype(recipe, device), began
+    )
     finished = None
     if resume and not has_run(work_path):
         finished = _finished(run)
@@ -265,21 +277,23 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress) -> RunRecord:
         workdir.commit(2 + blocks)
     if workdir.done < 3 + blocks:
         progress.begin("move to OUT")
-        _move(run, workdir)
+        _move(run, workdir, progress)
         workdir.commit(3 + blocks)
-    config = run.adapter.mended(run.model.config) | {
-        "quantization_config": _quantization_config(run.adapter, run.plan, FORMATS[run.recipe.format])
-    }
+    config = config_of_run(run.model, run.plan, run.recipe.format)
     if workdir.done < 4 + blocks:
-        emitted = open_folder(run.out)
-        assert emitted.file_bytes == run.plan.emitted_bytes, (emitted.file_bytes, run.plan.emitted_bytes)
-        quantized = Side("quantized", run.adapter, open_packed(emitted, config["quantization_config"]))
+        emitted = open_written(run.model, run.out, config)
+        emitted_bytes = emitted.folder.file_bytes
+        assert emitted_bytes == weight_bytes(run.planned), (emitted_bytes, run.planned)
+        if run.recipe.format not in OWN:
+            record.plan |= stored_facts(emitted)
+            record.export = {"format": run.recipe.format, "onecard": __version__, "matrices": matrices(emitted)}
+        quantized = Side("quantized", emitted.adapter, emitted.source)
         measured = measure(
             run.model, quantized, run.texts.evaluation, run.recipe.batch_tokens, workdir.folder("verify"), run.device,
             run.dtype, progress, run.tasks, rows_of_experts(record.blocks),
         )  # fmt: skip
         measured.put_into(record)
-        record.checkpoint = {"bytes": emitted.file_bytes}
+        record.checkpoint = {"bytes": emitted_bytes}
         record.gate = gate_of_run(record.to_json(), RECORD_NAME, run.recipe)
         close_machine(record, progress, run.device, run.began)
         files.write_json(workdir.path / RECORD, record.to_json())
@@ -324,19 +338,23 @@ def _sensitivity(
     return metrics, weights
 
 
-def _move(run: Run, workdir: WorkDir) -> None:
+def _move(run: Run, workdir: WorkDir, progress: Progress) -> None:
     """Everything but config.json: a folder without it is no checkpoint to any engine."""
     if workdir.moving_to is None:
         clear_checkpoint(run.out)  # there is none, unless the run was begun with --overwrite for it
         files.make_folder(run.out)
         workdir.begin_move(run.out)
     # First of all, what will lie there: a folder with this file may be cleared of it.
-    files.write_json(run.out / RECORD_NAME, {"files": emitted_files(run.plan.shards, run.model.path)})
-    for shard in run.plan.shards:
-        finished = workdir.path / "shards" / shard.file
-        if finished.exists():
-            files.move(finished, run.out / shard.file)
-    files.write_json(run.out / "model.safetensors.index.json", index_json(run.plan.shards))
+    files.write_json(run.out / RECORD_NAME, {"files": run.files})
+    if run.recipe.format in OWN:
+        for shard in run.plan.shards:
+            finished = workdir.path / "shards" / shard.file
+            if finished.exists():
+                files.move(finished, run.out / shard.file)
+        files.write_json(run.out / INDEX_NAME, index_json(run.plan.shards))
+    else:
+        stored = finished_run(run.model, run.plan, workdir.path / "shards")
+        FORMATS[run.recipe.format].write(stored, run.out, progress)
     carry_side_files(run.model.path, run.out)
 
 
@@ -379,19 +397,3 @@ def _summarise_coverage(record: RunRecord, recipe: Recipe) -> None:
             f"{len(low)} of {len(covered)} experts got fewer than {recipe.warn_below_expert_rows} calibration rows and "
             "borrowed from their layers: give more or more varied calibration texts"
         )
-
-
-def _quantization_config(adapter: Adapter, plan: Plan, written: Format) -> dict[str, Any]:
-    """Every 2-D weight that stays as it was is named in it; the rest is the format's."""
-    keep = (Role.EMBEDDING, Role.NORM)
-    ignore = [
-        name.removesuffix(".weight")
-        for name, shape in adapter.expected().items()
-        if len(shape) == 2 and name.endswith(".weight") and adapter.role(name) not in keep
-        and name.removesuffix(".weight") not in plan.schemes
-    ]  # fmt: skip
-    if adapter.tied_head:
-        ignore.append("lm_head")
-    sizes = {m: outputs * inputs for b in range(adapter.n_blocks) for _, m, outputs, inputs in adapter.modules(b)}
-    units = {module: adapter.unit(module) for module in plan.schemes}
-    return written.config(plan.schemes, units, sizes, sorted(ignore))

@@ -19,7 +19,7 @@ import torch
 from .calibration.sensitivity import rows_at_once
 from .checkpoint.emit import emitted_before
 from .checkpoint.formats.stored import StoredWeight
-from .checkpoint.formats.written import FORMATS
+from .checkpoint.formats.written import own_format
 from .checkpoint.packed import PackedSource, open_packed
 from .checkpoint.provenance import hub_origin, source_card
 from .checkpoint.source import Folder, check_shapes, open_folder
@@ -227,7 +227,7 @@ def plan_for(model: Model, recipe: Recipe) -> Plan:
     """Match the recipe to the model and lay out what will be emitted. Raises InputError."""
     if recipe.family not in (None, model.adapter.family):
         raise InputError(f"the recipe {recipe.name} is for {recipe.family}, and {model.name} is {model.adapter.family}")
-    schemes, layout = schemes_of(model.adapter, recipe), FORMATS[recipe.format].layout
+    schemes, layout = schemes_of(model.adapter, recipe), own_format(recipe.format).layout
     return make_plan(model.adapter, model.source, schemes, layout, recipe.max_shard_bytes, model.folder.file_bytes)
 
 

@@ -129,7 +129,9 @@ class Recipe(Limits):
     note: str | None = None  # printed with the plan and kept in the record
 
     method: Literal["rtn", "bnb-nf4", "bnb-int8", "fast", "balanced", "best"] = "best"
-    format: Literal["compressed-tensors", "bitsandbytes"] = "compressed-tensors"
+    # What OUT holds (export.py); the codes are the same in all, and bf16 holds what they stand for. bitsandbytes, which
+    # has other codes, belongs to its own methods.
+    format: Literal["compressed-tensors", "gptq", "gptq-v2", "bf16", "bitsandbytes"] = "compressed-tensors"
     bits: Literal[4, 8] = 4
     group_size: int = 128  # -1: one scale a row
     symmetric: bool = True

@@ -23,7 +23,7 @@ from torch import nn
 from .calibration.moments import SiteMoments
 from .calibration.sensitivity import RESIDUAL
 from .checkpoint.emit import ShardWriter
-from .checkpoint.formats.written import FORMATS, Format
+from .checkpoint.formats.written import Format, own_format
 from .core.errors import InputError
 from .core.rows import RowStore, Step
 from .core.tensors import TensorSource
@@ -60,7 +60,7 @@ class BlockJob:
 
     @property
     def format(self) -> Format:
-        return FORMATS[self.recipe.format]
+        return own_format(self.recipe.format)
 
     def quantized_sites(self) -> list[Site]:
         return [site for site in self.adapter.sites(self.index) if site.members[0][0] in self.plan.schemes]

@@ -95,13 +95,8 @@ def side_files_digest(source: Path) -> str:
     return sha.hexdigest()
 
 
-def emitted_files(shards: Iterable[ShardPlan], source: Path) -> list[str]:
-    """The names of all files that a run puts into OUT."""
-    return written_files((INDEX_NAME, *(shard.file for shard in shards)), source)
-
-
 def written_files(weights: Iterable[str], source: Path) -> list[str]:
-    """The same, given the names of the files that hold the weights and say where each lies."""
+    """The names of all files of an OUT, given those that hold the weights and say where each lies."""
     return sorted({*WRITTEN, *weights, *(path.name for path in _side_files(source))})
 
 

@@ -163,7 +163,7 @@ class Adapter(ABC):
         `...feed_forward.experts`): what the engine fuses, and so what must share one scheme. A module that is fused
         with no other is its own."""
 
-    def rows_permuted(self, module_name: str) -> bool:
+    def permuted_at_load(self, module_name: str) -> bool:
         """Whether engines permute the rows of this module's weight when they load it, by the name of the tensor that
         stores it: a layout whose names they do not know is then loaded wrong."""
         return False

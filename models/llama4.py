@@ -115,7 +115,7 @@ class Llama4Adapter(Adapter):
             leaf, ".gate_up_proj" if leaf in ("gate_proj", "up_proj") else f".{leaf}"
         )
 
-    def rows_permuted(self, module_name: str) -> bool:
+    def permuted_at_load(self, module_name: str) -> bool:
         # For RoPE; vLLM, models/llama4.py `permute_qk_weight_for_rotary`, does so for every q and k of the text model.
         return self.role(f"{module_name}.weight") is Role.ATTENTION and module_name.endswith((".q_proj", ".k_proj"))
 

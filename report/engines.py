@@ -15,10 +15,25 @@ def _in_few_bits(roles: Mapping[str, Mapping[str, Any]], role: str) -> bool:
 
 
 def engines(
-    family: str, roles: Mapping[str, Mapping[str, Any]], symmetric: bool, versions: Mapping[str, str]
+    family: str,
+    roles: Mapping[str, Mapping[str, Any]],
+    symmetric: bool,
+    versions: Mapping[str, str],
+    stored_as: str = "compressed-tensors",
 ) -> list[tuple[str, str, str]]:
     """(engine, least version, remark) for the model card. `roles` as inspection.py gives them."""
-    known = f"any version that knows {FAMILIES.get(family, family)} and compressed-tensors"
+    name = FAMILIES.get(family, family)
+    if stored_as in ("bitsandbytes", "bnb-nf4"):
+        return _bitsandbytes(family, versions)
+    if stored_as == "bf16":
+        plain = f"any version that knows {name}"
+        return [("vLLM", plain, "`vllm serve FOLDER`"), ("transformers", plain, "`from_pretrained(FOLDER)`")]
+    if stored_as.startswith("gptq"):
+        known = f"any version that knows {name} and GPTQ"
+        return [("GPTQModel", known, "`GPTQModel.load(FOLDER)`"), ("vLLM", known, "`vllm serve FOLDER`")][
+            : 1 + symmetric
+        ]
+    known = f"any version that knows {name} and compressed-tensors"
     remark = "`vllm serve FOLDER`"
     if family == "llama4" and _in_few_bits(roles, "attention"):
         known = "one with pull request 35033 (merged 2026-02-23) or later"
@@ -31,7 +46,7 @@ def engines(
     return found
 
 
-def bitsandbytes_engines(family: str, versions: Mapping[str, str]) -> list[tuple[str, str, str]]:
+def _bitsandbytes(family: str, versions: Mapping[str, str]) -> list[tuple[str, str, str]]:
     """The same of bitsandbytes' files. vLLM 0.32 reads them no more."""
     made = f"made with {versions.get('transformers')} and bitsandbytes {versions.get('bitsandbytes')}"
     if family == "llama4":

@@ -23,17 +23,29 @@ from ..core.scheme import GRIDS
 from . import licence as licences
 from .card import counted, few_bits, size
 from .card_tables import base_name, code, flips, kinds, measured, provenance, words
-from .engines import bitsandbytes_engines, engines
+from .engines import engines
 from .licence import Licence
 
-FORMATS = {
-    "compressed-tensors": "compressed-tensors `pack-quantized`",
-    "bitsandbytes": "that of bitsandbytes, every expert a matrix of its own",
-}
 FAILED_GATE = "These files did NOT pass the gate of their recipe, and were published all the same."
 ROLES = {"expert": "routed experts", "shared_expert": "shared expert", "mlp": "dense MLPs", "attention": "attention",
          "router": "routers", "embedding": "embeddings", "head": "head", "norm": "norms",
          "vision": "vision tower and projector"}  # fmt: skip
+
+
+# What a format of export.py is called on a card.
+FORMATS = {
+    "compressed-tensors": "compressed-tensors `pack-quantized`",
+    "gptq": "that of GPTQ, version 1 (AutoGPTQ's, GPTQModel's)",
+    "gptq-v2": "that of GPTQ, version 2 (GPTQModel's)",
+    "bf16": "dense: bf16 weights that stand for the integer codes they were made from",
+    "bitsandbytes": "that of bitsandbytes, every expert a matrix of its own",
+    "bnb-nf4": "that of bitsandbytes, every expert a matrix of its own",
+}
+
+
+def stored_as(record: dict[str, Any]) -> str:
+    """The format of the files that a record lies beside: what they were exported to, or the recipe's."""
+    return str((record.get("export") or {}).get("format") or record["recipe"].get("format", "compressed-tensors"))
 
 
 @dataclass(frozen=True)
@@ -81,7 +93,7 @@ def metadata(facts: CardFacts) -> ModelCardData:
         "quantized",
         *bits,
         *(f"{word.lstrip('intf')}-bit" for word in bits),
-        facts.record["recipe"]["format"],
+        stored_as(facts.record),
         "moe",
         "onecard",
     ]
@@ -229,11 +241,9 @@ def _context(facts: CardFacts) -> dict[str, Any]:
             (ROLES.get(role, role), f"{said['parameters']:,}", ", ".join(said["widths"]))
             for role, said in facts.roles.items()
         ],
-        "format": FORMATS[record["recipe"]["format"]],
-        "engines": (
-            bitsandbytes_engines(record["model"]["family"], record["versions"])
-            if record["recipe"]["format"] == "bitsandbytes"
-            else engines(record["model"]["family"], facts.roles, record["recipe"]["symmetric"], record["versions"])
+        "format": FORMATS.get(stored_as(record), stored_as(record)),
+        "engines": engines(
+            record["model"]["family"], facts.roles, record["recipe"]["symmetric"], record["versions"], stored_as(record)
         ),
         "command_model": code(base).strip("`"),
         "provenance": provenance(record),

@@ -29,7 +29,9 @@ def draw_plan(result: Any, tensors: bool, console: Console) -> None:
     grid.add_row("recipe", result.recipe.name)
     if result.recipe.note:
         grid.add_row("note", Text(result.recipe.note, style="yellow"))
-    grid.add_row("emitted", f"{plan.emitted_bytes:,} bytes ({size(plan.emitted_bytes)}) in {len(plan.shards)} files")
+    files = sum(name.endswith((".safetensors", ".gguf")) for name, _ in result.planned)
+    emitted = f"{result.emitted_bytes:,} bytes ({size(result.emitted_bytes)}) in {files} files"
+    grid.add_row("emitted", f"{emitted}, {result.recipe.format}")
     grid.add_row("source", f"{plan.source_bytes:,} bytes ({size(plan.source_bytes)})")
     grid.add_row(
         "bits per weight",

@@ -136,7 +136,7 @@ def test_linear4bit_saves_the_same_parts() -> None:
 
 @pytest.mark.parametrize("method", SCHEMES)
 def test_transformers_reads_the_config_block_as_it_is_meant(method: str) -> None:
-    config = BitsAndBytesConfig.from_dict(quantization_config({"a": SCHEMES[method]}, {}, {}, ["lm_head"]))
+    config = BitsAndBytesConfig.from_dict(quantization_config({"a": SCHEMES[method]}, ["lm_head"]))
     assert (config.load_in_4bit, config.load_in_8bit) == (method == "bnb-nf4", method == "bnb-int8")
     assert config.quantization_method() == ("nf4" if method == "bnb-nf4" else "llm_int8")
     assert config.llm_int8_skip_modules == ["lm_head"]

@@ -96,9 +96,7 @@ def _int8_rows(weight_OI: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.
     return parts, int8_vectorwise_dequant(codes, scales)
 
 
-def quantization_config(
-    schemes: Mapping[str, Scheme], units: Mapping[str, str], sizes: Mapping[str, int], keep: list[str]
-) -> dict[str, Any]:
+def quantization_config(schemes: Mapping[str, Scheme], keep: list[str]) -> dict[str, Any]:
     """The `quantization_config` block of config.json, of the one scheme that all modules have. `keep` names every
     Linear module that stays as it was: transformers makes all others into bitsandbytes' own."""
     (scheme,) = set(schemes.values())

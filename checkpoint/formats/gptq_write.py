@@ -101,7 +101,7 @@ def _split(name: str) -> tuple[str, str, str]:
 
 
 def _joined(head: str, numbers: list[str], tail: str) -> str:
-    middle = f"[.](?:{'|'.join(numbers)})" if numbers != [""] else ""
+    middle = f"[.](?:{'|'.join(sorted(numbers, key=int))})" if numbers != [""] else ""
     return f"(?:.*[.])?{head}{middle}{'[.]' if middle and tail else ''}{tail}$"
 
 

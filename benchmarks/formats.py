@@ -1,0 +1,86 @@
+"""The embedded model in every format, each verified from its own files: `python benchmarks/formats.py [OUT]`.
+
+Quantizes the embedded model once, by --recipe (rtn-int4 unless named), exports it to every format of export.FORMATS
+that can hold it, runs `verify` on each folder, and prints a table: bytes, KL, how far that is from the KL of the
+compressed-tensors files, and why a format could not hold it. --group-size 32 is what GGUF wants; --attention quantizes
+attention too, so that q and k show what GPTQ's layout does with them; --rows makes it short. Exits 1 when a format's KL
+is more than --allowed (relative) off, unless it holds other weights than the run's: with --attention, GPTQ's layout.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from onecard.checkpoint.files import make_folder
+from onecard.checkpoint.formats.compressed_tensors import NAME
+from onecard.core.errors import InputError
+from onecard.export import FORMATS, export
+from onecard.pipeline import quantize
+from onecard.recipe import load_recipe
+from onecard.verification import verify
+
+# Rounding weights to bf16 or fp16 moves the mean by less than this; one wrong group of codes moves it by far more.
+ALLOWED = 0.02
+
+
+class Silence:
+    """A Step that shows nothing."""
+
+    def begin(self, stage: str, block: int | None = None) -> None: ...
+
+    def advance(self, tokens: int) -> None: ...
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "out", nargs="?", type=Path, help="a folder to keep the checkpoints in [default: a temporary one]"
+    )
+    parser.add_argument("--recipe", default="rtn-int4")
+    parser.add_argument("--group-size", type=int)
+    parser.add_argument("--rows", type=int, help="evaluation rows [default: the recipe's]")
+    parser.add_argument("--attention", action="store_true")
+    parser.add_argument("--asymmetric", action="store_true")
+    parser.add_argument("--allowed", type=float, default=ALLOWED)
+    arguments = parser.parse_args()
+    recipe = load_recipe(arguments.recipe)
+    changes: dict[str, object] = {"format": NAME, "tasks": (), "max_flip_rate": None}
+    if arguments.group_size:
+        changes["group_size"] = arguments.group_size
+    if arguments.rows:
+        changes["evaluation_rows"] = arguments.rows
+    if arguments.attention:
+        changes["quantize_roles"] = (*recipe.quantize_roles, "attention")
+    if arguments.asymmetric:
+        changes["symmetric"] = False
+    recipe = type(recipe).model_validate(recipe.model_dump() | changes)
+    with tempfile.TemporaryDirectory(prefix="onecard-formats-") as temporary:
+        home = arguments.out or Path(temporary)
+        make_folder(home)
+        source = home / "quantized"
+        first = quantize("demo", source, recipe, device_name="cpu", quiet=True, overwrite=source.exists())
+        reference, worst = first.kl["kl_mean_nats"], 0.0
+        print("| format | bytes of weights | mean KL, nats | off |\n|---|---|---|---|")
+        print(f"| {recipe.name}, as quantized | {first.plan['emitted_bytes']:,} | {reference:.6f} | |")
+        for name in FORMATS:
+            out = home / name
+            try:
+                done = export(str(source), name, out, Silence(), overwrite=out.exists())
+            except InputError as error:
+                print(f"| {name} | cannot hold it: {str(error).splitlines()[1].strip(' -')[:90]}... | | |")
+                continue
+            found = verify("demo", str(out), recipe, device_name="cpu", quiet=True).kl["kl_mean_nats"]
+            off = found / reference - 1
+            block = json.loads((out / "config.json").read_text()).get("quantization_config", {})
+            other = "kept_in_16_bits" in block.get("meta", {})
+            worst = worst if other else max(worst, abs(off))
+            note = " (q, k and v in 16 bits)" if other else ""
+            print(f"| {name} | {done.line()['weight_bytes']:,} | {found:.6f} | {off:+.2%}{note} |", flush=True)
+    if worst > arguments.allowed:
+        sys.exit(f"a format's KL is {worst:.2%} off, and {arguments.allowed:.2%} are allowed")
+
+
+if __name__ == "__main__":
+    main()
