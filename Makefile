@@ -1,4 +1,5 @@
 # make demo: quantize and verify the embedded model. make test: lint, types, tests. Both install what they need.
+# make compat: other packages, each in an environment of its own, read what we write (benchmarks/compat/run.py).
 # make peers: the field's quantizers beside ours (benchmarks/peers/README.md); hours, and not part of the tests.
 PYTHON ?= python3
 VENV := .venv
@@ -6,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT := out
 
-.PHONY: venv demo test chromium style quality peers peers-env compat-vllm clean
+.PHONY: venv demo test chromium style quality peers peers-env compat compat-env compat-vllm clean
 
 venv: $(STAMP)
 
@@ -34,6 +35,13 @@ test: venv quality chromium
 
 peers-env: venv
 	$(BIN)/python benchmarks/peers/environments.py
+
+compat-env: venv
+	$(BIN)/python benchmarks/peers/environments.py autogptq gptqmodel --build build/compat
+
+# auto-gptq's and GPTQModel's own classes read what we write, and auto-gptq's GPTQ is held against ours.
+compat: compat-env
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compat/run.py
 
 # A peer whose environment cannot be built gets a row that says so.
 peers: venv

@@ -24,7 +24,7 @@ from .checkpoint.soundness import Stored, index_problems, shape_problems, stored
 from .checkpoint.source import PICKLES, Folder, open_folder
 from .core.errors import DamageError, InputError
 from .core.layout import RECORD_NAME
-from .core.scheme import Scheme
+from .core.scheme import BY_ROW, INT8_ROWS, NF4, NF4_BLOCK, Scheme
 from .models.adapter import Adapter, Role
 from .models.families import load_adapter, read_config
 from .prepare import quantization_block, schemes_of
@@ -199,8 +199,10 @@ def _tensors(
     if block is not None and (record is None or not ours):
         if record is not None:
             found.problems += _size_problems(record, adapter, folder)
-        _of_another_tool(folder, block, adapter, found)
-        if exported is None:
+        read = _by_reader(folder, block, adapter, found)
+        if record is not None and exported is None and read is not None:
+            found.problems += _plan_problems(_as_planned(read), record, adapter, set())
+        elif record is None:
             found.unchecked.append("widths: only what onecard made has a plan to hold them against")
         stored, expected = Stored(plain=dict(folder.infos)), {}
     else:
@@ -224,13 +226,14 @@ def _tensors(
     found.problems += value_problems(folder, stored, expected)
 
 
-def _of_another_tool(folder: Folder, block: object, adapter: Adapter, found: Checked) -> None:
-    """The format's own reader says which parts make a weight; every weight is unpacked once, and none may be zero."""
+def _by_reader(folder: Folder, block: object, adapter: Adapter, found: Checked) -> PackedSource | None:
+    """Another tool's files, and ours in another format than compressed-tensors: the format's own reader says which
+    parts make a weight; every weight is unpacked once, and none may be zero."""
     found.facts["quantized_modules"] = 0
     if not isinstance(block, dict) or block.get("quant_method") not in READERS:
         method = block.get("quant_method") if isinstance(block, dict) else block
         found.unchecked.append(f"shapes and widths: {method!r} is not read here, {', '.join(READERS)} are")
-        return
+        return None
     try:
         source = open_packed(folder, block)
         read_as = Stored(plain={name: source.info(name) for name in source.names})
@@ -238,6 +241,15 @@ def _of_another_tool(folder: Folder, block: object, adapter: Adapter, found: Che
         _unpacked(source, found)
     except InputError as error:
         found.problems += _offenders(error)
+        return None
+    return source
+
+
+def _as_planned(source: PackedSource) -> Stored:
+    """What a recipe of ours can name, of what a reader found; another width is no scheme, and so was not planned."""
+    known = {str(scheme): scheme for scheme in (Scheme(4, NF4_BLOCK, True, NF4), Scheme(8, BY_ROW, True, INT8_ROWS))}
+    schemes = {module: known[width] for module, width in source.schemes.items() if width in known}
+    return Stored(schemes, {name: source.info(name) for name in source.names})
 
 
 def _matrix_problems(folder: Folder, block: object, exported: dict[str, Any]) -> Iterator[str]:

@@ -11,7 +11,10 @@ from .verbs import make_console, print_line, verb
 @click.command()
 @click.argument("checkpoint")
 @click.option(
-    "--format", "format_name", required=True, help="What to write: compressed-tensors, gptq, gptq-v2, bf16 or gguf."
+    "--format",
+    "format_name",
+    required=True,
+    help="What to write: compressed-tensors, gptq, gptq-v2, bnb-nf4, gguf or bf16.",
 )
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The folder to write.")
 @click.option("--overwrite", is_flag=True, help="Replace what onecard put into OUT.")

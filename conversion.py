@@ -1,6 +1,7 @@
-"""A checkpoint that is read, written anew as safetensors: compressed-tensors, GPTQ's layout, or dense bf16.
+"""A checkpoint that is read, written anew as safetensors: compressed-tensors, GPTQ's layout, NF4, or dense bf16.
 
-Codes pass from reader to writer as they are. Nothing is rounded but what a format cannot hold otherwise: scales to fp16
+Codes pass from reader to writer as they are; NF4 alone, which is no grid of integers, is quantized anew, from whatever
+the weights read as. Nothing is rounded but what a format cannot hold otherwise: scales to fp16
 (GPTQ), and weights that are dequantized to bf16. Everything is planned from headers, and written shard by shard, one
 in memory at a time. `model` may be one whose files are not written yet: `can_hold`, `lay_out_*` and `config_*` look at
 names, shapes and schemes alone.
@@ -15,13 +16,13 @@ import torch
 
 from . import __version__
 from .checkpoint.emit import ShardWriter
+from .checkpoint.formats import bitsandbytes_write, gptq_write
 from .checkpoint.formats import compressed_tensors as ct
-from .checkpoint.formats import gptq_write
 from .checkpoint.packed import PackedSource
 from .core.errors import InputError
 from .core.layout import StoredTensor
 from .core.rows import Step
-from .core.scheme import QuantizedWeight, Scheme
+from .core.scheme import NF4, NF4_BLOCK, QuantizedWeight, Scheme
 from .core.tensors import TORCH_DTYPES
 from .models.adapter import QUANTIZABLE, Adapter, Location, Role
 from .planner.plan import Layout, Shard, by_stage, make_plan, shards_of
@@ -115,6 +116,13 @@ def can_hold(model: Model, problem: Callable[[str, Scheme, tuple[int, ...]], str
 def _as_codes(
     model: Model, schemes: dict[str, Scheme], layout: Layout, pack: Callable[[QuantizedWeight], dict[str, torch.Tensor]]
 ) -> Conversion:
+    return _in_parts(model, schemes, layout, lambda module: pack(codes(model, module)))
+
+
+def _in_parts(
+    model: Model, schemes: dict[str, Scheme], layout: Layout, parts: Callable[[str], dict[str, torch.Tensor]]
+) -> Conversion:
+    """`parts`: of a module its stored tensors by suffix. Raises ValueError for what they cannot hold."""
     plan = make_plan(model.adapter, model.source, schemes, layout, MAX_SHARD_BYTES, 0)
     shapes = model.adapter.expected()
     made_of = {stored.name: stored.name for _, stored in plan.tensors()}
@@ -127,7 +135,7 @@ def _as_codes(
         if module not in schemes:
             return {name: dense(model, name)}
         try:
-            return {f"{module}.{leaf}": tensor for leaf, tensor in pack(codes(model, module)).items()}
+            return {f"{module}.{leaf}": tensor for leaf, tensor in parts(module).items()}
         except ValueError as error:
             raise InputError(
                 f"{module} {error}: export it to another format (compressed-tensors holds all scales)"
@@ -229,6 +237,68 @@ def gptq_block(model: Model, version: int) -> dict[str, Any]:
 
 def config_gptq(model: Model, version: int) -> dict[str, Any]:
     return plain_config(model) | {"quantization_config": gptq_block(model, version)}
+
+
+# bitsandbytes' NF4
+
+NF4_SCHEME = Scheme(4, NF4_BLOCK, True, NF4)
+
+
+def nf4_schemes(model: Model) -> dict[str, Scheme]:
+    """Of a quantized checkpoint what is quantized there; of an original what the recipe nf4 quantizes."""
+    modules = [entry for block in range(model.adapter.n_blocks) for entry in model.adapter.modules(block)]
+    names = model.source.names
+    return {
+        module: NF4_SCHEME
+        for site, module, _, _ in modules
+        if (
+            model.adapter.locate(f"{module}.weight", names).tensor in model.packed
+            if model.packed
+            else site.role is not Role.ATTENTION
+        )
+    }
+
+
+def nf4_problems(model: Model) -> list[str]:
+    shapes = model.adapter.expected()
+    wrong: dict[int, list[str]] = {}
+    for module in nf4_schemes(model):
+        if not NF4_SCHEME.divides(shapes[f"{module}.weight"][1]):
+            wrong.setdefault(shapes[f"{module}.weight"][1], []).append(module)
+    reasons = [
+        f"{_listed(names)}: {inputs} inputs, and a row must be a whole number of blocks of {NF4_BLOCK}"
+        for inputs, names in wrong.items()
+    ]
+    if any(weight.width == str(NF4_SCHEME) for weight in model.packed.values()):
+        reasons.append("it is in NF4 already")
+    return reasons
+
+
+def nf4_warnings(model: Model) -> list[str]:
+    if not model.packed:
+        return []
+    return [
+        "NF4 is no grid of integers: no code could be kept, and what it rounds comes on top of what was rounded "
+        "before. Export the original, or quantize it with method bnb-nf4, for NF4 of the weights as they were"
+    ]
+
+
+def lay_out_nf4(model: Model) -> Conversion:
+    return _in_parts(
+        model,
+        nf4_schemes(model),
+        bitsandbytes_write.layout,
+        lambda module: bitsandbytes_write.quantize(dense(model, f"{module}.weight"), NF4_SCHEME)[0],
+    )
+
+
+def config_nf4(model: Model) -> dict[str, Any]:
+    return config_bitsandbytes(model, nf4_schemes(model))
+
+
+def config_bitsandbytes(model: Model, schemes: dict[str, Scheme]) -> dict[str, Any]:
+    block = bitsandbytes_write.quantization_config(schemes, kept_linears(model.adapter, schemes))
+    return plain_config(model) | {"quantization_config": block}
 
 
 # Dense bf16, as the source had it

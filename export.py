@@ -25,20 +25,27 @@ from .checkpoint import files, gguf_write
 from .checkpoint.checksums import write_sums
 from .checkpoint.emit import GPTQ_CONFIG, carry_side_files, clear_checkpoint, written_files
 from .checkpoint.formats import compressed_tensors as ct
+from .checkpoint.formats.bitsandbytes import NAME as BITSANDBYTES
 from .checkpoint.formats.stored import StoredWeight
+from .checkpoint.formats.written import OWN
 from .checkpoint.packed import PackedSource, open_packed
 from .checkpoint.source import INDEX_NAME, Folder, open_folder
 from .conversion import (
     Conversion,
     compressed_problems,
     config_bf16,
+    config_bitsandbytes,
     config_compressed,
     config_gptq,
+    config_nf4,
     gptq_block,
     gptq_problems,
     lay_out_bf16,
     lay_out_compressed,
     lay_out_gptq,
+    lay_out_nf4,
+    nf4_problems,
+    nf4_warnings,
     plain_config,
     write,
 )
@@ -79,6 +86,7 @@ def _safetensors(
     lay_out: Callable[[Model], Conversion],
     config: Callable[[Model], dict[str, Any]],
     beside: Callable[[Model], dict[str, bytes]] = lambda model: {},
+    warnings: Callable[[Model], list[str]] = lambda model: [],
 ) -> Exporter:
     """A format of shards and their index; `beside`: the content of other files."""
 
@@ -95,7 +103,7 @@ def _safetensors(
         for name, content in beside(model).items():
             files.write_bytes(out / name, content)
 
-    return Exporter(problems, plan, put, config)
+    return Exporter(problems, plan, put, config, warnings)
 
 
 def _gptq(version: int) -> Exporter:
@@ -115,6 +123,7 @@ FORMATS: dict[str, Exporter] = {
     "compressed-tensors": _safetensors(compressed_problems, lay_out_compressed, config_compressed),
     "gptq": _gptq(1),
     "gptq-v2": _gptq(2),
+    "bnb-nf4": _safetensors(nf4_problems, lay_out_nf4, config_nf4, warnings=nf4_warnings),
     "bf16": _safetensors(lambda model: [], lay_out_bf16, config_bf16),
     "gguf": Exporter(
         lambda model: gguf_write.problems_of(model.adapter, model.source, model.path),
@@ -162,13 +171,24 @@ def planned_run(model: Model, plan: Plan) -> Model:
 
 def planned_files(model: Model, plan: Plan, format_name: str) -> Files:
     """What of a run's OUT holds weights. Raises InputError with every reason why the format cannot hold them."""
+    if format_name not in FORMATS and format_name in OWN:  # a quantizer's own: the plan has asked whether it fits
+        return _own_files(plan)
     run = planned_run(model, plan)
     refuse_unheld(run, format_name)
-    if format_name != ct.NAME:
-        return FORMATS[format_name].plan(run)
+    return _own_files(plan) if format_name in OWN else FORMATS[format_name].plan(run)
+
+
+def _own_files(plan: Plan) -> Files:
     # The run's own shards, as large as its recipe has them.
     index = json_bytes(index_json(plan.shards))
     return [*((shard.file, shard.file_bytes) for shard in plan.shards), (INDEX_NAME, len(index))]
+
+
+def config_of_run(model: Model, plan: Plan, format_name: str) -> dict[str, Any]:
+    """What config.json is to say of a run's OUT."""
+    if format_name == BITSANDBYTES:
+        return config_bitsandbytes(model, plan.schemes)
+    return FORMATS[format_name].config(planned_run(model, plan))
 
 
 def _unread(parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
@@ -197,8 +217,8 @@ class Exported:
     out: str
     planned: Files
     dry_run: bool
+    warnings: list[str]
     seconds: float
-    warnings: tuple[str, ...]
 
     def line(self) -> dict[str, Any]:
         """The JSON line for scripts."""
@@ -210,9 +230,9 @@ class Exported:
             "files": dict(self.planned),
             "bytes": sum(count for _, count in self.planned),
             "weight_bytes": weight_bytes(self.planned),
+            "warnings": self.warnings,
             "seconds": round(self.seconds, 3),
             "peak_rss_bytes": peak_rss_bytes(),
-            "warnings": list(self.warnings),
         }
 
 
@@ -231,9 +251,8 @@ def export(
         check_space(out, sum(count for _, count in planned))
         names = written_files([name for name, _ in planned], model.path)
         _write(model, format_name, out, names, planned, step)
-    return Exported(
-        checkpoint, format_name, str(out), planned, dry_run, time.monotonic() - began, tuple(exporter.warnings(model))
-    )
+    warnings = exporter.warnings(model)
+    return Exported(checkpoint, format_name, str(out), planned, dry_run, warnings, time.monotonic() - began)
 
 
 def _write(model: Model, format_name: str, out: Path, names: list[str], planned: Files, step: Step) -> None:

@@ -1,6 +1,7 @@
 """The smoke test: load a checkpoint with transformers, as a stranger would, and let it answer."""
 
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,11 @@ import torch
 
 from .calibration.documents import Document
 from .calibration.tokens import Encoder
+from .checkpoint.formats.bitsandbytes import NAME as BITSANDBYTES
 from .checkpoint.formats.compressed_tensors import NAME as COMPRESSED_TENSORS
 from .core.errors import InputError
 from .models.families import load_adapter
+from .models.unstacked import unstacked_experts
 from .prepare import open_model
 
 
@@ -26,11 +29,15 @@ def load_with_transformers(path: Path, dtype: torch.dtype | str = "auto") -> Any
     if isinstance(block, dict) and block.get("quant_method") == COMPRESSED_TENSORS:
         # Left compressed, the first forward pass ends in an AttributeError on a CPU.
         kwargs["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    of_bitsandbytes = isinstance(block, dict) and block.get("quant_method") == BITSANDBYTES
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), unstacked_experts() if of_bitsandbytes else nullcontext():
             # That `dequantize` overrides the checkpoint's own configuration is what it is given for.
             warnings.filterwarnings("ignore", message="You passed `quantization_config`")
             model = cls.from_pretrained(str(path), **kwargs).eval()
+            if of_bitsandbytes:
+                # Its kernels multiply in bf16 or fp16 and, some of them, only certain shapes.
+                model = model.dequantize().eval()
     # 5.23 drops the zero points of experts, which it stacks, and then misses them; of bitsandbytes it wants the experts
     # one by one that it saved fused; for GPTQ it wants packages that need not be here.
     except (RuntimeError, ImportError, ValueError) as error:

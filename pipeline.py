@@ -31,7 +31,7 @@ from .checkpoint.emit import (
     side_files_digest,
     written_files,
 )
-from .checkpoint.formats import compressed_tensors as ct
+from .checkpoint.formats.written import OWN
 from .checkpoint.source import INDEX_NAME, refuse_nonfinite
 from .checkpoint.workdir import Activations, WorkDir, has_run, read_json, read_tensors, refuse_resumed
 from .core.errors import InputError, LimitError
@@ -39,7 +39,7 @@ from .core.layout import RECORD_NAME, index_json, json_bytes
 from .core.rows import Row, batches
 from .coverage import balanced
 from .eval.twin import Side
-from .export import FORMATS, Files, finished_run, matrices, planned_files, planned_run, weight_bytes
+from .export import FORMATS, Files, config_of_run, finished_run, matrices, planned_files, planned_run, weight_bytes
 from .fitting import fit_to, load_prices, price_model
 from .gate import gate_of_run, refuse_too_large
 from .models.adapter import Adapter
@@ -132,7 +132,7 @@ class Run:
         # Beside the pool's hidden rows, before and after a block, nothing lies there yet.
         pool_bytes = 2 * _tokens(self.texts.calibration) * self.adapter.hidden_size * self.dtype.itemsize
         # Shards are moved to OUT, or written there anew in another format.
-        anew = 0 if self.recipe.format == ct.NAME else weight_bytes(self.planned)
+        anew = 0 if self.recipe.format in OWN else weight_bytes(self.planned)
         check_space(work, max(cost.disk_bytes, pool_bytes if self.texts.is_pool else 0) + anew)
 
 
@@ -314,15 +314,15 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress, prices: Path | None 
         progress.begin("move to OUT")
         _move(run, workdir, progress)
         workdir.commit(3 + blocks)
-    config = FORMATS[run.recipe.format].config(planned_run(run.model, run.plan))
+    config = config_of_run(run.model, run.plan, run.recipe.format)
     if workdir.done < 4 + blocks:
         emitted = open_written(run.model, run.out, config)
         emitted_bytes = emitted.folder.file_bytes
         assert emitted_bytes == weight_bytes(run.planned), (emitted_bytes, run.planned)
-        if run.recipe.format != ct.NAME:
+        if run.recipe.format not in OWN:
             record.plan |= stored_facts(emitted)
             record.export = {"format": run.recipe.format, "onecard": __version__, "matrices": matrices(emitted)}
-        record.warnings += FORMATS[run.recipe.format].warnings(planned_run(run.model, run.plan))
+            record.warnings += FORMATS[run.recipe.format].warnings(planned_run(run.model, run.plan))
         quantized = Side("quantized", emitted.adapter, emitted.source)
         rows = run.texts.evaluation
         if run.adapter.has_vision and not emitted.adapter.has_vision:
@@ -386,7 +386,7 @@ def _move(run: Run, workdir: WorkDir, progress: Progress) -> None:
         workdir.begin_move(run.out)
     # First of all, what will lie there: a folder with this file may be cleared of it.
     files.write_json(run.out / RECORD_NAME, {"files": run.files})
-    if run.recipe.format == ct.NAME:
+    if run.recipe.format in OWN:
         for shard in run.plan.shards:
             finished = workdir.path / "shards" / shard.file
             if finished.exists():

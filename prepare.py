@@ -19,9 +19,9 @@ from huggingface_hub import snapshot_download
 
 from .calibration.sensitivity import rows_at_once
 from .checkpoint.emit import emitted_before
-from .checkpoint.formats import compressed_tensors as ct
 from .checkpoint.formats.fp8 import FP8_BLOCKS
 from .checkpoint.formats.stored import StoredWeight
+from .checkpoint.formats.written import own_format
 from .checkpoint.gguf_read import holds_gguf, open_gguf
 from .checkpoint.packed import PackedSource, open_packed
 from .checkpoint.provenance import hub_origin, source_card
@@ -30,7 +30,7 @@ from .checkpoint.source import Folder, check_shapes, open_folder
 from .checkpoint.workdir import has_run
 from .core.errors import InputError, ResourceError
 from .core.layout import StoredTensor
-from .core.scheme import Scheme
+from .core.scheme import GRIDS, Scheme
 from .models.adapter import Adapter
 from .models.families import load_adapter, read_config
 from .planner.assign import assign
@@ -53,6 +53,10 @@ HUB_PATTERNS = [
     "NOTICE*",
     "USE_POLICY*",
 ]
+
+
+# Methods that look at weights alone.
+UNCALIBRATED = ("rtn", *GRIDS)
 
 
 @dataclass(frozen=True)
@@ -267,8 +271,8 @@ def plan_for(model: Model, recipe: Recipe) -> Plan:
     """Match the recipe to the model and lay out what will be emitted. Raises InputError."""
     if recipe.family not in (None, model.adapter.family):
         raise InputError(f"the recipe {recipe.name} is for {recipe.family}, and {model.name} is {model.adapter.family}")
-    schemes = schemes_of(model.adapter, recipe)
-    return make_plan(model.adapter, model.source, schemes, ct.layout, recipe.max_shard_bytes, model.folder.file_bytes)
+    schemes, layout = schemes_of(model.adapter, recipe), own_format(recipe.format).layout
+    return make_plan(model.adapter, model.source, schemes, layout, recipe.max_shard_bytes, model.folder.file_bytes)
 
 
 def occupied(folder: Path) -> bool:
@@ -325,7 +329,7 @@ def check_space(folder: Path, needed_bytes: int) -> None:
 def method_of(recipe: Recipe) -> Method:
     """The recipe's words for quantize/."""
     return Method(
-        "rtn" if recipe.method == "rtn" else "gptq",
+        recipe.method if recipe.method in UNCALIBRATED else "gptq",
         recipe.scale_search,
         recipe.signed_scales,
         recipe.damping,

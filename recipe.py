@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from .core.errors import InputError, input_error
-from .core.scheme import Scheme
+from .core.scheme import BY_ROW, GRIDS, NF4_BLOCK, Scheme
 
 QuantizableRole = Literal["expert", "shared_expert", "mlp", "attention"]
 # Among a recipe's `schemes`, in place of a width: it stays in the source's dtype.
@@ -28,6 +28,9 @@ KEEP = "keep"
 METHODS: dict[str, dict[str, Any]] = {
     # Round-to-nearest with absmax / 8, no calibration: Meta's own scheme for Scout.
     "rtn": {},
+    # bitsandbytes' own quantizers, which are their own format; no calibration either.
+    "bnb-nf4": {"format": "bitsandbytes", "bits": 4, "group_size": NF4_BLOCK},
+    "bnb-int8": {"format": "bitsandbytes", "bits": 8, "group_size": BY_ROW},
     # GPTQ on statistics taken once for each half of a block, aimed at the reference stream.
     "fast": {
         "sequential": "halves",
@@ -48,6 +51,10 @@ METHODS: dict[str, dict[str, Any]] = {
         "tune_epochs": 4,
     },
 }
+
+
+# What the methods of bitsandbytes say themselves: the package gives no choice.
+FIXED = ("bits", "group_size", "symmetric")
 
 
 class TextSource(BaseModel):
@@ -122,9 +129,10 @@ class Recipe(Limits):
     family: Literal["deepseek_v3", "llama4", "mixtral", "qwen3_moe"] | None = None  # None: any family
     note: str | None = None  # printed with the plan and kept in the record
 
-    method: Literal["rtn", "fast", "balanced", "best"] = "best"
-    # What OUT holds (export.py); the codes are the same in all, and bf16 holds what they stand for.
-    format: Literal["compressed-tensors", "gptq", "gptq-v2", "bf16", "gguf"] = "compressed-tensors"
+    method: Literal["rtn", "bnb-nf4", "bnb-int8", "fast", "balanced", "best"] = "best"
+    # What OUT holds (export.py); the codes are the same in all, and bf16 holds what they stand for. bitsandbytes, which
+    # has other codes, belongs to its own methods.
+    format: Literal["compressed-tensors", "gptq", "gptq-v2", "bf16", "gguf", "bitsandbytes"] = "compressed-tensors"
     # 'fit': for every unit the width of `fit_schemes` that a budget buys the least predicted KL with (fitting.py): what
     # `gpu` leaves for weights, or `budget_gb` of files.
     bits: Literal[4, 8, "fit"] = 4
@@ -211,7 +219,19 @@ class Recipe(Limits):
 
     @model_validator(mode="after")
     def _sound(self) -> "Recipe":
-        Scheme(4 if self.bits == "fit" else self.bits, self.group_size, self.symmetric)
+        if (self.method in GRIDS) != (self.format == "bitsandbytes"):
+            raise ValueError(
+                f"method {self.method} and format {self.format} contradict each other: bitsandbytes quantizes by its "
+                f"own functions, so that {' and '.join(GRIDS)} are the methods of its format and of no other"
+            )
+        if self.method in GRIDS:
+            own = METHODS[self.method] | {"symmetric": True}
+            wrong = [f"{key} {own[key]}" for key in FIXED if getattr(self, key) != own[key]]
+            if wrong:
+                raise ValueError(f"method {self.method} has {', '.join(wrong)} and no other: leave it out")
+            if any(words != KEEP for words in self.schemes.values()):
+                raise ValueError(f"method {self.method} knows one width: `schemes` may say '{KEEP}' and no more")
+        _ = self.scheme  # refuses what contradicts itself
         for words in (*self.schemes.values(), *self.fit_schemes):
             if words != KEEP:
                 Scheme.parse(words)
@@ -246,7 +266,8 @@ class Recipe(Limits):
     @property
     def scheme(self) -> Scheme:
         """What every module gets that `schemes` says nothing of; of a recipe that is yet to be fitted, the least."""
-        return Scheme(4 if self.bits == "fit" else self.bits, self.group_size, self.symmetric)
+        bits = 4 if self.bits == "fit" else self.bits
+        return Scheme(bits, self.group_size, self.symmetric, GRIDS.get(self.method, "int"))
 
     def scheme_of(self, role: str, module: str) -> tuple[Scheme | None, list[str]]:
         """The scheme of a module, None where it stays as it is; and the entries of `schemes` that mean it."""

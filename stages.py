@@ -7,7 +7,8 @@
     reference stream h  -> original block -> h of the next block
     quantized stream h' -> target block   -> h' of the next block
 
-Round-to-nearest needs no statistics: then no block is loaded and weights are read expert by expert.
+Round-to-nearest, and formats that quantize by themselves, need no statistics: then no block is loaded and weights are
+read expert by expert.
 Shape legend: B experts, O outputs, I inputs.
 """
 
@@ -22,7 +23,8 @@ from torch import nn
 from .calibration.moments import SiteMoments
 from .calibration.sensitivity import RESIDUAL
 from .checkpoint.emit import ShardWriter
-from .checkpoint.formats import compressed_tensors as ct
+from .checkpoint.formats.written import Format, own_format
+from .core.errors import InputError
 from .core.rows import RowStore, Step
 from .core.tensors import TensorSource
 from .models.adapter import Adapter, Half, Role, Site, read, stored_dtype
@@ -30,7 +32,7 @@ from .models.walk import Calls, load_block, weight_view
 from .planner.plan import Plan
 from .quantize.correction import corrected
 from .quantize.metric import swiglu_metric
-from .quantize.site import Method, cuts, quantize_batch
+from .quantize.site import Method, cuts, quantize_batch, relative_output_error
 from .recipe import Recipe, matches
 from .streams import HalfJob, HalfStatistics, stacked
 from .tuning import tune
@@ -55,6 +57,10 @@ class BlockJob:
     shard_folder: Path
     metrics: dict[str, torch.Tensor]  # by site key or RESIDUAL; empty: every output counts alike
     token_weights: dict[str, list[torch.Tensor]]  # likewise, fp32 [tokens] a batch; empty: not by gradients
+
+    @property
+    def format(self) -> Format:
+        return own_format(self.recipe.format)
 
     def quantized_sites(self) -> list[Site]:
         return [site for site in self.adapter.sites(self.index) if site.members[0][0] in self.plan.schemes]
@@ -89,7 +95,10 @@ def quantize_block(job: BlockJob, step: Step) -> dict[str, Any]:
     else:
         step.begin("quantize", job.index)
         for site in job.quantized_sites():
-            _quantize_site(job, site, None, None, writer, facts)
+            if job.format.quantize is not None:
+                _hand_over(job, site, writer, facts)
+            else:
+                _quantize_site(job, site, None, None, writer, facts)
             step.advance(0)
     for name in writer.names():
         if not writer.has(name):
@@ -222,6 +231,7 @@ def _quantize_site(
     aimed: bool = True,
 ) -> None:
     """All experts of one site, cut to the memory budget. `aimed`: at the reference stream, if the recipe says so."""
+    assert job.format.pack is not None
     scheme = job.plan.schemes[site.members[0][0]]
     stored = stored_dtype(job.adapter, job.source, f"{site.members[0][0]}.weight")
     outputs = sum(site.out_features)
@@ -247,8 +257,29 @@ def _quantize_site(
                 weight = result.weight.item(i, slice(start, start + out))
                 start += out
                 assert torch.isfinite(weight.scales).all(), f"{name} got a scale that is no number"
-                for suffix, tensor in ct.pack(weight).items():
+                for suffix, tensor in job.format.pack(weight).items():
                     writer.put(f"{name}.{suffix}", tensor)
                 if block is not None:
                     # What a reader will see: the product rounded to the model's dtype.
                     weight_view(job.adapter, block, job.index, name).copy_(weight.dequantize(stored))
+
+
+def _hand_over(job: BlockJob, site: Site, writer: ShardWriter, facts: dict[str, Any]) -> None:
+    """A site whose format is the quantizer: weight after weight goes in as the source stores it."""
+    assert job.format.quantize is not None
+    for member in site.members:
+        before, after = [], []
+        for name in member:
+            weight = read(job.adapter, job.source, f"{name}.weight")
+            parts, stored = job.format.quantize(weight, job.plan.schemes[name])
+            if not torch.isfinite(stored).all():  # bitsandbytes rounds to fp16 before it quantizes to int8
+                raise InputError(
+                    f"{name} holds weights that {job.recipe.method} cannot hold: keep it as it is (keep_modules), or "
+                    "choose another method"
+                )
+            for suffix, tensor in parts.items():
+                writer.put(f"{name}.{suffix}", tensor)
+            before.append(weight.float())
+            after.append(stored.float())
+        errors = relative_output_error(torch.cat(before)[None], torch.cat(after)[None], None)
+        facts["output_error"].setdefault(site.key, []).extend(errors)

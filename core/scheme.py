@@ -1,6 +1,7 @@
 """Scheme and QuantizedWeight: what a weight is stored as, and the only thing that passes from a method to a format.
 
-Codes are decided once, by a method of quantize/; no format rounds again and no method packs bits.
+Codes are decided once, by a method of quantize/; no format rounds again and no method packs bits. bitsandbytes alone
+quantizes and stores in one step, so that a Scheme on one of its grids has no QuantizedWeight.
 Shape legend: B batch (experts), O output features, I input features, G groups along I (I / group size).
 """
 
@@ -12,6 +13,13 @@ import torch
 
 # In place of a group size: one scale a row, whatever the number of inputs.
 BY_ROW = -1
+# Grids that are not integers in groups: bitsandbytes' own, which its functions alone write (arXiv 2305.14314,
+# 2208.07339).
+NF4: Literal["nf4"] = "nf4"
+INT8_ROWS: Literal["int8 rows"] = "int8 rows"
+NF4_BLOCK = 64
+# The methods that are those functions. All others give integers in groups.
+GRIDS: dict[str, Literal["nf4", "int8 rows"]] = {"bnb-nf4": NF4, "bnb-int8": INT8_ROWS}
 _WORDS = re.compile(r"int(?P<bits>[48]) (?:group (?P<group>\d+)|by row)(?P<asymmetric> asymmetric)?")
 
 
@@ -19,13 +27,15 @@ _WORDS = re.compile(r"int(?P<bits>[48]) (?:group (?P<group>\d+)|by row)(?P<asymm
 class Scheme:
     """How one weight matrix is stored: integer codes of `bits`, one scale a group of `group_size` inputs, or a row.
 
-    Contradictions are refused at construction with a ValueError (a recipe turns that into its own message).
+    Or on a grid of bitsandbytes: `nf4`, 16 quantiles of a normal distribution, the flattened weight in blocks of
+    `group_size`, double quantized; `int8 rows`, one scale a row. Contradictions are refused at construction with a
+    ValueError (a recipe turns that into its own message).
     """
 
     bits: int = 4
     group_size: int = 128
     symmetric: bool = True
-    grid: Literal["int"] = "int"
+    grid: Literal["int", "nf4", "int8 rows"] = "int"
 
     def __post_init__(self) -> None:
         problems = []
@@ -35,19 +45,24 @@ class Scheme:
             problems.append(
                 f"group_size is {self.group_size}; it must be a positive multiple of 8, or {BY_ROW} for one scale a row"
             )
-        if self.grid != "int":
-            problems.append(f"grid is {self.grid!r}; only 'int' is known")
+        own = {NF4: (4, NF4_BLOCK, True), INT8_ROWS: (8, BY_ROW, True)}
+        if self.grid in own and (self.bits, self.group_size, self.symmetric) != own[self.grid]:
+            problems.append(f"the grid {self.grid} has bits, group_size and symmetric {own[self.grid]}")
+        if self.grid not in ("int", *own):
+            problems.append(f"grid is {self.grid!r}; int, {', '.join(own)} are known")
         if problems:
             raise ValueError("; ".join(problems))
 
     def __str__(self) -> str:
         """What recipes, records and cards call it: 'int4 group 128', 'int8 by row', 'int4 group 32 asymmetric'."""
+        if self.grid == NF4:
+            return f"nf4 block {self.group_size}, double quantized"
         over = "by row" if self.group_size == BY_ROW else f"group {self.group_size}"
         return f"int{self.bits} {over}" + ("" if self.symmetric else " asymmetric")
 
     @classmethod
     def parse(cls, words: str) -> "Scheme":
-        """The inverse of str(). Raises ValueError."""
+        """The inverse of str(), of integers. Raises ValueError."""
         found = _WORDS.fullmatch(words)
         if found is None:
             raise ValueError(
@@ -71,9 +86,11 @@ class Scheme:
 
     def at(self, in_features: int) -> "Scheme":
         """The same with its width as a number: what files tell, where a row of one group is a row."""
-        return replace(self, group_size=self.width(in_features))
+        return replace(self, group_size=self.width(in_features)) if self.grid == "int" else self
 
     def divides(self, in_features: int) -> bool:
+        """Whether a matrix of so many inputs can be stored so. NF4's blocks could run across rows, but a kernel of
+        bitsandbytes then reads them wrongly (checkpoint/formats/bitsandbytes.py)."""
         return in_features % self.width(in_features) == 0
 
     def groups(self, in_features: int) -> int:

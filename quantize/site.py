@@ -24,9 +24,10 @@ WIDEST_SEARCHED = 512
 
 @dataclass(frozen=True)
 class Method:
-    """How codes are found. `name` is 'rtn' (no statistics needed) or 'gptq'. `output_blocks`: into how many blocks of
-    rows an output metric cuts a matrix; 0 means that every output counts alike. `restarts`: tries at each stretch of
-    columns (quantize/restarts.py). `tabu_moves`: codes moved at each stretch after that (quantize/tabu.py)."""
+    """How codes are found. `name` is 'gptq', or what needs no statistics: 'rtn', or a format's own quantizer.
+    `output_blocks`: into how many blocks of rows an output metric cuts a matrix; 0 means that every output counts
+    alike. `restarts`: tries at each stretch of columns (quantize/restarts.py). `tabu_moves`: codes moved at each
+    stretch after that (quantize/tabu.py)."""
 
     name: str
     scale_search: bool = True

@@ -23,6 +23,8 @@ def engines(
 ) -> list[tuple[str, str, str]]:
     """(engine, least version, remark) for the model card. `roles` as inspection.py gives them."""
     name = FAMILIES.get(family, family)
+    if stored_as in ("bitsandbytes", "bnb-nf4"):
+        return _bitsandbytes(family, versions)
     if stored_as == "bf16":
         plain = f"any version that knows {name}"
         return [("vLLM", plain, "`vllm serve FOLDER`"), ("transformers", plain, "`from_pretrained(FOLDER)`")]
@@ -45,3 +47,12 @@ def engines(
         made = f"made with {versions.get('transformers')} and compressed-tensors {versions.get('compressed-tensors')}"
         found.append(("transformers", made, f"{loaded}; it unpacks the weights to the dtype of the original"))
     return found
+
+
+def _bitsandbytes(family: str, versions: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """The same of bitsandbytes' files. vLLM 0.32 reads them no more."""
+    made = f"made with {versions.get('transformers')} and bitsandbytes {versions.get('bitsandbytes')}"
+    if family == "llama4":
+        return [("transformers", made, "`from_pretrained(FOLDER)`; every expert stays in few bits")]
+    remark = "by `onecard generate`; `from_pretrained` alone stacks the experts and refuses"
+    return [("transformers", made, remark)]

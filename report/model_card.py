@@ -19,6 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..core.errors import InputError
 from ..core.layout import CARD_MARK
+from ..core.scheme import GRIDS
 from . import licence as licences
 from .card import counted, few_bits, size
 from .card_tables import base_name, code, flips, kinds, measured, provenance, words
@@ -38,6 +39,8 @@ FORMATS = {
     "gptq-v2": "that of GPTQ, version 2 (GPTQModel's)",
     "gguf": "GGUF (llama.cpp's)",
     "bf16": "dense: bf16 weights that stand for the integer codes they were made from",
+    "bitsandbytes": "that of bitsandbytes, every expert a matrix of its own",
+    "bnb-nf4": "that of bitsandbytes, every expert a matrix of its own",
 }
 
 
@@ -156,6 +159,8 @@ def _limits(facts: CardFacts) -> list[str]:
         limits.append(f"Only {counted(kl.get('documents', 0), 'document')} were evaluated: the intervals mean little.")
     if recipe["method"] == "rtn":
         limits.append("Rounded to nearest, without calibration.")
+    elif recipe["method"] in GRIDS:
+        limits.append("Quantized by bitsandbytes' own functions, without calibration.")
     elif recipe.get("scale_search") and recipe.get("signed_scales"):
         limits.append(
             "Some scales are negative. Readers that multiply code and scale are right; kernels that take the sign of a "

@@ -9,7 +9,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "transformers", "safetensors", "compressed-tensors", "tokenizers", "datasets", "numpy")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "safetensors",
+    "compressed-tensors",
+    "bitsandbytes",
+    "tokenizers",
+    "datasets",
+    "numpy",
+)
 
 
 def peak_rss_bytes() -> int:

@@ -49,7 +49,9 @@ def dense_4bit(parts: Mapping[str, torch.Tensor], dtype: torch.dtype, *, state: 
         )  # fmt: skip
     known = QuantState(
         parts["absmax"],
-        shape=torch.Size(state["shape"]),
+        # Flat, as it was quantized: its CPU kernel (0.50.2) begins a new block with every row, and so gives weights
+        # whose rows are not whole blocks wrong scales. Those of CUDA do not.
+        shape=torch.Size([prod(state["shape"])]),
         code=parts["quant_map"],
         blocksize=state["blocksize"],
         quant_type=state["quant_type"],
@@ -59,7 +61,7 @@ def dense_4bit(parts: Mapping[str, torch.Tensor], dtype: torch.dtype, *, state: 
     )
     out = dequantize_4bit(parts["codes"].view(torch.uint8).reshape(-1, 1), known)
     assert isinstance(out, torch.Tensor)
-    return out
+    return out.reshape(state["shape"])
 
 
 def dense_8bit(parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
