@@ -126,7 +126,7 @@ def identity_of(
         "source": model.folder.digest,
         "calibration texts": digest.hexdigest(),
         "method": str(pricing_method(recipe)),
-        "token weighting": recipe.token_weighting,
+        "token weighting": _weighting(recipe),
         "widths": ", ".join(words for words in recipe.fit_schemes if words != KEEP),
         "device": device.type,
         "compute dtype": str(dtype).removeprefix("torch."),
@@ -163,6 +163,11 @@ class _Pass:
 def pricing_method(recipe: Recipe) -> Method:
     """The run's own without searches and output metric: prices are for telling units apart, not for shipping."""
     return replace(method_of(recipe), refine_rounds=1, restarts=0, tabu_moves=0, output_blocks=0)
+
+
+def _weighting(recipe: Recipe) -> str:
+    """Gradients would want a walk back: tokens count by their residual rows in their place."""
+    return "none" if recipe.token_weighting == "none" else "residual"
 
 
 def price(
@@ -273,7 +278,7 @@ def _moments(walk: _Pass, block: nn.Module, index: int, wanted: set[str]) -> lis
     for half in Half:
         job = HalfJob(
             walk.adapter, index, half, walk.statistics_groups, walk.statistics, walk.calls, walk.device, False,
-            "residual" if walk.recipe.token_weighting != "none" else "none", {}, False,
+            _weighting(walk.recipe), {}, False,
         )  # fmt: skip
         statistics = HalfStatistics(job, block, block, walk.step)
         here = [site for site in sites if site.half is half]
