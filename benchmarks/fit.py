@@ -59,8 +59,8 @@ def main() -> int:
     folder = arguments.out / f"{Path(arguments.model).name}-{arguments.method}"
     folder.mkdir(parents=True, exist_ok=True)
     recipe, model = base(arguments.method), open_source(arguments.model)
-    # Prices are taken with the method's own settings of damping and the like, which all calibrated methods share.
-    prices = arguments.out / f"{Path(arguments.model).name}-prices{'-rtn' if arguments.method == 'rtn' else ''}.json"
+    # `fast` takes fewer calibration rows, and so has prices of its own.
+    prices = arguments.out / f"{Path(arguments.model).name}-{arguments.method}-prices.json"
     pareto(arguments.model, recipe, prices_file=prices, quiet=True, device_name="cpu")
 
     def made(name: str, asked: Recipe) -> dict[str, Any]:
