@@ -22,13 +22,15 @@ from .core.scheme import Scheme
 from .core.tensors import DTYPE_NAMES
 from .models.adapter import Adapter, stored_dtype
 from .planner.allocate import Choice, allocate, chosen
-from .planner.cards import find_card
+from .planner.cards import Card, find_card
 from .planner.fit import Needs, Request, weight_budget_bytes
 from .planner.prices import Priced, UnitPrices
 from .planner.weights import device_weights, place_of
-from .prepare import Model, plan_for
+from .prepare import Model, plan_for, said_name
 from .pricing import Prices, identity_of, price
 from .recipe import KEEP, Recipe, matches
+from .report.fit_card import misfit
+from .sizing import size_up
 
 # By how much the errors of a method are smaller than those of the quantizer that prices are taken with, when the whole
 # model is rounded: it is aimed at the reference and searched. Measured on the embedded model and on a small Qwen3-MoE
@@ -103,14 +105,14 @@ def bytes_of_units(
     return sizes
 
 
-def request_of(recipe: Recipe) -> tuple[Request, Any] | None:
+def request_of(recipe: Recipe) -> tuple[Request, Card] | None:
     """What the recipe asks of a card, and the card. Raises InputError for one that is not known."""
     if recipe.gpu is None:
         return None
     count, card = find_card(recipe.gpu)
     asked = Request(
         context=recipe.context, sequences=recipe.sequences, kv_dtype=recipe.kv_dtype, engine=recipe.engine,
-        tensor_parallel=count, vision=recipe.vision,
+        tensor_parallel=count, vision=recipe.vision, batch_tokens=recipe.engine_batch_tokens,
     )  # fmt: skip
     return asked, card
 
@@ -169,7 +171,7 @@ def _widths(units: Iterable[UnitPrices], choice: Choice) -> dict[str, Scheme | N
 
 def _on_card(
     model: Model, recipe: Recipe, least: Recipe, modules: dict[str, list[str]], units: list[UnitPrices], gain: float,
-    request: Request, card: Any,
+    request: Request, card: Card,
 ) -> Fitted:  # fmt: skip
     """Bytes on each card: a unit's are cut over them, and some are not."""
     adapter = model.adapter
@@ -228,3 +230,16 @@ def load_prices(
     new = identity_of(model, recipe, rows, device, dtype)
     refuse_changed(old, new, f"the prices {path} are of something else:", "Take them anew, in another file.")
     return prices
+
+
+def on_its_card(model: Model, recipe: Recipe) -> dict[str, Any]:
+    """How the recipe's checkpoint does on the card that it names, for the record; empty without one, or before its
+    widths are chosen. Raises FitError where it does not fit."""
+    asked = request_of(recipe)
+    if asked is None or recipe.bits == "fit":
+        return {}
+    request, card = asked
+    facts = size_up(model, request, card, recipe).facts() | {"model": said_name(model.name)}
+    if not facts["fits"]:
+        raise FitError(f"{misfit(facts)}\nThe recipe {recipe.name} is for {recipe.gpu}: nothing was written")
+    return facts
