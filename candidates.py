@@ -152,8 +152,8 @@ def candidates_of(model: Model, recipe: Recipe | None) -> list[Candidate]:
         return found
     if recipe is not None:
         found.append(recipe_candidate(model, entries, recipe))
-    # The family's own recipes first, those for one card first of all: of two of one size the first is kept. Those for the demo are for its texts, and
-    # what `bits: fit` chooses is known only once its sensitivities are measured.
+    # The family's own recipes first, those for one card first of all: of two of one size the first is kept. Those for
+    # the demo are for its texts, and what `bits: fit` chooses is known only once its sensitivities are measured.
     named = [load_recipe(name) for name in recipe_names() if not name.startswith("demo")]
     shipped = [each for each in named if each.bits != "fit"]
     for each in sorted(shipped, key=lambda r: (r.family is None, find_card(r.gpu)[0] if r.gpu else 1)):

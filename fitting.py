@@ -158,11 +158,17 @@ def fit_to(model: Model, recipe: Recipe, prices: Prices, budget_bytes: int | Non
     room = budget - rest
     while True:
         choice = allocate(units, room, gain)
+        _refuse_nothing(model, choice, f"{budget / GB:.2f} GB")
         found = resolved(recipe, modules, _widths(units, choice))
         excess = plan_for(model, found).emitted_bytes - budget
         if excess <= 0:
             return Fitted(found, choice, tuple(units), budget, None)
         room -= excess
+
+
+def _refuse_nothing(model: Model, choice: Choice, said: str) -> None:
+    if all(width.scheme is None for width in choice.widths):
+        raise InputError(f"{said} holds {model.name} as it is: there is nothing to quantize")
 
 
 def _widths(units: Iterable[UnitPrices], choice: Choice) -> dict[str, Scheme | None]:
@@ -197,6 +203,7 @@ def _on_card(
             "(`onecard plan` says which)"
         )
     choice = allocate(local, budget - rest, gain)
+    _refuse_nothing(model, choice, f"what {recipe.gpu} leaves for weights ({budget / GB:.2f} GB)")
     found = resolved(recipe, modules, _widths(units, choice))
     widths = [unit.at(width.scheme) for unit, width in zip(units, choice.widths, strict=True)]
     return Fitted(found, chosen(units, widths, gain), tuple(units), budget, request)

@@ -34,8 +34,8 @@ def pricing_cost(
     """`tokens`: what every stream reads; `other_tokens`: what gives the statistics.
 
     forward: 2 x outputs x inputs a row, tokens x (streams / 2 + 1) and other_tokens x 2; statistics: 2 x inputs^2 a
-    row; rounding: plain GPTQ with a round of refinement, 4 x outputs x inputs^2 + 3 x inputs^3 a matrix and width; head:
-    every stream and the reference beside it.
+    row; rounding: plain GPTQ with a round of refinement, 4 x outputs x inputs^2 + 3 x inputs^3 a matrix and width;
+    head: every stream and the reference beside it.
     """
     forward = statistics = rounding = 0.0
     for block in range(adapter.n_blocks):
