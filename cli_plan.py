@@ -107,8 +107,9 @@ def plan(
     facts = sizing.facts()
     if not only_json:
         if quantizing is not None:
-            # The fit's card says what is wrong with the config.
-            draw_plan(replace(quantizing, warnings=[]), tensors, console)
+            # What the memory's card says is not said twice.
+            own = [warning for warning in quantizing.warnings if warning not in facts["fit_warnings"]]
+            draw_plan(replace(quantizing, warnings=own), tensors, console)
         draw_fit(facts, console)
         if plot:
             draw_plot(facts, console)
