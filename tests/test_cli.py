@@ -30,7 +30,7 @@ Check = Callable[..., str]
 FAMILIES = ["scout", "maverick", "llama4-text", "qwen3"]
 VERBS = [
     "quantize", "verify", "flips", "gate", "baseline", "report", "check", "card", "publish", "plan", "inspect",
-    "generate", "recipes", "calibration",
+    "generate", "recipes", "calibration", "export",
 ]  # fmt: skip
 RECIPES = ["demo", "llama4-scout-h100", "llama4-scout-h100-int4-attention", "nf4", "qwen3-30b-a3b-24gb", "rtn-int4"]
 PROMISED = {"out", "emitted_bytes", "bits_per_weight", "kl_mean_nats", "kl_p99_nats", "same_top1", "tokens", "seconds",
