@@ -40,7 +40,7 @@ from .core.rows import Row, batches
 from .coverage import balanced
 from .eval.twin import Side
 from .export import FORMATS, Files, config_of_run, finished_run, matrices, planned_files, planned_run, weight_bytes
-from .fitting import fit_to, load_prices, price_model
+from .fitting import fit_to, load_prices, price_model, refuse_unmeetable
 from .gate import gate_of_run, refuse_too_large
 from .models.adapter import Adapter
 from .models.walk import Calls, embed
@@ -184,7 +184,9 @@ def quantize(
     model = open_source(model_name)
     plan = plan_for(model, recipe)  # of a recipe that is yet to be fitted, about the least there can be
     planned = planned_files(model, plan, recipe.format)
-    if recipe.bits != "fit":
+    if recipe.bits == "fit":
+        refuse_unmeetable(model, recipe)
+    else:
         refuse_too_large(weight_bytes(planned), recipe)
     work_path = check_paths(out, work, model.path, resume, overwrite)
     texts = prepare_texts(model, recipe, calibration, evaluation, method.needs_statistics or recipe.bits == "fit")
