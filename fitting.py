@@ -26,7 +26,7 @@ from .planner.cards import find_card
 from .planner.fit import Needs, Request, weight_budget_bytes
 from .planner.prices import Priced, UnitPrices
 from .planner.weights import cut_problems, device_weights
-from .prepare import Model, plan_for
+from .prepare import Model, plan_for, schemes_of
 from .pricing import Prices, identity_of, price
 from .recipe import KEEP, Recipe, matches
 
@@ -214,6 +214,8 @@ def _met(model: Model, recipe: Recipe, budget_bytes: int | None) -> tuple[_Meter
                 f"can make of {model.name} has {smallest:,} bytes ({smallest / GB:.4g} GB). Below four bits a weight "
                 "nothing is offered: take a smaller model, or more cards. Nothing was written"
             )
+        kept = smallest + sum(sizes[unit, None] - min(sizes[unit, s] for s in allowed) for unit in modules)
+        _refuse_needless(model, recipe, modules, kept, budget)
         return meter, budget
     request, card = asked
     problems = {
@@ -237,7 +239,22 @@ def _met(model: Model, recipe: Recipe, budget_bytes: int | None) -> tuple[_Meter
             f"{smallest / GB:.2f} GB there: a shorter context, fewer sequences, an fp8 cache, or more cards "
             "(`onecard plan` says which). Nothing was written"
         )
+    dense = recipe_candidate(model, tuple(meter.entries.values()), least).dense
+    _refuse_needless(model, recipe, modules, dense.on_card(request.tensor_parallel, request.vision), budget)
     return meter, budget
+
+
+def _refuse_needless(model: Model, recipe: Recipe, modules: dict[str, list[str]], kept_bytes: int, budget: int) -> None:
+    """Raises InputError where the best choice is to quantize nothing at all."""
+    if KEEP not in recipe.fit_schemes or kept_bytes > budget:
+        return
+    try:
+        schemes_of(model.adapter, resolved(recipe, modules, dict.fromkeys(modules)))
+    except InputError:
+        raise InputError(
+            f"{model.name} has {kept_bytes / GB:.4g} GB as it is, and there is room for {budget / GB:.4g} GB: nothing "
+            f"needs to be quantized. A smaller budget, or fit_schemes without '{KEEP}', quantizes all the same"
+        ) from None
 
 
 def _resolved_to(

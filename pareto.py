@@ -25,8 +25,8 @@ from .fitting import (
 from .models.adapter import Role
 from .planner.allocate import allocate, chosen
 from .planner.prices import Priced, UnitPrices
-from .prepare import Model, choose_device, choose_dtype, open_source, plan_for
-from .pricing import Prices
+from .prepare import Model, choose_device, choose_dtype, open_source, plan_for, said_name
+from .pricing import Prices, priced_rows
 from .recipe import KEEP, Recipe
 from .report.progress import Progress
 from .texts import prepare_texts
@@ -111,6 +111,7 @@ def pareto(
     if recipe.bits == "fit":
         refuse_unmeetable(model, recipe)
     rows = prepare_texts(model, recipe, calibration, None, needs_calibration=True).calibration
+    priced_rows(rows, recipe)  # refuses too few
     if prices_file is not None and prices_file.exists():
         prices = load_prices(prices_file, model, recipe, rows, device, dtype)
     else:
@@ -152,4 +153,4 @@ def drawn_from(model: Model, recipe: Recipe, prices: Prices) -> Pareto:
     if recipe.bits == "fit":
         fitted = fit_to(model, recipe, prices)
         asked = Point("asked", plan_for(model, fitted.recipe).emitted_bytes, fitted.choice.kl_nats)
-    return Pareto(model.name, recipe.name, smallest.parameters, tuple(named), tuple(curve), asked, prices)
+    return Pareto(said_name(model.name), recipe.name, smallest.parameters, tuple(named), tuple(curve), asked, prices)

@@ -63,7 +63,7 @@ from .prepare import (
     walks_back,
     work_of,
 )
-from .pricing import Prices
+from .pricing import Prices, priced_rows
 from .quantize.site import Method
 from .recipe import Recipe
 from .report.progress import Progress
@@ -190,6 +190,8 @@ def quantize(
         refuse_too_large(weight_bytes(planned), recipe)
     work_path = check_paths(out, work, model.path, resume, overwrite)
     texts = prepare_texts(model, recipe, calibration, evaluation, method.needs_statistics or recipe.bits == "fit")
+    if recipe.bits == "fit":
+        priced_rows(texts.calibration, recipe)  # refuses too few
     dtype = choose_dtype(recipe, device)
     identity = _identity(model, recipe, texts, device, dtype)
     run = Run(model, plan, planned, recipe, method, texts, tasks_of(recipe), out, device, dtype, began, identity)
