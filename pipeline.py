@@ -40,7 +40,11 @@ from .core.rows import Row, batches
 from .coverage import balanced
 from .eval.twin import Side
 from .export import FORMATS, Files, config_of_run, finished_run, matrices, planned_files, planned_run, weight_bytes
+<<<<<<< HEAD
 from .fitting import fit_to, load_prices, on_its_card, price_model
+=======
+from .fitting import fit_to, load_prices, price_model, refuse_unmeetable
+>>>>>>> t-alloc
 from .gate import gate_of_run, refuse_too_large
 from .models.adapter import Adapter
 from .models.walk import Calls, embed
@@ -63,7 +67,7 @@ from .prepare import (
     walks_back,
     work_of,
 )
-from .pricing import Prices
+from .pricing import Prices, priced_rows
 from .quantize.site import Method
 from .recipe import Recipe
 from .report.progress import Progress
@@ -186,11 +190,15 @@ def quantize(
     model = open_source(model_name)
     plan = plan_for(model, recipe)  # of a recipe that is yet to be fitted, about the least there can be
     planned = planned_files(model, plan, recipe.format)
-    if recipe.bits != "fit":
+    if recipe.bits == "fit":
+        refuse_unmeetable(model, recipe)
+    else:
         refuse_too_large(weight_bytes(planned), recipe)
     card_facts = on_its_card(model, recipe)
     work_path = check_paths(out, work, model.path, resume, overwrite)
     texts = prepare_texts(model, recipe, calibration, evaluation, method.needs_statistics or recipe.bits == "fit")
+    if recipe.bits == "fit":
+        priced_rows(texts.calibration, recipe)  # refuses too few
     dtype = choose_dtype(recipe, device)
     identity = _identity(model, recipe, texts, device, dtype)
     run = Run(

@@ -25,6 +25,7 @@ from . import __version__
 from .calibration.moments import SiteMoments
 from .checkpoint import files
 from .checkpoint.workdir import Activations, read_json
+from .core.errors import InputError
 from .core.rows import Row, Step, batches
 from .core.scheme import QuantizedWeight, Scheme
 from .eval.kl import compare_rows
@@ -105,10 +106,15 @@ def _scheme(words: str) -> Scheme | None:
 
 def priced_rows(rows: list[Row], recipe: Recipe) -> tuple[list[Row], list[Row]]:
     """(rows that the variants read, cut to the recipe's length; rows that give the statistics): every so many-th of
-    those without pictures."""
+    those without pictures, half of them at most. Raises InputError for less than two."""
     plain = [number for number, row in enumerate(rows) if row.pixels is None]
     count = min(recipe.price_rows, len(plain) // 2)
-    taken = {plain[i * len(plain) // count] for i in range(count)} if count else set()
+    if not count:
+        raise InputError(
+            f"bits: fit prices widths on other calibration rows than those that give the statistics, and there are "
+            f"{len(plain)} rows without pictures: give more calibration texts, or fewer calibration_row_tokens"
+        )
+    taken = {plain[i * len(plain) // count] for i in range(count)}
     read_by_variants = [replace(rows[n], tokens=rows[n].tokens[: recipe.price_row_tokens]) for n in sorted(taken)]
     return read_by_variants, [row for number, row in enumerate(rows) if number not in taken]
 
