@@ -54,14 +54,23 @@ class Fitted:
     budget_bytes: int
     request: Request | None
 
-    def facts(self) -> dict[str, Any]:
-        """For the record."""
+    def facts(self, adapter: Adapter) -> dict[str, Any]:
+        """For the record: of every unit where it is too, as its family says."""
+        prefixes = {block: adapter.block_prefix(block) for block in range(adapter.n_blocks)}
+        of = {unit.unit: next(b for b, p in prefixes.items() if unit.unit.startswith(p)) for unit in self.units}
         return {
             "budget_bytes": self.budget_bytes,
             "predicted_kl_nats": self.choice.kl_nats,
             "gain": GAINS[self.recipe.method],
             "units": [
-                {"unit": unit.unit, "role": unit.role, "width": str(width.scheme or KEEP), "bytes": width.bytes}
+                {
+                    "unit": unit.unit,
+                    "role": unit.role,
+                    "block": of[unit.unit],
+                    "kind": unit.unit.removeprefix(prefixes[of[unit.unit]]),
+                    "width": str(width.scheme or KEEP),
+                    "bytes": width.bytes,
+                }
                 for unit, width in zip(self.units, self.choice.widths, strict=True)
             ],
         }

@@ -259,7 +259,7 @@ def _fitted(run: Run, workdir: WorkDir, progress: Progress, given: Path | None) 
         shutil.rmtree(workdir.path / "price", ignore_errors=True)
     prices = Prices.from_facts(read_json(kept))
     fitted = fit_to(run.model, run.recipe, prices)
-    allocation = fitted.facts() | {"prices": prices.facts()}
+    allocation = fitted.facts(run.adapter) | {"prices": prices.facts()}
     plan = plan_for(run.model, fitted.recipe)
     planned = planned_files(run.model, plan, run.recipe.format)
     card = on_its_card(run.model, fitted.recipe)
