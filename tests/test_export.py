@@ -118,6 +118,18 @@ def test_bf16_has_the_sources_own_names_and_transformers_reads_the_same_model(
     assert torch.allclose(ours, theirs, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_original_comes_back_from_bf16_bit_for_bit(
+    family: str, baby: Callable[..., Path], onecard: Run, tmp_path: Path
+) -> None:
+    assert onecard("export", baby(family), "--format", "bf16", "-o", tmp_path / "out").exit_code == 0
+    original, written = open_folder(baby(family)), open_folder(tmp_path / "out")
+    assert {*written.names} == {*original.names}
+    for name in original.names:
+        assert written.infos[name] == original.infos[name]
+        assert torch.equal(written.get(name).view(torch.uint8), original.get(name).view(torch.uint8)), name
+
+
 @pytest.mark.parametrize("family", ["scout", "qwen3"])
 @pytest.mark.parametrize("form", ["compressed-tensors", "gptq-v2", "bf16"])
 def test_mixed_widths_go_through_every_format(
