@@ -1,13 +1,15 @@
 # make demo: quantize and verify the embedded model. make test: lint, types, tests. Both install what they need.
-# make compat: other packages, each in an environment of its own, read what we write (benchmarks/compat/run.py).
+# make compat, compat-llamacpp, compat-vllm: other people's programs, each built here by itself, read what we write and
+# answer from it (benchmarks/compat; docs/formats.md has what they said). Not part of the tests.
 # make peers: the field's quantizers beside ours (benchmarks/peers/README.md); hours, and not part of the tests.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT := out
+QWEN := build/peers/models/qwen3-moe
 
-.PHONY: venv demo test chromium style quality peers peers-env compat compat-env compat-vllm clean
+.PHONY: venv demo test chromium style quality peers peers-env compat compat-env compat-llamacpp compat-vllm clean
 
 venv: $(STAMP)
 
@@ -44,16 +46,24 @@ compat: compat-env
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compat/run.py
 
 # A peer whose environment cannot be built gets a row that says so.
-peers: venv
+peers: venv $(QWEN)
 	-$(BIN)/python benchmarks/peers/environments.py
-	test -d build/peers/models/qwen3-moe || $(BIN)/python benchmarks/peers/qwen3_moe.py build/peers/models/qwen3-moe
 	$(BIN)/python benchmarks/peers/run.py --again
 
+# A small Qwen3-MoE, trained once: a quarter of an hour.
+$(QWEN): | venv
+	$(BIN)/python benchmarks/peers/qwen3_moe.py $@
+
+# llama.cpp, from the llama-cpp-python source package (needs cmake and a C++ compiler; ten minutes the first time).
+compat-llamacpp: venv $(QWEN)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compat/llamacpp.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compat/llamacpp.py --model $(QWEN)
+
 # vLLM's own loader and its CPU engine on our files (docs/vllm.md); 3.5 GB in build/compat/vllm.
-compat-vllm: venv
+compat-vllm: venv $(QWEN)
 	$(BIN)/python benchmarks/compat/vllm_environment.py
-	$(BIN)/python benchmarks/compat/vllm_loads.py
-	$(BIN)/python benchmarks/compat/vllm_breaks.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compat/vllm_loads.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compat/vllm_breaks.py
 
 style: venv
 	$(BIN)/ruff format .

@@ -362,6 +362,8 @@ class Quiet:
 def test_an_original_is_exported_to_the_bytes_that_the_method_writes(scout: tuple[Path, Path], tmp_path: Path) -> None:
     done = export(str(scout[0]), "bnb-nf4", tmp_path / "out", Quiet())
     assert done.warnings == []
+    assert {name: (tmp_path / "out" / name).stat().st_size for name, _ in done.planned} == dict(done.planned)
+    assert {name for name, _ in done.planned} >= {path.name for path in (tmp_path / "out").glob("*.safetensors")}
     assert raw_tensors(tmp_path / "out") == raw_tensors(scout[1])
     configs = [json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", scout[1])]
     assert configs[0] == configs[1]

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onecard.checkpoint.formats import gguf_blocks as blocks
+from onecard.checkpoint.formats import gguf_file
 from onecard.core.scheme import BY_ROW, QuantizedWeight, Scheme
 
 GROUPS = st.sampled_from([32, 64, 128, BY_ROW])
@@ -42,6 +43,10 @@ def test_what_is_packed_comes_back_bit_for_bit(
 ) -> None:
     weight = a_weight(outputs, groups, scheme, seed, power)
     packed = blocks.pack(weight)
+    inputs = weight.codes.shape[1]
+    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[blocks.kind_of(scheme, inputs)]]
+    assert packed.shape == (outputs, inputs // block * block_bytes)
+    assert gguf_file.GgufTensor("w", blocks.kind_of(scheme, inputs), (outputs, inputs)).nbytes == packed.nbytes
     back = blocks.unpack(packed, scheme, torch.bfloat16)
     assert torch.equal(back.codes, weight.codes)
     assert torch.equal(back.scales, weight.scales)

@@ -16,10 +16,14 @@ just so. In F32 nothing is rounded, and the two must be one; of the others the s
 difference is this rounding. (Not to the last bit: a sum in another order falls on the other side of a step, now and
 then.)
 
-Then texts: greedy tokens of llama.cpp from the Q4_0 file and of transformers from the same codes (the checkpoint
-itself, dequantized by compressed-tensors). Exit code 1 when a mean KL is past MOST_KL, an F32 file's past
-MOST_EXACT_KL, less than LEAST_EXPLAINED of a KL is explained, or a text leaves transformers' where the two best logits
-are further apart than MOST_MARGIN.
+Then texts (greedy.py), each engine's against transformers' from the same codes: the checkpoint itself, which
+compressed-tensors dequantizes, each weight rounded to bf16. llama.cpp answers from the Q4_0 file, from the codes in F32
+(not rounded to bf16), and from an F32 file of the bf16 export, which holds the very weights that transformers
+multiplies: that text must be the same. vLLM answers from the bf16 export where `make compat-vllm` has built it.
+
+Exit code 1 when a mean KL is past MOST_KL, an F32 file's past MOST_EXACT_KL, less than LEAST_EXPLAINED of a KL is
+explained, a text of the same weights is another, or one of rounded activations leaves transformers' where the two best
+logits are further apart than MOST_MARGIN.
 """
 
 import argparse
@@ -31,21 +35,25 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import greedy
 import numpy as np
 import torch
 import yaml
+from dense import exported, onecard, text_model
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from torch import nn
 from transformers.utils import logging
+from vllm_environment import BUILD, interpreter
 
 from onecard.checkpoint import gguf_write
 from onecard.core.rows import Row
-from onecard.generate import load_with_transformers
 from onecard.models import gguf as words
 from onecard.models.adapter import Adapter, read
 from onecard.models.experts import RoutedExperts
@@ -56,6 +64,12 @@ from onecard.texts import prepare_texts
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
+sys.path.insert(0, str(HERE.parent / "peers"))
+from environments import LLAMA, llama_cpp  # noqa: E402 - the peers' script is in a folder of its own
+
+PACKAGES = ("gguf", "transformers", "compressed-tensors", "torch")
+# The bf16 export, and who answers from it: the weights that transformers multiplies.
+SAME, VLLM = "bf16 export, F32", "vLLM, bf16 export"
 CPU = torch.device("cpu")
 # The issue's bound for llama.cpp against our walk; and where nothing is rounded, sums in another order leave 1e-9.
 MOST_KL, MOST_EXACT_KL = 1e-3, 1e-6
@@ -172,9 +186,6 @@ class Llama:
 
 def build_llama(peers: Path, build: Path) -> Llama:
     """llama.cpp's libraries by the peers' script, and our program against them."""
-    sys.path.insert(0, str(HERE.parent / "peers"))
-    from environments import llama_cpp
-
     llama_cpp(peers)
     home, program = peers / "llama.cpp", build / "llama_ask"
     libraries = [home / "build" / path for path in (
@@ -191,8 +202,7 @@ def quantized(name: str, build: Path) -> Path:
     folder, recipe = build / "checkpoint", build / "llamacpp.yaml"
     shutil.rmtree(folder, ignore_errors=True)
     recipe.write_text(yaml.safe_dump(RECIPE | {"evaluation_rows": 4}))
-    command = [sys.executable, "-m", "onecard", "quantize", name, folder, "--recipe", recipe]
-    subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    onecard("quantize", name, folder, "--recipe", recipe)
     return folder
 
 
@@ -215,71 +225,20 @@ def divergence(p: torch.Tensor, q: torch.Tensor) -> dict[str, float]:
     return {"mean": float(kl.mean()), "max": float(kl.max()), "same_top1": float(same.double().mean())}
 
 
-def greedy_by_transformers(checkpoint: Path, prompts: list[list[int]], ends: set[int]) -> list[tuple[list[int], Any]]:
-    """Greedy tokens of each prompt, and the logits that they were chosen by [tokens, V]."""
-    model = load_with_transformers(checkpoint, torch.float32)
-    out = []
-    for prompt in prompts:
-        ids, logits = list(prompt), []
-        with torch.inference_mode():
-            for _ in range(NEW_TOKENS):
-                logits.append(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1])
-                ids.append(int(logits[-1].argmax()))
-                if ids[-1] in ends:
-                    break
-        out.append((ids[len(prompt) :], torch.stack(logits)))
-    return out
-
-
-def texts_agree(found: list[list[int]], wanted: list[tuple[list[int], torch.Tensor]]) -> dict[str, Any]:
-    """How many greedy texts are the same, and of the others the margin of the two best logits where they part."""
-    margins, same_tokens = [], 0
-    for ours, (theirs, logits) in zip(found, wanted, strict=True):
-        first = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
-        same_tokens += len(theirs) if first is None else first
-        if first is not None:
-            best = logits[first].topk(2).values
-            margins.append(float(best[0] - best[1]))
-    return {
-        "texts": len(found), "same": len(found) - len(margins), "tokens": sum(len(t) for t, _ in wanted),
-        "same_tokens": same_tokens, "margins_where_they_part": [round(margin, 4) for margin in margins],
-    }  # fmt: skip
-
-
 def row_tokens(adapter: Adapter) -> int:
     return min(ROW_TOKENS, words.context_tokens(adapter))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--checkpoint", type=Path)
-    parser.add_argument("--rows", type=int, default=32)
-    parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--build", type=Path, default=ROOT / "build" / "compat" / "llamacpp")
-    parser.add_argument("--peers", type=Path, default=Path(os.environ.get("PEERS_BUILD", ROOT / "build" / "peers")))
-    given = parser.parse_args()
-    logging.set_verbosity_error()
-    build = given.build.resolve()
-    build.mkdir(parents=True, exist_ok=True)
-    llama = build_llama(given.peers.resolve(), build)
-    source = open_model(given.model)
-    checkpoint = given.checkpoint or quantized(given.model, build)
-    codes = open_model(str(checkpoint))
-    files = {
-        "original": to_gguf(source, build / "original", None),
-        "original, F32": to_gguf(source, build / "original-f32", "F32"),
-        "codes": to_gguf(codes, build / "codes", None),
-        "codes, F32": to_gguf(codes, build / "codes-f32", "F32"),
-    }
-    recipe_path = build / "rows.yaml"
-    recipe_path.write_text(
-        yaml.safe_dump(
-            RECIPE | {"evaluation_rows": 4 * given.rows, "evaluation_row_tokens": row_tokens(source.adapter)}
-        )
-    )
-    prepared = prepare_texts(source, load_recipe(str(recipe_path)), None, None, needs_calibration=False).evaluation
-    rows = [r for r in prepared if r.pixels is None and len(r.tokens) == row_tokens(source.adapter)][: given.rows]
+def held_out(source: Model, build: Path, count: int) -> list[Row]:
+    """Rows of the evaluation texts, whole ones without pictures."""
+    path, length = build / "rows.yaml", row_tokens(source.adapter)
+    path.write_text(yaml.safe_dump(RECIPE | {"evaluation_rows": 4 * count, "evaluation_row_tokens": length}))
+    rows = prepare_texts(source, load_recipe(str(path)), None, None, needs_calibration=False).evaluation
+    return [row for row in rows if row.pixels is None and len(row.tokens) == length][:count]
+
+
+def compare_logits(llama: Llama, files: dict[str, Model], rows: list[Row]) -> dict[str, Any]:
+    """Every file by llama.cpp and by both walks, and how far the files are from each other."""
     ids = [row.tokens.tolist() for row in rows]
     said, walked, table = {}, {}, {}
     for name, model in files.items():
@@ -299,20 +258,64 @@ def main() -> int:
         "llama.cpp: original in F32 || codes in F32": divergence(said["original, F32"], said["codes, F32"]),
         "llama.cpp: original || codes": divergence(said["original"], said["codes"]),
     }
-    prompts = [row[:PROMPT_TOKENS] for row in ids[: given.prompts]]
+    return {"files": table, "between": between}
+
+
+def compare_texts(
+    llama: Llama, files: dict[str, Model], checkpoint: Path, bf16: Path, prompts: list[list[int]], python: Path
+) -> dict[str, Any]:
+    """Each engine's greedy texts beside transformers' from the checkpoint."""
+    model = open_model(str(checkpoint))
     ends = {
-        token for config in (codes.adapter.config, codes.adapter.text_config) for token in gguf_write.stops_at(config)
+        token for config in (model.adapter.config, model.adapter.text_config) for token in gguf_write.stops_at(config)
     }
-    by_transformers = greedy_by_transformers(checkpoint, prompts, ends)
-    texts = {
-        name: texts_agree(llama.greedy(files[name].path / gguf_write.FILE_NAME, prompts), by_transformers)
-        for name in ("codes", "codes, F32")
+    told = greedy.by_transformers(checkpoint, prompts, ends, NEW_TOKENS)
+    found = {
+        f"llama.cpp, {name}": llama.greedy(files[name].path / gguf_write.FILE_NAME, prompts)
+        for name in ("codes", "codes, F32", SAME)
     }
+    if python.exists():
+        folder = text_model(bf16, llama.build / "text-model")
+        found[VLLM] = greedy.by_vllm(python, folder, prompts, llama.build / "vllm", NEW_TOKENS)
+    return {name: greedy.compare(texts, told) for name, texts in found.items()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--build", type=Path, default=BUILD, help="where vLLM's environment is, and files are written")
+    parser.add_argument("--peers", type=Path, default=Path(os.environ.get("PEERS_BUILD", ROOT / "build" / "peers")))
+    given = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    build = given.build.resolve() / "llamacpp" / Path(given.model).name
+    build.mkdir(parents=True, exist_ok=True)
+    llama = build_llama(given.peers.resolve(), build)
+    source = open_model(given.model)
+    checkpoint = given.checkpoint or quantized(given.model, build)
+    codes, bf16 = open_model(str(checkpoint)), exported(checkpoint, build / "bf16")
+    files = {
+        "original": to_gguf(source, build / "original", None),
+        "original, F32": to_gguf(source, build / "original-f32", "F32"),
+        "codes": to_gguf(codes, build / "codes", None),
+        "codes, F32": to_gguf(codes, build / "codes-f32", "F32"),
+        SAME: to_gguf(open_model(str(bf16)), build / "bf16-f32", "F32"),
+    }
+    rows = held_out(source, build, given.rows)
+    ids = [row.tokens.tolist() for row in rows]
+    texts = compare_texts(
+        llama, files, checkpoint, bf16, [row[:PROMPT_TOKENS] for row in ids[: given.prompts]], interpreter(given.build)
+    )
     decoded = prepared_texts(source, ids)
     wanted = [encode(source, text) for text in decoded]
     tokens = llama.tokenize(files["codes"].path / gguf_write.FILE_NAME, decoded)
     result = {
-        "model": given.model, "rows": len(rows), "row_tokens": len(ids[0]), "files": table, "between": between,
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "versions": {"llama.cpp": f"of {LLAMA}"} | {name: version(name) for name in PACKAGES},
+        "model": given.model, "rows": len(rows), "row_tokens": len(ids[0]), **compare_logits(llama, files, rows),
         "greedy_beside_transformers": texts,
         "tokenizer": {"texts": len(decoded), "same": sum(a == b for a, b in zip(tokens, wanted, strict=True))},
     }  # fmt: skip
@@ -340,7 +343,8 @@ def sound(result: dict[str, Any]) -> bool:
     files, texts = result["files"], result["greedy_beside_transformers"]
     return (
         all(entry["walk"]["mean"] <= MOST_KL for entry in files.values())
-        and all(files[name]["walk"]["mean"] <= MOST_EXACT_KL for name in ("original, F32", "codes, F32"))
+        and all(files[name]["walk"]["mean"] <= MOST_EXACT_KL for name in files if name.endswith("F32"))
+        and all(text["same"] == text["texts"] for name, text in texts.items() if "bf16 export" in name)
         and all(
             files[name]["walk_rounding_activations"]["mean"] <= (1 - LEAST_EXPLAINED) * files[name]["walk"]["mean"]
             for name in ("original", "codes")

@@ -10,17 +10,15 @@ round-to-nearest, and then
   parameter must have been written exactly once and every tensor of the files used; the parameters, cut apart again
   under the names of the files, q and k with vLLM's permutation undone, must be the stored tensors bit for bit, and
   compressed-tensors' own unpacking of them our codes;
-- its codes, dequantized to bf16 and laid out as the original was, are served for real (with_vllm.py serve): greedy
-  tokens of 8 prompts against transformers' on the same files, both computing in fp32.
+- its bf16 export (`onecard export --format bf16`; of Llama 4 the text model of it, dense.py) is served for real
+  (with_vllm.py serve): greedy tokens of 8 prompts against transformers' on the same files, both computing in fp32.
 
 Prints a table and every exception there is, writes BUILD/vllm.json, and ends with exit code 1 when anything is amiss.
 """
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -32,14 +30,15 @@ import torch
 import transformers
 import yaml
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-from safetensors.torch import load_file, save_file
+from dense import exported, onecard, run, text_model
+from safetensors.torch import load_file
 from vllm_environment import BUILD, interpreter
 
 from onecard.calibration.documents import Document
 from onecard.calibration.tokens import Encoder
 from onecard.checkpoint.formats import compressed_tensors as ct
 from onecard.checkpoint.soundness import PARTS, stored_modules
-from onecard.models.adapter import Role, read
+from onecard.models.adapter import Role
 from onecard.prepare import Model, demo_folder, open_model
 
 HERE = Path(__file__).resolve().parent
@@ -83,20 +82,10 @@ CASES = (
 )  # fmt: skip
 
 
-def run(*command: object, ours: bool) -> None:
-    """One command, quiet unless it fails. vLLM's runs see nothing of this package."""
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    if not ours:
-        env.pop("PYTHONPATH", None)
-    done = subprocess.run([str(part) for part in command], env=env, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{command[-4:]} ended with {done.returncode}:\n{done.stderr[-3000:]}")
-
-
 def quantize(case: Case, source: str, work: Path) -> Path:
     out, recipe = work / "int", work / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({"name": "loads", "description": case.name, **RECIPE, **case.recipe}))
-    run(sys.executable, "-m", "onecard", "quantize", source, out, "--recipe", recipe, "--overwrite", ours=True)
+    onecard("quantize", source, out, "--recipe", recipe, "--overwrite")
     return out
 
 
@@ -178,30 +167,6 @@ def compare(model: Model, out: Path) -> tuple[dict[str, Any], list[str]]:
 # --- served
 
 
-def dense(model: Model, original: Model, out: Path) -> Path:
-    """The dequantized weights in bf16, laid out as in the original's files; of Llama 4 the text model alone, since
-    vLLM's multimodal class wants a whole image processor to serve with."""
-    adapter, prefix = model.adapter, getattr(model.adapter, "prefix", "")
-    names = original.source.names
-    shapes = {n: s for n, s in adapter.disk_shapes(names).items() if adapter.role(n) is not Role.VISION}
-    tensors = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
-    for name in adapter.expected():
-        if adapter.role(name) is not Role.VISION:
-            where = adapter.locate(name, names)
-            weight = read(adapter, model.source, name)
-            tensors[where.tensor][where.index or ...] = weight.T if where.transposed else weight
-    out.mkdir(parents=True, exist_ok=True)
-    for path in original.path.iterdir():
-        if path.suffix in (".json", ".jinja") and "processor" not in path.name and "index" not in path.name:
-            shutil.copy(path, out / path.name)
-    config = dict(original.config)
-    if adapter.has_vision:
-        config = config["text_config"] | {"architectures": ["Llama4ForCausalLM"], "dtype": "bfloat16"}
-    (out / "config.json").write_text(json.dumps(config, indent=1))
-    save_file({n.removeprefix(prefix): t for n, t in tensors.items()}, out / "model.safetensors", {"format": "pt"})
-    return out
-
-
 def prompts(model: Model) -> list[list[int]]:
     """Held-out texts of the embedded model's, cut to PROMPT_TOKENS; the last one is longer."""
     encoder, rows = Encoder(model.path, model.adapter), []
@@ -241,7 +206,7 @@ def agreed(one: list[list[int]], other: list[list[int]]) -> list[int]:
 
 
 def serve(model: Model, original: Model, work: Path, python: Path, packed: bool) -> tuple[dict[str, Any], list[str]]:
-    folder, rows = dense(model, original, work / "bf16"), prompts(original)
+    folder, rows = text_model(exported(model.path, work / "export"), work / "bf16"), prompts(original)
     (work / "prompts.json").write_text(json.dumps(rows))
     theirs, ours = served(folder, work, python, "float32"), answers(folder, rows)
     same = agreed(theirs, ours)
