@@ -25,13 +25,8 @@ from .planner.allocate import Choice, allocate, chosen
 from .planner.cards import Card, find_card
 from .planner.fit import Needs, Request, weight_budget_bytes
 from .planner.prices import Priced, UnitPrices
-<<<<<<< HEAD
-from .planner.weights import device_weights, place_of
-from .prepare import Model, plan_for, said_name
-=======
 from .planner.weights import cut_problems, device_weights
-from .prepare import Model, plan_for, schemes_of
->>>>>>> t-alloc
+from .prepare import Model, plan_for, said_name, schemes_of
 from .pricing import Prices, identity_of, price
 from .recipe import KEEP, Recipe, matches
 from .report.fit_card import misfit
@@ -160,20 +155,11 @@ def fit_to(model: Model, recipe: Recipe, prices: Prices, budget_bytes: int | Non
     # Headers grow and shrink with the shapes in them, and cards round up what is cut: what a choice takes too much is
     # taken off the room.
     while True:
-<<<<<<< HEAD
-        choice = allocate(units, room, gain)
-        _refuse_nothing(model, choice, f"{budget / GB:.2f} GB")
-        found = resolved(recipe, modules, _widths(units, choice))
-        excess = plan_for(model, found).emitted_bytes - budget
-        if excess <= 0:
-            return Fitted(found, choice, tuple(units), budget, None)
-=======
         room = max(room, sum(width.bytes for width in least))
         widths = allocate(local, room, gain).widths
         excess = meter.taken(_resolved_to(recipe, modules, local, widths)) - budget
         if excess <= 0 or room == sum(width.bytes for width in least):
             break
->>>>>>> t-alloc
         room -= excess
     if excess > 0:
         widths = tuple(least)
@@ -182,24 +168,6 @@ def fit_to(model: Model, recipe: Recipe, prices: Prices, budget_bytes: int | Non
     return Fitted(found, chosen(units, own, gain), tuple(units), budget, meter.request)
 
 
-<<<<<<< HEAD
-def _refuse_nothing(model: Model, choice: Choice, said: str) -> None:
-    if all(width.scheme is None for width in choice.widths):
-        raise InputError(f"{said} holds {model.name} as it is: there is nothing to quantize")
-
-
-def _widths(units: Iterable[UnitPrices], choice: Choice) -> dict[str, Scheme | None]:
-    return {unit.unit: width.scheme for unit, width in zip(units, choice.widths, strict=True)}
-
-
-def _on_card(
-    model: Model, recipe: Recipe, least: Recipe, modules: dict[str, list[str]], units: list[UnitPrices], gain: float,
-    request: Request, card: Card,
-) -> Fitted:  # fmt: skip
-    """Bytes on each card: a unit's are cut over them, and some are not."""
-    adapter = model.adapter
-    budget = weight_budget_bytes(Needs.of(adapter), card, request)
-=======
 def refuse_unmeetable(model: Model, recipe: Recipe) -> None:
     """What fit_to would refuse whatever the prices are, before they are measured. Raises InputError or FitError."""
     _met(model, recipe, None)
@@ -208,7 +176,6 @@ def refuse_unmeetable(model: Model, recipe: Recipe) -> None:
 @dataclass(frozen=True)
 class _Meter:
     """How a budget is measured: in bytes of files, or on each card."""
->>>>>>> t-alloc
 
     model: Model
     request: Request | None
@@ -283,13 +250,6 @@ def _met(model: Model, recipe: Recipe, budget_bytes: int | None) -> tuple[_Meter
             f"{smallest / GB:.2f} GB there: a shorter context, fewer sequences, an fp8 cache, or more cards "
             "(`onecard plan` says which). Nothing was written"
         )
-<<<<<<< HEAD
-    choice = allocate(local, budget - rest, gain)
-    _refuse_nothing(model, choice, f"what {recipe.gpu} leaves for weights ({budget / GB:.2f} GB)")
-    found = resolved(recipe, modules, _widths(units, choice))
-    widths = [unit.at(width.scheme) for unit, width in zip(units, choice.widths, strict=True)]
-    return Fitted(found, chosen(units, widths, gain), tuple(units), budget, request)
-=======
     dense = recipe_candidate(model, tuple(meter.entries.values()), least).dense
     _refuse_needless(model, recipe, modules, dense.on_card(request.tensor_parallel, request.vision), budget)
     return meter, budget
@@ -312,7 +272,6 @@ def _resolved_to(
     recipe: Recipe, modules: dict[str, list[str]], units: Iterable[UnitPrices], widths: Iterable[Priced]
 ) -> Recipe:
     return resolved(recipe, modules, {unit.unit: width.scheme for unit, width in zip(units, widths, strict=True)})
->>>>>>> t-alloc
 
 
 def price_model(

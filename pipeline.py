@@ -40,11 +40,7 @@ from .core.rows import Row, batches
 from .coverage import balanced
 from .eval.twin import Side
 from .export import FORMATS, Files, config_of_run, finished_run, matrices, planned_files, planned_run, weight_bytes
-<<<<<<< HEAD
-from .fitting import fit_to, load_prices, on_its_card, price_model
-=======
-from .fitting import fit_to, load_prices, price_model, refuse_unmeetable
->>>>>>> t-alloc
+from .fitting import fit_to, load_prices, on_its_card, price_model, refuse_unmeetable
 from .gate import gate_of_run, refuse_too_large
 from .models.adapter import Adapter
 from .models.walk import Calls, embed
