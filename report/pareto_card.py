@@ -49,8 +49,8 @@ def draw_pareto(facts: Mapping[str, Any], console: Console) -> None:
     )  # fmt: skip
     parts: list[Any] = [_picture(curve, named, asked), table, note] if curve else [table, note]
     # A path as long as a title may be does not widen the card.
-    width = min(WIDEST, console.width)
-    console.print(Panel(Group(*parts), title=f"onecard pareto {facts['model']}", box=box.ROUNDED, width=width))
+    panel = Panel(Group(*parts), title=f"onecard pareto {facts['model']}", box=box.ROUNDED, expand=False)
+    console.print(panel, width=min(WIDEST, console.width))
 
 
 def _picture(curve: list[Any], named: list[Any], asked: Mapping[str, Any] | None) -> Text:
