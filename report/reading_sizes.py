@@ -5,7 +5,6 @@ Read as tolerantly as all of a record (reading.py).
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-
 # Of every part of a record.
 PART = ConfigDict(frozen=True, allow_inf_nan=False)
 
