@@ -96,7 +96,7 @@ def _got(allocation: Allocation, paints: dict[str, str]) -> Figure | None:
     placed = _placed(allocation.units)
     if not placed:
         return None
-    kinds = list(dict.fromkeys(kind for kind, _, _ in placed))
+    kinds = list(dict.fromkeys(kind for kind, _, _ in placed))  # in the order of the model
     series = [
         (
             said(width),

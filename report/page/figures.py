@@ -419,14 +419,14 @@ def tiles(
         showlegend=True,
         xaxis={
             "title": {"text": "block"},
-            "dtick": max(1, math.ceil((max(blocks) - min(blocks) + 1) / 16)),
+            "dtick": max(1, math.ceil((max(blocks) - min(blocks) + 1) / 8)),
             "range": [min(blocks) - 0.6, max(blocks) + 0.6],
             "showgrid": False,
             "zeroline": False,
         },
         yaxis={
             "tickvals": list(range(len(rows))),
-            "ticktext": [label(name) for name in rows],
+            "ticktext": ["<br>".join(map(label, name.rsplit(".", 1))) for name in rows],
             "range": [len(rows) - 0.5, -0.5],
             "showgrid": False,
             "zeroline": False,
@@ -455,6 +455,7 @@ def rising(
         )
         for name, paint, points in series
     ]
+    most = max(point[0] for _, _, points in series for point in points)
     if rings:
         traces.append(
             go.Scatter(
@@ -471,6 +472,6 @@ def rising(
         traces,
         400,
         showlegend=True,
-        xaxis={"title": {"text": x}, "zeroline": False},
+        xaxis={"title": {"text": x}, "zeroline": False, "dtick": max(1, math.ceil(most / 8))},
         yaxis={"title": {"text": y}, "type": "log", "dtick": 1, "exponentformat": "power"},
     )
