@@ -26,8 +26,8 @@ from .planner.cards import Card, find_card
 from .planner.fit import Needs, Request, weight_budget_bytes
 from .planner.prices import Priced, UnitPrices
 from .planner.weights import cut_problems, device_weights
-from .prepare import Model, plan_for, said_name, schemes_of
-from .pricing import Prices, identity_of, price
+from .prepare import Model, check_space, plan_for, said_name, schemes_of
+from .pricing import Prices, identity_of, is_begun, price, priced_rows
 from .recipe import KEEP, Recipe, matches
 from .report.fit_card import misfit
 from .sizing import size_up
@@ -277,8 +277,15 @@ def _resolved_to(
 def price_model(
     model: Model, recipe: Recipe, rows: list[Row], folder: Path, device: torch.device, dtype: torch.dtype, step: Step
 ) -> Prices:
-    """Prices of all units that the recipe leaves open."""
+    """Prices of all units that the recipe leaves open. Raises ResourceError where the disk cannot hold the streams."""
     units, menu = priced_units(model.adapter, recipe), menu_of(recipe)
+    if not is_begun(folder):
+        read_by_variants, others = priced_rows(rows, recipe)
+        tokens, other_tokens = (sum(len(row.tokens) for row in part) for part in (read_by_variants, others))
+        streams = 1 + (len(units) + 1) * len(menu)
+        # In front of a block and behind it.
+        row_bytes = model.adapter.hidden_size * dtype.itemsize
+        check_space(folder, 2 * (streams * tokens + other_tokens) * row_bytes)
     return price(model, recipe, rows, units, menu, bytes_of_units(model, units, menu), folder, device, dtype, step)
 
 

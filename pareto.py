@@ -116,7 +116,10 @@ def pareto(
         prices = load_prices(prices_file, model, recipe, rows, device, dtype)
     else:
         with (
-            tempfile.TemporaryDirectory(prefix="onecard-prices-") as folder,
+            # Beside the prices, which the user has put where there is room, and not in a small /tmp.
+            tempfile.TemporaryDirectory(
+                prefix=".onecard-prices-", dir=prices_file.absolute().parent if prices_file is not None else None
+            ) as folder,
             Progress(f"onecard pareto {model_name}", model.adapter.n_blocks, console, quiet) as progress,
         ):
             prices = price_model(model, recipe, rows, Path(folder), device, dtype, progress)

@@ -38,6 +38,8 @@ from .recipe import KEEP, Recipe
 from .streams import QUANTIZED, HalfJob, HalfStatistics, stacked
 
 REFERENCE = "reference"
+# What a pass has done, in its folder.
+STATE = "state.json"
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,11 @@ def _weighting(recipe: Recipe) -> str:
     return "none" if recipe.token_weighting == "none" else "residual"
 
 
+def is_begun(folder: Path) -> bool:
+    """Whether a pass was stopped there, and would go on."""
+    return (folder / STATE).exists()
+
+
 def price(
     model: Model,
     recipe: Recipe,
@@ -197,7 +204,7 @@ def price(
         adapter, model, recipe, pricing_method(recipe), menu, Activations(folder / "variants"), groups,
         Activations(folder / "statistics"), statistics_groups, Calls(adapter, device, dtype), device, dtype, step,
     )  # fmt: skip
-    state_file = folder / "state.json"
+    state_file = folder / STATE
     if state_file.exists():
         state = read_json(state_file)
     else:
