@@ -15,6 +15,7 @@ from .core.errors import InputError
 from .core.layout import StoredTensor
 from .core.scheme import Scheme
 from .core.tensors import TORCH_DTYPES
+from .planner.cards import find_card
 from .planner.changes import Choice
 from .planner.plan import Width, tally, width_name
 from .planner.weights import DeviceWeights, Place, device_weights, place_of
@@ -151,11 +152,12 @@ def candidates_of(model: Model, recipe: Recipe | None) -> list[Candidate]:
         return found
     if recipe is not None:
         found.append(recipe_candidate(model, entries, recipe))
-    # The family's own recipes first: of two of one size the first is kept. Those for the demo are for its texts, and
-    # what `bits: fit` chooses is known only once its sensitivities are measured.
+    # The family's own recipes first, those for one card first of all: of two of one size the first is kept. Those for
+    # the demo are for its texts, and what `bits: fit` chooses is known only once its sensitivities are measured.
     named = [load_recipe(name) for name in recipe_names() if not name.startswith("demo")]
-    shipped = [each for each in named if each.bits != "fit"]
-    for each in sorted(shipped, key=lambda r: r.family is None):
+    # vLLM 0.32 has no loader for bitsandbytes' files.
+    shipped = [each for each in named if each.bits != "fit" and each.format != "bitsandbytes"]
+    for each in sorted(shipped, key=lambda r: (r.family is None, find_card(r.gpu)[0] if r.gpu else 1)):
         if each.family in (None, model.adapter.family) and (recipe is None or each.name != recipe.name):
             try:
                 made = recipe_candidate(model, entries, each)

@@ -18,10 +18,10 @@ SHARE_HELP = "Share of the card that the engine takes. [default: vllm 0.9, other
 @click.argument("model")
 @click.option("--recipe", help=f"{RECIPE_HELP} [default: whichever shipped one keeps most and fits]")
 @click.option("--gpu", help=GPU_HELP)
-@click.option("--context", default=32_768, show_default=True, type=click.IntRange(1), help="Tokens of each sequence.")
-@click.option("--sequences", default=1, show_default=True, type=click.IntRange(1), help="Sequences at once.")
-@click.option("--kv-dtype", default="bf16", type=click.Choice(["bf16", "fp8", "q8_0"]), help=KV_HELP)
-@click.option("--engine", default="vllm", show_default=True, type=click.Choice(["vllm", "transformers", "llama.cpp"]))
+@click.option("--context", type=click.IntRange(1), help="Tokens of each sequence. [default: the recipe's, or 32768]")
+@click.option("--sequences", type=click.IntRange(1), help="Sequences at once. [default: the recipe's, or 1]")
+@click.option("--kv-dtype", type=click.Choice(["bf16", "fp8", "q8_0"]), help=KV_HELP)
+@click.option("--engine", type=click.Choice(["vllm", "transformers", "llama.cpp"]), help="[default: vllm]")
 @click.option("--tensor-parallel", type=click.IntRange(1), help="Cards that share the model. [default: those of --gpu]")
 @click.option("--no-vision", is_flag=True, help="Plan without the vision tower.")
 @click.option("--images", default=0, show_default=True, type=click.IntRange(0), help="Images of one request.")
@@ -38,10 +38,10 @@ def plan(
     model: str,
     recipe: str | None,
     gpu: str | None,
-    context: int,
-    sequences: int,
-    kv_dtype: str,
-    engine: str,
+    context: int | None,
+    sequences: int | None,
+    kv_dtype: str | None,
+    engine: str | None,
     tensor_parallel: int | None,
     no_vision: bool,
     images: int,
@@ -80,32 +80,36 @@ def plan(
         raise InputError("--tensors lists what a recipe will emit: give --recipe as well")
     if measure and recipe is None:
         raise InputError("--measure measures what a recipe will do here: give --recipe as well")
+    loaded = load_recipe(recipe) if recipe is not None else None
+    # The recipe's own card and what it is to hold, where the command does not say otherwise.
+    gpu = gpu or (loaded.gpu if loaded is not None else None)
     if plot and gpu is None:
         raise InputError("--plot draws memory against a card's: give --gpu as well")
     many, card = find_card(gpu) if gpu else (1, None)
     if tensor_parallel is not None and many > 1 and tensor_parallel != many:
         raise InputError(f"--gpu {gpu} names {many} cards and --tensor-parallel {tensor_parallel}: give one of them")
     asked = Request(
-        context=context,
-        sequences=sequences,
-        kv_dtype=kv_dtype,
-        engine=engine,
+        context=context or (loaded.context if loaded is not None else 32_768),
+        sequences=sequences or (loaded.sequences if loaded is not None else 1),
+        kv_dtype=kv_dtype or (loaded.kv_dtype if loaded is not None else "bf16"),
+        engine=engine or (loaded.engine if loaded is not None else "vllm"),
         tensor_parallel=tensor_parallel or many,
-        vision=not no_vision,
+        vision=not no_vision and (loaded is None or loaded.vision),
         images=images,
-        batch_tokens=batch_tokens,
+        batch_tokens=batch_tokens or (loaded.engine_batch_tokens if loaded is not None else None),
         memory_share=memory_share,
         frees=False if keep_local else None,
     )
     console = make_console()
-    quantizing = plan_run(model, load_recipe(recipe), device, measure) if recipe is not None else None
+    quantizing = plan_run(model, loaded, device, measure) if loaded is not None else None
     opened = quantizing.model if quantizing is not None else open_headers(model)
     sizing = size_up(opened, asked, card, quantizing.recipe if quantizing is not None else None)
     facts = sizing.facts()
     if not only_json:
         if quantizing is not None:
-            # The fit's card says what is wrong with the config.
-            draw_plan(replace(quantizing, warnings=[]), tensors, console)
+            # What the memory's card says is not said twice.
+            own = [warning for warning in quantizing.warnings if warning not in facts["fit_warnings"]]
+            draw_plan(replace(quantizing, warnings=own), tensors, console)
         draw_fit(facts, console)
         if plot:
             draw_plot(facts, console)

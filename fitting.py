@@ -8,27 +8,29 @@ or so many bytes of files. What is priced are the units of the recipe's roles, b
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .candidates import entries_of, packed_bytes, recipe_candidate
+from .candidates import Entry, entries_of, packed_bytes, recipe_candidate
 from .checkpoint.files import write_json
 from .checkpoint.workdir import refuse_changed
 from .core.errors import FitError, InputError, input_error
 from .core.rows import Row, Step
 from .core.scheme import Scheme
-from .core.tensors import DTYPE_NAMES
-from .models.adapter import Adapter, stored_dtype
+from .models.adapter import Adapter
 from .planner.allocate import Choice, allocate, chosen
-from .planner.cards import find_card
+from .planner.cards import Card, find_card
 from .planner.fit import Needs, Request, weight_budget_bytes
 from .planner.prices import Priced, UnitPrices
-from .planner.weights import device_weights, place_of
-from .prepare import Model, plan_for
-from .pricing import Prices, identity_of, price
+from .planner.weights import cut_problems, device_weights
+from .prepare import Model, check_space, plan_for, said_name, schemes_of
+from .pricing import Prices, identity_of, is_begun, price, priced_rows
 from .recipe import KEEP, Recipe, matches
+from .report.fit_card import misfit
+from .sizing import size_up
 
 # By how much the errors of a method are smaller than those of the quantizer that prices are taken with, when the whole
 # model is rounded: it is aimed at the reference and searched. Measured on the embedded model and on a small Qwen3-MoE
@@ -47,14 +49,23 @@ class Fitted:
     budget_bytes: int
     request: Request | None
 
-    def facts(self) -> dict[str, Any]:
-        """For the record."""
+    def facts(self, adapter: Adapter) -> dict[str, Any]:
+        """For the record: of every unit where it is too, as its family says."""
+        prefixes = {block: adapter.block_prefix(block) for block in range(adapter.n_blocks)}
+        of = {unit.unit: next(b for b, p in prefixes.items() if unit.unit.startswith(p)) for unit in self.units}
         return {
             "budget_bytes": self.budget_bytes,
             "predicted_kl_nats": self.choice.kl_nats,
             "gain": GAINS[self.recipe.method],
             "units": [
-                {"unit": unit.unit, "role": unit.role, "width": str(width.scheme or KEEP), "bytes": width.bytes}
+                {
+                    "unit": unit.unit,
+                    "role": unit.role,
+                    "block": of[unit.unit],
+                    "kind": unit.unit.removeprefix(prefixes[of[unit.unit]]),
+                    "width": str(width.scheme or KEEP),
+                    "bytes": width.bytes,
+                }
                 for unit, width in zip(self.units, self.choice.widths, strict=True)
             ],
         }
@@ -91,26 +102,28 @@ def bytes_of_units(
     model: Model, units: dict[str, list[str]], menu: Iterable[Scheme]
 ) -> dict[tuple[str, Scheme | None], int]:
     """(unit, width) -> bytes of its tensors; None: as the source has them."""
-    adapter = model.adapter
-    shapes = {m: (o, i) for b in range(adapter.n_blocks) for _, m, o, i in adapter.modules(b)}
-    schemes = list(menu)
-    sizes: dict[tuple[str, Scheme | None], int] = {}
-    for unit, modules in units.items():
-        dtype = stored_dtype(adapter, model.source, f"{modules[0]}.weight")
-        for scheme in schemes:
-            sizes[unit, scheme] = sum(packed_bytes(scheme, *shapes[m], DTYPE_NAMES[dtype]) for m in modules)
-        sizes[unit, None] = sum(shapes[m][0] * shapes[m][1] for m in modules) * dtype.itemsize
-    return sizes
+    entries = {entry.name: entry for entry in entries_of(model)}
+    widths: list[Scheme | None] = [*menu, None]
+    return {
+        (unit, scheme): sum(_bytes_of(entries[f"{module}.weight"], scheme) for module in modules)
+        for unit, modules in units.items()
+        for scheme in widths
+    }
 
 
-def request_of(recipe: Recipe) -> tuple[Request, Any] | None:
+def _bytes_of(entry: Entry, scheme: Scheme | None) -> int:
+    """What one matrix takes."""
+    return entry.dense_bytes if scheme is None else packed_bytes(scheme, *entry.shape, entry.dtype)
+
+
+def request_of(recipe: Recipe) -> tuple[Request, Card] | None:
     """What the recipe asks of a card, and the card. Raises InputError for one that is not known."""
     if recipe.gpu is None:
         return None
     count, card = find_card(recipe.gpu)
     asked = Request(
         context=recipe.context, sequences=recipe.sequences, kv_dtype=recipe.kv_dtype, engine=recipe.engine,
-        tensor_parallel=count, vision=recipe.vision,
+        tensor_parallel=count, vision=recipe.vision, batch_tokens=recipe.engine_batch_tokens,
     )  # fmt: skip
     return asked, card
 
@@ -130,81 +143,149 @@ def fit_to(model: Model, recipe: Recipe, prices: Prices, budget_bytes: int | Non
 
     Raises FitError with the least that can be had.
     """
-    adapter = model.adapter
-    modules = priced_units(adapter, recipe)
+    modules = priced_units(model.adapter, recipe)
     allowed = [*menu_of(recipe), *([None] if KEEP in recipe.fit_schemes else [])]
     units = [replace(unit, widths=tuple(w for w in unit.widths if w.scheme in allowed)) for unit in prices.held]
     gain = GAINS[recipe.method]
-    asked = request_of(recipe)
-    budget = (
-        budget_bytes if budget_bytes is not None else None if recipe.budget_gb is None else int(recipe.budget_gb * GB)
-    )
-    least = resolved(recipe, modules, {u.unit: min(u.widths, key=lambda w: w.bytes).scheme for u in units})
-    if budget is None and asked is not None:
-        request, card = asked
-        return _on_card(model, recipe, least, modules, units, gain, request, card)
-    assert budget is not None, "a recipe that is fitted names a card or a budget"
-    # Headers grow and shrink with the shapes in them: what the files take too much is taken off the budget.
-    smallest = plan_for(model, least).emitted_bytes
-    rest = smallest - sum(min(w.bytes for w in unit.widths) for unit in units)
-    if smallest > budget:
-        raise FitError(
-            f"{budget / GB:.2f} GB cannot be met: the smallest checkpoint that {recipe.name} can make of {model.name} "
-            f"has {smallest:,} bytes ({smallest / GB:.2f} GB). Below four bits a weight nothing is offered: take a "
-            "smaller model, or more cards"
-        )
-    room = budget - rest
+    meter, budget = _met(model, recipe, budget_bytes)
+    local = [meter.seen(unit, modules[unit.unit]) for unit in units]
+    least = [min(unit.widths, key=lambda width: width.bytes) for unit in local]
+    smallest = meter.taken(_resolved_to(recipe, modules, local, least))
+    room = budget - (smallest - sum(width.bytes for width in least))
+    # Headers grow and shrink with the shapes in them, and cards round up what is cut: what a choice takes too much is
+    # taken off the room.
     while True:
-        choice = allocate(units, room, gain)
-        found = resolved(recipe, modules, _widths(units, choice))
-        excess = plan_for(model, found).emitted_bytes - budget
-        if excess <= 0:
-            return Fitted(found, choice, tuple(units), budget, None)
+        room = max(room, sum(width.bytes for width in least))
+        widths = allocate(local, room, gain).widths
+        excess = meter.taken(_resolved_to(recipe, modules, local, widths)) - budget
+        if excess <= 0 or room == sum(width.bytes for width in least):
+            break
         room -= excess
+    if excess > 0:
+        widths = tuple(least)
+    own = [unit.at(width.scheme) for unit, width in zip(units, widths, strict=True)]
+    found = _resolved_to(recipe, modules, units, own)
+    return Fitted(found, chosen(units, own, gain), tuple(units), budget, meter.request)
 
 
-def _widths(units: Iterable[UnitPrices], choice: Choice) -> dict[str, Scheme | None]:
-    return {unit.unit: width.scheme for unit, width in zip(units, choice.widths, strict=True)}
+def refuse_unmeetable(model: Model, recipe: Recipe) -> None:
+    """What fit_to would refuse whatever the prices are, before they are measured. Raises InputError or FitError."""
+    _met(model, recipe, None)
 
 
-def _on_card(
-    model: Model, recipe: Recipe, least: Recipe, modules: dict[str, list[str]], units: list[UnitPrices], gain: float,
-    request: Request, card: Any,
-) -> Fitted:  # fmt: skip
-    """Bytes on each card: a unit's are cut over them, and some are not."""
-    adapter = model.adapter
-    budget = weight_budget_bytes(Needs.of(adapter), card, request)
+@dataclass(frozen=True)
+class _Meter:
+    """How a budget is measured: in bytes of files, or on each card."""
 
-    def on_card(unit: UnitPrices, width: Priced) -> int:
-        # All modules of a unit are cut alike, or by whole KV heads, which is more on many cards: then by its module.
-        places = [
-            (place_of(adapter, f"{m}.weight"), width.bytes // len(modules[unit.unit])) for m in modules[unit.unit]
-        ]
-        return device_weights(adapter, places).on_card(request.tensor_parallel, request.vision)
+    model: Model
+    request: Request | None
 
-    local = [replace(unit, widths=tuple(replace(w, bytes=on_card(unit, w)) for w in unit.widths)) for unit in units]
-    smallest = recipe_candidate(model, entries_of(model), least).weights.on_card(
-        request.tensor_parallel, request.vision
-    )
-    rest = smallest - sum(min(w.bytes for w in unit.widths) for unit in local)
+    @cached_property
+    def entries(self) -> dict[str, Entry]:
+        return {entry.name: entry for entry in entries_of(self.model)}
+
+    def taken(self, recipe: Recipe) -> int:
+        """Bytes that a fitted recipe takes of the budget."""
+        if self.request is None:
+            return plan_for(self.model, recipe).emitted_bytes
+        made = recipe_candidate(self.model, tuple(self.entries.values()), recipe)
+        return made.weights.on_card(self.request.tensor_parallel, self.request.vision)
+
+    def seen(self, unit: UnitPrices, modules: list[str]) -> UnitPrices:
+        """The unit with the bytes of its widths as the budget counts them: on several cards a module is cut, by whole
+        KV heads, or not."""
+        request = self.request
+        if request is None:
+            return unit
+        entries = [self.entries[f"{module}.weight"] for module in modules]
+
+        def on_card(width: Priced) -> int:
+            spread = device_weights(self.model.adapter, ((e.place, _bytes_of(e, width.scheme)) for e in entries))
+            return spread.on_card(request.tensor_parallel, request.vision)
+
+        return replace(unit, widths=tuple(replace(width, bytes=on_card(width)) for width in unit.widths))
+
+
+def _met(model: Model, recipe: Recipe, budget_bytes: int | None) -> tuple[_Meter, int]:
+    """How the budget is measured, and the budget. Raises FitError where nothing meets it, InputError for widths that
+    cannot be cut over the cards."""
+    modules, menu = priced_units(model.adapter, recipe), menu_of(recipe)
+    sizes = bytes_of_units(model, modules, menu)
+    allowed = [*menu, *([None] if KEEP in recipe.fit_schemes else [])]
+    least = resolved(recipe, modules, {unit: min(allowed, key=lambda s: sizes[unit, s]) for unit in modules})
+    asked = request_of(recipe) if budget_bytes is None and recipe.budget_gb is None else None
+    if asked is None:
+        assert budget_bytes is not None or recipe.budget_gb is not None, "a recipe that is fitted has a budget"
+        budget = round((recipe.budget_gb or 0) * GB) if budget_bytes is None else budget_bytes
+        meter = _Meter(model, None)
+        smallest = meter.taken(least)
+        if smallest > budget:
+            raise FitError(
+                f"{budget:,} bytes ({budget / GB:.4g} GB) cannot be met: the smallest checkpoint that {recipe.name} "
+                f"can make of {model.name} has {smallest:,} bytes ({smallest / GB:.4g} GB). Below four bits a weight "
+                "nothing is offered: take a smaller model, or more cards. Nothing was written"
+            )
+        kept = smallest + sum(sizes[unit, None] - min(sizes[unit, s] for s in allowed) for unit in modules)
+        _refuse_needless(model, recipe, modules, kept, budget)
+        return meter, budget
+    request, card = asked
+    problems = {
+        problem: None
+        for scheme in menu
+        for problem in cut_problems(
+            model.adapter,
+            request.tensor_parallel,
+            {module: scheme.group_size for names in modules.values() for module in names},
+        )
+    }
+    if problems:
+        raise input_error(f"{recipe.name} cannot be fitted to {recipe.gpu}:", problems, "Change fit_schemes or gpu.")
+    meter = _Meter(model, request)
+    budget = weight_budget_bytes(Needs.of(model.adapter), card, request)
+    smallest = meter.taken(least)
     if smallest > budget:
         raise FitError(
             f"{recipe.gpu} leaves {budget / GB:.2f} GB for weights beside {request.context:,} tokens of context x "
             f"{request.sequences}, and the smallest checkpoint that {recipe.name} can make of {model.name} takes "
             f"{smallest / GB:.2f} GB there: a shorter context, fewer sequences, an fp8 cache, or more cards "
-            "(`onecard plan` says which)"
+            "(`onecard plan` says which). Nothing was written"
         )
-    choice = allocate(local, budget - rest, gain)
-    found = resolved(recipe, modules, _widths(units, choice))
-    widths = [unit.at(width.scheme) for unit, width in zip(units, choice.widths, strict=True)]
-    return Fitted(found, chosen(units, widths, gain), tuple(units), budget, request)
+    dense = recipe_candidate(model, tuple(meter.entries.values()), least).dense
+    _refuse_needless(model, recipe, modules, dense.on_card(request.tensor_parallel, request.vision), budget)
+    return meter, budget
+
+
+def _refuse_needless(model: Model, recipe: Recipe, modules: dict[str, list[str]], kept_bytes: int, budget: int) -> None:
+    """Raises InputError where the best choice is to quantize nothing at all."""
+    if KEEP not in recipe.fit_schemes or kept_bytes > budget:
+        return
+    try:
+        schemes_of(model.adapter, resolved(recipe, modules, dict.fromkeys(modules)))
+    except InputError:
+        raise InputError(
+            f"{model.name} has {kept_bytes / GB:.4g} GB as it is, and there is room for {budget / GB:.4g} GB: nothing "
+            f"needs to be quantized. A smaller budget, or fit_schemes without '{KEEP}', quantizes all the same"
+        ) from None
+
+
+def _resolved_to(
+    recipe: Recipe, modules: dict[str, list[str]], units: Iterable[UnitPrices], widths: Iterable[Priced]
+) -> Recipe:
+    return resolved(recipe, modules, {unit.unit: width.scheme for unit, width in zip(units, widths, strict=True)})
 
 
 def price_model(
     model: Model, recipe: Recipe, rows: list[Row], folder: Path, device: torch.device, dtype: torch.dtype, step: Step
 ) -> Prices:
-    """Prices of all units that the recipe leaves open."""
+    """Prices of all units that the recipe leaves open. Raises ResourceError where the disk cannot hold the streams."""
     units, menu = priced_units(model.adapter, recipe), menu_of(recipe)
+    if not is_begun(folder):
+        read_by_variants, others = priced_rows(rows, recipe)
+        tokens, other_tokens = (sum(len(row.tokens) for row in part) for part in (read_by_variants, others))
+        streams = 1 + (len(units) + 1) * len(menu)
+        # In front of a block and behind it.
+        row_bytes = model.adapter.hidden_size * dtype.itemsize
+        check_space(folder, 2 * (streams * tokens + other_tokens) * row_bytes)
     return price(model, recipe, rows, units, menu, bytes_of_units(model, units, menu), folder, device, dtype, step)
 
 
@@ -228,3 +309,16 @@ def load_prices(
     new = identity_of(model, recipe, rows, device, dtype)
     refuse_changed(old, new, f"the prices {path} are of something else:", "Take them anew, in another file.")
     return prices
+
+
+def on_its_card(model: Model, recipe: Recipe) -> dict[str, Any]:
+    """How the recipe's checkpoint does on the card that it names, for the record; empty without one, or before its
+    widths are chosen. Raises FitError where it does not fit."""
+    asked = request_of(recipe)
+    if asked is None or recipe.bits == "fit":
+        return {}
+    request, card = asked
+    facts = size_up(model, request, card, recipe).facts() | {"model": said_name(model.name)}
+    if not facts["fits"]:
+        raise FitError(f"{misfit(facts)}\nThe recipe {recipe.name} is for {recipe.gpu}: nothing was written")
+    return facts

@@ -27,6 +27,12 @@ def load_with_transformers(path: Path, dtype: torch.dtype | str = "auto") -> Any
     kwargs: dict[str, Any] = {"config": config, "dtype": dtype, "local_files_only": True, "trust_remote_code": False}
     block = getattr(config, "quantization_config", None)
     if isinstance(block, dict) and block.get("quant_method") == COMPRESSED_TENSORS:
+        if len(block.get("config_groups") or {}) > 1:
+            raise InputError(
+                f"{path} has several widths, and transformers {transformers.__version__} takes one for all experts and "
+                "one for all other matrices: it would unpack the rest wrongly without a word. vLLM loads it; for "
+                "transformers make a folder with `onecard export --format bf16`"
+            )
         # Left compressed, the first forward pass ends in an AttributeError on a CPU.
         kwargs["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     of_bitsandbytes = isinstance(block, dict) and block.get("quant_method") == BITSANDBYTES

@@ -9,10 +9,12 @@ import torch
 from .checkpoint.packed import PackedSource
 from .core.errors import ResourceError
 from .export import Files, planned_files, weight_bytes
+from .fitting import menu_of, priced_units
 from .measuring import measure_rates, rates_key
 from .models.adapter import Adapter, Role
 from .planner.cost import Cost, estimate
 from .planner.plan import Plan
+from .planner.pricing_cost import PricingCost, pricing_cost
 from .planner.rates import Rates, keep_rates, kept_rates, measure_flops, uniform
 from .prepare import (
     Model,
@@ -42,6 +44,7 @@ class PlanResult:
     warnings: list[str]
     rates: Rates
     rates_from: str
+    pricing: PricingCost | None = None  # of a recipe with bits: fit, whose plan is about the least that it can be
 
     @property
     def emitted_bytes(self) -> int:
@@ -64,6 +67,7 @@ class PlanResult:
             "estimated_ram_bytes": self.cost.ram_bytes,
             "estimated_device_bytes": self.cost.device_bytes,
             "estimated_disk_bytes": self.cost.disk_bytes,
+            **(self.pricing.facts() if self.pricing is not None else {}),
         }
 
 
@@ -80,7 +84,13 @@ def plan(model_name: str, recipe: Recipe, device_name: str = "auto", measure: bo
     cost = cost_of(model.adapter, laid_out, recipe, rates, device, dtype, tokens, evaluated)
     warnings = model.adapter.faults(model.config) + model.warnings + notes
     planned = planned_files(model, laid_out, recipe.format)
-    return PlanResult(model, recipe, laid_out, planned, cost, warnings, rates, rates_from)
+    pricing = None
+    if recipe.bits == "fit":
+        units = list(priced_units(model.adapter, recipe))
+        priced = recipe.price_rows * min(recipe.price_row_tokens, recipe.calibration_row_tokens)
+        menu = len(menu_of(recipe))
+        pricing = pricing_cost(model.adapter, units, menu, priced, tokens, dtype.itemsize, rates)
+    return PlanResult(model, recipe, laid_out, planned, cost, warnings, rates, rates_from, pricing)
 
 
 def cost_of(

@@ -11,17 +11,27 @@ import numpy as np
 from rich.console import Console
 
 from .core.scheme import Scheme
-from .fitting import GAINS, fit_to, load_prices, menu_of, price_model, priced_units, resolved, save_prices
+from .fitting import (
+    GAINS,
+    fit_to,
+    load_prices,
+    menu_of,
+    price_model,
+    priced_units,
+    refuse_unmeetable,
+    resolved,
+    save_prices,
+)
 from .models.adapter import Role
 from .planner.allocate import allocate, chosen
 from .planner.prices import Priced, UnitPrices
-from .prepare import Model, choose_device, choose_dtype, open_source, plan_for
-from .pricing import Prices
+from .prepare import Model, choose_device, choose_dtype, open_source, plan_for, said_name
+from .pricing import Prices, priced_rows
 from .recipe import KEEP, Recipe
 from .report.progress import Progress
 from .texts import prepare_texts
 
-# Budgets of the curve, in equal steps of bytes from the least to all kept.
+# Budgets of the curve, from the least to all kept, in steps that grow: KL falls fastest at the low end.
 CURVE_POINTS = 33
 # What people quantize least when they have bytes to spare (llama.cpp's and Unsloth's files do).
 FIRST = (Role.ATTENTION.value, Role.SHARED.value)
@@ -39,7 +49,7 @@ class Point:
 @dataclass(frozen=True)
 class Pareto:
     """`named`: uniform widths and rules of thumb; `curve`: the best choice for each budget; `asked`: for the recipe's
-    own budget, if it has one that can be met."""
+    own budget, if it has one."""
 
     model: str
     recipe: str
@@ -98,12 +108,18 @@ def pareto(
     dtype = choose_dtype(recipe, device)
     model = open_source(model_name)
     priced_units(model.adapter, recipe)  # refuses at once what could not be chosen
+    if recipe.bits == "fit":
+        refuse_unmeetable(model, recipe)
     rows = prepare_texts(model, recipe, calibration, None, needs_calibration=True).calibration
+    priced_rows(rows, recipe)  # refuses too few
     if prices_file is not None and prices_file.exists():
         prices = load_prices(prices_file, model, recipe, rows, device, dtype)
     else:
         with (
-            tempfile.TemporaryDirectory(prefix="onecard-prices-") as folder,
+            # Beside the prices, which the user has put where there is room, and not in a small /tmp.
+            tempfile.TemporaryDirectory(
+                prefix=".onecard-prices-", dir=prices_file.absolute().parent if prices_file is not None else None
+            ) as folder,
             Progress(f"onecard pareto {model_name}", model.adapter.n_blocks, console, quiet) as progress,
         ):
             prices = price_model(model, recipe, rows, Path(folder), device, dtype, progress)
@@ -128,10 +144,11 @@ def drawn_from(model: Model, recipe: Recipe, prices: Prices) -> Pareto:
 
     named = [point(name, [unit.at(rule(unit)) for unit in prices.held]) for name, rule in rules_of_thumb(menu).items()]
     most = sum(max(w.bytes for w in u.widths) for u in units)
-    budgets = np.linspace(smallest.emitted_bytes - rest, most, CURVE_POINTS)
+    lowest = smallest.emitted_bytes - rest
+    budgets = lowest + (most - lowest) * np.linspace(0, 1, CURVE_POINTS) ** 2
     curve: list[Point] = []
     for budget in budgets:
-        choice = allocate(units, int(budget), gain)
+        choice = allocate(units, round(budget), gain)
         found = Point("fit", rest + choice.bytes, choice.kl_nats)
         if not curve or found.bytes > curve[-1].bytes:
             curve.append(found)
@@ -139,4 +156,4 @@ def drawn_from(model: Model, recipe: Recipe, prices: Prices) -> Pareto:
     if recipe.bits == "fit":
         fitted = fit_to(model, recipe, prices)
         asked = Point("asked", plan_for(model, fitted.recipe).emitted_bytes, fitted.choice.kl_nats)
-    return Pareto(model.name, recipe.name, smallest.parameters, tuple(named), tuple(curve), asked, prices)
+    return Pareto(said_name(model.name), recipe.name, smallest.parameters, tuple(named), tuple(curve), asked, prices)

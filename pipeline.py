@@ -40,7 +40,7 @@ from .core.rows import Row, batches
 from .coverage import balanced
 from .eval.twin import Side
 from .export import FORMATS, Files, config_of_run, finished_run, matrices, planned_files, planned_run, weight_bytes
-from .fitting import fit_to, load_prices, price_model
+from .fitting import fit_to, load_prices, on_its_card, price_model, refuse_unmeetable
 from .gate import gate_of_run, refuse_too_large
 from .models.adapter import Adapter
 from .models.walk import Calls, embed
@@ -63,7 +63,7 @@ from .prepare import (
     walks_back,
     work_of,
 )
-from .pricing import Prices
+from .pricing import Prices, priced_rows
 from .quantize.site import Method
 from .recipe import Recipe
 from .report.progress import Progress
@@ -97,6 +97,7 @@ class Run:
     began: float
     # All that the bytes of a run depend on. A resumed run must find every one of them again.
     identity: dict[str, str]
+    card: dict[str, Any] = field(default_factory=dict)  # how it does on the recipe's card (sizing.py)
     allocation: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -116,6 +117,7 @@ class Run:
             recipe=self.recipe.model_dump(mode="json") | {"digest": self.recipe.digest},
             texts=self.texts.facts,
             plan=self.plan.facts() | {"emitted_bytes": weight_bytes(self.planned)},
+            fit=self.card,
             allocation=self.allocation,
             versions=package_versions(),
             identity=self.identity,
@@ -184,13 +186,20 @@ def quantize(
     model = open_source(model_name)
     plan = plan_for(model, recipe)  # of a recipe that is yet to be fitted, about the least there can be
     planned = planned_files(model, plan, recipe.format)
-    if recipe.bits != "fit":
+    if recipe.bits == "fit":
+        refuse_unmeetable(model, recipe)
+    else:
         refuse_too_large(weight_bytes(planned), recipe)
+    card_facts = on_its_card(model, recipe)
     work_path = check_paths(out, work, model.path, resume, overwrite)
     texts = prepare_texts(model, recipe, calibration, evaluation, method.needs_statistics or recipe.bits == "fit")
+    if recipe.bits == "fit":
+        priced_rows(texts.calibration, recipe)  # refuses too few
     dtype = choose_dtype(recipe, device)
     identity = _identity(model, recipe, texts, device, dtype)
-    run = Run(model, plan, planned, recipe, method, texts, tasks_of(recipe), out, device, dtype, began, identity)
+    run = Run(
+        model, plan, planned, recipe, method, texts, tasks_of(recipe), out, device, dtype, began, identity, card_facts
+    )
     if prices is not None:
         load_prices(prices, model, recipe, texts.calibration, device, dtype)
     finished = None
@@ -246,10 +255,11 @@ def _fitted(run: Run, workdir: WorkDir, progress: Progress, given: Path | None) 
         shutil.rmtree(workdir.path / "price", ignore_errors=True)
     prices = Prices.from_facts(read_json(kept))
     fitted = fit_to(run.model, run.recipe, prices)
-    allocation = fitted.facts() | {"prices": prices.facts()}
+    allocation = fitted.facts(run.adapter) | {"prices": prices.facts()}
     plan = plan_for(run.model, fitted.recipe)
     planned = planned_files(run.model, plan, run.recipe.format)
-    return replace(run, recipe=fitted.recipe, plan=plan, planned=planned, allocation=allocation)
+    card = on_its_card(run.model, fitted.recipe)
+    return replace(run, recipe=fitted.recipe, plan=plan, planned=planned, card=card, allocation=allocation)
 
 
 def _stages(run: Run, workdir: WorkDir, progress: Progress, prices: Path | None = None) -> RunRecord:

@@ -25,6 +25,7 @@ from . import __version__
 from .calibration.moments import SiteMoments
 from .checkpoint import files
 from .checkpoint.workdir import Activations, read_json
+from .core.errors import InputError
 from .core.rows import Row, Step, batches
 from .core.scheme import QuantizedWeight, Scheme
 from .eval.kl import compare_rows
@@ -37,6 +38,8 @@ from .recipe import KEEP, Recipe
 from .streams import QUANTIZED, HalfJob, HalfStatistics, stacked
 
 REFERENCE = "reference"
+# What a pass has done, in its folder.
+STATE = "state.json"
 
 
 @dataclass(frozen=True)
@@ -105,10 +108,15 @@ def _scheme(words: str) -> Scheme | None:
 
 def priced_rows(rows: list[Row], recipe: Recipe) -> tuple[list[Row], list[Row]]:
     """(rows that the variants read, cut to the recipe's length; rows that give the statistics): every so many-th of
-    those without pictures."""
+    those without pictures, half of them at most. Raises InputError for less than two."""
     plain = [number for number, row in enumerate(rows) if row.pixels is None]
     count = min(recipe.price_rows, len(plain) // 2)
-    taken = {plain[i * len(plain) // count] for i in range(count)} if count else set()
+    if not count:
+        raise InputError(
+            f"bits: fit prices widths on other calibration rows than those that give the statistics, and there are "
+            f"{len(plain)} rows without pictures: give more calibration texts, or fewer calibration_row_tokens"
+        )
+    taken = {plain[i * len(plain) // count] for i in range(count)}
     read_by_variants = [replace(rows[n], tokens=rows[n].tokens[: recipe.price_row_tokens]) for n in sorted(taken)]
     return read_by_variants, [row for number, row in enumerate(rows) if number not in taken]
 
@@ -170,6 +178,11 @@ def _weighting(recipe: Recipe) -> str:
     return "none" if recipe.token_weighting == "none" else "residual"
 
 
+def is_begun(folder: Path) -> bool:
+    """Whether a pass was stopped there, and would go on."""
+    return (folder / STATE).exists()
+
+
 def price(
     model: Model,
     recipe: Recipe,
@@ -191,7 +204,7 @@ def price(
         adapter, model, recipe, pricing_method(recipe), menu, Activations(folder / "variants"), groups,
         Activations(folder / "statistics"), statistics_groups, Calls(adapter, device, dtype), device, dtype, step,
     )  # fmt: skip
-    state_file = folder / "state.json"
+    state_file = folder / STATE
     if state_file.exists():
         state = read_json(state_file)
     else:

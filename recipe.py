@@ -147,6 +147,7 @@ class Recipe(Limits):
     sequences: int = Field(default=1, ge=1)
     kv_dtype: Literal["bf16", "fp8"] = "bf16"
     engine: Literal["vllm", "transformers", "llama.cpp"] = "vllm"
+    engine_batch_tokens: int | None = Field(default=None, ge=16)  # of one pass over prompts; None: the engine's own
     vision: bool = True  # whether the tower is loaded
 
     group_size: int = 128  # -1: one scale a row

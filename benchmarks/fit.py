@@ -31,7 +31,7 @@ GROUPS = (128, 64, 32)
 
 def base(method: str) -> Recipe:
     """The embedded model's fit recipe for any family, with a method of its own."""
-    fields = load_recipe("demo-fit").model_dump(exclude_unset=True) | {"family": None, "budget_gb": 1.0}
+    fields = load_recipe("demo-fit").model_dump(exclude_unset=True) | {"family": None, "budget_gb": 0.005}
     kept = {key: fields[key] for key in ("name", "description", "bits", "budget_gb", "quantize_roles", "calibration",
             "calibration_rows", "calibration_row_tokens", "evaluation", "evaluation_rows", "evaluation_row_tokens",
             "price_rows")}  # fmt: skip

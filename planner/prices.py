@@ -27,6 +27,10 @@ from scipy.optimize import nnls
 
 from ..core.scheme import Scheme
 
+# Of a mean KL: log-normalisers near 10 are rounded to 1e-6 in fp32, and the mean of 32,768 tokens to a few 1e-9. What
+# is less says nothing of a width; eight bits' KL is some hundred times as much.
+NOISE_NATS = 1e-9
+
 
 @dataclass(frozen=True)
 class Priced:
@@ -53,7 +57,7 @@ class UnitPrices:
     @classmethod
     def fitted(cls, unit: str, role: str, parameters: int, widths: Sequence[Priced]) -> "UnitPrices":
         """Least squares of relative residuals, so that eight bits count as four do."""
-        measured = [w for w in widths if w.error > 0 and w.kl_nats > 0]
+        measured = [w for w in widths if w.error > 0 and w.kl_nats > NOISE_NATS]
         smooth = flip = 0.0
         if measured:
             error = np.array([w.error for w in measured])
@@ -80,6 +84,6 @@ def gain_of(units: Sequence[UnitPrices], widths: Sequence[Priced], kl_nats: floa
     """The gain with which these widths, all together, cost `kl_nats`: of smooth g^2 + flip g = KL the positive root."""
     parts = [unit.parts(width) for unit, width in zip(units, widths, strict=True)]
     smooth, flip = sum(s for s, _ in parts), sqrt(sum(f for _, f in parts))
-    if smooth == 0:
-        return kl_nats / flip if flip else 1.0
-    return (sqrt(flip**2 + 4 * smooth * kl_nats) - flip) / (2 * smooth)
+    # The root with its sum below the line: where flips are all, the difference of the usual form is rounding.
+    both = flip + sqrt(flip**2 + 4 * smooth * kl_nats)
+    return 2 * kl_nats / both if both else 1.0

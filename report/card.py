@@ -56,6 +56,27 @@ def few_bits(plan: dict[str, Any]) -> list[str]:
     return sorted(found, key=lambda width: -found[width])
 
 
+def side(record: RunRecord) -> str:
+    """What the quantized side is called: by its bits, or as mixed where bits were fitted to a budget."""
+    return "mixed" if record.allocation else f"int{record.recipe['bits']}"
+
+
+def _add_widths(grid: Table, allocation: dict[str, Any]) -> None:
+    """How many units got which width, and their bytes, the most bytes first."""
+    found: dict[str, list[int]] = {}
+    for unit in allocation["units"]:
+        found.setdefault(unit["width"], []).append(unit["bytes"])
+    said = [f"{counted(len(each), 'unit')} {width} ({size(sum(each))})" for width, each in
+            sorted(found.items(), key=lambda item: -sum(item[1]))]  # fmt: skip
+    grid.add_row("widths", ", ".join(said))
+
+
+def _add_predicted(grid: Table, predicted: float, kl: dict[str, Any]) -> None:
+    """Beside the verified KL, which stands above it."""
+    ratio = f": verified is {kl['kl_mean_nats'] / predicted:.2f} times that" if kl and predicted else ""
+    grid.add_row("predicted KL", f"{predicted:.5f} nats a token{ratio}")
+
+
 def _add_kl(grid: Table, kl: dict[str, Any], reference: str, other: str) -> None:
     drawn = f"{counted(kl['documents'], 'document')}, {counted(kl['tokens'], 'token')}"
     grid.add_row(f"KL({reference} || {other})", f"{kl['kl_mean_nats']:.5f} nats a token ({interval(kl)}, {drawn})")
@@ -123,12 +144,16 @@ def draw_card(record: RunRecord, out: str, console: Console) -> None:
         f"{plan['bits_per_weight']:.3f} over all, {plan['quantized_bits_per_weight']:.3f} where quantized "
         f"({plan['quantized_share']:.1%} of the weights)",
     )
+    if record.allocation:
+        _add_widths(grid, record.allocation)
     for which in ("calibration", "evaluation"):
         if which in record.texts:
             grid.add_row(which, texts(record.texts[which]))
-    reference, other = ("bf16", f"int{record.recipe['bits']}") if record.recipe else ("source", "checkpoint")
+    reference, other = ("bf16", side(record)) if record.recipe else ("source", "checkpoint")
     if kl:
         _add_kl(grid, kl, reference, other)
+    if record.allocation:
+        _add_predicted(grid, record.allocation["predicted_kl_nats"], kl)
     if record.errors:
         _add_worst_expert(grid, record.errors)
     if record.flips:

@@ -56,6 +56,8 @@ def asked(facts: Mapping[str, Any]) -> str:
 
 def reach(facts: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     """How far it goes at most."""
+    if facts["weight_bytes"] > facts["usable_bytes"]:
+        return "not one token: the weights alone are more than the card has"
     own = " (the model's own limit)" if row["max_context"] >= facts["model_max_context"] else ""
     longest = f"{row['max_context']:,} tokens{own}" if row["max_context"] else "not one token"
     most = counted(row["max_sequences"], "sequence") if row["max_sequences"] else "not one sequence"
@@ -203,11 +205,13 @@ def _ways_out(facts: Mapping[str, Any]) -> Table:
     for i, change in enumerate(facts["changes"][:6], 1):
         grid.add_row(f"{i}", Text(f"{' + '.join(change['steps'])}: {gib(change['left_bytes'])} left"))
     if facts["max_context"]:
-        grid.add_row("or", f"{facts['max_context']:,} tokens of context, with nothing else changed")
+        grid.add_row("context", f"{facts['max_context']:,} tokens, with nothing else changed")
     if facts["max_sequences"]:
-        grid.add_row("or", f"{counted(facts['max_sequences'], 'sequence')}, with nothing else changed")
+        grid.add_row("sequences", f"{facts['max_sequences']:,}, with nothing else changed")
     if facts["cards_needed"]:
-        grid.add_row("or", f"{facts['cards_needed']} such cards, with nothing else changed")
+        grid.add_row("cards", f"{facts['cards_needed']} such cards, with nothing else changed")
+    else:
+        grid.add_row("cards", "no number of these that the model can be cut over")
     bits = facts["bits_that_fit"]
     room = f"{bits:.2f} bits a weight" if bits > 0 else "no weights of its blocks"
     if bits < LEAST_BITS:

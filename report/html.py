@@ -15,6 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from .page.allocation import allocation_section
 from .page.answers import documents_section, flips_section, tokens_section
 from .page.experts import coverage_section, errors_sections
 from .page.fit import fit_section
@@ -51,6 +52,7 @@ def sections(record: Record) -> list[Section]:
         *gate_section(record),
         *bytes_section(record),
         *fit_section(record),
+        *allocation_section(record),
         *kl_sections(record),
         *coverage_section(record),
         *errors_sections(record),

@@ -191,6 +191,19 @@ def _scheme(facts: CardFacts) -> str:
     return "; ".join(f"{' and '.join(roles)} in {width}" for width, roles in by_width.items())
 
 
+def _mixed(facts: CardFacts) -> str:
+    """Of `bits: fit`: that there is no one scheme, and by what the widths were chosen."""
+    allocation = facts.record.get("allocation") or {}
+    if not allocation:
+        return ""
+    widths = len({unit["width"] for unit in allocation["units"]})
+    return (
+        f"Widths are mixed: each of {counted(len(allocation['units']), 'unit')} (what an engine fuses) has one of "
+        f"{counted(widths, 'width')}, chosen so that the predicted divergence is least within the budget. Predicted: "
+        f"{allocation['predicted_kl_nats']:.4g} nats a token."
+    )
+
+
 def _licence_words(facts: CardFacts) -> str:
     if facts.licence is None:
         return "Not known: ask whoever published the original."
@@ -218,6 +231,7 @@ def _context(facts: CardFacts) -> dict[str, Any]:
         "base": base,
         "base_model": facts.base_model,
         "scheme": _scheme(facts),
+        "mixed": _mixed(facts),
         "onecard": record["onecard"],
         "emitted": size(plan["emitted_bytes"]),
         "source": size(plan["source_bytes"]),

@@ -16,6 +16,9 @@ ROWS, COLUMNS = 14, 62
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 # Points of the curve that stand in the table: enough to choose a budget by.
 IN_TABLE = 6
+# The picture's axis ends at this share of the largest KL: what costs next to nothing would take most of its height.
+SHOWN_DOWN_TO = 1e-3
+WIDEST = 80
 
 
 def draw_pareto(facts: Mapping[str, Any], console: Console) -> None:
@@ -29,7 +32,7 @@ def draw_pareto(facts: Mapping[str, Any], console: Console) -> None:
         table.add_column(head, justify="right", no_wrap=True)
 
     def row(mark: str, name: str, point: Mapping[str, Any], style: str = "") -> None:
-        kl = f"{point['predicted_kl_nats']:.5f}"
+        kl = f"{point['predicted_kl_nats']:#.3g}"
         table.add_row(mark, name, size(point["bytes"]), f"{point['bits_per_weight']:.2f}", kl, style=style)
 
     for letter, point in zip(LETTERS, named, strict=False):
@@ -45,12 +48,15 @@ def draw_pareto(facts: Mapping[str, Any], console: Console) -> None:
         style="dim",
     )  # fmt: skip
     parts: list[Any] = [_picture(curve, named, asked), table, note] if curve else [table, note]
-    console.print(Panel(Group(*parts), title=f"onecard pareto {facts['model']}", box=box.ROUNDED, expand=False))
+    # A path as long as a title may be does not widen the card.
+    panel = Panel(Group(*parts), title=f"onecard pareto {facts['model']}", box=box.ROUNDED, expand=False)
+    console.print(panel, width=min(WIDEST, console.width))
 
 
 def _picture(curve: list[Any], named: list[Any], asked: Mapping[str, Any] | None) -> Text:
     """KL on a logarithmic axis, since it spans orders of magnitude."""
-    shown = [*curve, *(point for point in named if point["predicted_kl_nats"] > 0)]
+    floor = SHOWN_DOWN_TO * max(p["predicted_kl_nats"] for p in [*curve, *named])
+    shown = [point for point in [*curve, *named] if point["predicted_kl_nats"] >= floor]
     left, right = min(p["bytes"] for p in shown), max(p["bytes"] for p in shown)
     heights = [log10(p["predicted_kl_nats"]) for p in shown]
     low, high = min(heights), max(heights)
@@ -59,18 +65,15 @@ def _picture(curve: list[Any], named: list[Any], asked: Mapping[str, Any] | None
     def put(point: Mapping[str, Any], mark: str) -> None:
         x = round((point["bytes"] - left) / max(1, right - left) * (COLUMNS - 1))
         y = round((high - log10(point["predicted_kl_nats"])) / max(1e-9, high - low) * (ROWS - 1))
-        grid[y][x] = mark
+        grid[min(ROWS - 1, max(0, y))][min(COLUMNS - 1, max(0, x))] = mark
 
-    for point in curve:
-        put(point, "•")
-    for letter, point in zip(LETTERS, named, strict=False):
-        if point["predicted_kl_nats"] > 0:
-            put(point, letter)
-    if asked is not None and asked["predicted_kl_nats"] > 0:
-        put(asked, "★")
+    marks = [*zip("•" * len(curve), curve, strict=True), *zip(LETTERS, named, strict=False)]
+    for mark, point in [*marks, *([("★", asked)] if asked is not None else [])]:
+        if floor <= point["predicted_kl_nats"]:
+            put(point, mark)
     text = Text("KL, nats a token (log)\n", style="bold")
     for y, cells in enumerate(grid):
-        tick = f"{10 ** (high - (high - low) * y / (ROWS - 1)):.5f}" if y % 4 == 0 or y == ROWS - 1 else ""
+        tick = f"{10 ** (high - (high - low) * y / (ROWS - 1)):#.2g}" if y % 4 == 0 or y == ROWS - 1 else ""
         text.append(f"{tick:>8} {'┤' if tick else '│'}", style="dim")
         for cell in cells:
             text.append(cell, style="green" if cell == "•" else "bold yellow" if cell == "★" else "bold")

@@ -53,6 +53,13 @@ def draw_plan(result: Any, tensors: bool, console: Console) -> None:
         memory += f", {size(cost.device_bytes)} of device memory"
     grid.add_row("memory", memory + " (an estimate)")
     grid.add_row("disk", f"{size(cost.disk_bytes)} free are needed")
+    if result.pricing is not None:
+        grid.add_row(
+            "pricing",
+            f"{result.pricing.streams:,} streams of {result.pricing.tokens:,} tokens before that: about "
+            f"{clock(result.pricing.seconds)}, {size(result.pricing.disk_bytes)} of disk. The sizes above are the "
+            "least that can be chosen; the recipe spends what its budget has",
+        )
     for warning in result.warnings:
         grid.add_row("warning", Text(warning, style="yellow"))
     console.print(Panel(grid, title="onecard plan", box=box.ROUNDED, expand=False))

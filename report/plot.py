@@ -1,7 +1,7 @@
 """Memory against context for each recipe, drawn in a terminal of 80 columns with braille dots.
 
 plotext would draw it too; it is another package to install for sixty lines, and it colours what a log cannot show. Each
-curve has its own mark where it ends and in the legend; the card's usable memory is a line of dashes.
+curve has the letter of its recipe where it ends and in the legend; the card's usable memory is a line of dashes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from .fit_card import GIB, on_cards, short
+from .fit_card import GIB, letter, on_cards, short
 
 COLOURS = ("blue", "magenta", "cyan", "green", "yellow", "red")
 ROWS = 16
@@ -31,7 +31,8 @@ def draw_plot(facts: Mapping[str, Any], console: Console) -> None:
     usable = facts["usable_bytes"]
     ends = [min(curve["bytes"]) for curve in curves] + [usable]
     top = min(max(max(curve["bytes"]) for curve in curves), HEADROOM * usable)
-    top = max(top, 1.05 * usable)
+    # Where every recipe is far above the card, the least of them is drawn all the same: how far is the question.
+    top = max(top, 1.05 * usable, 1.05 * min(max(curve["bytes"]) for curve in curves))
     # Weights are most of it: the axis begins a little below the least of them.
     low = max(0.0, min(ends) - 0.1 * (top - min(ends)))
     grid = [[0] * columns for _ in range(ROWS)]
@@ -46,9 +47,8 @@ def draw_plot(facts: Mapping[str, Any], console: Console) -> None:
             paint[y // 4][x // 2] = number
     line = min(ROWS - 1, int((top - usable) / (top - low) * ROWS))
     wanted = min(columns - 1, round(facts["context"] / end * (columns - 1)))
-    console.print(
-        Text(f"GiB against tokens of context ({facts['sequences']} at once), the legend from the top", style="bold")
-    )
+    ends_at = _letters(facts, curves, top, low)
+    console.print(Text(f"GiB against tokens of context ({facts['sequences']} at once)", style="bold"))
     for y in range(ROWS):
         tick = f"{(top - (top - low) * y / ROWS) / GIB:,.0f}" if y % 4 == 0 and abs(y - line) > 1 else ""
         tick = f"{usable / GIB:,.1f}" if y == line else tick
@@ -60,6 +60,7 @@ def draw_plot(facts: Mapping[str, Any], console: Console) -> None:
                 text.append("╌", style="red")
             else:
                 text.append("┊" if x == wanted else " ", style="dim")
+        text.append(ends_at.get(y, ""), style="bold")
         console.print(text)
     axis = "".join("┴" if x in (0, columns // 2, columns - 1) else "─" for x in range(columns))
     console.print(f"{'':{MARGIN - 1}}└{axis}")
@@ -70,7 +71,7 @@ def draw_plot(facts: Mapping[str, Any], console: Console) -> None:
     legend = Text(" " * MARGIN)
     for number, curve in enumerate(curves):
         gone = min(curve["bytes"]) > top
-        name = f"{curve['name']}{' (above)' if gone else ''}"
+        name = f"{letter(facts, curve['name'])} {curve['name']}{' (above)' if gone else ''}"
         if len(legend.plain.rpartition("\n")[2]) + len(name) + 5 > MARGIN + columns:
             legend.append("\n" + " " * MARGIN)
         legend.append("━━ ", style=COLOURS[number % len(COLOURS)])
@@ -80,6 +81,19 @@ def draw_plot(facts: Mapping[str, Any], console: Console) -> None:
     legend.append(f"usable on {on_cards(facts)}  ")
     legend.append(f"┊ {facts['context']:,} asked", style="dim")
     console.print(legend)
+
+
+def _letters(facts: Mapping[str, Any], curves: Sequence[Any], top: float, low: float) -> dict[int, str]:
+    """Row -> the letter of the curve that ends there, as in the table of recipes; where two end in one row, the lower
+    curve's goes below. Curves that leave the picture earlier have none: their place is above the others."""
+    found: dict[int, str] = {}
+    for curve in sorted(curves, key=lambda curve: -curve["bytes"][-1]):
+        if curve["bytes"][-1] > top:
+            continue
+        row = min(ROWS - 1, int((top - curve["bytes"][-1]) / (top - low) * ROWS))
+        row = next((y for y in range(row, ROWS) if y not in found), row)
+        found[row] = letter(facts, curve["name"])
+    return found
 
 
 def at(xs: Sequence[float], ys: Sequence[float], x: float) -> float:

@@ -10,10 +10,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ..core.errors import InputError, input_error
 from ..core.layout import RECORD_NAME
+from .reading_sizes import PART, Allocation, Fit
 
 READABLE_VERSIONS = (1, 2)
 WAY_OUT = (
@@ -24,7 +25,7 @@ MOST_FAULTS = 12
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+    model_config = PART
 
 
 class Model(_Part):
@@ -237,64 +238,6 @@ class Gate(_Part):
     notes: tuple[str, ...] = ()
 
 
-class Curve(_Part):
-    """Bytes on a card against tokens of context."""
-
-    name: str
-    contexts: tuple[int, ...]
-    bytes: tuple[float, ...]
-
-    @model_validator(mode="after")
-    def _points(self) -> "Curve":
-        if not self.contexts or len(self.contexts) != len(self.bytes):
-            raise ValueError(f"{len(self.contexts)} contexts and {len(self.bytes)} bytes")
-        return self
-
-
-class FitRow(_Part):
-    name: str
-    weight_bytes: int
-    left_bytes: int | None = None
-    max_context: int | None = None
-    max_sequences: int | None = None
-
-
-class CardRow(_Part):
-    gpu: str
-    name: str
-    source: str
-    candidate: str | None = None
-    all_usable_bytes: int
-    left_bytes: int | None = None
-    max_context: int | None = None
-    max_sequences: int | None = None
-    cards_needed: int | None = None
-
-
-class Fit(_Part):
-    """What a plan said of a card's memory (sizing.Sizing.facts)."""
-
-    candidate: str
-    gpu: str
-    cards: int
-    engine: str
-    context: int
-    sequences: int
-    kv_dtype: str
-    fits: bool
-    weight_bytes: int
-    kv_bytes: int
-    workspace_bytes: int
-    usable_bytes: int
-    left_bytes: int
-    max_context: int
-    max_sequences: int
-    candidates: tuple[FitRow, ...] = ()
-    table: tuple[CardRow, ...] = ()
-    curves: tuple[Curve, ...] = ()
-    fit_warnings: tuple[str, ...] = ()
-
-
 class Export(_Part):
     format: str
     matrices: dict[str, int] = {}
@@ -322,6 +265,7 @@ class Record(_Part):
     flips: Flips | None = None
     gate: Gate | None = None
     fit: Fit | None = None
+    allocation: Allocation | None = None
     export: Export | None = None
     machine: dict[str, Any] = Field(default={})
 
@@ -331,7 +275,7 @@ class Record(_Part):
         """A section that is missing, null or {}: all three say that it was not made."""
         if not isinstance(data, dict):
             return data
-        sections = ("checkpoint", "plan", "kl", "errors", "flips", "gate", "fit", "export")
+        sections = ("checkpoint", "plan", "kl", "errors", "flips", "gate", "fit", "allocation", "export")
         return data | {key: None for key in sections if data.get(key) == {}}
 
 

@@ -192,3 +192,35 @@ def _summary(name: str, answers: list[dict[str, Any]]) -> dict[str, Any]:
         "wrong_to_right": share(sum(b and not a for a, b in zip(was, now, strict=True)), items),
         "mcnemar_p": 0.21, "margin_of_changed": 0.62, "margin_of_all": 2.01, "answers": answers,
     }  # fmt: skip
+
+
+KINDS_OF_UNIT = ("attention.qkv", "attention.o", "shared_expert", "experts")
+# Bytes a weight, and the error that a width leaves.
+PRICED = {"int4 group 128": (0.52, 0.07), "int4 group 32": (0.57, 0.06), "int8 group 128": (1.02, 0.004),
+          "keep": (2.0, 0.0)}  # fmt: skip
+
+
+def allocation_facts(blocks: int = 4, seed: int = 0) -> dict[str, Any]:
+    """What a run of `bits: fit` puts under `allocation`: every unit at some width, each width taken."""
+    rng = random.Random(seed)
+    units: list[dict[str, Any]] = []
+    prices: list[dict[str, Any]] = []
+    for number, (block, kind) in enumerate((b, k) for b in range(blocks) for k in KINDS_OF_UNIT):
+        weights = 786_432 if kind == "experts" else 32_768
+        name = f"model.layers.{block}.{kind}"
+        smooth = rng.lognormvariate(0, 0.6)
+        got = list(PRICED)[(number + block) % len(PRICED)]
+        role = "attention" if kind.startswith("attention") else kind.rstrip("s")
+        units.append({"unit": name, "role": role, "block": block, "kind": kind, "width": got,
+                      "bytes": int(weights * PRICED[got][0])})  # fmt: skip
+        widths = [{"width": width, "bytes": int(weights * size), "error": error, "kl_nats": smooth * error**2}
+                  for width, (size, error) in PRICED.items()]  # fmt: skip
+        prices.append({"unit": name, "role": role, "parameters": weights, "smooth": smooth, "flip": 0.0,
+                       "widths": widths})  # fmt: skip
+    together = {}
+    for width in list(PRICED)[:-1]:
+        total = sum(w["kl_nats"] for unit in prices for w in unit["widths"] if w["width"] == width)
+        together[width] = {"measured_nats": total * 1.1, "predicted_nats": total}
+    return {"budget_bytes": sum(unit["bytes"] for unit in units) + 1_000_000, "predicted_kl_nats": 0.0113, "gain": 0.7,
+            "units": units, "prices": {"units": prices, "together": together, "scale": 1.1, "rows": 64,
+                                       "tokens": 32_768}}  # fmt: skip

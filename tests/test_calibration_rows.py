@@ -35,7 +35,7 @@ def test_an_even_share_gives_each_expert_so_many_rows_an_input(baby: Callable[..
 
 def test_fast_alone_limits_its_rows() -> None:
     assert {name: "calibration_rows_per_input" in fields for name, fields in METHODS.items()} == {
-        "rtn": False, "fast": True, "balanced": False, "best": False,
+        "rtn": False, "fast": True, "balanced": False, "best": False, "bnb-nf4": False, "bnb-int8": False,
     }  # fmt: skip
     assert recipe().calibration_rows_per_input > 0
     assert recipe(calibration_rows_per_input=0).calibration_rows_per_input == 0, "a recipe's own word counts"
@@ -54,6 +54,7 @@ def test_the_run_reads_as_many_and_the_plan_counts_as_many(baby: Callable[..., P
         assert len(rows) == expected
         assert {len(row.tokens) for row in rows} == {16}
     disk = [
-        plan(str(baby("scout")), recipe(calibration_rows_per_input=share), "cpu").cost.disk_bytes for share in (0.5, 0)
+        plan(str(baby("scout")), recipe(calibration_rows_per_input=share, evaluation_rows=1), "cpu").cost.disk_bytes
+        for share in (0.5, 0)
     ]
     assert disk[0] < disk[1]

@@ -30,9 +30,12 @@ Check = Callable[..., str]
 FAMILIES = ["scout", "maverick", "llama4-text", "qwen3"]
 VERBS = [
     "quantize", "verify", "flips", "gate", "baseline", "report", "check", "card", "publish", "plan", "inspect",
-    "generate", "recipes", "calibration",
+    "generate", "recipes", "calibration", "export", "pareto",
 ]  # fmt: skip
-RECIPES = ["demo", "llama4-scout-h100", "llama4-scout-h100-int4-attention", "nf4", "qwen3-30b-a3b-24gb", "rtn-int4"]
+RECIPES = [
+    "demo", "demo-fit", "llama4-scout-2x48gb", "llama4-scout-h100", "llama4-scout-h100-fit",
+    "llama4-scout-h100-int4-attention", "llama4-scout-h200", "nf4", "qwen3-30b-a3b-24gb", "rtn-int4",
+]  # fmt: skip
 PROMISED = {"out", "emitted_bytes", "bits_per_weight", "kl_mean_nats", "kl_p99_nats", "same_top1", "tokens", "seconds",
             "peak_rss_bytes"}  # fmt: skip
 
@@ -134,8 +137,13 @@ def test_recipes_prints_one_that_loads_again(onecard: Callable[..., Result], tmp
 
 def test_what_the_shipped_recipes_promise() -> None:
     recipes = {name: load_recipe(name) for name in RECIPES}
-    for recipe in recipes.values():
-        assert (recipe.bits, recipe.group_size, recipe.symmetric) == (4, 128, True)
+    said = {name: (r.bits, r.group_size, r.symmetric) for name, r in recipes.items()}
+    others = {"demo-fit": "fit", "llama4-scout-h100-fit": "fit", "llama4-scout-h200": 8}
+    assert said.pop("nf4") == (4, 64, True)
+    assert said == {name: (others.get(name, 4), 128, True) for name in said}
+    for name, recipe in recipes.items():
+        assert (recipe.gpu is not None) == name.startswith("llama4-scout"), name
+        assert recipe.context == (131_072 if recipe.gpu else 32_768), name
     assert set(recipes["llama4-scout-h100"].quantize_roles) == {"expert", "shared_expert"}
     assert set(recipes["llama4-scout-h100-int4-attention"].quantize_roles) == {"expert", "shared_expert", "attention"}
     assert set(recipes["qwen3-30b-a3b-24gb"].quantize_roles) == {"expert", "mlp", "attention"}

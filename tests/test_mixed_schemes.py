@@ -99,6 +99,22 @@ def test_what_the_recipe_says_is_what_the_formats_own_package_reads(
     assert len(seen) == 6
 
 
+def test_transformers_is_not_asked_to_load_what_it_would_unpack_wrongly(
+    baby: Callable[..., Path], recipe: Callable[..., Path], onecard: Callable[..., Result], texts: list[str],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """5.23 gives every matrix that is no expert's the first group's width, and says nothing."""
+    use, out = recipe(method="rtn", quantize_roles=ROLES, schemes={"attention": "int8 group 32"}), tmp_path / "out"
+    assert onecard("quantize", baby("scout"), out, "--recipe", use, *texts).exit_code == 0
+    answered = onecard("generate", out, "hello")
+    assert answered.exit_code == 2
+    assert "export --format bf16" in answered.stderr
+    checked = onecard("check", out, "--engine", "transformers")
+    assert checked.exit_code == 1
+    assert "no group names the experts" in checked.stderr
+    assert onecard("check", out, "--engine", "vllm").exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("schemes", "needles"),
     [

@@ -26,6 +26,7 @@ from onecard.report.engines import engines
 from onecard.report.licence import EU_RESTRICTION, NOTICE_LINE, Licence, has_notice, licence_of, unmet_terms
 from onecard.report.model_card import FAILED_GATE, card_problems
 from papers import edit_record
+from records import allocation_facts
 
 SAID = ("--base-model", "somebody/baby", "--license", "apache-2.0")
 META = "LLAMA 4 COMMUNITY LICENSE AGREEMENT\nLlama 4 Version Effective Date: April 5, 2025\n"
@@ -402,3 +403,12 @@ def test_front_matter_that_is_none(tmp_path: Path, text: str) -> None:
     assert source_card(tmp_path) == {}
     assert not front_matter("no dashes")
     assert hub_origin(tmp_path) == {}
+
+
+def test_mixed_widths_are_said(folder: Path, drawn: Callable[..., str]) -> None:
+    facts = allocation_facts()
+    assert "Widths are mixed" not in drawn(folder)
+    edit_record(folder, lambda record: record.update(allocation=facts))
+    text = drawn(folder)
+    assert f"Widths are mixed: each of {len(facts['units'])} units" in text
+    assert f"Predicted: {facts['predicted_kl_nats']:.4g} nats" in text

@@ -58,7 +58,7 @@ def line(result: Result) -> dict[str, Any]:
 
 def same(far: dict[str, Any], near: dict[str, Any]) -> bool:
     """But for its name and place, and times, which are estimates from a rate that is measured anew."""
-    named = {"model", "path", "estimated_seconds"}
+    named = {"model", "path", "estimated_seconds", "estimated_seconds_by", "rates"}
     return {k: v for k, v in far.items() if k not in named} == {k: v for k, v in near.items() if k not in named}
 
 

@@ -41,6 +41,11 @@ def schemes_at_large(view: View) -> Iterator[str]:
         found = rules.widths(members)
         if len(found) > 1:
             yield f"{what} are {', '.join(sorted(found))}"
+    # The experts' group is known by an expression that names experts; the others get the first group that has none.
+    if len(rules.widths(packed)) > 1 and not any(
+        target.startswith("re:") and "experts" in target for group in view.groups for target in group.targets
+    ):
+        yield "experts and other matrices have several widths, and no group names the experts by an expression"
 
 
 def gptq_experts(view: View) -> Iterator[str]:

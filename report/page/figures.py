@@ -392,3 +392,86 @@ def log_key(values: Sequence[float], title: str) -> dict[str, Any]:
 def nats_said(name: str, value: float, low: float | None, high: float | None) -> str:
     """What the mouse is told of a mean."""
     return f"{name}: {nats(value)}" + ("" if low is None or high is None else f" ({nats(low)} to {nats(high)})")
+
+
+def tiles(
+    series: Sequence[tuple[str, str, Sequence[tuple[int, int, str]]]], rows: Sequence[str], blocks: Sequence[int]
+) -> dict[str, Any]:
+    """Blocks across, `rows` down, a tile for each thing, painted by its kind. `series`: (name, paint, (row, block, what
+    is said of it)). Bars on a base of their own, since they stretch with the page and have a legend."""
+    traces = [
+        go.Bar(
+            name=label(name),
+            x=[block for _, block, _ in entries],
+            y=[0.84] * len(entries),
+            base=[row - 0.42 for row, _, _ in entries],
+            width=0.92,
+            customdata=[label(said) for *_, said in entries],
+            meta={"paint": paint},
+            hovertemplate="%{customdata}<extra></extra>",
+        )
+        for name, paint, entries in series
+    ]
+    return _spec(
+        traces,
+        150 + 34 * len(rows),
+        barmode="overlay",
+        showlegend=True,
+        xaxis={
+            "title": {"text": "block"},
+            "dtick": max(1, math.ceil((max(blocks) - min(blocks) + 1) / 8)),
+            "range": [min(blocks) - 0.6, max(blocks) + 0.6],
+            "showgrid": False,
+            "zeroline": False,
+        },
+        yaxis={
+            "tickvals": list(range(len(rows))),
+            "ticktext": ["<br>".join(map(label, name.rsplit(".", 1))) for name in rows],
+            "range": [len(rows) - 0.5, -0.5],
+            "showgrid": False,
+            "zeroline": False,
+        },
+    )
+
+
+def rising(
+    series: Sequence[tuple[str, str, Sequence[tuple[float, float, str]]]],
+    rings: Sequence[tuple[float, float]],
+    ringed: str,
+    x: str,
+    y: str,
+) -> dict[str, Any]:
+    """Points over a logarithmic axis upwards: (across, up, what is said of it) by kind; `rings` around some of them."""
+    traces = [
+        go.Scatter(
+            name=label(name),
+            mode="markers",
+            x=[point[0] for point in points],
+            y=[point[1] for point in points],
+            customdata=[label(point[2]) for point in points],
+            marker={"size": 5},
+            meta={"paint": paint},
+            hovertemplate="%{customdata}<extra></extra>",
+        )
+        for name, paint, points in series
+    ]
+    most = max(point[0] for _, _, points in series for point in points)
+    if rings:
+        traces.append(
+            go.Scatter(
+                name=ringed,
+                mode="markers",
+                x=[place[0] for place in rings],
+                y=[place[1] for place in rings],
+                marker={"symbol": "circle-open", "size": 10, "line": {"width": 1.2}},
+                meta={"paint": "mark"},
+                hoverinfo="skip",
+            )
+        )
+    return _spec(
+        traces,
+        400,
+        showlegend=True,
+        xaxis={"title": {"text": x}, "zeroline": False, "dtick": max(1, math.ceil(most / 8))},
+        yaxis={"title": {"text": y}, "type": "log", "dtick": 1, "exponentformat": "power"},
+    )

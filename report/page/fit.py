@@ -5,7 +5,8 @@ It stands only in pages of runs that were made for a card. The picture is the on
 
 from itertools import cycle
 
-from ..reading import Fit, Record
+from ..reading import Record
+from ..reading_sizes import Fit
 from . import figures
 from .parts import ABSENT, PAINTS, Figure, Section, Table, table
 

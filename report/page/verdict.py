@@ -28,7 +28,10 @@ class Verdict:
 
 
 def width(record: Record) -> str:
-    """What the quantized side is called: int4 where the recipe or the plan says so."""
+    """What the quantized side is called: int4 where the recipe or the plan says so, no one width where bits were
+    fitted to a budget."""
+    if record.allocation is not None:
+        return "the checkpoint of mixed widths"
     if record.plan is not None and record.plan.widths:
         low = [entry for entry in record.plan.widths if entry.width.startswith(("int", "nf", "fp", "F8"))]
         if low:

@@ -1,0 +1,36 @@
+"""The picture of a plan in the README: `python benchmarks/plan_svg.py docs/plan.svg`. Scout's shapes, no weights."""
+
+import io
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from hollow import published, write_hollow
+from rich.console import Console
+
+from onecard.planner.cards import find_card
+from onecard.planner.fit import Request
+from onecard.prepare import open_headers
+from onecard.report.fit_card import draw_fit
+from onecard.report.plot import draw_plot
+from onecard.sizing import size_up
+
+
+def main(picture: str) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "Llama-4-Scout-17B-16E-Instruct"
+        write_hollow(folder, published("llama4-scout"))
+        _, card = find_card("h100-80gb")
+        facts = size_up(open_headers(str(folder)), Request(context=131_072, batch_tokens=2048), card).facts()
+    console = Console(record=True, width=80, file=io.StringIO(), force_terminal=True, markup=False, emoji=False)
+    draw_fit(facts, console)
+    draw_plot(facts, console)
+    # Without the fonts that rich would load from the network: the reader's own monospace serves.
+    svg = re.sub(r"@font-face \{.*?\}\s*", "", console.export_svg(title="onecard plan"), flags=re.DOTALL)
+    Path(picture).write_text(svg, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

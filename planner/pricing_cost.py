@@ -1,0 +1,65 @@
+"""What the pricing pass of `bits: fit` takes (pricing.py): an estimate, by the same rates as the run's (cost.py)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..models.adapter import Adapter, Role
+from .rates import Rates
+
+
+@dataclass(frozen=True)
+class PricingCost:
+    """streams: one a unit and width, and one a width with every unit at it. disk_bytes: their hidden rows before the
+    last block's, which is the most; they are written and read once a block, half of them on the mean."""
+
+    streams: int
+    tokens: int
+    flops: float
+    seconds: float
+    disk_bytes: int
+
+    def facts(self) -> dict[str, float]:
+        return {
+            "price_streams": self.streams,
+            "price_tokens": self.tokens,
+            "price_flops": self.flops,
+            "price_seconds": self.seconds,
+            "price_disk_bytes": self.disk_bytes,
+        }
+
+
+def pricing_cost(
+    adapter: Adapter, units: Sequence[str], widths: int, tokens: int, other_tokens: int, itemsize: int, rates: Rates
+) -> PricingCost:
+    """`tokens`: what every stream reads; `other_tokens`: what gives the statistics.
+
+    forward: 2 x outputs x inputs a row, tokens x (streams / 2 + 1) and other_tokens x 2; statistics: 2 x inputs^2 a
+    row; rounding: plain GPTQ with a round of refinement, 4 x outputs x inputs^2 + 3 x inputs^3 a matrix and width;
+    head: every stream and the reference beside it.
+    """
+    forward = statistics = rounding = 0.0
+    for block in range(adapter.n_blocks):
+        for site in adapter.sites(block):
+            outputs, inputs, count = sum(site.out_features), site.in_features, len(site.members)
+            share = adapter.top_k if site.role is Role.EXPERT else 1
+            forward += 2.0 * outputs * inputs * share
+            statistics += 2.0 * inputs**2 * share
+            rounding += count * (4.0 * outputs * inputs**2 + 3.0 * inputs**3)
+    streams = (len(units) + 1) * widths
+    forward_flops = forward * (tokens * (streams / 2 + 1) + 2 * other_tokens)
+    product_flops, solve_flops = statistics * other_tokens, rounding * widths
+    head_flops = 2 * 2.0 * adapter.vocab_size * adapter.hidden_size * tokens * streams
+    rows = tokens * adapter.hidden_size * itemsize
+    traffic = adapter.n_blocks * rows * streams / 2
+    seconds = (
+        forward_flops / rates.forward_flops
+        + product_flops / rates.product_flops
+        + solve_flops / rates.solve_flops
+        + head_flops / rates.head_flops
+        + traffic / rates.read_bytes
+        + traffic / rates.write_bytes
+    )
+    # Before the last block is done its streams lie there twice, once in front of it and once behind.
+    return PricingCost(
+        streams, tokens, forward_flops + product_flops + solve_flops + head_flops, seconds, int(2 * rows * streams)
+    )

@@ -1,0 +1,367 @@
+"""`bits: fit` and `onecard pareto` from the command line: within the budget, checked, resumed, refused early."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from conftest import run_onecard, write_recipe
+from hollow import QWEN3, SCOUT, published, write_hollow
+from rich.console import Console
+from test_workdir import Stopped, contents, differences
+
+from onecard.candidates import entries_of, recipe_candidate
+from onecard.core.errors import FitError, InputError
+from onecard.core.scheme import Scheme
+from onecard.fitting import bytes_of_units, fit_to, menu_of, priced_units
+from onecard.planner.cards import find_card
+from onecard.planner.fit import Needs, Request, weight_budget_bytes
+from onecard.planner.prices import Priced, UnitPrices
+from onecard.prepare import Model, open_model, open_source, plan_for, stored_weights
+from onecard.pricing import Prices
+from onecard.recipe import Recipe, load_recipe, recorded_recipe
+from onecard.report.pareto_card import draw_pareto
+
+FIT: dict[str, Any] = {
+    "bits": "fit", "fit_schemes": ["int4 group 32", "int4 group 16", "int8 group 32", "keep"],
+    "quantize_roles": ["expert", "attention"], "method": "fast", "price_rows": 3, "price_row_tokens": 20, "gpu": None,
+}  # fmt: skip
+FAMILY = "mixtral"
+
+
+@pytest.fixture(scope="module")
+def limits(baby: Callable[..., Path]) -> tuple[int, int]:
+    """The least and the most bytes that the recipe can make of the baby."""
+    model = open_source(str(baby(FAMILY)))
+    fields = {k: v for k, v in FIT.items() if k != "bits"}
+    fields |= {"name": "x", "description": "x", "max_shard_bytes": 200_000}
+    units = priced_units(model.adapter, Recipe.model_validate(fields))
+    least = plan_for(model, Recipe.model_validate(fields | {"group_size": 32})).emitted_bytes
+    sizes = bytes_of_units(model, units, [Scheme(4, 32)])
+    return least, least + sum(sizes[u, None] - sizes[u, Scheme(4, 32)] for u in units)
+
+
+@pytest.fixture(scope="module")
+def use(tmp_path_factory: pytest.TempPathFactory, limits: tuple[int, int]) -> Path:
+    least, most = limits
+    budget = (least + (most - least) // 4) / 1e9
+    return write_recipe(tmp_path_factory.mktemp("recipe") / "fit.yaml", **FIT, budget_gb=budget)
+
+
+@pytest.fixture(scope="module")
+def priced(baby: Callable[..., Path], texts: list[str], use: Path, tmp_path_factory: Any) -> tuple[Path, Result]:
+    """A file of prices, and the run of pareto that measured them."""
+    file = tmp_path_factory.mktemp("prices") / "prices.json"
+    result = run_onecard("pareto", baby(FAMILY), "--recipe", use, "--prices", file, *texts[:2])
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    return file, result
+
+
+@pytest.fixture(scope="module")
+def whole(baby: Callable[..., Path], texts: list[str], use: Path, tmp_path_factory: Any) -> Path:
+    """What an undisturbed run emits."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    result = run_onecard("quantize", baby(FAMILY), out, "--recipe", use, *texts)
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    return Path(out)
+
+
+def test_the_run_is_what_was_chosen(whole: Path, baby: Callable[..., Path], use: Path) -> None:
+    record = json.loads((whole / "onecard.json").read_text())
+    emitted = sum(file.stat().st_size for file in whole.glob("*.safetensors"))
+    budget = round(load_recipe(str(use)).budget_gb * 1e9)  # type: ignore[operator]
+    allocation = record["allocation"]
+    assert allocation["budget_bytes"] == budget
+    assert emitted == record["plan"]["emitted_bytes"] <= budget
+    assert emitted > 0.9 * budget, "the budget is used"
+    made = recorded_recipe(record["recipe"])
+    assert made.bits == 4
+    model = open_source(str(baby(FAMILY)))
+    assert plan_for(model, made).emitted_bytes == emitted
+    assert allocation["predicted_kl_nats"] > 0
+    assert record["kl"]["kl_mean_nats"] > 0
+    # What is stored is what the allocation says, unit by unit, and what the recipe says.
+    stored = {name: width.width for name, width in stored_weights(open_model(str(whole))).items()}
+    units = priced_units(model.adapter, load_recipe(str(use)))
+    assert [unit["unit"] for unit in allocation["units"]] == list(units)
+    widths = set()
+    for unit in allocation["units"]:
+        for module in units[unit["unit"]]:
+            assert stored[f"{module}.weight"] == {"keep": "BF16"}.get(unit["width"], unit["width"])
+            scheme, _ = made.scheme_of(unit["role"], module)
+            assert str(scheme or "keep") == unit["width"]
+        widths.add(unit["width"])
+    assert len(widths) > 1, "not every unit has the same width"
+    assert run_onecard("check", whole).exit_code == 0
+
+
+def test_prices_of_pareto_serve_quantize(
+    whole: Path, priced: tuple[Path, Result], baby: Callable[..., Path], texts: list[str], use: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """No second pass, and the same bytes as with prices of its own."""
+    monkeypatch.setattr("onecard.pipeline.price_model", None)
+    out = tmp_path / "out"
+    result = run_onecard("quantize", baby(FAMILY), out, "--recipe", use, *texts, "--prices", priced[0])
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    assert differences(contents(out), contents(whole)) == []
+
+
+@pytest.mark.parametrize("where", ["onecard.pricing._at_the_head", "onecard.pipeline.fit_to", "onecard.pipeline.embed"])
+def test_stopped_between_pricing_and_quantizing(
+    whole: Path, baby: Callable[..., Path], texts: list[str], use: Path, tmp_path: Path, where: str
+) -> None:
+    """Before the prices are known, before they are used, and before the first stage is done."""
+    out = tmp_path / "out"
+    command = ["quantize", baby(FAMILY), out, "--recipe", use, *texts]
+
+    def stopped(*args: object) -> None:
+        raise Stopped
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(where, stopped)
+        with pytest.raises(Stopped):
+            run_onecard(*command)
+    assert not out.exists()
+    with pytest.MonkeyPatch.context() as patch:
+        # What was committed is not measured again.
+        patch.setattr("onecard.pricing._price_block", None)
+        if not where.startswith("onecard.pricing"):
+            patch.setattr("onecard.pipeline.price_model", None)
+        result = run_onecard(*command, "--resume")
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    assert differences(contents(out), contents(whole)) == []
+
+
+def test_a_budget_below_the_least_is_refused(
+    baby: Callable[..., Path], refuse: Callable[..., str], refused: Callable[..., str], texts: list[str], use: Path,
+    limits: tuple[int, int], tmp_path: Path,
+) -> None:  # fmt: skip
+    least, _ = limits
+    small = ["--budget-gb", f"{(least - 1) / 1e9:.9f}"]
+    refuse(baby(FAMILY), f"{least:,} bytes", "four bits", use=use, code=3, arguments=small)
+    prices = tmp_path / "prices.json"
+    result = run_onecard("pareto", baby(FAMILY), "--recipe", use, "--prices", prices, *texts[:2], *small)
+    refused(result, f"{least:,} bytes", code=3)
+    assert not prices.exists()
+
+
+def test_the_least_itself_is_met(
+    baby: Callable[..., Path], texts: list[str], use: Path, priced: tuple[Path, Result], limits: tuple[int, int]
+) -> None:
+    least, most = limits
+    model, recipe = open_source(str(baby(FAMILY))), load_recipe(str(use))
+    prices = Prices.from_facts(json.loads(priced[0].read_text())["prices"])
+    for budget in (least, least + 1, least + 40, (least + most) // 2, most - 1):
+        found = fit_to(model, recipe, prices, budget)
+        assert plan_for(model, found.recipe).emitted_bytes <= budget
+    for budget in (most, most + 10_000):
+        with pytest.raises(InputError, match="nothing needs to be quantized"):
+            fit_to(model, recipe, prices, budget)
+    assert fit_to(model, recipe, prices, least).choice.bytes == sum(
+        min(w.bytes for w in u.widths) for u in fit_to(model, recipe, prices, least).units
+    )
+
+
+CHANGED = {
+    "recipe": ({"damping": 0.02}, "method was"),
+    "widths": ({"fit_schemes": ["int4 group 32", "keep"]}, "widths was"),
+    "rows": ({"calibration_rows": 7}, "calibration texts was"),
+}
+
+
+@pytest.mark.parametrize("kind", [*CHANGED, "model", "no prices", "not fitted", "gone"])
+def test_prices_of_something_else_are_refused(
+    baby: Callable[..., Path], refuse: Callable[..., str], priced: tuple[Path, Result], use: Path, tmp_path: Path,
+    recipe: Callable[..., Path], kind: str,
+) -> None:  # fmt: skip
+    fields = {**FIT, "budget_gb": 0.0006} | (CHANGED[kind][0] if kind in CHANGED else {})
+    file, model, needles = priced[0], baby(FAMILY), [CHANGED[kind][1]] if kind in CHANGED else []
+    if kind == "model":
+        model, needles = baby(FAMILY, 3), ["source was"]
+    elif kind == "no prices":
+        file, needles = tmp_path / "x.json", ["holds no prices"]
+        file.write_text('{"identity": {}, "prices": {"units": 3}}')
+    elif kind == "gone":
+        file, needles = tmp_path / "x.json", ["cannot be read"]
+    elif kind == "not fitted":
+        fields, needles = {}, ["bits: 4"]
+    refuse(model, *needles, use=recipe(**fields), arguments=["--prices", file])
+
+
+def test_too_few_rows_are_refused(
+    baby: Callable[..., Path], refuse: Callable[..., str], recipe: Callable[..., Path]
+) -> None:
+    refuse(baby(FAMILY), "1 rows", use=recipe(**FIT, budget_gb=0.0006, calibration_rows=1))
+
+
+@pytest.mark.parametrize(
+    ("fields", "needle"),
+    [
+        ({"budget_gb": 1.0, "gpu": "h100-80gb"}, "one of them"),
+        ({}, "needs a budget"),
+        ({"budget_gb": 1.0, "engine": "transformers"}, "engine is transformers"),
+        ({"budget_gb": 1.0, "format": "gptq"}, "format is gptq"),
+        ({"budget_gb": 1.0, "fit_schemes": ["keep"]}, "names no width"),
+        ({"budget_gb": 1.0, "fit_schemes": ["int3 group 32"]}, "no width"),
+        ({"budget_gb": 1.0, "fit_schemes": ["int4 group 128"]}, "does not divide"),
+        ({"gpu": "h1000"}, "h1000"),
+    ],
+)
+def test_recipes_that_cannot_be_fitted(
+    baby: Callable[..., Path], refuse: Callable[..., str], recipe: Callable[..., Path], fields: Any, needle: str
+) -> None:
+    refuse(baby(FAMILY), needle, use=recipe(**FIT | {"fit_schemes": ["int4 group 32"]} | fields))
+
+
+# --- pareto
+
+
+def test_the_curve(priced: tuple[Path, Result], limits: tuple[int, int], use: Path) -> None:
+    least, most = limits
+    facts = json.loads(priced[1].stdout)
+    curve = facts["curve"]
+    sizes, kls = [p["bytes"] for p in curve], [p["predicted_kl_nats"] for p in curve]
+    assert sizes == sorted(set(sizes))
+    assert kls == sorted(set(kls), reverse=True)
+    assert sizes[0] == least
+    assert sizes[-1] == pytest.approx(most, abs=2000)  # headers
+    assert kls[-1] == 0
+    menu = menu_of(load_recipe(str(use)))
+    rules = [f"attention, shared int8 group 32; rest {s}" for s in menu if s.bits == 4]
+    assert [p["name"] for p in facts["named"]] == [*(f"all {s}" for s in menu), *rules]
+    # Nothing that people choose without prices is better than the curve: a step of the curve at its size or below it.
+    for point in [*facts["named"], facts["asked"]]:
+        below = [kl for size, kl in zip(sizes, kls, strict=True) if size >= point["bytes"]]
+        assert not below or point["predicted_kl_nats"] >= 0.999 * below[0], point
+    assert facts["asked"]["bytes"] <= round(load_recipe(str(use)).budget_gb * 1e9)  # type: ignore[operator]
+
+
+def test_the_curve_is_dense_where_it_is_steep(priced: tuple[Path, Result], limits: tuple[int, int]) -> None:
+    least, most = limits
+    sizes = [p["bytes"] for p in json.loads(priced[1].stdout)["curve"]]
+    assert sum(size - least < (most - least) / 4 for size in sizes) >= len(sizes) / 3
+
+
+def test_a_second_run_walks_nothing_and_speaks_one_line(
+    priced: tuple[Path, Result], baby: Callable[..., Path], texts: list[str], use: Path
+) -> None:
+    """In a process of its own: what a library prints to C's stdout would be seen."""
+    script = "import onecard.pareto\nonecard.pareto.price_model = None\nfrom onecard.cli import main\nmain()"
+    command = ["pareto", baby(FAMILY), "--recipe", use, "--prices", priced[0], *texts[:2]]
+    result = subprocess.run(
+        [sys.executable, "-c", script, *map(str, command)],
+        capture_output=True, text=True, check=False, timeout=240, env=os.environ,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == priced[1].stdout
+    assert result.stdout.count("\n") == 1
+    assert json.loads(result.stdout)["curve"]
+
+
+def drawn(facts: dict[str, Any], width: int) -> list[str]:
+    console = Console(width=width, record=True, file=open(os.devnull, "w"), markup=False)  # noqa: SIM115
+    draw_pareto(facts, console)
+    return console.export_text().splitlines()
+
+
+@pytest.mark.parametrize("width", [80, 110])
+def test_the_card_at_80_columns(priced: tuple[Path, Result], width: int) -> None:
+    facts = json.loads(priced[1].stdout)
+    for name in (facts["model"], "a-very-long-name-of-a-model/" * 5):
+        lines = drawn(facts | {"model": name}, width)
+        assert max(map(len, lines)) <= 80
+        text = "\n".join(lines)
+        assert "★" in text
+        assert "•" in text
+        assert "MB" in text
+        for point in (*facts["named"], facts["asked"]):
+            assert f"{point['predicted_kl_nats']:#.3g}" in text
+
+
+def test_what_costs_next_to_nothing_does_not_stretch_the_axis(priced: tuple[Path, Result]) -> None:
+    facts = json.loads(priced[1].stdout)
+    facts["curve"][-1]["predicted_kl_nats"] = 1e-13
+    facts["named"][0]["predicted_kl_nats"] = 0.0
+    before, after = drawn(json.loads(priced[1].stdout), 80), drawn(facts, 80)
+    ticks = [[float(line.split("┤")[0].strip("│ ")) for line in lines if "┤" in line] for lines in (before, after)]
+    for found in ticks:
+        assert found[0] >= found[-1] >= 0.99e-3 * found[0]
+
+
+# --- a card
+
+
+@pytest.fixture(scope="module")
+def hollow(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
+    @cache
+    def get(name: str) -> Model:
+        return open_model(str(write_hollow(tmp_path_factory.mktemp("hollow") / name, published(name))))
+
+    return get
+
+
+def card_recipe(**fields: Any) -> Recipe:
+    given = {"name": "card", "description": "x", "bits": "fit", "gpu": "h100-80gb", "context": 131_072,
+             "quantize_roles": ["expert", "shared_expert", "mlp", "attention"]}  # fmt: skip
+    return Recipe.model_validate(given | fields)
+
+
+def made_up(model: Model, recipe: Recipe) -> Prices:
+    """Attention costs most for each weight, later blocks less than earlier ones."""
+    units, menu = priced_units(model.adapter, recipe), menu_of(recipe)
+    sizes = bytes_of_units(model, units, menu)
+    roles = {m: s.role.value for b in range(model.adapter.n_blocks) for s, m, _, _ in model.adapter.modules(b)}
+    errors = dict(zip(menu, (0.11, 0.1, 0.09, 0.006), strict=False))
+    found = []
+    for number, (unit, modules) in enumerate(units.items()):
+        widths = [Priced(s, sizes[unit, s], e, (0.5 + number % 7) * e**2) for s, e in errors.items()]
+        widths.append(Priced(None, sizes[unit, None], 0.0, 0.0))
+        found.append(UnitPrices.fitted(unit, roles[modules[0]], 1, widths))
+    return Prices(tuple(found), {}, 1, 1)
+
+
+@pytest.mark.parametrize(("gpu", "cards"), [("h100-80gb", 1), ("2x l40s", 2), ("2x h100-80gb", 2), ("4x l40s", 4)])
+def test_scout_on_cards(hollow: Callable[[str], Model], gpu: str, cards: int) -> None:
+    """The budget is what the plan leaves for weights; what is chosen stays within it on every card, and uses it."""
+    model = hollow(SCOUT)
+    recipe = card_recipe(gpu=gpu, context=8192 if "l40s" in gpu else 131_072)
+    fitted = fit_to(model, recipe, made_up(model, recipe))
+    request = Request(context=recipe.context, tensor_parallel=cards)
+    budget = weight_budget_bytes(Needs.of(model.adapter), find_card(gpu)[1], request)
+    assert fitted.budget_bytes == budget
+    made = recipe_candidate(model, entries_of(model), fitted.recipe).weights.on_card(cards)
+    assert made <= budget
+    assert made > 0.97 * budget
+
+
+def test_a_card_that_is_too_small(hollow: Callable[[str], Model]) -> None:
+    model = hollow(SCOUT)
+    recipe = card_recipe()
+    prices = made_up(model, recipe)
+    with pytest.raises(FitError, match=r"rtx-4090 leaves .* GB there: a shorter context"):
+        fit_to(model, recipe.changed(gpu="rtx-4090"), prices)
+
+
+def test_widths_that_cannot_be_cut(hollow: Callable[[str], Model]) -> None:
+    """768 inputs of an expert's down projection over four cards are 192: no groups of 128."""
+    model, recipe = hollow(QWEN3), card_recipe(gpu="4x rtx-4090", context=8192)
+    with pytest.raises(InputError, match=r"192 inputs .* group size 128"):
+        fit_to(model, recipe, made_up(model, recipe))
+
+
+def test_without_keep_nothing_is_kept(
+    baby: Callable[..., Path], priced: tuple[Path, Result], use: Path, limits: tuple[int, int]
+) -> None:
+    """Though prices know what keeping costs, and there is room."""
+    model, recipe = open_source(str(baby(FAMILY))), load_recipe(str(use))
+    prices = Prices.from_facts(json.loads(priced[0].read_text())["prices"])
+    narrow = recipe.changed(fit_schemes=("int4 group 32", "int4 group 16", "int8 group 32"))
+    widths = fit_to(model, narrow, prices, limits[1] + 10_000).choice.widths
+    assert {width.scheme for width in widths} == {Scheme(8, 32)}
