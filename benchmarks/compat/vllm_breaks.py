@@ -14,7 +14,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from breakages import BREAKAGES, broken
+import torch
+from breakages import BREAKAGES, LAYER, broken
+from safetensors.torch import load_file
 from vllm_environment import BUILD, interpreter
 
 from onecard.core.errors import DamageError
@@ -32,8 +34,19 @@ def said(folder: Path, out: Path, build: Path) -> str:
         errors = re.findall(r"^(?:\[rank0\]: )?(\w*Error\b.*)$", done.stderr, re.MULTILINE)
         return f"ends in `{(errors or ['an error without a word'])[-1][:160]}`"
     writes = json.loads((out / "loaded.json").read_text())["writes"]
-    left = [name for name, (least, _) in writes.items() if not least and ".attn." not in name]
-    return f"loads without a word, and leaves parts of {', '.join(left) or 'nothing'} as they were created"
+    # Biases that the family has not: vLLM makes them as zeros.
+    left = [n for n, (least, _) in writes.items() if not least and ".attn." not in n and not n.endswith("_bias")]
+    if left:
+        return f"loads without a word, and leaves parts of {', '.join(left)} as they were created"
+    return "loads without a word" + (", and q is not permuted" if unpermuted(folder, out) else "")
+
+
+def unpermuted(folder: Path, out: Path) -> bool:
+    """Whether q of layer 0, in GPTQ's layout, was loaded as it lies in the file."""
+    stored = {name: t for shard in folder.glob("*.safetensors") for name, t in load_file(shard).items()}
+    loaded = load_file(out / "loaded.safetensors")
+    q, qkv = stored.get(f"{LAYER}self_attn.q_proj.qweight"), loaded.get(f"{LAYER}self_attn.qkv_proj.qweight")
+    return q is not None and qkv is not None and torch.equal(qkv[:, : q.shape[1]], q)
 
 
 def main() -> int:
