@@ -83,7 +83,7 @@ def _against(allocation: Allocation, record: Record) -> Figure | None:
     ]  # fmt: skip
     rows = [(name, nats(value), between(low, high, nats)) for name, value, low, high, _ in entries]
     listing = table("Predicted and verified KL", ("what", ">KL, nats", ">95 % interval"), rows)
-    note = "Predicted before a weight was rounded; verified on the files as they are read back, on other texts."
+    note = "Predicted before the checkpoint was made; verified on the files as they are read back, on other texts."
     spec = figures.dots([("KL", "accent", entries)], "mean KL, nats a token")
     return Figure("Predicted against verified KL", spec, (listing,), note)
 

@@ -5,6 +5,8 @@ It stands only in pages of runs that were made for a card. The picture is the on
 
 from itertools import cycle
 
+from ..card import counted
+from ..fit_card import ENGINES
 from ..reading import Record
 from ..reading_sizes import Fit
 from . import figures
@@ -21,9 +23,11 @@ def fit_section(record: Record) -> list[Section]:
     on = f"{fit.cards} x {card}" if fit.cards > 1 else card
     each = " on each" if fit.cards > 1 else ""
     answer = f"fits, {_gib(fit.left_bytes)} left" if fit.fits else f"does not fit: {_gib(-fit.left_bytes)} too much"
+    engine = ENGINES.get(fit.engine, fit.engine)
+    most = counted(fit.max_sequences, "sequence")
     lede = (
-        f"Planned for {on}, {fit.engine}, {fit.sequences:,} x {fit.context:,} tokens with a {fit.kv_dtype} KV cache: "
-        f"{answer}{each}. At most {fit.max_context:,} tokens, or {fit.max_sequences:,} sequences of {fit.context:,}."
+        f"Planned for {on}, {engine}, {fit.sequences:,} x {fit.context:,} tokens with a {fit.kv_dtype} KV cache: "
+        f"{answer}{each}. At most {fit.max_context:,} tokens, or {most} of {fit.context:,}."
     )
     found = tuple(_figures(fit, on))
     return [Section("fit", "Memory of the card", lede, found, tables=(_sum(fit),), folded=(_cards(fit),))]
@@ -70,7 +74,9 @@ def _sum(fit: Fit) -> Table:
         ("workspace", _gib(fit.workspace_bytes), "an estimate"),
         ("left", _gib(fit.left_bytes), ABSENT),
     ]
-    return table("The sum", ("what", ">on a card", "how known"), rows, " ".join(fit.fit_warnings))
+    return table(
+        "The sum", ("what", ">on a card", "how known"), rows, " ".join(f"{warning}." for warning in fit.fit_warnings)
+    )
 
 
 def _cards(fit: Fit) -> Table:
