@@ -13,18 +13,17 @@ those of multi-token prediction: a layer that drafts tokens for the others. It i
 measured here: it is neither read nor emitted, and the emitted config.json says that there is none.
 """
 
-from collections.abc import Collection
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as hf
 
-from .adapter import Adapter, Half, Location, Role, Site
+from .adapter import Half, Role, Site
 from .cache import SPLITS, CacheLayer, Split
 from .experts import RoutedExperts
-from .meta import meta_module, meta_shapes
+from .meta import meta_module
+from .unfused import UnfusedAdapter
 
 # What transformers' class computes, whatever config.json says: another value is another model.
 ONLY = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1, "attention_bias": False}
@@ -48,11 +47,15 @@ class DeepseekV3Moe(nn.Module):
         return self.experts(x_TH, experts_TK, weights_TK).reshape(hidden.shape) + self.shared_experts(hidden)
 
 
-class DeepseekV3Adapter(Adapter):
+class DeepseekV3Adapter(UnfusedAdapter):
     """`config` is a DeepseekV3Config. Raises ValueError for what this architecture has never been published with."""
 
     family = "deepseek_v3"
     half_modules: ClassVar = {Half.ATTENTION: "self_attn", Half.FEED_FORWARD: "mlp"}
+    experts_key = "n_routed_experts"
+    causal_class = hf.DeepseekV3ForCausalLM
+    shared = ".shared_experts."
+    router = ".mlp.gate."
     splits: ClassVar = SPLITS | {"q_b_proj": Split.OUTPUTS, "kv_b_proj": Split.OUTPUTS}
     published_in_fp8 = True
     known_code: ClassVar = frozenset(
@@ -71,22 +74,6 @@ class DeepseekV3Adapter(Adapter):
             other.append(f"{config.n_routed_experts} experts in {config.n_group!r} groups")
         if other:
             raise ValueError(f"{', '.join(other)}, which is not DeepSeek-V3's architecture")
-        self.n_blocks = config.num_hidden_layers
-        self.n_experts = config.n_routed_experts
-        self.top_k = config.num_experts_per_tok
-        self.vocab_size = config.vocab_size
-        self.hidden_size = config.hidden_size
-        self.tied_head = bool(config.tie_word_embeddings)
-        self.embedding_name = "model.embed_tokens.weight"
-        self.norm_name = "model.norm.weight"
-        self.head_name = self.embedding_name if self.tied_head else "lm_head.weight"
-
-    @property
-    def text_config(self) -> Any:
-        return self.config
-
-    def block_prefix(self, block: int) -> str:
-        return f"model.layers.{block}."
 
     def is_moe(self, block: int) -> bool:
         return bool(block >= self.config.first_k_dense_replace)
@@ -162,45 +149,9 @@ class DeepseekV3Adapter(Adapter):
         c = self.config
         return (CacheLayer("latent", c.kv_lora_rank + c.qk_rope_head_dim),) * self.n_blocks
 
-    def expected(self) -> dict[str, tuple[int, ...]]:
-        return dict(self._shapes)
-
-    @cached_property
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        # transformers 5 fuses the experts in its module; the checkpoint on disk never does.
-        found = meta_shapes(hf.DeepseekV3ForCausalLM, self.config)
-        shapes = {n: s for n, s in found.items() if ".experts." not in n}
-        for block in range(self.n_blocks):
-            for _, name, out, inp in self.modules(block):
-                shapes.setdefault(f"{name}.weight", (out, inp))
-        if self.tied_head:
-            shapes.pop("lm_head.weight", None)
-        return shapes
-
-    def disk_shapes(self, available: Collection[str]) -> dict[str, tuple[int, ...]]:
-        return self.expected()
-
-    def locate(self, name: str, available: Collection[str]) -> Location:
-        return Location(name)
-
     def left_aside(self, name: str) -> bool:
         more = range(self.n_blocks, self.n_blocks + (getattr(self.config, MTP, None) or 0))
         return name.startswith(tuple(self.block_prefix(block) for block in more))
-
-    def role(self, name: str) -> Role:
-        if ".embed_tokens." in name:
-            return Role.EMBEDDING
-        if name.startswith("lm_head."):
-            return Role.HEAD
-        if "norm" in name.rsplit(".", 2)[-2]:
-            return Role.NORM
-        if ".experts." in name:
-            return Role.EXPERT
-        if ".shared_experts." in name:
-            return Role.SHARED
-        if ".mlp.gate." in name:
-            return Role.ROUTER
-        return Role.ATTENTION if ".self_attn." in name else Role.MLP
 
     def build_block(self, block: int) -> nn.Module:
         layer = meta_module(hf.DeepseekV3DecoderLayer, self.config, block)

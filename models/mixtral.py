@@ -5,18 +5,17 @@ canonical ones; transformers 5 has other names in memory. Routing weights are a 
 expert's output (arXiv 2401.04088, section 2.1). The router is transformers' own module.
 """
 
-from collections.abc import Collection
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from transformers.models.mixtral import modeling_mixtral as hf
 
-from .adapter import Adapter, Half, Location, Role, Site
+from .adapter import Half, Role, Site
 from .cache import SPLITS, Split
 from .experts import RoutedExperts
-from .meta import meta_module, meta_shapes
+from .meta import meta_module
+from .unfused import UnfusedAdapter
 
 
 class MixtralMoe(nn.Module):
@@ -47,31 +46,15 @@ class MixtralLayer(hf.MixtralDecoderLayer):
         return self.block_sparse_moe
 
 
-class MixtralAdapter(Adapter):
+class MixtralAdapter(UnfusedAdapter):
     """`config` is a MixtralConfig."""
 
     family = "mixtral"
     half_modules: ClassVar = {Half.ATTENTION: "self_attn", Half.FEED_FORWARD: "block_sparse_moe"}
+    experts_key = "num_local_experts"
+    causal_class = hf.MixtralForCausalLM
+    router = ".block_sparse_moe.gate."
     splits: ClassVar = SPLITS | {"w1": Split.OUTPUTS, "w3": Split.OUTPUTS, "w2": Split.INPUTS}
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.n_blocks = config.num_hidden_layers
-        self.n_experts = config.num_local_experts
-        self.top_k = config.num_experts_per_tok
-        self.vocab_size = config.vocab_size
-        self.hidden_size = config.hidden_size
-        self.tied_head = bool(config.tie_word_embeddings)
-        self.embedding_name = "model.embed_tokens.weight"
-        self.norm_name = "model.norm.weight"
-        self.head_name = self.embedding_name if self.tied_head else "lm_head.weight"
-
-    @property
-    def text_config(self) -> Any:
-        return self.config
-
-    def block_prefix(self, block: int) -> str:
-        return f"model.layers.{block}."
 
     def sites(self, block: int) -> tuple[Site, ...]:
         c, p, key = self.config, self.block_prefix(block), "block_sparse_moe.experts."
@@ -98,37 +81,8 @@ class MixtralAdapter(Adapter):
             return head.rpartition(".")[0]
         return f"{head}.qkv_proj" if leaf in ("q_proj", "k_proj", "v_proj") else module_name
 
-    def expected(self) -> dict[str, tuple[int, ...]]:
-        return dict(self._shapes)
-
-    @cached_property
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        found = meta_shapes(hf.MixtralForCausalLM, self.config)
-        shapes = {name.replace(".mlp.gate.", ".block_sparse_moe.gate."): shape for name, shape in found.items()
-                  if ".mlp.experts." not in name}  # fmt: skip
-        for block in range(self.n_blocks):
-            for _, name, out, inp in self.modules(block):
-                shapes.setdefault(f"{name}.weight", (out, inp))
-        if self.tied_head:
-            shapes.pop("lm_head.weight", None)
-        return shapes
-
-    def disk_shapes(self, available: Collection[str]) -> dict[str, tuple[int, ...]]:
-        return self.expected()
-
-    def locate(self, name: str, available: Collection[str]) -> Location:
-        return Location(name)
-
-    def role(self, name: str) -> Role:
-        if ".embed_tokens." in name:
-            return Role.EMBEDDING
-        if name.startswith("lm_head."):
-            return Role.HEAD
-        if "norm" in name.rsplit(".", 2)[-2]:
-            return Role.NORM
-        if ".experts." in name:
-            return Role.EXPERT
-        return Role.ATTENTION if ".self_attn." in name else Role.ROUTER
+    def published_name(self, name: str) -> str:
+        return name.replace(".mlp.gate.", ".block_sparse_moe.gate.")
 
     def build_block(self, block: int) -> nn.Module:
         return meta_module(MixtralLayer, self.config, block)

@@ -1,16 +1,15 @@
 """Qwen3-MoE: one 2-D tensor an expert on disk, top-k routing, routing weights on the expert's output."""
 
-from collections.abc import Collection
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from transformers.models.qwen3_moe import modeling_qwen3_moe as hf
 
-from .adapter import Adapter, Half, Location, Role, Site
+from .adapter import Half, Role, Site
 from .experts import RoutedExperts
-from .meta import meta_module, meta_shapes
+from .meta import meta_module
+from .unfused import UnfusedAdapter
 
 
 class Qwen3Moe(nn.Module):
@@ -34,30 +33,14 @@ class Qwen3Moe(nn.Module):
         return self.experts(x_TH, experts_TK, weights_TK.to(x_TH.dtype)).reshape(hidden.shape)
 
 
-class Qwen3MoeAdapter(Adapter):
+class Qwen3MoeAdapter(UnfusedAdapter):
     """`config` is a Qwen3MoeConfig."""
 
     family = "qwen3_moe"
     half_modules: ClassVar = {Half.ATTENTION: "self_attn", Half.FEED_FORWARD: "mlp"}
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.n_blocks = config.num_hidden_layers
-        self.n_experts = config.num_experts
-        self.top_k = config.num_experts_per_tok
-        self.vocab_size = config.vocab_size
-        self.hidden_size = config.hidden_size
-        self.tied_head = bool(config.tie_word_embeddings)
-        self.embedding_name = "model.embed_tokens.weight"
-        self.norm_name = "model.norm.weight"
-        self.head_name = self.embedding_name if self.tied_head else "lm_head.weight"
-
-    @property
-    def text_config(self) -> Any:
-        return self.config
-
-    def block_prefix(self, block: int) -> str:
-        return f"model.layers.{block}."
+    experts_key = "num_experts"
+    causal_class = hf.Qwen3MoeForCausalLM
+    router = ".mlp.gate."
 
     def is_moe(self, block: int) -> bool:
         c = self.config
@@ -93,39 +76,6 @@ class Qwen3MoeAdapter(Adapter):
         if leaf in ("q_proj", "k_proj", "v_proj"):
             return f"{head}.qkv_proj"
         return f"{head}.gate_up_proj" if leaf in ("gate_proj", "up_proj") else module_name
-
-    def expected(self) -> dict[str, tuple[int, ...]]:
-        return dict(self._shapes)
-
-    @cached_property
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        # transformers 5 fuses the experts in its module; the checkpoint on disk never does.
-        shapes = {n: s for n, s in meta_shapes(hf.Qwen3MoeForCausalLM, self.config).items() if ".experts." not in n}
-        for block in range(self.n_blocks):
-            for _, name, out, inp in self.modules(block):
-                shapes.setdefault(f"{name}.weight", (out, inp))
-        if self.tied_head:
-            shapes.pop("lm_head.weight", None)
-        return shapes
-
-    def disk_shapes(self, available: Collection[str]) -> dict[str, tuple[int, ...]]:
-        return self.expected()
-
-    def locate(self, name: str, available: Collection[str]) -> Location:
-        return Location(name)
-
-    def role(self, name: str) -> Role:
-        if ".embed_tokens." in name:
-            return Role.EMBEDDING
-        if name.startswith("lm_head."):
-            return Role.HEAD
-        if "norm" in name.rsplit(".", 2)[-2]:
-            return Role.NORM
-        if ".experts." in name:
-            return Role.EXPERT
-        if ".mlp.gate." in name:
-            return Role.ROUTER
-        return Role.ATTENTION if ".self_attn." in name else Role.MLP
 
     def build_block(self, block: int) -> nn.Module:
         layer = meta_module(hf.Qwen3MoeDecoderLayer, self.config, block)
