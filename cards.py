@@ -73,7 +73,9 @@ def finished_record(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder} has no {RECORD_NAME}: only checkpoints that onecard made have a record to draw on")
     record = read_record(folder / RECORD_NAME)
     if record.get("schema_version") is None or not (folder / "config.json").is_file():
-        raise InputError(f"{folder} is not finished: go on with `onecard quantize` and --resume")
+        raise InputError(
+            f"{folder} is not finished: go on with `onecard quantize` and --resume, or export it again with --overwrite"
+        )
     if record.get("command") != "quantize":
         raise InputError(f"{folder / RECORD_NAME} is of `onecard {record.get('command')}`, and must be of quantize")
     if not isinstance((record.get("kl") or {}).get("kl_mean_nats"), int | float):
@@ -98,6 +100,8 @@ def with_evidence(record: dict[str, Any], folder: Path, records: tuple[Path, ...
         found = {key: later[key] for key in ("kl", "flips", "gate") if later.get(key)}
         if "kl" in found:
             found["texts"] = record["texts"] | {"evaluation": later["texts"]["evaluation"]}
+            if record.get("export"):  # its own record has the parent's KL
+                found["export"] = record["export"] | {"measured": True}
         record = record | found
     if problems:
         raise input_error(f"not all records are of {folder}:", problems, "Measure it again, and name those records.")

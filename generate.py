@@ -11,6 +11,7 @@ from .calibration.documents import Document
 from .calibration.tokens import Encoder
 from .checkpoint.formats.bitsandbytes import NAME as BITSANDBYTES
 from .checkpoint.formats.compressed_tensors import NAME as COMPRESSED_TENSORS
+from .checkpoint.gguf_read import holds_gguf
 from .core.errors import InputError
 from .models.families import load_adapter
 from .models.unstacked import unstacked_experts
@@ -59,6 +60,11 @@ def load_with_transformers(path: Path, dtype: torch.dtype | str = "auto") -> Any
 def generate(checkpoint: str, prompt: str, max_new_tokens: int, image: Path | None = None) -> str:
     """The greedy answer to `prompt`, in the chat template when the checkpoint has one."""
     opened = open_model(checkpoint)
+    if holds_gguf(opened.path):
+        raise InputError(
+            f"{checkpoint} holds GGUF, and transformers wants safetensors: let llama.cpp answer, or make a folder for "
+            "transformers with `onecard export --format bf16`"
+        )
     encoder = Encoder(opened.path, opened.adapter)
     if image is not None and not image.is_file():
         raise InputError(f"the picture {image} does not exist")

@@ -3,6 +3,8 @@
 from dataclasses import replace
 
 from .candidates import Candidate
+from .checkpoint.formats.compressed_tensors import NAME as COMPRESSED
+from .checkpoint.packed import PackedSource
 from .planner.cards import GIB, Card
 from .planner.fit import Needs, Request, fit, max_context
 from .planner.kv import cache_rates
@@ -79,7 +81,8 @@ def _of_engine(model: Model, chosen: Candidate, request: Request) -> list[str]:
         roles: dict[str, dict[str, dict[str, int]]] = {}
         for width in chosen.widths:
             roles.setdefault(width.role, {"widths": {}})["widths"][width.width] = width.parameters
-        for engine, least, remark in engines(model.adapter.family, roles, chosen.symmetric, {}):
+        lies = model.source.label if isinstance(model.source, PackedSource) else COMPRESSED
+        for engine, least, remark in engines(model.adapter.family, roles, chosen.symmetric, {}, lies):
             if engine == "vLLM" and "pull request" in least:
                 found.append(f"vLLM must be {least}. {remark.partition('. ')[2]}")
     if request.rules.dequantizes and chosen.unpacked:

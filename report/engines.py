@@ -34,7 +34,10 @@ def engines(
     if stored_as.startswith("gptq"):
         known = f"any version that knows {name} and GPTQ"
         return [("GPTQModel", known, "`GPTQModel.load(FOLDER)`"), ("vLLM", known, "`vllm serve FOLDER`")][
-            : 1 + symmetric
+            : 1
+            + (
+                symmetric and stored_as == "gptq"
+            )  # vLLM reads version 1 alone
         ]
     known = f"any version that knows {name} and compressed-tensors"
     remark = "`vllm serve FOLDER`"

@@ -64,6 +64,18 @@ class CardFacts:
     licence_file: str | None
 
 
+def parent_of(record: dict[str, Any]) -> str:
+    """The format of the files that an export's KL was measured on; empty if it was measured on these files."""
+    export = record.get("export") or {}
+    return "" if not export or export.get("measured") else str((export.get("from") or {}).get("format", "dense"))
+
+
+def _parent_differs(record: dict[str, Any]) -> str:
+    if stored_as(record) == "bnb-nf4":
+        return "NF4 rounds anew, on top of what is measured here: these files are further from the original."
+    return "The integer codes are the same in both; scales or products may be rounded otherwise."
+
+
 def mark(record_digest: str) -> str:
     """The line that says which record a card was drawn from."""
     return f"{CARD_MARK}{record_digest[:16]} -->"
@@ -142,9 +154,13 @@ def card_problems(text: str) -> list[str]:
     return problems
 
 
-def _gate(gate: dict[str, Any]) -> str:
+def _gate(gate: dict[str, Any], parent: str) -> str:
     if not gate:
         return ""
+    if gate.get("passed") and parent:
+        return (
+            f"The {parent} files that they were exported from pass the gate of their recipe (`gate` in `onecard.json`)."
+        )
     if gate.get("passed"):
         return "They pass the gate of their recipe (`gate` in `onecard.json`)."
     failed = [words(f"{c.get('name')}: {c.get('said')}") for c in gate.get("checks") or [] if not c.get("passed")]
@@ -238,12 +254,15 @@ def _context(facts: CardFacts) -> dict[str, Any]:
         "bits_per_weight": f"{plan['bits_per_weight']:.3f}",
         "quantized_bits": f"{plan['quantized_bits_per_weight']:.3f}",
         "quantized_share": f"{plan['quantized_share']:.1%}",
-        "gate": _gate(record.get("gate") or {}),
+        "gate": _gate(record.get("gate") or {}, parent_of(record)),
         "evaluation": words(
             f"{', '.join(base_name(s['source']) for s in texts['sources'])}: {counted(kl['documents'], 'document')}, "
             f"{counted(kl['tokens'], 'predicted token')}"
         ),
         "measured": measured(kl),
+        "parent": parent_of(record),
+        "parent_differs": _parent_differs(record),
+        "exported": (record.get("export") or {}).get("format"),
         "level": level,
         "interval_note": note,
         "rows_digest": texts["rows_digest"],

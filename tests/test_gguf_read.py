@@ -235,3 +235,7 @@ def test_check_finds_what_the_header_hides(copy: Path, what: str) -> None:
 
 def test_quantizing_a_gguf_folder_is_refused(whole: Path, tmp_path: Path, onecard: Callable[..., object]) -> None:
     refused(run_onecard("quantize", whole, tmp_path / "out", "--recipe", "rtn-int4"), "quantized already")
+
+
+def test_generate_says_that_transformers_does_not_read_it(whole: Path) -> None:
+    refused(run_onecard("generate", whole, "hello"), "holds GGUF", "llama.cpp", "--format bf16")
