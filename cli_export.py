@@ -1,6 +1,7 @@
 """The verb that writes a checkpoint anew in another format: `onecard export`."""
 
 import json
+import sys
 from pathlib import Path
 
 import click
@@ -35,7 +36,11 @@ def export(checkpoint: str, format_name: str, out: Path, overwrite: bool, dry_ru
     from .report.progress import Progress
 
     console = make_console()
-    with Progress(f"onecard export {checkpoint}", 1, console) as progress:
-        done = run(checkpoint, format_name, out, progress, overwrite=overwrite, dry_run=dry_run)
+    try:
+        with Progress(f"onecard export {checkpoint}", 1, console) as progress:
+            done = run(checkpoint, format_name, out, progress, overwrite=overwrite, dry_run=dry_run)
+    except KeyboardInterrupt:
+        click.echo(f"stopped: {out} is no checkpoint yet. The same command with --overwrite starts anew.", err=True)
+        sys.exit(130)
     draw_export(done.line(), console)
     print_line(json.dumps(done.line()))

@@ -8,6 +8,7 @@ import pytest
 from click.testing import Result
 from conftest import run_onecard, write_recipe
 
+from onecard import export
 from onecard.checkpoint.source import open_folder
 from onecard.report.engines import engines
 
@@ -59,3 +60,18 @@ def test_a_plan_of_gptqs_layout_says_nothing_of_scales_that_are_not_permuted(
         done = run_onecard("plan", folder, "--gpu", "l40s", "--context", 128, "--json")
         assert done.exit_code == 0, done.stderr
         assert any("35033" in warning for warning in json.loads(done.stdout)["fit_warnings"]) == told
+
+
+def test_a_stopped_export_says_how_to_go_on(
+    emitted: Callable[..., tuple[Path, Result]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    line = ("export", emitted("scout")[0], "--format", "bf16", "-o", tmp_path / "out")
+    with monkeypatch.context() as patched:
+        patched.setattr(export, "write_sums", stop)
+        stopped = run_onecard(*line)
+    assert (stopped.exit_code, stopped.stdout) == (130, "")
+    assert "--overwrite" in stopped.stderr
+    assert run_onecard(*line, "--overwrite").exit_code == 0
