@@ -68,7 +68,7 @@ def plan(
     from .core.errors import FitError, InputError
     from .inspection import plan as plan_run
     from .planner.cards import find_card
-    from .planner.fit import Request
+    from .planner.fit import Needs, Request
     from .prepare import open_headers
     from .recipe import load_recipe
     from .report.fit_card import draw_fit, misfit
@@ -103,6 +103,8 @@ def plan(
     console = make_console()
     quantizing = plan_run(model, loaded, device, measure) if loaded is not None else None
     opened = quantizing.model if quantizing is not None else open_headers(model)
+    if context is None and (loaded is None or loaded.gpu is None):
+        asked = replace(asked, context=min(asked.context, Needs.of(opened.adapter).most_context))
     sizing = size_up(opened, asked, card, quantizing.recipe if quantizing is not None else None)
     facts = sizing.facts()
     if not only_json:

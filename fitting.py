@@ -94,7 +94,9 @@ def priced_units(adapter: Adapter, recipe: Recipe) -> dict[str, list[str]]:
     if not found and not problems:
         problems["quantize_roles, schemes and keep_modules leave no module whose width could be chosen"] = None
     if problems:
-        raise input_error(f"the recipe {recipe.name} cannot be fitted to this model:", problems, "Change the recipe.")
+        raise input_error(
+            f"the recipe {recipe.name} cannot be fitted to this model:", problems, "Name widths in fit_schemes that do."
+        )
     return found
 
 

@@ -135,6 +135,8 @@ def on_hub(name: str) -> bool:
         return False
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
         raise InputError(f"{name} is no folder and no hub id: name a local checkpoint, a hub id (owner/name) or `demo`")
+    if Path(name).parent.is_dir():
+        raise InputError(f"{Path(name).parent} is a folder here, and holds no {Path(name).name}: is the name mistyped?")
     return True
 
 

@@ -25,7 +25,7 @@ from .checkpoint.provenance import front_matter
 from .core.errors import InputError, OnecardError, ResourceError, input_error
 from .core.layout import CARD_MARK, CARD_NAME, RECORD_NAME
 from .report.licence import Licence, holds_llama4, is_llama4_id, unmet_terms
-from .report.model_card import FAILED_GATE, card_problems, digest_of, mark
+from .report.model_card import FAILED_GATE, card_problems, digest_of, mark, parent_of
 
 WEIGHTS = ".safetensors"
 
@@ -110,6 +110,11 @@ def _card(found: Publication, wishes: Wishes, force: bool) -> None:
         elif given:
             found.refused.append(f"{CARD_NAME} was not drawn by onecard: write into it what the options say")
     found.refused += drawn.contradictions + card_problems(text)
+    if parent_of(drawn.record):
+        found.refused.append(
+            f"its KL was measured on the {parent_of(drawn.record)} files that it was exported from: measure these with "
+            "`onecard verify ORIGINAL FOLDER --record verify.json`, and add --record verify.json"
+        )
     gate = drawn.record.get("gate")
     if (gate and not gate.get("passed")) or FAILED_GATE in text:
         failed = "its gate failed: the record says which limits"

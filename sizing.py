@@ -100,7 +100,8 @@ class Sizing:
     @property
     def serve(self) -> str | None:
         """How vLLM is to be started so that it does what was planned."""
-        if self.request.engine != "vllm" or self.card is None:
+        longer = self.request.context > self.needs.most_context  # than vLLM lets a model be started with
+        if self.request.engine != "vllm" or self.card is None or not self.fits or longer:
             return None
         r = self.request
         parts = [

@@ -65,9 +65,10 @@ class CardFacts:
 
 
 def parent_of(record: dict[str, Any]) -> str:
-    """The format of the files that an export's KL was measured on; empty if it was measured on these files."""
+    """The format of the files that an export's KL was measured on; empty if it was measured on these files, as that of
+    a run whose recipe names the format is."""
     export = record.get("export") or {}
-    return "" if not export or export.get("measured") else str((export.get("from") or {}).get("format", "dense"))
+    return "" if "from" not in export or export.get("measured") else str(export["from"].get("format", "dense"))
 
 
 def _parent_differs(record: dict[str, Any]) -> str:

@@ -241,6 +241,8 @@ class Gate(_Part):
 class Export(_Part):
     format: str
     matrices: dict[str, int] = {}
+    # What it was made from by `onecard export`; None where a run's own recipe named the format.
+    made_from: dict[str, Any] | None = Field(default=None, alias="from")
 
 
 class Record(_Part):

@@ -355,3 +355,13 @@ def test_generate_refuses_a_picture_that_is_not_there(
     picture.write_bytes(b"no picture")
     refused(onecard("generate", baby("scout"), "what?", "--image", picture), picture)
     refused(onecard("generate", baby("qwen3"), "what?", "--image", picture), "vision")
+
+
+def test_a_mistyped_path_is_no_hub_id(onecard: Callable[..., Result], refused: Check, tmp_path: Path) -> None:
+    """Two parts look like owner/name; of a folder that is here, the second is a name that is not."""
+    (tmp_path / "models").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        for verb in ("plan", "inspect", "export"):
+            more = ("--format", "bf16", "-o", "out") if verb == "export" else ()
+            refused(onecard(verb, "models/nosuch", *more), "models", "nosuch", "mistyped")

@@ -42,6 +42,34 @@ def test_the_card_says_on_which_files_it_was_measured(
     assert "Not measured on these files" not in text
 
 
+def test_an_export_is_published_only_with_a_measurement_of_its_own(
+    emitted: Callable[..., tuple[Path, Result]], tmp_path: Path
+) -> None:
+    parent, out = emitted("scout")[0], tmp_path / "exported"
+    assert run_onecard("export", parent, "--format", "bf16", "-o", out).exit_code == 0
+    line = ("publish", out, "somebody/baby", *SAID, "--dry-run")
+    refused = run_onecard(*line)
+    assert refused.exit_code == 2, refused.output
+    assert "measured on the compressed-tensors pack-quantized files" in refused.stderr
+    record = json.loads((out / "onecard.json").read_text(encoding="utf-8"))
+    later = {key: record[key] for key in ("onecard", "schema_version", "model", "texts", "kl")}
+    later |= {"command": "verify", "checkpoint": {"digest": open_folder(out).digest}}
+    (tmp_path / "later.json").write_text(json.dumps(later), encoding="utf-8")
+    assert "measured on the" not in run_onecard(*line, "--record", tmp_path / "later.json").stderr
+    page = tmp_path / "page.html"
+    assert run_onecard("report", out, "-o", page).exit_code == 0
+    assert "not on the exported ones" in page.read_text(encoding="utf-8")
+
+
+def test_a_run_whose_recipe_names_the_format_was_measured_on_its_own_files(
+    baby: Callable[..., Path], texts: list[str], tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", method="rtn", format="bf16")
+    out = tmp_path / "out"
+    assert run_onecard("quantize", baby("llama4-text"), out, "--recipe", recipe, *texts[2:]).exit_code == 0
+    assert "Measured by walking the original and these files" in card(out)
+
+
 def test_no_engine_is_named_that_refuses_the_format() -> None:
     """vLLM reads GPTQ's version 1 alone (docs/engines.md, gptq-types)."""
     assert "vLLM" in [engine for engine, _, _ in engines("llama4", {}, True, {}, "gptq")]

@@ -240,3 +240,14 @@ def test_images_need_a_model_that_sees(
     baby: Callable[..., Path], onecard: Callable[..., Result], refused: Callable[..., str]
 ) -> None:
     refused(onecard("plan", baby("qwen3"), "--images", 1), "--images 1 needs a vision tower, and qwen3_moe has none")
+
+
+def test_without_a_context_no_more_is_planned_than_the_model_takes(
+    baby: Callable[..., Path], onecard: Callable[..., Result]
+) -> None:
+    """vLLM refuses to start with more positions than config.json has (256 of a baby)."""
+    planned = json.loads(onecard("plan", baby("llama4-text"), "--gpu", "l40s", "--json").stdout)
+    assert (planned["context"], planned["fits"]) == (256, True)
+    assert "--max-model-len 256" in planned["serve"]
+    longer = json.loads(onecard("plan", baby("llama4-text"), "--gpu", "l40s", "--context", 512, "--json").stdout)
+    assert longer["serve"] is None

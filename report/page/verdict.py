@@ -133,6 +133,11 @@ def _cautions(record: Record) -> list[str]:
     out = []
     if record.kl is None:
         out.append("No KL was measured in this run.")
+    if record.export is not None and record.export.made_from is not None:
+        out.append(
+            f"These figures were measured on the files that were exported as {record.export.format}, not on the "
+            "exported ones: `onecard verify` measures those."
+        )
     if record.gate is None:
         out.append("No gate has judged this run: the record holds no limits and no baseline.")
     if record.recipe.get("note"):
