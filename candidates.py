@@ -75,6 +75,11 @@ def packed_bytes(scheme: Scheme, outputs: int, inputs: int, dtype: str) -> int:
     return sum(StoredTensor(suffix, kind, shape).nbytes for suffix, (kind, shape) in stored.items())
 
 
+def bytes_at(entry: Entry, scheme: Scheme | None) -> int:
+    """What a tensor takes at a width; None: as the source has it."""
+    return entry.dense_bytes if scheme is None else packed_bytes(scheme, *entry.shape, entry.dtype)
+
+
 def recipe_candidate(model: Model, entries: tuple[Entry, ...], recipe: Recipe) -> Candidate:
     """What a run with the recipe would emit. Raises InputError where it does not suit the model."""
     schemes = schemes_of(model.adapter, recipe)
@@ -82,15 +87,11 @@ def recipe_candidate(model: Model, entries: tuple[Entry, ...], recipe: Recipe) -
     def scheme(entry: Entry) -> Scheme | None:
         return schemes.get(entry.name.removesuffix(".weight")) if entry.name.endswith(".weight") else None
 
-    def size(entry: Entry) -> int:
-        found = scheme(entry)
-        return entry.dense_bytes if found is None else packed_bytes(found, *entry.shape, entry.dtype)
-
     return _candidate(
         model,
         entries,
         recipe.name,
-        size,
+        lambda entry: bytes_at(entry, scheme(entry)),
         lambda entry: width_name(scheme(entry), entry.dtype),
         {module: found.group_size for module, found in schemes.items()},
         all(found.symmetric for found in schemes.values()),

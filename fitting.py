@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .candidates import Entry, entries_of, packed_bytes, recipe_candidate
+from .candidates import Entry, bytes_at, entries_of, recipe_candidate
 from .checkpoint.files import write_json
 from .checkpoint.workdir import refuse_changed
 from .core.errors import FitError, InputError, input_error
@@ -25,6 +25,7 @@ from .planner.allocate import Choice, allocate, chosen
 from .planner.cards import Card, find_card
 from .planner.fit import Needs, Request, weight_budget_bytes
 from .planner.prices import Priced, UnitPrices
+from .planner.pricing_cost import hidden_bytes, stream_count
 from .planner.weights import cut_problems, device_weights
 from .prepare import Model, check_space, plan_for, said_name, schemes_of
 from .pricing import Prices, identity_of, is_begun, price, priced_rows
@@ -80,6 +81,7 @@ def priced_units(adapter: Adapter, recipe: Recipe) -> dict[str, list[str]]:
     not suit an input, or nothing is left to choose."""
     found: dict[str, list[str]] = {}
     problems: dict[str, None] = {}
+    menu = menu_of(recipe)
     for block in range(adapter.n_blocks):
         for site, module, _, inputs in adapter.modules(block):
             settled = any(matches(pattern, module) for pattern in (*recipe.keep_modules, *recipe.schemes))
@@ -88,7 +90,7 @@ def priced_units(adapter: Adapter, recipe: Recipe) -> dict[str, list[str]]:
             found.setdefault(adapter.unit(module), []).append(module)
             problems |= {
                 f"{scheme} does not divide the {inputs} inputs of {site.role.value} matrices": None
-                for scheme in menu_of(recipe)
+                for scheme in menu
                 if not scheme.divides(inputs)
             }
     if not found and not problems:
@@ -107,15 +109,10 @@ def bytes_of_units(
     entries = {entry.name: entry for entry in entries_of(model)}
     widths: list[Scheme | None] = [*menu, None]
     return {
-        (unit, scheme): sum(_bytes_of(entries[f"{module}.weight"], scheme) for module in modules)
+        (unit, scheme): sum(bytes_at(entries[f"{module}.weight"], scheme) for module in modules)
         for unit, modules in units.items()
         for scheme in widths
     }
-
-
-def _bytes_of(entry: Entry, scheme: Scheme | None) -> int:
-    """What one matrix takes."""
-    return entry.dense_bytes if scheme is None else packed_bytes(scheme, *entry.shape, entry.dtype)
 
 
 def request_of(recipe: Recipe) -> tuple[Request, Card] | None:
@@ -202,7 +199,7 @@ class _Meter:
         entries = [self.entries[f"{module}.weight"] for module in modules]
 
         def on_card(width: Priced) -> int:
-            spread = device_weights(self.model.adapter, ((e.place, _bytes_of(e, width.scheme)) for e in entries))
+            spread = device_weights(self.model.adapter, ((e.place, bytes_at(e, width.scheme)) for e in entries))
             return spread.on_card(request.tensor_parallel, request.vision)
 
         return replace(unit, widths=tuple(replace(width, bytes=on_card(width)) for width in unit.widths))
@@ -284,10 +281,8 @@ def price_model(
     if not is_begun(folder):
         read_by_variants, others = priced_rows(rows, recipe)
         tokens, other_tokens = (sum(len(row.tokens) for row in part) for part in (read_by_variants, others))
-        streams = 1 + (len(units) + 1) * len(menu)
-        # In front of a block and behind it.
-        row_bytes = model.adapter.hidden_size * dtype.itemsize
-        check_space(folder, 2 * (streams * tokens + other_tokens) * row_bytes)
+        streams = stream_count(len(units), len(menu))
+        check_space(folder, hidden_bytes(model.adapter.hidden_size, streams, tokens, other_tokens, dtype.itemsize))
     return price(model, recipe, rows, units, menu, bytes_of_units(model, units, menu), folder, device, dtype, step)
 
 

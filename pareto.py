@@ -2,7 +2,6 @@
 and beside that curve the choices that people make without prices."""
 
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from .fitting import (
 )
 from .models.adapter import Role
 from .planner.allocate import allocate, chosen
-from .planner.prices import Priced, UnitPrices
+from .planner.prices import Priced
 from .prepare import Model, choose_device, choose_dtype, open_source, plan_for, said_name
 from .pricing import Prices, priced_rows
 from .recipe import KEEP, Recipe
@@ -80,17 +79,13 @@ class Pareto:
         }
 
 
-def rules_of_thumb(menu: tuple[Scheme, ...]) -> dict[str, Callable[[UnitPrices], Scheme | None]]:
-    """Name -> the width that the rule gives a unit: one width for all, and attention and shared experts at the finest
-    integers beside the rest at each narrower width."""
+def rules_of_thumb(menu: tuple[Scheme, ...]) -> dict[str, tuple[Scheme, Scheme]]:
+    """Name -> the widths of attention and shared experts, and of the rest: one for all, and the finest integers for the
+    first beside each narrower width."""
     finest = max(menu, key=lambda scheme: scheme.bits)
-    rules: dict[str, Callable[[UnitPrices], Scheme | None]] = {f"all {s}": lambda _, s=s: s for s in menu}  # type: ignore[misc]
-    for scheme in menu:
-        if scheme.bits < finest.bits:
-            rules[f"attention, shared {finest}; rest {scheme}"] = (
-                lambda unit, s=scheme: finest if unit.role in FIRST else s  # type: ignore[misc]
-            )
-    return rules
+    narrower = [scheme for scheme in menu if scheme.bits < finest.bits]
+    rules = {f"all {scheme}": (scheme, scheme) for scheme in menu}
+    return rules | {f"attention, shared {finest}; rest {scheme}": (finest, scheme) for scheme in narrower}
 
 
 def pareto(
@@ -142,7 +137,10 @@ def drawn_from(model: Model, recipe: Recipe, prices: Prices) -> Pareto:
         choice = chosen(units, widths, gain)
         return Point(name, rest + choice.bytes, choice.kl_nats)
 
-    named = [point(name, [unit.at(rule(unit)) for unit in prices.held]) for name, rule in rules_of_thumb(menu).items()]
+    named = [
+        point(name, [unit.at(first if unit.role in FIRST else rest_of_it) for unit in prices.held])
+        for name, (first, rest_of_it) in rules_of_thumb(menu).items()
+    ]
     most = sum(max(w.bytes for w in u.widths) for u in units)
     lowest = smallest.emitted_bytes - rest
     budgets = lowest + (most - lowest) * np.linspace(0, 1, CURVE_POINTS) ** 2

@@ -200,8 +200,7 @@ def quantize(
     run = Run(
         model, plan, planned, recipe, method, texts, tasks_of(recipe), out, device, dtype, began, identity, card_facts
     )
-    if prices is not None:
-        load_prices(prices, model, recipe, texts.calibration, device, dtype)
+    given = None if prices is None else load_prices(prices, model, recipe, texts.calibration, device, dtype)
     finished = None
     if resume and not has_run(work_path):
         finished = _finished(run)
@@ -220,7 +219,7 @@ def quantize(
                     "folder: name that one, or start anew with --overwrite"
                 )
             with Progress(f"onecard quantize {model_name}", model.adapter.n_blocks, console, quiet) as progress:
-                finished = _stages(run, workdir, progress, prices)
+                finished = _stages(run, workdir, progress, given)
         workdir.remove()
     return finished
 
@@ -241,16 +240,13 @@ def _finished(run: Run) -> RunRecord | None:
     return record
 
 
-def _fitted(run: Run, workdir: WorkDir, progress: Progress, given: Path | None) -> Run:
+def _fitted(run: Run, workdir: WorkDir, progress: Progress, given: Prices | None) -> Run:
     """The run with the widths that its prices and its budget choose. What was priced lies in the work directory."""
     kept = workdir.path / PRICES
     if not kept.exists():
-        if given is not None:
-            found = load_prices(given, run.model, run.recipe, run.texts.calibration, run.device, run.dtype)
-        else:
-            found = price_model(
-                run.model, run.recipe, run.texts.calibration, workdir.folder("price"), run.device, run.dtype, progress
-            )
+        found = given or price_model(
+            run.model, run.recipe, run.texts.calibration, workdir.folder("price"), run.device, run.dtype, progress
+        )
         files.write_json(kept, found.facts())
         shutil.rmtree(workdir.path / "price", ignore_errors=True)
     prices = Prices.from_facts(read_json(kept))
@@ -262,10 +258,10 @@ def _fitted(run: Run, workdir: WorkDir, progress: Progress, given: Path | None) 
     return replace(run, recipe=fitted.recipe, plan=plan, planned=planned, card=card, allocation=allocation)
 
 
-def _stages(run: Run, workdir: WorkDir, progress: Progress, prices: Path | None = None) -> RunRecord:
+def _stages(run: Run, workdir: WorkDir, progress: Progress, given: Prices | None = None) -> RunRecord:
     """Every stage that is not done yet."""
     if run.recipe.bits == "fit":
-        run = _fitted(run, workdir, progress, prices)
+        run = _fitted(run, workdir, progress, given)
         refuse_too_large(weight_bytes(run.planned), run.recipe)
     record = run.new_record()
     for warning in record.warnings:

@@ -12,7 +12,6 @@ pass over the other rows. After every block what is known is committed: a stoppe
 
 import copy
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from .checkpoint import files
 from .checkpoint.workdir import Activations, read_json
 from .core.errors import InputError
 from .core.rows import Row, Step, batches
-from .core.scheme import QuantizedWeight, Scheme
+from .core.scheme import Scheme
 from .eval.kl import compare_rows
 from .models.adapter import Adapter, Half, Site, read, stored_dtype
 from .models.walk import Calls, embed, exchanged, final_norm, load_block, run_block, weight_view
@@ -35,7 +34,7 @@ from .planner.prices import Priced, UnitPrices, together
 from .prepare import Model, method_of, site_budget
 from .quantize.site import Method, cuts, quantize_batch
 from .recipe import KEEP, Recipe
-from .streams import QUANTIZED, HalfJob, HalfStatistics, stacked
+from .streams import QUANTIZED, HalfJob, HalfStatistics, by_module, stacked
 
 REFERENCE = "reference"
 # What a pass has done, in its folder.
@@ -62,7 +61,8 @@ class Prices:
     @property
     def held(self) -> tuple[UnitPrices, ...]:
         """The units, their prices scaled to what was measured of all of them together."""
-        return tuple(replace(u, smooth=u.smooth * self.scale, flip=u.flip * self.scale) for u in self.units)
+        scale = self.scale
+        return tuple(replace(u, smooth=u.smooth * scale, flip=u.flip * scale) for u in self.units)
 
     def facts(self) -> dict[str, Any]:
         """For the record, and for a file that another run reads."""
@@ -321,19 +321,9 @@ def _round_site(
         result = quantize_batch(w_BOI, moment, scheme, walk.method, stored)
         total += sum(result.output_error)
         for i, member in enumerate(members):
-            for name, weight in _parts(result.weight, i, member, site):
+            for name, weight in by_module(result.weight, i, member, site):
                 weight_view(walk.adapter, target, index, name).copy_(weight.dequantize(stored))
     return total / len(site.members), len(site.members) * outputs * site.in_features
-
-
-def _parts(
-    weight: QuantizedWeight, index: int, member: tuple[str, ...], site: Site
-) -> Iterator[tuple[str, QuantizedWeight]]:
-    """One entry of a site, module by module."""
-    start = 0
-    for name, out in zip(member, site.out_features, strict=True):
-        yield name, weight.item(index, slice(start, start + out))
-        start += out
 
 
 def _at_the_head(walk: _Pass, rows: list[Row], streams: dict[str, str]) -> dict[str, float]:

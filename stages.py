@@ -34,7 +34,7 @@ from .quantize.correction import corrected
 from .quantize.metric import swiglu_metric
 from .quantize.site import Method, cuts, quantize_batch, relative_output_error
 from .recipe import Recipe, matches
-from .streams import HalfJob, HalfStatistics, stacked
+from .streams import HalfJob, HalfStatistics, by_module, stacked
 from .tuning import tune
 
 
@@ -252,10 +252,7 @@ def _quantize_site(
         facts["diagonal_fallbacks"] += result.diagonal_fallbacks
         facts["output_error"].setdefault(site.key, []).extend(result.output_error)
         for i, member in enumerate(members):
-            start = 0
-            for name, out in zip(member, site.out_features, strict=True):
-                weight = result.weight.item(i, slice(start, start + out))
-                start += out
+            for name, weight in by_module(result.weight, i, member, site):
                 assert torch.isfinite(weight.scales).all(), f"{name} got a scale that is no number"
                 for suffix, tensor in job.format.pack(weight).items():
                     writer.put(f"{name}.{suffix}", tensor)

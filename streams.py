@@ -7,7 +7,7 @@ block's own number with MIDDLE after the stream's name.
 Shape legend: N rows, T tokens in a batch, H hidden size, R rows of one expert, I inputs of a site.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from torch import nn
 from .calibration.moments import SiteMoments
 from .calibration.sensitivity import RESIDUAL, token_weights
 from .core.rows import RowStore, Step
+from .core.scheme import QuantizedWeight
 from .models.adapter import Adapter, Half, Site
 from .models.walk import Calls, expert_stacks, observed, only, run_block, weight_view
 from .quantize.metric import swiglu_slopes
@@ -218,3 +219,13 @@ class HalfStatistics:
 def stacked(adapter: Adapter, block: nn.Module, index: int, member: tuple[str, ...]) -> torch.Tensor:
     """The weights of one entry of a site as the block holds them, stacked along the outputs; fp32 [O, I]."""
     return torch.cat([weight_view(adapter, block, index, name).float() for name in member])
+
+
+def by_module(
+    weight: QuantizedWeight, index: int, member: tuple[str, ...], site: Site
+) -> Iterator[tuple[str, QuantizedWeight]]:
+    """One entry of a site's quantized batch, module by module: the inverse of `stacked`."""
+    start = 0
+    for name, out in zip(member, site.out_features, strict=True):
+        yield name, weight.item(index, slice(start, start + out))
+        start += out

@@ -9,8 +9,8 @@ from .rates import Rates
 
 @dataclass(frozen=True)
 class PricingCost:
-    """streams: one a unit and width, and one a width with every unit at it. disk_bytes: their hidden rows before the
-    last block's, which is the most; they are written and read once a block, half of them on the mean."""
+    """streams: stream_count. disk_bytes: hidden_bytes, which is the most; rows are written and read once a block, half
+    of the streams on the mean."""
 
     streams: int
     tokens: int
@@ -26,6 +26,17 @@ class PricingCost:
             "price_seconds": self.seconds,
             "price_disk_bytes": self.disk_bytes,
         }
+
+
+def stream_count(units: int, widths: int) -> int:
+    """Variant streams: one a unit and width, and one a width with every unit at it."""
+    return (units + 1) * widths
+
+
+def hidden_bytes(hidden_size: int, streams: int, tokens: int, other_tokens: int, itemsize: int) -> int:
+    """Hidden rows on disk while the last block is done, in front of it and behind it: of the streams and the reference,
+    and of the rows that give the statistics."""
+    return 2 * hidden_size * itemsize * ((streams + 1) * tokens + other_tokens)
 
 
 def pricing_cost(
@@ -45,7 +56,7 @@ def pricing_cost(
             forward += 2.0 * outputs * inputs * share
             statistics += 2.0 * inputs**2 * share
             rounding += count * (4.0 * outputs * inputs**2 + 3.0 * inputs**3)
-    streams = (len(units) + 1) * widths
+    streams = stream_count(len(units), widths)
     forward_flops = forward * (tokens * (streams / 2 + 1) + 2 * other_tokens)
     product_flops, solve_flops = statistics * other_tokens, rounding * widths
     head_flops = 2 * 2.0 * adapter.vocab_size * adapter.hidden_size * tokens * streams
@@ -59,7 +70,6 @@ def pricing_cost(
         + traffic / rates.read_bytes
         + traffic / rates.write_bytes
     )
-    # Before the last block is done its streams lie there twice, once in front of it and once behind.
-    return PricingCost(
-        streams, tokens, forward_flops + product_flops + solve_flops + head_flops, seconds, int(2 * rows * streams)
-    )
+    flops = forward_flops + product_flops + solve_flops + head_flops
+    disk_bytes = hidden_bytes(adapter.hidden_size, streams, tokens, other_tokens, itemsize)
+    return PricingCost(streams, tokens, flops, seconds, disk_bytes)
