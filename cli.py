@@ -6,22 +6,19 @@ plan does not fit the card; 4 the machine gave out (disk, memory, network), what
 Ctrl-C or SIGTERM, likewise.
 """
 
-import json
-import sys
-from pathlib import Path
-
 import click
 
 from . import __version__
-from .cli_calibration import calibration
-from .cli_evidence import flips, verify
-from .cli_export import export
-from .cli_gate import baseline, gate
-from .cli_pareto import pareto
-from .cli_plan import plan
-from .cli_publish import card, check, publish
-from .cli_report import report
-from .verbs import DEVICE_HELP, RECIPE_HELP, TEXTS_HELP, make_console, print_line, verb
+from .commands.calibration import calibration
+from .commands.export import export
+from .commands.gate import baseline, gate
+from .commands.inspect import generate, inspect, recipes
+from .commands.pareto import pareto
+from .commands.plan import plan
+from .commands.publish import card, check, publish
+from .commands.quantize import quantize
+from .commands.report import report
+from .commands.verify import flips, verify
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -35,152 +32,23 @@ def main() -> None:
     """
 
 
-main.add_command(plan)
-main.add_command(calibration)
-main.add_command(pareto)
-main.add_command(verify)
-main.add_command(flips)
-main.add_command(gate)
-main.add_command(baseline)
-main.add_command(report)
-main.add_command(check)
-main.add_command(card)
-main.add_command(publish)
-main.add_command(export)
-
-
-@main.command()
-@click.argument("model")
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--recipe", required=True, help=RECIPE_HELP)
-@click.option("--device", default="auto", show_default=True, help=DEVICE_HELP)
-@click.option("--work", type=click.Path(path_type=Path), help="Where a run keeps what is finished. [default: OUT.work]")
-@click.option("--resume", is_flag=True, help="Go on with a stopped run; it ends in the same bytes.")
-@click.option("--overwrite", is_flag=True, help="Replace what a run put into OUT and the work directory.")
-@click.option("--calibration", type=click.Path(path_type=Path), help=f"Your own calibration texts: {TEXTS_HELP}.")
-@click.option("--evaluation", type=click.Path(path_type=Path), help=f"Your own evaluation texts: {TEXTS_HELP}.")
-@click.option("--prices", type=click.Path(path_type=Path), help="Prices that `onecard pareto` wrote, for bits: fit.")
-@click.option("--budget-gb", type=click.FloatRange(0, min_open=True), help="bits: fit, to so many GB of files.")
-@verb
-def quantize(
-    model: str,
-    out: Path,
-    recipe: str,
-    device: str,
-    work: Path | None,
-    resume: bool,
-    overwrite: bool,
-    calibration: Path | None,
-    evaluation: Path | None,
-    prices: Path | None,
-    budget_gb: float | None,
-) -> None:
-    """Calibrate, quantize, emit and verify MODEL into the folder OUT.
-
-    MODEL is a local safetensors folder, a hub id, or `demo`. Texts are JSONL (a line {"text": ...} or {"messages":
-    [...]}), Parquet, plain text, or a folder of them; they take the place of the recipe's.
-
-    \b
-    Example, Llama 4 Scout on one H100 with your own texts:
-      onecard quantize ./Llama-4-Scout-17B-16E-Instruct ./scout-int4 \\
-          --recipe llama4-scout-h100 --device cuda \\
-          --calibration chats.jsonl --evaluation held-out.jsonl
-    Stopped? The same line with --resume goes on where it was and ends in the same bytes (of the record, all but times
-    and memory). It must find the same number of threads.
-    """
-    from .core.errors import InputError
-    from .gate import refuse_failed
-    from .pipeline import quantize as run
-    from .prepare import work_folder
-    from .recipe import load_recipe
-    from .report.card import draw_card
-    from .report.record import result_line
-
-    console = make_console()
-    loaded = load_recipe(recipe)
-    if budget_gb is not None:
-        loaded = loaded.changed(bits="fit", budget_gb=budget_gb, gpu=None)
-    if prices is not None and loaded.bits != "fit":
-        raise InputError(f"--prices is for recipes with bits: fit, and {recipe} has bits: {loaded.bits}")
-    try:
-        record = run(
-            model,
-            out,
-            loaded,
-            device_name=device,
-            work=work,
-            resume=resume,
-            overwrite=overwrite,
-            calibration=calibration,
-            evaluation=evaluation,
-            prices=prices,
-            console=console,
-        )
-    except KeyboardInterrupt:
-        click.echo(
-            f"stopped: what is finished lies in {work_folder(out, work)}. Go on with the same command and --resume, or "
-            "remove it.",
-            err=True,
-        )
-        sys.exit(130)
-    draw_card(record, str(out), console)
-    print_line(json.dumps(result_line(record, str(out))))
-    refuse_failed(record.to_json(), str(out))
-
-
-@main.command()
-@click.argument("model")
-@verb
-def inspect(model: str) -> None:
-    """Show what MODEL (an original or a quantized checkpoint) is: family, layers, experts, widths, sizes, faults.
-
-    \b
-    Example:
-      onecard inspect demo
-    """
-    from .inspection import inspect as run
-    from .report.plan_card import draw_inspection
-
-    facts = run(model)
-    draw_inspection(facts, make_console())
-    print_line(json.dumps(facts))
-
-
-@main.command()
-@click.argument("checkpoint")
-@click.argument("prompt")
-@click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(1))
-@click.option("--image", type=click.Path(path_type=Path), help="A picture to ask about, for models that can see.")
-@verb
-def generate(checkpoint: str, prompt: str, max_new_tokens: int, image: Path | None) -> None:
-    """Load CHECKPOINT with transformers and answer PROMPT: the smoke test that other people's software reads the files.
-
-    The whole model is loaded, dequantized, into memory.
-
-    \b
-    Example:
-      onecard generate demo-int4 "What do you see?" --image picture.png
-    """
-    from .generate import generate as run
-
-    print_line(run(checkpoint, prompt, max_new_tokens, image))
-
-
-@main.command()
-@click.argument("name", required=False)
-@verb
-def recipes(name: str | None) -> None:
-    """List the shipped recipes, or print the one called NAME.
-
-    \b
-    Example: take one as the start of your own
-      onecard recipes llama4-scout-h100 > mine.yaml
-    """
-    from .recipe import load_recipe, recipe_names, recipe_text
-
-    if name is not None:
-        print_line(recipe_text(name).rstrip())
-        return
-    for known in recipe_names():
-        recipe = load_recipe(known)
-        print_line(f"{known}\n    {recipe.description}" + (f"\n    {recipe.note}" if recipe.note else ""))
+VERBS = (
+    quantize,
+    plan,
+    calibration,
+    pareto,
+    inspect,
+    verify,
+    flips,
+    gate,
+    baseline,
+    report,
+    check,
+    export,
+    card,
+    publish,
+    generate,
+    recipes,
+)
+for command in VERBS:
+    main.add_command(command)

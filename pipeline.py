@@ -20,8 +20,15 @@ import torch
 from rich.console import Console
 
 from . import __version__
+from .bits.fitting import fit_to, load_prices, on_its_card, price_model, refuse_unmeetable
+from .bits.pricing import Prices, priced_rows
+from .blocks.quantize import BlockJob, quantize_block
+from .blocks.streams import QUANTIZED, REFERENCE
+from .calibration.coverage import balanced
 from .calibration.sensitivity import sensitivities
+from .calibration.texts import RunTexts, prepare_texts
 from .checkpoint import files
+from .checkpoint.assign import plan_for
 from .checkpoint.checksums import write_sums
 from .checkpoint.emit import (
     ShardWriter,
@@ -32,48 +39,38 @@ from .checkpoint.emit import (
     written_files,
 )
 from .checkpoint.formats.written import OWN
+from .checkpoint.model import Model, open_source, open_written, stored_facts
+from .checkpoint.paths import check_paths, check_space, occupied
+from .checkpoint.plan import Plan
 from .checkpoint.source import INDEX_NAME, refuse_nonfinite
 from .checkpoint.workdir import Activations, WorkDir, has_run, read_json, read_tensors, refuse_resumed
+from .conversion.export import (
+    FORMATS,
+    Files,
+    config_of_run,
+    finished_run,
+    matrices,
+    planned_files,
+    planned_run,
+    weight_bytes,
+)
+from .core.device import choose_device, choose_dtype, site_budget
 from .core.errors import InputError, LimitError
 from .core.layout import RECORD_NAME, index_json, json_bytes
+from .core.method import Method
+from .core.rates import uniform
 from .core.rows import Row, batches
-from .coverage import balanced
+from .eval.gate import gate_of_run, refuse_too_large
+from .eval.tasks import Task
 from .eval.twin import Side
-from .export import FORMATS, Files, config_of_run, finished_run, matrices, planned_files, planned_run, weight_bytes
-from .fitting import fit_to, load_prices, on_its_card, price_model, refuse_unmeetable
-from .gate import gate_of_run, refuse_too_large
+from .eval.verify import WITHOUT_VISION, close_machine, measure, rows_of_experts, tasks_of
 from .models.adapter import Adapter
 from .models.walk import Calls, embed
-from .planner.cost import estimate
-from .planner.plan import Plan
-from .planner.rates import uniform
-from .prepare import (
-    Model,
-    check_paths,
-    check_space,
-    choose_device,
-    choose_dtype,
-    method_of,
-    occupied,
-    open_source,
-    open_written,
-    plan_for,
-    site_budget,
-    stored_facts,
-    walks_back,
-    work_of,
-)
-from .pricing import Prices, priced_rows
-from .quantize.site import Method
-from .recipe import Recipe
+from .planner.cost import estimate, work_of
+from .recipe import Recipe, method_of, walks_back
 from .report.progress import Progress
 from .report.record import RunRecord
 from .report.resources import package_versions
-from .stages import BlockJob, quantize_block
-from .streams import QUANTIZED, REFERENCE
-from .tasks import Task
-from .texts import RunTexts, prepare_texts
-from .verification import WITHOUT_VISION, close_machine, measure, rows_of_experts, tasks_of
 
 RECORD, PRICES = "record.json", "prices.json"
 # What tensors of a block's sensitivity file are, before the site's key.
@@ -195,7 +192,7 @@ def quantize(
     texts = prepare_texts(model, recipe, calibration, evaluation, method.needs_statistics or recipe.bits == "fit")
     if recipe.bits == "fit":
         priced_rows(texts.calibration, recipe)  # refuses too few
-    dtype = choose_dtype(recipe, device)
+    dtype = choose_dtype(recipe.compute_dtype, device)
     identity = _identity(model, recipe, texts, device, dtype)
     run = Run(
         model, plan, planned, recipe, method, texts, tasks_of(recipe), out, device, dtype, began, identity, card_facts

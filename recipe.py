@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from .core.errors import InputError, input_error
+from .core.method import Method
 from .core.scheme import BY_ROW, GRIDS, NF4_BLOCK, Scheme
 
 QuantizableRole = Literal["expert", "shared_expert", "mlp", "attention"]
@@ -417,3 +418,27 @@ def matches(pattern: str, module: str) -> bool:
 @cache
 def _patterns(keys: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(key for key in keys if set(key) & set("*?["))
+
+
+# Methods that look at weights alone.
+UNCALIBRATED = ("rtn", *GRIDS)
+
+
+def method_of(recipe: Recipe) -> Method:
+    """The recipe's words for quantize/."""
+    return Method(
+        recipe.method if recipe.method in UNCALIBRATED else "gptq",
+        recipe.scale_search,
+        recipe.signed_scales,
+        recipe.damping,
+        recipe.activation_order,
+        recipe.refine_rounds,
+        recipe.restarts,
+        recipe.tabu_moves,
+        recipe.output_blocks,
+    )
+
+
+def walks_back(recipe: Recipe, method: Method) -> bool:
+    """Whether the calibration rows go through the model and back before the first block is quantized."""
+    return method.needs_statistics and (method.output_metric or recipe.token_weighting == "gradient")

@@ -17,9 +17,10 @@ from typing import Any
 
 from transformers.utils import logging
 
-from onecard.pareto import pareto
+from onecard.bits.pareto import pareto
+from onecard.checkpoint.assign import plan_for
+from onecard.checkpoint.model import open_source
 from onecard.pipeline import quantize
-from onecard.prepare import open_source, plan_for
 from onecard.recipe import Recipe, load_recipe
 
 SHARES = (0.2, 0.4, 0.6, 0.8)

@@ -32,12 +32,12 @@ import torch
 from transformers import BitsAndBytesConfig, Llama4ForConditionalGeneration
 from transformers.utils import logging
 
+from onecard.calibration.texts import prepare_texts
+from onecard.checkpoint.loading import load_with_transformers
+from onecard.checkpoint.model import demo_folder, open_model
 from onecard.core.rows import Row
-from onecard.generate import load_with_transformers
 from onecard.models.llama4 import Llama4Adapter
-from onecard.prepare import demo_folder, open_model
 from onecard.recipe import load_recipe
-from onecard.texts import prepare_texts
 
 HERE = Path(__file__).resolve().parent
 SOURCE = demo_folder() / "model"

@@ -16,12 +16,12 @@ from pathlib import Path
 
 from onecard.checkpoint.files import make_folder
 from onecard.checkpoint.formats.compressed_tensors import NAME
+from onecard.checkpoint.model import demo_folder
+from onecard.conversion.export import FORMATS, export
 from onecard.core.errors import InputError
-from onecard.export import FORMATS, export
+from onecard.eval.verify import verify
 from onecard.pipeline import quantize
-from onecard.prepare import demo_folder
 from onecard.recipe import load_recipe
-from onecard.verification import verify
 
 # Rounding weights to bf16 or fp16 moves the mean by less than this; one wrong group of codes moves it by far more.
 ALLOWED = 0.02

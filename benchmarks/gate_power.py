@@ -36,7 +36,7 @@ from typing import Any
 
 import numpy as np
 
-from onecard.comparison import Tolerances
+from onecard.eval.comparison import Tolerances
 from onecard.eval.regression import ratio_exceeds, unpaired_ratio_exceeds
 from onecard.pipeline import quantize
 from onecard.recipe import Recipe

@@ -20,9 +20,9 @@ import psutil
 import torch
 from transformers.utils import logging
 
-from onecard.inspection import cost_of, plan
-from onecard.measuring import measure_rates
-from onecard.prepare import choose_dtype
+from onecard.core.device import choose_dtype
+from onecard.eval.machine_rates import measure_rates
+from onecard.forecast import cost_of, plan
 from onecard.recipe import load_recipe
 
 RECIPES = sys.argv[1:] or ["rtn-int4", "demo"]
@@ -67,7 +67,7 @@ def main() -> None:
     for name in RECIPES:
         recipe = load_recipe(name)
         planned = plan("demo", recipe, "cpu")
-        adapter, dtype = planned.model.adapter, choose_dtype(recipe, device)
+        adapter, dtype = planned.model.adapter, choose_dtype(recipe.compute_dtype, device)
         rates = measure_rates(adapter, planned.plan, recipe, device, dtype, clock=time.process_time)
         with tempfile.TemporaryDirectory() as folder:
             truth = run(name, Path(folder))

@@ -10,12 +10,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from hollow import published, write_hollow
 from rich.console import Console
 
+from onecard.checkpoint.model import open_headers
 from onecard.planner.cards import find_card
 from onecard.planner.fit import Request
-from onecard.prepare import open_headers
+from onecard.planner.sizing import size_up
 from onecard.report.fit_card import draw_fit
 from onecard.report.plot import draw_plot
-from onecard.sizing import size_up
 
 
 def main(picture: str) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from onecard.inspection import inspect, plan
+from onecard.checkpoint.inspect import inspect
+from onecard.forecast import plan
 from onecard.recipe import load_recipe
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))

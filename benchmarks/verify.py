@@ -24,17 +24,17 @@ import torch
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parent))
+from onecard.calibration.texts import prepare_texts
+from onecard.checkpoint.model import Model, open_model
 from onecard.checkpoint.workdir import Activations
 from onecard.core.rows import Row, batches
 from onecard.eval.kl import COLUMNS_PER_SLICE, TOKENS_PER_SLICE, compare
+from onecard.eval.verify import verify
 from onecard.models.adapter import read
 from onecard.models.walk import Calls, embed, final_norm, load_block, run_block
 from onecard.pipeline import quantize
-from onecard.prepare import Model, open_model
 from onecard.recipe import load_recipe
 from onecard.report.resources import peak_rss_bytes
-from onecard.texts import prepare_texts
-from onecard.verification import verify
 from synthetic import peaks_by_blocks, write_texts
 
 GIB = 2**30

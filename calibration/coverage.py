@@ -1,71 +1,183 @@
-"""Coverage: how many tokens of each row go to each expert of each layer, from one pass of the model as it is.
+"""The passes that count routes: the verb `calibration coverage`, and the balancing of a run's rows.
 
-No statistics, no quantization: every block is read once and all rows go through it, so the pass costs a reading of the
-checkpoint and one forward pass. Hidden rows live in the store, so memory holds one block and one batch.
-
-Shape legend: R rows, L layers with experts, E experts.
+Both walk the model as it is, once. A run keeps its choice of rows in the work directory: it depends on nothing but
+what the run's identity holds, and a resumed run reads it and does not walk again.
 """
 
-from dataclasses import dataclass
+import hashlib
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
+from rich.console import Console
 
-from ..core.rows import Row, RowStore, Step, batches
-from ..core.tensors import TensorSource
-from ..models.adapter import Adapter, Role
-from ..models.walk import Calls, embed, expert_stacks, load_block, run_block
+from ..checkpoint import files
+from ..checkpoint.model import Model, open_source
+from ..checkpoint.source import refuse_nonfinite
+from ..checkpoint.workdir import Activations, read_json
+from ..core.device import choose_device, choose_dtype
+from ..core.errors import InputError
+from ..core.layout import RECORD_NAME
+from ..core.rows import Row, Step
+from ..recipe import Recipe
+from ..report.progress import Progress
+from .balance import Choice, choose, draw
+from .routes import Routes, blocks_with_experts, count_routes
+from .texts import RunTexts, prepare_texts, row_facts
 
 
 @dataclass(frozen=True)
-class Routes:
-    """`counts_RLE` int32; `blocks` are the numbers of the L blocks that have experts."""
+class Coverage:
+    """Rows (tokens) by expert: `counts` has a list an entry of `blocks`. `facts` is what scripts get besides."""
 
+    title: str
     blocks: list[int]
-    counts_RLE: torch.Tensor
+    counts: list[list[int]]
+    enough: int
+    facts: dict[str, Any]
 
-    def of(self, rows: list[int]) -> torch.Tensor:
-        """Counts [L, E] of these rows together."""
-        return self.counts_RLE[rows].sum(0)
+    def line(self) -> dict[str, Any]:
+        """The JSON line for scripts."""
+        every = [count for layer in self.counts for count in layer]
+        return {
+            "title": self.title,
+            **self.facts,
+            "experts": len(every),
+            "least_rows_of_an_expert": min(every),
+            "experts_without_rows": sum(count == 0 for count in every),
+            "experts_starved": sum(count < self.enough for count in every),
+            "blocks": [{"block": b, "expert_rows": c} for b, c in zip(self.blocks, self.counts, strict=True)],
+        }
 
 
-def blocks_with_experts(adapter: Adapter) -> list[int]:
-    return [b for b in range(adapter.n_blocks) if any(site.role is Role.EXPERT for site in adapter.sites(b))]
+def _strata(rows: list[Row], wanted: dict[int, int]) -> tuple[list[Hashable], dict[Hashable, int]]:
+    """Rows by length and whether they hold pictures, and how many of each are wanted: as many as the pool's shares."""
+    strata: list[Hashable] = [(len(row.tokens), row.pixels is not None) for row in rows]
+    have, quotas = Counter(strata), dict[Hashable, int]()
+    for length, count in wanted.items():
+        pictured, plain = have[length, True], have[length, False]
+        shown = min(pictured, round(count * pictured / max(1, pictured + plain)))
+        quotas[length, True], quotas[length, False] = shown, min(plain, count - shown)
+    return strata, quotas
 
 
-def count_routes(
-    adapter: Adapter,
-    source: TensorSource,
-    rows: list[Row],
-    batch_tokens: int,
-    store: RowStore,
-    device: torch.device,
-    dtype: torch.dtype,
+def choice_of(texts: RunTexts, routes: Routes, recipe: Recipe) -> Choice:
+    strata, quotas = _strata(texts.calibration, texts.wanted)
+    enough = max(1, recipe.warn_below_expert_rows)
+    return choose(routes.counts_RLE, strata, quotas, recipe.calibration_random_share, enough)
+
+
+def _chosen(texts: RunTexts, rows: list[int], facts: dict[str, Any]) -> RunTexts:
+    """The texts with the chosen rows alone, and what the record says of the choice."""
+    kept = [texts.calibration[row] for row in rows]
+    told = texts.facts["calibration"] | row_facts(kept) | {"balance": facts}
+    return replace(texts, calibration=kept, facts=texts.facts | {"calibration": told}, wanted={})
+
+
+def balanced(
+    texts: RunTexts,
+    model: Model,
+    recipe: Recipe,
+    work: Path,
+    batch: tuple[torch.device, torch.dtype],
     step: Step,
+) -> RunTexts:
+    """The pool's best rows, or the texts as they are where there is no pool. `work` keeps the choice."""
+    if not texts.calibration or not texts.wanted or recipe.calibration_pool == 1:
+        return texts
+    if not texts.is_pool or not blocks_with_experts(model.adapter):
+        told = "the texts fill no more rows than are wanted" if not texts.is_pool else "the model has no experts"
+        return replace(texts, warnings=[*texts.warnings, f"calibration_pool has nothing to choose from: {told}"])
+    path = work / "balance.json"
+    if not path.exists():
+        folder = work / "pool"
+        shutil.rmtree(folder, ignore_errors=True)
+        routes = _count(texts.calibration, model, recipe, folder, batch, step)
+        choice = choice_of(texts, routes, recipe)
+        drawn = draw(*_strata(texts.calibration, texts.wanted))
+        facts = {
+            "pool_rows": len(texts.calibration),
+            "pool_rows_digest": texts.facts["calibration"]["rows_digest"],
+            "chosen_digest": hashlib.sha256(json.dumps(choice.rows).encode()).hexdigest(),
+            "worth": choice.worth,
+            "worth_drawn": choice.worth_drawn,
+            "least_rows_of_an_expert": int(routes.of(choice.rows).min()),
+            "least_rows_drawn": int(routes.of(drawn).min()),
+        }
+        files.write_json(path, {"rows": choice.rows, "facts": facts})
+    kept = read_json(path)
+    return _chosen(texts, kept["rows"], kept["facts"])
+
+
+def _count(
+    rows: list[Row], model: Model, recipe: Recipe, folder: Path, batch: tuple[torch.device, torch.dtype], step: Step
 ) -> Routes:
-    """Walk `rows` through the model up to its last block with experts. Leaves the store empty."""
-    blocks = blocks_with_experts(adapter)
-    counts_RLE = torch.zeros(len(rows), len(blocks), adapter.n_experts, dtype=torch.int32)
-    groups = batches(rows, batch_tokens)
-    step.begin("coverage: embed")
-    embed(adapter, source, rows, groups, store, ("coverage",), device, dtype)
-    calls = Calls(adapter, device, dtype)
-    last = max(blocks, default=-1)
-    for index in range(last + 1):
-        step.begin("coverage: count", index)
-        block = load_block(adapter, source, index, device, dtype)
-        stacks = expert_stacks(block)
-        for k, numbers in enumerate(groups):
-            hidden = store.get(index, "coverage", k).to(device)
-            length = hidden.shape[1]
-            out = run_block(block, hidden, calls.of(length)[index])
-            if stacks is not None:
-                chosen = stacks.routes_TK.view(len(numbers), -1)
-                by_row = torch.zeros(len(numbers), adapter.n_experts, dtype=torch.int32, device=device)
-                by_row.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=torch.int32))
-                counts_RLE[numbers, blocks.index(index)] = by_row.cpu()
-            if index < last:
-                store.put(index + 1, "coverage", k, out)
-            step.advance(len(numbers) * length)
-        del block
-        store.drop(index)
-    return Routes(blocks, counts_RLE)
+    try:
+        return count_routes(
+            model.adapter, model.source, rows, recipe.batch_tokens, Activations(folder), *batch, step
+        )  # fmt: skip
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def coverage(
+    model_name: str,
+    recipe: Recipe,
+    *,
+    calibration: Path | None = None,
+    evaluation: Path | None = None,
+    device_name: str = "auto",
+    console: Console | None = None,
+    quiet: bool = False,
+) -> Coverage:
+    """What a run of `recipe` would feed to every expert, balancing included. One pass; nothing is quantized."""
+    recorded = _recorded(Path(model_name))
+    if recorded is not None:
+        return recorded
+    device = choose_device(device_name)
+    dtype = choose_dtype(recipe.compute_dtype, device)
+    model = open_source(model_name)
+    if not blocks_with_experts(model.adapter):
+        raise InputError(f"{model_name} has no experts: there is nothing to cover")
+    texts = prepare_texts(model, recipe, calibration, evaluation, needs_calibration=True)
+    with (
+        tempfile.TemporaryDirectory(prefix="onecard-coverage-") as folder,
+        Progress(f"onecard calibration coverage {model_name}", model.adapter.n_blocks, console, quiet) as progress,
+    ):
+        for warning in texts.warnings:
+            progress.warn(warning)
+        progress.begin("check weights")
+        refuse_nonfinite(model.folder, model.name)
+        work = Path(folder)
+        routes = _count(texts.calibration, model, recipe, work / "acts", (device, dtype), progress)
+        facts: dict[str, Any] = {"model": model_name, "recipe": recipe.name, "pool_rows": len(texts.calibration)}
+        rows = list(range(len(texts.calibration)))
+        if texts.is_pool:
+            choice = choice_of(texts, routes, recipe)
+            drawn = routes.of(draw(*_strata(texts.calibration, texts.wanted)))
+            rows = choice.rows
+            facts |= {"worth": choice.worth, "worth_drawn": choice.worth_drawn, "least_rows_drawn": int(drawn.min())}
+    kept = row_facts([texts.calibration[row] for row in rows])
+    facts |= {key: kept[key] for key in ("rows", "tokens", "rows_digest", "rows_with_images", "long_rows")}
+    title = f"{model_name}, {recipe.name}: {kept['rows']:,} rows, {kept['tokens']:,} tokens"
+    return Coverage(title, routes.blocks, routes.of(rows).tolist(), recipe.warn_below_expert_rows, facts)
+
+
+def _recorded(folder: Path) -> Coverage | None:
+    """The counts of a finished run, if `folder` is its OUT."""
+    path = folder / RECORD_NAME
+    if not path.is_file():
+        return None
+    record = read_json(path)
+    blocks = [block for block in record.get("blocks", []) if block.get("expert_rows")]
+    if not blocks:
+        raise InputError(f"{path} holds no counts: that run took no statistics of experts. Name the original model")
+    title = f"{folder}: the counts of its run"
+    enough = record["recipe"].get("warn_below_expert_rows", 0)
+    return Coverage(title, [b["block"] for b in blocks], [b["expert_rows"] for b in blocks], enough, {})

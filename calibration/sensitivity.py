@@ -31,13 +31,12 @@ Shape legend: N rows, T tokens a row, H hidden size, V vocabulary, O outputs of 
 """
 
 from collections.abc import Callable
-from math import isqrt
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..core.rows import Row, RowStore, Step, batches
+from ..core.rows import Row, RowStore, Step, batches, spacing
 from ..core.tensors import TensorSource
 from ..models.adapter import Adapter, Role, Site, read
 from ..models.walk import Calls, embed, final_norm, load_block, run_block, weight_view
@@ -57,16 +56,6 @@ Ties = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 # By site key or RESIDUAL: what errors of the outputs cost, fp32 [O, O], of trace O without the routers' part; and how
 # much tokens count in the statistics, fp32 [tokens of all batches in a line].
 Keep = Callable[[int, dict[str, torch.Tensor], dict[str, torch.Tensor]], None]
-
-
-def spacing(n_blocks: int) -> int:
-    """Hidden rows are stored before every so-manieth block on the way forward: about as many as lie between two."""
-    return max(1, isqrt(n_blocks))
-
-
-def rows_at_once(n_blocks: int) -> int:
-    """At how many places of the model hidden rows or gradients lie in the store at the same time, at most."""
-    return -(-n_blocks // spacing(n_blocks)) + spacing(n_blocks) + 1
 
 
 def token_weights(g_TO: torch.Tensor | None, row_TH: torch.Tensor, weighting: str) -> torch.Tensor:

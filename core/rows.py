@@ -1,6 +1,7 @@
 """Row: token ids of one document (or one packed stretch of several) on the way through a model, with its images."""
 
 from dataclasses import dataclass
+from math import isqrt
 from typing import Protocol
 
 import torch
@@ -60,3 +61,13 @@ class Step(Protocol):
     def begin(self, stage: str, block: int | None = None) -> None: ...
 
     def advance(self, tokens: int) -> None: ...
+
+
+def spacing(n_blocks: int) -> int:
+    """Hidden rows are stored before every so-manieth block on the way forward: about as many as lie between two."""
+    return max(1, isqrt(n_blocks))
+
+
+def rows_at_once(n_blocks: int) -> int:
+    """At how many places of the model hidden rows or gradients lie in the store at the same time, at most."""
+    return -(-n_blocks // spacing(n_blocks)) + spacing(n_blocks) + 1

@@ -9,12 +9,16 @@ what is not arithmetic (figures, intervals, files) is in no rate.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from ..checkpoint.plan import Plan
+from ..core.rates import Rates
+from ..core.rows import rows_at_once
 from ..models.adapter import Adapter, Half, Role
-from .plan import Plan
-from .rates import Rates
+from ..quantize.site import matrix_flops, working_bytes
+from ..recipe import Recipe, method_of, walks_back
 
 # Experts are held as they are stored, in bf16.
 STORED_BYTES = 2
@@ -178,4 +182,18 @@ def estimate(
         ram_bytes=ram,
         device_bytes=0 if on_cpu else device_bytes,
         disk_bytes=disk,
+    )
+
+
+def work_of(recipe: Recipe) -> Work:
+    method = method_of(recipe)
+    return Work(
+        method.needs_statistics,
+        recipe.sequential == "sites",
+        method.output_metric,
+        rows_at_once if walks_back(recipe, method) else None,
+        recipe.tune_epochs if method.needs_statistics else 0,
+        recipe.token_weighting == "gradient",
+        partial(working_bytes, method=method),
+        partial(matrix_flops, method=method),
     )

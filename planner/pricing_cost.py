@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..core.rates import Rates
 from ..models.adapter import Adapter, Role
-from .rates import Rates
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ headers: engines move bits about when they load, they do not pad.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from ..checkpoint.plan import Plan
 from ..models.adapter import Adapter, Role
 from ..models.cache import Split
-from .plan import Plan
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..core.method import Method
 from ..core.scheme import QuantizedWeight, Scheme
 from . import tabu
 from .gptq import BLOCK_COLUMNS, Prepared, gptq, prepare
@@ -20,32 +21,6 @@ from .restarts import PASSES, Stretch, prepare_restarts, restarted
 MOVE_FLOPS = 700.0
 # Groups wider than this get no restarts and no tabu search: a stretch of whole groups would be most of the row.
 WIDEST_SEARCHED = 512
-
-
-@dataclass(frozen=True)
-class Method:
-    """How codes are found. `name` is 'gptq', or what needs no statistics: 'rtn', or a format's own quantizer.
-    `output_blocks`: into how many blocks of rows an output metric cuts a matrix; 0 means that every output counts
-    alike. `restarts`: tries at each stretch of columns (quantize/restarts.py). `tabu_moves`: codes moved at each
-    stretch after that (quantize/tabu.py)."""
-
-    name: str
-    scale_search: bool = True
-    signed_scales: bool = True
-    damping: float = 0.01
-    activation_order: bool = True
-    refine_rounds: int = 0
-    restarts: int = 0
-    tabu_moves: int = 0
-    output_blocks: int = 0
-
-    @property
-    def output_metric(self) -> bool:
-        return self.needs_statistics and self.output_blocks > 1
-
-    @property
-    def needs_statistics(self) -> bool:
-        return self.name == "gptq"
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,13 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from ..core.units import clock, counted, gigabytes, size
 from .heatmap import BARS, least_line
-from .progress import clock, gigabytes
 from .record import RunRecord
 
 # Robust standard deviations by which an expert must stand out of its block to be named: sound ones were up to 10 out,
 # one with a scale changed by a tenth 20.
 STANDS_OUT = 12
-
-
-def size(count: float) -> str:
-    """Decimal units, said as such: 64.9 GB, 4.4 MB."""
-    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
 
 
 def labelled() -> Table:
@@ -28,10 +23,6 @@ def labelled() -> Table:
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
     return grid
-
-
-def counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def texts(facts: dict[str, Any]) -> str:

@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from .card import counted, labelled, size
+from ..core.units import counted, size
+from .card import labelled
 
 
 def draw_check(line: dict[str, Any], console: Console) -> None:

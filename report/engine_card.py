@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from .card import counted, labelled
+from ..core.units import counted
+from .card import labelled
 
 
 def draw_engines(line: dict[str, Any], console: Console) -> None:

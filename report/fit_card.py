@@ -13,7 +13,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from .card import counted, labelled, size
+from ..core.units import counted, size
+from .card import labelled
 
 GIB = 2**30
 ENGINES = {"vllm": "vLLM", "transformers": "transformers", "llama.cpp": "llama.cpp"}

@@ -9,8 +9,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from ..core.units import counted
 from ..core.verdict import BASELINE, Verdict
-from .card import counted
 
 # Control characters can steer a terminal, and no XML can hold them; a lone surrogate cannot be written at all.
 _FORBIDDEN = re.compile("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")

@@ -20,8 +20,9 @@ from huggingface_hub.utils import validate_repo_id
 from ..core.errors import InputError
 from ..core.layout import CARD_MARK
 from ..core.scheme import GRIDS
+from ..core.units import counted, size
 from . import licence as licences
-from .card import counted, few_bits, size
+from .card import few_bits
 from .card_tables import base_name, code, flips, kinds, measured, provenance, words
 from .engines import engines
 from .licence import Licence

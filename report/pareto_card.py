@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from .card import size
+from ..core.units import size
 
 ROWS, COLUMNS = 14, 62
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

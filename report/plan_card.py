@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from .card import labelled, size
-from .progress import clock
+from ..core.units import clock, size
+from .card import labelled
 
 
 def draw_plan(result: Any, tensors: bool, console: Console) -> None:

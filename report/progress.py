@@ -9,20 +9,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from ..core.units import clock, gigabytes
 from .resources import peak_device_bytes, peak_rss_bytes
 
 # On a pipe or in a log: a line when this many seconds have gone by, or this share of the run if that is more, so that a
 # night's log stays short. Stages outside the blocks get one each.
 PLAIN_SECONDS, PLAIN_SHARE = 10.0, 0.01
-
-
-def clock(seconds: float) -> str:
-    whole = int(seconds)
-    return f"{whole // 3600:d}:{whole // 60 % 60:02d}:{whole % 60:02d}"
-
-
-def gigabytes(count: float) -> str:
-    return f"{count / 1e9:.2f} GB"
 
 
 class Progress:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from .card import counted
+from ..core.units import counted
 
 # Of a row no more is shown than this many tokens, from its head and its end.
 HEAD_TOKENS, TAIL_TOKENS = 420, 120

@@ -9,9 +9,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import AutoModelForCausalLM
 
 import babies
-from onecard.checkpoint import gguf_write
-from onecard.checkpoint.formats.gguf_tokenizer import QWEN2
-from onecard.prepare import Model, open_model
+from onecard.checkpoint.gguf import write as gguf_write
+from onecard.checkpoint.gguf.tokenizer import QWEN2
+from onecard.checkpoint.model import Model, open_model
 
 SPECIAL = ["<|begin_of_text|>", "<|eot|>", "<|pad|>"]
 TEXTS = ["the cat sat on the mat", "a dog and a cat", "that is that, then: 12345 of them!"]

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from onecard.bits.allocate import Choice, allocate
+from onecard.bits.prices import Priced, UnitPrices, gain_of, together
+from onecard.bits.pricing import Prices
 from onecard.core.errors import FitError
 from onecard.core.scheme import Scheme
-from onecard.planner.allocate import Choice, allocate
-from onecard.planner.prices import Priced, UnitPrices, gain_of, together
-from onecard.pricing import Prices
 
 WIDTHS = [Scheme(4, 128), Scheme(4, 64), Scheme(4, 32), Scheme(8, 128), None]
 ERRORS = [0.11, 0.1, 0.09, 0.006, 0.0]

@@ -27,18 +27,19 @@ from transformers import (
 )
 
 import babies
-from onecard.check import check
+from onecard.checkpoint.assign import plan_for
 from onecard.checkpoint.formats.bitsandbytes import dense_4bit, dense_8bit
 from onecard.checkpoint.formats.bitsandbytes_write import STATE_PART, layout, quantization_config, quantize
+from onecard.checkpoint.inspect import inspect
+from onecard.checkpoint.loading import load_with_transformers
+from onecard.checkpoint.model import Model, open_model, open_source
 from onecard.checkpoint.packed import PackedSource
+from onecard.conversion.export import export
 from onecard.core.errors import InputError
 from onecard.core.scheme import BY_ROW, INT8_ROWS, NF4, Scheme
 from onecard.core.tensors import DTYPE_NAMES
-from onecard.export import export
-from onecard.generate import load_with_transformers
-from onecard.inspection import inspect
 from onecard.models.adapter import Role, read
-from onecard.prepare import Model, open_model, open_source, plan_for
+from onecard.publish.check import check
 from onecard.recipe import Recipe, load_recipe
 
 SCHEMES = {"bnb-nf4": Scheme(4, 64, True, NF4), "bnb-int8": Scheme(8, BY_ROW, True, INT8_ROWS)}

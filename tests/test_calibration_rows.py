@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from onecard.inspection import plan
-from onecard.prepare import open_model
+from onecard.calibration.texts import calibration_rows, prepare_texts
+from onecard.checkpoint.model import open_model
+from onecard.forecast import plan
 from onecard.recipe import METHODS, Recipe
-from onecard.texts import calibration_rows, prepare_texts
 
 # Inputs of the widest expert matrix x experts / experts a token: a dense layer's 160 inputs of maverick do not count.
 INPUTS_OF_ALL = {"scout": 96 * 8, "maverick": 96 * 8, "qwen3": 64 * 8 // 2}

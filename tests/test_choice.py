@@ -13,14 +13,14 @@ import torch
 from conftest import Silence
 
 from babies import changed_copy, noise
+from onecard.checkpoint.loading import load_with_transformers
+from onecard.checkpoint.model import open_model
 from onecard.checkpoint.workdir import Activations
 from onecard.core.errors import InputError
 from onecard.core.rows import Row
 from onecard.eval.choice import LENGTHS, Request, Scored, ask, scores
 from onecard.eval.kl import TokenResults
 from onecard.eval.twin import Asked, Side, Twin, twin_walk
-from onecard.generate import load_with_transformers
-from onecard.prepare import open_model
 
 CPU = torch.device("cpu")
 

@@ -18,11 +18,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from babies import make_baby
-from onecard import cli, inspection, stages
+from onecard import cli, forecast
+from onecard.blocks import quantize as stages
+from onecard.checkpoint import inspect
+from onecard.checkpoint.model import open_model, stored_widths
 from onecard.checkpoint.source import Folder, open_folder
 from onecard.core import errors
 from onecard.models.families import load_adapter
-from onecard.prepare import open_model, stored_widths
 from onecard.quantize.site import SiteResult
 from onecard.recipe import load_recipe, recipe_names
 
@@ -104,7 +106,7 @@ def test_a_bug_of_ours_keeps_its_traceback(onecard: Callable[..., Result], monke
     def broken(name: str) -> None:
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr(inspection, "inspect", broken)
+    monkeypatch.setattr(inspect, "inspect", broken)
     assert isinstance(onecard("inspect", "demo").exception, ZeroDivisionError)
 
 
@@ -193,7 +195,7 @@ def test_plan_is_exact_before_a_weight_is_read(
         patch.setattr(Folder, "get", never)
         promised = one_line(onecard("plan", baby(family), "--recipe", use))
         listed = onecard("plan", baby(family), "--recipe", use, "--tensors").stderr
-        plan = inspection.plan(str(baby(family)), load_recipe(str(use))).plan
+        plan = forecast.plan(str(baby(family)), load_recipe(str(use))).plan
     line = one_line(onecard("quantize", baby(family), out, "--recipe", use, *texts))
     sizes = {path.name: os.stat(path).st_size for path in out.glob("*.safetensors")}
     assert {shard.file: shard.file_bytes for shard in plan.shards} == sizes

@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from onecard.calibration.coverage import count_routes
+from onecard.calibration.routes import count_routes
+from onecard.checkpoint.loading import load_with_transformers
+from onecard.checkpoint.model import open_model
 from onecard.checkpoint.workdir import Activations
 from onecard.core.rows import Row
-from onecard.generate import load_with_transformers
-from onecard.prepare import open_model
 from onecard.report.heatmap import BARS, NONE, STEPS, draw_coverage, least_line, step_of, svg
 
 Check = Callable[..., str]
@@ -86,7 +86,7 @@ def test_a_run_calibrates_on_the_chosen_rows(
     monkeypatch.setattr(pipeline, "quantize_block", lambda job, step: _stop() if job.index else whole(job, step))
     assert onecard("quantize", baby("llama4-text"), out, *arguments).exit_code == 130
     monkeypatch.setattr(pipeline, "quantize_block", whole)
-    import onecard.coverage as coverage
+    from onecard.calibration import coverage
 
     monkeypatch.setattr(coverage, "count_routes", lambda *_: pytest.fail("counted again"))
     result = onecard("quantize", baby("llama4-text"), out, *arguments, "--resume")

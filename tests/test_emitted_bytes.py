@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
+from onecard.checkpoint.assign import plan_for
+from onecard.checkpoint.model import open_headers
+from onecard.checkpoint.plan import Plan
 from onecard.core.scheme import GRIDS
 from onecard.pipeline import quantize
-from onecard.planner.plan import Plan
-from onecard.prepare import open_headers, plan_for
 from onecard.recipe import Limits, Recipe, load_recipe, recipe_names
 
 FAMILIES = {"scout": "llama4", "maverick": "llama4", "llama4-text": "llama4", "qwen3": "qwen3_moe"}

@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from conftest import Silence
 
 from babies import changed_copy, noise
+from onecard.checkpoint.loading import load_with_transformers
+from onecard.checkpoint.model import open_model
 from onecard.checkpoint.workdir import Activations
 from onecard.core.rows import Row, batches
 from onecard.eval import errors
 from onecard.eval.errors import WORST_EXPERTS, places_of
 from onecard.eval.twin import Side, twin_walk
-from onecard.generate import load_with_transformers
 from onecard.models.adapter import read
-from onecard.prepare import open_model
 
 FAMILIES = ["scout", "maverick", "llama4-text", "qwen3"]
 Found = dict[str, Any]

@@ -11,13 +11,14 @@ import torch
 from click.testing import Result
 from conftest import listing, run_onecard, write_recipe
 
-from onecard import conversion, export
 from onecard.checkpoint import files
 from onecard.checkpoint.formats import compressed_tensors as ct
+from onecard.checkpoint.loading import load_with_transformers
+from onecard.checkpoint.model import Model, open_model
 from onecard.checkpoint.packed import PackedSource
 from onecard.checkpoint.source import open_folder
-from onecard.generate import load_with_transformers
-from onecard.prepare import Model, open_model
+from onecard.conversion import export
+from onecard.conversion import layout as conversion
 
 # Maverick has blocks with experts and blocks without; Scout is the same with experts in all.
 FAMILIES = ("maverick", "llama4-text", "qwen3")

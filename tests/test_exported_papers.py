@@ -8,8 +8,8 @@ import pytest
 from click.testing import Result
 from conftest import run_onecard, write_recipe
 
-from onecard import export
 from onecard.checkpoint.source import open_folder
+from onecard.conversion import export
 from onecard.report.engines import engines
 
 SAID = ("--base-model", "somebody/baby", "--license", "apache-2.0")

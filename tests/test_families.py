@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 
 import babies
 import foreign
+from onecard.checkpoint.model import open_model
 from onecard.core.tensors import TensorInfo
 from onecard.models.adapter import Adapter, Half, Role
 from onecard.models.cache import CacheLayer, Split
 from onecard.models.families import ADAPTERS, load_adapter
 from onecard.models.walk import Calls, load_block, observed, only, run_block
-from onecard.prepare import open_model
 
 FAMILIES = ["scout", "qwen3", "deepseek", "mixtral"]
 CPU = torch.device("cpu")

@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 import foreign
-from onecard.candidates import candidates_of, entries_of, own_candidate, recipe_candidate
+from onecard.checkpoint.assign import plan_for
+from onecard.checkpoint.model import Model, open_model
 from onecard.core.errors import InputError
 from onecard.models.cache import CacheLayer
+from onecard.planner.candidates import candidates_of, entries_of, own_candidate, recipe_candidate
 from onecard.planner.cards import CARDS, GIB, Card, find_card
 from onecard.planner.changes import Choice, changes
 from onecard.planner.fit import (
@@ -32,11 +34,10 @@ from onecard.planner.fit import (
     weight_budget_bytes,
 )
 from onecard.planner.kv import cache_rates
+from onecard.planner.sizing import size_up
 from onecard.planner.weights import DeviceWeights, cut_problems, planned_weights
 from onecard.planner.workspace import Sizes, workspace_bytes
-from onecard.prepare import Model, open_model, plan_for
 from onecard.recipe import Recipe, load_recipe
-from onecard.sizing import size_up
 
 H100 = find_card("h100-80gb")[1]
 

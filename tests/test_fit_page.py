@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from hollow import SCOUT, published, write_hollow
 
+from onecard.checkpoint.model import open_model
 from onecard.core.errors import InputError
 from onecard.planner.cards import GIB, find_card
 from onecard.planner.fit import Request
-from onecard.prepare import open_model
+from onecard.planner.sizing import size_up
 from onecard.report import html
 from onecard.report.page.parts import Section
 from onecard.report.reading import check_record
-from onecard.sizing import size_up
 from records import full_record
 
 

@@ -16,15 +16,16 @@ from hollow import QWEN3, SCOUT, published, write_hollow
 from rich.console import Console
 from test_workdir import Stopped, contents, differences
 
-from onecard.candidates import entries_of, recipe_candidate
+from onecard.bits.fitting import bytes_of_units, fit_to, menu_of, priced_units
+from onecard.bits.prices import Priced, UnitPrices
+from onecard.bits.pricing import Prices
+from onecard.checkpoint.assign import plan_for
+from onecard.checkpoint.model import Model, open_model, open_source, stored_weights
 from onecard.core.errors import FitError, InputError
 from onecard.core.scheme import Scheme
-from onecard.fitting import bytes_of_units, fit_to, menu_of, priced_units
+from onecard.planner.candidates import entries_of, recipe_candidate
 from onecard.planner.cards import find_card
 from onecard.planner.fit import Needs, Request, weight_budget_bytes
-from onecard.planner.prices import Priced, UnitPrices
-from onecard.prepare import Model, open_model, open_source, plan_for, stored_weights
-from onecard.pricing import Prices
 from onecard.recipe import Recipe, load_recipe, recorded_recipe
 from onecard.report.pareto_card import draw_pareto
 
@@ -113,7 +114,9 @@ def test_prices_of_pareto_serve_quantize(
     assert differences(contents(out), contents(whole)) == []
 
 
-@pytest.mark.parametrize("where", ["onecard.pricing._at_the_head", "onecard.pipeline.fit_to", "onecard.pipeline.embed"])
+@pytest.mark.parametrize(
+    "where", ["onecard.bits.pricing._at_the_head", "onecard.pipeline.fit_to", "onecard.pipeline.embed"]
+)
 def test_stopped_between_pricing_and_quantizing(
     whole: Path, baby: Callable[..., Path], texts: list[str], use: Path, tmp_path: Path, where: str
 ) -> None:
@@ -131,8 +134,8 @@ def test_stopped_between_pricing_and_quantizing(
     assert not out.exists()
     with pytest.MonkeyPatch.context() as patch:
         # What was committed is not measured again.
-        patch.setattr("onecard.pricing._price_block", None)
-        if not where.startswith("onecard.pricing"):
+        patch.setattr("onecard.bits.pricing._price_block", None)
+        if not where.startswith("onecard.bits.pricing"):
             patch.setattr("onecard.pipeline.price_model", None)
         result = run_onecard(*command, "--resume")
     assert result.exit_code == 0, result.output + repr(result.exception)

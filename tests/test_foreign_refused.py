@@ -12,10 +12,10 @@ from click.testing import Result
 from safetensors.torch import save_file
 
 import foreign
+from onecard.checkpoint.model import open_model
 from onecard.checkpoint.packed import open_packed
 from onecard.checkpoint.source import open_folder
 from onecard.core.errors import InputError
-from onecard.prepare import open_model
 
 Parts = dict[str, torch.Tensor]
 Block = dict[str, Any]

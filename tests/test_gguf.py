@@ -18,13 +18,13 @@ from tokenizers import Tokenizer
 
 import foreign
 from babies import edit_json
-from onecard.checkpoint import gguf_write
-from onecard.checkpoint.formats import gguf_tokenizer as tokenizers
+from onecard.checkpoint.gguf import tokenizer as tokenizers
+from onecard.checkpoint.gguf import write as gguf_write
+from onecard.checkpoint.model import Model, open_model
 from onecard.checkpoint.packed import PackedSource
 from onecard.core.errors import InputError
 from onecard.models import gguf as words
 from onecard.models.adapter import Role, read
-from onecard.prepare import Model, open_model
 
 FAMILIES = ("scout", "maverick", "qwen3")
 # Method and scheme of a run -> what its matrices are in the file.

@@ -8,8 +8,8 @@ from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onecard.checkpoint.formats import gguf_blocks as blocks
-from onecard.checkpoint.formats import gguf_file
+from onecard.checkpoint.gguf import blocks
+from onecard.checkpoint.gguf import file as gguf_file
 from onecard.core.scheme import BY_ROW, QuantizedWeight, Scheme
 
 GROUPS = st.sampled_from([32, 64, 128, BY_ROW])

@@ -17,12 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from babies import edit_json
-from onecard.checkpoint import gguf_write
-from onecard.checkpoint.formats import gguf_file
+from onecard.checkpoint.gguf import file as gguf_file
+from onecard.checkpoint.gguf import write as gguf_write
+from onecard.checkpoint.model import open_model
 from onecard.checkpoint.packed import PackedSource
 from onecard.core.errors import InputError
 from onecard.models import gguf as words
-from onecard.prepare import open_model
 
 FILE = gguf_write.FILE_NAME
 

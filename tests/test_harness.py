@@ -13,12 +13,12 @@ from click.testing import Result
 from transformers import AutoModelForCausalLM
 
 from onecard.calibration.tokens import Encoder
+from onecard.checkpoint.model import open_model
 from onecard.core.errors import InputError
 from onecard.eval import twin
 from onecard.eval.choice import Request
-from onecard.harness import encode_pair
-from onecard.prepare import open_model
-from onecard.tasks import load_task, requests_of
+from onecard.eval.lm_eval_tasks import encode_pair
+from onecard.eval.tasks import load_task, requests_of
 
 Run = Callable[..., Result]
 BOS = 0
@@ -118,7 +118,7 @@ def test_a_local_task_says_what_the_harness_says(
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    from onecard import twin_lm
+    from onecard.eval import lm_eval_model as twin_lm
 
     source, (checkpoint, _) = baby("qwen3"), emitted("qwen3")
     path = task(metric_list=[{"metric": "acc"}], fewshot_split="test")
@@ -159,7 +159,7 @@ def test_texts_scored_whole_are_cut_into_windows(
 ) -> None:
     """loglikelihood_rolling: every token is predicted once, the first after the token that begins a text."""
     task()
-    from onecard import twin_lm
+    from onecard.eval import lm_eval_model as twin_lm
 
     source = baby("qwen3")
     pair = twin_lm.open_twin(str(source), str(source), device_name="cpu")

@@ -6,7 +6,7 @@ import pytest
 from hollow import MAVERICK, QWEN3, SCOUT, published, write_hollow
 from safetensors import safe_open
 
-from onecard.inspection import inspect
+from onecard.checkpoint.inspect import inspect
 from onecard.models.families import load_adapter
 
 

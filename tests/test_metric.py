@@ -5,15 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from onecard.calibration.moments import SiteMoments
+from onecard.core.method import Method
 from onecard.core.scheme import QuantizedWeight, Scheme
 from onecard.quantize.gptq import prepare
-from onecard.quantize.metric import (
-    METRIC_DAMPING,
-    quantize_by_row_blocks,
-    swiglu_metric,
-    swiglu_slopes,
-)
-from onecard.quantize.site import Method, quantize_batch
+from onecard.quantize.metric import METRIC_DAMPING, quantize_by_row_blocks, swiglu_metric, swiglu_slopes
+from onecard.quantize.site import quantize_batch
 
 SCHEME = Scheme(4, 32, True)
 

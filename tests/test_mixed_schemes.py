@@ -18,9 +18,9 @@ from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.quantization.lifecycle.apply import apply_quantization_config
 from safetensors.torch import load_file
 
+from onecard.checkpoint.model import open_model
 from onecard.checkpoint.packed import PackedSource
 from onecard.core.scheme import BY_ROW, Scheme
-from onecard.prepare import open_model
 
 ROLES = ["expert", "shared_expert", "mlp", "attention"]
 SCHEMES = {

@@ -12,14 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from babies import make_model
-from onecard import pricing
+from onecard.bits import pricing
+from onecard.bits.fitting import menu_of, price_model, priced_units, resolved
+from onecard.bits.pricing import Prices, identity_of, priced_rows
+from onecard.checkpoint.assign import plan_for
+from onecard.checkpoint.model import Model, open_source
 from onecard.core.errors import InputError
 from onecard.core.rows import Row
 from onecard.core.scheme import Scheme
-from onecard.fitting import menu_of, price_model, priced_units, resolved
 from onecard.models.walk import weight_view
-from onecard.prepare import Model, open_source, plan_for
-from onecard.pricing import Prices, identity_of, priced_rows
 from onecard.recipe import KEEP, Recipe
 
 CPU = torch.device("cpu")
@@ -132,7 +133,7 @@ def test_prices_are_those_of_the_whole_model(
 
 @pytest.mark.parametrize("family", ["scout", "qwen3", "mixtral"])
 def test_widths_have_the_bytes_that_the_plan_lays_out(baby: Callable[..., Path], family: str) -> None:
-    from onecard.fitting import bytes_of_units
+    from onecard.bits.fitting import bytes_of_units
 
     model, recipe = open_source(str(baby(family))), made()
     units, menu = priced_units(model.adapter, recipe), menu_of(recipe)

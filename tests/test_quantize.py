@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onecard.calibration.moments import SiteMoments
+from onecard.core.method import Method
 from onecard.core.scheme import QuantizedWeight, Scheme
 from onecard.quantize.gptq import factor, gptq, prepare
 from onecard.quantize.grid import (
@@ -24,7 +25,7 @@ from onecard.quantize.grid import (
     round_to_nearest,
     searched_scales,
 )
-from onecard.quantize.site import Method, cuts, quantize_batch, relative_output_error, working_bytes
+from onecard.quantize.site import cuts, quantize_batch, relative_output_error, working_bytes
 from onecard.recipe import Recipe
 
 SCHEMES = [Scheme(bits, 32, symmetric) for bits in (4, 8) for symmetric in (True, False)]

@@ -10,10 +10,11 @@ import torch
 from click.testing import Result
 from conftest import refused
 
-from onecard import inspection, measuring
-from onecard.inspection import cost_of, plan
-from onecard.planner import rates as rates_module
-from onecard.planner.rates import Rates, keep_rates, kept_rates, rates_file, uniform
+from onecard import forecast
+from onecard.core import rates as rates_module
+from onecard.core.rates import Rates, keep_rates, kept_rates, rates_file, uniform
+from onecard.eval import machine_rates
+from onecard.forecast import cost_of, plan
 from onecard.recipe import load_recipe
 
 RATES = Rates(1e9, 2e9, 3e9, 4e9, 5e8, 6e8)
@@ -78,8 +79,8 @@ def test_plan_measures_keeps_and_says_where_its_rates_come_from(
     onecard: Callable[..., Result], baby: Callable[..., Path], recipe: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(measuring, "SECONDS", 0.02)
-    monkeypatch.setattr(measuring, "FILE_BYTES", 2**24)
+    monkeypatch.setattr(machine_rates, "SECONDS", 0.02)
+    monkeypatch.setattr(machine_rates, "FILE_BYTES", 2**24)
     use = ("plan", baby("scout"), "--device", "cpu", "--recipe")
 
     def said(*arguments: object) -> dict[str, object]:
@@ -108,7 +109,7 @@ def test_a_disk_that_cannot_be_measured_is_exit_code_4(
     def full(*_: object) -> Rates:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(inspection, "measure_rates", full)
+    monkeypatch.setattr(forecast, "measure_rates", full)
     refused(onecard("plan", baby("scout"), "--recipe", recipe(), "--measure"), "No space left", "--measure", code=4)
 
 

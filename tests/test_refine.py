@@ -8,13 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onecard.calibration.moments import SiteMoments
+from onecard.core.method import Method
 from onecard.core.scheme import QuantizedWeight, Scheme
 from onecard.quantize.correction import corrected
 from onecard.quantize.gptq import Prepared, factor, gptq, prepare
 from onecard.quantize.grid import absmax_scales, round_to_nearest
 from onecard.quantize.refine import refine
 from onecard.quantize.restarts import prepare_restarts, restarted
-from onecard.quantize.site import Method, quantize_batch
+from onecard.quantize.site import quantize_batch
 
 
 def problem(seed: int, batch: int = 2, outputs: int = 6, inputs: int = 64) -> tuple[torch.Tensor, torch.Tensor]:

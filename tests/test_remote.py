@@ -19,7 +19,7 @@ import foreign
 from hub_standin import Hub, serve
 from onecard import prepare
 from onecard.checkpoint import remote
-from onecard.prepare import open_headers
+from onecard.checkpoint.model import open_headers
 
 TOKEN = "hf_" + "PlantedSecretOfATest"
 REPO = "somebody/model"

@@ -9,12 +9,12 @@ import torch
 from conftest import Silence
 from transformers import AutoModelForCausalLM, Llama4ForConditionalGeneration
 
-from onecard.calibration.sensitivity import NEAR_SHARE, RESIDUAL, rows_at_once, sensitivities
+from onecard.calibration.sensitivity import NEAR_SHARE, RESIDUAL, sensitivities
+from onecard.checkpoint.model import open_model
 from onecard.checkpoint.workdir import Activations
-from onecard.core.rows import Row
+from onecard.core.rows import Row, rows_at_once
 from onecard.models.adapter import Half
 from onecard.models.walk import Calls
-from onecard.prepare import open_model
 
 CPU = torch.device("cpu")
 

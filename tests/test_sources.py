@@ -22,11 +22,11 @@ from onecard.calibration.columns import Columns, document_from
 from onecard.calibration.documents import Document, document_of, spelled
 from onecard.calibration.packing import Layout, mixed, pack, quotas
 from onecard.calibration.sources import Limit, Source, read_source, split_by_digest
+from onecard.calibration.texts import prepare_texts
+from onecard.checkpoint.model import open_model
 from onecard.core.errors import InputError
 from onecard.core.rows import Part, Row
-from onecard.prepare import open_model
 from onecard.recipe import Recipe, load_recipe
-from onecard.texts import prepare_texts
 
 Check = Callable[..., str]
 

@@ -12,10 +12,10 @@ from conftest import Silence
 
 from onecard.calibration.decode import BlockDecoder
 from onecard.calibration.sources import read_jsonl
+from onecard.calibration.synthesis import pick
+from onecard.checkpoint.loading import load_with_transformers
+from onecard.checkpoint.model import open_model
 from onecard.core.rows import Row
-from onecard.generate import load_with_transformers
-from onecard.prepare import open_model
-from onecard.synthesis import pick
 
 Check = Callable[..., str]
 
@@ -89,7 +89,7 @@ def test_killed_and_resumed(
     baby: Callable[..., Path], write: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     refused: Check, way: list[str],
 ) -> None:  # fmt: skip
-    import onecard.synthesis as synthesis
+    from onecard.calibration import synthesis
 
     model = baby("llama4-text")
     assert write(model, tmp_path / "whole.jsonl", *way).exit_code == 0

@@ -15,10 +15,10 @@ from datasets import Dataset
 from transformers import Llama4ForConditionalGeneration
 
 from onecard.calibration.tokens import Encoder
+from onecard.checkpoint.model import demo_folder, open_model
 from onecard.core.errors import InputError, ResourceError
 from onecard.demo import measure, tokens
-from onecard.prepare import demo_folder, open_model
-from onecard.tasks import Item, Task, load_task, requests_of
+from onecard.eval.tasks import Item, Task, load_task, requests_of
 
 Jsonl = Callable[..., Path]
 GOOD = {"question": "Which?", "choices": ["this", "that"], "answer": 1}

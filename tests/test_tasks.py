@@ -10,7 +10,7 @@ import pytest
 
 from onecard.core.errors import InputError
 from onecard.eval.choice import Scored
-from onecard.tasks import Item, Task, answered, flips_facts, item_of, load_task
+from onecard.eval.tasks import Item, Task, answered, flips_facts, item_of, load_task
 
 Jsonl = Callable[..., Path]
 GOOD = {"question": "Which?", "choices": ["this", "that"], "answer": 1}

@@ -18,13 +18,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import babies
+from onecard.checkpoint.assign import plan_for
+from onecard.checkpoint.loading import load_with_transformers
+from onecard.checkpoint.model import Model, open_model, open_source
 from onecard.checkpoint.packed import PackedSource
 from onecard.checkpoint.source import open_folder
 from onecard.core.errors import OnecardError
-from onecard.generate import load_with_transformers
 from onecard.models.adapter import Role, read
 from onecard.pipeline import quantize
-from onecard.prepare import Model, open_model, open_source, plan_for
 from onecard.recipe import Recipe
 from onecard.report.record import RunRecord
 

@@ -10,12 +10,12 @@ import torch
 from click.testing import Result
 from conftest import Silence, refused
 
+from onecard.blocks.streams import MIDDLE, QUANTIZED, REFERENCE, HalfJob
+from onecard.blocks.tuning import tune
+from onecard.checkpoint.model import open_model
 from onecard.checkpoint.workdir import Activations
 from onecard.models.adapter import Half
 from onecard.models.walk import Calls, expert_stacks, load_block, only, run_block
-from onecard.prepare import open_model
-from onecard.streams import MIDDLE, QUANTIZED, REFERENCE, HalfJob
-from onecard.tuning import tune
 
 CPU = torch.device("cpu")
 GROUPS = [[0, 1], [2, 3], [4]]
@@ -87,7 +87,7 @@ def test_the_loss_is_the_formula(half: Callable[..., Half0]) -> None:
 
 
 def test_the_loss_falls_on_the_whole(half: Callable[..., Half0], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onecard.tuning.FEW", 0.0)
+    monkeypatch.setattr("onecard.blocks.tuning.FEW", 0.0)
     one = half(0.2)
     before = one.loss()
     losses = one.tuned(40)
@@ -97,7 +97,7 @@ def test_the_loss_falls_on_the_whole(half: Callable[..., Half0], monkeypatch: py
 
 def test_the_metric_says_what_is_learned(half: Callable[..., Half0], monkeypatch: pytest.MonkeyPatch) -> None:
     """Errors that cost nothing stay: with a metric of one direction that one is mended, and the mean of all is not."""
-    monkeypatch.setattr("onecard.tuning.FEW", 0.0)
+    monkeypatch.setattr("onecard.blocks.tuning.FEW", 0.0)
     one = half(0.2)
     direction = torch.zeros(one.adapter.hidden_size)
     direction[5] = 1.0
@@ -145,13 +145,13 @@ def test_experts_move_by_their_rows(baby: Callable[..., Path], tmp_path: Path, m
         return (stacks.down.detach().float() - before).flatten(1).norm(dim=1), rows, before.shape[-1]
 
     # Steps so long and shrinkage so weak that the rounding of bf16 stacks plays no part.
-    monkeypatch.setattr("onecard.tuning.RATE", 0.02)
-    monkeypatch.setattr("onecard.tuning.FEW", 0.05)
+    monkeypatch.setattr("onecard.blocks.tuning.RATE", 0.02)
+    monkeypatch.setattr("onecard.blocks.tuning.FEW", 0.05)
     shrunk, rows, inputs = moved("shrunk")
     assert rows.min() == 0 < rows.max()
     assert (shrunk[rows == 0] == 0).all()
     assert (shrunk[rows > 0] > 0).all()
-    monkeypatch.setattr("onecard.tuning.FEW", 1e-9)  # not 0: an expert without rows would be 0 / 0
+    monkeypatch.setattr("onecard.blocks.tuning.FEW", 1e-9)  # not 0: an expert without rows would be 0 / 0
     whole, _, _ = moved("whole")
     expected = whole * rows / (rows + 0.05 * inputs)
     assert (expected < 0.8 * whole)[rows > 0].any()

@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM, Llama4ForConditionalGeneration
 import babies
 from onecard.calibration.sources import read_jsonl
 from onecard.calibration.tokens import Encoder
+from onecard.checkpoint.model import demo_folder, open_model
 from onecard.checkpoint.source import open_folder
 from onecard.core.rows import Row, batches
 from onecard.core.tensors import Index, TensorInfo, TensorSource
 from onecard.models.adapter import Adapter, Site, read
 from onecard.models.families import load_adapter
 from onecard.models.walk import Calls, Embedder, expert_stacks, final_norm, load_block, observed, run_block
-from onecard.prepare import demo_folder, open_model
 
 CPU = torch.device("cpu")
 FAMILIES = (

@@ -658,7 +658,7 @@ def test_ctrl_c_says_how_to_go_on(run: Run, refused: Check, whole: Contents, wor
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("onecard.stages._quantize_site", interrupted)
+        patch.setattr("onecard.blocks.quantize._quantize_site", interrupted)
         result = run(*flags)
     assert result.exit_code == 130
     assert result.stdout == ""
@@ -680,7 +680,7 @@ def test_sigterm_is_ctrl_c(run: Run, whole: Contents) -> None:
 
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("onecard.stages._quantize_site", terminated)
+            patch.setattr("onecard.blocks.quantize._quantize_site", terminated)
             result = run()
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -697,7 +697,7 @@ def test_ctrl_c_in_verify(
         raise KeyboardInterrupt
 
     out, _ = emitted(FAMILY)  # before it is broken: quantize verifies too
-    monkeypatch.setattr("onecard.verification.twin_walk", interrupted)
+    monkeypatch.setattr("onecard.eval.verify.twin_walk", interrupted)
     result = onecard("verify", baby(FAMILY), out, *texts[2:])
     assert result.exit_code == 130
     assert result.stdout == ""
@@ -709,7 +709,7 @@ def test_memory_that_runs_out(run: Run, refused: Check, whole: Contents, monkeyp
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     with monkeypatch.context() as patch:
-        patch.setattr("onecard.stages._quantize_site", out_of_memory)
+        patch.setattr("onecard.blocks.quantize._quantize_site", out_of_memory)
         refused(run(), "memory", "output_blocks", "--resume", code=4)
     assert differences(run.resumed(), whole) == []
 

@@ -24,9 +24,9 @@ from safetensors.torch import load_file, save_file
 from vllm_environment import BUILD
 
 from onecard.checkpoint.formats import compressed_tensors as ct
-from onecard.export import export
+from onecard.checkpoint.model import demo_folder
+from onecard.conversion.export import export
 from onecard.models.llama4 import Llama4Adapter
-from onecard.prepare import demo_folder
 
 Tensors = dict[str, torch.Tensor]
 LAYER = "language_model.model.layers.0."

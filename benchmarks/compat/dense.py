@@ -14,8 +14,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from onecard.checkpoint.model import open_model
 from onecard.models.adapter import Role
-from onecard.prepare import open_model
 
 # Of the text model's folder: neither the tower's, nor papers of files that are not there.
 LEFT_OUT = ("config.json", "model.safetensors.index.json", "onecard.json")

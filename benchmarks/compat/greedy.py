@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from dense import run
 
-from onecard.generate import load_with_transformers
+from onecard.checkpoint.loading import load_with_transformers
 
 HERE = Path(__file__).resolve().parent
 

@@ -52,15 +52,15 @@ from torch import nn
 from transformers.utils import logging
 from vllm_environment import BUILD, interpreter
 
-from onecard.checkpoint import gguf_write
+from onecard.calibration.texts import prepare_texts
+from onecard.checkpoint.gguf import write as gguf_write
+from onecard.checkpoint.model import Model, open_model
 from onecard.core.rows import Row
 from onecard.models import gguf as words
 from onecard.models.adapter import Adapter, read
 from onecard.models.experts import RoutedExperts
 from onecard.models.walk import Calls, Embedder, final_norm, load_block, run_block
-from onecard.prepare import Model, open_model
 from onecard.recipe import load_recipe
-from onecard.texts import prepare_texts
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent

@@ -26,15 +26,16 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from onecard.calibration.texts import prepare_texts
 from onecard.checkpoint.formats import gptq_write
+from onecard.checkpoint.loading import load_with_transformers
+from onecard.checkpoint.model import demo_folder, open_model
 from onecard.checkpoint.packed import PackedSource
+from onecard.core.method import Method
 from onecard.core.scheme import BY_ROW, QuantizedWeight, Scheme
-from onecard.generate import load_with_transformers
-from onecard.prepare import demo_folder, open_model
 from onecard.quantize.gptq import gptq, prepare
-from onecard.quantize.site import Method, quantize_batch, relative_output_error
+from onecard.quantize.site import quantize_batch, relative_output_error
 from onecard.recipe import load_recipe
-from onecard.texts import prepare_texts
 
 HERE = Path(__file__).resolve().parent
 TOOLS = {"autogptq": "auto-gptq", "gptqmodel": "GPTQModel"}

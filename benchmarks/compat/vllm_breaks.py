@@ -19,8 +19,8 @@ from breakages import BREAKAGES, LAYER, broken
 from safetensors.torch import load_file
 from vllm_environment import BUILD, interpreter
 
+from onecard.checkpoint.engines.check import hold_against
 from onecard.core.errors import DamageError
-from onecard.engine_check import hold_against
 
 HERE = Path(__file__).resolve().parent
 SOUND = "int4-g32--attention-too"

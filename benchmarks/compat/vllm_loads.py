@@ -37,9 +37,9 @@ from vllm_environment import BUILD, interpreter
 from onecard.calibration.documents import Document
 from onecard.calibration.tokens import Encoder
 from onecard.checkpoint.formats import compressed_tensors as ct
+from onecard.checkpoint.model import Model, demo_folder, open_model
 from onecard.checkpoint.soundness import PARTS, stored_modules
 from onecard.models.adapter import Role
-from onecard.prepare import Model, demo_folder, open_model
 
 HERE = Path(__file__).resolve().parent
 QWEN = Path("peers") / "models" / "qwen3-moe"  # beside BUILD

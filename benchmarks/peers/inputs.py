@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from texts import DEMO, HELD_OUT
 
 from onecard.calibration.packing import distinct, document_rows, pack_rows
 from onecard.calibration.sources import read_jsonl
@@ -24,7 +25,6 @@ from onecard.core.rows import Row
 from onecard.demo import corpus
 from onecard.models.adapter import read
 from onecard.models.families import load_adapter
-from texts import DEMO, HELD_OUT
 
 ROW_TOKENS = 512
 EVALUATION_ROWS = 100_000  # all of them

@@ -24,9 +24,9 @@ import judge  # noqa: E402
 from run import MODELS  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
+from onecard.checkpoint.loading import load_with_transformers  # noqa: E402
+from onecard.checkpoint.model import open_model  # noqa: E402
 from onecard.core.rows import Row  # noqa: E402
-from onecard.generate import load_with_transformers  # noqa: E402
-from onecard.prepare import open_model  # noqa: E402
 
 MOST_DIFFERENCE = 1e-3
 

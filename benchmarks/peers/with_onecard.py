@@ -30,7 +30,7 @@ def quantize(job: Job) -> None:
 def dense(job: Job) -> dict[str, object]:
     import torch
 
-    from onecard.prepare import open_model
+    from onecard.checkpoint.model import open_model
 
     model = open_model(str(job.checkpoint))
     out = {}

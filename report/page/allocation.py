@@ -4,7 +4,7 @@ It stands only in pages of runs whose bits were fitted. Units without a block (r
 the tables and not in the pictures.
 """
 
-from ..card import counted, size
+from ...core.units import counted, size
 from ..reading import Record
 from ..reading_sizes import Allocation, ChosenUnit, Prices
 from . import figures

@@ -3,7 +3,7 @@
 import math
 from itertools import cycle
 
-from ..card import counted
+from ...core.units import counted
 from ..reading import ExpertError, Record
 from . import figures
 from .parts import KEPT, PAINTS, Figure, Section, count, percent, table

@@ -5,7 +5,7 @@ It stands only in pages of runs that were made for a card. The picture is the on
 
 from itertools import cycle
 
-from ..card import counted
+from ...core.units import counted
 from ..fit_card import ENGINES
 from ..reading import Record
 from ..reading_sizes import Fit

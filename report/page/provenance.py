@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ..card import size
-from ..progress import clock
+from ...core.units import clock, size
 from ..reading import Record
 from .parts import Section, Table, table
 

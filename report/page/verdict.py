@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..card import counted, size
+from ...core.units import counted, size
 from ..reading import Record
 from .parts import ABSENT, between, count, nats, percent
 from .weights import smallest_card

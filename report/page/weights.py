@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from itertools import cycle
 
-from ..card import size
+from ...core.units import size
 from ..reading import Record
 from . import figures
 from .parts import PAINTS, Figure, Section, percent, table

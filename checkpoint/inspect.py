@@ -1,0 +1,42 @@
+"""`onecard inspect`: what a checkpoint is, from its config.json and headers alone."""
+
+from typing import Any
+
+from ..models.adapter import Role
+from .model import open_headers, stored_widths
+from .packed import PackedSource
+
+
+def inspect(model_name: str) -> dict[str, Any]:
+    """Facts of a checkpoint, original or quantized, from config.json and headers alone."""
+    model = open_headers(model_name)
+    adapter, folder = model.adapter, model.folder
+    roles: dict[str, dict[str, Any]] = {}
+    for entry in stored_widths(model):
+        role = roles.setdefault(entry.role, {"parameters": 0, "bytes": 0, "widths": {}})
+        role["parameters"] += entry.parameters
+        role["bytes"] += entry.bytes
+        role["widths"][entry.width] = entry.parameters
+    parameters = sum(role["parameters"] for role in roles.values())
+    moe_blocks = [b for b in range(adapter.n_blocks) if any(s.role is Role.EXPERT for s in adapter.sites(b))]
+    return {
+        "model": model_name,
+        "path": str(model.path),
+        "family": adapter.family,
+        "blocks": adapter.n_blocks,
+        "moe_blocks": len(moe_blocks),
+        "experts": adapter.n_experts,
+        "experts_per_token": adapter.top_k,
+        "hidden_size": adapter.hidden_size,
+        "vocab_size": adapter.vocab_size,
+        "vision": adapter.has_vision,
+        "quantized": model.quantized,
+        "format": model.source.label if isinstance(model.source, PackedSource) else None,
+        "parameters": parameters,
+        "file_bytes": folder.file_bytes,
+        "shards": len(folder.shards),
+        "bits_per_weight": folder.file_bytes * 8 / parameters,
+        "roles": roles,
+        "config_faults": adapter.faults(model.config),
+        "warnings": model.warnings,
+    }

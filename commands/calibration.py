@@ -1,0 +1,171 @@
+"""The verbs of `onecard calibration`: look at the rows, see which experts they feed, let the model write some."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .shared import DEVICE_HELP, RECIPE_HELP, TEXTS_HELP, make_console, print_line, verb
+
+
+class _Verbs(click.Group):
+    """A group whose verbs may be spelled as flags too: `onecard calibration --show` is `onecard calibration show`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        flags = [arg for arg in args if arg in ("--show", "--coverage")]
+        if len(flags) == 1:
+            args = [flags[0].removeprefix("--"), *(arg for arg in args if arg not in flags)]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=_Verbs)
+@click.option("--show", is_flag=True, help="Another spelling of the verb.")
+@click.option("--coverage", is_flag=True, help="Another spelling of the verb.")
+def calibration(show: bool, coverage: bool) -> None:
+    """Look at calibration texts, see which experts they feed, or let the model write the answers.
+
+    \b
+    Example:
+      onecard calibration --show
+    """
+    if show or coverage:
+        raise click.UsageError("--show and --coverage are verbs: give one of them")
+
+
+def _recipe(model: str, name: str | None) -> Any:
+    from ..core.errors import InputError
+    from ..recipe import load_recipe
+
+    if name is None and model != "demo":
+        raise InputError(f"no recipe is named for {model}: add --recipe NAME")
+    return load_recipe(name or "demo")
+
+
+def _texts_options(function: Any) -> Any:
+    for which in ("evaluation", "calibration"):
+        told = f"{TEXTS_HELP}, in place of the recipe's."
+        function = click.option(f"--{which}", type=click.Path(path_type=Path), help=told)(function)
+    return click.option("--recipe", help=RECIPE_HELP)(function)
+
+
+@calibration.command()
+@click.argument("model", default="demo")
+@_texts_options
+@click.option("--rows", default=3, show_default=True, type=click.IntRange(1), help="How many rows to print.")
+@click.option("--whole", is_flag=True, help="Print long rows whole, not their heads and ends.")
+@verb
+def show(
+    model: str, recipe: str | None, calibration: Path | None, evaluation: Path | None, rows: int, whole: bool
+) -> None:
+    """Print sample rows as MODEL sees them, special tokens visible, and what the rows are made of. Reads no weights.
+
+    \b
+    Example:
+      onecard calibration show ./Llama-4-Scout-17B-16E-Instruct --recipe llama4-scout-h100 --rows 5
+    """
+    from ..calibration.samples import samples
+
+    found = samples(model, _recipe(model, recipe), rows, calibration, evaluation)
+    found.draw(whole, make_console())
+    print_line(json.dumps(found.line()))
+
+
+@calibration.command()
+@click.argument("model", default="demo")
+@_texts_options
+@click.option("--device", default="auto", show_default=True, help=DEVICE_HELP)
+@click.option("--svg", type=click.Path(path_type=Path), help="Draw the heat map into this file as well.")
+@verb
+def coverage(
+    model: str,
+    recipe: str | None,
+    calibration: Path | None,
+    evaluation: Path | None,
+    device: str,
+    svg: Path | None,
+) -> None:
+    """Count the rows that every expert of MODEL gets: a table and a heat map, from one pass without quantizing.
+
+    MODEL may also be the OUT of a finished run: then its own counts are drawn, and nothing is read but its record.
+
+    \b
+    Example:
+      onecard calibration coverage ./Llama-4-Scout-17B-16E-Instruct --recipe llama4-scout-h100 --svg coverage.svg
+    """
+    from ..calibration.coverage import coverage as run
+    from ..checkpoint import files
+    from ..core.errors import InputError
+    from ..core.layout import RECORD_NAME
+    from ..report import heatmap
+
+    if svg is not None and (svg.suffix != ".svg" or not svg.parent.is_dir()):
+        raise InputError(f"the picture {svg} must be an .svg file in a folder that exists")
+    console = make_console()
+    chosen = _recipe("demo" if (Path(model) / RECORD_NAME).is_file() else model, recipe)
+    found = run(
+        model, chosen, calibration=calibration, evaluation=evaluation, device_name=device, console=console
+    )  # fmt: skip
+    heatmap.draw_coverage(found.title, found.blocks, found.counts, found.enough, console)
+    if svg is not None:
+        files.write_bytes(svg, heatmap.svg(found.title, found.blocks, found.counts, found.enough).encode())
+    print_line(json.dumps(found.line()))
+
+
+@calibration.command()
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--recipe", help=RECIPE_HELP)
+@click.option("--calibration", type=click.Path(path_type=Path), help=f"{TEXTS_HELP}, in place of the recipe's.")
+@click.option("--rows", default=512, show_default=True, type=click.IntRange(1), help="Conversations, at most.")
+@click.option("--max-new-tokens", default=256, show_default=True, type=click.IntRange(1), help="Of one answer.")
+@click.option("--temperature", default=0.7, show_default=True, type=click.FloatRange(0, 10), help="0: greedy.")
+@click.option("--turns", default=4, show_default=True, type=click.IntRange(1), help="Of a conversation, at most.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--device", default="auto", show_default=True, help=DEVICE_HELP)
+@click.option("--block-by-block", is_flag=True, help="Never load the whole model. [default: when it does not fit]")
+@click.option("--overwrite", is_flag=True, help="Replace OUT, and what a stopped run left beside it.")
+@verb
+def synthesize(
+    model: str,
+    out: Path,
+    recipe: str | None,
+    calibration: Path | None,
+    rows: int,
+    max_new_tokens: int,
+    temperature: float,
+    turns: int,
+    seed: int,
+    device: str,
+    block_by_block: bool,
+    overwrite: bool,
+) -> None:
+    """Let MODEL write the answers of the recipe's calibration conversations into OUT, a JSONL for --calibration.
+
+    Stopped? The same line goes on where it was.
+
+    \b
+    Example:
+      onecard calibration synthesize ./Llama-4-Scout-17B-16E-Instruct own.jsonl --recipe llama4-scout-h100
+      onecard quantize ./Llama-4-Scout-17B-16E-Instruct ./scout-int4 --recipe llama4-scout-h100 --calibration own.jsonl
+    """
+    from ..calibration.synthesis import Settings
+    from ..calibration.synthesis import synthesize as run
+
+    try:
+        line = run(
+            model,
+            out,
+            _recipe(model, recipe),
+            Settings(rows, max_new_tokens, temperature, seed, turns),
+            calibration=calibration,
+            device_name=device,
+            block_by_block=block_by_block,
+            overwrite=overwrite,
+            console=make_console(),
+        )
+    except KeyboardInterrupt:
+        click.echo(f"stopped: what is finished lies in {out}.unfinished. Go on with the same command.", err=True)
+        sys.exit(130)
+    print_line(json.dumps(line))

@@ -1,0 +1,100 @@
+"""The verbs `gate` and `baseline`: is a report good enough, and not worse than the one that was frozen?"""
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from .shared import make_console, print_line, verb
+
+
+@click.command()
+@click.argument("report", type=click.Path(path_type=Path))
+@click.option("--baseline", type=click.Path(path_type=Path), help="A frozen baseline, or another report.")
+@click.option(
+    "--limits",
+    type=click.Path(path_type=Path),
+    help="A YAML file of limits (a recipe will do), in place of those of the record.",
+)
+@click.option(
+    "--tolerance", type=click.FloatRange(0, 10), default=0.01, show_default=True,
+    help="By what part of itself the mean KL may lie over the baseline's.",
+)  # fmt: skip
+@click.option(
+    "--tolerance-top1", type=click.FloatRange(0, 1), default=0.002, show_default=True,
+    help="By how much the share of tokens with the same top-1 may fall.",
+)  # fmt: skip
+@click.option(
+    "--tolerance-flips", type=click.FloatRange(0, 1), default=0.01, show_default=True,
+    help="By how much the share of changed answers may rise, task by task.",
+)  # fmt: skip
+@click.option("--junit", type=click.Path(path_type=Path), help="Write the checks into this file as JUnit XML.")
+@click.option(
+    "--summary", type=click.Path(path_type=Path), envvar="GITHUB_STEP_SUMMARY",
+    help="Append the checks to this file as Markdown. [default: $GITHUB_STEP_SUMMARY where it is set]",
+)  # fmt: skip
+@verb
+def gate(
+    report: Path,
+    baseline: Path | None,
+    limits: Path | None,
+    tolerance: float,
+    tolerance_top1: float,
+    tolerance_flips: float,
+    junit: Path | None,
+    summary: Path | None,
+) -> None:
+    """Hold REPORT against limits and against a baseline: exit code 0 pass, 1 limit or regression, 2 unusable input.
+
+    REPORT is a record (JSON) or a checkpoint folder with its onecard.json. Limits are those of the recipe that made
+    it (a record of verify or flips names none), or the keys of --limits: max_kl_mean_nats, max_kl_p99_nats,
+    min_same_top1, max_flip_rate, max_emitted_bytes, fail_below_expert_rows, max_fallbacks. A limit is held against the
+    measured figure. Against a baseline a check fails only where even the low end of the interval lies beyond the
+    tolerance, documents and items taken as pairs.
+
+    \b
+    Example:
+      onecard gate ./scout-int4 --baseline baseline.json --junit gate.xml
+    """
+    from ..checkpoint import files
+    from ..core.errors import LimitError, input_error
+    from ..eval.comparison import Tolerances
+    from ..eval.gate import run_gate
+    from ..recipe import load_limits
+    from ..report.gate_card import draw_verdict, markdown
+    from ..report.junit import junit as as_junit
+
+    named = {"--junit": junit, "--summary": summary}
+    bad = [f"{option} {path}" for option, path in named.items() if path and (path.is_dir() or not path.parent.is_dir())]
+    if bad:
+        raise input_error("these files cannot be written:", bad, "Name files in folders that exist.")
+    verdict = run_gate(
+        report, baseline, None if limits is None else load_limits(limits),
+        Tolerances(tolerance, tolerance_top1, tolerance_flips),
+    )  # fmt: skip
+    draw_verdict(verdict, make_console())
+    if junit is not None:
+        files.write_bytes(junit, as_junit(verdict))
+    if summary is not None:
+        with files.disk_errors(summary), summary.open("a", encoding="utf-8") as file:
+            file.write(markdown(verdict))
+    print_line(json.dumps(verdict.to_json(), allow_nan=False))
+    if not verdict.passed:
+        sys.exit(LimitError.exit_code)
+
+
+@click.command()
+@click.argument("report", type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The file to write.")
+@verb
+def baseline(report: Path, out: Path) -> None:
+    """Freeze REPORT into a small file that `gate --baseline` compares with; it holds no text and no paths.
+
+    \b
+    Example:
+      onecard baseline ./scout-int4 -o baseline.json
+    """
+    from ..eval.baseline import freeze
+
+    print_line(json.dumps(freeze(report, out), allow_nan=False))

@@ -1,0 +1,66 @@
+"""The verbs that look: `onecard inspect`, `onecard generate` and `onecard recipes`."""
+
+import json
+from pathlib import Path
+
+import click
+
+from .shared import make_console, print_line, verb
+
+
+@click.command()
+@click.argument("model")
+@verb
+def inspect(model: str) -> None:
+    """Show what MODEL (an original or a quantized checkpoint) is: family, layers, experts, widths, sizes, faults.
+
+    \b
+    Example:
+      onecard inspect demo
+    """
+    from ..checkpoint.inspect import inspect as run
+    from ..report.plan_card import draw_inspection
+
+    facts = run(model)
+    draw_inspection(facts, make_console())
+    print_line(json.dumps(facts))
+
+
+@click.command()
+@click.argument("checkpoint")
+@click.argument("prompt")
+@click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(1))
+@click.option("--image", type=click.Path(path_type=Path), help="A picture to ask about, for models that can see.")
+@verb
+def generate(checkpoint: str, prompt: str, max_new_tokens: int, image: Path | None) -> None:
+    """Load CHECKPOINT with transformers and answer PROMPT: the smoke test that other people's software reads the files.
+
+    The whole model is loaded, dequantized, into memory.
+
+    \b
+    Example:
+      onecard generate demo-int4 "What do you see?" --image picture.png
+    """
+    from ..eval.generate import generate as run
+
+    print_line(run(checkpoint, prompt, max_new_tokens, image))
+
+
+@click.command()
+@click.argument("name", required=False)
+@verb
+def recipes(name: str | None) -> None:
+    """List the shipped recipes, or print the one called NAME.
+
+    \b
+    Example: take one as the start of your own
+      onecard recipes llama4-scout-h100 > mine.yaml
+    """
+    from ..recipe import load_recipe, recipe_names, recipe_text
+
+    if name is not None:
+        print_line(recipe_text(name).rstrip())
+        return
+    for known in recipe_names():
+        recipe = load_recipe(known)
+        print_line(f"{known}\n    {recipe.description}" + (f"\n    {recipe.note}" if recipe.note else ""))

@@ -1,0 +1,120 @@
+"""`onecard plan`: will it fit, and what does quantizing emit and take; before any weight is read."""
+
+import json
+from dataclasses import replace
+
+import click
+
+from .shared import DEVICE_HELP, RECIPE_HELP, make_console, print_line, verb
+
+GPU_HELP = "The card, e.g. h100-80gb, or several of a kind, 2xl40s; without it all cards are tabled."
+KV_HELP = "What the cache is kept in. [default: bf16; llama.cpp has q8_0 too]"
+BATCH_HELP = "Tokens of one pass while prompts are read (vLLM's --max-num-batched-tokens). [default: the engine's]"
+LOCAL_HELP = "Sliding and chunked layers keep every token, as without vLLM's hybrid KV cache manager."
+SHARE_HELP = "Share of the card that the engine takes. [default: vllm 0.9, others 1]"
+
+
+@click.command()
+@click.argument("model")
+@click.option("--recipe", help=f"{RECIPE_HELP} [default: whichever shipped one keeps most and fits]")
+@click.option("--gpu", help=GPU_HELP)
+@click.option("--context", type=click.IntRange(1), help="Tokens of each sequence. [default: the recipe's, or 32768]")
+@click.option("--sequences", type=click.IntRange(1), help="Sequences at once. [default: the recipe's, or 1]")
+@click.option("--kv-dtype", type=click.Choice(["bf16", "fp8", "q8_0"]), help=KV_HELP)
+@click.option("--engine", type=click.Choice(["vllm", "transformers", "llama.cpp"]), help="[default: vllm]")
+@click.option("--tensor-parallel", type=click.IntRange(1), help="Cards that share the model. [default: those of --gpu]")
+@click.option("--no-vision", is_flag=True, help="Plan without the vision tower.")
+@click.option("--images", default=0, show_default=True, type=click.IntRange(0), help="Images of one request.")
+@click.option("--batch-tokens", type=click.IntRange(16), help=BATCH_HELP)
+@click.option("--memory-share", type=click.FloatRange(0, 1, min_open=True), help=SHARE_HELP)
+@click.option("--keep-local", is_flag=True, help=LOCAL_HELP)
+@click.option("--plot", is_flag=True, help="Draw memory against context for each recipe.")
+@click.option("--tensors", is_flag=True, help="List every tensor that the recipe will emit.")
+@click.option("--measure", is_flag=True, help="Measure this machine for half a minute, and keep its rates for later.")
+@click.option("--json", "only_json", is_flag=True, help="The JSON line alone, without the card.")
+@click.option("--device", default="auto", show_default=True, help=f"Where it would be quantized: {DEVICE_HELP}")
+@verb
+def plan(
+    model: str,
+    recipe: str | None,
+    gpu: str | None,
+    context: int | None,
+    sequences: int | None,
+    kv_dtype: str | None,
+    engine: str | None,
+    tensor_parallel: int | None,
+    no_vision: bool,
+    images: int,
+    batch_tokens: int | None,
+    memory_share: float | None,
+    keep_local: bool,
+    plot: bool,
+    tensors: bool,
+    measure: bool,
+    only_json: bool,
+    device: str,
+) -> None:
+    """Say whether MODEL fits a card with the context that you need, and what would make it fit; reads no weights.
+
+    MODEL is an original (what recipes would emit of it is planned) or a finished checkpoint. With --recipe also: what
+    quantizing emits, to the byte, and what it takes. Exit code 3: it does not fit.
+
+    \b
+    Examples:
+      onecard plan ./Llama-4-Scout-17B-16E-Instruct --gpu h100-80gb --context 131072 --sequences 4 --kv-dtype fp8
+      onecard plan ./scout-int4 --gpu 2xl40s --plot
+      onecard plan ./Llama-4-Scout-17B-16E-Instruct --recipe llama4-scout-h100 --tensors
+    """
+    from ..checkpoint.model import open_headers
+    from ..core.errors import FitError, InputError
+    from ..forecast import plan as plan_run
+    from ..planner.cards import find_card
+    from ..planner.fit import Needs, Request
+    from ..planner.sizing import size_up
+    from ..recipe import load_recipe
+    from ..report.fit_card import draw_fit, misfit
+    from ..report.plan_card import draw_plan
+    from ..report.plot import draw_plot
+
+    if tensors and recipe is None:
+        raise InputError("--tensors lists what a recipe will emit: give --recipe as well")
+    if measure and recipe is None:
+        raise InputError("--measure measures what a recipe will do here: give --recipe as well")
+    loaded = load_recipe(recipe) if recipe is not None else None
+    # The recipe's own card and what it is to hold, where the command does not say otherwise.
+    gpu = gpu or (loaded.gpu if loaded is not None else None)
+    if plot and gpu is None:
+        raise InputError("--plot draws memory against a card's: give --gpu as well")
+    many, card = find_card(gpu) if gpu else (1, None)
+    if tensor_parallel is not None and many > 1 and tensor_parallel != many:
+        raise InputError(f"--gpu {gpu} names {many} cards and --tensor-parallel {tensor_parallel}: give one of them")
+    asked = Request(
+        context=context or (loaded.context if loaded is not None else 32_768),
+        sequences=sequences or (loaded.sequences if loaded is not None else 1),
+        kv_dtype=kv_dtype or (loaded.kv_dtype if loaded is not None else "bf16"),
+        engine=engine or (loaded.engine if loaded is not None else "vllm"),
+        tensor_parallel=tensor_parallel or many,
+        vision=not no_vision and (loaded is None or loaded.vision),
+        images=images,
+        batch_tokens=batch_tokens or (loaded.engine_batch_tokens if loaded is not None else None),
+        memory_share=memory_share,
+        frees=False if keep_local else None,
+    )
+    console = make_console()
+    quantizing = plan_run(model, loaded, device, measure) if loaded is not None else None
+    opened = quantizing.model if quantizing is not None else open_headers(model)
+    if context is None and (loaded is None or loaded.gpu is None):
+        asked = replace(asked, context=min(asked.context, Needs.of(opened.adapter).most_context))
+    sizing = size_up(opened, asked, card, quantizing.recipe if quantizing is not None else None)
+    facts = sizing.facts()
+    if not only_json:
+        if quantizing is not None:
+            # What the memory's card says is not said twice.
+            own = [warning for warning in quantizing.warnings if warning not in facts["fit_warnings"]]
+            draw_plan(replace(quantizing, warnings=own), tensors, console)
+        draw_fit(facts, console)
+        if plot:
+            draw_plot(facts, console)
+    print_line(json.dumps(facts | (quantizing.line() if quantizing is not None else {})))
+    if facts["fits"] is False:
+        raise FitError(misfit(facts))

@@ -1,0 +1,50 @@
+"""The verb that draws a record as a page."""
+
+import json
+from pathlib import Path
+
+import click
+
+from .shared import make_console, print_line, verb
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", default="report.html", show_default=True, type=click.Path(path_type=Path), help="The page's file."
+)
+@click.option("--overwrite", is_flag=True, help="Replace the file even if it is no report.")
+@verb
+def report(run: Path, output: Path, overwrite: bool) -> None:
+    """Draw RUN as one self-contained HTML page, from its record alone: no network, no model, no texts are needed.
+
+    RUN is a record (of `verify --record` or `flips --record`) or the folder of a finished checkpoint. A report that is
+    there already is replaced.
+
+    \b
+    Example:
+      onecard report ./scout-int4 -o report.html
+    """
+    from ..checkpoint import files
+    from ..core.errors import InputError
+    from ..core.units import size
+    from ..report.html import facts, is_report, render
+    from ..report.reading import read_run
+
+    if not output.parent.is_dir() or output.is_dir():
+        raise InputError(f"the page {output} must be a file in a folder that exists")
+    if output.exists() and not overwrite:
+        with output.open("rb") as file:
+            if not is_report(file.read(4096)):
+                raise InputError(f"{output} exists and is no report: name another file, or add --overwrite")
+    record = read_run(run)
+    page = render(record)
+    files.write_bytes(output, page.encode())
+    line = {"report": str(output), **facts(record, page)}
+    make_console().print(
+        f"{output}: {size(line['bytes'])}, {line['figures']} charts in {len(line['sections'])} sections. Open it in "
+        "any browser; it fetches nothing.",
+        soft_wrap=True,
+        highlight=False,
+    )
+    print_line(json.dumps(line))

@@ -1,0 +1,127 @@
+"""The verbs that measure a checkpoint against its original: `onecard verify` and `onecard flips`."""
+
+import json
+import os
+from pathlib import Path
+
+import click
+
+from .shared import DEVICE_HELP, RECIPE_HELP, TEXTS_HELP, make_console, print_line, verb
+
+RECORD_HELP = "Write the whole record, every figure of the run, as JSON to this file."
+
+
+def _check_files(*paths: Path | None) -> None:
+    """What is to be written at the end can be: refused before hours of work."""
+    from ..core.errors import InputError
+    from ..core.layout import RECORD_NAME
+
+    for path in paths:
+        if path is None:
+            continue
+        folder = path.absolute().parent
+        if path.is_dir() or not folder.is_dir():
+            raise InputError(f"{path} cannot be written: name a file in a folder that exists")
+        if not os.access(folder, os.W_OK):
+            raise InputError(f"{path} cannot be written: the folder {folder} is read-only")
+        if path.name == RECORD_NAME and path.exists() and (folder / "config.json").exists():
+            raise InputError(f"{path} is a checkpoint's own record, which is not replaced: name another file")
+    named = [path.absolute() for path in paths if path is not None]
+    if len({*named}) < len(named):
+        raise InputError(f"{named[0]} is named for two things: name two files")
+
+
+@click.command()
+@click.argument("source")
+@click.argument("checkpoint")
+@click.option("--recipe", help=f"{RECIPE_HELP} Its evaluation texts, row lengths and tasks. [default: rtn-int4]")
+@click.option("--evaluation", type=click.Path(path_type=Path), help=f"Your own evaluation texts: {TEXTS_HELP}.")
+@click.option("--record", type=click.Path(path_type=Path), help=RECORD_HELP)
+@click.option("--keep-tokens", type=click.Path(path_type=Path), help="Keep every token's results in a Parquet file.")
+@click.option("--device", default="auto", show_default=True, help=DEVICE_HELP)
+@verb
+def verify(
+    source: str,
+    checkpoint: str,
+    recipe: str | None,
+    evaluation: Path | None,
+    record: Path | None,
+    keep_tokens: Path | None,
+    device: str,
+) -> None:
+    """Measure KL(SOURCE || CHECKPOINT) on the files as they are read back; neither model is ever whole in memory.
+
+    CHECKPOINT may be another tool's: whatever `onecard inspect` can read. With --record: figures by position, kind and
+    document, worst tokens, worst experts, and what `onecard gate` and `onecard report` work from.
+
+    \b
+    Example:
+      onecard verify ./Llama-4-Scout-17B-16E-Instruct ./scout-int4 --evaluation held-out.jsonl --record verify.json
+    """
+    from ..checkpoint.files import write_json
+    from ..eval.verify import verify as run
+    from ..recipe import load_recipe
+    from ..report.card import draw_card
+    from ..report.record import result_line
+
+    _check_files(record, keep_tokens)
+    console = make_console()
+    found = run(
+        source,
+        checkpoint,
+        load_recipe(recipe or "rtn-int4"),
+        evaluation=evaluation,
+        keep_tokens=keep_tokens,
+        device_name=device,
+        console=console,
+    )
+    draw_card(found, checkpoint, console)
+    if record is not None:
+        write_json(record, found.to_json())
+    print_line(json.dumps(result_line(found, checkpoint)))
+
+
+@click.command()
+@click.argument("source")
+@click.argument("checkpoint")
+@click.option(
+    "--tasks",
+    default="demo",
+    show_default=True,
+    help="Comma-separated: demo (the embedded questions), mmlu, arc-easy, arc-challenge, hellaswag, "
+    "lm-eval:TASK (a task of lm-evaluation-harness, or its YAML file), or .jsonl and .parquet files with question, "
+    "choices and answer.",
+)
+@click.option("--shots", default=0, show_default=True, type=click.IntRange(0, 32), help="Examples before a question.")
+@click.option("--items", type=click.IntRange(1), help="Of each task so many, drawn by a seed. [default: all]")
+@click.option("--record", type=click.Path(path_type=Path), help=RECORD_HELP)
+@click.option("--device", default="auto", show_default=True, help=DEVICE_HELP)
+@verb
+def flips(
+    source: str, checkpoint: str, tasks: str, shots: int, items: int | None, record: Path | None, device: str
+) -> None:
+    """Let SOURCE and CHECKPOINT answer multiple-choice items, and count the answers that change.
+
+    Accuracy hides them: as many answers may turn right as turn wrong. Both models answer by the likelihood of the
+    options, in one walk side by side, neither ever whole in memory.
+
+    \b
+    Examples:
+      onecard flips demo demo-int4
+      onecard flips ./Llama-4-Scout-17B-16E-Instruct ./scout-int4 --tasks mmlu,arc-challenge --shots 5 --items 1000
+    """
+    from ..checkpoint.files import write_json
+    from ..eval.tasks import load_tasks
+    from ..eval.verify import flips as run
+    from ..recipe import load_recipe
+    from ..report.card import draw_card
+    from ..report.record import result_line
+
+    _check_files(record)
+    console = make_console()
+    wanted = load_tasks([name.strip() for name in tasks.split(",")], shots, items)
+    found = run(source, checkpoint, load_recipe("rtn-int4"), wanted, device_name=device, console=console)
+    draw_card(found, checkpoint, console)
+    if record is not None:
+        write_json(record, found.to_json())
+    print_line(json.dumps(result_line(found, checkpoint)))

@@ -1,0 +1,36 @@
+"""The device that a run computes on, the dtype it computes in, and the working memory of one step there."""
+
+import torch
+
+from .errors import InputError
+
+
+def choose_device(name: str) -> torch.device:
+    """'auto' takes a GPU when there is one. Raises InputError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"the device {name!r} is not known: cpu, cuda or auto") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"the device {name!r} is not supported: cpu, cuda or auto")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("there is no CUDA device that this torch can use: give --device cpu, or install a CUDA build")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"there is no device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def choose_dtype(compute_dtype: str, device: torch.device) -> torch.dtype:
+    """A recipe's `compute_dtype` on this device: 'auto' is float32 on a CPU and bfloat16 on a GPU."""
+    if compute_dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return torch.float32 if compute_dtype == "float32" else torch.bfloat16
+
+
+def site_budget(device: torch.device) -> int:
+    """Working memory for one cut of a site: 256 MB of RAM, or an eighth of the card."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 8
+    return 256_000_000

@@ -1,0 +1,123 @@
+"""lm-evaluation-harness on two models at once: classes of the harness's own kind, answered by the twin walk.
+
+The harness hands a model all requests of all tasks in one call. A whole 109B model need not be anywhere for that: the
+requests become rows, both checkpoints are walked block by block, and the second model's answers are there when the
+harness asks for them. So
+
+    pair = open_twin("./Llama-4-Scout-17B-16E-Instruct", "./scout-int4")
+    before = lm_eval.simple_evaluate(model=pair.reference, tasks=["arc_easy"])
+    after = lm_eval.simple_evaluate(model=pair.quantized, tasks=["arc_easy"])
+
+costs one walk, for the second call finds every answer. Tasks that let a model write are refused: a walk a token is what
+`onecard calibration synthesize` does, and no way to answer a benchmark. Needs the extra `onecard[lm-eval]`.
+"""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from lm_eval.api.model import LM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from ..calibration.tokens import Encoder
+from ..checkpoint.model import Model
+from ..checkpoint.workdir import Activations
+from ..core.device import choose_device, choose_dtype
+from ..core.errors import InputError
+from ..recipe import Recipe, load_recipe
+from ..report.progress import Progress
+from .choice import Request, Scored, ask, scores
+from .lm_eval_tasks import encode_pair
+from .twin import Side, twin_walk
+from .verify import open_pair
+
+Walk = Callable[[Sequence[Request]], list[Scored]]
+
+
+class TwinLM(LM):  # type: ignore[misc, unused-ignore]
+    """One of the two models, to the harness. Of a text that is scored whole it reads `window_tokens` at once."""
+
+    def __init__(self, twin: "Twin", side: Literal["reference", "quantized"], window_tokens: int) -> None:
+        super().__init__()
+        self._twin, self._side, self._window_tokens = twin, side, window_tokens
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Of every (context, continuation): log-likelihood in nats, and whether each token is the likeliest one."""
+        asked = [encode_pair(self._twin.encoder, *request.args[:2]) for request in requests]
+        return [self._of(scored) for scored in self._twin.scores(asked)]
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts in nats, in the harness's own windows."""
+        asked: list[Request] = []
+        owner: list[int] = []
+        for number, request in enumerate(requests):
+            tokenizer = self._twin.encoder.tokenizer
+            tokens = tokenizer(request.args[0], add_special_tokens=False)["input_ids"]
+            first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+            for window in get_rolling_token_windows(tokens, first, self._window_tokens, 1):
+                context, continuation = make_disjoint_window(window)
+                asked.append(Request(tuple(context), tuple(continuation)))
+                owner.append(number)
+        sums = [0.0] * len(requests)
+        for number, scored in zip(owner, self._twin.scores(asked), strict=True):
+            sums[number] += self._of(scored)[0]
+        return sums
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        raise InputError("the twin walk scores options and texts; tasks that let the model write are not for it")
+
+    def _of(self, scored: Scored) -> tuple[float, bool]:
+        if self._side == "reference":
+            return scored.logp_reference, scored.greedy_reference
+        return scored.logp_quantized, scored.greedy_quantized
+
+
+class Twin:
+    """Both models, and every answer that was ever found: what one of them was asked the other has answered too."""
+
+    def __init__(self, encoder: Encoder, walk: Walk, window_tokens: int) -> None:
+        self.encoder = encoder
+        self._walk = walk
+        self._known: dict[Request, Scored] = {}
+        self.reference = TwinLM(self, "reference", window_tokens)
+        self.quantized = TwinLM(self, "quantized", window_tokens)
+
+    def scores(self, requests: Sequence[Request]) -> list[Scored]:
+        """One entry a request; those that are new go into one walk."""
+        new = [request for request in dict.fromkeys(requests) if request not in self._known]
+        if new:
+            self._known |= zip(new, self._walk(new), strict=True)
+        return [self._known[request] for request in requests]
+
+
+def open_twin(
+    source_name: str, checkpoint: str, recipe: Recipe | None = None, device_name: str = "auto", quiet: bool = True
+) -> Twin:
+    """The original and a checkpoint of it, for the harness. Of the recipe (by default `rtn-int4`): how to compute.
+
+    Raises InputError for what is no pair.
+    """
+    recipe = recipe or load_recipe("rtn-int4")
+    source, quantized = open_pair(source_name, checkpoint)
+    walk = partial(_walk, source, quantized, recipe, device_name, quiet)
+    return Twin(Encoder(source.path, source.adapter), walk, recipe.evaluation_row_tokens)
+
+
+def _walk(
+    source: Model, quantized: Model, recipe: Recipe, device_name: str, quiet: bool, requests: Sequence[Request]
+) -> list[Scored]:
+    device = choose_device(device_name)
+    dtype = choose_dtype(recipe.compute_dtype, device)
+    sides = Side("reference", source.adapter, source.source), Side("quantized", quantized.adapter, quantized.source)
+    asking = ask(requests)
+    with (
+        tempfile.TemporaryDirectory(prefix="onecard-lm-eval-") as folder,
+        Progress("onecard lm-eval", source.adapter.n_blocks, None, quiet) as progress,
+    ):
+        twin = twin_walk(
+            *sides, [], recipe.batch_tokens, Activations(Path(folder)), device, dtype, progress, asking.asked
+        )  # fmt: skip
+    assert twin.answers is not None
+    return scores(asking, twin.answers)

@@ -1,0 +1,211 @@
+"""Rates of this machine at the work of one model and recipe: what `onecard plan --measure` measures and keeps.
+
+Each is the work itself, on random values of the model's true shapes, for a few seconds: rows through a block with its
+attention and its routing (where the block is larger than a quarter of the free memory, the products of its largest
+expert alone), matrix products for second moments, one site's matrices through the recipe's method (fewer rows of them
+where they are large), logits and their KL, and a file written to and read from the current folder. A busy machine
+measures slow, and is said to be as slow as that. Nothing here touches a model's weights.
+"""
+
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+
+from ..checkpoint.plan import Plan
+from ..core.device import site_budget
+from ..core.method import Method
+from ..core.rates import Rates
+from ..core.scheme import Scheme
+from ..models.adapter import Adapter, Role, Site
+from ..models.walk import Calls, expert_stacks, run_block
+from ..planner.cost import HEAD_COLUMNS, HEAD_TOKENS
+from ..quantize.site import cuts, matrix_flops, quantize_batch
+from ..recipe import Recipe, method_of
+from ..report.resources import package_versions
+from .kl import compare
+
+# What each kind of work is repeated for; less jitters, more makes the user wait.
+SECONDS = 4.0
+# So many operations of quantizing are enough to time: seconds on one core, and on a GPU less than one.
+SOLVE_FLOPS = {"cpu": 1.5e11, "cuda": 2e13}
+# A file longer than a disk's own cache, short enough for a slow disk.
+FILE_BYTES = 2**28
+
+
+Clock = Callable[[], float]
+Random = Callable[..., torch.Tensor]
+Timed = Callable[..., float]
+
+
+def rates_key(adapter: Adapter, recipe: Recipe, device: torch.device, dtype: torch.dtype) -> str:
+    """All that rates depend on, as one line: machine, device, threads, versions, shapes and method."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    sites = adapter.sites(adapter.n_blocks - 1)
+    told = {
+        "machine": [platform.node(), platform.processor() or platform.machine(), os.cpu_count(), gpu],
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype),
+        "versions": package_versions(),
+        "sites": [[len(site.members), sum(site.out_features), site.in_features] for site in sites],
+        "vocabulary": adapter.vocab_size,
+        "rows": [recipe.batch_tokens, recipe.evaluation_row_tokens],
+        "method": [*asdict(method_of(recipe)).values(), str(recipe.scheme), *recipe.schemes.values()],
+    }
+    return json.dumps(told, separators=(",", ":"))
+
+
+def measure_rates(
+    adapter: Adapter,
+    plan: Plan,
+    recipe: Recipe,
+    device: torch.device,
+    dtype: torch.dtype,
+    clock: Clock = time.perf_counter,
+) -> Rates:
+    """Takes about half a minute. Writes 256 MB into the current folder, and removes them. `clock`: a process's own
+    time on a CPU tells rates of a machine that does other work beside."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    method = method_of(recipe)
+
+    def timed(work: Callable[[], object], seconds: float = SECONDS) -> float:
+        """Seconds that `work` takes."""
+        begin, count = clock(), 0
+        while clock() - begin < seconds or not count:
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            count += 1
+        return (clock() - begin) / count
+
+    read, write = disk_rates(Path.cwd())
+    forward = _forward(adapter, recipe, device, dtype, random, timed)
+    return Rates(
+        forward,
+        _products(adapter, recipe, device, random, timed),
+        _solve(adapter, plan, method, device, random, timed) if method.needs_statistics else forward,
+        _head(adapter, device, dtype, random, timed),
+        read,
+        write,
+    )
+
+
+def _forward(
+    adapter: Adapter, recipe: Recipe, device: torch.device, dtype: torch.dtype, random: Random, timed: Timed
+) -> float:
+    """Rows of the evaluation's length through the last block, as a walk takes them."""
+    index = adapter.n_blocks - 1
+    sites = adapter.sites(index)
+    shares = [(site, adapter.top_k if site.role is Role.EXPERT else 1) for site in sites]
+    a_token = sum(2.0 * sum(site.out_features) * site.in_features * share for site, share in shares)
+    parameters = sum(sum(site.out_features) * site.in_features * len(site.members) for site in sites)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    length = recipe.evaluation_row_tokens
+    rows = max(1, recipe.batch_tokens // length)
+    if parameters * torch.float32.itemsize > free // 4:
+        site = max(sites, key=lambda s: sum(s.out_features) * s.in_features * len(s.members))
+        each = max(1, rows * length * adapter.top_k // max(1, adapter.n_experts))
+        w_IO, x_TI = (
+            random(site.in_features, sum(site.out_features)).to(dtype),
+            random(each, site.in_features).to(dtype),
+        )
+        return 2.0 * w_IO.numel() * each / timed(lambda: x_TI @ w_IO)
+    block = adapter.build_block(index)
+    stacks = expert_stacks(block)
+    experts = {id(parameter) for parameter in stacks.parameters()} if stacks else set()
+    for name, parameter in list(block.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        value = torch.ones(parameter.shape, device=device) if parameter.dim() < 2 else random(*parameter.shape)
+        value = value / (parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 1.0)
+        # Experts are held as they are stored, and widened when they are used.
+        kept = torch.bfloat16 if id(parameter) in experts else dtype
+        setattr(block.get_submodule(owner), leaf, nn.Parameter(value.to(kept), requires_grad=False))
+    call = Calls(adapter, device, dtype).of(length)[index]
+    hidden_NTH = random(rows, length, adapter.hidden_size).to(dtype)
+    return a_token * rows * length / timed(lambda: run_block(block, hidden_NTH, call))
+
+
+def _products(adapter: Adapter, recipe: Recipe, device: torch.device, random: Random, timed: Timed) -> float:
+    """A second moment of an expert's rows, fp32."""
+    rows = max(1, recipe.batch_tokens * adapter.top_k // max(1, adapter.n_experts))
+    x_TI = random(rows, adapter.hidden_size)
+    total_II = torch.zeros(adapter.hidden_size, adapter.hidden_size, device=device)
+    return 2.0 * rows * adapter.hidden_size**2 / timed(lambda: total_II.addmm_(x_TI.T, x_TI))
+
+
+def _solve(adapter: Adapter, plan: Plan, method: Method, device: torch.device, random: Random, timed: Timed) -> float:
+    """The site that takes longest, as one cut of its matrices; of large ones fewer outputs, then fewer inputs."""
+
+    def metric(site: Site) -> bool:
+        return method.output_metric and (bool(site.feeds) or site.reaches_residual)
+
+    def flops(site: Site) -> float:
+        return len(site.members) * matrix_flops(sum(site.out_features), site.in_features, metric(site), method)
+
+    quantized = [s for b in range(adapter.n_blocks) for s in adapter.sites(b) if s.members[0][0] in plan.schemes]
+    site = max(quantized, key=flops)
+    outputs, inputs, measured = sum(site.out_features), site.in_features, metric(site)
+    scheme: Scheme = plan.schemes[site.members[0][0]]
+    most = SOLVE_FLOPS[device.type]
+    while outputs > 256 and matrix_flops(outputs, inputs, measured, method) > most:
+        outputs //= 2
+    while inputs % 16 == 0 and scheme.divides(inputs // 2) and matrix_flops(outputs, inputs, measured, method) > most:
+        inputs //= 2
+    batch = next(cuts(len(site.members), outputs, inputs, site_budget(device), method, measured)).stop
+    batch = max(1, min(batch, int(most // matrix_flops(outputs, inputs, measured, method))))
+    rows_TI = random(2 * inputs, inputs)
+    moment_BII = (rows_TI.T @ rows_TI / len(rows_TI)).expand(batch, -1, -1).contiguous()
+    metric_BOO = None
+    if measured:
+        rows_TO = random(2 * outputs, outputs)
+        metric_BOO = (rows_TO.T @ rows_TO / len(rows_TO)).expand(batch, -1, -1).contiguous()
+    w_BOI = random(batch, outputs, inputs)
+    seconds = timed(lambda: quantize_batch(w_BOI, moment_BII, scheme, method, torch.bfloat16, metric_BOO), 0.0)
+    return batch * matrix_flops(outputs, inputs, measured, method) / seconds
+
+
+def _head(adapter: Adapter, device: torch.device, dtype: torch.dtype, random: Random, timed: Timed) -> float:
+    """Logits of one slice of tokens by two heads of at most so many columns, and what is told of them."""
+    columns = min(adapter.vocab_size, HEAD_COLUMNS)
+    h_TH = random(HEAD_TOKENS, adapter.hidden_size)
+    heads = [random(columns, adapter.hidden_size).to(dtype) for _ in range(2)]
+    place_T = torch.arange(HEAD_TOKENS, device=device)
+
+    def work() -> None:
+        def slices() -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+            yield 0, h_TH @ heads[0].float().T, h_TH @ heads[1].float().T
+
+        compare(slices(), place_T % columns, place_T, place_T)
+
+    return 2 * 2.0 * columns * adapter.hidden_size * HEAD_TOKENS / timed(work)
+
+
+def disk_rates(folder: Path) -> tuple[float, float]:
+    """(read, written) bytes a second of the disk of `folder`, past the page cache where the system lets one."""
+    piece = os.urandom(2**24)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".onecard-rate-") as file:
+        begin = time.perf_counter()
+        for _ in range(FILE_BYTES // len(piece)):
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+        write = FILE_BYTES / (time.perf_counter() - begin)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        file.seek(0)
+        begin = time.perf_counter()
+        while file.read(len(piece)):
+            pass
+        return FILE_BYTES / (time.perf_counter() - begin), write

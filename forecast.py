@@ -1,0 +1,123 @@
+"""The verbs that read headers only: what quantizing would emit and take, and what a checkpoint is."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .bits.fitting import menu_of, priced_units
+from .calibration.texts import calibration_rows
+from .checkpoint.assign import plan_for
+from .checkpoint.model import Model, open_headers, unquantized
+from .checkpoint.plan import Plan
+from .conversion.export import Files, planned_files, weight_bytes
+from .core.device import choose_device, choose_dtype, site_budget
+from .core.errors import ResourceError
+from .core.rates import Rates, keep_rates, kept_rates, measure_flops, uniform
+from .eval.machine_rates import measure_rates, rates_key
+from .models.adapter import Adapter
+from .planner.cost import Cost, estimate, work_of
+from .planner.pricing_cost import PricingCost, pricing_cost
+from .recipe import Recipe, method_of
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """What `onecard plan` shows."""
+
+    model: Model
+    recipe: Recipe
+    plan: Plan
+    planned: Files  # what OUT will hold, in the recipe's format
+    cost: Cost
+    warnings: list[str]
+    rates: Rates
+    rates_from: str
+    pricing: PricingCost | None = None  # of a recipe with bits: fit, whose plan is about the least that it can be
+
+    @property
+    def emitted_bytes(self) -> int:
+        return weight_bytes(self.planned)
+
+    def line(self) -> dict[str, Any]:
+        """The JSON line for scripts."""
+        return {
+            "model": self.model.name,
+            "recipe": self.recipe.name,
+            **self.plan.facts(),
+            "format": self.recipe.format,
+            "emitted_bytes": self.emitted_bytes,
+            "files": dict(self.planned),
+            "role_bytes": self.plan.role_bytes,
+            "estimated_seconds": self.cost.seconds,
+            "estimated_seconds_by": self.cost.seconds_by,
+            "rates": asdict(self.rates),
+            "rates_from": self.rates_from,
+            "estimated_ram_bytes": self.cost.ram_bytes,
+            "estimated_device_bytes": self.cost.device_bytes,
+            "estimated_disk_bytes": self.cost.disk_bytes,
+            **(self.pricing.facts() if self.pricing is not None else {}),
+        }
+
+
+def plan(model_name: str, recipe: Recipe, device_name: str = "auto", measure: bool = False) -> PlanResult:
+    """What quantizing would emit and take; reads headers only. `measure`: measure this machine's rates first, and keep
+    them; otherwise kept ones are taken where there are some for this very work."""
+    device = choose_device(device_name)
+    dtype = choose_dtype(recipe.compute_dtype, device)
+    model = unquantized(open_headers(model_name))
+    laid_out = plan_for(model, recipe)
+    rates, rates_from, notes = rates_for(model.adapter, laid_out, recipe, device, dtype, measure)
+    tokens = calibration_rows(recipe, model.adapter) * recipe.calibration_row_tokens
+    evaluated = recipe.evaluation_rows * recipe.evaluation_row_tokens
+    cost = cost_of(model.adapter, laid_out, recipe, rates, device, dtype, tokens, evaluated)
+    warnings = model.adapter.faults(model.config) + model.warnings + notes
+    planned = planned_files(model, laid_out, recipe.format)
+    pricing = None
+    if recipe.bits == "fit":
+        units = list(priced_units(model.adapter, recipe))
+        priced = recipe.price_rows * min(recipe.price_row_tokens, recipe.calibration_row_tokens)
+        menu = len(menu_of(recipe))
+        pricing = pricing_cost(model.adapter, units, menu, priced, tokens, dtype.itemsize, rates)
+    return PlanResult(model, recipe, laid_out, planned, cost, warnings, rates, rates_from, pricing)
+
+
+def cost_of(
+    adapter: Adapter,
+    plan: Plan,
+    recipe: Recipe,
+    rates: Rates,
+    device: torch.device,
+    dtype: torch.dtype,
+    calibration_tokens: int,
+    evaluation_tokens: int,
+) -> Cost:
+    """The estimate for so many tokens; round-to-nearest takes none for calibration."""
+    calibrated = calibration_tokens if method_of(recipe).needs_statistics else 0
+    return estimate(
+        adapter, plan, work_of(recipe), calibrated, evaluation_tokens, dtype.itemsize, rates, device,
+        site_budget(device),
+    )  # fmt: skip
+
+
+def rates_for(
+    adapter: Adapter, plan: Plan, recipe: Recipe, device: torch.device, dtype: torch.dtype, measure: bool
+) -> tuple[Rates, str, list[str]]:
+    """(rates, where they come from, notes for the user)."""
+    key = rates_key(adapter, recipe, device, dtype)
+    if measure:
+        try:
+            rates = measure_rates(adapter, plan, recipe, device, dtype)
+        except OSError as error:
+            raise ResourceError(
+                f"the disk of {Path.cwd()} could not be measured ({error.strerror}): run --measure in the folder that "
+                "OUT will lie in"
+            ) from error
+        note = keep_rates(key, rates)
+        return rates, "measured here now", [note] if note else []
+    kept, note = kept_rates(key)
+    notes = [note] if note else []
+    if kept is not None:
+        return kept, "kept from --measure on this machine", notes
+    return uniform(measure_flops(device, dtype)), "one matrix product measured now; --measure does better", notes

@@ -1,0 +1,170 @@
+"""What could be put on a card: what each recipe would emit of an original, or a checkpoint as it lies there.
+
+Bytes are those of the stored tensors, from headers and recipes alone. A plan lays out files, and takes a second for a
+model of many experts; here several recipes are weighed in that time, so sizes are asked of the format once for each
+scheme and shape. A test holds the sums against the plan's.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+
+from ..checkpoint.assign import schemes_of
+from ..checkpoint.formats import compressed_tensors as ct
+from ..checkpoint.model import Model, is_original, stored_weights
+from ..checkpoint.plan import Width, tally, width_name
+from ..core.errors import InputError
+from ..core.layout import StoredTensor
+from ..core.scheme import Scheme
+from ..core.tensors import TORCH_DTYPES
+from ..recipe import Recipe, load_recipe, recipe_names
+from .cards import find_card
+from .changes import Choice
+from .weights import DeviceWeights, Place, device_weights, place_of
+
+AS_IT_IS = "as it is"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Something that could be put on the card. `weights` and, unpacked to the original's dtype, `dense`: its bytes by
+    what becomes of them on several cards. `groups`: module -> group size, where it is quantized. `widths` by role, for
+    the engines' remarks. `unpacked`: transformers unpacks it when it is loaded."""
+
+    name: str
+    weights: DeviceWeights
+    dense: DeviceWeights
+    groups: dict[str, int]
+    widths: tuple[Width, ...]
+    symmetric: bool
+    unpacked: bool
+
+    def choice(self, dequantizes: bool) -> Choice:
+        return Choice(self.name, self.dense if dequantizes and self.unpacked else self.weights)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A canonical tensor, looked up once for all recipes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    role: str
+    place: Place
+
+    @property
+    def dense_bytes(self) -> int:
+        return prod(self.shape) * TORCH_DTYPES[self.dtype].itemsize
+
+
+def entries_of(model: Model) -> tuple[Entry, ...]:
+    adapter, source = model.adapter, model.source
+
+    def entry(name: str, shape: tuple[int, ...]) -> Entry:
+        dtype = source.info(adapter.locate(name, source.names).tensor).dtype
+        return Entry(name, shape, dtype, adapter.role(name).value, place_of(adapter, name))
+
+    return tuple(entry(name, shape) for name, shape in adapter.expected().items())
+
+
+@cache
+def packed_bytes(scheme: Scheme, outputs: int, inputs: int, dtype: str) -> int:
+    """What the format stores for one weight."""
+    stored = ct.layout(scheme, outputs, inputs, dtype)
+    return sum(StoredTensor(suffix, kind, shape).nbytes for suffix, (kind, shape) in stored.items())
+
+
+def bytes_at(entry: Entry, scheme: Scheme | None) -> int:
+    """What a tensor takes at a width; None: as the source has it."""
+    return entry.dense_bytes if scheme is None else packed_bytes(scheme, *entry.shape, entry.dtype)
+
+
+def recipe_candidate(model: Model, entries: tuple[Entry, ...], recipe: Recipe) -> Candidate:
+    """What a run with the recipe would emit. Raises InputError where it does not suit the model."""
+    schemes = schemes_of(model.adapter, recipe)
+
+    def scheme(entry: Entry) -> Scheme | None:
+        return schemes.get(entry.name.removesuffix(".weight")) if entry.name.endswith(".weight") else None
+
+    return _candidate(
+        model,
+        entries,
+        recipe.name,
+        lambda entry: bytes_at(entry, scheme(entry)),
+        lambda entry: width_name(scheme(entry), entry.dtype),
+        {module: found.group_size for module, found in schemes.items()},
+        all(found.symmetric for found in schemes.values()),
+        unpacked=True,
+    )
+
+
+def own_candidate(model: Model, entries: tuple[Entry, ...]) -> Candidate:
+    """The checkpoint as it lies there."""
+    stored = stored_weights(model)
+    groups, symmetric = {}, True
+    for name, found in stored.items():
+        try:
+            scheme = Scheme.parse(found.width)
+        except ValueError:
+            continue  # a dtype, or another format's words
+        groups[name.removesuffix(".weight")] = scheme.group_size
+        symmetric = symmetric and scheme.symmetric
+    unpacked = model.quantized and getattr(model.source, "label", "").startswith(ct.NAME)
+    return _candidate(
+        model,
+        entries,
+        AS_IT_IS,
+        lambda entry: stored[entry.name].bytes,
+        lambda entry: stored[entry.name].width,
+        groups,
+        symmetric,
+        unpacked,
+    )
+
+
+def _candidate(
+    model: Model,
+    entries: tuple[Entry, ...],
+    name: str,
+    size: Callable[[Entry], int],
+    width: Callable[[Entry], str],
+    groups: dict[str, int],
+    symmetric: bool,
+    unpacked: bool,
+) -> Candidate:
+    return Candidate(
+        name,
+        device_weights(model.adapter, ((entry.place, size(entry)) for entry in entries)),
+        device_weights(model.adapter, ((entry.place, entry.dense_bytes) for entry in entries)),
+        groups,
+        tally(Width(entry.role, width(entry), prod(entry.shape), size(entry)) for entry in entries),
+        symmetric,
+        unpacked,
+    )
+
+
+def candidates_of(model: Model, recipe: Recipe | None) -> list[Candidate]:
+    """What could be put on a card, the most bytes first: of an original what every shipped recipe that suits it would
+    emit, and it itself; of a quantized checkpoint it alone."""
+    entries = entries_of(model)
+    found = [own_candidate(model, entries)]
+    if not is_original(model):
+        return found
+    if recipe is not None:
+        found.append(recipe_candidate(model, entries, recipe))
+    # The family's own recipes first, those for one card first of all: of two of one size the first is kept. Those for
+    # the demo are for its texts, and what `bits: fit` chooses is known only once its sensitivities are measured.
+    named = [load_recipe(name) for name in recipe_names() if not name.startswith("demo")]
+    # vLLM 0.32 has no loader for bitsandbytes' files.
+    shipped = [each for each in named if each.bits != "fit" and each.format != "bitsandbytes"]
+    for each in sorted(shipped, key=lambda r: (r.family is None, find_card(r.gpu)[0] if r.gpu else 1)):
+        if each.family in (None, model.adapter.family) and (recipe is None or each.name != recipe.name):
+            try:
+                made = recipe_candidate(model, entries, each)
+            except InputError:
+                continue  # it does not suit this model: its groups, or its roles
+            if all(made.weights.total_bytes != other.weights.total_bytes for other in found):
+                found.append(made)
+    return sorted(found, key=lambda c: -c.weights.total_bytes)

@@ -1,0 +1,281 @@
+"""Will it fit: a model or a finished checkpoint, a card or all of them, and what is asked for; reads headers only.
+
+planner/fit.py has the sum. Here the candidates are found (what recipes would emit, or the checkpoint as it is), one is
+chosen, and everything that is said of it is gathered: how far it goes, what would make it fit, the other recipes, the
+other cards, and the traps that are known.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from ..checkpoint.model import Model, said_name
+from ..core.errors import InputError, input_error
+from ..models.adapter import QUANTIZABLE
+from ..recipe import Recipe
+from .candidates import Candidate, candidates_of
+from .cards import CARDS, Card
+from .changes import PASS_COST, Change, changes
+from .engines import engine_named
+from .fit import (
+    Fit,
+    Needs,
+    Request,
+    bits_that_fit,
+    cards_needed,
+    fit,
+    max_context,
+    max_sequences,
+    pass_tokens,
+    usable_bytes,
+)
+from .kv import cache_rates
+from .traps import traps
+from .weights import cut_problems
+from .workspace import image_tokens
+
+# Points of a curve of memory against context.
+CURVE_POINTS = 64
+
+
+@dataclass(frozen=True)
+class Row:
+    """One candidate or one card: how it does."""
+
+    name: str
+    fit: Fit
+    max_context: int
+    max_sequences: int
+
+
+@dataclass(frozen=True)
+class CardRow:
+    """`best`: the candidate with the most bytes that fits, or None; `cards_needed`: how many the smallest takes."""
+
+    card: Card
+    best: Row | None
+    cards_needed: int | None
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """What `onecard plan` says of memory. `card` None: no card was named, only the table over cards was asked for."""
+
+    model: Model
+    request: Request
+    needs: Needs
+    card: Card | None
+    chosen: Candidate
+    candidates: tuple[Candidate, ...]
+    row: Row | None
+    rows: tuple[Row, ...]
+    changes: tuple[Change, ...]
+    better: Change | None
+    cards_needed: int | None
+    bits: float | None
+    table: tuple[CardRow, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool | None:
+        return None if self.row is None else self.row.fit.fits
+
+    @cached_property
+    def curves(self) -> list[dict[str, Any]]:
+        """Bytes on a card against the context, for every candidate."""
+        card = self.card
+        if card is None or self.row is None:
+            return []
+        reach = max(self.request.context, *(row.max_context for row in self.rows))
+        end = min(max(self.needs.most_context, self.request.context), reach + reach // 4)
+        contexts = sorted({max(1, end * i // CURVE_POINTS) for i in range(CURVE_POINTS + 1)})
+        out = []
+        for candidate in self.candidates:
+            choice = candidate.choice(self.request.rules.dequantizes)
+            weights = choice.weights.on_card(self.request.tensor_parallel, self.request.vision)
+            made = [fit(self.needs, card, weights, replace(self.request, context=n)).needed_bytes for n in contexts]
+            out.append({"name": candidate.name, "contexts": contexts, "bytes": made})
+        return out
+
+    @property
+    def serve(self) -> str | None:
+        """How vLLM is to be started so that it does what was planned."""
+        longer = self.request.context > self.needs.most_context  # than vLLM lets a model be started with
+        if self.request.engine != "vllm" or self.card is None or not self.fits or longer:
+            return None
+        r = self.request
+        parts = [
+            "vllm serve FOLDER",
+            f"--max-model-len {r.context}",
+            f"--max-num-seqs {r.sequences}",
+            f"--max-num-batched-tokens {pass_tokens(self.card, r)}",
+            f"--gpu-memory-utilization {r.rules.memory_share if r.memory_share is None else r.memory_share:g}",
+        ]
+        parts += [f"--kv-cache-dtype {r.kv_dtype}"] if r.kv_dtype != "bf16" else []
+        parts += [f"--tensor-parallel-size {r.tensor_parallel}"] if r.tensor_parallel > 1 else []
+        parts += ["--language-model-only"] if self.model.adapter.has_vision and not r.vision else []
+        parts += ["--disable-hybrid-kv-cache-manager"] if r.frees is False else []
+        return " ".join(parts)
+
+    def facts(self) -> dict[str, Any]:
+        """All of it, for scripts and for a record."""
+        r, rules = self.request, self.request.rules
+        rates = cache_rates(self.needs.layers, rules, r.kv_dtype, r.tensor_parallel, r.frees)
+        said: dict[str, Any] = {
+            "model": said_name(self.model.name),
+            "family": self.model.adapter.family,
+            "candidate": self.chosen.name,
+            "gpu": None if self.card is None else self.card.key,
+            "memory_share": rules.memory_share if r.memory_share is None else r.memory_share,
+            "cards": r.tensor_parallel,
+            **{k: getattr(r, k) for k in ("engine", "context", "sequences", "kv_dtype", "vision", "images")},
+            "kv_per_token_bytes": rates.per_token_bytes,
+            "kv_per_sequence_bytes": rates.per_sequence_bytes,
+            "model_max_context": self.needs.most_context,
+            "fits": self.fits,
+        }
+        if self.card is not None and self.row is not None:
+            made = self.row.fit
+            said |= {
+                "batch_tokens": pass_tokens(self.card, r),
+                **_numbers(self.row),
+                "kv": asdict(made.cache),
+                "workspace": asdict(made.workspace),
+                "changes": [_change(change) for change in self.changes],
+                "better": _change(self.better) if self.better is not None else None,
+                "cards_needed": self.cards_needed,
+                "bits_that_fit": self.bits,
+                "serve": self.serve,
+                "curves": self.curves,
+            }
+        rows = {row.name: row for row in self.rows}
+        said["candidates"] = [
+            {
+                "name": c.name,
+                "weight_bytes": c.choice(rules.dequantizes).weights.on_card(r.tensor_parallel, r.vision),
+                **(_numbers(rows[c.name]) if c.name in rows else {}),
+            }
+            for c in self.candidates
+        ]
+        said["table"] = [
+            {
+                "gpu": entry.card.key,
+                "name": entry.card.name,
+                "source": entry.card.source,
+                "cards_needed": entry.cards_needed,
+                "all_usable_bytes": usable_bytes(entry.card, r),
+                "candidate": entry.best.name if entry.best else None,
+                **(_numbers(entry.best) if entry.best else {"fits": False}),
+            }
+            for entry in self.table
+        ]
+        return said | {"fit_warnings": list(self.warnings)}
+
+
+def _change(change: Change) -> dict[str, Any]:
+    return {"steps": list(change.steps), "candidate": change.choice, "left_bytes": change.fit.left_bytes}
+
+
+def _numbers(row: Row) -> dict[str, Any]:
+    made = row.fit
+    return {
+        "weight_bytes": made.weight_bytes,
+        "kv_bytes": made.kv_bytes,
+        "workspace_bytes": made.workspace_bytes,
+        "usable_bytes": made.usable_bytes,
+        "left_bytes": made.left_bytes,
+        "fits": made.fits,
+        "max_context": row.max_context,
+        "max_sequences": row.max_sequences,
+    }
+
+
+def size_up(
+    model: Model,
+    request: Request,
+    card: Card | None = None,
+    recipe: Recipe | None = None,
+) -> Sizing:
+    """Everything that can be said of memory before a weight is read.
+
+    Raises InputError for what the engine cannot do, and for a number of cards that the model cannot be cut over.
+    """
+    rules = engine_named(request.engine, request.kv_dtype, request.tensor_parallel)
+    adapter = model.adapter
+    if request.images and not (adapter.has_vision and request.vision):
+        why = "the vision tower is left out" if adapter.has_vision else f"{adapter.family} has none"
+        raise InputError(f"--images {request.images} needs a vision tower, and {why}")
+    needs = Needs.of(adapter)
+    if image_tokens(needs.sizes, request.images) > request.context:
+        raise InputError(
+            f"{request.images} images take up to {image_tokens(needs.sizes, request.images):,} tokens, and the context "
+            f"has {request.context:,}: fewer images, or a longer context"
+        )
+    found = candidates_of(model, recipe)
+    wanted = [c for c in found if recipe is None or c.name == recipe.name]
+    allowed = [c for c in wanted if not cut_problems(adapter, request.tensor_parallel, c.groups)]
+    if not allowed:
+        raise input_error(
+            f"{model.name} cannot be cut over {request.tensor_parallel} cards:",
+            cut_problems(adapter, request.tensor_parallel, wanted[-1].groups),
+            "Take another number of cards, or a recipe with smaller groups.",
+        )
+
+    def row(candidate: Candidate, on: Card, asked: Request) -> Row:
+        weights = candidate.choice(rules.dequantizes).weights.on_card(asked.tensor_parallel, asked.vision)
+        made = fit(needs, on, weights, asked)
+        return Row(
+            candidate.name, made, max_context(needs, on, weights, asked), max_sequences(needs, on, weights, asked)
+        )
+
+    def best(on: Card) -> Row | None:
+        """The first that fits, or None."""
+        return next((made for made in (row(c, on, request) for c in allowed) if made.fit.fits), None)
+
+    def cards(candidate: Candidate, on: Card) -> int | None:
+        weights = candidate.choice(rules.dequantizes).weights
+        return cards_needed(needs, on, weights, request, lambda n: n >= request.tensor_parallel and cuts(candidate, n))
+
+    def cuts(candidate: Candidate, count: int) -> bool:
+        return (count == 1 or rules.tensor_parallel) and not cut_problems(adapter, count, candidate.groups)
+
+    table = [CardRow(on, best(on), cards(allowed[-1], on)) for on in CARDS]
+    rows = [] if card is None else [row(c, card, request) for c in found if cuts(c, request.tensor_parallel)]
+    by_name = {made.name: made for made in rows}
+    chosen = next((c for c in allowed if c.name in by_name and by_name[c.name].fit.fits), allowed[-1])
+    own = by_name.get(chosen.name)
+    offered: list[Change] = []
+    needed = bits = better = None
+    if card is not None and own is not None and own.fit.fits and recipe is None:
+        # Of what keeps more, the first that smaller passes let in: they cost nothing of the answers.
+        for larger in (c for c in allowed[: allowed.index(chosen)] if c.name in by_name):
+            ways = changes(needs, card, larger.choice(rules.dequantizes), [], request, keep_tower=True)
+            better = better or next((way for way in ways if way.cost <= PASS_COST), None)
+    if card is not None and own is not None and not own.fit.fits:
+        others = [c.choice(rules.dequantizes) for c in found if c.name in by_name]
+        offered = changes(needs, card, chosen.choice(rules.dequantizes), others, request)
+        needed = cards(chosen, card)
+        bits = _bits(needs, card, request, chosen)
+    return Sizing(
+        model=model,
+        request=request,
+        needs=needs,
+        card=card,
+        chosen=chosen,
+        candidates=tuple(found),
+        row=own,
+        rows=tuple(rows),
+        changes=tuple(offered),
+        better=better,
+        cards_needed=needed,
+        bits=bits,
+        table=tuple(table),
+        warnings=tuple(traps(model, needs, chosen, request, card)),
+    )
+
+
+def _bits(needs: Needs, card: Card, request: Request, chosen: Candidate) -> float:
+    roles = {role.value for role in QUANTIZABLE}
+    linear = [width for width in chosen.widths if width.role in roles]
+    stored, parameters = sum(width.bytes for width in linear), sum(width.parameters for width in linear)
+    return bits_that_fit(needs, card, request, chosen.weights, stored, parameters)
