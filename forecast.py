@@ -19,7 +19,7 @@ from .eval.machine_rates import measure_rates, rates_key
 from .models.adapter import Adapter
 from .planner.cost import Cost, estimate, work_of
 from .planner.pricing_cost import PricingCost, pricing_cost
-from .recipe import Recipe, method_of
+from .recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -69,15 +69,15 @@ def plan(model_name: str, recipe: Recipe, device_name: str = "auto", measure: bo
     model = unquantized(open_headers(model_name))
     laid_out = plan_for(model, recipe)
     rates, rates_from, notes = rates_for(model.adapter, laid_out, recipe, device, dtype, measure)
-    tokens = calibration_rows(recipe, model.adapter) * recipe.calibration_row_tokens
-    evaluated = recipe.evaluation_rows * recipe.evaluation_row_tokens
+    tokens = calibration_rows(recipe, model.adapter) * recipe.texts.calibration_row_tokens
+    evaluated = recipe.texts.evaluation_rows * recipe.texts.evaluation_row_tokens
     cost = cost_of(model.adapter, laid_out, recipe, rates, device, dtype, tokens, evaluated)
     warnings = model.adapter.faults(model.config) + model.warnings + notes
     planned = planned_files(model, laid_out, recipe.format)
     pricing = None
-    if recipe.bits == "fit":
+    if recipe.widths.bits == "fit":
         units = list(priced_units(model.adapter, recipe))
-        priced = recipe.price_rows * min(recipe.price_row_tokens, recipe.calibration_row_tokens)
+        priced = recipe.fit.price_rows * min(recipe.fit.price_row_tokens, recipe.texts.calibration_row_tokens)
         menu = len(menu_of(recipe))
         pricing = pricing_cost(model.adapter, units, menu, priced, tokens, dtype.itemsize, rates)
     return PlanResult(model, recipe, laid_out, planned, cost, warnings, rates, rates_from, pricing)
@@ -94,11 +94,18 @@ def cost_of(
     evaluation_tokens: int,
 ) -> Cost:
     """The estimate for so many tokens; round-to-nearest takes none for calibration."""
-    calibrated = calibration_tokens if method_of(recipe).needs_statistics else 0
+    calibrated = calibration_tokens if recipe.quantizer.needs_statistics else 0
     return estimate(
-        adapter, plan, work_of(recipe), calibrated, evaluation_tokens, dtype.itemsize, rates, device,
+        adapter,
+        plan,
+        work_of(recipe),
+        calibrated,
+        evaluation_tokens,
+        dtype.itemsize,
+        rates,
+        device,
         site_budget(device),
-    )  # fmt: skip
+    )
 
 
 def rates_for(

@@ -57,6 +57,7 @@ from .conversion.export import (
 from .core.device import choose_device, choose_dtype, site_budget
 from .core.errors import InputError, LimitError
 from .core.layout import RECORD_NAME, index_json, json_bytes
+from .core.limits import Limits
 from .core.method import Method
 from .core.rates import uniform
 from .core.rows import Row, batches
@@ -67,7 +68,7 @@ from .eval.verify import WITHOUT_VISION, close_machine, measure, rows_of_experts
 from .models.adapter import Adapter
 from .models.walk import Calls, embed
 from .planner.cost import estimate, work_of
-from .recipe import Recipe, method_of, walks_back
+from .recipe import Recipe
 from .report.progress import Progress
 from .report.record import RunRecord
 from .report.resources import package_versions
@@ -125,9 +126,16 @@ class Run:
     def check_space(self, work: Path) -> None:
         wanted = sum(length * count for length, count in self.texts.wanted.items())
         cost = estimate(
-            self.adapter, self.plan, work_of(self.recipe), wanted,
-            _tokens(self.texts.evaluation), self.dtype.itemsize, uniform(1.0), self.device, site_budget(self.device),
-        )  # fmt: skip
+            self.adapter,
+            self.plan,
+            work_of(self.recipe),
+            wanted,
+            _tokens(self.texts.evaluation),
+            self.dtype.itemsize,
+            uniform(1.0),
+            self.device,
+            site_budget(self.device),
+        )
         # Beside the pool's hidden rows, before and after a block, nothing lies there yet.
         pool_bytes = 2 * _tokens(self.texts.calibration) * self.adapter.hidden_size * self.dtype.itemsize
         # Shards are moved to OUT, or written there anew in another format.
@@ -179,18 +187,20 @@ def quantize(
     """
     began = time.monotonic()
     device = choose_device(device_name)
-    method = method_of(recipe)
+    method = recipe.quantizer
     model = open_source(model_name)
     plan = plan_for(model, recipe)  # of a recipe that is yet to be fitted, about the least there can be
     planned = planned_files(model, plan, recipe.format)
-    if recipe.bits == "fit":
+    if recipe.widths.bits == "fit":
         refuse_unmeetable(model, recipe)
     else:
         refuse_too_large(weight_bytes(planned), recipe)
     card_facts = on_its_card(model, recipe)
     work_path = check_paths(out, work, model.path, resume, overwrite)
-    texts = prepare_texts(model, recipe, calibration, evaluation, method.needs_statistics or recipe.bits == "fit")
-    if recipe.bits == "fit":
+    texts = prepare_texts(
+        model, recipe, calibration, evaluation, method.needs_statistics or recipe.widths.bits == "fit"
+    )
+    if recipe.widths.bits == "fit":
         priced_rows(texts.calibration, recipe)  # refuses too few
     dtype = choose_dtype(recipe.compute_dtype, device)
     identity = _identity(model, recipe, texts, device, dtype)
@@ -257,7 +267,7 @@ def _fitted(run: Run, workdir: WorkDir, progress: Progress, given: Prices | None
 
 def _stages(run: Run, workdir: WorkDir, progress: Progress, given: Prices | None = None) -> RunRecord:
     """Every stage that is not done yet."""
-    if run.recipe.bits == "fit":
+    if run.recipe.widths.bits == "fit":
         run = _fitted(run, workdir, progress, given)
         refuse_too_large(weight_bytes(run.planned), run.recipe)
     record = run.new_record()
@@ -284,10 +294,16 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress, given: Prices | None
         if run.method.needs_statistics:
             progress.begin("embed")
             embed(
-                run.adapter, run.model.source, run.texts.calibration, groups, store, (REFERENCE, QUANTIZED), run.device,
+                run.adapter,
+                run.model.source,
+                run.texts.calibration,
+                groups,
+                store,
+                (REFERENCE, QUANTIZED),
+                run.device,
                 run.dtype,
-            )  # fmt: skip
-        if walks_back(run.recipe, run.method):
+            )
+        if run.method.walks_back:
             _sensitivities(run, workdir, calls, progress)
         store.settle(0)
         workdir.commit(1)
@@ -295,17 +311,28 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress, given: Prices | None
         file = workdir.folder("blocks") / f"{index:04d}.json"
         if workdir.done < 2 + index:
             job = BlockJob(
-                run.adapter, run.model.source, run.plan, run.recipe, run.method, index, groups, store, calls,
-                run.device, run.dtype, site_budget(run.device), workdir.folder("shards"),
+                run.adapter,
+                run.model.source,
+                run.plan,
+                run.recipe,
+                run.method,
+                index,
+                groups,
+                store,
+                calls,
+                run.device,
+                run.dtype,
+                site_budget(run.device),
+                workdir.folder("shards"),
                 *_sensitivity(run, workdir, index, groups),
-            )  # fmt: skip
+            )
             facts = quantize_block(job, progress)
             files.write_json(file, facts)
             store.settle(index + 1)
             workdir.commit(2 + index)
             store.drop(index)
         record.blocks.append(read_json(file))
-        _check_limits(record, run.recipe, workdir.path)
+        _check_limits(record, run.recipe.limits, workdir.path)
     _summarise_coverage(record, run.recipe)
     if workdir.done < 2 + blocks:
         progress.begin("copy the rest")
@@ -332,9 +359,17 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress, given: Prices | None
             rows = [row for row in rows if row.pixels is None]
             record.warnings.append(WITHOUT_VISION.format(name=run.recipe.format))
         measured = measure(
-            run.model, quantized, rows, run.recipe.batch_tokens, workdir.folder("verify"), run.device,
-            run.dtype, progress, run.tasks, rows_of_experts(record.blocks),
-        )  # fmt: skip
+            run.model,
+            quantized,
+            rows,
+            run.recipe.batch_tokens,
+            workdir.folder("verify"),
+            run.device,
+            run.dtype,
+            progress,
+            run.tasks,
+            rows_of_experts(record.blocks),
+        )
         measured.put_into(record)
         record.checkpoint = {"bytes": emitted_bytes}
         record.gate = gate_of_run(record.to_json(), RECORD_NAME, run.recipe)
@@ -358,21 +393,28 @@ def _sensitivity_file(workdir: WorkDir, block: int) -> Path:
 def _sensitivities(run: Run, workdir: WorkDir, calls: Calls, progress: Progress) -> None:
     def keep(block: int, metrics: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> None:
         found = {f"{METRIC}{key}": metric for key, metric in metrics.items() if run.method.output_metric}
-        if run.recipe.token_weighting == "gradient":
+        if run.recipe.quantizer.token_weighting == "gradient":
             found |= {f"{WEIGHT}{key}": weight for key, weight in weights.items()}
         files.write_tensors(_sensitivity_file(workdir, block), found)
 
     sensitivities(
-        run.adapter, run.model.source, run.texts.calibration, run.recipe.batch_tokens,
-        Activations(workdir.folder("sensitivity", "acts")), calls, keep, progress, run.recipe.token_weighting,
-    )  # fmt: skip
+        run.adapter,
+        run.model.source,
+        run.texts.calibration,
+        run.recipe.batch_tokens,
+        Activations(workdir.folder("sensitivity", "acts")),
+        calls,
+        keep,
+        progress,
+        run.recipe.quantizer.token_weighting,
+    )
 
 
 def _sensitivity(
     run: Run, workdir: WorkDir, block: int, groups: list[list[int]]
 ) -> tuple[dict[str, torch.Tensor], dict[str, list[torch.Tensor]]]:
     """Metrics and token weights of a block, those batch by batch; empty where the method wants none."""
-    if not walks_back(run.recipe, run.method):
+    if not run.method.walks_back:
         return {}, {}
     found = read_tensors(_sensitivity_file(workdir, block))
     sizes = [sum(len(run.texts.calibration[number].tokens) for number in numbers) for numbers in groups]
@@ -401,23 +443,23 @@ def _move(run: Run, workdir: WorkDir, progress: Progress) -> None:
     carry_side_files(run.model.path, run.out)
 
 
-def _check_limits(record: RunRecord, recipe: Recipe, work: Path) -> None:
+def _check_limits(record: RunRecord, limits: Limits, work: Path) -> None:
     """Limits that a block can pass: the run stops there, and what is finished is kept."""
     block = record.blocks[-1]
     rows = block.get("expert_rows") or []
-    starved = [f"expert {e} got {n} rows" for e, n in enumerate(rows) if n < recipe.fail_below_expert_rows]
+    starved = [f"expert {e} got {n} rows" for e, n in enumerate(rows) if n < limits.fail_below_expert_rows]
     if starved:
         raise LimitError(
             f"block {block['block']}: {', '.join(starved[:8])}, and the recipe fails below "
-            f"{recipe.fail_below_expert_rows} (fail_below_expert_rows): give more or more varied calibration texts and "
-            f"start anew with --overwrite. What is finished lies in {work}"
+            f"{limits.fail_below_expert_rows} (fail_below_expert_rows): give more or more varied calibration texts "
+            f"and start anew with --overwrite. What is finished lies in {work}"
         )
     fallbacks = sum(b["diagonal_fallbacks"] for b in record.blocks)
-    if fallbacks > recipe.max_fallbacks:
+    if fallbacks > limits.max_fallbacks:
         raise LimitError(
             f"{fallbacks} matrices had second moments that could not be factored, and the recipe allows "
-            f"{recipe.max_fallbacks} (max_fallbacks): raise damping or shrinkage, or give more calibration texts, and "
-            f"start anew with --overwrite. What is finished lies in {work}"
+            f"{limits.max_fallbacks} (max_fallbacks): raise damping or shrinkage, or give more calibration texts, "
+            f"and start anew with --overwrite. What is finished lies in {work}"
         )
 
 
@@ -426,7 +468,8 @@ def _summarise_coverage(record: RunRecord, recipe: Recipe) -> None:
     covered = [n for block in record.blocks for n in block.get("expert_rows") or []]
     if not covered:
         return
-    low = [n for n in covered if n < recipe.warn_below_expert_rows]
+    least = recipe.texts.warn_below_expert_rows
+    low = [n for n in covered if n < least]
     record.fallbacks = {
         "experts_in_all": len(covered),
         "least_rows_of_an_expert": min(covered),
@@ -437,6 +480,6 @@ def _summarise_coverage(record: RunRecord, recipe: Recipe) -> None:
     }
     if low:
         record.warnings.append(
-            f"{len(low)} of {len(covered)} experts got fewer than {recipe.warn_below_expert_rows} calibration rows and "
-            "borrowed from their layers: give more or more varied calibration texts"
+            f"{len(low)} of {len(covered)} experts got fewer than {least} calibration rows "
+            "and borrowed from their layers: give more or more varied calibration texts"
         )

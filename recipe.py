@@ -1,7 +1,8 @@
 """Recipe: one flat YAML file that says what is quantized, how, on which texts, and what the run may not do.
 
-It can be read aloud. Unknown keys are errors; so is a pattern that matches nothing (found when the recipe meets a
-model). Every field has its unit in its name and its reason in its description.
+The file is flat, so that it can be read aloud; the class groups its keys by what they are about. A key has the same
+name in the file and in its group. Unknown keys are errors, and so is a pattern that matches nothing (found when the
+recipe meets a model).
 """
 
 import hashlib
@@ -13,49 +14,31 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from .core.errors import InputError, input_error
-from .core.method import Method
-from .core.scheme import BY_ROW, GRIDS, NF4_BLOCK, Scheme
+from .core.limits import Limits, named_limits
+from .core.method import PRESETS, Method
+from .core.scheme import GRIDS, Scheme
 
 QuantizableRole = Literal["expert", "shared_expert", "mlp", "attention"]
-# Among a recipe's `schemes`, in place of a width: it stays in the source's dtype.
+# In `schemes`, in place of a width: the weight stays in the source's dtype.
 KEEP = "keep"
-
-
-# What a method is short for: fields that a recipe does not name itself get these values. Times and KL of each stand in
-# docs/benchmarks.md; what a field is worth, too.
-METHODS: dict[str, dict[str, Any]] = {
-    # Round-to-nearest with absmax / 8, no calibration: Meta's own scheme for Scout.
-    "rtn": {},
-    # bitsandbytes' own quantizers, which are their own format; no calibration either.
-    "bnb-nf4": {"format": "bitsandbytes", "bits": 4, "group_size": NF4_BLOCK},
-    "bnb-int8": {"format": "bitsandbytes", "bits": 8, "group_size": BY_ROW},
-    # GPTQ on statistics taken once for each half of a block, aimed at the reference stream.
-    "fast": {
-        "sequential": "halves",
-        "refine_rounds": 1,
-        "tabu_moves": 50,
-        "output_blocks": 0,
-        "calibration_rows_per_input": 8.0,
-    },
-    # Statistics site by site, refinement, and Fisher metrics of what errors of outputs cost.
-    "balanced": {"refine_rounds": 2, "output_blocks": 8, "token_weighting": "gradient", "tabu_moves": 100},
-    # The same with more of each.
-    "best": {
-        "refine_rounds": 2,
-        "output_blocks": 16,
-        "token_weighting": "gradient",
-        "restarts": 8,
-        "tabu_moves": 200,
-        "tune_epochs": 4,
-    },
-}
-
-
-# What the methods of bitsandbytes say themselves: the package gives no choice.
+# The keys that a method of bitsandbytes fixes: the package gives no choice.
 FIXED = ("bits", "group_size", "symmetric")
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class TextSource(BaseModel):
@@ -101,184 +84,192 @@ class Texts(TextSource):
         return self
 
 
-class Limits(BaseModel):
-    """What a finished run is held against: flat fields of a recipe, and the keys of a file for `gate --limits`.
+class Widths(_Group):
+    """Which weights get which width."""
 
-    None, and 0 of `fail_below_expert_rows`: no limit. It is the measured mean that a limit is held against, not an end
-    of its interval: the same files on the same texts then always get the same answer.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    max_kl_mean_nats: float | None = Field(default=None, gt=0)
-    max_kl_p99_nats: float | None = Field(default=None, gt=0)
-    min_same_top1: float | None = Field(default=None, ge=0, le=1)
-    max_flip_rate: float | None = Field(default=None, ge=0, le=1)  # share of items whose answer is another
-    max_emitted_bytes: int | None = Field(default=None, ge=1)
-    fail_below_expert_rows: int = Field(default=0, ge=0)  # found after each block, and the run stops there
-    max_fallbacks: int = Field(default=0, ge=0)  # matrices whose second moment could not be factored; likewise
-
-
-class Recipe(Limits):
-    """A frozen recipe. Field names are the YAML's keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    # What paths in it begin at: the recipe file's own folder, so that a recipe travels with its texts.
-    _folder: Path = PrivateAttr(default=Path())
-
-    name: str
-    description: str
-    family: Literal["deepseek_v3", "llama4", "mixtral", "qwen3_moe"] | None = None  # None: any family
-    note: str | None = None  # printed with the plan and kept in the record
-
-    method: Literal["rtn", "bnb-nf4", "bnb-int8", "fast", "balanced", "best"] = "best"
-    # What OUT holds (export.py); the codes are the same in all, and bf16 holds what they stand for. bitsandbytes, which
-    # has other codes, belongs to its own methods.
-    format: Literal["compressed-tensors", "gptq", "gptq-v2", "bf16", "gguf", "bitsandbytes"] = "compressed-tensors"
-    # 'fit': for every unit the width of `fit_schemes` that a budget buys the least predicted KL with (fitting.py): what
-    # `gpu` leaves for weights, or `budget_gb` of files.
+    # fit: the widths among `fit_schemes` with the least predicted KL within a budget (bits/fitting.py).
     bits: Literal[4, 8, "fit"] = 4
+    # Weights that share a scale; -1: one scale a row.
+    group_size: int = 128
+    symmetric: bool = True
+    quantize_roles: tuple[QuantizableRole, ...] = ("expert", "shared_expert")
+    # Widths that differ from bits, group_size and symmetric: role, or glob pattern of module names -> 'int8 group 128',
+    # 'int4 by row', ..., or 'keep'. A name wins over a pattern, a pattern over a role, a later pattern over an earlier.
+    schemes: dict[str, str] = {}
+    # Glob patterns of module names that stay as they are.
+    keep_modules: tuple[str, ...] = ()
+
+
+class Fit(_Group):
+    """bits: fit. What is priced, and the budget."""
+
     fit_schemes: tuple[str, ...] = ("int4 group 128", "int4 group 64", "int4 group 32", "int8 group 128", KEEP)
-    budget_gb: float | None = Field(default=None, gt=0)  # decimal GB of safetensors files
-    # So many calibration rows, cut to so many tokens, price the units; all others give the statistics: pricing.py
+    # Decimal GB of safetensors files. None: what `gpu` leaves for weights.
+    budget_gb: float | None = Field(default=None, gt=0)
+    # This many calibration rows, cut to this many tokens, price the units; the others give the statistics.
     price_rows: int = Field(default=64, ge=1)
     price_row_tokens: int = Field(default=512, ge=2)
-    # The card, and what it is to hold beside the weights. A run that would not fit it is refused (planner/fit.py).
+
+
+class Serving(_Group):
+    """The card, and what it has to hold beside the weights. A run that would not fit it is refused (planner/fit.py)."""
+
     gpu: str | None = None
     context: int = Field(default=32_768, ge=1)
     sequences: int = Field(default=1, ge=1)
     kv_dtype: Literal["bf16", "fp8"] = "bf16"
     engine: Literal["vllm", "transformers", "llama.cpp"] = "vllm"
-    engine_batch_tokens: int | None = Field(default=None, ge=16)  # of one pass over prompts; None: the engine's own
-    vision: bool = True  # whether the tower is loaded
+    # Tokens of one pass over prompts. None: the engine's own default.
+    engine_batch_tokens: int | None = Field(default=None, ge=16)
+    # Whether the vision tower is loaded.
+    vision: bool = True
 
-    group_size: int = 128  # -1: one scale a row
-    symmetric: bool = True
-    quantize_roles: tuple[QuantizableRole, ...] = ("expert", "shared_expert")
-    # What is to have another width than bits, group_size and symmetric say: role, or glob pattern of module names ->
-    # 'int8 group 128', 'int4 by row', ..., or 'keep'. A name goes before a pattern, a pattern before a
-    # role, and of several patterns the last one counts.
-    schemes: dict[str, str] = {}
-    keep_modules: tuple[str, ...] = ()  # glob patterns of module names that stay as they are
 
-    scale_search: bool = True
-    signed_scales: bool = True  # with scale_search: a group's scale may be negative (quantize/grid.py)
-    activation_order: bool = True
-    damping: float = Field(default=0.01, gt=0, le=1)
-    # tau = shrinkage * inputs rows of the layer's pooled moment join each expert's own: calibration/moments.py
-    shrinkage: float = Field(default=0.3, gt=0)
-    refine_rounds: int = Field(default=2, ge=0)  # after GPTQ: scales refitted and codes swept, this many times
-    # So many tries at each stretch of columns, every row keeping its best, twice over: quantize/restarts.py
-    restarts: int = Field(default=0, ge=0, le=64)
-    # Then so many moves of a tabu search over the codes of each stretch, twice over: quantize/tabu.py
-    tabu_moves: int = Field(default=0, ge=0, le=10_000)
-    # What errors of outputs cost is taken into account between this many blocks of rows (quantize/metric.py); 0: not.
-    output_blocks: int = Field(default=8, ge=0)
-    # How much a token counts in the statistics: alike, by 1 / mean square of the residual row that leaves the block, or
-    # by that and the gradients at each site. These, and output metrics, want a walk back: calibration/sensitivity.py
-    token_weighting: Literal["none", "residual", "gradient"] = "residual"
-    # Aim at the reference stream before rounding, with a ridge of strength * inputs / rows: quantize/correction.py
-    reference_correction: bool = True
-    correction_strength: float = Field(default=10.0, gt=0)
-    # Before they are quantized a feed-forward half's matrices learn its whole output, so often over the rows: tuning.py
-    tune_epochs: int = Field(default=0, ge=0, le=64)
-    # Aim what stays in the source's dtype too: routers, and attention where it is kept. It costs nothing at run time.
-    aim_kept: bool = True
-    # Statistics anew for every site that reads what others of its half have changed, or once for each half of a block.
-    sequential: Literal["sites", "halves"] = "sites"
+class TextChoice(_Group):
+    """Which texts calibrate and which evaluate, and how many of them."""
 
     calibration: Texts = Texts()
     calibration_rows: int = Field(default=512, ge=1)
     calibration_row_tokens: int = Field(default=2048, ge=2)
-    # Of these no more than give every expert, at an even share, so many rows for each of its inputs; 0: all of them.
+    # Stop after this many calibration rows per input dimension, counted for an evenly loaded expert; 0: never.
     calibration_rows_per_input: float = Field(default=0.0, ge=0)
     calibration_seed: int = 0
-    # A share of the calibration tokens in rows of this length, so that attention in chunks sees more than one.
+    # A share of the calibration tokens in rows of this length, so that chunked attention sees more than one chunk.
     calibration_long_share: float = Field(default=0.0, ge=0, le=1)
     calibration_long_row_tokens: int = Field(default=16384, ge=2)
-    # So many rows are packed for each that is wanted, and one pass chooses those that feed the experts with the
-    # fewest (calibration/balance.py); 1: no pass. The random share of the rows is drawn as if there were none.
+    # Pack this many rows for each that is used; one pass chooses those that feed starved experts
+    # (calibration/balance.py). 1: no pass.
     calibration_pool: float = Field(default=1.0, ge=1, le=64)
+    # The share of the rows that is drawn at random all the same.
     calibration_random_share: float = Field(default=0.5, ge=0, le=1)
     warn_below_expert_rows: int = Field(default=256, ge=0)
 
     evaluation: Texts = Texts(split="test")
     evaluation_rows: int = Field(default=128, ge=1)
     evaluation_row_tokens: int = Field(default=2048, ge=2)
-    # Multiple-choice items that both models answer when the result is verified (tasks.py): `demo`, mmlu, ..., or files.
+    # Multiple-choice items that both models answer during verification (eval/tasks.py): demo, mmlu, ..., or files.
     tasks: tuple[str, ...] = ()
     task_shots: int = Field(default=0, ge=0, le=32)
-    task_items: int | None = Field(default=None, ge=1)  # of each task so many, drawn by a seed; None: all
+    # Items of each task, drawn by a seed. None: all.
+    task_items: int | None = Field(default=None, ge=1)
 
-    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on a CPU, bfloat16 on a GPU
+
+class Recipe(_Group):
+    """A frozen recipe. `model_validate` and `model_dump` take and give the flat keys of the YAML file."""
+
+    # The recipe file's folder. Paths in a recipe begin there, so that a recipe travels with its texts.
+    _folder: Path = PrivateAttr(default=Path())
+
+    name: str
+    description: str
+    # The model family that the recipe is for. None: every family.
+    family: Literal["deepseek_v3", "llama4", "mixtral", "qwen3_moe"] | None = None
+    # Printed with the plan and kept in the record.
+    note: str | None = None
+    # What OUT holds (conversion/export.py). All formats hold the same codes, and bf16 what they stand for; bitsandbytes
+    # has its own codes and belongs to its own methods.
+    format: Literal["compressed-tensors", "gptq", "gptq-v2", "bf16", "gguf", "bitsandbytes"] = "compressed-tensors"
+    # auto: float32 on a CPU, bfloat16 on a GPU.
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     batch_tokens: int = Field(default=8192, ge=1)
     max_shard_bytes: int = Field(default=5_000_000_000, ge=1_000)
 
+    # The groups. Their aliases cannot be keys of a file, so that a file stays flat.
+    widths: Widths = Field(default=Widths(), alias="<widths>")
+    fit: Fit = Field(default=Fit(), alias="<fit>")
+    quantizer: Method = Field(default=Method(), alias="<quantizer>")
+    texts: TextChoice = Field(default=TextChoice(), alias="<texts>")
+    card: Serving = Field(default=Serving(), alias="<card>")
+    limits: Limits = Field(default=Limits(), alias="<limits>")
+
     @model_validator(mode="before")
     @classmethod
-    def _by_method(cls, data: Any) -> Any:
-        method = data.get("method", cls.model_fields["method"].default) if isinstance(data, dict) else None
-        return METHODS.get(method, {}) | data if isinstance(method, str) else data
+    def _grouped(cls, data: Any) -> Any:
+        """Flat keys to their groups, with the method's own values where the recipe names none."""
+        if not isinstance(data, dict):
+            return data
+        method = data.get("method", Method.model_fields["method"].default)
+        preset = PRESETS.get(method, {}) if isinstance(method, str) else {}
+        grouped: dict[str, Any] = {}
+        for key, value in (preset | data).items():
+            group = _GROUP_OF.get(key)
+            if group is None:
+                grouped[key] = value
+            else:
+                grouped.setdefault(f"<{group}>", {})[key] = value
+        return grouped
+
+    @model_serializer(mode="wrap")
+    def _flat(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        flat: dict[str, Any] = {}
+        for key, value in dump(self).items():
+            flat |= value if key.strip("<>") in _GROUPS else {key: value}
+        return flat
 
     @model_validator(mode="after")
     def _sound(self) -> "Recipe":
-        if (self.method in GRIDS) != (self.format == "bitsandbytes"):
+        method = self.quantizer.method
+        if (method in GRIDS) != (self.format == "bitsandbytes"):
             raise ValueError(
-                f"method {self.method} and format {self.format} contradict each other: bitsandbytes quantizes by its "
+                f"method {method} and format {self.format} contradict each other: bitsandbytes quantizes by its "
                 f"own functions, so that {' and '.join(GRIDS)} are the methods of its format and of no other"
             )
-        if self.method in GRIDS:
-            own = METHODS[self.method] | {"symmetric": True}
-            wrong = [f"{key} {own[key]}" for key in FIXED if getattr(self, key) != own[key]]
+        if method in GRIDS:
+            own = PRESETS[method] | {"symmetric": True}
+            wrong = [f"{key} {own[key]}" for key in FIXED if getattr(self.widths, key) != own[key]]
             if wrong:
-                raise ValueError(f"method {self.method} has {', '.join(wrong)} and no other: leave it out")
-            if any(words != KEEP for words in self.schemes.values()):
-                raise ValueError(f"method {self.method} knows one width: `schemes` may say '{KEEP}' and no more")
+                raise ValueError(f"method {method} has {', '.join(wrong)} and no other: leave it out")
+            if any(words != KEEP for words in self.widths.schemes.values()):
+                raise ValueError(f"method {method} knows one width: `schemes` may say '{KEEP}' and no more")
         _ = self.scheme  # refuses what contradicts itself
-        for words in (*self.schemes.values(), *self.fit_schemes):
+        for words in (*self.widths.schemes.values(), *self.fit.fit_schemes):
             if words != KEEP:
                 Scheme.parse(words)
-        if self.bits == "fit":
+        if self.widths.bits == "fit":
             self._sound_fit()
         if not self.name.isprintable() or not (self.note or "").isprintable():
             raise ValueError("name or note holds control characters")
-        if self.max_flip_rate is not None and not self.tasks:
+        if self.limits.max_flip_rate is not None and not self.texts.tasks:
             raise ValueError("max_flip_rate needs tasks: no answer would be looked at")
-        if not self.quantize_roles:
+        if not self.widths.quantize_roles:
             raise ValueError("quantize_roles is empty: nothing would be quantized")
-        if self.tune_epochs and not self.reference_correction:
+        if self.quantizer.tune_epochs and not self.quantizer.reference_correction:
             raise ValueError("tune_epochs needs reference_correction: there is nothing else to learn from")
-        long_tokens = self.calibration_long_share * self.calibration_rows * self.calibration_row_tokens
-        if 0 < long_tokens < self.calibration_long_row_tokens:
+        texts = self.texts
+        long_tokens = texts.calibration_long_share * texts.calibration_rows * texts.calibration_row_tokens
+        if 0 < long_tokens < texts.calibration_long_row_tokens:
             raise ValueError(
                 f"calibration_long_share gives {long_tokens:,.0f} tokens to long rows, and one has "
-                f"{self.calibration_long_row_tokens:,} (calibration_long_row_tokens)"
+                f"{texts.calibration_long_row_tokens:,} (calibration_long_row_tokens)"
             )
         return self
 
     def _sound_fit(self) -> None:
-        if (self.budget_gb is None) == (self.gpu is None):
+        if (self.fit.budget_gb is None) == (self.card.gpu is None):
             raise ValueError("bits: fit needs a budget: gpu (with context and sequences) or budget_gb, one of them")
-        if self.engine != "vllm":
-            raise ValueError(f"bits: fit mixes widths as vLLM loads them, and engine is {self.engine}")
+        if self.card.engine != "vllm":
+            raise ValueError(f"bits: fit mixes widths as vLLM loads them, and engine is {self.card.engine}")
         if self.format != "compressed-tensors":
             raise ValueError(f"bits: fit mixes widths as compressed-tensors holds them, and format is {self.format}")
-        if not set(self.fit_schemes) - {KEEP}:
+        if not set(self.fit.fit_schemes) - {KEEP}:
             raise ValueError("fit_schemes names no width: nothing would be quantized")
 
     @property
     def scheme(self) -> Scheme:
         """What every module gets that `schemes` says nothing of; of a recipe that is yet to be fitted, the least."""
-        bits = 4 if self.bits == "fit" else self.bits
-        return Scheme(bits, self.group_size, self.symmetric, GRIDS.get(self.method, "int"))
+        widths = self.widths
+        bits = 4 if widths.bits == "fit" else widths.bits
+        return Scheme(bits, widths.group_size, widths.symmetric, GRIDS.get(self.quantizer.method, "int"))
 
     def scheme_of(self, role: str, module: str) -> tuple[Scheme | None, list[str]]:
         """The scheme of a module, None where it stays as it is; and the entries of `schemes` that mean it."""
-        scheme = self.scheme if role in self.quantize_roles else None
+        schemes = self.widths.schemes
+        scheme = self.scheme if role in self.widths.quantize_roles else None
         # Names as they are, of which a fitted recipe has thousands, need no matching.
-        patterns = [key for key in _patterns(tuple(self.schemes)) if matches(key, module)]
-        hits = [key for key in (role, *patterns, module) if key in self.schemes]
+        patterns = [key for key in _patterns(tuple(schemes)) if matches(key, module)]
+        hits = [key for key in (role, *patterns, module) if key in schemes]
         for key in hits:
-            scheme = None if self.schemes[key] == KEEP else Scheme.parse(self.schemes[key])
+            scheme = None if schemes[key] == KEEP else Scheme.parse(schemes[key])
         return scheme, hits
 
     def changed(self, **fields: Any) -> "Recipe":
@@ -286,7 +277,7 @@ class Recipe(Limits):
         try:
             made = Recipe.model_validate(self.model_dump() | fields)
         except ValidationError as error:
-            raise _refusal(f"the recipe {self.name}, as it was changed,", error, Recipe) from None
+            raise _refusal(f"the recipe {self.name}, as it was changed,", error) from None
         made._folder = self._folder
         return made
 
@@ -345,7 +336,7 @@ def load_recipe(name: str) -> Recipe:
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        raise _refusal(f"the recipe {name}", error, Recipe) from None
+        raise _refusal(f"the recipe {name}", error) from None
     recipe._folder = Path(name).parent if name not in recipe_names() else Path()
     return recipe
 
@@ -358,18 +349,13 @@ def load_limits(path: Path) -> dict[str, float]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the limits {path} cannot be read: {error}") from None
     data = _read_yaml(f"the file of limits {path}", text, f"it may name {', '.join(Limits.model_fields)}")
-    model = Recipe if "name" in data else Limits
+    whole = "name" in data
     try:
-        limits = model.model_validate(data)
+        limits = Recipe.model_validate(data).limits if whole else Limits.model_validate(data)
     except ValidationError as error:
-        raise _refusal(f"the file of limits {path}", error, model) from None
+        keys = RECIPE_KEYS if whole else tuple(Limits.model_fields)
+        raise _refusal(f"the file of limits {path}", error, keys) from None
     return named_limits(limits.model_dump(include=limits.model_fields_set))
-
-
-def named_limits(fields: dict[str, Any]) -> dict[str, float]:
-    """Of a recipe's fields (or a record's) those that limit something."""
-    found = {key: fields[key] for key in Limits.model_fields if fields.get(key) is not None}
-    return {key: value for key, value in found.items() if key != "fail_below_expert_rows" or value > 0}
 
 
 def recorded_recipe(fields: dict[str, Any]) -> Recipe:
@@ -377,7 +363,7 @@ def recorded_recipe(fields: dict[str, Any]) -> Recipe:
     try:
         return Recipe.model_validate({key: value for key, value in fields.items() if key != "digest"})
     except ValidationError as error:
-        raise _refusal("the recipe of the record", error, Recipe) from None
+        raise _refusal("the recipe of the record", error) from None
 
 
 def recorded_limits(what: str, fields: dict[str, Any]) -> dict[str, float]:
@@ -385,7 +371,7 @@ def recorded_limits(what: str, fields: dict[str, Any]) -> dict[str, float]:
     try:
         limits = Limits.model_validate({key: fields[key] for key in Limits.model_fields if key in fields})
     except ValidationError as error:
-        raise _refusal(what, error, Limits) from None
+        raise _refusal(what, error, tuple(Limits.model_fields)) from None
     return named_limits(limits.model_dump(include=limits.model_fields_set))
 
 
@@ -399,14 +385,17 @@ def _read_yaml(what: str, text: str, way_out: str) -> dict[str, Any]:
     return data
 
 
-def _refusal(what: str, error: ValidationError, model: type[Limits]) -> InputError:
+def _refusal(what: str, error: ValidationError, keys: tuple[str, ...] | None = None) -> InputError:
+    """`keys`: the keys that may stand there; None: a recipe's."""
+    keys = RECIPE_KEYS if keys is None else keys
     problems = []
-    for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"]) or "recipe"
+    places = [[str(part) for part in item["loc"] if part not in _ALIASES] for item in error.errors()]
+    for item, place in zip(error.errors(), places, strict=True):
+        where = ".".join(place) or "recipe"
         said = "unknown key" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
         problems.append(f"{where}: {said.replace('a valid tuple', 'a list')}")
-    way_out = f"Known keys: {', '.join(model.model_fields)}."
-    if any(item["loc"][:1] in (("calibration",), ("evaluation",)) for item in error.errors()):
+    way_out = f"Known keys: {', '.join(keys)}."
+    if any(place[:1] in (["calibration"], ["evaluation"]) for place in places):
         way_out += f" Keys of texts: {', '.join(Texts.model_fields)}."
     return input_error(f"{what} cannot be used:", problems, way_out)
 
@@ -420,25 +409,16 @@ def _patterns(keys: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(key for key in keys if set(key) & set("*?["))
 
 
-# Methods that look at weights alone.
-UNCALIBRATED = ("rtn", *GRIDS)
-
-
-def method_of(recipe: Recipe) -> Method:
-    """The recipe's words for quantize/."""
-    return Method(
-        recipe.method if recipe.method in UNCALIBRATED else "gptq",
-        recipe.scale_search,
-        recipe.signed_scales,
-        recipe.damping,
-        recipe.activation_order,
-        recipe.refine_rounds,
-        recipe.restarts,
-        recipe.tabu_moves,
-        recipe.output_blocks,
-    )
-
-
-def walks_back(recipe: Recipe, method: Method) -> bool:
-    """Whether the calibration rows go through the model and back before the first block is quantized."""
-    return method.needs_statistics and (method.output_metric or recipe.token_weighting == "gradient")
+_GROUPS: dict[str, type[BaseModel]] = {
+    "widths": Widths,
+    "fit": Fit,
+    "quantizer": Method,
+    "texts": TextChoice,
+    "card": Serving,
+    "limits": Limits,
+}
+# Key of a recipe file -> its group.
+_GROUP_OF = {key: group for group, fields in _GROUPS.items() for key in fields.model_fields}
+_ALIASES = {f"<{group}>" for group in _GROUPS}
+# Every key of a recipe file.
+RECIPE_KEYS = (*(key for key in Recipe.model_fields if key not in _GROUPS), *_GROUP_OF)

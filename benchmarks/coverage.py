@@ -195,11 +195,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "best, no reference correction": {"method": "best", "reference_correction": False, "tune_epochs": 0},
     "balanced, no reference correction": {"method": "balanced", "reference_correction": False},
     "balanced, no correction, no output metric": {
-        "method": "balanced", "reference_correction": False, "output_blocks": 0,
+        "method": "balanced",
+        "reference_correction": False,
+        "output_blocks": 0,
     },
     "pool 4, half random": {"method": "balanced", "calibration_pool": 4.0},
     "pool 4, none random": {"method": "balanced", "calibration_pool": 4.0, "calibration_random_share": 0.0},
-}  # fmt: skip
+}
 
 
 def main() -> None:
@@ -218,9 +220,13 @@ def main() -> None:
         starved = ", ".join(str(len(own.get(place, ()))) for place in enumerate(TARGETS))
         print(f"held-out tokens of the starved experts: {starved}", flush=True)
         common = {
-            "name": "coverage", "description": "benchmark", "calibration_rows": options.rows,
-            "calibration_row_tokens": 256, "evaluation_rows": 64, "evaluation_row_tokens": 256,
-        }  # fmt: skip
+            "name": "coverage",
+            "description": "benchmark",
+            "calibration_rows": options.rows,
+            "calibration_row_tokens": 256,
+            "evaluation_rows": 64,
+            "evaluation_row_tokens": 256,
+        }
 
         def run(**fields: Any) -> tuple[Any, dict[tuple[int, int], float], list[Block]]:
             recipe = Recipe.model_validate(common | fields)

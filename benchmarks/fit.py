@@ -33,9 +33,23 @@ GROUPS = (128, 64, 32)
 def base(method: str) -> Recipe:
     """The embedded model's fit recipe for any family, with a method of its own."""
     fields = load_recipe("demo-fit").model_dump(exclude_unset=True) | {"family": None, "budget_gb": 0.005}
-    kept = {key: fields[key] for key in ("name", "description", "bits", "budget_gb", "quantize_roles", "calibration",
-            "calibration_rows", "calibration_row_tokens", "evaluation", "evaluation_rows", "evaluation_row_tokens",
-            "price_rows")}  # fmt: skip
+    kept = {
+        key: fields[key]
+        for key in (
+            "name",
+            "description",
+            "bits",
+            "budget_gb",
+            "quantize_roles",
+            "calibration",
+            "calibration_rows",
+            "calibration_row_tokens",
+            "evaluation",
+            "evaluation_rows",
+            "evaluation_row_tokens",
+            "price_rows",
+        )
+    }
     return Recipe.model_validate(kept | {"method": method})
 
 
@@ -76,8 +90,10 @@ def main() -> int:
 
     least, most = (plan_for(model, recipe.changed(bits=bits, budget_gb=None)).emitted_bytes for bits in (4, 8))
     others = {name: (plan_for(model, asked).emitted_bytes, asked) for name, asked in rules(recipe).items()}
-    print("| budget, bytes | fit: bytes | verified KL | predicted | predicted / verified | best uniform | ratio "
-          "| rule of thumb | ratio | rule with smaller groups | ratio |")  # fmt: skip
+    print(
+        "| budget, bytes | fit: bytes | verified KL | predicted | predicted / verified | best uniform | ratio "
+        "| rule of thumb | ratio | rule with smaller groups | ratio |"
+    )
     print("|" + "---|" * 11)
     worst = 0.0
     for share in SHARES:

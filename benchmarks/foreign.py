@@ -45,9 +45,11 @@ RECIPE = "demo"
 # Both sides add in fp32 in other orders; measured: 1e-7.
 MOST_DIFFERENCE = 1e-4
 NF4 = {
-    "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
     "bnb_4bit_compute_dtype": "bfloat16",
-}  # fmt: skip
+}
 
 
 # What the comparison with other tools leaves as it was, in the words of transformers.
@@ -166,8 +168,17 @@ def quantized_share(facts: dict[str, Any]) -> tuple[float, float]:
 
 def draw(found: list[dict[str, Any]]) -> None:
     """The table for docs/benchmarks.md."""
-    columns = ("checkpoint", "bytes", "bits per weight", "quantized (of the experts)", "mean KL (95 %)", "p99",
-               "same top-1", "mean KL, whole in transformers", "apart")  # fmt: skip
+    columns = (
+        "checkpoint",
+        "bytes",
+        "bits per weight",
+        "quantized (of the experts)",
+        "mean KL (95 %)",
+        "p99",
+        "same top-1",
+        "mean KL, whole in transformers",
+        "apart",
+    )
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for f in found:
         interval = f"{f['kl_mean_nats']:.5f} ({f['kl_low_nats']:.5f} to {f['kl_high_nats']:.5f})"

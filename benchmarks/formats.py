@@ -61,7 +61,7 @@ def main() -> None:
     if arguments.rows:
         changes["evaluation_rows"] = arguments.rows
     if arguments.attention:
-        changes["quantize_roles"] = (*recipe.quantize_roles, "attention")
+        changes["quantize_roles"] = (*recipe.widths.quantize_roles, "attention")
     if arguments.asymmetric:
         changes["symmetric"] = False
     recipe = type(recipe).model_validate(recipe.model_dump() | changes)

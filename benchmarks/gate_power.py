@@ -78,10 +78,15 @@ def measure() -> None:
         for name, fields in RUNS.items():
             recipe = Recipe.model_validate(
                 {
-                    "name": "gate-power", "description": name, "calibration_row_tokens": 512, "evaluation_rows": 512,
-                    "evaluation_row_tokens": 512, "warn_below_expert_rows": 0,
-                } | fields
-            )  # fmt: skip
+                    "name": "gate-power",
+                    "description": name,
+                    "calibration_row_tokens": 512,
+                    "evaluation_rows": 512,
+                    "evaluation_row_tokens": 512,
+                    "warn_below_expert_rows": 0,
+                }
+                | fields
+            )
             record = quantize("demo", Path(folder) / "out", recipe, device_name="cpu", overwrite=True)
             documents = record.kl["by_document"]
             found["tokens"] = [d["tokens"] for d in documents]
@@ -127,8 +132,12 @@ def cases(runs: dict[str, Run], tokens: np.ndarray, rng: np.random.Generator) ->
             for na, nb, sa, sb, n in resampled(runs[a], runs[b], tokens, TRIALS // len(pairs), rng, one):
                 swap = rng.random(len(n)) < 0.5
                 yield (
-                    np.where(swap, nb, na), np.where(swap, na, nb), np.where(swap, sb, sa), np.where(swap, sa, sb), n
-                )  # fmt: skip
+                    np.where(swap, nb, na),
+                    np.where(swap, na, nb),
+                    np.where(swap, sb, sa),
+                    np.where(swap, sa, sb),
+                    n,
+                )
 
     def alone(factor: Callable[[int], Any], now: Run = fast) -> list[Trial]:
         return list(resampled(now, fast, tokens, TRIALS, rng, factor))
@@ -139,8 +148,10 @@ def cases(runs: dict[str, Run], tokens: np.ndarray, rng: np.random.Generator) ->
     for name, members in GROUPS.items():
         yield "nothing", f"{name}, swapped", list(swapped(members))
     for name, members in GROUPS.items():
-        trials = [(*(x for pair in zip(runs[a], runs[b], strict=True) for x in pair), tokens)
-                  for a, b in itertools.permutations(members, 2)]  # fmt: skip
+        trials = [
+            (*(x for pair in zip(runs[a], runs[b], strict=True) for x in pair), tokens)
+            for a, b in itertools.permutations(members, 2)
+        ]
         yield "nothing", f"{name}, as measured", trials
     yield "rise", "every document times 1.1", alone(lambda n: RISE)
     for name, members in GROUPS.items():

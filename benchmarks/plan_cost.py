@@ -30,8 +30,18 @@ RECIPES = sys.argv[1:] or ["rtn-int4", "demo"]
 
 def run(recipe: str, folder: Path) -> dict[str, Any]:
     """CPU seconds less those of starting, peak resident set, and the most bytes in OUT and the work directory."""
-    command = [sys.executable, "-m", "onecard", "quantize", "demo", str(folder / recipe), "--recipe", recipe,
-               "--device", "cpu"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "onecard",
+        "quantize",
+        "demo",
+        str(folder / recipe),
+        "--recipe",
+        recipe,
+        "--device",
+        "cpu",
+    ]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     most = 0
@@ -61,8 +71,12 @@ def tree_bytes(folder: Path) -> int:
 def main() -> None:
     logging.set_verbosity_error()
     device = torch.device("cpu")
-    start = subprocess.run([sys.executable, "-c", "import os, onecard.pipeline; print(sum(os.times()[:2]))"],
-                           capture_output=True, text=True, check=True)  # fmt: skip
+    start = subprocess.run(
+        [sys.executable, "-c", "import os, onecard.pipeline; print(sum(os.times()[:2]))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     print(f"imports take {float(start.stdout):.1f} CPU s and are in neither; load {psutil.getloadavg()[0]:.1f}")
     for name in RECIPES:
         recipe = load_recipe(name)

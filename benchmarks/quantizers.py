@@ -16,9 +16,10 @@ from typing import Any
 
 from transformers.utils import logging
 
+from onecard.core.method import PRESETS
 from onecard.demo import corpus
 from onecard.pipeline import quantize
-from onecard.recipe import METHODS, Recipe
+from onecard.recipe import Recipe
 
 ROLES = ("expert", "shared_expert", "mlp", "attention")
 # What plain GPTQ lacks: absmax scales, columns in order, statistics once for each half of a block.
@@ -53,23 +54,29 @@ PARTS: dict[str, tuple[str, ...]] = {
 def recipe(name: str, method: str, **fields: Any) -> Recipe:
     return Recipe.model_validate(
         {
-            "name": name, "description": "benchmark", "method": method, "quantize_roles": ROLES,
-            "calibration_row_tokens": 512, "evaluation_row_tokens": 512, "evaluation_rows": 100_000,
+            "name": name,
+            "description": "benchmark",
+            "method": method,
+            "quantize_roles": ROLES,
+            "calibration_row_tokens": 512,
+            "evaluation_row_tokens": 512,
+            "evaluation_rows": 100_000,
             "warn_below_expert_rows": 0,
-        } | fields
-    )  # fmt: skip
+        }
+        | fields
+    )
 
 
 def cases() -> dict[str, Recipe]:
     full = recipe("balanced", "balanced").model_dump()
-    found = {method: recipe(method, method) for method in METHODS}
+    found = {method: recipe(method, method) for method in PRESETS}
     found["plain GPTQ"] = recipe("plain", "balanced", **PLAIN)
     for part, fields in PARTS.items():
         alone = PLAIN | {field: full[field] for field in fields}
         found[f"alone: {part}"] = recipe("alone", "balanced", **alone)
         found[f"left out: {part}"] = recipe("left-out", "balanced", **{fields[0]: PLAIN[fields[0]]})
     found["instead of gradients: tokens weighted by residual"] = recipe("other", "balanced", token_weighting="residual")
-    for field, value in METHODS["best"].items():
+    for field, value in PRESETS["best"].items():
         if value != full[field]:
             found[f"added: {field} {value}"] = recipe("added", "balanced", **{field: value})
     return found

@@ -138,8 +138,10 @@ class _Program:
             ]
             total = most + sum(floor)
             tie = TIE / 2 * total / max(1, self.room)
-            picked = self._milp([[own[j] + tie * over[j] for j in js]
-                                 for own, over, js in zip(excess, self.over, usable, strict=True)], usable)  # fmt: skip
+            picked = self._milp(
+                [[own[j] + tie * over[j] for j in js] for own, over, js in zip(excess, self.over, usable, strict=True)],
+                usable,
+            )
             if sum(own[i] for own, i in zip(self.over, picked, strict=True)) > self.room:
                 self.covers.append(picked)
                 continue

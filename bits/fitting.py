@@ -59,7 +59,7 @@ class Fitted:
         return {
             "budget_bytes": self.budget_bytes,
             "predicted_kl_nats": self.choice.kl_nats,
-            "gain": GAINS[self.recipe.method],
+            "gain": GAINS[self.recipe.quantizer.method],
             "units": [
                 {
                     "unit": unit.unit,
@@ -75,7 +75,7 @@ class Fitted:
 
 
 def menu_of(recipe: Recipe) -> tuple[Scheme, ...]:
-    return tuple(Scheme.parse(words) for words in recipe.fit_schemes if words != KEEP)
+    return tuple(Scheme.parse(words) for words in recipe.fit.fit_schemes if words != KEEP)
 
 
 def priced_units(adapter: Adapter, recipe: Recipe) -> dict[str, list[str]]:
@@ -86,8 +86,12 @@ def priced_units(adapter: Adapter, recipe: Recipe) -> dict[str, list[str]]:
     menu = menu_of(recipe)
     for block in range(adapter.n_blocks):
         for site, module, _, inputs in adapter.modules(block):
-            settled = any(matches(pattern, module) for pattern in (*recipe.keep_modules, *recipe.schemes))
-            if site.role.value not in recipe.quantize_roles or settled or site.role.value in recipe.schemes:
+            settled = any(matches(pattern, module) for pattern in (*recipe.widths.keep_modules, *recipe.widths.schemes))
+            if (
+                site.role.value not in recipe.widths.quantize_roles
+                or settled
+                or site.role.value in recipe.widths.schemes
+            ):
                 continue
             found.setdefault(adapter.unit(module), []).append(module)
             problems |= {
@@ -119,13 +123,19 @@ def bytes_of_units(
 
 def request_of(recipe: Recipe) -> tuple[Request, Card] | None:
     """What the recipe asks of a card, and the card. Raises InputError for one that is not known."""
-    if recipe.gpu is None:
+    served = recipe.card
+    if served.gpu is None:
         return None
-    count, card = find_card(recipe.gpu)
+    count, card = find_card(served.gpu)
     asked = Request(
-        context=recipe.context, sequences=recipe.sequences, kv_dtype=recipe.kv_dtype, engine=recipe.engine,
-        tensor_parallel=count, vision=recipe.vision, batch_tokens=recipe.engine_batch_tokens,
-    )  # fmt: skip
+        context=served.context,
+        sequences=served.sequences,
+        kv_dtype=served.kv_dtype,
+        engine=served.engine,
+        tensor_parallel=count,
+        vision=served.vision,
+        batch_tokens=served.engine_batch_tokens,
+    )
     return asked, card
 
 
@@ -136,7 +146,9 @@ def resolved(recipe: Recipe, modules: dict[str, list[str]], widths: dict[str, Sc
         words = KEEP if widths[unit] is None else str(widths[unit])
         keys = [f"{unit}.*"] if names[0].startswith(f"{unit}.") else names
         said |= dict.fromkeys(keys, words)
-    return recipe.model_copy(update={"bits": 4, "schemes": recipe.schemes | said})
+    return recipe.model_copy(
+        update={"widths": recipe.widths.model_copy(update={"bits": 4, "schemes": recipe.widths.schemes | said})}
+    )
 
 
 def fit_to(model: Model, recipe: Recipe, prices: Prices, budget_bytes: int | None = None) -> Fitted:
@@ -145,9 +157,9 @@ def fit_to(model: Model, recipe: Recipe, prices: Prices, budget_bytes: int | Non
     Raises FitError with the least that can be had.
     """
     modules = priced_units(model.adapter, recipe)
-    allowed = [*menu_of(recipe), *([None] if KEEP in recipe.fit_schemes else [])]
+    allowed = [*menu_of(recipe), *([None] if KEEP in recipe.fit.fit_schemes else [])]
     units = [replace(unit, widths=tuple(w for w in unit.widths if w.scheme in allowed)) for unit in prices.held]
-    gain = GAINS[recipe.method]
+    gain = GAINS[recipe.quantizer.method]
     meter, budget = _met(model, recipe, budget_bytes)
     local = [meter.seen(unit, modules[unit.unit]) for unit in units]
     least = [min(unit.widths, key=lambda width: width.bytes) for unit in local]
@@ -212,12 +224,12 @@ def _met(model: Model, recipe: Recipe, budget_bytes: int | None) -> tuple[_Meter
     cannot be cut over the cards."""
     modules, menu = priced_units(model.adapter, recipe), menu_of(recipe)
     sizes = bytes_of_units(model, modules, menu)
-    allowed = [*menu, *([None] if KEEP in recipe.fit_schemes else [])]
+    allowed = [*menu, *([None] if KEEP in recipe.fit.fit_schemes else [])]
     least = resolved(recipe, modules, {unit: min(allowed, key=lambda s: sizes[unit, s]) for unit in modules})
-    asked = request_of(recipe) if budget_bytes is None and recipe.budget_gb is None else None
+    asked = request_of(recipe) if budget_bytes is None and recipe.fit.budget_gb is None else None
     if asked is None:
-        assert budget_bytes is not None or recipe.budget_gb is not None, "a recipe that is fitted has a budget"
-        budget = round((recipe.budget_gb or 0) * GB) if budget_bytes is None else budget_bytes
+        assert budget_bytes is not None or recipe.fit.budget_gb is not None, "a recipe that is fitted has a budget"
+        budget = round((recipe.fit.budget_gb or 0) * GB) if budget_bytes is None else budget_bytes
         meter = _Meter(model, None)
         smallest = meter.taken(least)
         if smallest > budget:
@@ -240,13 +252,15 @@ def _met(model: Model, recipe: Recipe, budget_bytes: int | None) -> tuple[_Meter
         )
     }
     if problems:
-        raise input_error(f"{recipe.name} cannot be fitted to {recipe.gpu}:", problems, "Change fit_schemes or gpu.")
+        raise input_error(
+            f"{recipe.name} cannot be fitted to {recipe.card.gpu}:", problems, "Change fit_schemes or gpu."
+        )
     meter = _Meter(model, request)
     budget = weight_budget_bytes(Needs.of(model.adapter), card, request)
     smallest = meter.taken(least)
     if smallest > budget:
         raise FitError(
-            f"{recipe.gpu} leaves {budget / GB:.2f} GB for weights beside {request.context:,} tokens of context x "
+            f"{recipe.card.gpu} leaves {budget / GB:.2f} GB for weights beside {request.context:,} tokens of context x "
             f"{request.sequences}, and the smallest checkpoint that {recipe.name} can make of {model.name} takes "
             f"{smallest / GB:.2f} GB there: a shorter context, fewer sequences, an fp8 cache, or more cards "
             "(`onecard plan` says which). Nothing was written"
@@ -258,7 +272,7 @@ def _met(model: Model, recipe: Recipe, budget_bytes: int | None) -> tuple[_Meter
 
 def _refuse_needless(model: Model, recipe: Recipe, modules: dict[str, list[str]], kept_bytes: int, budget: int) -> None:
     """Raises InputError where the best choice is to quantize nothing at all."""
-    if KEEP not in recipe.fit_schemes or kept_bytes > budget:
+    if KEEP not in recipe.fit.fit_schemes or kept_bytes > budget:
         return
     try:
         schemes_of(model.adapter, resolved(recipe, modules, dict.fromkeys(modules)))
@@ -314,10 +328,10 @@ def on_its_card(model: Model, recipe: Recipe) -> dict[str, Any]:
     """How the recipe's checkpoint does on the card that it names, for the record; empty without one, or before its
     widths are chosen. Raises FitError where it does not fit."""
     asked = request_of(recipe)
-    if asked is None or recipe.bits == "fit":
+    if asked is None or recipe.widths.bits == "fit":
         return {}
     request, card = asked
     facts = size_up(model, request, card, recipe).facts() | {"model": said_name(model.name)}
     if not facts["fits"]:
-        raise FitError(f"{misfit(facts)}\nThe recipe {recipe.name} is for {recipe.gpu}: nothing was written")
+        raise FitError(f"{misfit(facts)}\nThe recipe {recipe.name} is for {recipe.card.gpu}: nothing was written")
     return facts

@@ -66,8 +66,11 @@ class Pareto:
         def said(point: Point) -> dict[str, Any]:
             bits = point.bytes * 8 / self.parameters
             return {
-                "name": point.name, "bytes": point.bytes, "bits_per_weight": bits, "predicted_kl_nats": point.kl_nats
-            }  # fmt: skip
+                "name": point.name,
+                "bytes": point.bytes,
+                "bits_per_weight": bits,
+                "predicted_kl_nats": point.kl_nats,
+            }
 
         return {
             "model": self.model,
@@ -105,7 +108,7 @@ def pareto(
     dtype = choose_dtype(recipe.compute_dtype, device)
     model = open_source(model_name)
     priced_units(model.adapter, recipe)  # refuses at once what could not be chosen
-    if recipe.bits == "fit":
+    if recipe.widths.bits == "fit":
         refuse_unmeetable(model, recipe)
     rows = prepare_texts(model, recipe, calibration, None, needs_calibration=True).calibration
     priced_rows(rows, recipe)  # refuses too few
@@ -127,8 +130,8 @@ def pareto(
 
 def drawn_from(model: Model, recipe: Recipe, prices: Prices) -> Pareto:
     """The curve and the named points of these prices."""
-    menu, gain = menu_of(recipe), GAINS[recipe.method]
-    keeps = KEEP in recipe.fit_schemes
+    menu, gain = menu_of(recipe), GAINS[recipe.quantizer.method]
+    keeps = KEEP in recipe.fit.fit_schemes
     units = [replace(u, widths=tuple(w for w in u.widths if keeps or w.scheme is not None)) for u in prices.held]
     modules = priced_units(model.adapter, recipe)
     least = {u.unit: min(u.widths, key=lambda w: w.bytes).scheme for u in units}
@@ -153,7 +156,7 @@ def drawn_from(model: Model, recipe: Recipe, prices: Prices) -> Pareto:
         if not curve or found.bytes > curve[-1].bytes:
             curve.append(found)
     asked = None
-    if recipe.bits == "fit":
+    if recipe.widths.bits == "fit":
         fitted = fit_to(model, recipe, prices)
         asked = Point("asked", plan_for(model, fitted.recipe).emitted_bytes, fitted.choice.kl_nats)
     return Pareto(said_name(model.name), recipe.name, smallest.parameters, tuple(named), tuple(curve), asked, prices)

@@ -35,7 +35,7 @@ from ..eval.kl import compare_rows
 from ..models.adapter import Adapter, Half, Site, read, stored_dtype
 from ..models.walk import Calls, embed, exchanged, final_norm, load_block, run_block, weight_view
 from ..quantize.site import cuts, quantize_batch
-from ..recipe import KEEP, Recipe, method_of
+from ..recipe import KEEP, Recipe
 from .prices import Priced, UnitPrices, together
 
 REFERENCE = "reference"
@@ -90,12 +90,16 @@ class Prices:
         """The inverse of facts(). Raises KeyError, TypeError or ValueError for other data."""
         units = tuple(
             UnitPrices.fitted(
-                str(unit["unit"]), str(unit["role"]), int(unit["parameters"]),
-                [Priced(_scheme(w["width"]), int(w["bytes"]), float(w["error"]), float(w["kl_nats"]))
-                 for w in unit["widths"]],
+                str(unit["unit"]),
+                str(unit["role"]),
+                int(unit["parameters"]),
+                [
+                    Priced(_scheme(w["width"]), int(w["bytes"]), float(w["error"]), float(w["kl_nats"]))
+                    for w in unit["widths"]
+                ],
             )
             for unit in facts["units"]
-        )  # fmt: skip
+        )
         both = {str(w): (float(x["measured_nats"]), float(x["predicted_nats"])) for w, x in facts["together"].items()}
         return cls(units, both, int(facts["rows"]), int(facts["tokens"]))
 
@@ -112,14 +116,14 @@ def priced_rows(rows: list[Row], recipe: Recipe) -> tuple[list[Row], list[Row]]:
     """(rows that the variants read, cut to the recipe's length; rows that give the statistics): every so many-th of
     those without pictures, half of them at most. Raises InputError for less than two."""
     plain = [number for number, row in enumerate(rows) if row.pixels is None]
-    count = min(recipe.price_rows, len(plain) // 2)
+    count = min(recipe.fit.price_rows, len(plain) // 2)
     if not count:
         raise InputError(
             f"bits: fit prices widths on other calibration rows than those that give the statistics, and there are "
             f"{len(plain)} rows without pictures: give more calibration texts, or fewer calibration_row_tokens"
         )
     taken = {plain[i * len(plain) // count] for i in range(count)}
-    read_by_variants = [replace(rows[n], tokens=rows[n].tokens[: recipe.price_row_tokens]) for n in sorted(taken)]
+    read_by_variants = [replace(rows[n], tokens=rows[n].tokens[: recipe.fit.price_row_tokens]) for n in sorted(taken)]
     return read_by_variants, [row for number, row in enumerate(rows) if number not in taken]
 
 
@@ -130,6 +134,7 @@ def identity_of(
     digest = hashlib.sha256()
     for row in rows:
         digest.update(row.tokens.numpy().tobytes() + (b"" if row.pixels is None else row.pixels.numpy().tobytes()))
+    flat = recipe.model_dump()
     fields = ("quantize_roles", "keep_modules", "schemes", "price_rows", "price_row_tokens", "shrinkage")
     return {
         "onecard": __version__,
@@ -137,10 +142,10 @@ def identity_of(
         "calibration texts": digest.hexdigest(),
         "method": str(pricing_method(recipe)),
         "token weighting": _weighting(recipe),
-        "widths": ", ".join(words for words in recipe.fit_schemes if words != KEEP),
+        "widths": ", ".join(words for words in recipe.fit.fit_schemes if words != KEEP),
         "device": device.type,
         "compute dtype": str(dtype).removeprefix("torch."),
-        **{f"recipe's {key}": str(getattr(recipe, key)) for key in fields},
+        **{f"recipe's {key}": str(flat[key]) for key in fields},
     }
 
 
@@ -171,13 +176,21 @@ class _Pass:
 
 
 def pricing_method(recipe: Recipe) -> Method:
-    """The run's own without searches and output metric: prices are for telling units apart, not for shipping."""
-    return replace(method_of(recipe), refine_rounds=1, restarts=0, tabu_moves=0, output_blocks=0)
+    """The recipe's method without searches and output metric: prices tell units apart, they are not shipped."""
+    own = recipe.quantizer
+    return Method(
+        scale_search=own.scale_search,
+        signed_scales=own.signed_scales,
+        activation_order=own.activation_order,
+        damping=own.damping,
+        refine_rounds=1,
+        output_blocks=0,
+    )
 
 
 def _weighting(recipe: Recipe) -> str:
     """Gradients would want a walk back: tokens count by their residual rows in their place."""
-    return "none" if recipe.token_weighting == "none" else "residual"
+    return "none" if recipe.quantizer.token_weighting == "none" else "residual"
 
 
 def is_begun(folder: Path) -> bool:
@@ -203,9 +216,20 @@ def price(
     read_by_variants, others = priced_rows(rows, recipe)
     groups, statistics_groups = (batches(part, recipe.batch_tokens) for part in (read_by_variants, others))
     walk = _Pass(
-        adapter, model, recipe, pricing_method(recipe), menu, Activations(folder / "variants"), groups,
-        Activations(folder / "statistics"), statistics_groups, Calls(adapter, device, dtype), device, dtype, step,
-    )  # fmt: skip
+        adapter,
+        model,
+        recipe,
+        pricing_method(recipe),
+        menu,
+        Activations(folder / "variants"),
+        groups,
+        Activations(folder / "statistics"),
+        statistics_groups,
+        Calls(adapter, device, dtype),
+        device,
+        dtype,
+        step,
+    )
     state_file = folder / STATE
     if state_file.exists():
         state = read_json(state_file)
@@ -292,9 +316,18 @@ def _moments(walk: _Pass, block: nn.Module, index: int, wanted: set[str]) -> lis
     found: dict[str, SiteMoments] = {}
     for half in Half:
         job = HalfJob(
-            walk.adapter, index, half, walk.statistics_groups, walk.statistics, walk.calls, walk.device, False,
-            _weighting(walk.recipe), {}, False,
-        )  # fmt: skip
+            walk.adapter,
+            index,
+            half,
+            walk.statistics_groups,
+            walk.statistics,
+            walk.calls,
+            walk.device,
+            False,
+            _weighting(walk.recipe),
+            {},
+            False,
+        )
         statistics = HalfStatistics(job, block, block, walk.step)
         here = [site for site in sites if site.half is half]
         if walk.method.needs_statistics and here:
@@ -319,7 +352,7 @@ def _round_site(
     for cut in cuts(len(site.members), outputs, site.in_features, site_budget(walk.device), walk.method):
         members = site.members[cut]
         w_BOI = torch.stack([stacked(walk.adapter, block, index, member) for member in members])
-        moment = None if moments is None else moments.shrunk(walk.recipe.shrinkage, cut)
+        moment = None if moments is None else moments.shrunk(walk.recipe.quantizer.shrinkage, cut)
         result = quantize_batch(w_BOI, moment, scheme, walk.method, stored)
         total += sum(result.output_error)
         for i, member in enumerate(members):

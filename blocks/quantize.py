@@ -68,7 +68,7 @@ class BlockJob:
 
     def sites(self) -> list[Site]:
         """What the statistics are for: what is quantized, and what is aimed at the reference stream as it stays."""
-        if not (self.recipe.reference_correction and self.recipe.aim_kept):
+        if not (self.recipe.quantizer.reference_correction and self.recipe.quantizer.aim_kept):
             return self.quantized_sites()
         kept = [site for site in self.adapter.sites(self.index) if site.role is Role.ATTENTION]
         router = self.adapter.router_site(self.index)
@@ -77,7 +77,9 @@ class BlockJob:
 
     def _stays(self, module: str) -> bool:
         """Whether a module is quantized, or is to stay as it is by the recipe."""
-        return module in self.plan.schemes or any(matches(pattern, module) for pattern in self.recipe.keep_modules)
+        return module in self.plan.schemes or any(
+            matches(pattern, module) for pattern in self.recipe.widths.keep_modules
+        )
 
 
 def quantize_block(job: BlockJob, step: Step) -> dict[str, Any]:
@@ -117,16 +119,25 @@ def _with_statistics(job: BlockJob, writer: ShardWriter, facts: dict[str, Any], 
     for half in Half:
         sites = [site for site in job.sites() if site.half is half]
         walk = HalfJob(
-            job.adapter, job.index, half, job.groups, job.store, job.calls, job.device,
-            job.recipe.reference_correction, job.recipe.token_weighting, job.token_weights, bool(job.metrics),
-        )  # fmt: skip
+            job.adapter,
+            job.index,
+            half,
+            job.groups,
+            job.store,
+            job.calls,
+            job.device,
+            job.method.reference_correction,
+            job.method.token_weighting,
+            job.token_weights,
+            bool(job.metrics),
+        )
         statistics = HalfStatistics(walk, original, target, step)
-        for present in _stages(sites, job.recipe.sequential == "sites"):
+        for present in _stages(sites, job.method.sequential == "sites"):
             tuned = _to_tune(job, present, sites)
             if tuned:
                 step.begin("tune", job.index)
                 statistics.reference_rows()
-                losses = tune(walk, target, tuned, job.metrics.get(RESIDUAL), job.recipe.tune_epochs, step)
+                losses = tune(walk, target, tuned, job.metrics.get(RESIDUAL), job.method.tune_epochs, step)
                 facts["tuning"].append({"sites": [site.key for site in tuned], "losses": losses})
             step.begin("statistics", job.index)
             moments = statistics.of(present)
@@ -152,7 +163,7 @@ def _to_tune(job: BlockJob, present: list[Site], sites: list[Site]) -> list[Site
     feed-forward half. Not before matrices that write to the residual stream: they are solved for what the block misses.
     """
     left = [site for site in sites if site.half is Half.FEED_FORWARD and site.members[0][0] in job.plan.schemes]
-    if not job.recipe.tune_epochs or all(site.adds_to_residual for site in present if site in left):
+    if not job.method.tune_epochs or all(site.adds_to_residual for site in present if site in left):
         return []
     return [site for site in left if site.stage >= min(other.stage for other in present)]
 
@@ -172,7 +183,7 @@ def _aim_site(
     (member,) = site.members
     whole = slice(None)
     w_BOI = torch.stack([_stacked(job, block, member)]).to(job.device)
-    w_OI = _corrected(job, site, w_BOI, moments.shrunk(job.recipe.shrinkage, whole), moments, whole)[0]
+    w_OI = _corrected(job, site, w_BOI, moments.shrunk(job.method.shrinkage, whole), moments, whole)[0]
     start = 0
     for name, out in zip(member, site.out_features, strict=True):
         stored = stored_dtype(job.adapter, job.source, f"{name}.weight")
@@ -189,11 +200,11 @@ def _corrected(
     job: BlockJob, site: Site, w_BOI: torch.Tensor, moment_BII: torch.Tensor, moments: SiteMoments, cut: slice
 ) -> torch.Tensor:
     """The weights aimed at the reference stream, if the recipe says so."""
-    miss = moments.miss(job.recipe.shrinkage, cut)
+    miss = moments.miss(job.method.shrinkage, cut)
     if miss is None:
         return w_BOI
     rows = torch.tensor(moments.rows[cut], device=job.device).clamp_min(1)
-    ridge = job.recipe.correction_strength * site.in_features / rows
+    ridge = job.method.correction_strength * site.in_features / rows
     return corrected(w_BOI, moment_BII, miss if site.adds_to_residual else w_BOI @ miss, ridge)
 
 
@@ -216,7 +227,7 @@ def _output_metric(
         return job.metrics[site.key].expand(len(site.members[cut]), -1, -1)
     if site.feeds:
         down = torch.stack([_stacked(job, block, (name,)) for name in site.feeds[cut]])
-        return swiglu_metric(moments.slopes(job.recipe.shrinkage, cut), down, residual_HH)
+        return swiglu_metric(moments.slopes(job.method.shrinkage, cut), down, residual_HH)
     if site.reaches_residual:
         return residual_HH.expand(len(site.members[cut]), -1, -1)
     return None
@@ -245,7 +256,7 @@ def _quantize_site(
         moment = metric = None
         if moments is not None and block is not None:
             metric = _output_metric(job, site, block, moments, cut)
-            moment = moments.shrunk(job.recipe.shrinkage, cut)
+            moment = moments.shrunk(job.method.shrinkage, cut)
             if aimed:
                 w_BOI = _corrected(job, site, w_BOI, moment, moments, cut)
         result = quantize_batch(w_BOI, moment, scheme, job.method, stored, metric)
@@ -272,7 +283,7 @@ def _hand_over(job: BlockJob, site: Site, writer: ShardWriter, facts: dict[str, 
             parts, stored = job.format.quantize(weight, job.plan.schemes[name])
             if not torch.isfinite(stored).all():  # bitsandbytes rounds to fp16 before it quantizes to int8
                 raise InputError(
-                    f"{name} holds weights that {job.recipe.method} cannot hold: keep it as it is (keep_modules), or "
+                    f"{name} holds weights that {job.method.method} cannot hold: keep it as it is (keep_modules), or "
                     "choose another method"
                 )
             for suffix, tensor in parts.items():

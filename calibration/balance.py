@@ -57,8 +57,9 @@ def choose(
     """`quotas[s]` rows of every stratum s, or all that it has. Never worth less than the plain draw."""
     drawn = draw(strata, quotas)
     taken = draw(strata, {stratum: round(count * random_share) for stratum, count in quotas.items()})
-    left = {s: min(count, sum(x == s for x in strata)) - sum(strata[r] == s for r in taken)
-            for s, count in quotas.items()}  # fmt: skip
+    left = {
+        s: min(count, sum(x == s for x in strata)) - sum(strata[r] == s for r in taken) for s, count in quotas.items()
+    }
     counts = counts_RLE.flatten(1).double() / enough
     total = 1.0 + counts[taken].sum(0)
     chosen = set(taken)

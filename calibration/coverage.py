@@ -69,8 +69,8 @@ def _strata(rows: list[Row], wanted: dict[int, int]) -> tuple[list[Hashable], di
 
 def choice_of(texts: RunTexts, routes: Routes, recipe: Recipe) -> Choice:
     strata, quotas = _strata(texts.calibration, texts.wanted)
-    enough = max(1, recipe.warn_below_expert_rows)
-    return choose(routes.counts_RLE, strata, quotas, recipe.calibration_random_share, enough)
+    enough = max(1, recipe.texts.warn_below_expert_rows)
+    return choose(routes.counts_RLE, strata, quotas, recipe.texts.calibration_random_share, enough)
 
 
 def _chosen(texts: RunTexts, rows: list[int], facts: dict[str, Any]) -> RunTexts:
@@ -89,7 +89,7 @@ def balanced(
     step: Step,
 ) -> RunTexts:
     """The pool's best rows, or the texts as they are where there is no pool. `work` keeps the choice."""
-    if not texts.calibration or not texts.wanted or recipe.calibration_pool == 1:
+    if not texts.calibration or not texts.wanted or recipe.texts.calibration_pool == 1:
         return texts
     if not texts.is_pool or not blocks_with_experts(model.adapter):
         told = "the texts fill no more rows than are wanted" if not texts.is_pool else "the model has no experts"
@@ -119,9 +119,7 @@ def _count(
     rows: list[Row], model: Model, recipe: Recipe, folder: Path, batch: tuple[torch.device, torch.dtype], step: Step
 ) -> Routes:
     try:
-        return count_routes(
-            model.adapter, model.source, rows, recipe.batch_tokens, Activations(folder), *batch, step
-        )  # fmt: skip
+        return count_routes(model.adapter, model.source, rows, recipe.batch_tokens, Activations(folder), *batch, step)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -166,7 +164,7 @@ def coverage(
     kept = row_facts([texts.calibration[row] for row in rows])
     facts |= {key: kept[key] for key in ("rows", "tokens", "rows_digest", "rows_with_images", "long_rows")}
     title = f"{model_name}, {recipe.name}: {kept['rows']:,} rows, {kept['tokens']:,} tokens"
-    return Coverage(title, routes.blocks, routes.of(rows).tolist(), recipe.warn_below_expert_rows, facts)
+    return Coverage(title, routes.blocks, routes.of(rows).tolist(), recipe.texts.warn_below_expert_rows, facts)
 
 
 def _recorded(folder: Path) -> Coverage | None:

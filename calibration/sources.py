@@ -93,10 +93,12 @@ def read_source(source: Source, limit: Limit, seed: int | None) -> Found:
         return _read_dataset(source, limit, seed)
     if source.path.is_dir():
         files = sorted(
-            path for path in source.path.rglob("*")
-            if path.is_file() and path.suffix.lower() in SUFFIXES
+            path
+            for path in source.path.rglob("*")
+            if path.is_file()
+            and path.suffix.lower() in SUFFIXES
             and not any(part.startswith(".") for part in path.relative_to(source.path).parts)
-        )  # fmt: skip
+        )
         if not files:
             raise InputError(f"the folder {source.path} holds no texts: name one with {', '.join(SUFFIXES)} files")
     else:
@@ -245,9 +247,10 @@ def _documents(
     documents = list(limit.take(usable()))
     if not documents:
         raise input_error(
-            f"no row of {source.label} can be used:", bad[:3] or ["it is empty"],
+            f"no row of {source.label} can be used:",
+            bad[:3] or ["it is empty"],
             "Name its columns in the recipe (column, role_key and content_key, prompt_column and response_column).",
-        )  # fmt: skip
+        )
     return Found(documents, len(bad), bad[0] if bad else "")
 
 

@@ -101,8 +101,11 @@ def talks_of(documents: list[Document], settings: Settings) -> list[Talk]:
         system = [m for m in messages[:1] if m["role"] == "system"]
         asked = [m for m in messages if m["role"] == "user"][: settings.turns]
         others = [m for m in messages[len(system) :] if m["role"] not in ("user", "assistant")]
-        pictured = any(isinstance(m["content"], list) and any(part["type"] == "image" for part in m["content"])
-                       for m in messages if m["role"] == "assistant")  # fmt: skip
+        pictured = any(
+            isinstance(m["content"], list) and any(part["type"] == "image" for part in m["content"])
+            for m in messages
+            if m["role"] == "assistant"
+        )
         if asked and not others and not pictured:
             found.append(Talk(document, system, asked, [], []))
     random.Random(settings.seed).shuffle(found)
@@ -164,11 +167,13 @@ def synthesize(
     if not encoder.tokenizer.chat_template:
         raise InputError(f"{model_name} has no chat template: it cannot answer a conversation")
     talks = talks_of(calibration_documents(model, recipe, calibration, encoder), settings)
-    talks = [t for t in talks if len(encoder.encode(t.prompt(), ask=True).tokens) <= recipe.calibration_row_tokens]
+    talks = [
+        t for t in talks if len(encoder.encode(t.prompt(), ask=True).tokens) <= recipe.texts.calibration_row_tokens
+    ]
     if not talks:
         raise InputError(
             "the calibration texts hold no conversation that a user begins and that fits into a row "
-            f"({recipe.calibration_row_tokens:,} tokens): name others in the recipe or with --calibration"
+            f"({recipe.texts.calibration_row_tokens:,} tokens): name others in the recipe or with --calibration"
         )
     walked = block_by_block or not _fits(model, dtype, device)
     identity = {
@@ -218,9 +223,14 @@ def _fits(model: Model, dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def _cost(
-    model: Model, talks: list[Talk], settings: Settings, walked: bool, encoder: Encoder, device: torch.device,
+    model: Model,
+    talks: list[Talk],
+    settings: Settings,
+    walked: bool,
+    encoder: Encoder,
+    device: torch.device,
     dtype: torch.dtype,
-) -> str:  # fmt: skip
+) -> str:
     """What it will take, said before it starts: an upper bound, for answers end by themselves."""
     turns = max(len(talk.asked) for talk in talks)
     lengths = [len(encoder.encode(talk.prompt(), ask=True).tokens) + settings.max_new_tokens // 2 for talk in talks]
@@ -242,9 +252,7 @@ def _cost(
 def _flops_per_token(adapter: Adapter) -> float:
     sites = [site for block in range(adapter.n_blocks) for site in adapter.sites(block)]
     share = {Role.EXPERT: adapter.top_k}
-    return sum(
-        2.0 * sum(s.out_features) * s.in_features * (share.get(s.role) or len(s.members)) for s in sites
-    )  # fmt: skip
+    return sum(2.0 * sum(s.out_features) * s.in_features * (share.get(s.role) or len(s.members)) for s in sites)
 
 
 def _stops(model: Model, encoder: Encoder) -> list[int]:
@@ -288,16 +296,23 @@ def _rounds(talks: list[Talk], encoder: Encoder, limit: int) -> Iterator[list[tu
 
 
 def _walked(
-    model: Model, recipe: Recipe, encoder: Encoder, talks: list[Talk], settings: Settings, journal: Journal,
-    device: torch.device, dtype: torch.dtype, progress: Progress,
-) -> None:  # fmt: skip
+    model: Model,
+    recipe: Recipe,
+    encoder: Encoder,
+    talks: list[Talk],
+    settings: Settings,
+    journal: Journal,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress,
+) -> None:
     stops = set(_stops(model, encoder))
-    for prompts in _rounds(talks, encoder, recipe.calibration_row_tokens):
+    for prompts in _rounds(talks, encoder, recipe.texts.calibration_row_tokens):
         if not prompts:
             continue
         decoder = BlockDecoder(
             model.adapter, model.source, [row for _, row in prompts], recipe.batch_tokens, device, dtype
-        )  # fmt: skip
+        )
         for place, (number, _) in enumerate(prompts):
             decoder.tokens[place] += talks[number].running
         open_ = list(range(len(prompts)))
@@ -324,9 +339,16 @@ def _close(talk: Talk, encoder: Encoder) -> None:
 
 
 def _loaded(
-    model: Model, recipe: Recipe, encoder: Encoder, talks: list[Talk], settings: Settings, journal: Journal,
-    device: torch.device, dtype: torch.dtype, progress: Progress,
-) -> None:  # fmt: skip
+    model: Model,
+    recipe: Recipe,
+    encoder: Encoder,
+    talks: list[Talk],
+    settings: Settings,
+    journal: Journal,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress,
+) -> None:
     from transformers import GenerationConfig
 
     progress.begin("load")
@@ -344,7 +366,7 @@ def _loaded(
         **drawn,
     )
     progress.begin("write")
-    for prompts in _rounds(talks, encoder, recipe.calibration_row_tokens):
+    for prompts in _rounds(talks, encoder, recipe.texts.calibration_row_tokens):
         for number, row in prompts:
             ids = row.tokens[None].to(device)
             inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -61,21 +61,21 @@ class RunTexts:
 
 def calibration_rows(recipe: Recipe, adapter: Adapter) -> int:
     """How many rows a run calibrates on, as the recipe limits them by number and by the experts' inputs."""
-    if not recipe.calibration_rows_per_input:
-        return recipe.calibration_rows
+    if not recipe.texts.calibration_rows_per_input:
+        return recipe.texts.calibration_rows
     sites = [site for block in range(adapter.n_blocks) for site in adapter.sites(block)]
     inputs = max(site.in_features for site in sites if site.role is Role.EXPERT)
-    tokens = recipe.calibration_rows_per_input * inputs * adapter.n_experts / adapter.top_k
-    return min(recipe.calibration_rows, math.ceil(tokens / recipe.calibration_row_tokens))
+    tokens = recipe.texts.calibration_rows_per_input * inputs * adapter.n_experts / adapter.top_k
+    return min(recipe.texts.calibration_rows, math.ceil(tokens / recipe.texts.calibration_row_tokens))
 
 
 def layout_of(recipe: Recipe, adapter: Adapter) -> Layout:
     return Layout(
         calibration_rows(recipe, adapter),
-        recipe.calibration_row_tokens,
-        recipe.calibration_long_share,
-        recipe.calibration_long_row_tokens,
-        recipe.calibration_pool,
+        recipe.texts.calibration_row_tokens,
+        recipe.texts.calibration_long_share,
+        recipe.texts.calibration_long_row_tokens,
+        recipe.texts.calibration_pool,
     )
 
 
@@ -109,20 +109,20 @@ def gather(
     found = []
     for source in sources:
         both = source.place in places
-        longest = None if source.path else CHARACTERS_PER_TOKEN * recipe.calibration_long_row_tokens
+        longest = None if source.path else CHARACTERS_PER_TOKEN * recipe.texts.calibration_long_row_tokens
         share = source.weight / total
         if evaluated:
             # A document a row; where one in eight is taken, half as many again for luck.
-            count = math.ceil(recipe.evaluation_rows * share) * (12 if both else 1)
+            count = math.ceil(recipe.texts.evaluation_rows * share) * (12 if both else 1)
             limit = Limit(documents=count, longest_characters=longest)
             seed = None
         else:
             characters = (
-                layout_of(recipe, encoder.adapter).tokens * recipe.calibration_pool * CHARACTERS_PER_TOKEN * share
+                layout_of(recipe, encoder.adapter).tokens * recipe.texts.calibration_pool * CHARACTERS_PER_TOKEN * share
             )
             picture = CHARACTERS_PER_TOKEN * encoder.adapter.image_token_count() if encoder.adapter.has_vision else 0
             limit = Limit(None, math.ceil(characters * (8 / 7 if both else 1)), picture, longest)
-            seed = recipe.calibration_seed
+            seed = recipe.texts.calibration_seed
         read = read_source(source, limit, seed)
         documents = split_by_digest(read.documents, evaluated) if both else read.documents
         if not documents:
@@ -159,19 +159,19 @@ def prepare_texts(
 ) -> RunTexts:
     """Read, check and tokenise both sets of texts; refuse a document that is in both."""
     encoder = Encoder(model.path, model.adapter)
-    ours = sources_of(recipe.calibration, "calibration", calibration, recipe.folder)
-    theirs = sources_of(recipe.evaluation, "evaluation", evaluation, recipe.folder)
+    ours = sources_of(recipe.texts.calibration, "calibration", calibration, recipe.folder)
+    theirs = sources_of(recipe.texts.evaluation, "evaluation", evaluation, recipe.folder)
     evaluated = gather(recipe, theirs, ours, encoder, evaluated=True)
     rows = [row for part in evaluated for row in part.rows]
     unlike = distinct(rows)
-    used = document_rows(unlike, recipe.evaluation_row_tokens, recipe.evaluation_rows)
+    used = document_rows(unlike, recipe.texts.evaluation_row_tokens, recipe.texts.evaluation_rows)
     facts = {"evaluation": facts_of(evaluated, used)}
     warnings = _left_out(evaluated, "evaluation")
     kept, given = facts["evaluation"]["tokens"], facts["evaluation"]["tokens_given"]
     if evaluation is not None and kept < MOST_IS_UNUSED * given:
         warnings.append(
             f"only {kept:,} of the {given:,} tokens of {evaluation.name} are evaluated: a document gives one row of at "
-            f"most {recipe.evaluation_row_tokens} tokens, {recipe.evaluation_rows} rows in all. Split long "
+            f"most {recipe.texts.evaluation_row_tokens} tokens, {recipe.texts.evaluation_rows} rows in all. Split long "
             "documents, or raise evaluation_row_tokens or evaluation_rows in the recipe"
         )
     if len(unlike) < len(rows):
@@ -196,14 +196,14 @@ def prepare_texts(
 
 def calibration_documents(model: Model, recipe: Recipe, calibration: Path | None, encoder: Encoder) -> list[Document]:
     """The calibration texts of a recipe, before they are packed; none that it evaluates on."""
-    ours = sources_of(recipe.calibration, "calibration", calibration, recipe.folder)
-    theirs = sources_of(recipe.evaluation, "evaluation", None, recipe.folder)
+    ours = sources_of(recipe.texts.calibration, "calibration", calibration, recipe.folder)
+    theirs = sources_of(recipe.texts.evaluation, "evaluation", None, recipe.folder)
     return [d for part in gather(recipe, ours, theirs, encoder, evaluated=False) for d in part.documents]
 
 
 def packed_rows(recipe: Recipe, adapter: Adapter, gathered: list[Gathered]) -> tuple[list[Row], dict[int, int]]:
     """(rows of the pool, how many rows of each length are wanted of them)."""
-    layout, seed = layout_of(recipe, adapter), recipe.calibration_seed
+    layout, seed = layout_of(recipe, adapter), recipe.texts.calibration_seed
     weights = [part.source.weight for part in gathered]
     chosen = mixed([part.rows for part in gathered], weights, round(layout.tokens * layout.pool), seed)
     rows = pack(chosen, layout, seed)

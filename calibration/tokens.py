@@ -92,8 +92,11 @@ class Encoder:
             return {}
         try:
             settings = json.loads(path.read_text(encoding="utf-8"))
-            return {key: settings[key] for key in ("resample", "image_mean", "image_std", "rescale_factor")
-                    if key in settings}  # fmt: skip
+            return {
+                key: settings[key]
+                for key in ("resample", "image_mean", "image_std", "rescale_factor")
+                if key in settings
+            }
         except (ValueError, TypeError) as error:
             raise InputError(f"{path} is damaged ({error}): fetch the checkpoint again") from None
 

@@ -84,7 +84,13 @@ def assign(
 def schemes_of(adapter: Adapter, recipe: Recipe) -> dict[str, Scheme]:
     """Module -> Scheme of all that the recipe quantizes. Raises InputError."""
     return assign(
-        adapter, recipe.scheme_of, recipe.quantize_roles, recipe.schemes, recipe.keep_modules, matches, recipe.name
+        adapter,
+        recipe.scheme_of,
+        recipe.widths.quantize_roles,
+        recipe.widths.schemes,
+        recipe.widths.keep_modules,
+        matches,
+        recipe.name,
     )
 
 

@@ -83,8 +83,9 @@ def open_remote(name: str) -> RemoteFolder:
             Path(api.hf_hub_download(name, file, revision=found.sha)).parent for file in SIDE_FILES if file in present
         ]
         shard_names, weight_map = shards_of(place, present, f"{name} on the hub")
-        problems = [f"{INDEX_NAME} names {shard!r}, which is not beside it" for shard in shard_names
-                    if leaves_folder(shard)]  # fmt: skip
+        problems = [
+            f"{INDEX_NAME} names {shard!r}, which is not beside it" for shard in shard_names if leaves_folder(shard)
+        ]
         problems += [f"the shard {shard} is missing" for shard in shard_names if shard not in present]
         if problems:
             raise _unsound(name, problems)

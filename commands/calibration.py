@@ -104,9 +104,7 @@ def coverage(
         raise InputError(f"the picture {svg} must be an .svg file in a folder that exists")
     console = make_console()
     chosen = _recipe("demo" if (Path(model) / RECORD_NAME).is_file() else model, recipe)
-    found = run(
-        model, chosen, calibration=calibration, evaluation=evaluation, device_name=device, console=console
-    )  # fmt: skip
+    found = run(model, chosen, calibration=calibration, evaluation=evaluation, device_name=device, console=console)
     heatmap.draw_coverage(found.title, found.blocks, found.counts, found.enough, console)
     if svg is not None:
         files.write_bytes(svg, heatmap.svg(found.title, found.blocks, found.counts, found.enough).encode())

@@ -18,22 +18,33 @@ from .shared import make_console, print_line, verb
     help="A YAML file of limits (a recipe will do), in place of those of the record.",
 )
 @click.option(
-    "--tolerance", type=click.FloatRange(0, 10), default=0.01, show_default=True,
+    "--tolerance",
+    type=click.FloatRange(0, 10),
+    default=0.01,
+    show_default=True,
     help="By what part of itself the mean KL may lie over the baseline's.",
-)  # fmt: skip
+)
 @click.option(
-    "--tolerance-top1", type=click.FloatRange(0, 1), default=0.002, show_default=True,
+    "--tolerance-top1",
+    type=click.FloatRange(0, 1),
+    default=0.002,
+    show_default=True,
     help="By how much the share of tokens with the same top-1 may fall.",
-)  # fmt: skip
+)
 @click.option(
-    "--tolerance-flips", type=click.FloatRange(0, 1), default=0.01, show_default=True,
+    "--tolerance-flips",
+    type=click.FloatRange(0, 1),
+    default=0.01,
+    show_default=True,
     help="By how much the share of changed answers may rise, task by task.",
-)  # fmt: skip
+)
 @click.option("--junit", type=click.Path(path_type=Path), help="Write the checks into this file as JUnit XML.")
 @click.option(
-    "--summary", type=click.Path(path_type=Path), envvar="GITHUB_STEP_SUMMARY",
+    "--summary",
+    type=click.Path(path_type=Path),
+    envvar="GITHUB_STEP_SUMMARY",
     help="Append the checks to this file as Markdown. [default: $GITHUB_STEP_SUMMARY where it is set]",
-)  # fmt: skip
+)
 @verb
 def gate(
     report: Path,
@@ -70,9 +81,11 @@ def gate(
     if bad:
         raise input_error("these files cannot be written:", bad, "Name files in folders that exist.")
     verdict = run_gate(
-        report, baseline, None if limits is None else load_limits(limits),
+        report,
+        baseline,
+        None if limits is None else load_limits(limits),
         Tolerances(tolerance, tolerance_top1, tolerance_flips),
-    )  # fmt: skip
+    )
     draw_verdict(verdict, make_console())
     if junit is not None:
         files.write_bytes(junit, as_junit(verdict))

@@ -39,8 +39,6 @@ def pareto(
     if budget_gb is not None:
         loaded = loaded.changed(bits="fit", budget_gb=budget_gb, gpu=None)
     console = make_console()
-    facts = run(
-        model, loaded, prices_file=prices, calibration=calibration, device_name=device, console=console
-    ).facts()  # fmt: skip
+    facts = run(model, loaded, prices_file=prices, calibration=calibration, device_name=device, console=console).facts()
     draw_pareto(facts, console)
     print_line(json.dumps(facts))

@@ -82,28 +82,28 @@ def plan(
         raise InputError("--measure measures what a recipe will do here: give --recipe as well")
     loaded = load_recipe(recipe) if recipe is not None else None
     # The recipe's own card and what it is to hold, where the command does not say otherwise.
-    gpu = gpu or (loaded.gpu if loaded is not None else None)
+    gpu = gpu or (loaded.card.gpu if loaded is not None else None)
     if plot and gpu is None:
         raise InputError("--plot draws memory against a card's: give --gpu as well")
     many, card = find_card(gpu) if gpu else (1, None)
     if tensor_parallel is not None and many > 1 and tensor_parallel != many:
         raise InputError(f"--gpu {gpu} names {many} cards and --tensor-parallel {tensor_parallel}: give one of them")
     asked = Request(
-        context=context or (loaded.context if loaded is not None else 32_768),
-        sequences=sequences or (loaded.sequences if loaded is not None else 1),
-        kv_dtype=kv_dtype or (loaded.kv_dtype if loaded is not None else "bf16"),
-        engine=engine or (loaded.engine if loaded is not None else "vllm"),
+        context=context or (loaded.card.context if loaded is not None else 32_768),
+        sequences=sequences or (loaded.card.sequences if loaded is not None else 1),
+        kv_dtype=kv_dtype or (loaded.card.kv_dtype if loaded is not None else "bf16"),
+        engine=engine or (loaded.card.engine if loaded is not None else "vllm"),
         tensor_parallel=tensor_parallel or many,
-        vision=not no_vision and (loaded is None or loaded.vision),
+        vision=not no_vision and (loaded is None or loaded.card.vision),
         images=images,
-        batch_tokens=batch_tokens or (loaded.engine_batch_tokens if loaded is not None else None),
+        batch_tokens=batch_tokens or (loaded.card.engine_batch_tokens if loaded is not None else None),
         memory_share=memory_share,
         frees=False if keep_local else None,
     )
     console = make_console()
     quantizing = plan_run(model, loaded, device, measure) if loaded is not None else None
     opened = quantizing.model if quantizing is not None else open_headers(model)
-    if context is None and (loaded is None or loaded.gpu is None):
+    if context is None and (loaded is None or loaded.card.gpu is None):
         asked = replace(asked, context=min(asked.context, Needs.of(opened.adapter).most_context))
     sizing = size_up(opened, asked, card, quantizing.recipe if quantizing is not None else None)
     facts = sizing.facts()

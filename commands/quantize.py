@@ -60,8 +60,8 @@ def quantize(
     loaded = load_recipe(recipe)
     if budget_gb is not None:
         loaded = loaded.changed(bits="fit", budget_gb=budget_gb, gpu=None)
-    if prices is not None and loaded.bits != "fit":
-        raise InputError(f"--prices is for recipes with bits: fit, and {recipe} has bits: {loaded.bits}")
+    if prices is not None and loaded.widths.bits != "fit":
+        raise InputError(f"--prices is for recipes with bits: fit, and {recipe} has bits: {loaded.widths.bits}")
     try:
         record = run(
             model,

@@ -150,9 +150,11 @@ def kept_linears(adapter: Adapter, schemes: Iterable[str]) -> list[str]:
     kept = [
         name.removesuffix(".weight")
         for name, shape in adapter.expected().items()
-        if len(shape) == 2 and name.endswith(".weight") and adapter.role(name) not in no_linear
+        if len(shape) == 2
+        and name.endswith(".weight")
+        and adapter.role(name) not in no_linear
         and name.removesuffix(".weight") not in {*schemes}
-    ]  # fmt: skip
+    ]
     return sorted([*kept, "lm_head"] if adapter.tied_head else kept)
 
 

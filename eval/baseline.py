@@ -170,8 +170,12 @@ def refuse_unlike(report: dict[str, Any], baseline: dict[str, Any]) -> None:
         if now != before:
             problems.append(f"{what}: {_short(now)}, and the baseline's is {_short(before)}")
 
-    for key, what in (("digest", "the original model"), ("family", "its family"), ("vocabulary", "its vocabulary"),
-                      ("blocks", "its number of blocks")):  # fmt: skip
+    for key, what in (
+        ("digest", "the original model"),
+        ("family", "its family"),
+        ("vocabulary", "its vocabulary"),
+        ("blocks", "its number of blocks"),
+    ):
         same(what, report["model"].get(key), baseline["model"].get(key))
     if bool(report["kl"]) != bool(baseline["kl"]):
         problems.append("KL is measured in only one of the two")

@@ -76,9 +76,10 @@ def scores(asking: Asking, answers: TokenResults) -> list[Scored]:
     sides = [
         (logp[order].double(), top[order, 0] == targets)
         for logp, top in (
-            (answers.logp_reference, answers.top_reference), (answers.logp_quantized, answers.top_quantized),
+            (answers.logp_reference, answers.top_reference),
+            (answers.logp_quantized, answers.top_quantized),
         )
-    ]  # fmt: skip
+    ]
     found = []
     for row, start, stop in asking.places:
         part = slice(first[row] + start, first[row] + stop)

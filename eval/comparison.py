@@ -130,9 +130,20 @@ def _kl_check(now: float, before: float, found: Exceedance, tolerances: Toleranc
     word = "more than" if found.exceeds else "not shown to be more than"
     said = f"{now:.5f} nats, was {before:.5f} ({moved}; {how}): {word} the tolerance of {tolerance:.1%}"
     return Check(
-        "kl_mean_nats", BASELINE, not found.exceeds, now, before * (1 + tolerance), said, low, high, before, change,
-        tolerance, found.p_value, documents is not None,
-    )  # fmt: skip
+        "kl_mean_nats",
+        BASELINE,
+        not found.exceeds,
+        now,
+        before * (1 + tolerance),
+        said,
+        low,
+        high,
+        before,
+        change,
+        tolerance,
+        found.p_value,
+        documents is not None,
+    )
 
 
 def _top1_check(now: float, before: float, found: Exceedance, tolerances: Tolerances, documents: int | None) -> Check:
@@ -147,9 +158,20 @@ def _top1_check(now: float, before: float, found: Exceedance, tolerances: Tolera
         f"{tolerance * 100:.2f} points"
     )
     return Check(
-        "same_top1", BASELINE, not found.exceeds, now, before - tolerance, said, low, high, before, now - before,
-        tolerance, found.p_value, documents is not None,
-    )  # fmt: skip
+        "same_top1",
+        BASELINE,
+        not found.exceeds,
+        now,
+        before - tolerance,
+        said,
+        low,
+        high,
+        before,
+        now - before,
+        tolerance,
+        found.p_value,
+        documents is not None,
+    )
 
 
 def _flips(now: dict[str, Any], before: dict[str, Any], tolerances: Tolerances) -> Check:
@@ -175,6 +197,17 @@ def _flips(now: dict[str, Any], before: dict[str, Any], tolerances: Tolerances) 
         f"a rise {word} the tolerance of {tolerance * 100:.2f} points"
     )
     return Check(
-        f"flip_rate {now['task']}", BASELINE, not found.exceeds, shares[0], shares[1] + tolerance, said, low, high,
-        shares[1], found.value, tolerance, found.p_value, True,
-    )  # fmt: skip
+        f"flip_rate {now['task']}",
+        BASELINE,
+        not found.exceeds,
+        shares[0],
+        shares[1] + tolerance,
+        said,
+        low,
+        high,
+        shares[1],
+        found.value,
+        tolerance,
+        found.p_value,
+        True,
+    )

@@ -134,19 +134,24 @@ class Errors:
                 missed += float((v - w).square().sum())
                 whole += size
             views = (weight_view(adapter, block, index, down) for block in (reference, other))
-            found.append({
-                "block": index,
-                "expert": expert,
-                "weight_error": (missed / whole) ** 0.5,
-                "output_error": self._output_error(expert, *views),
-                "rows": rows[expert],
-            })  # fmt: skip
+            found.append(
+                {
+                    "block": index,
+                    "expert": expert,
+                    "weight_error": (missed / whole) ** 0.5,
+                    "output_error": self._output_error(expert, *views),
+                    "rows": rows[expert],
+                }
+            )
         standing = [_standing_out(list(matrix), LEAST_SPREAD_GAIN) for matrix in zip(*gains, strict=True)]
         seen = [entry for entry in found if entry["output_error"] is not None]
-        errors = dict(zip(
-            (entry["expert"] for entry in seen),
-            _standing_out([entry["output_error"] for entry in seen], LEAST_SPREAD_ERROR), strict=True,
-        ))  # fmt: skip
+        errors = dict(
+            zip(
+                (entry["expert"] for entry in seen),
+                _standing_out([entry["output_error"] for entry in seen], LEAST_SPREAD_ERROR),
+                strict=True,
+            )
+        )
         for entry in found:
             expert = entry["expert"]
             matrix = max(range(len(standing)), key=lambda m: abs(standing[m][expert]))

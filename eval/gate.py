@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import InputError, LimitError, input_error
+from ..core.limits import named_limits
 from ..core.verdict import LIMIT, Check, Verdict
-from ..recipe import Recipe, named_limits, recorded_limits
+from ..recipe import Recipe, recorded_limits
 from .baseline import read_report, refuse_unlike
 from .comparison import Tolerances, check_baseline
 
@@ -49,16 +50,16 @@ def run_gate(
 
 def refuse_too_large(emitted_bytes: int, recipe: Recipe) -> None:
     """Raises LimitError. The bytes are known before any weight is read, so this limit costs nothing."""
-    if recipe.max_emitted_bytes is not None and emitted_bytes > recipe.max_emitted_bytes:
+    if recipe.limits.max_emitted_bytes is not None and emitted_bytes > recipe.limits.max_emitted_bytes:
         raise LimitError(
-            f"the plan emits {emitted_bytes:,} bytes, and the recipe allows {recipe.max_emitted_bytes:,} "
+            f"the plan emits {emitted_bytes:,} bytes, and the recipe allows {recipe.limits.max_emitted_bytes:,} "
             "(max_emitted_bytes): quantize more, in larger groups, or allow more. Nothing was written"
         )
 
 
 def gate_of_run(record: dict[str, Any], name: str, recipe: Recipe) -> dict[str, Any]:
     """The record's `gate`: a finished run against its recipe's limits."""
-    limits = named_limits(recipe.model_dump())
+    limits = named_limits(recipe.limits.model_dump())
     notes = []
     if "fail_below_expert_rows" in limits and measured(record)["fail_below_expert_rows"] is None:
         del limits["fail_below_expert_rows"]

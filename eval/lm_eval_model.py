@@ -102,7 +102,7 @@ def open_twin(
     recipe = recipe or load_recipe("rtn-int4")
     source, quantized = open_pair(source_name, checkpoint)
     walk = partial(_walk, source, quantized, recipe, device_name, quiet)
-    return Twin(Encoder(source.path, source.adapter), walk, recipe.evaluation_row_tokens)
+    return Twin(Encoder(source.path, source.adapter), walk, recipe.texts.evaluation_row_tokens)
 
 
 def _walk(
@@ -118,6 +118,6 @@ def _walk(
     ):
         twin = twin_walk(
             *sides, [], recipe.batch_tokens, Activations(Path(folder)), device, dtype, progress, asking.asked
-        )  # fmt: skip
+        )
     assert twin.answers is not None
     return scores(asking, twin.answers)

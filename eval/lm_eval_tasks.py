@@ -113,9 +113,10 @@ def _questions(prefix: str, task: Any) -> list[Question]:
             found.append(Question(f"{prefix}/{number}".lstrip("/"), pairs, choices, right))
     if problems:
         raise input_error(
-            f"the task {task.config.task} holds items that cannot be asked:", problems[:20],
+            f"the task {task.config.task} holds items that cannot be asked:",
+            problems[:20],
             "Flips need one right option an item.",
-        )  # fmt: skip
+        )
     return found
 
 

@@ -13,7 +13,6 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import psutil
@@ -29,7 +28,7 @@ from ..models.adapter import Adapter, Role, Site
 from ..models.walk import Calls, expert_stacks, run_block
 from ..planner.cost import HEAD_COLUMNS, HEAD_TOKENS
 from ..quantize.site import cuts, matrix_flops, quantize_batch
-from ..recipe import Recipe, method_of
+from ..recipe import Recipe
 from ..report.resources import package_versions
 from .kl import compare
 
@@ -57,8 +56,8 @@ def rates_key(adapter: Adapter, recipe: Recipe, device: torch.device, dtype: tor
         "versions": package_versions(),
         "sites": [[len(site.members), sum(site.out_features), site.in_features] for site in sites],
         "vocabulary": adapter.vocab_size,
-        "rows": [recipe.batch_tokens, recipe.evaluation_row_tokens],
-        "method": [*asdict(method_of(recipe)).values(), str(recipe.scheme), *recipe.schemes.values()],
+        "rows": [recipe.batch_tokens, recipe.texts.evaluation_row_tokens],
+        "method": [*recipe.quantizer.model_dump().values(), str(recipe.scheme), *recipe.widths.schemes.values()],
     }
     return json.dumps(told, separators=(",", ":"))
 
@@ -78,7 +77,7 @@ def measure_rates(
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(device)
 
-    method = method_of(recipe)
+    method = recipe.quantizer
 
     def timed(work: Callable[[], object], seconds: float = SECONDS) -> float:
         """Seconds that `work` takes."""
@@ -112,7 +111,7 @@ def _forward(
     a_token = sum(2.0 * sum(site.out_features) * site.in_features * share for site, share in shares)
     parameters = sum(sum(site.out_features) * site.in_features * len(site.members) for site in sites)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    length = recipe.evaluation_row_tokens
+    length = recipe.texts.evaluation_row_tokens
     rows = max(1, recipe.batch_tokens // length)
     if parameters * torch.float32.itemsize > free // 4:
         site = max(sites, key=lambda s: sum(s.out_features) * s.in_features * len(s.members))

@@ -54,9 +54,9 @@ def _bounds(
     return (b - root) / a, (b + root) / a
 
 
-def _judged(e: float, error: float, degrees: int | None, value: float, bounds: tuple[float | None, float | None]) -> (
-    Exceedance
-):  # fmt: skip
+def _judged(
+    e: float, error: float, degrees: int | None, value: float, bounds: tuple[float | None, float | None]
+) -> Exceedance:
     """`e` against its standard error; without any spread the sign decides."""
     if error > 0:
         t = e / error

@@ -144,10 +144,13 @@ def summarize(results: TokenResults) -> KlSummary:
         perplexity_ratio_low=float(np.exp(of_lost.low)) if of_lost else None,
         perplexity_ratio_high=float(np.exp(of_lost.high)) if of_lost else None,
         interval={
-            "method": "BCa bootstrap over documents", "level": LEVEL, "resamples": RESAMPLES, "seed": SEED,
+            "method": "BCa bootstrap over documents",
+            "level": LEVEL,
+            "resamples": RESAMPLES,
+            "seed": SEED,
             "documents": documents,
         },
-    )  # fmt: skip
+    )
 
 
 def summarize_groups(results: TokenResults, groups: list[Group]) -> list[dict[str, Any]]:

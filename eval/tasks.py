@@ -92,7 +92,7 @@ PUBLIC = {
         "allenai/ai2_arc", "ARC-Challenge", "test", "train", "question", "choices", "answerKey", "letters", False
     ),
     "hellaswag": Public("Rowan/hellaswag", None, "validation", "train", "ctx", "endings", "label", "continue", True),
-}  # fmt: skip
+}
 
 
 def load_tasks(names: Sequence[str], shots: int, limit: int | None, folder: Path = Path()) -> list[Task]:
@@ -186,16 +186,21 @@ def _local_items(name: str, path: Path) -> list[Item]:
             problems.append(f"item {number}: has the id {item.id!r} of item {first[item.id]}")
     if problems or not items:
         raise input_error(
-            f"{path} holds items that cannot be asked:", problems[:20] or ["there is none"],
+            f"{path} holds items that cannot be asked:",
+            problems[:20] or ["there is none"],
             'An item is {"question": "...", "choices": ["...", "..."], "answer": 0}, one a line.',
-        )  # fmt: skip
+        )
     return items
 
 
 def item_of(
-    line: Any, number: str, question: str = "question", choices: str = "choices", answer: str = "answer",
+    line: Any,
+    number: str,
+    question: str = "question",
+    choices: str = "choices",
+    answer: str = "answer",
     group: str | None = None,
-) -> Item:  # fmt: skip
+) -> Item:
     """One item from a row of a file or data set. Raises ValueError with what is wrong with it."""
     if not isinstance(line, dict):
         raise ValueError("is no object")

@@ -102,19 +102,21 @@ def worst_tokens(results: TokenResults, rows: list[Row], decode: Decode) -> list
             pairs = zip(ids_TK[index].tolist(), p_TK[index].tolist(), strict=True)
             return [[decode([i]), p] for i, p in list(pairs)[:SHOWN_OF_TOP] if i >= 0]
 
-        found.append({
-            "document": rows[number].document,
-            "kind": rows[number].kind,
-            "position": target,
-            "kl_nats": float(results.kl_nats[index]),
-            "before": decode(ids[max(0, target - BEFORE) : target]),
-            "token": decode([ids[target]]),
-            "after": decode(ids[target + 1 : target + 1 + AFTER]),
-            "p_reference": float(results.logp_reference[index].exp()),
-            "p_quantized": float(results.logp_quantized[index].exp()),
-            "reference_top": top(results.top_reference, results.top_p_reference),
-            "quantized_top": top(results.top_quantized, results.top_p_quantized),
-        })  # fmt: skip
+        found.append(
+            {
+                "document": rows[number].document,
+                "kind": rows[number].kind,
+                "position": target,
+                "kl_nats": float(results.kl_nats[index]),
+                "before": decode(ids[max(0, target - BEFORE) : target]),
+                "token": decode([ids[target]]),
+                "after": decode(ids[target + 1 : target + 1 + AFTER]),
+                "p_reference": float(results.logp_reference[index].exp()),
+                "p_quantized": float(results.logp_quantized[index].exp()),
+                "reference_top": top(results.top_reference, results.top_p_reference),
+                "quantized_top": top(results.top_quantized, results.top_p_quantized),
+            }
+        )
         if len(found) == WORST_TOKENS:
             break
     return found

@@ -82,9 +82,17 @@ def measure(
     requests = [requests_of(task, encoder) for task in tasks]
     asking = ask([request for own in requests for request in own])
     twin = twin_walk(
-        reference, quantized, rows, batch_tokens, Activations(folder), device, dtype, progress, asking.asked,
+        reference,
+        quantized,
+        rows,
+        batch_tokens,
+        Activations(folder),
+        device,
+        dtype,
+        progress,
+        asking.asked,
         with_errors=bool(rows),
-    )  # fmt: skip
+    )
     progress.begin("verify: figures")
     kl: dict[str, Any] = {}
     errors: dict[str, Any] = {}
@@ -160,7 +168,7 @@ def open_pair(source_name: str, checkpoint: str) -> tuple[Model, Model]:
 
 def tasks_of(recipe: Recipe) -> list[Task]:
     """The tasks that a recipe names. Raises InputError or ResourceError."""
-    return load_tasks(recipe.tasks, recipe.task_shots, recipe.task_items, recipe.folder)
+    return load_tasks(recipe.texts.tasks, recipe.texts.task_shots, recipe.texts.task_items, recipe.folder)
 
 
 def pair_record(command: str, source: Model, quantized: Model) -> RunRecord:
@@ -196,9 +204,18 @@ def verify(
 ) -> RunRecord:
     """The independent proof: `checkpoint`, as its files are read back, against `source_name`, on texts and tasks."""
     return _measured_pair(
-        "verify", source_name, checkpoint, recipe, tasks_of(recipe), True, evaluation, keep_tokens, device_name,
-        console, quiet,
-    )  # fmt: skip
+        "verify",
+        source_name,
+        checkpoint,
+        recipe,
+        tasks_of(recipe),
+        True,
+        evaluation,
+        keep_tokens,
+        device_name,
+        console,
+        quiet,
+    )
 
 
 def flips(
@@ -252,9 +269,18 @@ def _measured_pair(
         for model in (source, quantized):
             refuse_nonfinite(model.folder, model.name)
         measured = measure(
-            source, Side("quantized", quantized.adapter, quantized.source), rows, recipe.batch_tokens,
-            Path(folder) / "acts", device, dtype, progress, tasks, recorded_rows(quantized), keep_tokens,
-        )  # fmt: skip
+            source,
+            Side("quantized", quantized.adapter, quantized.source),
+            rows,
+            recipe.batch_tokens,
+            Path(folder) / "acts",
+            device,
+            dtype,
+            progress,
+            tasks,
+            recorded_rows(quantized),
+            keep_tokens,
+        )
         measured.put_into(record)
         close_machine(record, progress, device, began)
     return record

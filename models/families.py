@@ -23,11 +23,26 @@ ADAPTERS: dict[str, type[Adapter]] = {
 
 # What must be one or more, where a family's config has it.
 SIZES = (
-    "num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "intermediate_size", "intermediate_size_mlp", "moe_intermediate_size", "num_experts_per_tok",
-    "attention_chunk_size", "sliding_window", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
-    "v_head_dim", "num_local_experts", "topk_group",
-)  # fmt: skip
+    "num_hidden_layers",
+    "hidden_size",
+    "vocab_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "intermediate_size_mlp",
+    "moe_intermediate_size",
+    "num_experts_per_tok",
+    "attention_chunk_size",
+    "sliding_window",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "num_local_experts",
+    "topk_group",
+)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

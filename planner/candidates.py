@@ -158,8 +158,8 @@ def candidates_of(model: Model, recipe: Recipe | None) -> list[Candidate]:
     # the demo are for its texts, and what `bits: fit` chooses is known only once its sensitivities are measured.
     named = [load_recipe(name) for name in recipe_names() if not name.startswith("demo")]
     # vLLM 0.32 has no loader for bitsandbytes' files.
-    shipped = [each for each in named if each.bits != "fit" and each.format != "bitsandbytes"]
-    for each in sorted(shipped, key=lambda r: (r.family is None, find_card(r.gpu)[0] if r.gpu else 1)):
+    shipped = [each for each in named if each.widths.bits != "fit" and each.format != "bitsandbytes"]
+    for each in sorted(shipped, key=lambda r: (r.family is None, find_card(r.card.gpu)[0] if r.card.gpu else 1)):
         if each.family in (None, model.adapter.family) and (recipe is None or each.name != recipe.name):
             try:
                 made = recipe_candidate(model, entries, each)

@@ -18,7 +18,7 @@ from ..core.rates import Rates
 from ..core.rows import rows_at_once
 from ..models.adapter import Adapter, Half, Role
 from ..quantize.site import matrix_flops, working_bytes
-from ..recipe import Recipe, method_of, walks_back
+from ..recipe import Recipe
 
 # Experts are held as they are stored, in bf16.
 STORED_BYTES = 2
@@ -186,14 +186,14 @@ def estimate(
 
 
 def work_of(recipe: Recipe) -> Work:
-    method = method_of(recipe)
+    method = recipe.quantizer
     return Work(
         method.needs_statistics,
-        recipe.sequential == "sites",
+        recipe.quantizer.sequential == "sites",
         method.output_metric,
-        rows_at_once if walks_back(recipe, method) else None,
-        recipe.tune_epochs if method.needs_statistics else 0,
-        recipe.token_weighting == "gradient",
+        rows_at_once if method.walks_back else None,
+        recipe.quantizer.tune_epochs if method.needs_statistics else 0,
+        recipe.quantizer.token_weighting == "gradient",
         partial(working_bytes, method=method),
         partial(matrix_flops, method=method),
     )

@@ -69,9 +69,14 @@ class Checked:
         if len(self.problems) > SHOWN:
             lines.append(f"  - and {len(self.problems) - SHOWN} more, all in the JSON line")
         raise DamageError(
-            "\n".join([f"{self.checkpoint} is not what its papers say:", *lines, "Fetch these files again, or make the "
-                       "checkpoint anew; do not use it as it is."])
-        )  # fmt: skip
+            "\n".join(
+                [
+                    f"{self.checkpoint} is not what its papers say:",
+                    *lines,
+                    "Fetch these files again, or make the checkpoint anew; do not use it as it is.",
+                ]
+            )
+        )
 
 
 def check(checkpoint: str, told: Told | None = None) -> Checked:
@@ -188,9 +193,13 @@ def _strays(path: Path, folder: Folder, sums: dict[str, str] | None) -> Iterator
 
 
 def _tensors(
-    folder: Folder, config: dict[str, Any], adapter: Adapter, record: dict[str, Any] | None, found: Checked,
+    folder: Folder,
+    config: dict[str, Any],
+    adapter: Adapter,
+    record: dict[str, Any] | None,
+    found: Checked,
     told: Told | None,
-) -> None:  # fmt: skip
+) -> None:
     """Layout, widths and values."""
     block = quantization_block(folder.path, config)
     ours = block is None or (isinstance(block, dict) and block.get("quant_method") == ct.NAME)
@@ -308,7 +317,7 @@ def _width_problems(
         name.removesuffix(".weight")
         for name, shape in shapes.items()
         if len(shape) == 2 and name.endswith(".weight") and adapter.role(name) not in keep
-    ]  # fmt: skip
+    ]
     try:
         wanted = ct.announced(block, linears)
     except (ValueError, TypeError, KeyError, AttributeError, re.error) as error:

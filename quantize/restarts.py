@@ -53,10 +53,12 @@ def prepare_restarts(objective_BII: torch.Tensor, group_size: int, tries: int) -
     inputs = objective_BII.shape[-1]
     width = max(1, BLOCK_COLUMNS // group_size) * group_size
     return [
-        [_stretch(objective_BII, begin, min(begin + width, inputs), group_size, tries, generator)
-         for begin in range(0, inputs, width)]
+        [
+            _stretch(objective_BII, begin, min(begin + width, inputs), group_size, tries, generator)
+            for begin in range(0, inputs, width)
+        ]
         for _ in range(PASSES)
-    ]  # fmt: skip
+    ]
 
 
 def _stretch(

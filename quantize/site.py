@@ -4,7 +4,7 @@ The batch of experts is cut so that working copies stay within a budget of memor
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -117,7 +117,7 @@ def quantize_batch(
         prepared = prepare(moment_BII, method.damping, method.activation_order)
         # Both searches go over stretches of whole groups: one as wide as a row has none.
         wide = scheme.width(w_BOI.shape[-1]) > WIDEST_SEARCHED
-        method = replace(method, restarts=0, tabu_moves=0) if wide else method
+        method = method.model_copy(update={"restarts": 0, "tabu_moves": 0}) if wide else method
         restarts = prepare_restarts(prepared.objective, scheme.width(w_BOI.shape[-1]), method.restarts)
 
         def quantize_rows(rows_BRI: torch.Tensor) -> QuantizedWeight:

@@ -57,8 +57,10 @@ def _add_widths(grid: Table, allocation: dict[str, Any]) -> None:
     found: dict[str, list[int]] = {}
     for unit in allocation["units"]:
         found.setdefault(unit["width"], []).append(unit["bytes"])
-    said = [f"{counted(len(each), 'unit')} {width} ({size(sum(each))})" for width, each in
-            sorted(found.items(), key=lambda item: -sum(item[1]))]  # fmt: skip
+    said = [
+        f"{counted(len(each), 'unit')} {width} ({size(sum(each))})"
+        for width, each in sorted(found.items(), key=lambda item: -sum(item[1]))
+    ]
     grid.add_row("widths", ", ".join(said))
 
 

@@ -32,21 +32,38 @@ def percent(share: float | None) -> str:
 def measured(kl: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Rows of (what, value, interval), of what the record holds."""
     get = kl.get
-    rows = [("mean KL(original \\|\\| these files), nats", figure(get("kl_mean_nats")),
-             between(get("kl_low_nats"), get("kl_high_nats")))]  # fmt: skip
-    for key, what in {"kl_median_nats": "median", "kl_p90_nats": "p90", "kl_p95_nats": "p95", "kl_p99_nats": "p99",
-                      "kl_p999_nats": "p99.9", "kl_max_nats": "largest"}.items():  # fmt: skip
+    rows = [
+        (
+            "mean KL(original \\|\\| these files), nats",
+            figure(get("kl_mean_nats")),
+            between(get("kl_low_nats"), get("kl_high_nats")),
+        )
+    ]
+    for key, what in {
+        "kl_median_nats": "median",
+        "kl_p90_nats": "p90",
+        "kl_p95_nats": "p95",
+        "kl_p99_nats": "p99",
+        "kl_p999_nats": "p99.9",
+        "kl_max_nats": "largest",
+    }.items():
         rows.append((f"KL, {what}, nats", figure(get(key)), ""))
     rows.append(("mean reverse KL, nats", figure(get("reverse_kl_mean_nats")), ""))
-    rows.append(("same top-1", percent(get("same_top1")),
-                 between(get("same_top1_low"), get("same_top1_high"), percent)))  # fmt: skip
+    rows.append(
+        ("same top-1", percent(get("same_top1")), between(get("same_top1_low"), get("same_top1_high"), percent))
+    )
     rows.append(("overlap of the top 5", percent(get("top5_overlap")), ""))
     rows.append(("change of the true token's probability, mean", figure(get("delta_p_mean")), ""))
     rows.append(("the same, root mean square", figure(get("delta_p_rms")), ""))
     rows.append(("perplexity, original", figure(get("perplexity_reference"), 5), ""))
     rows.append(("perplexity, these files", figure(get("perplexity_quantized"), 5), ""))
-    rows.append(("ratio of the perplexities", figure(get("perplexity_ratio"), 5),
-                 between(get("perplexity_ratio_low"), get("perplexity_ratio_high"))))  # fmt: skip
+    rows.append(
+        (
+            "ratio of the perplexities",
+            figure(get("perplexity_ratio"), 5),
+            between(get("perplexity_ratio_low"), get("perplexity_ratio_high")),
+        )
+    )
     rows.append(("tokens sent to other experts, a layer", percent(get("changed_routes")), ""))
     return [row for row in rows if row[1] != "not measured"]
 
@@ -54,10 +71,15 @@ def measured(kl: dict[str, Any]) -> list[tuple[str, str, str]]:
 def kinds(kl: dict[str, Any]) -> list[tuple[str, ...]]:
     """Rows of (kind, tokens, mean KL, interval, same top-1)."""
     return [
-        (k["label"], f"{k['tokens']:,}", figure(k["kl_mean_nats"]), between(k["kl_low_nats"], k["kl_high_nats"]),
-         percent(k["same_top1"]))
+        (
+            k["label"],
+            f"{k['tokens']:,}",
+            figure(k["kl_mean_nats"]),
+            between(k["kl_low_nats"], k["kl_high_nats"]),
+            percent(k["same_top1"]),
+        )
         for k in kl.get("by_kind") or []
-    ]  # fmt: skip
+    ]
 
 
 def flips(said: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -69,10 +91,14 @@ def flips(said: dict[str, Any]) -> list[tuple[str, ...]]:
     summaries = [*said.get("tasks", []), *([said["all"]] if len(said.get("tasks", [])) > 1 else [])]
     keys = ("accuracy_reference", "accuracy_quantized", "changed", "right_to_wrong", "wrong_to_right")
     return [
-        (f"{s['task']}, {s['shots']}-shot" if s.get("shots") is not None else str(s["task"]), f"{s['items']:,}",
-         *(share(s[key]) for key in keys), figure(s.get("mcnemar_p"), 3))
+        (
+            f"{s['task']}, {s['shots']}-shot" if s.get("shots") is not None else str(s["task"]),
+            f"{s['items']:,}",
+            *(share(s[key]) for key in keys),
+            figure(s.get("mcnemar_p"), 3),
+        )
         for s in summaries
-    ]  # fmt: skip
+    ]
 
 
 def base_name(name: str) -> str:

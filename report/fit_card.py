@@ -19,8 +19,11 @@ from .card import labelled
 GIB = 2**30
 ENGINES = {"vllm": "vLLM", "transformers": "transformers", "llama.cpp": "llama.cpp"}
 # What lies on a card: its name, its key, how it is painted and what it is drawn with.
-PARTS = (("weights", "weight_bytes", "blue", "█"), ("KV cache", "kv_bytes", "magenta", "▓"),
-         ("workspace", "workspace_bytes", "cyan", "▒"))  # fmt: skip
+PARTS = (
+    ("weights", "weight_bytes", "blue", "█"),
+    ("KV cache", "kv_bytes", "magenta", "▓"),
+    ("workspace", "workspace_bytes", "cyan", "▒"),
+)
 BAR_CELLS = 56
 # Bits a weight that engines load at least: int4 with a bf16 scale for 128 weights.
 LEAST_BITS = 4.125
@@ -156,8 +159,15 @@ def _cache(facts: Mapping[str, Any]) -> str:
 
 def _listing(title: str, *columns: str) -> Table:
     """Columns that begin with `<` hold words."""
-    table = Table(title=f"\n{title}", title_justify="left", title_style="bold", box=None, pad_edge=False,
-                  padding=(0, 2, 0, 0), header_style="dim")  # fmt: skip
+    table = Table(
+        title=f"\n{title}",
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+        header_style="dim",
+    )
     for column in columns:
         words = column.startswith("<")
         table.add_column(column.removeprefix("<"), justify="left" if words else "right", no_wrap=True)

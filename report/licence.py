@@ -116,5 +116,5 @@ def unmet_terms(repo: str, texts: Mapping[str, str], card: str) -> list[str]:
         f'"{BUILT_WITH}" must be displayed (section 1.b.i): the model card lacks it': BUILT_WITH in flat,
         "the model card must repeat that no rights are granted in the European Union for multimodal models (Acceptable "
         "Use Policy): it lacks that paragraph": EU_RESTRICTION in flat,
-    }  # fmt: skip
+    }
     return [problem for problem, met in checks.items() if not met]

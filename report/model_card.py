@@ -28,9 +28,17 @@ from .engines import engines
 from .licence import Licence
 
 FAILED_GATE = "These files did NOT pass the gate of their recipe, and were published all the same."
-ROLES = {"expert": "routed experts", "shared_expert": "shared expert", "mlp": "dense MLPs", "attention": "attention",
-         "router": "routers", "embedding": "embeddings", "head": "head", "norm": "norms",
-         "vision": "vision tower and projector"}  # fmt: skip
+ROLES = {
+    "expert": "routed experts",
+    "shared_expert": "shared expert",
+    "mlp": "dense MLPs",
+    "attention": "attention",
+    "router": "routers",
+    "embedding": "embeddings",
+    "head": "head",
+    "norm": "norms",
+    "vision": "vision tower and projector",
+}
 
 
 # What a format of export.py is called on a card.
@@ -124,9 +132,12 @@ def metadata(facts: CardFacts) -> ModelCardData:
 def render(facts: CardFacts) -> str:
     """The whole README.md. Raises InputError when its metadata would not be valid."""
     environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
         autoescape=False,  # Markdown: the filters escape
-    )  # fmt: skip
+    )
     environment.filters |= {"words": words, "code": code}
     template = environment.from_string(
         (resources.files(__package__) / "model_card.md.jinja").read_text(encoding="utf-8")
@@ -240,8 +251,11 @@ def _context(facts: CardFacts) -> dict[str, Any]:
     texts, interval = record["texts"]["evaluation"], kl.get("interval") or {}
     level = f"{interval.get('level', 0.95):.0%}"
     base = facts.base_model or base_name(record["model"]["name"])
-    note = f"Intervals: {interval['method']}, {interval['documents']} documents." if interval else (
-        "Intervals treat a document as one draw.")  # fmt: skip
+    note = (
+        f"Intervals: {interval['method']}, {interval['documents']} documents."
+        if interval
+        else ("Intervals treat a document as one draw.")
+    )
     return {
         "title": facts.name,
         "llama4": facts.licence is not None and facts.licence.is_llama4,

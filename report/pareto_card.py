@@ -46,7 +46,7 @@ def draw_pareto(facts: Mapping[str, Any], console: Console) -> None:
         f"predicted from {facts['price_rows']} rows, {facts['price_tokens']:,} tokens; the KL of a finished "
         "checkpoint is measured when it is made",
         style="dim",
-    )  # fmt: skip
+    )
     parts: list[Any] = [_picture(curve, named, asked), table, note] if curve else [table, note]
     # A path as long as a title may be does not widen the card.
     panel = Panel(Group(*parts), title=f"onecard pareto {facts['model']}", box=box.ROUNDED, expand=False)

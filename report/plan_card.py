@@ -80,9 +80,10 @@ def draw_inspection(facts: dict[str, Any], console: Console) -> None:
     grid.add_row("vision tower", "yes" if facts["vision"] else "no")
     grid.add_row("parameters", f"{facts['parameters']:,}")
     grid.add_row(
-        "files", f"{facts['file_bytes']:,} bytes ({size(facts['file_bytes'])}) in {facts['shards']}, "
-        f"{facts['bits_per_weight']:.3f} bits per weight"
-    )  # fmt: skip
+        "files",
+        f"{facts['file_bytes']:,} bytes ({size(facts['file_bytes'])}) in {facts['shards']}, "
+        f"{facts['bits_per_weight']:.3f} bits per weight",
+    )
     for role, entry in sorted(facts["roles"].items(), key=lambda item: -item[1]["parameters"]):
         widths = ", ".join(f"{count:,} in {width}" for width, count in entry["widths"].items())
         grid.add_row(f"  {role}", widths)

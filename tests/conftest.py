@@ -30,8 +30,18 @@ from onecard.cli import main
 settings.register_profile("onecard", max_examples=50, derandomize=True, database=None, deadline=None)
 settings.load_profile("onecard")
 
-SPECIAL = {"<s>": 0, "</s>": 1, "<pad>": 2, "<unk>": 3, "<|patch|>": PATCH, "<|image|>": 251, "<|image_start|>": 252,
-           "<|image_end|>": 253, "<|user|>": 254, "<|assistant|>": 255}  # fmt: skip
+SPECIAL = {
+    "<s>": 0,
+    "</s>": 1,
+    "<pad>": 2,
+    "<unk>": 3,
+    "<|patch|>": PATCH,
+    "<|image|>": 251,
+    "<|image_start|>": 252,
+    "<|image_end|>": 253,
+    "<|user|>": 254,
+    "<|assistant|>": 255,
+}
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] not in ('user', 'assistant') %}"
     "{{ raise_exception('only user and assistant may speak') }}{% endif %}<|{{ m['role'] }}|>"
@@ -40,11 +50,19 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 RECIPE: dict[str, Any] = {
-    "name": "test", "description": "For babies.", "method": "balanced", "group_size": 32,
-    "quantize_roles": ["expert", "shared_expert", "mlp"], "warn_below_expert_rows": 0,
-    "calibration_rows": 8, "calibration_row_tokens": 24, "evaluation_rows": 6, "evaluation_row_tokens": 24,
-    "batch_tokens": 96, "max_shard_bytes": 200_000,
-}  # fmt: skip
+    "name": "test",
+    "description": "For babies.",
+    "method": "balanced",
+    "group_size": 32,
+    "quantize_roles": ["expert", "shared_expert", "mlp"],
+    "warn_below_expert_rows": 0,
+    "calibration_rows": 8,
+    "calibration_row_tokens": 24,
+    "evaluation_rows": 6,
+    "evaluation_row_tokens": 24,
+    "batch_tokens": 96,
+    "max_shard_bytes": 200_000,
+}
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -208,8 +226,13 @@ def refuse(
 
 
 @pytest.fixture
-def refuse_model(onecard: Callable[..., Result], baby: Callable[..., Path], recipe: Callable[..., Path],
-                 refuse: Callable[..., str], texts: list[str]) -> Callable[..., str]:  # fmt: skip
+def refuse_model(
+    onecard: Callable[..., Result],
+    baby: Callable[..., Path],
+    recipe: Callable[..., Path],
+    refuse: Callable[..., str],
+    texts: list[str],
+) -> Callable[..., str]:
     """Every verb that opens MODEL refuses it with the same needles."""
 
     def check(model: Path, *needles: object) -> None:

@@ -159,12 +159,14 @@ def groups_of(size: int) -> Callable[[Draft], None]:
 Broken = tuple[str, Callable[..., views.Infos] | None, tuple[str, ...], Callable[[Draft], None], str]
 SCOUT = ("scout", packed, ())
 BROKEN: dict[tuple[str, str], Broken] = {
-    ("vllm", "config"):
-        (*SCOUT, settings(config_groups={"group_0": {"targets": ["Linear"], "weights": 4}}), "weights"),
+    ("vllm", "config"): (*SCOUT, settings(config_groups={"group_0": {"targets": ["Linear"], "weights": 4}}), "weights"),
     ("vllm", "method"): (*SCOUT, settings(quant_method="exl3"), "exl3"),
     ("vllm", "fused-experts"): (*SCOUT, unfuse_not, "feed_forward.experts.gate_up_proj (BF16 [8, 64, 192])"),
-    ("vllm", "missing-scales"):
-        (*SCOUT, without("experts.3.up_proj", "weight_scale"), "experts.3.up_proj.weight_scale"),
+    ("vllm", "missing-scales"): (
+        *SCOUT,
+        without("experts.3.up_proj", "weight_scale"),
+        "experts.3.up_proj.weight_scale",
+    ),
     ("vllm", "one-scheme"): (*SCOUT, one_scheme_announced, "int8 group 32 (3.gate_proj)"),
     ("vllm", "as-announced"): (*SCOUT, kept_as("o_proj", packed, bits=8), "says int4 group 32"),
     ("vllm", "ignore-list"): (*SCOUT, kept_as("o_proj", plain), "o_proj is kept as BF16"),
@@ -206,7 +208,7 @@ BROKEN: dict[tuple[str, str], Broken] = {
     ("gptqmodel", "shapes"): ("scout", gptq, QK, reshaped, "[3]"),
     ("gptqmodel", "vision-untouched"): ("scout", gptq, QK, tower_packed, "fc1.weight_packed is I32"),
     ("gptqmodel", "experts-bf16"): ("qwen3", gptq, (), experts_bf16, "24 of 24 expert matrices"),
-}  # fmt: skip
+}
 
 # What else a breakage breaks: rules that look at the same tensors.
 ALONG = {
@@ -218,4 +220,4 @@ ALONG = {
     ("transformers", "gptq-vision"): {"gptq-experts"},
     ("gptqmodel", "settings"): {"as-announced"},
     ("gptqmodel", "vision-untouched"): {"names"},
-}  # fmt: skip
+}

@@ -91,6 +91,13 @@ def drafted(adapter: Adapter, layout: Callable[..., Infos] | None, keep: tuple[s
     }
     if layout is gptq:
         dynamic = {f"-:.*{end}$": {} for end in keep}
-        draft.block = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True, "desc_act": False,
-                       "checkpoint_format": "gptq", "dynamic": dynamic}  # fmt: skip
+        draft.block = {
+            "quant_method": "gptq",
+            "bits": 4,
+            "group_size": GROUP,
+            "sym": True,
+            "desc_act": False,
+            "checkpoint_format": "gptq",
+            "dynamic": dynamic,
+        }
     return deepcopy(draft)

@@ -18,9 +18,12 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def run(
-    baby: Callable[..., Path], onecard: Callable[..., Result], recipe: Callable[..., Path], texts: list[str],
+    baby: Callable[..., Path],
+    onecard: Callable[..., Result],
+    recipe: Callable[..., Path],
+    texts: list[str],
     tmp_path: Path,
-) -> Callable[..., tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], set[str], dict[str, float]]]:  # fmt: skip
+) -> Callable[..., tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], set[str], dict[str, float]]]:
     """(family, recipe keys) -> source tensors, emitted tensors, names of what was aimed, the record's KL."""
 
     def go(family: str, **keys: object) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], set[str], dict]:

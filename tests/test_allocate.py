@@ -168,8 +168,8 @@ def test_the_root_counts() -> None:
 NOISY = """
 import numpy as np
 from onecard.core.scheme import Scheme
-from onecard.planner import allocate as a
-from onecard.planner.prices import Priced, UnitPrices
+from onecard.bits import allocate as a
+from onecard.bits.prices import Priced, UnitPrices
 print("python")
 found = a.milp
 seen = []

@@ -50,8 +50,9 @@ def test_every_unit_is_a_tile_of_its_width(blocks: int) -> None:
         for trace in got.spec["data"]
         for x, y, base in zip(trace["x"], trace["y"], trace["base"], strict=True)
     }
-    assert drawn == {(u["block"], u["kind"]): "as it was" if u["width"] == "keep" else u["width"]
-                     for u in facts["units"]}  # fmt: skip
+    assert drawn == {
+        (u["block"], u["kind"]): "as it was" if u["width"] == "keep" else u["width"] for u in facts["units"]
+    }
     assert len({trace["meta"]["paint"] for trace in got.spec["data"]}) == len(got.spec["data"])
 
 

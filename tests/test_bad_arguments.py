@@ -50,20 +50,26 @@ Check = Callable[..., str]
         ({"quantize_roles": ["mlp"]}, ["mlp"]),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
-)  # fmt: skip
+)
 def test_recipe_that_cannot_be_used(
-    baby: Callable[..., Path], refuse: Check, recipe: Callable[..., Path], onecard: Callable[..., Result],
-    changes: dict[str, Any], needles: list[str], refused: Check,
-) -> None:  # fmt: skip
+    baby: Callable[..., Path],
+    refuse: Check,
+    recipe: Callable[..., Path],
+    onecard: Callable[..., Result],
+    changes: dict[str, Any],
+    needles: list[str],
+    refused: Check,
+) -> None:
     use = recipe(**changes)
     refuse(baby("llama4-text"), *needles, use=use)
     refused(onecard("plan", baby("llama4-text"), "--recipe", use), *needles)
 
 
 @pytest.mark.parametrize(
-    "text", ["name: [", "", "- a\n- b\n", "!!python/object/apply:os.mkdir [{marker}]\n", "a: &a [*a]\n", "\x00"],
+    "text",
+    ["name: [", "", "- a\n- b\n", "!!python/object/apply:os.mkdir [{marker}]\n", "a: &a [*a]\n", "\x00"],
     ids=["cut", "empty", "list", "python tag", "loop", "NUL"],
-)  # fmt: skip
+)
 def test_recipe_that_is_no_recipe(baby: Callable[..., Path], refuse: Check, tmp_path: Path, text: str) -> None:
     path = tmp_path / "strange.yaml"
     path.write_text(text.replace("{marker}", str(tmp_path / "mark")))
@@ -99,8 +105,12 @@ def test_out_and_model_lie_in_each_other(
 ) -> None:
     model = copied()
     (tmp_path / "link").symlink_to(model)
-    out = {"inside MODEL": model / "int4", "MODEL itself": model, "a link into MODEL": tmp_path / "link" / "int4",
-           "MODEL inside OUT": tmp_path}[where]  # fmt: skip
+    out = {
+        "inside MODEL": model / "int4",
+        "MODEL itself": model,
+        "a link into MODEL": tmp_path / "link" / "int4",
+        "MODEL inside OUT": tmp_path,
+    }[where]
     refuse(model, out, model, out=out, arguments=flags)
 
 
@@ -114,9 +124,13 @@ def test_out_is_not_empty(baby: Callable[..., Path], refuse: Check, tmp_path: Pa
 
 
 def test_overwrite_takes_away_what_a_run_put_there_and_nothing_else(
-    baby: Callable[..., Path], onecard: Callable[..., Result], recipe: Callable[..., Path], refuse: Check,
-    texts: list[str], tmp_path: Path,
-) -> None:  # fmt: skip
+    baby: Callable[..., Path],
+    onecard: Callable[..., Result],
+    recipe: Callable[..., Path],
+    refuse: Check,
+    texts: list[str],
+    tmp_path: Path,
+) -> None:
     """Neither documents nor somebody's bf16 model go; an older run's shards do, and what lies beside them stays."""
     shutil.copytree(baby("llama4-text"), tmp_path / "original")
     refuse(baby("llama4-text"), "no run of onecard", out=tmp_path / "original", arguments=["--overwrite"])
@@ -275,9 +289,14 @@ def _no_module(tensors: dict[str, torch.Tensor], modules: list[str]) -> None:
 
 @pytest.mark.parametrize("spoil", [_drop_scales, _cut_scales, _no_groups, _flat_codes, _narrow_codes, _no_module])
 def test_damaged_quantized_checkpoint(
-    baby: Callable[..., Path], emitted: Callable[..., Any], onecard: Callable[..., Result], texts: list[str],
-    tmp_path: Path, spoil: Callable[[dict[str, torch.Tensor], list[str]], None], refused: Check,
-) -> None:  # fmt: skip
+    baby: Callable[..., Path],
+    emitted: Callable[..., Any],
+    onecard: Callable[..., Result],
+    texts: list[str],
+    tmp_path: Path,
+    spoil: Callable[[dict[str, torch.Tensor], list[str]], None],
+    refused: Check,
+) -> None:
     """Two modules of an emitted checkpoint are spoilt: `verify` and `inspect` name both and compute nothing."""
     checkpoint = Path(shutil.copytree(emitted("qwen3")[0], tmp_path / "checkpoint"))
     stem = "model.layers.0.mlp.experts"
@@ -290,17 +309,26 @@ def test_damaged_quantized_checkpoint(
     if spoil in (_drop_scales, _no_module):  # the index then names too much: it is not what is tested here
         edit_json(
             checkpoint / "model.safetensors.index.json",
-            lambda index: [index["weight_map"].pop(f"{m}.{s}") for m in modules for s in (
-                ["weight_scale"] if spoil is _drop_scales else ["weight_packed", "weight_scale", "weight_shape"])],
-        )  # fmt: skip
+            lambda index: [
+                index["weight_map"].pop(f"{m}.{s}")
+                for m in modules
+                for s in (
+                    ["weight_scale"] if spoil is _drop_scales else ["weight_packed", "weight_scale", "weight_shape"]
+                )
+            ],
+        )
     refused(onecard("inspect", checkpoint), *modules)
     refused(onecard("verify", baby("qwen3"), checkpoint, *texts[2:]), *modules)
 
 
 def test_verify_refuses_scales_that_are_no_numbers(
-    baby: Callable[..., Path], emitted: Callable[..., Any], onecard: Callable[..., Result], texts: list[str],
-    tmp_path: Path, refused: Check,
-) -> None:  # fmt: skip
+    baby: Callable[..., Path],
+    emitted: Callable[..., Any],
+    onecard: Callable[..., Result],
+    texts: list[str],
+    tmp_path: Path,
+    refused: Check,
+) -> None:
     checkpoint = Path(shutil.copytree(emitted("qwen3")[0], tmp_path / "checkpoint"))
     name = "model.layers.0.mlp.experts.2.down_proj.weight_scale"
     for shard in shard_files(checkpoint):
@@ -312,17 +340,24 @@ def test_verify_refuses_scales_that_are_no_numbers(
 
 
 def test_verify_with_swapped_arguments(
-    emitted: Callable[..., tuple[Path, Result]], baby: Callable[..., Path], onecard: Callable[..., Result],
-    refused: Check, texts: list[str],
-) -> None:  # fmt: skip
+    emitted: Callable[..., tuple[Path, Result]],
+    baby: Callable[..., Path],
+    onecard: Callable[..., Result],
+    refused: Check,
+    texts: list[str],
+) -> None:
     checkpoint, _ = emitted("qwen3")
     refused(onecard("verify", checkpoint, baby("qwen3"), *texts[2:]), checkpoint, baby("qwen3"), "original first")
 
 
 def test_a_stored_shape_that_contradicts_the_codes(
-    emitted: Callable[..., tuple[Path, Result]], baby: Callable[..., Path], onecard: Callable[..., Result],
-    refused: Check, texts: list[str], tmp_path: Path,
-) -> None:  # fmt: skip
+    emitted: Callable[..., tuple[Path, Result]],
+    baby: Callable[..., Path],
+    onecard: Callable[..., Result],
+    refused: Check,
+    texts: list[str],
+    tmp_path: Path,
+) -> None:
     broken = Path(shutil.copytree(emitted("qwen3")[0], tmp_path / "broken"))
     for file in broken.glob("*.safetensors"):
         tensors = load_file(file)

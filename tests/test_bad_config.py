@@ -95,9 +95,12 @@ def test_pickles_are_named_and_never_unpickled(
 
 
 def test_a_pickle_beside_safetensors_is_left_alone(
-    copied: Callable[..., Path], onecard: Callable[..., Result], recipe: Callable[..., Path], texts: list[str],
+    copied: Callable[..., Path],
+    onecard: Callable[..., Result],
+    recipe: Callable[..., Path],
+    texts: list[str],
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     model = copied()
     (model / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(tmp_path / "mark")))
     result = onecard("quantize", model, tmp_path / "out", "--recipe", recipe(method="rtn"), *texts)
@@ -129,9 +132,14 @@ def test_remote_code_of_the_model_is_never_run(
 
 
 def test_remote_code_of_the_tokenizer_is_never_run(
-    copied: Callable[..., Path], onecard: Callable[..., Result], recipe: Callable[..., Path], texts: list[str],
-    evil_code: str, tmp_path: Path, refused: Check,
-) -> None:  # fmt: skip
+    copied: Callable[..., Path],
+    onecard: Callable[..., Result],
+    recipe: Callable[..., Path],
+    texts: list[str],
+    evil_code: str,
+    tmp_path: Path,
+    refused: Check,
+) -> None:
     """It is refused, or the plain tokenizer.json is used in its stead; the code does not run and is not carried."""
     model = copied()
     (model / "tokenization_evil.py").write_text(evil_code)
@@ -156,9 +164,12 @@ def test_sizes_that_are_none(copied: Callable[..., Path], refuse_model: Check, k
 
 
 def test_early_scout_configs_are_read_warned_of_and_mended(
-    baby: Callable[..., Path], onecard: Callable[..., Result], recipe: Callable[..., Path], texts: list[str],
+    baby: Callable[..., Path],
+    onecard: Callable[..., Result],
+    recipe: Callable[..., Path],
+    texts: list[str],
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     """transformers 4.51 wrote attn_temperature_tuning as the number 4, which transformers 5 refuses."""
     model = Path(shutil.copytree(baby("scout"), tmp_path / "early"))
     edit_json(model / "config.json", lambda c: c["text_config"].update(attn_temperature_tuning=4))
@@ -168,8 +179,14 @@ def test_early_scout_configs_are_read_warned_of_and_mended(
     assert any("attn_temperature_tuning is 4" in fault for fault in json.loads(inspected.stdout)["config_faults"])
     same = {}
     for name, folder in (("early", model), ("plain", baby("scout"))):
-        done = onecard("quantize", folder, tmp_path / name / "out" if name == "plain" else tmp_path / "early-out",
-                       "--recipe", recipe(method="rtn"), *texts)  # fmt: skip
+        done = onecard(
+            "quantize",
+            folder,
+            tmp_path / name / "out" if name == "plain" else tmp_path / "early-out",
+            "--recipe",
+            recipe(method="rtn"),
+            *texts,
+        )
         assert done.exit_code == 0, done.stderr
         same[name] = json.loads(done.stdout)["kl_mean_nats"]
         assert ("attn_temperature_tuning" in done.stderr) == (name == "early")

@@ -260,9 +260,16 @@ def test_shapes_that_contradict_the_config_are_all_named(copied: Callable[..., P
     save_file(tensors, file)
     expected, found = list(fused.shape), list(fused.transpose(1, 2).shape)
     refuse_model(
-        model, f"{stem}.gate_up_proj", expected, found, "model.norm.weight", [32], [64],
-        "model.layers.1.feed_forward.router.weight", "model.layers.9.stranger",
-    )  # fmt: skip
+        model,
+        f"{stem}.gate_up_proj",
+        expected,
+        found,
+        "model.norm.weight",
+        [32],
+        [64],
+        "model.layers.1.feed_forward.router.weight",
+        "model.layers.9.stranger",
+    )
 
 
 def test_config_of_another_size(copied: Callable[..., Path], refuse_model: Check) -> None:

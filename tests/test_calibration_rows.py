@@ -9,8 +9,9 @@ import pytest
 
 from onecard.calibration.texts import calibration_rows, prepare_texts
 from onecard.checkpoint.model import open_model
+from onecard.core.method import PRESETS
 from onecard.forecast import plan
-from onecard.recipe import METHODS, Recipe
+from onecard.recipe import Recipe
 
 # Inputs of the widest expert matrix x experts / experts a token: a dense layer's 160 inputs of maverick do not count.
 INPUTS_OF_ALL = {"scout": 96 * 8, "maverick": 96 * 8, "qwen3": 64 * 8 // 2}
@@ -34,11 +35,16 @@ def test_an_even_share_gives_each_expert_so_many_rows_an_input(baby: Callable[..
 
 
 def test_fast_alone_limits_its_rows() -> None:
-    assert {name: "calibration_rows_per_input" in fields for name, fields in METHODS.items()} == {
-        "rtn": False, "fast": True, "balanced": False, "best": False, "bnb-nf4": False, "bnb-int8": False,
-    }  # fmt: skip
-    assert recipe().calibration_rows_per_input > 0
-    assert recipe(calibration_rows_per_input=0).calibration_rows_per_input == 0, "a recipe's own word counts"
+    assert {name: "calibration_rows_per_input" in fields for name, fields in PRESETS.items()} == {
+        "rtn": False,
+        "fast": True,
+        "balanced": False,
+        "best": False,
+        "bnb-nf4": False,
+        "bnb-int8": False,
+    }
+    assert recipe().texts.calibration_rows_per_input > 0
+    assert recipe(calibration_rows_per_input=0).texts.calibration_rows_per_input == 0, "a recipe's own word counts"
 
 
 def test_the_run_reads_as_many_and_the_plan_counts_as_many(baby: Callable[..., Path], tmp_path: Path) -> None:

@@ -271,9 +271,13 @@ def test_an_original_with_a_zeroed_expert(copied: Callable[..., Path], damaged: 
 
 
 def test_a_zeroed_expert_of_an_asymmetric_checkpoint(
-    baby: Callable[..., Path], recipe: Callable[..., Path], texts: list[str], tmp_path: Path,
-    onecard: Callable[..., Result], damaged: Callable[..., dict[str, Any]],
-) -> None:  # fmt: skip
+    baby: Callable[..., Path],
+    recipe: Callable[..., Path],
+    texts: list[str],
+    tmp_path: Path,
+    onecard: Callable[..., Result],
+    damaged: Callable[..., dict[str, Any]],
+) -> None:
     """Every code equals its zero point."""
     out = tmp_path / "out"
     use = recipe(method="rtn", symmetric=False, max_shard_bytes=10**9)
@@ -323,8 +327,12 @@ def test_an_expert_left_in_bf16(folder: Path, damaged: Callable[..., dict[str, A
 
     edit_json(folder / "model.safetensors.index.json", index)
     resum(folder)
-    damaged(folder, f"{EXPERT} is stored as BF16, and config.json announces int4", f"{EXPERT} is stored as BF16, and "
-            "onecard.json says int4", only=False)  # fmt: skip
+    damaged(
+        folder,
+        f"{EXPERT} is stored as BF16, and config.json announces int4",
+        f"{EXPERT} is stored as BF16, and onecard.json says int4",
+        only=False,
+    )
 
 
 def test_an_index_that_names_the_wrong_shard(folder: Path, damaged: Callable[..., dict[str, Any]]) -> None:
@@ -362,9 +370,12 @@ def _no_block(config: Any) -> None:
 
 @pytest.mark.parametrize(
     ("change", "needle"),
-    [(_other_width, "config.json announces int8"), (_nothing_ignored, "q_proj is stored as BF16, and config.json"),
-     (_no_block, "config.json has no quantization_config")],
-)  # fmt: skip
+    [
+        (_other_width, "config.json announces int8"),
+        (_nothing_ignored, "q_proj is stored as BF16, and config.json"),
+        (_no_block, "config.json has no quantization_config"),
+    ],
+)
 def test_a_swapped_config(
     folder: Path, damaged: Callable[..., dict[str, Any]], change: Callable[[Any], None], needle: str
 ) -> None:

@@ -39,9 +39,7 @@ class Pair:
         for name, path in (("reference", self.reference), ("quantized", self.quantized)):
             model = open_model(str(path))
             sides.append(Side(name, model.adapter, model.source))
-        found = twin_walk(
-            *sides, rows, batch_tokens, Activations(folder), CPU, torch.float32, Silence(), asked, **more
-        )  # fmt: skip
+        found = twin_walk(*sides, rows, batch_tokens, Activations(folder), CPU, torch.float32, Silence(), asked, **more)
         assert not any(path.is_file() for path in folder.rglob("*")), "the store is empty again"
         return found
 
@@ -211,6 +209,8 @@ def test_scores_find_their_answers_in_any_order_of_batches() -> None:
     )
     got = scores(asking, answers)
     assert got == [
-        Scored(-1.0, -2.0, True, False), Scored(-10.0, -20.0, True, True), Scored(-11.0, -22.0, True, True),
+        Scored(-1.0, -2.0, True, False),
+        Scored(-10.0, -20.0, True, True),
+        Scored(-11.0, -22.0, True, True),
         Scored(-41.0, -82.0, True, True),
-    ]  # fmt: skip
+    ]

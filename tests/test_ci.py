@@ -22,8 +22,10 @@ def test_the_workflow_uses_what_there_is() -> None:
     (job,) = workflow["jobs"].values()
     uses = [step["uses"] for step in job["steps"] if "uses" in step]
     assert [use.partition("@")[0] for use in uses] == [
-        "actions/checkout", "actions/setup-python", "actions/upload-artifact"
-    ]  # fmt: skip
+        "actions/checkout",
+        "actions/setup-python",
+        "actions/upload-artifact",
+    ]
     assert all(re.fullmatch(r"[0-9a-f]{40}", use.partition("@")[2]) for use in uses)
     commands = [
         shlex.split(line.partition(">")[0]) for step in job["steps"] for line in step.get("run", "").splitlines()

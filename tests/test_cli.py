@@ -31,15 +31,46 @@ from onecard.recipe import load_recipe, recipe_names
 Check = Callable[..., str]
 FAMILIES = ["scout", "maverick", "llama4-text", "qwen3"]
 VERBS = [
-    "quantize", "verify", "flips", "gate", "baseline", "report", "check", "card", "publish", "plan", "inspect",
-    "generate", "recipes", "calibration", "export", "pareto",
-]  # fmt: skip
+    "quantize",
+    "verify",
+    "flips",
+    "gate",
+    "baseline",
+    "report",
+    "check",
+    "card",
+    "publish",
+    "plan",
+    "inspect",
+    "generate",
+    "recipes",
+    "calibration",
+    "export",
+    "pareto",
+]
 RECIPES = [
-    "demo", "demo-fit", "llama4-scout-2x48gb", "llama4-scout-h100", "llama4-scout-h100-fit",
-    "llama4-scout-h100-int4-attention", "llama4-scout-h200", "nf4", "qwen3-30b-a3b-24gb", "rtn-int4",
-]  # fmt: skip
-PROMISED = {"out", "emitted_bytes", "bits_per_weight", "kl_mean_nats", "kl_p99_nats", "same_top1", "tokens", "seconds",
-            "peak_rss_bytes"}  # fmt: skip
+    "demo",
+    "demo-fit",
+    "llama4-scout-2x48gb",
+    "llama4-scout-h100",
+    "llama4-scout-h100-fit",
+    "llama4-scout-h100-int4-attention",
+    "llama4-scout-h200",
+    "nf4",
+    "qwen3-30b-a3b-24gb",
+    "rtn-int4",
+]
+PROMISED = {
+    "out",
+    "emitted_bytes",
+    "bits_per_weight",
+    "kl_mean_nats",
+    "kl_p99_nats",
+    "same_top1",
+    "tokens",
+    "seconds",
+    "peak_rss_bytes",
+}
 
 
 def strict(text: str) -> Any:
@@ -93,8 +124,16 @@ def test_exit_codes_are_documented() -> None:
     assert [e.exit_code for e in (errors.LimitError, errors.InputError, errors.ResourceError)] == [1, 2, 4]
 
 
-@pytest.mark.parametrize("arguments", [["frobnicate"], ["quantize"], ["quantize", "a", "b"], ["plan", "a", "--wat"],
-                                       ["generate", "a", "b", "--max-new-tokens", "0"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["frobnicate"],
+        ["quantize"],
+        ["quantize", "a", "b"],
+        ["plan", "a", "--wat"],
+        ["generate", "a", "b", "--max-new-tokens", "0"],
+    ],
+)
 def test_wrong_usage_is_exit_code_2(onecard: Callable[..., Result], arguments: list[str]) -> None:
     result = onecard(*arguments)
     assert result.exit_code == 2
@@ -144,8 +183,8 @@ def test_what_the_shipped_recipes_promise() -> None:
     assert said.pop("nf4") == (4, 64, True)
     assert said == {name: (others.get(name, 4), 128, True) for name in said}
     for name, recipe in recipes.items():
-        assert (recipe.gpu is not None) == name.startswith("llama4-scout"), name
-        assert recipe.context == (131_072 if recipe.gpu else 32_768), name
+        assert (recipe.card.gpu is not None) == name.startswith("llama4-scout"), name
+        assert recipe.card.context == (131_072 if recipe.card.gpu else 32_768), name
     assert set(recipes["llama4-scout-h100"].quantize_roles) == {"expert", "shared_expert"}
     assert set(recipes["llama4-scout-h100-int4-attention"].quantize_roles) == {"expert", "shared_expert", "attention"}
     assert set(recipes["qwen3-30b-a3b-24gb"].quantize_roles) == {"expert", "mlp", "attention"}
@@ -177,14 +216,23 @@ PLANS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(
     ("family", "kind"),
-    [*((family, "default") for family in FAMILIES), *(("qwen3", kind) for kind in PLANS if kind != "default"),
-     ("scout", "attention"),
-     *((family, kind) for family in ("deepseek", "mixtral") for kind in ("default", "attention"))],
-)  # fmt: skip
+    [
+        *((family, "default") for family in FAMILIES),
+        *(("qwen3", kind) for kind in PLANS if kind != "default"),
+        ("scout", "attention"),
+        *((family, kind) for family in ("deepseek", "mixtral") for kind in ("default", "attention")),
+    ],
+)
 def test_plan_is_exact_before_a_weight_is_read(
-    baby: Callable[..., Path], onecard: Callable[..., Result], recipe: Callable[..., Path], texts: list[str],
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, kind: str,
-) -> None:  # fmt: skip
+    baby: Callable[..., Path],
+    onecard: Callable[..., Result],
+    recipe: Callable[..., Path],
+    texts: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    kind: str,
+) -> None:
     """Invariant 3: bytes of every file and tensor, as os.stat and the safetensors library see them afterwards."""
     use, out = recipe(method="rtn", **PLANS[kind]), tmp_path / "out"
 
@@ -243,9 +291,12 @@ def check_kept_tensors(source: Path, out: Path) -> None:
 
 
 def test_plan_of_a_tied_head(
-    onecard: Callable[..., Result], copied: Callable[..., Path], recipe: Callable[..., Path], texts: list[str],
+    onecard: Callable[..., Result],
+    copied: Callable[..., Path],
+    recipe: Callable[..., Path],
+    texts: list[str],
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     """With tied embeddings no head is stored, before or after, and the walk still finds one."""
     model = copied("qwen3")
     config = json.loads((model / "config.json").read_text())
@@ -273,11 +324,21 @@ def test_inspect_an_original(onecard: Callable[..., Result], baby: Callable[...,
     parameters = sum(tensor.numel() for tensor in tensors.values())
     llama = family != "qwen3"
     expected = {
-        "family": "llama4" if llama else "qwen3_moe", "blocks": 2, "experts": 8, "experts_per_token": 1 if llama else 2,
-        "moe_blocks": {"maverick": 1, "qwen3": 1}.get(family, 2), "hidden_size": 64, "vocab_size": 256,
-        "vision": family in ("scout", "maverick"), "quantized": False, "parameters": parameters, "file_bytes": size,
-        "shards": 1, "bits_per_weight": size * 8 / parameters, "config_faults": [],
-    }  # fmt: skip
+        "family": "llama4" if llama else "qwen3_moe",
+        "blocks": 2,
+        "experts": 8,
+        "experts_per_token": 1 if llama else 2,
+        "moe_blocks": {"maverick": 1, "qwen3": 1}.get(family, 2),
+        "hidden_size": 64,
+        "vocab_size": 256,
+        "vision": family in ("scout", "maverick"),
+        "quantized": False,
+        "parameters": parameters,
+        "file_bytes": size,
+        "shards": 1,
+        "bits_per_weight": size * 8 / parameters,
+        "config_faults": [],
+    }
     assert {key: facts[key] for key in expected} == expected
     assert sum(role["parameters"] for role in facts["roles"].values()) == parameters
     assert {width for role in facts["roles"].values() for width in role["widths"]} == {"BF16"}
@@ -323,9 +384,14 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
 def test_published_faults_are_known(baby: Callable[..., Path], kind: str, nested: bool) -> None:
     """Raw config.json with one fault, top level or under text_config; what it should be is said."""
     adapter = load_adapter(baby("scout" if nested else "llama4-text"))
-    sound = {"rms_norm_eps": 1e-5, "num_hidden_layers": 48, "hidden_size": 5120, "num_attention_heads": 40,
-             "num_experts_per_tok": 1, "rope_scaling": {"rope_type": "llama3", "factor": 16.0, "low_freq_factor": 1.0,
-                                                        "high_freq_factor": 1.0}}  # fmt: skip
+    sound = {
+        "rms_norm_eps": 1e-5,
+        "num_hidden_layers": 48,
+        "hidden_size": 5120,
+        "num_attention_heads": 40,
+        "num_experts_per_tok": 1,
+        "rope_scaling": {"rope_type": "llama3", "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 1.0},
+    }
     change, true = FAULTS[kind]
     faulty = {k: v for k, v in sound.items() if k != "rope_scaling" or "rope_parameters" not in change} | change
     assert adapter.faults({"text_config": sound} if nested else sound) == []
@@ -348,9 +414,12 @@ def test_qwen_has_no_faults_of_llama(baby: Callable[..., Path]) -> None:
 
 
 def test_inspect_plan_and_quantize_warn_of_faults(
-    copied: Callable[..., Path], onecard: Callable[..., Result], recipe: Callable[..., Path], texts: list[str],
+    copied: Callable[..., Path],
+    onecard: Callable[..., Result],
+    recipe: Callable[..., Path],
+    texts: list[str],
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     """A fault is warned of and not mended: the user's file is what is walked."""
     model = copied("scout")
     config = json.loads((model / "config.json").read_text())
@@ -413,14 +482,20 @@ def test_what_is_emitted(emitted: Callable[..., tuple[Path, Result]], baby: Call
     assert config == before
     assert (block["quant_method"], block["format"]) == ("compressed-tensors", "pack-quantized")
     assert (block["quantization_status"], next(iter(block["config_groups"].values()))["targets"]) == (
-        "compressed", ["Linear"])  # fmt: skip
+        "compressed",
+        ["Linear"],
+    )
 
 
 @pytest.mark.parametrize("family", ["scout", "qwen3"])
 def test_verify_proves_what_quantize_said(
-    emitted: Callable[..., tuple[Path, Result]], baby: Callable[..., Path], onecard: Callable[..., Result],
-    recipe: Callable[..., Path], texts: list[str], family: str,
-) -> None:  # fmt: skip
+    emitted: Callable[..., tuple[Path, Result]],
+    baby: Callable[..., Path],
+    onecard: Callable[..., Result],
+    recipe: Callable[..., Path],
+    texts: list[str],
+    family: str,
+) -> None:
     """The same rows through the files as reloaded: the same figures."""
     out, made = emitted(family)
     said = one_line(made)
@@ -441,9 +516,12 @@ def test_verify_of_a_model_against_itself(
 
 
 def test_verify_sees_two_swapped_experts(
-    emitted: Callable[..., tuple[Path, Result]], baby: Callable[..., Path], onecard: Callable[..., Result],
-    texts: list[str], tmp_path: Path,
-) -> None:  # fmt: skip
+    emitted: Callable[..., tuple[Path, Result]],
+    baby: Callable[..., Path],
+    onecard: Callable[..., Result],
+    texts: list[str],
+    tmp_path: Path,
+) -> None:
     """Its figure is of the files: with two experts' codes exchanged it is another, and a far worse one."""
     out, made = emitted("scout")
     spoilt = Path(shutil.copytree(out, tmp_path / "spoilt"))
@@ -462,9 +540,12 @@ def test_verify_sees_two_swapped_experts(
 
 
 def test_one_document_has_no_interval_and_still_is_json(
-    baby: Callable[..., Path], onecard: Callable[..., Result], recipe: Callable[..., Path], jsonl: Callable[..., Path],
+    baby: Callable[..., Path],
+    onecard: Callable[..., Result],
+    recipe: Callable[..., Path],
+    jsonl: Callable[..., Path],
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     """An interval over one document does not exist: null, not NaN, in the line and in the record."""
     arguments = ["--evaluation", jsonl("one.jsonl", [{"text": "the only one that there is"}])]
     line = one_line(onecard("quantize", baby("qwen3"), tmp_path / "out", "--recipe", recipe(method="rtn"), *arguments))
@@ -474,18 +555,23 @@ def test_one_document_has_no_interval_and_still_is_json(
 
 
 def test_verify_wants_nothing_of_the_recipe_but_its_texts(
-    emitted: Callable[..., tuple[Path, Result]], baby: Callable[..., Path], onecard: Callable[..., Result],
+    emitted: Callable[..., tuple[Path, Result]],
+    baby: Callable[..., Path],
+    onecard: Callable[..., Result],
     texts: list[str],
-) -> None:  # fmt: skip
+) -> None:
     """Without --recipe the user's texts are read to the default length: whole documents here."""
     line = one_line(onecard("verify", baby("qwen3"), emitted("qwen3")[0], *texts[2:]))
     assert line["tokens"] > 6 * 23
 
 
 def test_names_that_look_like_markup(
-    baby: Callable[..., Path], onecard: Callable[..., Result], recipe: Callable[..., Path], texts: list[str],
+    baby: Callable[..., Path],
+    onecard: Callable[..., Result],
+    recipe: Callable[..., Path],
+    texts: list[str],
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     """The card is drawn with rich, which takes [/x] for markup and cuts long words: a folder may be called so."""
     model = Path(shutil.copytree(baby("qwen3"), tmp_path / "we[" / "ird]" / ("long" * 30) / "model[bold]"))
     use, out = recipe(method="rtn", name="[/mine]"), tmp_path / "out[" / "]"
@@ -505,9 +591,13 @@ def test_names_that_look_like_markup(
 
 
 def test_too_few_rows_for_an_expert(
-    baby: Callable[..., Path], onecard: Callable[..., Result], recipe: Callable[..., Path], refused: Check,
-    texts: list[str], tmp_path: Path,
-) -> None:  # fmt: skip
+    baby: Callable[..., Path],
+    onecard: Callable[..., Result],
+    recipe: Callable[..., Path],
+    refused: Check,
+    texts: list[str],
+    tmp_path: Path,
+) -> None:
     """Exit code 1, the block and every starved expert by name, and the work is kept."""
     use = recipe(fail_below_expert_rows=1_000_000)
     result = onecard("quantize", baby("qwen3"), tmp_path / "out", "--recipe", use, *texts)
@@ -517,9 +607,12 @@ def test_too_few_rows_for_an_expert(
 
 
 def test_a_warning_of_few_rows_is_in_the_record(
-    baby: Callable[..., Path], onecard: Callable[..., Result], recipe: Callable[..., Path], texts: list[str],
+    baby: Callable[..., Path],
+    onecard: Callable[..., Result],
+    recipe: Callable[..., Path],
+    texts: list[str],
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     use = recipe(warn_below_expert_rows=1_000_000)
     result = onecard("quantize", baby("qwen3"), tmp_path / "out", "--recipe", use, *texts)
     record = json.loads((tmp_path / "out" / "onecard.json").read_text())
@@ -530,9 +623,15 @@ def test_a_warning_of_few_rows_is_in_the_record(
 
 @pytest.mark.parametrize("allowed", [0, 1000])
 def test_fallbacks_are_counted_and_limited(
-    baby: Callable[..., Path], onecard: Callable[..., Result], recipe: Callable[..., Path], refused: Check,
-    texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: int,
-) -> None:  # fmt: skip
+    baby: Callable[..., Path],
+    onecard: Callable[..., Result],
+    recipe: Callable[..., Path],
+    refused: Check,
+    texts: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    allowed: int,
+) -> None:
     """Invariant 8: every matrix that fell back is counted; past the recipe's limit the run fails."""
     real, called = stages.quantize_batch, [0]
 
@@ -571,8 +670,17 @@ def test_quantize_in_a_process_of_its_own(
     tmp_path: Path, baby: Callable[..., Path], recipe: Callable[..., Path], texts: list[str]
 ) -> None:
     """`python -m onecard`: one line on stdout, and on stderr nothing that other libraries have to say."""
-    command = [sys.executable, "-m", "onecard", "quantize", str(baby("scout")), str(tmp_path / "out"), "--recipe",
-               str(recipe(method="rtn")), *texts]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "onecard",
+        "quantize",
+        str(baby("scout")),
+        str(tmp_path / "out"),
+        "--recipe",
+        str(recipe(method="rtn")),
+        *texts,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1

@@ -33,8 +33,12 @@ def ct_block(scheme: Scheme, strategy: str) -> Block:
     args = {"num_bits": scheme.bits, "type": "int", "symmetric": scheme.symmetric, "strategy": strategy}
     args |= {"group_size": scheme.group_size} if strategy == "group" else {}
     groups = {"group_0": {"targets": ["Linear"], "weights": args}}
-    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
-            "config_groups": groups}  # fmt: skip
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+    }
 
 
 def opened(folder: Path, stored: dict[str, torch.Tensor], block: Block) -> PackedSource:

@@ -29,10 +29,20 @@ def test_counts_are_the_routes_of_transformers(baby: Callable[..., Path], tmp_pa
     layers = 3 if family == "qwen3" else 2
     model = open_model(str(baby(family, layers)))
     generator = torch.Generator().manual_seed(1)
-    rows = [Row(str(n), "text", torch.randint(4, 200, (length,), generator=generator))
-            for n, length in enumerate([20, 9, 20, 9, 20])]  # fmt: skip
-    routes = count_routes(model.adapter, model.source, rows, 40, Activations(tmp_path / "acts"), torch.device("cpu"),
-                          torch.float32, Silence())  # fmt: skip
+    rows = [
+        Row(str(n), "text", torch.randint(4, 200, (length,), generator=generator))
+        for n, length in enumerate([20, 9, 20, 9, 20])
+    ]
+    routes = count_routes(
+        model.adapter,
+        model.source,
+        rows,
+        40,
+        Activations(tmp_path / "acts"),
+        torch.device("cpu"),
+        torch.float32,
+        Silence(),
+    )
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
     network = load_with_transformers(model.path, torch.float32)
     top = model.adapter.top_k
@@ -45,7 +55,7 @@ def test_counts_are_the_routes_of_transformers(baby: Callable[..., Path], tmp_pa
                 # DeepSeek's takes those whose logits and biases are best, of some of the groups.
                 chosen.append(o[2] if family == "deepseek" else logits.topk(top).indices)
 
-            module.register_forward_hook(hook)  # fmt: skip
+            module.register_forward_hook(hook)
     experts = model.adapter.n_experts
     for number, row in enumerate(rows):
         chosen.clear()
@@ -66,9 +76,12 @@ def texts(path: Path, count: int = 60) -> Path:
 
 
 def test_a_run_calibrates_on_the_chosen_rows(
-    baby: Callable[..., Path], onecard: Callable[..., Result], recipe: Callable[..., Path], tmp_path: Path,
+    baby: Callable[..., Path],
+    onecard: Callable[..., Result],
+    recipe: Callable[..., Path],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """What `coverage` foretells is what the run's experts get; a killed run keeps its choice, and walks no more."""
     path, held = texts(tmp_path / "c.jsonl"), tmp_path / "e.jsonl"
     held.write_text('{"text": "held out, all of it"}\n')
@@ -111,8 +124,9 @@ def test_a_pool_that_holds_no_more_than_is_wanted(
     baby: Callable[..., Path], onecard: Callable[..., Result], recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     use = recipe(calibration_pool=2.0, output_blocks=0, refine_rounds=0, evaluation_rows=2)
-    result = onecard("quantize", baby("qwen3"), tmp_path / "out", "--recipe", use,
-                     "--calibration", texts(tmp_path / "c.jsonl", 4))  # fmt: skip
+    result = onecard(
+        "quantize", baby("qwen3"), tmp_path / "out", "--recipe", use, "--calibration", texts(tmp_path / "c.jsonl", 4)
+    )
     assert result.exit_code == 0, result.stderr
     assert "nothing to choose from" in result.stderr
 

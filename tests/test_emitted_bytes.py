@@ -22,8 +22,15 @@ from onecard.recipe import Limits, Recipe, load_recipe, recipe_names
 
 FAMILIES = {"scout": "llama4", "maverick": "llama4", "llama4-text": "llama4", "qwen3": "qwen3_moe"}
 # Many shards, with attention and experts of one block in several.
-FOR_BABIES = {"method": "rtn", "group_size": 32, "max_shard_bytes": 30_000, "tasks": [], "evaluation_rows": 1,
-              "evaluation_row_tokens": 8, "gpu": None}  # fmt: skip
+FOR_BABIES = {
+    "method": "rtn",
+    "group_size": 32,
+    "max_shard_bytes": 30_000,
+    "tasks": [],
+    "evaluation_rows": 1,
+    "evaluation_row_tokens": 8,
+    "gpu": None,
+}
 Emitted = Callable[[str, Recipe], Path]
 
 
@@ -31,7 +38,11 @@ Emitted = Callable[[str, Recipe], Path]
 MIXED = "mixed"
 SEVERAL = {"attention": "int8 by row", "shared_expert": "int4 group 32 asymmetric", "mlp": "int8 group 32"}
 # Widths that are chosen by prices have tests/test_fit_run.py, other codes tests/test_bitsandbytes.py.
-ELSEWHERE = {name for name in recipe_names() if load_recipe(name).bits == "fit" or load_recipe(name).method in GRIDS}
+ELSEWHERE = {
+    name
+    for name in recipe_names()
+    if load_recipe(name).widths.bits == "fit" or load_recipe(name).quantizer.method in GRIDS
+}
 SHIPPED = [name for name in recipe_names() if name not in ELSEWHERE]
 CASES = [(MIXED, family) for family in FAMILIES] + [
     (name, family) for name in SHIPPED for family, kind in FAMILIES.items() if load_recipe(name).family in (None, kind)

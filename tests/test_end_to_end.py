@@ -41,7 +41,7 @@ def evaluation_rows() -> list[Row]:
     model, recipe = open_model("demo"), load_recipe("demo")
     encoder = Encoder(model.path, model.adapter)
     encoded = [encoder.encode(document) for document in read_jsonl(DATA / "evaluation.jsonl")]
-    return document_rows(encoded, recipe.evaluation_row_tokens, recipe.evaluation_rows)
+    return document_rows(encoded, recipe.texts.evaluation_row_tokens, recipe.texts.evaluation_rows)
 
 
 def whole_logits(model: Any, row: Row) -> torch.Tensor:

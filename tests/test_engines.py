@@ -111,10 +111,20 @@ def test_more_cards_than_a_group_allows(adapter: Callable[[str], Adapter]) -> No
 
 def gguf_view(**changes: Any) -> GgufView:
     """A Llama 4 of one block, its experts Q4_0."""
-    keys = {"context_length": 128, "embedding_length": 64, "block_count": 1, "feed_forward_length": 160,
-            "attention.head_count": 4, "attention.head_count_kv": 2, "attention.key_length": 16, "expert_count": 8,
-            "attention.layer_norm_rms_epsilon": 1e-5, "expert_used_count": 1, "expert_feed_forward_length": 96,
-            "interleave_moe_layer_step": 1}  # fmt: skip
+    keys = {
+        "context_length": 128,
+        "embedding_length": 64,
+        "block_count": 1,
+        "feed_forward_length": 160,
+        "attention.head_count": 4,
+        "attention.head_count_kv": 2,
+        "attention.key_length": 16,
+        "expert_count": 8,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "expert_used_count": 1,
+        "expert_feed_forward_length": 96,
+        "interleave_moe_layer_step": 1,
+    }
     tokenizer = {"model": "gpt2", "tokens": 256, "merges": 10, "pre": "llama4"}
     metadata = {"general.architecture": "llama4"} | {f"llama4.{k}": v for k, v in keys.items()}
     metadata |= {f"tokenizer.ggml.{k}": v for k, v in tokenizer.items()}
@@ -124,10 +134,20 @@ def gguf_view(**changes: Any) -> GgufView:
         "output_norm.weight": ("F32", (64,)),
     }
     for name, shape in {
-        "attn_norm": (64,), "ffn_norm": (64,), "attn_q": (64, 64), "attn_k": (32, 64), "attn_v": (32, 64),
-        "attn_output": (64, 64), "ffn_gate_inp": (8, 64), "ffn_gate_exps": (8, 96, 64), "ffn_up_exps": (8, 96, 64),
-        "ffn_down_exps": (8, 64, 96), "ffn_gate_shexp": (96, 64), "ffn_up_shexp": (96, 64), "ffn_down_shexp": (64, 96),
-    }.items():  # fmt: skip
+        "attn_norm": (64,),
+        "ffn_norm": (64,),
+        "attn_q": (64, 64),
+        "attn_k": (32, 64),
+        "attn_v": (32, 64),
+        "attn_output": (64, 64),
+        "ffn_gate_inp": (8, 64),
+        "ffn_gate_exps": (8, 96, 64),
+        "ffn_up_exps": (8, 96, 64),
+        "ffn_down_exps": (8, 64, 96),
+        "ffn_gate_shexp": (96, 64),
+        "ffn_up_shexp": (96, 64),
+        "ffn_down_shexp": (64, 96),
+    }.items():
         tensors[f"blk.0.{name}.weight"] = ("Q4_0" if "exp" in name else "F32", shape)
     return replace(GgufView(("model.gguf",), metadata, tensors), **changes)
 
@@ -152,7 +172,7 @@ BROKEN_GGUF = {
     "shapes": (stored("blk.0.ffn_up_exps.weight", "Q4_0", (8, 64, 96)), "[8, 64, 96]"),
     "experts-bf16": (stored("blk.0.ffn_up_exps.weight", "BF16", (8, 96, 64)), "kept whole"),
     "chunk": (gguf_view(chunk=8), "chunk of 8"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("rule", BROKEN_GGUF)
@@ -279,8 +299,10 @@ def test_mixed_widths_inside_what_is_fused(files: Path, tmp_path: Path, onecard:
         tensors[f"{module}.weight_packed"] = pack_words(codes, 8)
 
     out = changed(files, tmp_path / "mixed", change)
-    edit_json(out / "config.json", lambda c: c["quantization_config"]["config_groups"].update(
-        group_1=group_of(8, targets=(module,))))  # fmt: skip
+    edit_json(
+        out / "config.json",
+        lambda c: c["quantization_config"]["config_groups"].update(group_1=group_of(8, targets=(module,))),
+    )
     done = onecard("check", out, "--engine", "vllm")
     assert done.exit_code == 1
     assert "layers.1.feed_forward.experts holds int4 group 32" in done.stderr

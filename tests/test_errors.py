@@ -42,9 +42,15 @@ def errors_of(reference: Path, other: Path, folder: Path, rows: list[Row] = ROWS
         model = open_model(str(path))
         sides.append(Side(name, model.adapter, model.source))
     twin = twin_walk(
-        *sides, rows, batch_tokens, Activations(folder), torch.device("cpu"), torch.float32, Silence(),
+        *sides,
+        rows,
+        batch_tokens,
+        Activations(folder),
+        torch.device("cpu"),
+        torch.float32,
+        Silence(),
         with_errors=True,
-    )  # fmt: skip
+    )
     assert twin.errors is not None
     return twin.errors.facts({})
 
@@ -357,9 +363,16 @@ def test_the_worst_are_ten_and_in_order_and_say_what_they_were_calibrated_on(
     side = Side("reference", model.adapter, model.source)
     opened = open_model(str(other))
     twin = twin_walk(
-        side, Side("quantized", opened.adapter, opened.source), ROWS, 90, Activations(tmp_path / "acts"),
-        torch.device("cpu"), torch.float32, Silence(), with_errors=True,
-    )  # fmt: skip
+        side,
+        Side("quantized", opened.adapter, opened.source),
+        ROWS,
+        90,
+        Activations(tmp_path / "acts"),
+        torch.device("cpu"),
+        torch.float32,
+        Silence(),
+        with_errors=True,
+    )
     assert twin.errors is not None
     facts = twin.errors.facts({1: [100 + e for e in range(8)]})
     assert {e["calibration_rows"] for e in facts["experts"] if e["block"] == 0} == {None}

@@ -96,14 +96,22 @@ def with_drafting(model: Path, announced: int) -> Path:
 
 
 def test_layers_of_multi_token_prediction_are_left_aside_and_said(
-    copied: Callable[..., Path], onecard: Callable[..., Result], recipe: Callable[..., Path], texts: list[str],
+    copied: Callable[..., Path],
+    onecard: Callable[..., Result],
+    recipe: Callable[..., Path],
+    texts: list[str],
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     model = with_drafting(copied("deepseek"), 1)
-    babies.edit_json(model / "config.json", lambda c: c.update(auto_map={
-        "AutoConfig": "configuration_deepseek.DeepseekV3Config",
-        "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
-    }))  # fmt: skip
+    babies.edit_json(
+        model / "config.json",
+        lambda c: c.update(
+            auto_map={
+                "AutoConfig": "configuration_deepseek.DeepseekV3Config",
+                "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
+            }
+        ),
+    )
     out = tmp_path / "out"
     result = onecard("quantize", model, out, "--recipe", recipe(method="rtn"), *texts)
     assert result.exit_code == 0, result.stderr
@@ -135,9 +143,13 @@ def test_a_layer_that_no_config_announces_is_refused(copied: Callable[..., Path]
     ],
 )
 def test_another_architecture_is_refused(
-    family: str, change: dict[str, Any], needles: list[str], copied: Callable[..., Path],
-    refused: Callable[..., str], onecard: Callable[..., Result],
-) -> None:  # fmt: skip
+    family: str,
+    change: dict[str, Any],
+    needles: list[str],
+    copied: Callable[..., Path],
+    refused: Callable[..., str],
+    onecard: Callable[..., Result],
+) -> None:
     model = copied(family)
     babies.edit_json(model / "config.json", lambda c: c.update(change))
     refused(onecard("inspect", model), *needles)
@@ -158,9 +170,13 @@ def matrices(name: str) -> bool:
 
 @pytest.mark.parametrize("method", ["rtn", "fast"])
 def test_an_original_in_fp8_is_quantized_from_there(
-    method: str, baby: Callable[..., Path], onecard: Callable[..., Result], recipe: Callable[..., Path],
-    texts: list[str], tmp_path: Path,
-) -> None:  # fmt: skip
+    method: str,
+    baby: Callable[..., Path],
+    onecard: Callable[..., Result],
+    recipe: Callable[..., Path],
+    texts: list[str],
+    tmp_path: Path,
+) -> None:
     """As from its dequantized twin, to the byte."""
     pair = foreign.quantized_pair(baby("deepseek"), tmp_path, foreign.fp8, matrices, FP8, torch.bfloat16)
     use, emitted = recipe(method=method), []
@@ -179,18 +195,25 @@ def test_an_original_in_fp8_is_quantized_from_there(
 
 
 def test_a_copy_in_fp8_is_no_original(
-    baby: Callable[..., Path], onecard: Callable[..., Result], refused: Callable[..., str], recipe: Callable[..., Path],
+    baby: Callable[..., Path],
+    onecard: Callable[..., Result],
+    refused: Callable[..., str],
+    recipe: Callable[..., Path],
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     """Qwen3 is published in bf16."""
     pair = foreign.quantized_pair(baby("qwen3"), tmp_path, foreign.fp8, matrices, FP8, torch.bfloat16)
     refused(onecard("plan", pair[0], "--recipe", recipe()), "quantized already")
 
 
 def test_latents_that_an_engine_fuses_share_a_scheme(
-    baby: Callable[..., Path], recipe: Callable[..., Path], refused: Callable[..., str], onecard: Callable[..., Result],
-    texts: list[str], tmp_path: Path,
-) -> None:  # fmt: skip
+    baby: Callable[..., Path],
+    recipe: Callable[..., Path],
+    refused: Callable[..., str],
+    onecard: Callable[..., Result],
+    texts: list[str],
+    tmp_path: Path,
+) -> None:
     """kv_b may be kept by itself, which engines unpack; what reads the residual stream is one matrix for vLLM."""
     roles = ["expert", "shared_expert", "mlp", "attention"]
     alone = recipe(method="rtn", quantize_roles=roles, keep_modules=["*.kv_a_proj_with_mqa"])

@@ -85,10 +85,13 @@ def test_scout_reaches_what_was_computed_for_it(hollow: Callable[[str], Model]) 
 @pytest.mark.parametrize("family", ["scout", "maverick", "llama4-text", "qwen3", "deepseek", "mixtral"])
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"quantize_roles": ["expert", "shared_expert", "mlp", "attention"], "symmetric": False},
-     {"schemes": {"attention": "int8 by row"}}],
+    [
+        {},
+        {"quantize_roles": ["expert", "shared_expert", "mlp", "attention"], "symmetric": False},
+        {"schemes": {"attention": "int8 by row"}},
+    ],
     ids=["default", "all asymmetric", "mixed"],
-)  # fmt: skip
+)
 def test_a_candidate_weighs_what_the_planned_files_hold(
     baby: Callable[..., Path], recipe: Callable[..., Path], family: str, fields: dict[str, object]
 ) -> None:
@@ -110,11 +113,13 @@ def test_so_does_a_published_models(hollow: Callable[[str], Model], name: str) -
 
 @pytest.mark.parametrize(
     ("write", "block"),
-    [(foreign.gptq, {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}),
-     (foreign.nf4, {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
-     (foreign.fp8, {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"})],
+    [
+        (foreign.gptq, {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}),
+        (foreign.nf4, {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
+        (foreign.fp8, {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"}),
+    ],
     ids=["gptq", "nf4", "fp8"],
-)  # fmt: skip
+)
 def test_a_finished_checkpoint_weighs_what_its_files_hold(
     baby: Callable[..., Path], tmp_path: Path, write: foreign.Writer, block: dict[str, object]
 ) -> None:
@@ -145,8 +150,11 @@ def test_cards_share_matrices_and_have_the_rest_each(hollow: Callable[[str], Mod
     weights = own_candidate(model, entries_of(model)).weights
     whole = weights.on_card(1)
     assert whole == weights.total_bytes == 2 * 108_641_793_536
-    vision = sum(2 * math.prod(shape) for name, shape in model.adapter.expected().items()
-                 if name.startswith(("vision_model.", "multi_modal_projector.")))  # fmt: skip
+    vision = sum(
+        2 * math.prod(shape)
+        for name, shape in model.adapter.expected().items()
+        if name.startswith(("vision_model.", "multi_modal_projector."))
+    )
     assert weights.on_card(1, vision=False) == whole - vision
     norms_and_routers = 2 * (97 * 5120 + 48 * 16 * 5120)
     for cards in (2, 4, 8):
@@ -177,8 +185,18 @@ def test_what_cannot_be_cut_is_named(hollow: Callable[[str], Model]) -> None:
         size_up(model, Request(1024, tensor_parallel=3), H100)
 
 
-SIZES = Sizes(hidden=64, vocabulary=1000, blocks=4, heads=4, attention=192, halves=((160, 0), (96, 96)), top_k=2,
-              tile_tokens=4, tiles=2, positions=100_000)  # fmt: skip
+SIZES = Sizes(
+    hidden=64,
+    vocabulary=1000,
+    blocks=4,
+    heads=4,
+    attention=192,
+    halves=((160, 0), (96, 96)),
+    top_k=2,
+    tile_tokens=4,
+    tiles=2,
+    positions=100_000,
+)
 LAYERS = st.sampled_from(
     [
         (CacheLayer("global", 64, None, 2),) * 4,
@@ -245,8 +263,10 @@ def test_more_is_never_cheaper(layers: tuple[CacheLayer, ...], request: Request)
 def test_changes_fit_and_no_part_of_one_would_do(request: Request, memory: int) -> None:
     needs = Needs((CacheLayer("chunked", 64, 128, 2),) * 3 + (CacheLayer("global", 64, None, 2),), SIZES)
     card = small_card(memory)
-    choices = [Choice(name, DeviceWeights(size, 0, 2, 0, 200_000_000)) for name, size in
-               (("large", 2_000_000_000), ("middle", 1_200_000_000), ("small", 600_000_000))]  # fmt: skip
+    choices = [
+        Choice(name, DeviceWeights(size, 0, 2, 0, 200_000_000))
+        for name, size in (("large", 2_000_000_000), ("middle", 1_200_000_000), ("small", 600_000_000))
+    ]
 
     def does(steps: frozenset[str]) -> bool:
         asked, choice = request, choices[0]
@@ -330,9 +350,16 @@ def test_the_least_number_of_cards_is_the_least() -> None:
 
 @pytest.mark.parametrize(
     ("said", "many", "key"),
-    [("h100-80gb", 1, "h100-80gb"), ("H100 80GB", 1, "h100-80gb"), ("2xl40s", 2, "l40s"), ("4 x H200", 4, "h200"),
-     ("rtx4090", 1, "rtx-4090"), ("mi300", 1, "mi300x"), ("8xB200", 8, "b200")],
-)  # fmt: skip
+    [
+        ("h100-80gb", 1, "h100-80gb"),
+        ("H100 80GB", 1, "h100-80gb"),
+        ("2xl40s", 2, "l40s"),
+        ("4 x H200", 4, "h200"),
+        ("rtx4090", 1, "rtx-4090"),
+        ("mi300", 1, "mi300x"),
+        ("8xB200", 8, "b200"),
+    ],
+)
 def test_cards_are_found_by_name(said: str, many: int, key: str) -> None:
     count, card = find_card(said)
     assert (count, card.key) == (many, key)

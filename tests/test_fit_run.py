@@ -30,9 +30,14 @@ from onecard.recipe import Recipe, load_recipe, recorded_recipe
 from onecard.report.pareto_card import draw_pareto
 
 FIT: dict[str, Any] = {
-    "bits": "fit", "fit_schemes": ["int4 group 32", "int4 group 16", "int8 group 32", "keep"],
-    "quantize_roles": ["expert", "attention"], "method": "fast", "price_rows": 3, "price_row_tokens": 20, "gpu": None,
-}  # fmt: skip
+    "bits": "fit",
+    "fit_schemes": ["int4 group 32", "int4 group 16", "int8 group 32", "keep"],
+    "quantize_roles": ["expert", "attention"],
+    "method": "fast",
+    "price_rows": 3,
+    "price_row_tokens": 20,
+    "gpu": None,
+}
 FAMILY = "mixtral"
 
 
@@ -76,7 +81,7 @@ def whole(baby: Callable[..., Path], texts: list[str], use: Path, tmp_path_facto
 def test_the_run_is_what_was_chosen(whole: Path, baby: Callable[..., Path], use: Path) -> None:
     record = json.loads((whole / "onecard.json").read_text())
     emitted = sum(file.stat().st_size for file in whole.glob("*.safetensors"))
-    budget = round(load_recipe(str(use)).budget_gb * 1e9)  # type: ignore[operator]
+    budget = round(load_recipe(str(use)).fit.budget_gb * 1e9)  # type: ignore[operator]
     allocation = record["allocation"]
     assert allocation["budget_bytes"] == budget
     assert emitted == record["plan"]["emitted_bytes"] <= budget
@@ -103,9 +108,14 @@ def test_the_run_is_what_was_chosen(whole: Path, baby: Callable[..., Path], use:
 
 
 def test_prices_of_pareto_serve_quantize(
-    whole: Path, priced: tuple[Path, Result], baby: Callable[..., Path], texts: list[str], use: Path, tmp_path: Path,
+    whole: Path,
+    priced: tuple[Path, Result],
+    baby: Callable[..., Path],
+    texts: list[str],
+    use: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """No second pass, and the same bytes as with prices of its own."""
     monkeypatch.setattr("onecard.pipeline.price_model", None)
     out = tmp_path / "out"
@@ -143,9 +153,14 @@ def test_stopped_between_pricing_and_quantizing(
 
 
 def test_a_budget_below_the_least_is_refused(
-    baby: Callable[..., Path], refuse: Callable[..., str], refused: Callable[..., str], texts: list[str], use: Path,
-    limits: tuple[int, int], tmp_path: Path,
-) -> None:  # fmt: skip
+    baby: Callable[..., Path],
+    refuse: Callable[..., str],
+    refused: Callable[..., str],
+    texts: list[str],
+    use: Path,
+    limits: tuple[int, int],
+    tmp_path: Path,
+) -> None:
     least, _ = limits
     small = ["--budget-gb", f"{(least - 1) / 1e9:.9f}"]
     refuse(baby(FAMILY), f"{least:,} bytes", "four bits", use=use, code=3, arguments=small)
@@ -181,9 +196,14 @@ CHANGED = {
 
 @pytest.mark.parametrize("kind", [*CHANGED, "model", "no prices", "not fitted", "gone"])
 def test_prices_of_something_else_are_refused(
-    baby: Callable[..., Path], refuse: Callable[..., str], priced: tuple[Path, Result], use: Path, tmp_path: Path,
-    recipe: Callable[..., Path], kind: str,
-) -> None:  # fmt: skip
+    baby: Callable[..., Path],
+    refuse: Callable[..., str],
+    priced: tuple[Path, Result],
+    use: Path,
+    tmp_path: Path,
+    recipe: Callable[..., Path],
+    kind: str,
+) -> None:
     fields = {**FIT, "budget_gb": 0.0006} | (CHANGED[kind][0] if kind in CHANGED else {})
     file, model, needles = priced[0], baby(FAMILY), [CHANGED[kind][1]] if kind in CHANGED else []
     if kind == "model":
@@ -243,7 +263,7 @@ def test_the_curve(priced: tuple[Path, Result], limits: tuple[int, int], use: Pa
     for point in [*facts["named"], facts["asked"]]:
         below = [kl for size, kl in zip(sizes, kls, strict=True) if size >= point["bytes"]]
         assert not below or point["predicted_kl_nats"] >= 0.999 * below[0], point
-    assert facts["asked"]["bytes"] <= round(load_recipe(str(use)).budget_gb * 1e9)  # type: ignore[operator]
+    assert facts["asked"]["bytes"] <= round(load_recipe(str(use)).fit.budget_gb * 1e9)  # type: ignore[operator]
 
 
 def test_the_curve_is_dense_where_it_is_steep(priced: tuple[Path, Result], limits: tuple[int, int]) -> None:
@@ -256,12 +276,16 @@ def test_a_second_run_walks_nothing_and_speaks_one_line(
     priced: tuple[Path, Result], baby: Callable[..., Path], texts: list[str], use: Path
 ) -> None:
     """In a process of its own: what a library prints to C's stdout would be seen."""
-    script = "import onecard.pareto\nonecard.pareto.price_model = None\nfrom onecard.cli import main\nmain()"
+    script = "import onecard.bits.pareto\nonecard.bits.pareto.price_model = None\nfrom onecard.cli import main\nmain()"
     command = ["pareto", baby(FAMILY), "--recipe", use, "--prices", priced[0], *texts[:2]]
     result = subprocess.run(
         [sys.executable, "-c", script, *map(str, command)],
-        capture_output=True, text=True, check=False, timeout=240, env=os.environ,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+        env=os.environ,
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout == priced[1].stdout
     assert result.stdout.count("\n") == 1
@@ -311,8 +335,14 @@ def hollow(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
 
 
 def card_recipe(**fields: Any) -> Recipe:
-    given = {"name": "card", "description": "x", "bits": "fit", "gpu": "h100-80gb", "context": 131_072,
-             "quantize_roles": ["expert", "shared_expert", "mlp", "attention"]}  # fmt: skip
+    given = {
+        "name": "card",
+        "description": "x",
+        "bits": "fit",
+        "gpu": "h100-80gb",
+        "context": 131_072,
+        "quantize_roles": ["expert", "shared_expert", "mlp", "attention"],
+    }
     return Recipe.model_validate(given | fields)
 
 
@@ -336,7 +366,7 @@ def test_scout_on_cards(hollow: Callable[[str], Model], gpu: str, cards: int) ->
     model = hollow(SCOUT)
     recipe = card_recipe(gpu=gpu, context=8192 if "l40s" in gpu else 131_072)
     fitted = fit_to(model, recipe, made_up(model, recipe))
-    request = Request(context=recipe.context, tensor_parallel=cards)
+    request = Request(context=recipe.card.context, tensor_parallel=cards)
     budget = weight_budget_bytes(Needs.of(model.adapter), find_card(gpu)[1], request)
     assert fitted.budget_bytes == budget
     made = recipe_candidate(model, entries_of(model), fitted.recipe).weights.on_card(cards)

@@ -35,8 +35,13 @@ FP8: Block = {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_
 def ct_block(*weights: Block, form: str = "pack-quantized", targets: tuple[str, ...] = ("Linear",)) -> Block:
     """A quantization_config of compressed-tensors with a group for each of `weights`."""
     groups = {f"group_{n}": {"targets": [targets[n % len(targets)]], "weights": w} for n, w in enumerate(weights)}
-    return {"quant_method": "compressed-tensors", "format": form, "quantization_status": "compressed",
-            "config_groups": groups, "ignore": ["lm_head"]}  # fmt: skip
+    return {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": ["lm_head"],
+    }
 
 
 def ct_write(weight: torch.Tensor, block: Block, dtype: torch.dtype = torch.float32) -> foreign.Written:
@@ -188,8 +193,11 @@ def test_bitsandbytes_is_what_its_own_package_and_the_twin_read(
 def test_bitsandbytes_int8_is_code_times_absmax_over_127(tmp_path: Path) -> None:
     weight = a_weight().float()
     absmax = weight.abs().amax(1)
-    stored = {"weight": (weight / absmax[:, None] * 127).round().to(torch.int8), "SCB": absmax,
-              "weight_format": torch.tensor(0, dtype=torch.uint8)}  # fmt: skip
+    stored = {
+        "weight": (weight / absmax[:, None] * 127).round().to(torch.int8),
+        "SCB": absmax,
+        "weight_format": torch.tensor(0, dtype=torch.uint8),
+    }
     source = opened(tmp_path, stored, {"quant_method": "bitsandbytes", "load_in_8bit": True})
     meant = stored["weight"].double() * absmax.double()[:, None] / 127
     assert torch.allclose(source.get("m.weight").double(), meant, rtol=1e-6)
@@ -289,9 +297,16 @@ def mixed(weight_of: dict[str, Block]) -> Callable[[torch.Tensor], foreign.Writt
     ids=["compressed-tensors-mixed", "gptq", "nf4", "fp8"],
 )
 def test_a_baby_has_the_kl_of_its_dequantized_twin(
-    family: str, write: foreign.Writer, chosen: Callable[[str], bool], block: Block, dtype: torch.dtype,
-    baby: Callable[..., Path], onecard: Callable[..., Result], texts: list[str], tmp_path: Path,
-) -> None:  # fmt: skip
+    family: str,
+    write: foreign.Writer,
+    chosen: Callable[[str], bool],
+    block: Block,
+    dtype: torch.dtype,
+    baby: Callable[..., Path],
+    onecard: Callable[..., Result],
+    texts: list[str],
+    tmp_path: Path,
+) -> None:
     torch.manual_seed(0)
     packed, twin = foreign.quantized_pair(baby(family), tmp_path, write, chosen, block, dtype)
     lines = []
@@ -307,9 +322,12 @@ def test_a_baby_has_the_kl_of_its_dequantized_twin(
 
 
 def test_experts_left_fused_and_as_they_were_are_seen(
-    baby: Callable[..., Path], onecard: Callable[..., Result], refused: Callable[..., str], texts: list[str],
+    baby: Callable[..., Path],
+    onecard: Callable[..., Result],
+    refused: Callable[..., str],
+    texts: list[str],
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     """What transformers makes of bitsandbytes and Llama 4: Linear modules in four bits, all experts in bf16. It cannot
     load that again itself (5.23: it wants the experts one by one then)."""
     original = baby("llama4-text")

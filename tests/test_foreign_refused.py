@@ -27,13 +27,20 @@ WEIGHT = torch.randn(96, 64, generator=torch.Generator().manual_seed(0)).to(torc
 
 def ct_block(weights: Block | None = None, **more: Any) -> Block:
     args = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32} | (weights or {})
-    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
-            "config_groups": {"group_0": {"targets": ["Linear"], "weights": args}}} | more  # fmt: skip
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": args}},
+    } | more
 
 
 def packed() -> Parts:
-    return {"weight_packed": torch.zeros(96, 8, dtype=torch.int32), "weight_scale": torch.ones(96, 2),
-            "weight_shape": torch.tensor([96, 64])}  # fmt: skip
+    return {
+        "weight_packed": torch.zeros(96, 8, dtype=torch.int32),
+        "weight_scale": torch.ones(96, 2),
+        "weight_shape": torch.tensor([96, 64]),
+    }
 
 
 def state_of(change: Callable[[Block], None]) -> Parts:
@@ -81,8 +88,11 @@ def refusal(folder: Path, parts: Parts, block: object, stems: tuple[str, ...] = 
         (packed, ct_block(transform_config={"config_groups": {"R1": {}}}), ("rotated",)),
         (packed, ct_block(config_groups={"group_0": {"targets": ["re:("], "weights": {"num_bits": 4}}}), ("re:(",)),
         (packed, ct_block(config_groups=3), ("not understood",)),
-        (lambda: {"weight": torch.zeros(96, 64, dtype=torch.int8), "weight_scale": torch.ones(96, 1)},
-         ct_block(), ("none is stored plainly",)),
+        (
+            lambda: {"weight": torch.zeros(96, 64, dtype=torch.int8), "weight_scale": torch.ones(96, 1)},
+            ct_block(),
+            ("none is stored plainly",),
+        ),
         # GPTQ
         (lambda: without(without(foreign.gptq(WEIGHT)[0], "scales"), "qzeros"), GPTQ, ("no qzeros and no scales",)),
         (lambda: foreign.gptq(WEIGHT)[0], GPTQ | {"group_size": 64}, ("groups of 64", "scales F16 [2, 96]")),
@@ -93,16 +103,24 @@ def refusal(folder: Path, parts: Parts, block: object, stems: tuple[str, ...] = 
         (lambda: foreign.gptq(WEIGHT)[0] | {"qzeros": torch.zeros(2, 12)}, GPTQ, ("qzeros F32", "must be I32")),
         # bitsandbytes: what the package is handed must be as long as it will read
         (lambda: without(foreign.nf4(WEIGHT)[0], "weight.quant_map"), BNB, ("no quant_map",)),
-        (lambda: foreign.nf4(WEIGHT)[0] | {"weight.absmax": torch.zeros(3, dtype=torch.uint8)},
-         BNB, ("absmax U8 [3]",)),
+        (
+            lambda: foreign.nf4(WEIGHT)[0] | {"weight.absmax": torch.zeros(3, dtype=torch.uint8)},
+            BNB,
+            ("absmax U8 [3]",),
+        ),
         (lambda: state_of(lambda s: s.update(shape=[96, 640])), BNB, ("[96, 640]", "bytes of codes")),
         (lambda: state_of(lambda s: s.update(shape=[-96, -64])), BNB, ("[-96, -64]",)),
         (lambda: state_of(lambda s: s.update(dtype="load")), BNB, ("'load'",)),
         (lambda: state_of(lambda s: s.update(blocksize=0)), BNB, ("blocksize 0",)),
         (lambda: state_of(lambda s: s.update(nested_offset="1")), BNB, ("nested_offset",)),
         (lambda: state_of(lambda s: s.update(quant_type="fp4")), BNB, ("'fp4'",)),
-        (lambda: foreign.nf4(WEIGHT)[0] | {"weight.quant_state.bitsandbytes__nf4": torch.zeros(9, dtype=torch.uint8)},
-         BNB, ("no JSON",)),
+        (
+            lambda: (
+                foreign.nf4(WEIGHT)[0] | {"weight.quant_state.bitsandbytes__nf4": torch.zeros(9, dtype=torch.uint8)}
+            ),
+            BNB,
+            ("no JSON",),
+        ),
         (lambda: {"weight": torch.zeros(96, 64, dtype=torch.int8)}, BNB, ("no SCB",)),
         (lambda: {"weight": torch.zeros(3072, 1, dtype=torch.uint8)}, BNB, ("no m.weight.quant_state",)),
         # fp8
@@ -110,7 +128,7 @@ def refusal(folder: Path, parts: Parts, block: object, stems: tuple[str, ...] = 
         (lambda: foreign.fp8(WEIGHT, (48, 48))[0], FP8, ("[2, 2]", "32 x 32")),
         (lambda: foreign.fp8(WEIGHT)[0], FP8 | {"weight_block_size": "32"}, ("weight_block_size '32'",)),
     ],
-)  # fmt: skip
+)
 def test_what_contradicts_itself_is_refused(
     parts: Callable[[], Parts], block: Block, needles: tuple[str, ...], tmp_path: Path
 ) -> None:

@@ -202,8 +202,10 @@ def test_several_schemes_are_groups_of_which_the_largest_is_the_class() -> None:
     for name, scheme in schemes.items():
         args = model.get_submodule(name).quantization_scheme.weights
         assert (args.num_bits, args.group_size or BY_ROW, args.symmetric) == (
-            scheme.bits, scheme.group_size, scheme.symmetric
-        )  # fmt: skip
+            scheme.bits,
+            scheme.group_size,
+            scheme.symmetric,
+        )
     assert not hasattr(model.lm_head, "quantization_scheme")
 
 

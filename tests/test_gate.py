@@ -25,29 +25,56 @@ def record(factor: float = 1.0, seed: int = 0, **changes: Any) -> dict[str, Any]
     for number in range(DOCUMENTS):
         tokens, kl = rng.randint(50, 400), factor * rng.lognormvariate(-5, 1)
         same = 1 - min(0.5, 8 * kl)
-        documents.append({"document": number, "digest": f"{number:016x}", "kind": "prose", "source": "x",
-                          "tokens": tokens, "kl_mean_nats": kl, "same_top1": same})  # fmt: skip
+        documents.append(
+            {
+                "document": number,
+                "digest": f"{number:016x}",
+                "kind": "prose",
+                "source": "x",
+                "tokens": tokens,
+                "kl_mean_nats": kl,
+                "same_top1": same,
+            }
+        )
     total = sum(d["tokens"] for d in documents)
     mean = sum(d["tokens"] * d["kl_mean_nats"] for d in documents) / total
     same_top1 = sum(d["tokens"] * d["same_top1"] for d in documents) / total
     answers = [{"id": str(i), "right": 0, "reference": i % 4, "quantized": (i + (i % 20 == 0)) % 4} for i in range(300)]
     share = {"share": 0.05, "low": 0.031, "high": 0.08, "count": 15}
     return {
-        "command": "quantize", "onecard": "0", "schema_version": SCHEMA_VERSION,
+        "command": "quantize",
+        "onecard": "0",
+        "schema_version": SCHEMA_VERSION,
         "model": {"name": "/home/me/m", "family": "llama4", "blocks": 2, "digest": "a" * 64},
         "recipe": {"name": "r", "max_kl_mean_nats": 0.05, "max_fallbacks": 0},
         "texts": {"evaluation": {"source": "/home/me/secret.jsonl", "rows_digest": "b" * 64, "rows": DOCUMENTS}},
-        "plan": {"emitted_bytes": 1000}, "versions": {}, "identity": {}, "files": [], "warnings": [],
-        "blocks": [{"block": 0, "expert_rows": [70, 300]}], "fallbacks": {"diagonal_fallbacks": 0},
-        "kl": {"tokens": total, "documents": DOCUMENTS, "kl_mean_nats": mean, "kl_standard_error_nats": mean / 12,
-               "kl_low_nats": 0.85 * mean, "kl_high_nats": 1.2 * mean, "kl_p99_nats": 0.2, "same_top1": same_top1,
-               "same_top1_low": same_top1 - 0.01, "same_top1_high": same_top1 + 0.01, "by_document": documents,
-               "worst_tokens": [{"before": "a text that is nobody's business"}]},
-        "flips": {"all": {"items": 300, "changed": share},
-                  "tasks": [{"task": "demo", "items": 300, "digest": "d", "shots": 0, "changed": share,
-                             "answers": answers}]},
+        "plan": {"emitted_bytes": 1000},
+        "versions": {},
+        "identity": {},
+        "files": [],
+        "warnings": [],
+        "blocks": [{"block": 0, "expert_rows": [70, 300]}],
+        "fallbacks": {"diagonal_fallbacks": 0},
+        "kl": {
+            "tokens": total,
+            "documents": DOCUMENTS,
+            "kl_mean_nats": mean,
+            "kl_standard_error_nats": mean / 12,
+            "kl_low_nats": 0.85 * mean,
+            "kl_high_nats": 1.2 * mean,
+            "kl_p99_nats": 0.2,
+            "same_top1": same_top1,
+            "same_top1_low": same_top1 - 0.01,
+            "same_top1_high": same_top1 + 0.01,
+            "by_document": documents,
+            "worst_tokens": [{"before": "a text that is nobody's business"}],
+        },
+        "flips": {
+            "all": {"items": 300, "changed": share},
+            "tasks": [{"task": "demo", "items": 300, "digest": "d", "shots": 0, "changed": share, "answers": answers}],
+        },
         "machine": {"device": "cpu", "host": "nobody's business"},
-    } | changes  # fmt: skip
+    } | changes
 
 
 @pytest.fixture
@@ -76,10 +103,23 @@ def checks(result: Result, code: int) -> dict[str, dict[str, Any]]:
 
 # --- limits
 
-KEPT = {"max_kl_mean_nats": 0.1, "max_kl_p99_nats": 0.2, "min_same_top1": 0.5, "max_flip_rate": 0.05,
-        "max_emitted_bytes": 1000, "fail_below_expert_rows": 70, "max_fallbacks": 0}  # fmt: skip
-BROKEN = {"max_kl_mean_nats": 0.001, "max_kl_p99_nats": 0.19, "min_same_top1": 0.999, "max_flip_rate": 0.04,
-          "max_emitted_bytes": 999, "fail_below_expert_rows": 71}  # fmt: skip
+KEPT = {
+    "max_kl_mean_nats": 0.1,
+    "max_kl_p99_nats": 0.2,
+    "min_same_top1": 0.5,
+    "max_flip_rate": 0.05,
+    "max_emitted_bytes": 1000,
+    "fail_below_expert_rows": 70,
+    "max_fallbacks": 0,
+}
+BROKEN = {
+    "max_kl_mean_nats": 0.001,
+    "max_kl_p99_nats": 0.19,
+    "min_same_top1": 0.999,
+    "max_flip_rate": 0.04,
+    "max_emitted_bytes": 999,
+    "fail_below_expert_rows": 71,
+}
 
 
 def test_limits_that_are_kept(onecard: Run, write: Write) -> None:
@@ -122,15 +162,22 @@ def test_limits_that_cannot_be_judged_are_named_all_at_once(onecard: Run, write:
     limits = write("l.yaml", yaml.safe_dump(KEPT))
     refused(
         onecard("gate", write("r.json", bare), "--limits", limits),
-        "max_flip_rate", "fail_below_expert_rows", "max_fallbacks",
-    )  # fmt: skip
+        "max_flip_rate",
+        "fail_below_expert_rows",
+        "max_fallbacks",
+    )
 
 
-@pytest.mark.parametrize(("text", "needles"), [
-    ("max_kl: 1\nmin_same_top1: 2\n", ["max_kl: unknown key", "min_same_top1", "Known keys: max_kl_mean_nats"]),
-    ("max_kl_mean_nats: 0.1\nmax_kl_mean_nats: 0.2\n", ["twice"]), ("- 1\n", ["holds no keys"]),
-    ("max_kl_mean_nats: .nan\n", ["max_kl_mean_nats"]), ("a: [\n", ["not valid YAML"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "needles"),
+    [
+        ("max_kl: 1\nmin_same_top1: 2\n", ["max_kl: unknown key", "min_same_top1", "Known keys: max_kl_mean_nats"]),
+        ("max_kl_mean_nats: 0.1\nmax_kl_mean_nats: 0.2\n", ["twice"]),
+        ("- 1\n", ["holds no keys"]),
+        ("max_kl_mean_nats: .nan\n", ["max_kl_mean_nats"]),
+        ("a: [\n", ["not valid YAML"]),
+    ],
+)
 def test_a_bad_file_of_limits(onecard: Run, write: Write, refused: Check_, text: str, needles: list[str]) -> None:
     refused(onecard("gate", write("r.json", record()), "--limits", write("l.yaml", text)), *needles)
 
@@ -171,10 +218,19 @@ def noisy(factor: float, spread: float, seed: int = 1) -> dict[str, Any]:
     return made
 
 
-@pytest.mark.parametrize(("factor", "spread", "tolerance", "code"), [
-    (1.0, 0.0, 0, 0), (1.0, 0.05, 0.01, 0), (1.1, 0.05, 0.01, 1), (1.1, 0.05, 0.2, 0), (1.03, 0.2, 0.01, 0),
-    (0.5, 0.05, 0, 0), (1.005, 0.0, 0.01, 0), (1.015, 0.0, 0.01, 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("factor", "spread", "tolerance", "code"),
+    [
+        (1.0, 0.0, 0, 0),
+        (1.0, 0.05, 0.01, 0),
+        (1.1, 0.05, 0.01, 1),
+        (1.1, 0.05, 0.2, 0),
+        (1.03, 0.2, 0.01, 0),
+        (0.5, 0.05, 0, 0),
+        (1.005, 0.0, 0.01, 0),
+        (1.015, 0.0, 0.01, 1),
+    ],
+)
 def test_a_rise_of_the_mean(
     onecard: Run, write: Write, factor: float, spread: float, tolerance: float, code: int
 ) -> None:
@@ -307,8 +363,14 @@ def test_what_cannot_be_compared_is_refused(onecard: Run, write: Write, refused:
 def test_all_reasons_at_once(onecard: Run, write: Write, refused: Check_) -> None:
     now = changed(model__digest="c" * 64, texts__evaluation={"rows_digest": "e" * 64}, kl__tokens=5)
     now["flips"]["tasks"][0] |= {"digest": "other", "shots": 5}
-    refused(against(onecard, write, now, record()), "the original model", "the evaluation rows", "the number of tokens",
-            "the digest of the task demo", "the shots of the task demo")  # fmt: skip
+    refused(
+        against(onecard, write, now, record()),
+        "the original model",
+        "the evaluation rows",
+        "the number of tokens",
+        "the digest of the task demo",
+        "the shots of the task demo",
+    )
 
 
 def test_documents_that_differ_behind_one_digest(onecard: Run, write: Write, refused: Check_) -> None:
@@ -326,20 +388,31 @@ def test_a_task_that_only_the_report_has_is_a_note(onecard: Run, write: Write) -
     )
 
 
-@pytest.mark.parametrize(("content", "needles"), [
-    (None, ["holds no record"]), ("{", ["cannot be read"]), ("[]", ["no record of onecard"]),
-    (record(schema_version=1), ["schema version 1", f"reads {SCHEMA_VERSION}"]),
-    (record(schema_version=SCHEMA_VERSION + 1), [f"schema version {SCHEMA_VERSION + 1}"]),
-    ({"files": ["config.json"]}, ["not finished"]),
-    (changed(kl__kl_mean_nats=None, kl__same_top1="much"), ["kl.kl_mean_nats", "kl.same_top1", "valid number"]),
-    (json.dumps(record()).replace('"kl_p99_nats": 0.2', '"kl_p99_nats": NaN'), ["kl.kl_p99_nats", "finite"]),
-    ({key: value for key, value in record().items() if key != "texts"}, ["texts: Field required"]),
-    (record(kl={}, flips={}), ["holds no measurement"]),
-    (changed(kl__by_document=[{"digest": 3}] * 9), ["kl.by_document.0.digest", "more"]),
-    (changed(flips__tasks=[{"task": "t", "answers": [{}]}]), ["flips.tasks.0.changed", "flips.tasks.0.answers.0.id"]),
-    ("[" * 100_000, ["cannot be read"]),
-    (record(blocks=[{"expert_rows": ["many"]}], fallbacks=[], plan=3), ["blocks.0.expert_rows.0", "fallbacks", "plan"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "needles"),
+    [
+        (None, ["holds no record"]),
+        ("{", ["cannot be read"]),
+        ("[]", ["no record of onecard"]),
+        (record(schema_version=1), ["schema version 1", f"reads {SCHEMA_VERSION}"]),
+        (record(schema_version=SCHEMA_VERSION + 1), [f"schema version {SCHEMA_VERSION + 1}"]),
+        ({"files": ["config.json"]}, ["not finished"]),
+        (changed(kl__kl_mean_nats=None, kl__same_top1="much"), ["kl.kl_mean_nats", "kl.same_top1", "valid number"]),
+        (json.dumps(record()).replace('"kl_p99_nats": 0.2', '"kl_p99_nats": NaN'), ["kl.kl_p99_nats", "finite"]),
+        ({key: value for key, value in record().items() if key != "texts"}, ["texts: Field required"]),
+        (record(kl={}, flips={}), ["holds no measurement"]),
+        (changed(kl__by_document=[{"digest": 3}] * 9), ["kl.by_document.0.digest", "more"]),
+        (
+            changed(flips__tasks=[{"task": "t", "answers": [{}]}]),
+            ["flips.tasks.0.changed", "flips.tasks.0.answers.0.id"],
+        ),
+        ("[" * 100_000, ["cannot be read"]),
+        (
+            record(blocks=[{"expert_rows": ["many"]}], fallbacks=[], plan=3),
+            ["blocks.0.expert_rows.0", "fallbacks", "plan"],
+        ),
+    ],
+)
 def test_what_is_no_report(
     onecard: Run, write: Write, refused: Check_, content: Any, needles: list[str], tmp_path: Path
 ) -> None:

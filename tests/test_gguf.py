@@ -217,14 +217,24 @@ def test_the_metadata_says_what_llama_cpp_asks_for(exported: Callable[..., Any])
     folder, _ = exported("maverick", "Q4_0")
     said = metadata(folder)
     wanted = {
-        "general.architecture": "llama4", "general.file_type": 2, "llama4.block_count": 4,
-        "llama4.embedding_length": 64, "llama4.feed_forward_length": 160, "llama4.expert_feed_forward_length": 96,
-        "llama4.attention.head_count": 4, "llama4.attention.head_count_kv": 2, "llama4.attention.key_length": 16,
-        "llama4.rope.dimension_count": 16, "llama4.rope.freq_base": 10000.0, "llama4.expert_count": 8,
-        "llama4.expert_used_count": 1, "llama4.interleave_moe_layer_step": 2, "llama4.vocab_size": 256,
+        "general.architecture": "llama4",
+        "general.file_type": 2,
+        "llama4.block_count": 4,
+        "llama4.embedding_length": 64,
+        "llama4.feed_forward_length": 160,
+        "llama4.expert_feed_forward_length": 96,
+        "llama4.attention.head_count": 4,
+        "llama4.attention.head_count_kv": 2,
+        "llama4.attention.key_length": 16,
+        "llama4.rope.dimension_count": 16,
+        "llama4.rope.freq_base": 10000.0,
+        "llama4.expert_count": 8,
+        "llama4.expert_used_count": 1,
+        "llama4.interleave_moe_layer_step": 2,
+        "llama4.vocab_size": 256,
         # The chunk and the temperature's floor are 8; the last of 8 positions has another temperature.
         "llama4.context_length": 7,
-    }  # fmt: skip
+    }
     assert {key: said.get(key) for key in wanted} == wanted
     assert said["llama4.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-5)
     factors = stored(folder)[words.ROPE_FACTORS][1]

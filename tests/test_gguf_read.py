@@ -174,10 +174,19 @@ def test_a_header_is_read_as_the_gguf_package_reads_it(whole: Path) -> None:
 
 
 def test_a_header_is_written_as_the_gguf_package_writes_it(tmp_path: Path) -> None:
-    metadata = {"a.text": "x \N{SNOWMAN}", "a.whole": 7, "a.real": 0.5, "a.switch": True,
-                "a.words": ["p", "qq", "\u0120r"], "a.numbers": [1, 3, -2]}  # fmt: skip
-    tensors = [gguf_file.GgufTensor("one", "F32", (5,)), gguf_file.GgufTensor("two", "Q4_0", (3, 4, 64)),
-               gguf_file.GgufTensor("three", "BF16", (7, 3))]  # fmt: skip
+    metadata = {
+        "a.text": "x \N{SNOWMAN}",
+        "a.whole": 7,
+        "a.real": 0.5,
+        "a.switch": True,
+        "a.words": ["p", "qq", "\u0120r"],
+        "a.numbers": [1, 3, -2],
+    }
+    tensors = [
+        gguf_file.GgufTensor("one", "F32", (5,)),
+        gguf_file.GgufTensor("two", "Q4_0", (3, 4, 64)),
+        gguf_file.GgufTensor("three", "BF16", (7, 3)),
+    ]
     writer = GGUFWriter(tmp_path / "theirs", "llama4")
     writer.add_string("a.text", metadata["a.text"])
     writer.add_uint32("a.whole", 7)

@@ -82,9 +82,24 @@ def test_expressions_stand_for_all_blocks_and_no_other_module() -> None:
     )
     found = gptq_write.expressions(modules, units)
     assert len(found) == 4
-    match = [name for name in ("a.layers.2.x.q_proj", "model.a.layers.0.x.qkv_proj", "a.layers.1.experts", "m.head",
-             "a.layers.1.experts.2.up") if any(re.match(rule, name) for rule in found)]  # fmt: skip
+    match = [
+        name
+        for name in (
+            "a.layers.2.x.q_proj",
+            "model.a.layers.0.x.qkv_proj",
+            "a.layers.1.experts",
+            "m.head",
+            "a.layers.1.experts.2.up",
+        )
+        if any(re.match(rule, name) for rule in found)
+    ]
     assert len(match) == 5
-    for name in ("a.layers.1.x.q_proj", "a.layers.20.x.q_proj", "a.layers.0.experts.1.up", "a.layers.1.experts_x",
-                 "ahead", "a.layers.0.x.q_projs"):  # fmt: skip
+    for name in (
+        "a.layers.1.x.q_proj",
+        "a.layers.20.x.q_proj",
+        "a.layers.0.experts.1.up",
+        "a.layers.1.experts_x",
+        "ahead",
+        "a.layers.0.x.q_projs",
+    ):
         assert not any(re.match(rule, name) for rule in found), name

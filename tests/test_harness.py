@@ -38,13 +38,16 @@ def ids(encoder: Encoder, text: str) -> tuple[int, ...]:
 # --- pairs of texts, without the harness
 
 
-@pytest.mark.parametrize(("context", "continuation", "before", "after"), [
-    ("who is it?", " me", "who is it?", " me"),
-    ("who is it? ", "me", "who is it?", " me"),  # the space belongs to the word that it begins
-    ("who \n", "me", "who", " \nme"),
-    ("", "me", "", "me"),
-    ("  ", "me", "", "  me"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("context", "continuation", "before", "after"),
+    [
+        ("who is it?", " me", "who is it?", " me"),
+        ("who is it? ", "me", "who is it?", " me"),  # the space belongs to the word that it begins
+        ("who \n", "me", "who", " \nme"),
+        ("", "me", "", "me"),
+        ("  ", "me", "", "  me"),
+    ],
+)
 def test_where_a_pair_is_cut(encoder: Encoder, context: str, continuation: str, before: str, after: str) -> None:
     got = encode_pair(encoder, context, continuation)
     assert got == Request((BOS, *ids(encoder, before)), ids(encoder, after))
@@ -97,12 +100,19 @@ def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]
         ]
         (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
         config = {
-            "task": "letters", "dataset_path": "json", "output_type": "multiple_choice", "test_split": "test",
-            "dataset_kwargs": {"data_files": {"test": str(tmp_path / "items.jsonl")},
-                               "cache_dir": str(tmp_path / "cache")},
-            "doc_to_text": "{{question}}", "doc_to_choice": "choices", "doc_to_target": "answer",
+            "task": "letters",
+            "dataset_path": "json",
+            "output_type": "multiple_choice",
+            "test_split": "test",
+            "dataset_kwargs": {
+                "data_files": {"test": str(tmp_path / "items.jsonl")},
+                "cache_dir": str(tmp_path / "cache"),
+            },
+            "doc_to_text": "{{question}}",
+            "doc_to_choice": "choices",
+            "doc_to_target": "answer",
             "metric_list": [{"metric": "acc"}],
-        } | keys  # fmt: skip
+        } | keys
         (tmp_path / "letters.yaml").write_text(yaml.safe_dump(config))
         return tmp_path / "letters.yaml"
 
@@ -110,9 +120,13 @@ def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]
 
 
 def test_a_local_task_says_what_the_harness_says(
-    task: Callable[..., Path], emitted: Callable[..., tuple[Path, Result]], baby: Callable[..., Path], onecard: Run,
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
-) -> None:  # fmt: skip
+    task: Callable[..., Path],
+    emitted: Callable[..., tuple[Path, Result]],
+    baby: Callable[..., Path],
+    onecard: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
     """`flips` by name, and the harness's own evaluation of both models through one walk: the same accuracies. The
     harness's log-likelihoods of the original are those of the whole model in transformers."""
     import lm_eval
@@ -133,9 +147,13 @@ def test_a_local_task_says_what_the_harness_says(
     pair = twin_lm.open_twin(str(source), str(checkpoint), device_name="cpu")
     for side, lm in (("reference", pair.reference), ("quantized", pair.quantized)):
         found = lm_eval.simple_evaluate(
-            model=lm, tasks=[str(path)], num_fewshot=1, bootstrap_iters=0, log_samples=True,
+            model=lm,
+            tasks=[str(path)],
+            num_fewshot=1,
+            bootstrap_iters=0,
+            log_samples=True,
             task_manager=TaskManager(include_defaults=False),
-        )  # fmt: skip
+        )
         assert found["results"]["letters"]["acc,none"] == pytest.approx(told[f"accuracy_{side}"]["share"])
         if side == "reference":
             samples = found["samples"]["letters"]
@@ -198,16 +216,28 @@ def test_the_digest_tells_tasks_apart(task: Callable[..., Path]) -> None:
     assert len(load_task(f"lm-eval:{task()}", 0, 3).items) == 3
 
 
-@pytest.mark.parametrize(("keys", "needles", "code"), [
-    ({"output_type": "generate_until"}, ["letters has generate_until"], 2),
-    ({"doc_to_target": "{{ 7 if '1' in question else 0 }}"}, ["item 1: its right answer is 7", "one right option"], 2),
-    ({"doc_to_choice": "{{ nonsense }"}, ["could not be loaded", "mend its YAML"], 2),
-    ({"dataset_kwargs": {"data_files": {"test": "nowhere.jsonl"}}}, ["could not be loaded"], 4),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("keys", "needles", "code"),
+    [
+        ({"output_type": "generate_until"}, ["letters has generate_until"], 2),
+        (
+            {"doc_to_target": "{{ 7 if '1' in question else 0 }}"},
+            ["item 1: its right answer is 7", "one right option"],
+            2,
+        ),
+        ({"doc_to_choice": "{{ nonsense }"}, ["could not be loaded", "mend its YAML"], 2),
+        ({"dataset_kwargs": {"data_files": {"test": "nowhere.jsonl"}}}, ["could not be loaded"], 4),
+    ],
+)
 def test_tasks_that_cannot_be_asked(
-    task: Callable[..., Path], baby: Callable[..., Path], onecard: Run, refused: Callable[..., str],
-    keys: dict[str, Any], needles: list[str], code: int,
-) -> None:  # fmt: skip
+    task: Callable[..., Path],
+    baby: Callable[..., Path],
+    onecard: Run,
+    refused: Callable[..., str],
+    keys: dict[str, Any],
+    needles: list[str],
+    code: int,
+) -> None:
     result = onecard("flips", baby("qwen3"), baby("qwen3"), "--tasks", f"lm-eval:{task(**keys)}")
     refused(result, *needles, code=code)
 

@@ -44,9 +44,14 @@ def test_it_is_scipys_bca_of_pairs(documents: int, seed: int) -> None:
     sums, sizes = skewed(documents, seed)
     got = one(sums, sizes, resamples=20_000)
     other = stats.bootstrap(
-        (sums, sizes), lambda s, n, axis=-1: s.sum(axis) / n.sum(axis), paired=True, method="BCa", n_resamples=20_000,
-        rng=np.random.default_rng(seed), batch=2000,
-    ).confidence_interval  # fmt: skip
+        (sums, sizes),
+        lambda s, n, axis=-1: s.sum(axis) / n.sum(axis),
+        paired=True,
+        method="BCa",
+        n_resamples=20_000,
+        rng=np.random.default_rng(seed),
+        batch=2000,
+    ).confidence_interval
     width = other.high - other.low
     assert got.low == pytest.approx(other.low, abs=0.04 * width)
     assert got.high == pytest.approx(other.high, abs=0.04 * width)

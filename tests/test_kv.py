@@ -84,9 +84,14 @@ LAYERS = st.sampled_from(
 
 
 @given(
-    LAYERS, st.integers(1, 300_000), st.integers(1, 20), st.sampled_from([16, 100, 2048, 8192]), st.booleans(),
-    st.sampled_from(["bf16", "fp8"]), st.sampled_from([1, 2, 16]),
-)  # fmt: skip
+    LAYERS,
+    st.integers(1, 300_000),
+    st.integers(1, 20),
+    st.sampled_from([16, 100, 2048, 8192]),
+    st.booleans(),
+    st.sampled_from(["bf16", "fp8"]),
+    st.sampled_from([1, 2, 16]),
+)
 @settings(max_examples=150, deadline=None)
 def test_vllms_blocks_are_those_of_its_rules_told_slowly(
     layers: tuple[CacheLayer, ...], context: int, sequences: int, batch: int, frees: bool, kv_dtype: str, tp: int
@@ -122,8 +127,14 @@ def test_one_sequence_needs_what_vllm_admits_it_with() -> None:
 
 
 def test_transformers_cache_holds_as_many_bytes() -> None:
-    config = Llama4TextConfig(num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-                              hidden_size=32, attention_chunk_size=16)  # fmt: skip
+    config = Llama4TextConfig(
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        hidden_size=32,
+        attention_chunk_size=16,
+    )
     cache = DynamicCache(config=config)
     states = torch.zeros(3, 2, 40, 8, dtype=torch.bfloat16)
     for layer in range(4):

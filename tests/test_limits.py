@@ -36,9 +36,12 @@ def test_quantize_past_its_limits_keeps_the_checkpoint_and_ends_in_1(
 
 
 def test_a_real_record_against_itself_and_within_its_limits(
-    emitted: Callable[..., tuple[Path, Result]], baby: Callable[..., Path], onecard: Run, texts: list[str],
+    emitted: Callable[..., tuple[Path, Result]],
+    baby: Callable[..., Path],
+    onecard: Run,
+    texts: list[str],
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     """What quantize wrote and what verify measures again are one thing to the gate."""
     folder, _ = emitted("qwen3")
     verified = tmp_path / "verified.json"
@@ -51,11 +54,13 @@ def test_a_real_record_against_itself_and_within_its_limits(
     assert all(check["paired"] for check in found)
 
 
-def test_bytes_are_refused_before_anything_is_written(refuse: Callable[..., str], baby: Callable[..., Path],
-                                                      recipe: Callable[..., Path]) -> None:  # fmt: skip
+def test_bytes_are_refused_before_anything_is_written(
+    refuse: Callable[..., str], baby: Callable[..., Path], recipe: Callable[..., Path]
+) -> None:
     refuse(baby("qwen3"), "max_emitted_bytes", "the recipe allows 1,000", use=recipe(max_emitted_bytes=1000), code=1)
 
 
-def test_a_flip_limit_needs_tasks(refuse: Callable[..., str], baby: Callable[..., Path],
-                                  recipe: Callable[..., Path]) -> None:  # fmt: skip
+def test_a_flip_limit_needs_tasks(
+    refuse: Callable[..., str], baby: Callable[..., Path], recipe: Callable[..., Path]
+) -> None:
     refuse(baby("qwen3"), "max_flip_rate needs tasks", use=recipe(max_flip_rate=0.1))

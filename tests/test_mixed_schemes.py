@@ -57,9 +57,13 @@ def modules_named(names: list[str]) -> torch.nn.Module:
 
 @pytest.mark.parametrize("method", ["rtn", "fast"])
 def test_what_the_recipe_says_is_what_the_formats_own_package_reads(
-    method: str, baby: Callable[..., Path], recipe: Callable[..., Path], onecard: Callable[..., Result],
-    texts: list[str], tmp_path: Path,
-) -> None:  # fmt: skip
+    method: str,
+    baby: Callable[..., Path],
+    recipe: Callable[..., Path],
+    onecard: Callable[..., Result],
+    texts: list[str],
+    tmp_path: Path,
+) -> None:
     use, out = recipe(method=method, quantize_roles=ROLES, schemes=SCHEMES), tmp_path / "out"
     planned = onecard("plan", baby("scout"), "--recipe", use)
     made = onecard("quantize", baby("scout"), out, "--recipe", use, *texts)
@@ -90,8 +94,10 @@ def test_what_the_recipe_says_is_what_the_formats_own_package_reads(
             continue
         args: Any = scheme.weights
         assert (args.num_bits, args.group_size or BY_ROW, args.symmetric) == (
-            wanted.bits, wanted.group_size, wanted.symmetric
-        ), module  # fmt: skip
+            wanted.bits,
+            wanted.group_size,
+            wanted.symmetric,
+        ), module
         stored = {n.rpartition(".")[2]: t for n, t in tensors.items() if n.startswith(f"{module}.weight_")}
         theirs = PackedQuantizationCompressor.decompress(stored, scheme)["weight"]
         assert torch.equal(theirs, model.source.get(f"{module}.weight")), module
@@ -100,9 +106,12 @@ def test_what_the_recipe_says_is_what_the_formats_own_package_reads(
 
 
 def test_transformers_is_not_asked_to_load_what_it_would_unpack_wrongly(
-    baby: Callable[..., Path], recipe: Callable[..., Path], onecard: Callable[..., Result], texts: list[str],
+    baby: Callable[..., Path],
+    recipe: Callable[..., Path],
+    onecard: Callable[..., Result],
+    texts: list[str],
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     """5.23 gives every matrix that is no expert's the first group's width, and says nothing."""
     use, out = recipe(method="rtn", quantize_roles=ROLES, schemes={"attention": "int8 group 32"}), tmp_path / "out"
     assert onecard("quantize", baby("scout"), out, "--recipe", use, *texts).exit_code == 0
@@ -128,7 +137,10 @@ def test_transformers_is_not_asked_to_load_what_it_would_unpack_wrongly(
     ids=["no scheme", "matches nothing", "one expert", "q alone", "does not divide", "keeps all"],
 )
 def test_schemes_that_cannot_be_used(
-    schemes: dict[str, str], needles: list[str], baby: Callable[..., Path], recipe: Callable[..., Path],
+    schemes: dict[str, str],
+    needles: list[str],
+    baby: Callable[..., Path],
+    recipe: Callable[..., Path],
     refuse: Callable[..., str],
-) -> None:  # fmt: skip
+) -> None:
     refuse(baby("scout"), *needles, use=recipe(schemes=schemes))

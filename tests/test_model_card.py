@@ -31,9 +31,18 @@ from records import allocation_facts
 SAID = ("--base-model", "somebody/baby", "--license", "apache-2.0")
 META = "LLAMA 4 COMMUNITY LICENSE AGREEMENT\nLlama 4 Version Effective Date: April 5, 2025\n"
 SHARE = {"share": 0.25, "low": 0.2, "high": 0.3, "count": 5}
-SUMMARY = {"task": "quiz|<b>", "items": 20, "digest": "abc123", "shots": 5, "accuracy_reference": SHARE,
-           "accuracy_quantized": SHARE, "changed": SHARE, "right_to_wrong": SHARE, "wrong_to_right": SHARE,
-           "mcnemar_p": 0.0625}  # fmt: skip
+SUMMARY = {
+    "task": "quiz|<b>",
+    "items": 20,
+    "digest": "abc123",
+    "shots": 5,
+    "accuracy_reference": SHARE,
+    "accuracy_quantized": SHARE,
+    "changed": SHARE,
+    "right_to_wrong": SHARE,
+    "wrong_to_right": SHARE,
+    "mcnemar_p": 0.0625,
+}
 
 
 @pytest.fixture
@@ -65,9 +74,13 @@ def record_of(folder: Path) -> dict[str, Any]:
     ("family", "task"), [("scout", "image-text-to-text"), ("qwen3", "text-generation")], ids=["scout", "qwen3"]
 )
 def test_metadata_are_the_hubs(
-    emitted: Callable[..., tuple[Path, Result]], drawn: Callable[..., str], tmp_path: Path, family: str, task: str,
+    emitted: Callable[..., tuple[Path, Result]],
+    drawn: Callable[..., str],
+    tmp_path: Path,
+    family: str,
+    task: str,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """Read by huggingface_hub's own class; nothing is asked of the network."""
 
     def connect(*_: object) -> None:
@@ -76,10 +89,13 @@ def test_metadata_are_the_hubs(
     monkeypatch.setattr(socket.socket, "connect", connect)
     text = drawn(Path(shutil.copytree(emitted(family)[0], tmp_path / "model")))
     assert ModelCard(text).data.to_dict() == {
-        "base_model": "somebody/baby", "base_model_relation": "quantized", "library_name": "transformers",
-        "license": "apache-2.0", "pipeline_tag": task,
+        "base_model": "somebody/baby",
+        "base_model_relation": "quantized",
+        "library_name": "transformers",
+        "license": "apache-2.0",
+        "pipeline_tag": task,
         "tags": ["quantized", "int4", "4-bit", "compressed-tensors", "moe", "onecard"],
-    }  # fmt: skip
+    }
     assert card_problems(text) == []
 
 
@@ -201,9 +217,12 @@ def test_the_recipe_in_the_card_is_the_recipe(folder: Path, drawn: Callable[...,
 
 
 def test_figures_that_were_measured_later(
-    folder: Path, drawn: Callable[..., str], tmp_path: Path, onecard: Callable[..., Result],
+    folder: Path,
+    drawn: Callable[..., str],
+    tmp_path: Path,
+    onecard: Callable[..., Result],
     refused: Callable[..., str],
-) -> None:  # fmt: skip
+) -> None:
     """A record of flips of these files is taken in; one of other files, or of another original, is refused."""
     record = record_of(folder)
     later = {
@@ -325,7 +344,7 @@ def test_int4_attention_of_llama4_needs_a_newer_vllm() -> None:
         (("llama4", None, {}, {}, None), Licence("other", "llama4", "LICENSE")),
         ((None, None, {}, {}, "Qwen/Qwen3-30B-A3B"), None),
     ],
-)  # fmt: skip
+)
 def test_which_licence_it_is(arguments: tuple[Any, ...], licence: Licence | None) -> None:
     assert licence_of(*arguments) == (licence, [])
 
@@ -372,9 +391,13 @@ def test_a_notice_may_have_line_breaks() -> None:
 
 
 def test_the_originals_licence_and_id_are_carried(
-    baby: Callable[..., Path], recipe: Callable[..., Path], texts: list[str], tmp_path: Path,
-    onecard: Callable[..., Result], drawn: Callable[..., str],
-) -> None:  # fmt: skip
+    baby: Callable[..., Path],
+    recipe: Callable[..., Path],
+    texts: list[str],
+    tmp_path: Path,
+    onecard: Callable[..., Result],
+    drawn: Callable[..., str],
+) -> None:
     """A source in the hub's cache, with a README: its id, revision, licence and languages are in record and card."""
     home = tmp_path / "models--somebody--Baby-MoE" / "snapshots" / ("a" * 40)
     shutil.copytree(baby("qwen3"), home)

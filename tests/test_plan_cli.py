@@ -18,8 +18,16 @@ from onecard.report.fit_card import draw_fit
 from onecard.report.plot import draw_plot
 
 Planner = Callable[..., tuple[Result, dict[str, Any]]]
-ASKED = ("weight_bytes", "kv_bytes", "workspace_bytes", "usable_bytes", "left_bytes", "fits", "max_context",
-         "max_sequences")  # fmt: skip
+ASKED = (
+    "weight_bytes",
+    "kv_bytes",
+    "workspace_bytes",
+    "usable_bytes",
+    "left_bytes",
+    "fits",
+    "max_context",
+    "max_sequences",
+)
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +237,7 @@ def test_the_picture_has_every_curve_and_the_cards_edge(scout: Path, plan: Plann
         (["--recipe", "nosuch"], ["there is no recipe 'nosuch'"]),
         (["--recipe", "qwen3-30b-a3b-24gb"], ["is for qwen3_moe"]),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_planned_is_refused(
     scout: Path, onecard: Callable[..., Result], refused: Callable[..., str], args: list[str], needles: list[str]
 ) -> None:

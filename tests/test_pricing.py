@@ -24,9 +24,15 @@ from onecard.models.walk import weight_view
 from onecard.recipe import KEEP, Recipe
 
 CPU = torch.device("cpu")
-FIT = {"bits": "fit", "budget_gb": 1.0, "fit_schemes": ["int4 group 32", "int8 group 32", "keep"], "price_rows": 2,
-       "price_row_tokens": 20, "quantize_roles": ["expert", "shared_expert", "mlp", "attention"],
-       "sequential": "halves"}  # fmt: skip
+FIT = {
+    "bits": "fit",
+    "budget_gb": 1.0,
+    "fit_schemes": ["int4 group 32", "int8 group 32", "keep"],
+    "price_rows": 2,
+    "price_row_tokens": 20,
+    "quantize_roles": ["expert", "shared_expert", "mlp", "attention"],
+    "sequential": "halves",
+}
 
 
 def made(**changes: Any) -> Recipe:
@@ -211,13 +217,24 @@ def test_prices_are_of_one_model_recipe_and_texts(baby: Callable[..., Path]) -> 
     assert of(made(fit_schemes=[w for w in FIT["fit_schemes"] if w != KEEP])) == same  # type: ignore[attr-defined]
     other = open_source(str(baby("qwen3", 3)))
     different = [
-        of(made(), other), of(made(), model, rows[1:]),
-        *(of(made(**changes)) for changes in (
-            {"fit_schemes": ["int4 group 32"]}, {"price_rows": 1}, {"price_row_tokens": 9}, {"damping": 0.02},
-            {"method": "rtn"}, {"shrinkage": 0.4}, {"quantize_roles": ["expert"]}, {"token_weighting": "none"},
-            {"keep_modules": ["*.0.*"]}, {"schemes": {"attention": "keep"}},
-        )),
-    ]  # fmt: skip
+        of(made(), other),
+        of(made(), model, rows[1:]),
+        *(
+            of(made(**changes))
+            for changes in (
+                {"fit_schemes": ["int4 group 32"]},
+                {"price_rows": 1},
+                {"price_row_tokens": 9},
+                {"damping": 0.02},
+                {"method": "rtn"},
+                {"shrinkage": 0.4},
+                {"quantize_roles": ["expert"]},
+                {"token_weighting": "none"},
+                {"keep_modules": ["*.0.*"]},
+                {"schemes": {"attention": "keep"}},
+            )
+        ),
+    ]
     for identity in different:
         assert identity != same
         assert sum(identity[key] != same[key] for key in same) <= 2

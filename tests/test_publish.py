@@ -161,9 +161,12 @@ def test_a_dry_run_asks_nobody_and_writes_nothing(
 
 
 def test_the_token_is_nowhere(
-    hub: Hub, folder: Path, onecard: Callable[..., Result], caplog: pytest.LogCaptureFixture,
+    hub: Hub,
+    folder: Path,
+    onecard: Callable[..., Result],
+    caplog: pytest.LogCaptureFixture,
     refused: Callable[..., str],
-) -> None:  # fmt: skip
+) -> None:
     """It reaches the hub and nothing else: no output, no log, no file, also when the hub answers with an error."""
     with caplog.at_level(logging.DEBUG):
         said = [onecard("publish", folder, REPO, *SAID).output]
@@ -179,9 +182,12 @@ def test_the_token_is_nowhere(
 
 
 def test_without_a_token_nothing_is_asked(
-    hub: Hub, folder: Path, onecard: Callable[..., Result], refused: Callable[..., str],
+    hub: Hub,
+    folder: Path,
+    onecard: Callable[..., Result],
+    refused: Callable[..., str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.delenv("HF_TOKEN")
     refused(onecard("publish", folder, REPO, *SAID), "hf auth login")
     assert hub.asked == []
@@ -190,9 +196,12 @@ def test_without_a_token_nothing_is_asked(
 
 
 def test_a_hub_that_is_not_there(
-    folder: Path, hub: Hub, onecard: Callable[..., Result], refused: Callable[..., str],
+    folder: Path,
+    hub: Hub,
+    onecard: Callable[..., Result],
+    refused: Callable[..., str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     refused(onecard("publish", folder, REPO, *SAID), "Run the same command again", code=4)
 
@@ -274,8 +283,9 @@ def test_a_card_of_ones_own_must_say_that_the_gate_failed(folder: Path, refuses:
     refuses(FAILED_GATE, arguments=("--force",))
 
 
-def test_a_card_of_another_record(folder: Path, onecard: Callable[..., Result],
-                                  refuses: Callable[..., dict[str, Any]]) -> None:  # fmt: skip
+def test_a_card_of_another_record(
+    folder: Path, onecard: Callable[..., Result], refuses: Callable[..., dict[str, Any]]
+) -> None:
     assert onecard("card", folder, *SAID).exit_code == 0
     edit_record(folder, lambda record: record["warnings"].append("another run"))
     refuses("was drawn from another record", arguments=())
@@ -299,9 +309,14 @@ def test_every_unmet_term_of_llamas_licence_is_told_at_once(
         "license_name: llama4\n---\n# Mine\n"
     )
     refuses(
-        'must begin with "Llama"', "a copy of the licence", "a notice file", '"Built with Llama"', "European Union",
-        arguments=(), repo="somebody/scout-int4",
-    )  # fmt: skip
+        'must begin with "Llama"',
+        "a copy of the licence",
+        "a notice file",
+        '"Built with Llama"',
+        "European Union",
+        arguments=(),
+        repo="somebody/scout-int4",
+    )
 
 
 def test_llamas_licence_met(folder: Path, hub: Hub, onecard: Callable[..., Result]) -> None:
@@ -323,6 +338,10 @@ def test_metas_licence_cannot_be_called_another(folder: Path, refuses: Callable[
     (folder / "LICENSE").write_text(META)
     resum(folder)
     refuses(
-        "the licence is said to be apache-2.0", "a notice file", '"Built with Llama"', "European Union",
-        arguments=("--base-model", "a/b", "--license", "apache-2.0"), repo="somebody/Llama-x",
-    )  # fmt: skip
+        "the licence is said to be apache-2.0",
+        "a notice file",
+        '"Built with Llama"',
+        "European Union",
+        arguments=("--base-model", "a/b", "--license", "apache-2.0"),
+        repo="somebody/Llama-x",
+    )

@@ -26,7 +26,6 @@ from onecard.quantize.grid import (
     searched_scales,
 )
 from onecard.quantize.site import cuts, quantize_batch, relative_output_error, working_bytes
-from onecard.recipe import Recipe
 
 SCHEMES = [Scheme(bits, 32, symmetric) for bits in (4, 8) for symmetric in (True, False)]
 NAMES = [f"{s.bits} bits, {'symmetric' if s.symmetric else 'asymmetric'}" for s in SCHEMES]
@@ -151,13 +150,13 @@ def test_gptq_errs_less_than_rounding_under_its_own_moment(seed: int, scheme: Sc
 
 
 @schemes
-@pytest.mark.parametrize("name", ["rtn", "gptq"])
+@pytest.mark.parametrize("name", ["rtn", "fast"])
 def test_codes_and_zero_points_are_within_range(scheme: Scheme, name: str) -> None:
     w, moment = correlated(2, 300, 64, seed=5)
     w[:, 0] *= 40  # an outlier row
     w[:, 1, 3] = 7.0  # an outlier weight
     w[:, 2] = w[:, 2].abs()  # one sign only
-    result = quantize_batch(w.float(), moment.float(), scheme, Method(name), torch.bfloat16)
+    result = quantize_batch(w.float(), moment.float(), scheme, Method(method=name, refine_rounds=0), torch.bfloat16)
     least, most = limits(scheme)
     assert result.weight.codes.min() >= least
     assert result.weight.codes.max() <= most
@@ -172,11 +171,11 @@ def test_codes_and_zero_points_are_within_range(scheme: Scheme, name: str) -> No
 
 
 METHODS = {
-    "absmax scales": Method("gptq", scale_search=False),
-    "searched scales": Method("gptq"),
-    "refined": Method("gptq", refine_rounds=2),
-    "refined, restarted": Method("gptq", refine_rounds=1, restarts=3),
-    "refined, searched": Method("gptq", refine_rounds=1, tabu_moves=20),
+    "absmax scales": Method(scale_search=False, refine_rounds=0),
+    "searched scales": Method(refine_rounds=0),
+    "refined": Method(refine_rounds=2),
+    "refined, restarted": Method(refine_rounds=1, restarts=3),
+    "refined, searched": Method(refine_rounds=1, tabu_moves=20),
 }
 methods = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
@@ -298,7 +297,7 @@ def test_an_expert_that_saw_no_token_keeps_sound_weights(shrinkage: float, metho
         moments.add(expert, torch.randn(rows, 64, generator=generator) @ mix)
     w = correlated(4, 10, 64, seed=12)[0].float()
     result = quantize_batch(w, moments.shrunk(shrinkage, slice(0, 4)), SCHEMES[0], method, torch.bfloat16)
-    rtn = quantize_batch(w, None, SCHEMES[0], Method("rtn"), torch.bfloat16)
+    rtn = quantize_batch(w, None, SCHEMES[0], Method(method="rtn"), torch.bfloat16)
     assert result.diagonal_fallbacks == 0
     pooled = (moments.sum_EII.sum(0) / 701).double()
     q, plain = dequantized(result.weight), dequantized(rtn.weight)
@@ -312,7 +311,7 @@ def test_an_expert_that_saw_no_token_keeps_sound_weights(shrinkage: float, metho
 @pytest.mark.parametrize("own_rows", [0, 1, 3, 10, 30])
 def test_a_starved_experts_error_on_its_own_tokens_is_below_roundings(own_rows: int, method: Method) -> None:
     """What is held out are tokens of the expert's own kind, which is not the layer's: half of its directions are."""
-    shrinkage, inputs = Recipe.model_fields["shrinkage"].default, 128
+    shrinkage, inputs = Method.model_fields["shrinkage"].default, 128
     for seed in range(5):
         g = torch.Generator().manual_seed(seed)
 
@@ -328,7 +327,7 @@ def test_a_starved_experts_error_on_its_own_tokens_is_below_roundings(own_rows: 
         w = 0.05 * normal(1, 32, inputs)
         only = slice(0, 1)
         result = quantize_batch(w, moments.shrunk(shrinkage, only), SCHEMES[0], method, torch.bfloat16)
-        rtn = quantize_batch(w, None, SCHEMES[0], Method("rtn"), torch.bfloat16)
+        rtn = quantize_batch(w, None, SCHEMES[0], Method(method="rtn"), torch.bfloat16)
         held_out = (normal(2000, inputs) @ kinds[0]).double()
         own = held_out.T @ held_out / 2000
         error, plain = (output_error(w[0], dequantized(r.weight)[0], own) for r in (result, rtn))
@@ -340,14 +339,14 @@ def test_a_starved_experts_error_on_its_own_tokens_is_below_roundings(own_rows: 
 
 @given(st.integers(1, 40), st.integers(1, 300), st.integers(1, 300), st.integers(1, 10**8))
 def test_cuts_cover_the_batch_in_order_within_the_budget(batch: int, outputs: int, inputs: int, budget: int) -> None:
-    parts = list(cuts(batch, outputs, inputs, budget, Method("gptq")))
+    parts = list(cuts(batch, outputs, inputs, budget, Method(refine_rounds=0)))
     assert [b for part in parts for b in range(batch)[part]] == list(range(batch))
     one = 4 * (5 * outputs * inputs + 4 * inputs * inputs)
     for part in parts:
         assert part.stop - part.start == 1 or (part.stop - part.start) * one <= budget
 
 
-@pytest.mark.parametrize("method", [Method("rtn"), *METHODS.values()], ids=["rtn", *METHODS])
+@pytest.mark.parametrize("method", [Method(method="rtn"), *METHODS.values()], ids=["rtn", *METHODS])
 @schemes
 def test_cutting_the_batch_by_a_budget_changes_no_code(scheme: Scheme, method: Method) -> None:
     """In fp32, as a run does it."""
@@ -485,8 +484,8 @@ def test_scale_search_is_never_worse_than_absmax(seed: int, scheme: Scheme, spre
 def test_a_group_of_zeros_stays_zero_and_its_scale_does_not(scheme: Scheme, dtype: torch.dtype) -> None:
     w, moment = (t.float() for t in correlated(1, 300, 64, seed=19))
     w[0, 3, :32] = 0
-    for name in ("rtn", "gptq"):
-        method = Method(name, activation_order=False)
+    for name in ("rtn", "fast"):
+        method = Method(method=name, activation_order=False, refine_rounds=0)
         weight = quantize_batch(w, moment, scheme, method, dtype).weight
         assert weight.scales[0, 3, 0] == TINY_SCALE
         assert (dequantized(weight)[0, 3, :32] == 0).all()

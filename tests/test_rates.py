@@ -76,9 +76,12 @@ def test_a_relative_cache_folder_is_left_aside(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_plan_measures_keeps_and_says_where_its_rates_come_from(
-    onecard: Callable[..., Result], baby: Callable[..., Path], recipe: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
-) -> None:  # fmt: skip
+    onecard: Callable[..., Result],
+    baby: Callable[..., Path],
+    recipe: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
     monkeypatch.setattr(machine_rates, "SECONDS", 0.02)
     monkeypatch.setattr(machine_rates, "FILE_BYTES", 2**24)
     use = ("plan", baby("scout"), "--device", "cpu", "--recipe")
@@ -103,9 +106,11 @@ def test_plan_measures_keeps_and_says_where_its_rates_come_from(
 
 
 def test_a_disk_that_cannot_be_measured_is_exit_code_4(
-    onecard: Callable[..., Result], baby: Callable[..., Path], recipe: Callable[..., Path],
+    onecard: Callable[..., Result],
+    baby: Callable[..., Path],
+    recipe: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     def full(*_: object) -> Rates:
         raise OSError(28, "No space left on device")
 
@@ -142,9 +147,13 @@ def test_time_is_the_sum_of_its_parts_and_grows_with_tokens() -> None:
 
 
 def test_a_run_does_not_look_at_kept_rates(
-    onecard: Callable[..., Result], baby: Callable[..., Path], recipe: Callable[..., Path], texts: list[str],
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
-) -> None:  # fmt: skip
+    onecard: Callable[..., Result],
+    baby: Callable[..., Path],
+    recipe: Callable[..., Path],
+    texts: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
     def asked() -> Path:
         raise AssertionError("a run asked for rates, and its bytes could depend on them")
 

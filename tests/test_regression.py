@@ -109,8 +109,9 @@ def test_one_document_far_off_is_noise_and_many_are_not() -> None:
     assert ratio_exceeds(1.1 * base, base, 1.01).exceeds
 
 
-@pytest.mark.parametrize(("ratio", "bound", "least", "most"), [(1.0, 1.0, 0.03, 0.07), (1.0, 1.01, 0.0, 0.04),
-                                                               (1.1, 1.01, 0.95, 1.0)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ratio", "bound", "least", "most"), [(1.0, 1.0, 0.03, 0.07), (1.0, 1.01, 0.0, 0.04), (1.1, 1.01, 0.95, 1.0)]
+)
 def test_level_and_power_on_real_documents(ratio: float, bound: float, least: float, most: float) -> None:
     """Two equivalent runs, one scaled: 5 % alarms at the bound, few at the default tolerance, a tenth more is found."""
     now, before = real_documents()
@@ -192,6 +193,7 @@ def test_the_level_for_items() -> None:
     noise = rng.random((2, 2000, 400)) < 0.03
     shared = rng.random((2000, 400)) < 0.03
     for bound, most in ((0.0, 0.07), (0.01, 0.02)):
-        alarms = [share_rise_exceeds(shared[i] ^ noise[0, i], shared[i] ^ noise[1, i], bound).exceeds
-                  for i in range(2000)]  # fmt: skip
+        alarms = [
+            share_rise_exceeds(shared[i] ^ noise[0, i], shared[i] ^ noise[1, i], bound).exceeds for i in range(2000)
+        ]
         assert np.mean(alarms) <= most

@@ -17,9 +17,8 @@ from huggingface_hub import constants
 
 import foreign
 from hub_standin import Hub, serve
-from onecard import prepare
 from onecard.checkpoint import remote
-from onecard.checkpoint.model import open_headers
+from onecard.checkpoint.model import open_headers, resolve_model
 
 TOKEN = "hf_" + "PlantedSecretOfATest"
 REPO = "somebody/model"
@@ -82,7 +81,9 @@ def test_a_plan_of_a_hub_id_fetches_headers_and_is_that_of_the_folder(
     left = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in left) < 10_000_000, "config.json and the index alone"
     assert sorted({path.name for path in left if "snapshots" in path.parts}) == [
-        "config.json", "model.safetensors.index.json"]  # fmt: skip
+        "config.json",
+        "model.safetensors.index.json",
+    ]
 
 
 def test_inspect_of_a_hub_id_takes_the_beginning_of_each_shard(
@@ -123,8 +124,13 @@ def by_row(weight: torch.Tensor) -> foreign.Written:
 
 
 ROWS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "channel"}
-PACKED = {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
-          "config_groups": {"all": {"targets": ["Linear"], "weights": ROWS}}, "ignore": ["lm_head"]}  # fmt: skip
+PACKED = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "quantization_status": "compressed",
+    "config_groups": {"all": {"targets": ["Linear"], "weights": ROWS}},
+    "ignore": ["lm_head"],
+}
 NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 
 
@@ -198,7 +204,7 @@ def test_without_network_what_was_downloaded_is_opened(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     refused(onecard("inspect", REPO), "the hub could not give it", "copy the checkpoint's folder here", code=4)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    prepare.resolve_model(REPO)
+    resolve_model(REPO)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert line(onecard("inspect", REPO))["family"] == "qwen3_moe"
 

@@ -84,8 +84,10 @@ def page_of(data: dict[str, Any]) -> Elements:
 def poisoned(value: Any, hostile: str, path: tuple[str, ...] = ()) -> Any:
     """Every text of a record with something hostile at its end, but what the reader itself holds to be a number."""
     if isinstance(value, dict):
-        return {key + (hostile if path[-1:] == ("units",) else ""): poisoned(v, hostile, (*path, key))
-                for key, v in value.items()}  # fmt: skip
+        return {
+            key + (hostile if path[-1:] == ("units",) else ""): poisoned(v, hostile, (*path, key))
+            for key, v in value.items()
+        }
     if isinstance(value, list):
         return [poisoned(entry, hostile, path) for entry in value]
     return value + hostile if isinstance(value, str) else value
@@ -113,8 +115,17 @@ def test_the_verdict_comes_first() -> None:
     data = full_record()
     text = page_of(data).text
     kl = data["kl"]
-    for said in (f"{kl['kl_mean_nats']:.5f}", f"{kl['kl_low_nats']:.5f}", f"{kl['kl_high_nats']:.5f}", "92.46%",
-                 "passed", "64.85 GB", "80 GB", "60 documents", "1,200"):  # fmt: skip
+    for said in (
+        f"{kl['kl_mean_nats']:.5f}",
+        f"{kl['kl_low_nats']:.5f}",
+        f"{kl['kl_high_nats']:.5f}",
+        "92.46%",
+        "passed",
+        "64.85 GB",
+        "80 GB",
+        "60 documents",
+        "1,200",
+    ):
         assert 0 <= text.index(said) < text.index("Bytes on the card"), said
     data["gate"] = {"passed": True, "checks": [{"name": "max_fallbacks", "passed": True}]}
     assert "1 check: max fallbacks" in page_of(data).text
@@ -135,8 +146,16 @@ def test_what_does_not_fit_is_said_not_to_fit() -> None:
 def test_the_worst_expert_is_named() -> None:
     """Block and expert, in the words above the map, in the table's first row, and marked on the map."""
     data = full_record()
-    worst = {"block": 2, "expert": 11, "weight_error": 0.1, "output_error": 0.31, "weight_gain": 1.1, "rows": 90,
-             "calibration_rows": 812, "score": 44.0}  # fmt: skip
+    worst = {
+        "block": 2,
+        "expert": 11,
+        "weight_error": 0.1,
+        "output_error": 0.31,
+        "weight_gain": 1.1,
+        "rows": 90,
+        "calibration_rows": 812,
+        "score": 44.0,
+    }
     data["errors"]["worst_experts"] = [worst, *data["errors"]["worst_experts"][:9]]
     (section,) = [s for s in html.sections(check_record(data, "record")) if s.key == "experts"]
     assert "The worst is expert 11 of block 2, with a score of 44." in section.lede
@@ -181,12 +200,28 @@ def test_the_same_record_gives_the_same_bytes() -> None:
 
 @pytest.mark.parametrize(
     ("lost", "said"),
-    [("gate", "a gate"), ("plan", "bytes"), ("kl", "KL"), ("errors", "errors of experts"), ("flips", "flips"),
-     ("blocks", "calibration rows of experts"), ("kl.histogram", ""), ("kl.by_position", "KL by position"),
-     ("kl.by_document", "documents"), ("kl.worst_tokens", "worst tokens"), ("plan.widths", "widths"),
-     ("errors.experts", ""), ("errors.blocks", "errors of blocks"), ("recipe", ""), ("texts", ""), ("machine", ""),
-     ("checkpoint", ""), ("kl.interval", ""), ("plan.source_bytes", "")],
-)  # fmt: skip
+    [
+        ("gate", "a gate"),
+        ("plan", "bytes"),
+        ("kl", "KL"),
+        ("errors", "errors of experts"),
+        ("flips", "flips"),
+        ("blocks", "calibration rows of experts"),
+        ("kl.histogram", ""),
+        ("kl.by_position", "KL by position"),
+        ("kl.by_document", "documents"),
+        ("kl.worst_tokens", "worst tokens"),
+        ("plan.widths", "widths"),
+        ("errors.experts", ""),
+        ("errors.blocks", "errors of blocks"),
+        ("recipe", ""),
+        ("texts", ""),
+        ("machine", ""),
+        ("checkpoint", ""),
+        ("kl.interval", ""),
+        ("plan.source_bytes", ""),
+    ],
+)
 def test_a_part_that_is_not_there_is_left_out_and_said_to_be(lost: str, said: str) -> None:
     data = full_record()
     part: Any = data
@@ -210,8 +245,14 @@ def test_a_record_with_nothing_measured_is_a_page_too() -> None:
 
 def test_one_document_has_no_interval() -> None:
     data = full_record()
-    data["kl"] |= {"documents": 1, "kl_low_nats": None, "kl_high_nats": None, "same_top1_low": None,
-                   "same_top1_high": None, "perplexity_ratio_low": None}  # fmt: skip
+    data["kl"] |= {
+        "documents": 1,
+        "kl_low_nats": None,
+        "kl_high_nats": None,
+        "same_top1_low": None,
+        "same_top1_high": None,
+        "perplexity_ratio_low": None,
+    }
     for buckets in ("by_kind", "by_position", "by_confidence"):
         data["kl"][buckets] = [b | {"kl_low_nats": None, "kl_high_nats": None} for b in data["kl"][buckets]]
     text = page_of(data).text
@@ -263,8 +304,13 @@ def test_no_text_escapes_the_policy() -> None:
 def test_labels_and_numbers() -> None:
     assert figures.label("<b>x</b> & %{y}") == "&lt;b&gt;x&lt;/b&gt; &amp; %\u200b{y}"
     assert len(figures.label("x" * 500)) == figures.LONGEST_LABEL
-    assert [parts.nats(v) for v in (None, 0.0, 0.0000123, 0.01395, 3.0785)] == ["–", "0.00000", "1.23e-05", "0.01395",
-                                                                              "3.079"]  # fmt: skip
+    assert [parts.nats(v) for v in (None, 0.0, 0.0000123, 0.01395, 3.0785)] == [
+        "–",
+        "0.00000",
+        "1.23e-05",
+        "0.01395",
+        "3.079",
+    ]
 
 
 # --- the command
@@ -300,9 +346,12 @@ def test_a_finished_checkpoint_has_a_report(
 
 
 def test_a_changed_scale_of_one_expert_is_named_as_the_worst(
-    emitted: Callable[..., tuple[Path, Result]], baby: Callable[..., Path], onecard: Callable[..., Result],
-    texts: list[str], tmp_path: Path,
-) -> None:  # fmt: skip
+    emitted: Callable[..., tuple[Path, Result]],
+    baby: Callable[..., Path],
+    onecard: Callable[..., Result],
+    texts: list[str],
+    tmp_path: Path,
+) -> None:
     """All the way: a tenth more in one scale tensor of the files, `verify`, and what the page says."""
     spoilt = Path(shutil.copytree(emitted("scout")[0], tmp_path / "spoilt"))
     name = "language_model.model.layers.1.feed_forward.experts.5.down_proj.weight_scale"

@@ -112,8 +112,12 @@ def test_it_draws_in_silence_and_fits(chromium: Browser, full: Path, width: int,
 
 def test_charts_follow_a_change_from_light_to_dark(chromium: Browser, full: Path) -> None:
     def colours(seen: Seen) -> list[str]:
-        return [seen.colour("html", "backgroundColor"), seen.colour("#kl-1 .point path", "fill"),
-                seen.colour("#kl-1 .xtick text", "fill"), seen.colour("#widths-1 .slice path", "fill")]  # fmt: skip
+        return [
+            seen.colour("html", "backgroundColor"),
+            seen.colour("#kl-1 .point path", "fill"),
+            seen.colour("#kl-1 .xtick text", "fill"),
+            seen.colour("#widths-1 .slice path", "fill"),
+        ]
 
     with opened(chromium, full) as seen:
         light = colours(seen)

@@ -206,9 +206,16 @@ def test_the_walk_back_needs_far_fewer_places_than_blocks(
     monkeypatch.setattr(adapter, "sites", lambda _: first)
     calls: Any = type("Calls", (), {"device": CPU, "dtype": torch.float32, "of": lambda *_: [{}] * n_blocks})()
     sensitivities(
-        adapter, model.source, [Row("r", "text", torch.tensor([5, 6, 7]))], 10, Store(), calls, lambda *_: None,
-        Silence(), "residual",
-    )  # fmt: skip
+        adapter,
+        model.source,
+        [Row("r", "text", torch.tensor([5, 6, 7]))],
+        10,
+        Store(),
+        calls,
+        lambda *_: None,
+        Silence(),
+        "residual",
+    )
     assert gone == list(reversed(range(n_blocks)))
     assert not held
     assert most <= rows_at_once(n_blocks) <= 3 * n_blocks**0.5 + 2

@@ -65,7 +65,13 @@ def test_every_kind_of_file_and_a_folder_of_them(tmp_path: Path) -> None:
     parquet(folder / "deep" / "d.parquet", [{"text": "a cell"}, {"text": None}, {"text": "a third"}])
     found = read_source(Source("mine", folder), Limit(), None)
     assert [d.text for d in found.documents] == [
-        "one long text\n\nof two paragraphs\n", "# A page", "a line", "another", "a cell", "a third"]  # fmt: skip
+        "one long text\n\nof two paragraphs\n",
+        "# A page",
+        "a line",
+        "another",
+        "a cell",
+        "a third",
+    ]
     assert (found.left_out, {d.source for d in found.documents}) == (1, {"mine"})
     assert found.reason.startswith("row 1 ")
 
@@ -116,7 +122,7 @@ MAPPINGS: dict[str, tuple[dict[str, Any], Columns]] = {
         {"messages": [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "because"}]},
         Columns(),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", MAPPINGS)
@@ -184,9 +190,12 @@ def test_a_picture_is_the_same_wherever_it_lies(tmp_path: Path) -> None:
 
 
 def test_wrong_columns(
-    baby: Callable[..., Path], refused: Check, onecard: Callable[..., Result], recipe: Callable[..., Path],
+    baby: Callable[..., Path],
+    refused: Check,
+    onecard: Callable[..., Result],
+    recipe: Callable[..., Path],
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     """The message says what is missing and what there is; both halves of a pair, a mixture's keys."""
     path = parquet(tmp_path / "x.parquet", [{"question": "why?", "reply": "because"}])
     mapping = {"source": str(path), "prompt_column": "question", "response_column": "answer"}
@@ -199,7 +208,7 @@ def test_wrong_columns(
         ({"split": "test", "mixture": [{"source": "demo"}]}, ["move split into its entries"]),
         ({"mixture": []}, ["mixture is empty"]),
         ({"mixture": [{"source": "demo", "wait": 1}, {"weight": 0}]}, ["mixture.0.wait: unknown", "mixture.1.weight"]),
-    ):  # fmt: skip
+    ):
         use = recipe(calibration=texts)
         refused(onecard("calibration", "show", baby("llama4-text"), "--recipe", use, *bare), *needles)
 
@@ -253,12 +262,25 @@ MIXTURE = {
 def test_a_mixture_of_data_sets(
     baby: Callable[..., Path], recipe: Callable[..., Path], hub: list[tuple[Any, ...]]
 ) -> None:
-    use = load_recipe(str(recipe(calibration=MIXTURE, evaluation={"source": "some/chats", "split": "test_sft"},
-                                 calibration_rows=60, calibration_row_tokens=64,
-                                 calibration_long_share=0.2, calibration_long_row_tokens=192)))  # fmt: skip
+    use = load_recipe(
+        str(
+            recipe(
+                calibration=MIXTURE,
+                evaluation={"source": "some/chats", "split": "test_sft"},
+                calibration_rows=60,
+                calibration_row_tokens=64,
+                calibration_long_share=0.2,
+                calibration_long_row_tokens=192,
+            )
+        )
+    )
     texts = prepare_texts(open_model(str(baby("scout"))), use, None, None, True)
-    assert set(hub) == {("some/chats", None, "train_sft"), ("some/chats", None, "test_sft"),
-                        ("some/code", "python", "train"), ("some/pictures", None, "train")}  # fmt: skip
+    assert set(hub) == {
+        ("some/chats", None, "train_sft"),
+        ("some/chats", None, "test_sft"),
+        ("some/code", "python", "train"),
+        ("some/pictures", None, "train"),
+    }
     facts = texts.facts["calibration"]
     shares = {name: tokens / facts["tokens"] for name, tokens in facts["tokens_by_kind"].items()}
     assert shares == pytest.approx({"code": 0.3, "conversation": 0.5, "image": 0.2}, abs=0.05)
@@ -280,8 +302,16 @@ def test_many_books_give_the_long_rows(
     baby: Callable[..., Path], recipe: Callable[..., Path], hub: list[tuple[Any, ...]]
 ) -> None:
     """No one of them fills them all, and none is read past a long row's worth."""
-    use = load_recipe(str(recipe(calibration={"source": "some/books", "kind": "long"}, calibration_rows=40,
-                                 calibration_long_share=0.8, calibration_long_row_tokens=96)))  # fmt: skip
+    use = load_recipe(
+        str(
+            recipe(
+                calibration={"source": "some/books", "kind": "long"},
+                calibration_rows=40,
+                calibration_long_share=0.8,
+                calibration_long_row_tokens=96,
+            )
+        )
+    )
     texts = prepare_texts(open_model(str(baby("qwen3"))), use, None, None, True)
     long = [row for row in texts.calibration if len(row.tokens) == 96]
     assert len(long) == len({row.parts[0].document for row in long}) == 8
@@ -293,8 +323,9 @@ def test_a_data_set_that_serves_for_both_is_split(
     baby: Callable[..., Path], recipe: Callable[..., Path], hub: list[tuple[Any, ...]]
 ) -> None:
     both = {"source": "some/code", "column": "code"}
-    texts = prepare_texts(open_model(str(baby("qwen3"))), load_recipe(str(recipe(calibration=both, evaluation=both))),
-                          None, None, True)  # fmt: skip
+    texts = prepare_texts(
+        open_model(str(baby("qwen3"))), load_recipe(str(recipe(calibration=both, evaluation=both))), None, None, True
+    )
     assert any("one document in eight" in warning for warning in texts.warnings)
     used = {part.document for row in texts.calibration for part in row.parts}
     assert not used & {row.document for row in texts.evaluation}
@@ -302,9 +333,12 @@ def test_a_data_set_that_serves_for_both_is_split(
 
 
 def test_the_network_goes_away_in_the_middle(
-    baby: Callable[..., Path], recipe: Callable[..., Path], refused: Check, onecard: Callable[..., Result],
+    baby: Callable[..., Path],
+    recipe: Callable[..., Path],
+    refused: Check,
+    onecard: Callable[..., Result],
     hub: list[tuple[Any, ...]],
-) -> None:  # fmt: skip
+) -> None:
     use = recipe(calibration={"source": "some/broken"})
     refused(onecard("calibration", "--show", baby("qwen3"), "--recipe", use), "some/broken", "--calibration", code=4)
 
@@ -312,9 +346,7 @@ def test_the_network_goes_away_in_the_middle(
 # --- packing
 
 
-@given(
-    st.lists(st.tuples(st.integers(0, 400), st.floats(0.1, 9)), min_size=1, max_size=6), st.integers(0, 900)
-)  # fmt: skip
+@given(st.lists(st.tuples(st.integers(0, 400), st.floats(0.1, 9)), min_size=1, max_size=6), st.integers(0, 900))
 def test_quotas_are_shares_and_what_others_lack(sources: list[tuple[int, float]], wanted: int) -> None:
     available, weights = [a for a, _ in sources], [w for _, w in sources]
     given_ = quotas(available, weights, wanted)
@@ -398,8 +430,13 @@ def test_show(
     baby: Callable[..., Path], onecard: Callable[..., Result], recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Special tokens visible, placeholders counted, nothing that steers a terminal; a pool says that it is one."""
-    message = {"role": "user", "content": [{"type": "image", "data": base64.b64encode(png()).decode()},
-                                           {"type": "text", "text": "what is [bold]this[/bold]?"}]}  # fmt: skip
+    message = {
+        "role": "user",
+        "content": [
+            {"type": "image", "data": base64.b64encode(png()).decode()},
+            {"type": "text", "text": "what is [bold]this[/bold]?"},
+        ],
+    }
     rows = [{"messages": [message]}] + [{"text": f"text {n}, some words, and more \u200b of them"} for n in range(40)]
     path = tmp_path / "texts.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -24,7 +24,8 @@ FLOORS = [
     ["commands"],
     ["cli"],
     ["__main__"],
-    ["demo", "benchmarks"],
+    ["demo"],
+    ["benchmarks"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 OUTSIDE = {".venv", "build", "tests", "docs", "recipes", "out"}  # no code of the package

@@ -150,9 +150,12 @@ def test_every_field_of_the_summary(results: TokenResults) -> None:
         {name: slow_quantile(delta, int(name[1:]) / 100) for name in DELTA_P}
     )
     assert fields.pop("interval") == {
-        "method": "BCa bootstrap over documents", "level": 0.95, "resamples": RESAMPLES, "seed": 0,
+        "method": "BCa bootstrap over documents",
+        "level": 0.95,
+        "resamples": RESAMPLES,
+        "seed": 0,
         "documents": len(LENGTHS),
-    }  # fmt: skip
+    }
     assert fields == pytest.approx(expected, rel=1e-6)
     assert 0 < fields["same_top1"] < 1
     assert 0 < fields["top5_overlap"] < 1
@@ -187,9 +190,14 @@ def test_one_document_has_no_interval_and_the_figures_are_still_json(results: To
     fields = json.loads(json.dumps(asdict(got), allow_nan=False))
     missing = {name for name, value in fields.items() if value is None}
     assert missing == {
-        "kl_standard_error_nats", "kl_low_nats", "kl_high_nats", "same_top1_low", "same_top1_high",
-        "perplexity_ratio_low", "perplexity_ratio_high",
-    }  # fmt: skip
+        "kl_standard_error_nats",
+        "kl_low_nats",
+        "kl_high_nats",
+        "same_top1_low",
+        "same_top1_high",
+        "perplexity_ratio_low",
+        "perplexity_ratio_high",
+    }
 
 
 def test_quantiles_of_more_values_than_torch_takes() -> None:

@@ -40,10 +40,15 @@ def test_logits_of_texts_that_grow_are_those_of_transformers(baby: Callable[...,
 
 
 TALKS = [
-    {"messages": [{"role": "user", "content": f"why {word}?"}, {"role": "assistant", "content": "because"},
-                  {"role": "user", "content": "and then?"}]}
+    {
+        "messages": [
+            {"role": "user", "content": f"why {word}?"},
+            {"role": "assistant", "content": "because"},
+            {"role": "user", "content": "and then?"},
+        ]
+    }
     for word in ("a", "abc", "not", "never")
-] + [{"text": "no conversation"}, {"messages": [{"role": "assistant", "content": "nobody asked"}]}]  # fmt: skip
+] + [{"text": "no conversation"}, {"messages": [{"role": "assistant", "content": "nobody asked"}]}]
 
 
 @pytest.fixture
@@ -56,8 +61,23 @@ def write(onecard: Callable[..., Result], recipe: Callable[..., Path], talks: Pa
     use = recipe(calibration_row_tokens=64)
 
     def run(model: Path, out: Path, *arguments: object) -> Result:
-        return onecard("calibration", "synthesize", model, out, "--recipe", use, "--calibration", talks,
-                       "--max-new-tokens", 6, "--turns", 2, "--device", "cpu", *arguments)  # fmt: skip
+        return onecard(
+            "calibration",
+            "synthesize",
+            model,
+            out,
+            "--recipe",
+            use,
+            "--calibration",
+            talks,
+            "--max-new-tokens",
+            6,
+            "--turns",
+            2,
+            "--device",
+            "cpu",
+            *arguments,
+        )
 
     return run
 
@@ -86,9 +106,13 @@ def test_both_ways_write_the_same(
 
 @pytest.mark.parametrize("way", [["--block-by-block"], []])
 def test_killed_and_resumed(
-    baby: Callable[..., Path], write: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    refused: Check, way: list[str],
-) -> None:  # fmt: skip
+    baby: Callable[..., Path],
+    write: Callable[..., Result],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refused: Check,
+    way: list[str],
+) -> None:
     from onecard.calibration import synthesis
 
     model = baby("llama4-text")
@@ -117,9 +141,13 @@ def test_killed_and_resumed(
 
 
 def test_what_cannot_be_written(
-    baby: Callable[..., Path], copied: Callable[..., Path], write: Callable[..., Result], refused: Check,
-    tmp_path: Path, jsonl: Callable[..., Path],
-) -> None:  # fmt: skip
+    baby: Callable[..., Path],
+    copied: Callable[..., Path],
+    write: Callable[..., Result],
+    refused: Check,
+    tmp_path: Path,
+    jsonl: Callable[..., Path],
+) -> None:
     model = baby("llama4-text")
     refused(write(model, tmp_path / "out.txt"), ".jsonl")
     refused(write(model, tmp_path / "none" / "out.jsonl"), "does not exist")

@@ -81,29 +81,45 @@ def test_the_embedded_questions_are_scored_as_where_they_were_made() -> None:
 def mmlu(split: str) -> list[dict[str, Any]]:
     subjects = ["anatomy", "law"] * (5 if split == "dev" else 3)
     return [
-        {"question": f"{split} {n} of {subject}?", "subject": subject, "choices": ["a", "b", "c", f"d{n}"],
-         "answer": n % 4}
+        {
+            "question": f"{split} {n} of {subject}?",
+            "subject": subject,
+            "choices": ["a", "b", "c", f"d{n}"],
+            "answer": n % 4,
+        }
         for n, subject in enumerate(subjects)
-    ]  # fmt: skip
+    ]
 
 
 def arc(split: str) -> list[dict[str, Any]]:
     letters, digits = ["A", "B", "C", "D"], ["1", "2", "3"]
     return [
-        {"id": f"Mercury_{split}_{n}", "question": f"{split} {n}?",
-         "choices": {"text": [f"t{i}" for i in range(4 - n % 2)], "label": digits if n % 2 else letters},
-         "answerKey": "3" if n % 2 else "D"}
+        {
+            "id": f"Mercury_{split}_{n}",
+            "question": f"{split} {n}?",
+            "choices": {"text": [f"t{i}" for i in range(4 - n % 2)], "label": digits if n % 2 else letters},
+            "answerKey": "3" if n % 2 else "D",
+        }
         for n in range(6)
-    ]  # fmt: skip
+    ]
 
 
 def hellaswag(split: str) -> list[dict[str, Any]]:
     return [
-        {"ind": n, "activity_label": "Roof", "ctx_a": "A man", "ctx_b": "he", "ctx": f"{split} {n}: a man. he",
-         "endings": ["falls.", "climbs up the long ladder.", "sings.", "é."], "source_id": "x", "split": split,
-         "split_type": "indomain", "label": str(n % 4)}
+        {
+            "ind": n,
+            "activity_label": "Roof",
+            "ctx_a": "A man",
+            "ctx_b": "he",
+            "ctx": f"{split} {n}: a man. he",
+            "endings": ["falls.", "climbs up the long ladder.", "sings.", "é."],
+            "source_id": "x",
+            "split": split,
+            "split_type": "indomain",
+            "label": str(n % 4),
+        }
         for n in range(6)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture
@@ -134,8 +150,9 @@ def test_mmlu(hub: list[tuple[Any, ...]], encoder: Encoder) -> None:
         assert [option for _, option in four] == ["A", "B", "C", "D"]
         (context,) = {context for context, _ in four}
         assert context.count("<|user|>") == 6
-        assert context.endswith(f"{item.question}\nA. a\nB. b\nC. c\nD. {item.choices[3]}\n"
-                                "Answer with the letter.<|assistant|>")  # fmt: skip
+        assert context.endswith(
+            f"{item.question}\nA. a\nB. b\nC. c\nD. {item.choices[3]}\nAnswer with the letter.<|assistant|>"
+        )
         for example in task.examples[item.group]:
             letter = "ABCD"[example.right]
             assert f"D. {example.choices[3]}\nAnswer with the letter.<|assistant|>{letter}<|user|>" in context

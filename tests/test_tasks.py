@@ -31,14 +31,17 @@ def test_the_whole_of_the_demo_task_is_asked_by_its_name() -> None:
 
 def test_items_of_a_jsonl_file(jsonl: Jsonl) -> None:
     """The answer as an index, a letter, a digit in quotes or the option's own text; an id or the item's number."""
-    path = jsonl("items.jsonl", [
-        GOOD,
-        "",
-        GOOD | {"answer": "A", "id": "mine"},
-        GOOD | {"answer": "that"},
-        GOOD | {"answer": "0", "choices": ["x", "y", "z"]},
-        GOOD | {"answer": 2, "choices": ["x", "y", "z"], "more": None},
-    ])  # fmt: skip
+    path = jsonl(
+        "items.jsonl",
+        [
+            GOOD,
+            "",
+            GOOD | {"answer": "A", "id": "mine"},
+            GOOD | {"answer": "that"},
+            GOOD | {"answer": "0", "choices": ["x", "y", "z"]},
+            GOOD | {"answer": 2, "choices": ["x", "y", "z"], "more": None},
+        ],
+    )
     task = load_task(str(path), 0, None)
     assert [item.right for item in task.items] == [1, 0, 1, 0, 2]
     assert [item.id for item in task.items] == ["1", "mine", "4", "5", "6"]
@@ -105,9 +108,18 @@ def test_a_label_of_the_items_own_comes_before_a_text() -> None:
 
 def test_every_bad_item_is_named_in_one_message(jsonl: Jsonl) -> None:
     """By the number of its line, blank lines and broken ones counted."""
-    path = jsonl("items.jsonl", [
-        GOOD, "", "{broken", GOOD | {"answer": 7}, GOOD, {"question": "Which?", "answer": 0}, GOOD | {"choices": []},
-    ])  # fmt: skip
+    path = jsonl(
+        "items.jsonl",
+        [
+            GOOD,
+            "",
+            "{broken",
+            GOOD | {"answer": 7},
+            GOOD,
+            {"question": "Which?", "answer": 0},
+            GOOD | {"choices": []},
+        ],
+    )
     with pytest.raises(InputError) as caught:
         load_task(str(path), 0, None)
     message = str(caught.value)
@@ -206,8 +218,9 @@ def test_facts_of_several_tasks() -> None:
     assert facts["all"]["items"] == 3
     assert "answers" not in facts["all"]
     assert [(t["task"], t["items"], t["shots"], t["digest"]) for t in facts["tasks"]] == [
-        ("one", 1, 0, one.digest), ("two", 2, 5, two.digest),
-    ]  # fmt: skip
+        ("one", 1, 0, one.digest),
+        ("two", 2, 5, two.digest),
+    ]
     assert [a["id"] for a in facts["tasks"][1]["answers"]] == ["a", "b"]
     assert facts["all"]["changed"]["count"] == facts["all"]["right_to_wrong"]["count"] == 1
     assert facts["tasks"][0]["changed"]["count"] == 0

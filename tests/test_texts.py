@@ -51,8 +51,16 @@ def draw_picture(path: Path, colour: str = "red") -> Path:
 def test_read_jsonl(tmp_path: Path, jsonl: Callable[..., Path]) -> None:
     draw_picture(tmp_path / "cat.png")
     said = {"role": "user", "content": "hello"}
-    path = jsonl("some.jsonl", [{"text": "one", "id": "first", "kind": "docs"}, "", {"messages": [said]}, "  ",
-                                conversation(picture("cat.png"), words("what?"))])  # fmt: skip
+    path = jsonl(
+        "some.jsonl",
+        [
+            {"text": "one", "id": "first", "kind": "docs"},
+            "",
+            {"messages": [said]},
+            "  ",
+            conversation(picture("cat.png"), words("what?")),
+        ],
+    )
     first, second, third = read_jsonl(path)
     assert (first.id, first.kind, first.text, first.messages) == ("first", "docs", "one", None)
     assert (second.id, second.text, second.messages, second.images) == ("some:3", None, [said], ())
@@ -146,9 +154,13 @@ def test_too_little_text(baby: Callable[..., Path], refuse: Check, jsonl: Callab
 
 
 def test_data_set_on_an_offline_machine(
-    baby: Callable[..., Path], refused: Check, onecard: Callable[..., Result], recipe: Callable[..., Path],
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    baby: Callable[..., Path],
+    refused: Check,
+    onecard: Callable[..., Result],
+    recipe: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A clear message that shows the way round it, and nothing written."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in ("huggingface_hub.constants.HF_HUB_OFFLINE", "datasets.config.HF_HUB_OFFLINE"):
@@ -189,8 +201,9 @@ def test_damaged_pictures_are_all_named(
     refuse(baby("scout"), "cat.png", "dog.png", arguments=["--evaluation", jsonl("pictures.jsonl", rows)])
 
 
-def test_damaged_picture_settings(copied: Callable[..., Path], refuse: Check, jsonl: Callable[..., Path],
-                                  tmp_path: Path) -> None:  # fmt: skip
+def test_damaged_picture_settings(
+    copied: Callable[..., Path], refuse: Check, jsonl: Callable[..., Path], tmp_path: Path
+) -> None:
     model = copied("scout")
     (model / "preprocessor_config.json").write_text("{")
     draw_picture(tmp_path / "cat.png")
@@ -224,9 +237,14 @@ MARKERS = ["<|patch|>", "<|image|>", "<|image_start|><|image|><|image_end|>"]
 
 @pytest.mark.parametrize("marker", MARKERS)
 def test_a_text_that_spells_an_image_marker(
-    baby: Callable[..., Path], onecard: Callable[..., Result], refused: Check, recipe: Callable[..., Path],
-    jsonl: Callable[..., Path], tmp_path: Path, marker: str,
-) -> None:  # fmt: skip
+    baby: Callable[..., Path],
+    onecard: Callable[..., Result],
+    refused: Check,
+    recipe: Callable[..., Path],
+    jsonl: Callable[..., Path],
+    tmp_path: Path,
+    marker: str,
+) -> None:
     """Texts about such models spell their markers. With pictures in the same row they must not be taken for one: they
     are read as plain words, or refused by name; never a traceback."""
     draw_picture(tmp_path / "cat.png")
@@ -236,8 +254,17 @@ def test_a_text_that_spells_an_image_marker(
     calibration = jsonl("calibration.jsonl", [conversation(picture("cat.png")), *told, question])
     evaluation = jsonl("evaluation.jsonl", [answer | {"id": "answer"}, *SAMPLE])
     use = recipe(calibration_row_tokens=48, evaluation_row_tokens=48)
-    result = onecard("quantize", baby("scout"), tmp_path / "out", "--recipe", use,
-                     "--calibration", calibration, "--evaluation", evaluation)  # fmt: skip
+    result = onecard(
+        "quantize",
+        baby("scout"),
+        tmp_path / "out",
+        "--recipe",
+        use,
+        "--calibration",
+        calibration,
+        "--evaluation",
+        evaluation,
+    )
     if result.exit_code:
         refused(result, "answer")
 
@@ -308,9 +335,12 @@ def test_a_shared_text_is_found_in_other_spacing_and_case() -> None:
 
 
 def test_a_text_that_stands_there_twice_is_one_draw(
-    baby: Callable[..., Path], onecard: Callable[..., Result], recipe: Callable[..., Path], jsonl: Callable[..., Path],
+    baby: Callable[..., Path],
+    onecard: Callable[..., Result],
+    recipe: Callable[..., Path],
+    jsonl: Callable[..., Path],
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     rows = [{"text": text} for text in ("one text of its own", "another one", "another one", "one text of its own")]
     arguments = ["--recipe", recipe(method="rtn"), "--evaluation", jsonl("twice.jsonl", rows)]
     result = onecard("quantize", baby("qwen3"), tmp_path / "out", *arguments)
@@ -321,9 +351,12 @@ def test_a_text_that_stands_there_twice_is_one_draw(
 
 
 def test_texts_of_which_most_is_not_used(
-    baby: Callable[..., Path], onecard: Callable[..., Result], recipe: Callable[..., Path], jsonl: Callable[..., Path],
+    baby: Callable[..., Path],
+    onecard: Callable[..., Result],
+    recipe: Callable[..., Path],
+    jsonl: Callable[..., Path],
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     rows = [{"text": "a word and one more " * 200}, {"text": "short"}]
     arguments = ["--recipe", recipe(method="rtn"), "--evaluation", jsonl("long.jsonl", rows)]
     result = onecard("quantize", baby("qwen3"), tmp_path / "out", *arguments)
@@ -374,8 +407,14 @@ def test_evaluation_that_shares_documents_with_calibration(
 ) -> None:
     calibration = jsonl("c.jsonl", SAMPLE)
     evaluation = jsonl("e.jsonl", [{"text": "held out"}, SAMPLE[4] | {"id": "four"}, SAMPLE[7] | {"id": "seven"}])
-    refuse(baby("llama4-text"), "four", "seven", "c:5", "c:8",
-           arguments=["--calibration", calibration, "--evaluation", evaluation])  # fmt: skip
+    refuse(
+        baby("llama4-text"),
+        "four",
+        "seven",
+        "c:5",
+        "c:8",
+        arguments=["--calibration", calibration, "--evaluation", evaluation],
+    )
 
 
 # --- rows

@@ -61,9 +61,11 @@ def test_documents_by_hand(results: TokenResults, rows: list[Row]) -> None:
         assert (entry["kind"], entry["source"]) == (row.kind, row.parts[0].source)
         assert entry["tokens"] == LENGTHS[number] - 1
         for key, values in (
-            ("kl_mean_nats", own.kl_nats), ("same_top1", own.same_top1), ("nll_reference", -own.logp_reference),
+            ("kl_mean_nats", own.kl_nats),
+            ("same_top1", own.same_top1),
+            ("nll_reference", -own.logp_reference),
             ("nll_quantized", -own.logp_quantized),
-        ):  # fmt: skip
+        ):
             assert entry[key] == pytest.approx(float(values.double().mean()), rel=1e-9)
 
 

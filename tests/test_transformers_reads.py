@@ -93,9 +93,16 @@ class Run:
 def make_recipe(**keys: Any) -> Recipe:
     keys = {"quantize_roles": ("expert", "shared_expert", "mlp"), "group_size": 32} | keys
     return Recipe(
-        name="baby", description="", calibration_rows=12, calibration_row_tokens=24,
-        evaluation_rows=3, evaluation_row_tokens=24, warn_below_expert_rows=0, max_shard_bytes=150_000, **keys,
-    )  # fmt: skip
+        name="baby",
+        description="",
+        calibration_rows=12,
+        calibration_row_tokens=24,
+        evaluation_rows=3,
+        evaluation_row_tokens=24,
+        warn_below_expert_rows=0,
+        max_shard_bytes=150_000,
+        **keys,
+    )
 
 
 def run_pipeline(source: Path, out: Path, recipe: Recipe) -> RunRecord:
@@ -201,11 +208,11 @@ def test_what_is_not_quantized_is_byte_identical_to_the_source(run: Run) -> None
         assert (emitted[name] == source[name]) == (name not in aimed), name
     # Only routers and attention may be aimed, and only by a method with statistics.
     assert {adapter.role(name) for name in aimed} <= {Role.ROUTER, Role.ATTENTION}
-    assert bool(aimed) == (run.recipe.method != "rtn")
+    assert bool(aimed) == (run.recipe.quantizer.method != "rtn")
     roles = {adapter.role(name) for name in kept}
     untouched = {Role.ROUTER, Role.NORM, Role.EMBEDDING, Role.HEAD}
     untouched |= {Role.VISION} if adapter.has_vision else set()
-    untouched |= {Role.ATTENTION} if "attention" not in run.recipe.quantize_roles else set()
+    untouched |= {Role.ATTENTION} if "attention" not in run.recipe.widths.quantize_roles else set()
     assert roles == untouched
     assert kept == {name for name in source if adapter.role(name) in untouched}, "every one of them is there"
 
@@ -214,28 +221,28 @@ def test_every_expert_has_the_planned_width_and_none_is_zeroed(run: Run) -> None
     emitted, adapter = raw_tensors(run.out), run.emitted.adapter
     dense = open_folder(run.source)
     expected = adapter.expected()
-    wanted = [name for name in expected if adapter.role(name).value in run.recipe.quantize_roles]
+    wanted = [name for name in expected if adapter.role(name).value in run.recipe.widths.quantize_roles]
     assert sum(adapter.role(name) is Role.EXPERT for name in wanted) >= 2 * 8 * 3
     for name in wanted:
         module = name.removesuffix(".weight")
         assert name not in emitted, "left as it was"
         outputs, inputs = expected[name]
         dtype, shape, _ = emitted[f"{module}.weight_packed"]
-        assert (dtype, shape) == ("I32", (outputs, inputs * run.recipe.bits // 32))
-        assert emitted[f"{module}.weight_scale"][:2] == ("BF16", (outputs, inputs // run.recipe.group_size))
-        assert (f"{module}.weight_zero_point" in emitted) == (not run.recipe.symmetric)
+        assert (dtype, shape) == ("I32", (outputs, inputs * run.recipe.widths.bits // 32))
+        assert emitted[f"{module}.weight_scale"][:2] == ("BF16", (outputs, inputs // run.recipe.widths.group_size))
+        assert (f"{module}.weight_zero_point" in emitted) == (not run.recipe.widths.symmetric)
         original, ours = read(adapter, dense, name).float(), run.packed.get(name).float()
         assert torch.isfinite(ours).all()
         assert (ours.abs().amax(-1) > 0).all(), "a row of zeros"
         # Rounding to eight steps a side leaves about a tenth, aiming at the reference's outputs a little more; a wrong
         # expert or axis would leave 1.4.
-        bar = 0.25 if run.recipe.method == "rtn" else 0.7
+        bar = 0.25 if run.recipe.quantizer.method == "rtn" else 0.7
         assert float((ours - original).norm() / original.norm()) < bar, name
-        if run.recipe.method == "rtn":
-            groups = original.unflatten(-1, (-1, run.recipe.group_size))
-            step = groups.abs().amax(-1, keepdim=True) / 2 ** (run.recipe.bits - 1)
-            if not run.recipe.symmetric:
-                step = (groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)) / (2**run.recipe.bits - 1)
+        if run.recipe.quantizer.method == "rtn":
+            groups = original.unflatten(-1, (-1, run.recipe.widths.group_size))
+            step = groups.abs().amax(-1, keepdim=True) / 2 ** (run.recipe.widths.bits - 1)
+            if not run.recipe.widths.symmetric:
+                step = (groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)) / (2**run.recipe.widths.bits - 1)
             # One step where +8 is clipped to 7, else half of one; and bf16's rounding of scale and product.
             slack = groups.abs().amax(-1, keepdim=True) * 2**-7
             assert ((ours.view_as(groups) - groups).abs() <= step + slack).all(), name

@@ -20,27 +20,91 @@ from onecard.checkpoint.source import open_folder
 
 Check = Callable[..., str]
 ITEMS = [
-    {"id": f"item-{n}", "question": f"what is {'abcdefgh'[n % 8] * (n % 5 + 1)}?",
-     "choices": ["a", "b", "c d", "efg"], "answer": n % 4}
+    {
+        "id": f"item-{n}",
+        "question": f"what is {'abcdefgh'[n % 8] * (n % 5 + 1)}?",
+        "choices": ["a", "b", "c d", "efg"],
+        "answer": n % 4,
+    }
     for n in range(40)
-]  # fmt: skip
+]
 KL = {
-    "tokens", "documents", "kl_mean_nats", "kl_standard_error_nats", "kl_low_nats", "kl_high_nats", "kl_median_nats",
-    "kl_p90_nats", "kl_p95_nats", "kl_p99_nats", "kl_p999_nats", "kl_max_nats", "reverse_kl_mean_nats", "same_top1",
-    "same_top1_low", "same_top1_high", "top5_overlap", "delta_p_mean", "delta_p_rms", "delta_p_quantiles",
-    "perplexity_reference", "perplexity_quantized", "perplexity_ratio", "perplexity_ratio_low", "perplexity_ratio_high",
-    "interval", "changed_routes", "changed_routes_by_block", "histogram", "by_position", "by_confidence", "by_kind",
-    "by_document", "worst_tokens",
-}  # fmt: skip
-DOCUMENT = {"document", "digest", "kind", "source", "tokens", "kl_mean_nats", "same_top1", "nll_reference",
-            "nll_quantized"}  # fmt: skip
-WORST_TOKEN = {"document", "kind", "position", "kl_nats", "before", "token", "after", "p_reference", "p_quantized",
-               "reference_top", "quantized_top"}  # fmt: skip
+    "tokens",
+    "documents",
+    "kl_mean_nats",
+    "kl_standard_error_nats",
+    "kl_low_nats",
+    "kl_high_nats",
+    "kl_median_nats",
+    "kl_p90_nats",
+    "kl_p95_nats",
+    "kl_p99_nats",
+    "kl_p999_nats",
+    "kl_max_nats",
+    "reverse_kl_mean_nats",
+    "same_top1",
+    "same_top1_low",
+    "same_top1_high",
+    "top5_overlap",
+    "delta_p_mean",
+    "delta_p_rms",
+    "delta_p_quantiles",
+    "perplexity_reference",
+    "perplexity_quantized",
+    "perplexity_ratio",
+    "perplexity_ratio_low",
+    "perplexity_ratio_high",
+    "interval",
+    "changed_routes",
+    "changed_routes_by_block",
+    "histogram",
+    "by_position",
+    "by_confidence",
+    "by_kind",
+    "by_document",
+    "worst_tokens",
+}
+DOCUMENT = {
+    "document",
+    "digest",
+    "kind",
+    "source",
+    "tokens",
+    "kl_mean_nats",
+    "same_top1",
+    "nll_reference",
+    "nll_quantized",
+}
+WORST_TOKEN = {
+    "document",
+    "kind",
+    "position",
+    "kl_nats",
+    "before",
+    "token",
+    "after",
+    "p_reference",
+    "p_quantized",
+    "reference_top",
+    "quantized_top",
+}
 EXPERT = {"block", "expert", "weight_error", "output_error", "rows", "calibration_rows", "score"}
-FLIPS = {"task", "items", "accuracy_reference", "accuracy_quantized", "changed", "right_to_wrong", "wrong_to_right",
-         "mcnemar_p", "margin_of_changed", "margin_of_all"}  # fmt: skip
-BROKEN_BLOCKS = [{"blocks": [{"block": 0} | more]} for more in ({}, {"expert_rows": [1]}, {"expert_rows": 7},
-                                                                {"expert_rows": ["x"] * 8})]  # fmt: skip
+FLIPS = {
+    "task",
+    "items",
+    "accuracy_reference",
+    "accuracy_quantized",
+    "changed",
+    "right_to_wrong",
+    "wrong_to_right",
+    "mcnemar_p",
+    "margin_of_changed",
+    "margin_of_all",
+}
+BROKEN_BLOCKS = [
+    {"blocks": [{"block": 0} | more]}
+    for more in ({}, {"expert_rows": [1]}, {"expert_rows": 7}, {"expert_rows": ["x"] * 8})
+]
 ANSWER = {"id", "right", "reference", "quantized", "margin_reference", "margin_quantized"}
 
 
@@ -65,17 +129,27 @@ class Proof:
 
 @pytest.fixture(scope="module")
 def proof(
-    baby: Callable[..., Path], emitted: Callable[..., tuple[Path, Result]], texts: list[str],
+    baby: Callable[..., Path],
+    emitted: Callable[..., tuple[Path, Result]],
+    texts: list[str],
     tmp_path_factory: pytest.TempPathFactory,
-) -> Proof:  # fmt: skip
+) -> Proof:
     folder = tmp_path_factory.mktemp("proof")
     write_jsonl(folder / "items.jsonl", ITEMS)
     recipe = write_recipe(folder / "recipe.yaml", tasks=["items.jsonl"], task_shots=1, task_items=30)
     checkpoint, _ = emitted("scout")
     result = run_onecard(
-        "verify", baby("scout"), checkpoint, "--recipe", recipe, *texts[2:], "--record", folder / "record.json",
-        "--keep-tokens", folder / "tokens.parquet",
-    )  # fmt: skip
+        "verify",
+        baby("scout"),
+        checkpoint,
+        "--recipe",
+        recipe,
+        *texts[2:],
+        "--record",
+        folder / "record.json",
+        "--keep-tokens",
+        folder / "tokens.parquet",
+    )
     assert result.exit_code == 0, result.output + repr(result.exception)
     record, tokens = strict(folder / "record.json"), pyarrow.parquet.read_table(folder / "tokens.parquet").to_pylist()
     return Proof(baby("scout"), checkpoint, record, tokens, result, folder)
@@ -105,9 +179,10 @@ def test_the_record_says_what_was_measured_on_what(proof: Proof) -> None:
     record = proof.record
     folder = open_folder(proof.checkpoint)
     assert record["checkpoint"] == {
-        "name": "scout", "digest": folder.digest,
+        "name": "scout",
+        "digest": folder.digest,
         "bytes": sum(f.stat().st_size for f in proof.checkpoint.glob("*.safetensors")),
-    }  # fmt: skip
+    }
     assert record["model"]["digest"] == open_folder(proof.source).digest
     made = strict(proof.checkpoint / "onecard.json")
     assert record["texts"]["evaluation"]["rows_digest"] == made["texts"]["evaluation"]["rows_digest"]
@@ -149,7 +224,10 @@ def test_the_lists_and_the_kept_tokens_agree(proof: Proof) -> None:
     worst = kl["worst_tokens"][0]
     largest = max(tokens, key=lambda t: t["kl_nats"])
     assert (worst["kl_nats"], worst["position"], worst["document"]) == (
-        largest["kl_nats"], largest["position"], largest["document"])  # fmt: skip
+        largest["kl_nats"],
+        largest["position"],
+        largest["document"],
+    )
 
 
 def test_worst_tokens_are_in_the_words_of_the_texts(proof: Proof, texts: list[str]) -> None:
@@ -171,15 +249,22 @@ def test_what_is_said_of_it(proof: Proof) -> None:
     assert "worst expert" not in proof.result.stderr, "none stands out of a sound checkpoint"
     assert "Creating" not in proof.result.stderr, "other libraries' bars"
     assert {path.name for path in proof.folder.iterdir()} == {
-        "items.jsonl", "recipe.yaml", "record.json", "tokens.parquet",
-    }  # fmt: skip
+        "items.jsonl",
+        "recipe.yaml",
+        "record.json",
+        "tokens.parquet",
+    }
 
 
 @pytest.mark.parametrize("family", ["scout", "qwen3"])
 def test_a_scale_of_one_expert_that_is_a_tenth_off_names_that_expert(
-    emitted: Callable[..., tuple[Path, Result]], baby: Callable[..., Path], onecard: Callable[..., Result],
-    texts: list[str], tmp_path: Path, family: str,
-) -> None:  # fmt: skip
+    emitted: Callable[..., tuple[Path, Result]],
+    baby: Callable[..., Path],
+    onecard: Callable[..., Result],
+    texts: list[str],
+    tmp_path: Path,
+    family: str,
+) -> None:
     """In the packed files, as a damaged upload would have it; in the record and on the card."""
     out, _ = emitted(family)
     name = next(n for n in open_folder(out).names if ".layers.0." in n and ".experts.3.down_proj.weight_scale" in n)
@@ -199,9 +284,18 @@ def test_a_scale_of_one_expert_that_is_a_tenth_off_names_that_expert(
 def test_flips(proof: Proof, onecard: Callable[..., Result], tmp_path: Path) -> None:
     """The same items give the same answers as inside verify; nothing is said of KL."""
     result = onecard(
-        "flips", proof.source, proof.checkpoint, "--tasks", proof.folder / "items.jsonl", "--shots", "1", "--items",
-        "30", "--record", tmp_path / "flips.json",
-    )  # fmt: skip
+        "flips",
+        proof.source,
+        proof.checkpoint,
+        "--tasks",
+        proof.folder / "items.jsonl",
+        "--shots",
+        "1",
+        "--items",
+        "30",
+        "--record",
+        tmp_path / "flips.json",
+    )
     assert result.exit_code == 0, result.output
     record = strict(tmp_path / "flips.json")
     assert (record["command"], record["schema_version"]) == ("flips", 2)
@@ -242,9 +336,14 @@ def test_a_model_changes_none_of_its_own_answers(
 @pytest.mark.parametrize("option", ["--record", "--keep-tokens"])
 @pytest.mark.parametrize("place", ["missing/file", "a-folder"])
 def test_a_place_that_cannot_be_written_is_refused_at_once(
-    baby: Callable[..., Path], onecard: Callable[..., Result], texts: list[str], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, option: str, place: str,
-) -> None:  # fmt: skip
+    baby: Callable[..., Path],
+    onecard: Callable[..., Result],
+    texts: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    option: str,
+    place: str,
+) -> None:
     (tmp_path / "a-folder").mkdir()
 
     def walked(*args: object, **kwargs: object) -> None:
@@ -259,9 +358,11 @@ def test_a_place_that_cannot_be_written_is_refused_at_once(
 
 
 def test_a_read_only_folder_and_a_checkpoints_record_are_refused_at_once(
-    emitted: Callable[..., tuple[Path, Result]], baby: Callable[..., Path], tmp_path: Path,
+    emitted: Callable[..., tuple[Path, Result]],
+    baby: Callable[..., Path],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     checkpoint = emitted("scout")[0]
     own = checkpoint / "onecard.json"
     before = own.read_bytes()
@@ -272,9 +373,13 @@ def test_a_read_only_folder_and_a_checkpoints_record_are_refused_at_once(
 
 
 def test_bad_tasks_and_pairs_are_refused(
-    baby: Callable[..., Path], onecard: Callable[..., Result], jsonl: Callable[..., Path], recipe: Callable[..., Path],
-    texts: list[str], monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    baby: Callable[..., Path],
+    onecard: Callable[..., Result],
+    jsonl: Callable[..., Path],
+    recipe: Callable[..., Path],
+    texts: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     qwen, scout = baby("qwen3"), baby("scout")
     good, bad = jsonl("good.jsonl", ITEMS), jsonl("bad.jsonl", [*ITEMS[:2], {"question": "?"}])
     refused(onecard("flips", qwen, qwen, "--tasks", "mmul"), "mmul", "hellaswag")
@@ -293,9 +398,12 @@ def test_bad_tasks_and_pairs_are_refused(
 
 
 def test_a_disk_that_is_full_when_tokens_are_kept(
-    baby: Callable[..., Path], onecard: Callable[..., Result], texts: list[str], tmp_path: Path,
+    baby: Callable[..., Path],
+    onecard: Callable[..., Result],
+    texts: list[str],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     def full(self: object, path: Path) -> None:
         Path(path).write_bytes(b"PAR1 half")
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -308,9 +416,12 @@ def test_a_disk_that_is_full_when_tokens_are_kept(
 
 
 def test_a_checkpoint_without_a_record_or_with_a_broken_one_is_verified_all_the_same(
-    baby: Callable[..., Path], emitted: Callable[..., tuple[Path, Result]], onecard: Callable[..., Result],
-    texts: list[str], tmp_path: Path,
-) -> None:  # fmt: skip
+    baby: Callable[..., Path],
+    emitted: Callable[..., tuple[Path, Result]],
+    onecard: Callable[..., Result],
+    texts: list[str],
+    tmp_path: Path,
+) -> None:
     """Other tools' checkpoints have none: then nothing is said of calibration rows."""
     bare = changed_copy(emitted("qwen3")[0], tmp_path / "bare", lambda _, tensor: tensor)
     for text in (None, "{broken", "[]", '{"blocks": 3}', *map(json.dumps, BROKEN_BLOCKS)):

@@ -25,9 +25,17 @@ from onecard.models.walk import Calls, Embedder, expert_stacks, final_norm, load
 
 CPU = torch.device("cpu")
 FAMILIES = (
-    "scout", "maverick", "maverick-as-published", "llama4-text", "qwen3", "qwen3-tied", "deepseek", "moonlight",
-    "mixtral", "mixtral-as-published",
-)  # fmt: skip
+    "scout",
+    "maverick",
+    "maverick-as-published",
+    "llama4-text",
+    "qwen3",
+    "qwen3-tied",
+    "deepseek",
+    "moonlight",
+    "mixtral",
+    "mixtral-as-published",
+)
 IMAGE_TOKENS = 4  # the babies' tile: (16 / 4)^2 patches, shuffled 2 x 2 into one
 
 

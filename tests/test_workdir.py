@@ -89,8 +89,13 @@ class Run:
 
 
 @pytest.fixture
-def run(baby: Callable[..., Path], tmp_path: Path, recipe: Callable[..., Path], texts: list[str],
-        onecard: Callable[..., Result]) -> Run:  # fmt: skip
+def run(
+    baby: Callable[..., Path],
+    tmp_path: Path,
+    recipe: Callable[..., Path],
+    texts: list[str],
+    onecard: Callable[..., Result],
+) -> Run:
     return Run(baby(FAMILY), tmp_path / "out", recipe(), texts, onecard)
 
 
@@ -690,9 +695,12 @@ def test_sigterm_is_ctrl_c(run: Run, whole: Contents) -> None:
 
 
 def test_ctrl_c_in_verify(
-    emitted: Callable[..., tuple[Path, Result]], onecard: Callable[..., Result], baby: Callable[..., Path],
-    texts: list[str], monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    emitted: Callable[..., tuple[Path, Result]],
+    onecard: Callable[..., Result],
+    baby: Callable[..., Path],
+    texts: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def interrupted(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
@@ -747,7 +755,7 @@ FULL = {
 @pytest.mark.parametrize(
     ("what", "stage"),
     [*((what, 2) for what in FULL), *((what, STAGES - 2) for what in ("a folder", "a rename", "state and index"))],
-)  # fmt: skip
+)
 def test_full_disk(run: Run, refused: Check, whole: Contents, tmp_path: Path, what: str, stage: int) -> None:
     """In a block, or when files move to OUT: one clean message and exit code 4, nothing half-written, and the same
     bytes when there is room again."""

@@ -31,10 +31,14 @@ from onecard.models.llama4 import Llama4Adapter
 Tensors = dict[str, torch.Tensor]
 LAYER = "language_model.model.layers.0."
 RECIPE = {
-    "name": "breakages", "description": "Sound files.", "method": "rtn", "group_size": 32,
+    "name": "breakages",
+    "description": "Sound files.",
+    "method": "rtn",
+    "group_size": 32,
     "quantize_roles": ["expert", "shared_expert", "mlp", "attention"],
-    "evaluation_rows": 2, "evaluation_row_tokens": 64,
-}  # fmt: skip
+    "evaluation_rows": 2,
+    "evaluation_row_tokens": 64,
+}
 
 
 @dataclass(frozen=True)
@@ -147,8 +151,9 @@ def main() -> int:
     for breakage in BREAKAGES:
         folder = broken(sound, breakage, home)
         command = ["check", folder.name, "--engine", "vllm"]
-        done = subprocess.run([sys.executable, "-m", "onecard", *command], cwd=home, capture_output=True, text=True,
-                              check=False)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-m", "onecard", *command], cwd=home, capture_output=True, text=True, check=False
+        )
         print(f"$ onecard {' '.join(command)}        # {breakage.name}\n{done.stderr.rstrip()}")
         print(f"exit code {done.returncode}\n", flush=True)
         passed += done.returncode == 0

@@ -54,10 +54,15 @@ def gptqmodel(case: dict[str, Any], stored: dict[str, torch.Tensor]) -> tuple[to
     from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
 
     layer = TorchLinear(
-        bits=case["bits"], group_size=case["group_size"], sym=case["sym"], desc_act=False,
-        in_features=case["in_features"], out_features=case["out_features"], bias=False,
+        bits=case["bits"],
+        group_size=case["group_size"],
+        sym=case["sym"],
+        desc_act=False,
+        in_features=case["in_features"],
+        out_features=case["out_features"],
+        bias=False,
         format=FORMAT.GPTQ if case["version"] == 1 else FORMAT.GPTQ_V2,
-    )  # fmt: skip
+    )
     for name in PARTS:
         assert getattr(layer, name).shape == stored[name].shape, (name, getattr(layer, name).shape)
     missing = layer.load_state_dict(stored, strict=False)

@@ -30,9 +30,11 @@ def main() -> int:
             solver.quantizer.configure(4, perchannel=True, sym=True, mse=False)
             solver.add_batch(rows[None], None)
             scales, _, _ = solver.fasterquant(
-                percdamp=setting["damping"], group_size=setting["group_size"], actorder=setting["act_order"],
+                percdamp=setting["damping"],
+                group_size=setting["group_size"],
+                actorder=setting["act_order"],
                 static_groups=setting["static_groups"],
-            )  # fmt: skip
+            )
             out[f"{name}.{number}.weight"], out[f"{name}.{number}.scales"] = linear.weight.data, scales.contiguous()
     save_file({key: tensor.contiguous() for key, tensor in out.items()}, folder / "reference.safetensors")
     return 0

@@ -52,8 +52,20 @@ def by_vllm(python: Path, folder: Path, prompts: list[list[int]], work: Path, ne
     """vLLM on the CPU in fp32, in its own environment; it goes on past an end."""
     work.mkdir(parents=True, exist_ok=True)
     (work / "prompts.json").write_text(json.dumps(prompts))
-    run(python, HERE / "with_vllm.py", "serve", folder, work, "--prompts", work / "prompts.json",
-        "--tokens", new_tokens, "--dtype", "float32", ours=False)  # fmt: skip
+    run(
+        python,
+        HERE / "with_vllm.py",
+        "serve",
+        folder,
+        work,
+        "--prompts",
+        work / "prompts.json",
+        "--tokens",
+        new_tokens,
+        "--dtype",
+        "float32",
+        ours=False,
+    )
     return list(json.loads((work / "served.json").read_text()))
 
 
@@ -68,7 +80,10 @@ def compare(found: list[list[int]], wanted: list[Told]) -> dict[str, Any]:
         if first is not None:
             margins.append(float(told.margins()[first]))
     return {
-        "texts": len(found), "same": len(found) - len(margins), "tokens": sum(len(told.tokens) for told in wanted),
-        "same_tokens": same_tokens, "margins_where_they_part": [round(margin, 5) for margin in margins],
+        "texts": len(found),
+        "same": len(found) - len(margins),
+        "tokens": sum(len(told.tokens) for told in wanted),
+        "same_tokens": same_tokens,
+        "margins_where_they_part": [round(margin, 5) for margin in margins],
         "nearest_choice": round(min(float(told.margins().min()) for told in wanted), 5),
-    }  # fmt: skip
+    }

@@ -79,10 +79,15 @@ LEAST_EXPLAINED = 0.5
 MOST_MARGIN = 0.5
 ROW_TOKENS, PROMPT_TOKENS, NEW_TOKENS = 127, 24, 64
 RECIPE = {
-    "name": "llamacpp", "description": "Group 32 for Q4_0.", "method": "rtn", "bits": 4, "group_size": 32,
-    "quantize_roles": ["expert", "shared_expert", "mlp"], "evaluation": {"source": "demo"},
+    "name": "llamacpp",
+    "description": "Group 32 for Q4_0.",
+    "method": "rtn",
+    "bits": 4,
+    "group_size": 32,
+    "quantize_roles": ["expert", "shared_expert", "mlp"],
+    "evaluation": {"source": "demo"},
     "evaluation_row_tokens": ROW_TOKENS,
-}  # fmt: skip
+}
 # What llama.cpp rounds activations to, by the type of the weight (ggml-cpu.c, type_traits_cpu: vec_dot_type).
 ACTIVATIONS = {"Q4_0": "Q8_0", "Q8_0": "Q8_0", "BF16": "BF16", "F16": "F16"}
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16}
@@ -188,9 +193,15 @@ def build_llama(peers: Path, build: Path) -> Llama:
     """llama.cpp's libraries by the peers' script, and our program against them."""
     llama_cpp(peers)
     home, program = peers / "llama.cpp", build / "llama_ask"
-    libraries = [home / "build" / path for path in (
-        "src/libllama.a", "ggml/src/libggml.a", "ggml/src/libggml-cpu.a", "ggml/src/libggml-base.a",
-    )]  # fmt: skip
+    libraries = [
+        home / "build" / path
+        for path in (
+            "src/libllama.a",
+            "ggml/src/libggml.a",
+            "ggml/src/libggml-cpu.a",
+            "ggml/src/libggml-base.a",
+        )
+    ]
     include = [f"-I{home / 'source' / path}" for path in ("include", "ggml/include")]
     command = ["c++", "-O2", "-std=c++17", *include, HERE / "llama_ask.cpp", "-o", program, *libraries]
     subprocess.run([str(part) for part in (*command, "-ldl", "-lm", "-lpthread")], check=True)
@@ -315,10 +326,13 @@ def main() -> int:
     result = {
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "versions": {"llama.cpp": f"of {LLAMA}"} | {name: version(name) for name in PACKAGES},
-        "model": given.model, "rows": len(rows), "row_tokens": len(ids[0]), **compare_logits(llama, files, rows),
+        "model": given.model,
+        "rows": len(rows),
+        "row_tokens": len(ids[0]),
+        **compare_logits(llama, files, rows),
         "greedy_beside_transformers": texts,
         "tokenizer": {"texts": len(decoded), "same": sum(a == b for a, b in zip(tokens, wanted, strict=True))},
-    }  # fmt: skip
+    }
     print(json.dumps(result, indent=1))
     (build / "llamacpp.json").write_text(json.dumps(result, indent=1))
     return int(not sound(result))

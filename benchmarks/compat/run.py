@@ -59,9 +59,13 @@ def case_of(weight: QuantizedWeight, version: int) -> dict[str, Any]:
     outputs, inputs = weight.codes.shape
     scheme = weight.scheme
     return {
-        "bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.symmetric, "version": version,
-        "in_features": inputs, "out_features": outputs,
-    }  # fmt: skip
+        "bits": scheme.bits,
+        "group_size": scheme.group_size,
+        "sym": scheme.symmetric,
+        "version": version,
+        "in_features": inputs,
+        "out_features": outputs,
+    }
 
 
 def said(weight: QuantizedWeight) -> dict[str, torch.Tensor]:
@@ -218,8 +222,11 @@ def reference(build: Path) -> list[dict[str, Any]]:
         for group in (32, 128)
         for order, static in ((True, True), (False, True), (False, False))
     ]
-    parts = {f"{n}.{part}": t.contiguous() for n, pair in problems.items()
-             for part, t in zip(("weight", "rows"), pair, strict=True)}  # fmt: skip
+    parts = {
+        f"{n}.{part}": t.contiguous()
+        for n, pair in problems.items()
+        for part, t in zip(("weight", "rows"), pair, strict=True)
+    }
     save_file(parts, folder / "problems.safetensors")
     (folder / "settings.json").write_text(json.dumps(settings))
     environment(build, "autogptq", "gptq_reference.py", folder).check_returncode()
@@ -236,7 +243,12 @@ def reference(build: Path) -> list[dict[str, Any]]:
                 "same scales": gptq(w_BOI, prepared, scales, None, scheme).dequantize(),
             }
             for ours, rounds in (("own scales", 0), ("refined", 2)):
-                method = Method("gptq", True, True, setting["damping"], setting["act_order"], rounds)
+                method = Method(
+                    damping=setting["damping"],
+                    activation_order=setting["act_order"],
+                    refine_rounds=rounds,
+                    output_blocks=0,
+                )
                 made[ours] = quantize_batch(w_BOI, moment_BII, scheme, method, torch.float16).weight.dequantize()
             (base,) = relative_output_error(w_BOI, made.pop("theirs"), moment_BII)
             ratios = {key: relative_output_error(w_BOI, q, moment_BII)[0] / base for key, q in made.items()}
@@ -250,8 +262,10 @@ def draw(layouts: list[dict[str, Any]], errors: list[dict[str, Any]]) -> int:
     for line in layouts:
         verdict = "agree" if not line["wrong"] else f"{len(line['wrong'])} differ"
         print(f"| {line['what']} | {line['tool']} {line['version']} | {line['matrices']} | {verdict} |")
-    print("\n| group, order, static groups | problems | our output error over auto-gptq's: same scales | own scales |"
-          " refined |\n|---|---|---|---|---|")  # fmt: skip
+    print(
+        "\n| group, order, static groups | problems | our output error over auto-gptq's: same scales | own scales |"
+        " refined |\n|---|---|---|---|---|"
+    )
     groups: dict[tuple[int, bool, bool], list[dict[str, Any]]] = defaultdict(list)
     for line in errors:
         groups[line["group_size"], line["act_order"], line["static_groups"]].append(line)

@@ -50,8 +50,15 @@ STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_pr
 EXPERTS = {"w13": ("gate_proj", "up_proj"), "w2": ("down_proj",)}
 # vLLM's own, for a quantized key-value cache; a file holds them only with such a cache.
 PLACEHOLDERS = tuple(f".attn.{head}_{part}" for head in "qkv" for part in ("scale", "zero_point"))
-COLUMNS = ("case", "class", "tensors of the files, all used", "parameters, each element written once", "int matrices",
-           "codes equal", "greedy tokens as transformers'")  # fmt: skip
+COLUMNS = (
+    "case",
+    "class",
+    "tensors of the files, all used",
+    "parameters, each element written once",
+    "int matrices",
+    "codes equal",
+    "greedy tokens as transformers'",
+)
 # 48 + 64 tokens stay within the embedded model's attention chunk of 128; one prompt goes past it.
 PROMPTS, PROMPT_TOKENS, LONG_TOKENS, NEW_TOKENS = 7, 48, 160, 64
 
@@ -71,15 +78,28 @@ CASES = (
     Case("int4-g128, attention bf16", "demo", {"group_size": 128, "quantize_roles": TEXT[:3]}),
     Case("int4-g32, attention too", "demo", {"group_size": 32, "quantize_roles": TEXT}),
     Case("int8-g64, attention too", "demo", {"bits": 8, "group_size": 64, "quantize_roles": TEXT}),
-    Case("int4-g32 asymmetric, attention bf16", "demo",
-         {"group_size": 32, "symmetric": False, "quantize_roles": TEXT[:3]}),
+    Case(
+        "int4-g32 asymmetric, attention bf16",
+        "demo",
+        {"group_size": 32, "symmetric": False, "quantize_roles": TEXT[:3]},
+    ),
     Case("int4 by row, attention too", "demo", {"group_size": -1, "quantize_roles": TEXT}),
-    Case("int4-g32; int8-g64 shared experts, int8 attention by row, layer 2's experts int8-g32", "demo",
-         {"group_size": 32, "quantize_roles": TEXT, "schemes": {
-             "shared_expert": "int8 group 64", "attention": "int8 by row", "*layers.2.*experts.*": "int8 group 32"}}),
+    Case(
+        "int4-g32; int8-g64 shared experts, int8 attention by row, layer 2's experts int8-g32",
+        "demo",
+        {
+            "group_size": 32,
+            "quantize_roles": TEXT,
+            "schemes": {
+                "shared_expert": "int8 group 64",
+                "attention": "int8 by row",
+                "*layers.2.*experts.*": "int8 group 32",
+            },
+        },
+    ),
     Case("qwen3-moe int4-g32, attention too", "qwen3-moe", {"group_size": 32, "quantize_roles": TEXT}),
     Case("qwen3-moe int4-g64, attention too", "qwen3-moe", {"group_size": 64, "quantize_roles": TEXT}, packed=True),
-)  # fmt: skip
+)
 
 
 def quantize(case: Case, source: str, work: Path) -> Path:
@@ -158,9 +178,13 @@ def compare(model: Model, out: Path) -> tuple[dict[str, Any], list[str]]:
         theirs = unpack_from_int32(seen[f"{module}.{ct.PACKED}"], scheme.bits, torch.Size(ours.codes.shape))
         if not torch.equal(theirs, ours.codes):
             problems.append(f"{module} has other codes")
-    facts |= {"tensors": len(stored), "pieces": len(same), "matrices": len(schemes),
-              "codes": sum(torch.Size(model.adapter.expected()[f"{m}.weight"]).numel() for m in schemes),
-              "unwritten": sorted(n for n, (least, _) in facts.pop("writes").items() if not least)}  # fmt: skip
+    facts |= {
+        "tensors": len(stored),
+        "pieces": len(same),
+        "matrices": len(schemes),
+        "codes": sum(torch.Size(model.adapter.expected()[f"{m}.weight"]).numel() for m in schemes),
+        "unwritten": sorted(n for n, (least, _) in facts.pop("writes").items() if not least),
+    }
     return facts, problems
 
 
@@ -192,8 +216,20 @@ def answers(folder: Path, rows: list[list[int]]) -> list[list[int]]:
 
 def served(folder: Path, work: Path, python: Path, dtype: str) -> list[list[int]]:
     out = work / f"served-{folder.name}-{dtype}"
-    run(python, HERE / "with_vllm.py", "serve", folder, out, "--prompts", work / "prompts.json",
-        "--tokens", NEW_TOKENS, "--dtype", dtype, ours=False)  # fmt: skip
+    run(
+        python,
+        HERE / "with_vllm.py",
+        "serve",
+        folder,
+        out,
+        "--prompts",
+        work / "prompts.json",
+        "--tokens",
+        NEW_TOKENS,
+        "--dtype",
+        dtype,
+        ours=False,
+    )
     return list(json.loads((out / "served.json").read_text()))
 
 

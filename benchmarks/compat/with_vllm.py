@@ -40,8 +40,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 VISION = torch.library.Library("torchvision", "DEF")
 for name in ("nms", "qnms"):
     VISION.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-WRITES = {torch.ops.aten.copy_.default, torch.ops.aten.fill_.Scalar, torch.ops.aten.fill_.Tensor,
-          torch.ops.aten.zero_.default}  # fmt: skip
+WRITES = {
+    torch.ops.aten.copy_.default,
+    torch.ops.aten.fill_.Scalar,
+    torch.ops.aten.fill_.Tensor,
+    torch.ops.aten.zero_.default,
+}
 
 
 class Writes(TorchDispatchMode):
@@ -106,8 +110,7 @@ def no_kernels() -> Iterator[set[str]]:
         # Marlin's alone takes scales by row, and asks for sizes that a small model has not; none of the two is built.
         return (WNA16MoEBackend.MARLIN if by_row(asked) else WNA16MoEBackend.EMULATION), None
 
-    places = ((experts, "select_wna16_moe_backend", backend),
-              (linear, "choose_mp_linear_kernel", lambda _: NoKernel))  # fmt: skip
+    places = ((experts, "select_wna16_moe_backend", backend), (linear, "choose_mp_linear_kernel", lambda _: NoKernel))
     kept = [getattr(module, name) for module, name, _ in places]
     for (module, name, otherwise), real in zip(places, kept, strict=True):
         setattr(module, name, or_else(real, otherwise))
@@ -135,8 +138,9 @@ def load(folder: Path, out: Path) -> None:
     from vllm.utils.network_utils import get_open_port
     from vllm.utils.torch_utils import set_default_torch_dtype
 
-    config = EngineArgs(model=str(folder), skip_tokenizer_init=True, max_model_len=512, enforce_eager=True,
-                        dtype="bfloat16").create_engine_config()  # fmt: skip
+    config = EngineArgs(
+        model=str(folder), skip_tokenizer_init=True, max_model_len=512, enforce_eager=True, dtype="bfloat16"
+    ).create_engine_config()
     with set_current_vllm_config(config), set_default_torch_dtype(torch.bfloat16), no_kernels() as said:
         init_distributed_environment(1, 0, f"tcp://127.0.0.1:{get_open_port()}", 0, "gloo")
         initialize_model_parallel(1, 1)
@@ -153,10 +157,17 @@ def load(folder: Path, out: Path) -> None:
             loaded = model.load_weights(told())
     save_file({name: p.detach().contiguous().clone() for name, p in parameters.items()}, out / "loaded.safetensors")
     facts = {
-        "vllm": vllm.__version__, "torch": torch.__version__, "class": type(model).__name__, "given": len(given),
-        "parameters": len(parameters), "loaded": len(loaded), "writes": writes.told(), "no_kernel": sorted(said),
-        "not_loaded": sorted(parameters.keys() - loaded), "methods": methods(model),
-    }  # fmt: skip
+        "vllm": vllm.__version__,
+        "torch": torch.__version__,
+        "class": type(model).__name__,
+        "given": len(given),
+        "parameters": len(parameters),
+        "loaded": len(loaded),
+        "writes": writes.told(),
+        "no_kernel": sorted(said),
+        "not_loaded": sorted(parameters.keys() - loaded),
+        "methods": methods(model),
+    }
     (out / "loaded.json").write_text(json.dumps(facts))
 
 
@@ -179,9 +190,16 @@ def serve(folder: Path, prompts: Path, out: Path, tokens: int, dtype: str) -> No
     rows = json.loads(prompts.read_text())
     # Below 32k tokens vLLM takes Llama 4's temperature tuning for off unless it is told so here; transformers reads the
     # config's. A family without it does not look.
-    engine = LLM(model=str(folder), dtype=dtype, max_model_len=512, enforce_eager=True, max_num_seqs=8,
-                 skip_tokenizer_init=True, seed=0,
-                 override_generation_config={"attn_temperature_tuning": True})  # fmt: skip
+    engine = LLM(
+        model=str(folder),
+        dtype=dtype,
+        max_model_len=512,
+        enforce_eager=True,
+        max_num_seqs=8,
+        skip_tokenizer_init=True,
+        seed=0,
+        override_generation_config={"attn_temperature_tuning": True},
+    )
     sampling = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
     answers = engine.generate([{"prompt_token_ids": row} for row in rows], sampling, use_tqdm=False)
     (out / "served.json").write_text(json.dumps([list(answer.outputs[0].token_ids) for answer in answers]))

@@ -53,9 +53,15 @@ class Job:
 def read_job(folder: Path) -> Job:
     data = json.loads((folder / "job.json").read_text())
     return Job(
-        folder, Path(data["model"]), Path(data["inputs"]), data["family"], data["group"], data["options"],
-        tuple(data["weights"]), data["rows"],
-    )  # fmt: skip
+        folder,
+        Path(data["model"]),
+        Path(data["inputs"]),
+        data["family"],
+        data["group"],
+        data["options"],
+        tuple(data["weights"]),
+        data["rows"],
+    )
 
 
 def alias(name: str) -> str | None:

@@ -21,9 +21,15 @@ HERE = Path(__file__).resolve().parent
 LLAMA = "llama-cpp-python==0.3.36"
 TARGETS = ("llama-quantize", "llama-imatrix")
 OPTIONS = (
-    "-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=OFF", "-DLLAMA_CURL=OFF", "-DLLAMA_OPENSSL=OFF",
-    "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_SERVER=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF", "-DGGML_OPENMP=OFF",
-)  # fmt: skip
+    "-DCMAKE_BUILD_TYPE=Release",
+    "-DBUILD_SHARED_LIBS=OFF",
+    "-DLLAMA_CURL=OFF",
+    "-DLLAMA_OPENSSL=OFF",
+    "-DLLAMA_BUILD_TESTS=OFF",
+    "-DLLAMA_BUILD_SERVER=OFF",
+    "-DLLAMA_BUILD_EXAMPLES=OFF",
+    "-DGGML_OPENMP=OFF",
+)
 # Built from source, against what the requirements file has put there.
 AFTERWARDS = {"gptqmodel": ["gptqmodel==7.7.0"]}
 SWITCHES = {"BUILD_CUDA_EXT": "0"}

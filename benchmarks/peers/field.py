@@ -58,9 +58,12 @@ PEERS = (
     # As llama-quantize comes: the token embedding and the head are quantized too.
     Peer("llamacpp-q4_0-default", "llamacpp", LLAMA_CPP, (32,), {"type": "Q4_0", "default": True}, calibrated=False),
     Peer(
-        "llamacpp-q4_k_m-imatrix-default", "llamacpp", LLAMA_CPP, (32,),
+        "llamacpp-q4_k_m-imatrix-default",
+        "llamacpp",
+        LLAMA_CPP,
+        (32,),
         {"type": "Q4_K_M", "imatrix": True, "default": True},
     ),
     # No quantization: the way there and back keeps every bit (run by name, not with the rest).
     Peer("llamacpp-bf16", "llamacpp", LLAMA_CPP, (32,), {"type": "BF16"}, calibrated=False, check_only=True),
-)  # fmt: skip
+)

@@ -30,13 +30,29 @@ BALANCE_WEIGHT = 0.01  # transformers' load balancing loss, which is top-k at pe
 
 def config() -> Qwen3MoeConfig:
     return Qwen3MoeConfig(
-        vocab_size=tokens.VOCABULARY, hidden_size=128, intermediate_size=512, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=2048, rms_norm_eps=1e-6,
-        tie_word_embeddings=False, decoder_sparse_step=1, moe_intermediate_size=256, num_experts_per_tok=2,
-        num_experts=16, norm_topk_prob=True, mlp_only_layers=[],
+        vocab_size=tokens.VOCABULARY,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=False,
+        decoder_sparse_step=1,
+        moe_intermediate_size=256,
+        num_experts_per_tok=2,
+        num_experts=16,
+        norm_topk_prob=True,
+        mlp_only_layers=[],
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        router_aux_loss_coef=BALANCE_WEIGHT, bos_token_id=0, eos_token_id=4, pad_token_id=11, use_cache=False,
-    )  # fmt: skip
+        router_aux_loss_coef=BALANCE_WEIGHT,
+        bos_token_id=0,
+        eos_token_id=4,
+        pad_token_id=11,
+        use_cache=False,
+    )
 
 
 def rate(step: int, steps: int) -> float:

@@ -56,14 +56,29 @@ def phase(name: str, peer: Peer, job: Path, build: Path, given: argparse.Namespa
     return process.measure(command, env | {"PEERS_BUILD": str(build)}, job / f"{name}.log", given.timeout)
 
 
-def quantized(peer: Peer, model: Path, given_inputs: Path, facts: dict[str, Any], group: int, job: Path, build: Path,
-              given: argparse.Namespace) -> dict[str, Any]:  # fmt: skip
+def quantized(
+    peer: Peer,
+    model: Path,
+    given_inputs: Path,
+    facts: dict[str, Any],
+    group: int,
+    job: Path,
+    build: Path,
+    given: argparse.Namespace,
+) -> dict[str, Any]:
     """Run both phases unless this job is finished. What is known of the run, with `error` if it failed."""
     wanted = {
-        "model": str(model), "inputs": str(given_inputs), "family": facts["family"], "group": group,
-        "options": peer.options, "weights": facts["weights"], "identity": facts["identity"], "threads": given.threads,
-        "roles": ROLES[facts["family"]], "rows": min(facts["rows"], given.rows or facts["rows"]),
-    }  # fmt: skip
+        "model": str(model),
+        "inputs": str(given_inputs),
+        "family": facts["family"],
+        "group": group,
+        "options": peer.options,
+        "weights": facts["weights"],
+        "identity": facts["identity"],
+        "threads": given.threads,
+        "roles": ROLES[facts["family"]],
+        "rows": min(facts["rows"], given.rows or facts["rows"]),
+    }
     done = job / "done.json"
     if done.exists() and not given.again and json.loads((job / "job.json").read_text()) == wanted:
         return dict(json.loads(done.read_text()))

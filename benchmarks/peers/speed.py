@@ -54,9 +54,12 @@ def write_multimodal(folder: Path, blocks: int, hidden: int) -> Path:
     text = synthetic.text_config(blocks, hidden, hidden + hidden // 4, EXPERTS)
     vision = demo["vision_config"] | {"projector_output_dim": hidden}
     config = demo | {
-        "text_config": text, "vision_config": vision, "image_token_index": synthetic.VOCABULARY - 1,
-        "boi_token_index": synthetic.VOCABULARY - 2, "eoi_token_index": synthetic.VOCABULARY - 3,
-    }  # fmt: skip
+        "text_config": text,
+        "vision_config": vision,
+        "image_token_index": synthetic.VOCABULARY - 1,
+        "boi_token_index": synthetic.VOCABULARY - 2,
+        "eoi_token_index": synthetic.VOCABULARY - 3,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     synthetic.write_tokenizer(folder)
     for name in ("preprocessor_config.json", "processor_config.json"):
@@ -67,14 +70,16 @@ def write_multimodal(folder: Path, blocks: int, hidden: int) -> Path:
     prefixes = [adapter.block_prefix(block) for block in range(blocks)]
     for number, prefix in enumerate([*prefixes, None]):
         shapes = {
-            name: shape for name, shape in adapter.disk_shapes(()).items()
+            name: shape
+            for name, shape in adapter.disk_shapes(()).items()
             if (name.startswith(prefix) if prefix else not name.startswith(tuple(prefixes)))
-        }  # fmt: skip
+        }
         tensors = {
-            name: torch.ones(shape, dtype=torch.bfloat16) if "norm" in name and len(shape) == 1
+            name: torch.ones(shape, dtype=torch.bfloat16)
+            if "norm" in name and len(shape) == 1
             else (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).bfloat16()
             for name, shape in shapes.items()
-        }  # fmt: skip
+        }
         file = f"model-{number + 1:05d}-of-{blocks + 1:05d}.safetensors"
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
@@ -100,9 +105,15 @@ def once(
     shutil.rmtree(job, ignore_errors=True)
     job.mkdir(parents=True)
     data = {
-        "model": str(model), "inputs": str(folder), "family": facts["family"], "group": GROUP, "options": options,
-        "weights": [], "rows": facts["rows"], "roles": ROLES[facts["family"]],
-    }  # fmt: skip
+        "model": str(model),
+        "inputs": str(folder),
+        "family": facts["family"],
+        "group": GROUP,
+        "options": options,
+        "weights": [],
+        "rows": facts["rows"],
+        "roles": ROLES[facts["family"]],
+    }
     (job / "job.json").write_text(json.dumps(data))
     python = sys.executable if environment == "onecard" else str(build / "env" / environment / "bin" / "python")
     env = process.environment(threads, ours=environment == "onecard")
@@ -144,11 +155,18 @@ def main() -> int:
         seconds = {side: statistics.median(t.seconds for t in taken) for side, taken in runs.items()}
         peaks = {side: statistics.median(t.peak_rss_bytes for t in taken) for side, taken in runs.items()}
         ours, *others = SIDES
-        out.append({
-            "model": name, "rows": facts["rows"], "blocks": given.blocks, "hidden": given.hidden,
-            "threads": given.threads, "median_seconds": seconds, "median_peak_rss_bytes": peaks,
-            "runs": {side: [[t.seconds, t.peak_rss_bytes] for t in taken] for side, taken in runs.items()},
-        })  # fmt: skip
+        out.append(
+            {
+                "model": name,
+                "rows": facts["rows"],
+                "blocks": given.blocks,
+                "hidden": given.hidden,
+                "threads": given.threads,
+                "median_seconds": seconds,
+                "median_peak_rss_bytes": peaks,
+                "runs": {side: [[t.seconds, t.peak_rss_bytes] for t in taken] for side, taken in runs.items()},
+            }
+        )
         for theirs in others:
             print(
                 f"{name}: {seconds[theirs] / seconds[ours]:.2f} times as fast as {theirs}, "

@@ -11,9 +11,22 @@ from typing import Any
 import plot
 
 HEAD = (
-    "peer", "group", "experts int4", "stored bytes", "bits/weight", "linear bits", "mean KL (95 %)", "median", "p99",
-    "same top-1", "changed routes", "of the best other tool", "seconds", "peak RSS MB", "versions",
-)  # fmt: skip
+    "peer",
+    "group",
+    "experts int4",
+    "stored bytes",
+    "bits/weight",
+    "linear bits",
+    "mean KL (95 %)",
+    "median",
+    "p99",
+    "same top-1",
+    "changed routes",
+    "of the best other tool",
+    "seconds",
+    "peak RSS MB",
+    "versions",
+)
 
 
 def _versions(row: dict[str, Any]) -> str:
@@ -48,10 +61,12 @@ def beside(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     others = [
         other
         for other in rows
-        if "kl" in other and not other["peer"].startswith(("onecard", "rtn"))
+        if "kl" in other
+        and not other["peer"].startswith(("onecard", "rtn"))
         and (other["model"], other["group"]) == (row["model"], row["group"])
-        and other["stored_bytes"] >= row["stored_bytes"] and (whole(other) or not whole(row))
-    ]  # fmt: skip
+        and other["stored_bytes"] >= row["stored_bytes"]
+        and (whole(other) or not whole(row))
+    ]
     if not others:
         return ""
     least = min(others, key=lambda other: other["kl"]["kl_mean_nats"])

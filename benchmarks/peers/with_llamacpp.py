@@ -19,11 +19,17 @@ BUILD = Path(os.environ.get("PEERS_BUILD", "build/peers")) / "llama.cpp"
 PRE_TOKENIZER = "llama-bpe"
 KEEP = ("--token-embedding-type", "bf16", "--output-tensor-type", "bf16")
 NAMES = {
-    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj", "ffn_gate_exps": "experts.{}.gate_proj", "ffn_up_exps": "experts.{}.up_proj",
-    "ffn_down_exps": "experts.{}.down_proj", "ffn_gate_shexp": "shared_expert.gate_proj",
-    "ffn_up_shexp": "shared_expert.up_proj", "ffn_down_shexp": "shared_expert.down_proj",
-}  # fmt: skip
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate_exps": "experts.{}.gate_proj",
+    "ffn_up_exps": "experts.{}.up_proj",
+    "ffn_down_exps": "experts.{}.down_proj",
+    "ffn_gate_shexp": "shared_expert.gate_proj",
+    "ffn_up_shexp": "shared_expert.up_proj",
+    "ffn_down_shexp": "shared_expert.down_proj",
+}
 
 
 def convert(model: Path, out: Path) -> None:

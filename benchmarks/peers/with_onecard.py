@@ -5,9 +5,13 @@ import json
 from contract import Job, run
 
 RECIPE = {
-    "description": "benchmark", "bits": 4, "calibration_row_tokens": 512, "evaluation_rows": 100_000,
-    "evaluation_row_tokens": 512, "warn_below_expert_rows": 0,
-}  # fmt: skip
+    "description": "benchmark",
+    "bits": 4,
+    "calibration_row_tokens": 512,
+    "evaluation_rows": 100_000,
+    "evaluation_row_tokens": 512,
+    "warn_below_expert_rows": 0,
+}
 
 
 def quantize(job: Job) -> None:
@@ -22,9 +26,15 @@ def quantize(job: Job) -> None:
         | job.options
     )
     pipeline(
-        str(job.model), job.checkpoint, recipe, device_name="cpu", work=job.folder / "work", quiet=True,
-        calibration=job.inputs / "calibration.jsonl", evaluation=job.inputs / "choice.jsonl",
-    )  # fmt: skip
+        str(job.model),
+        job.checkpoint,
+        recipe,
+        device_name="cpu",
+        work=job.folder / "work",
+        quiet=True,
+        calibration=job.inputs / "calibration.jsonl",
+        evaluation=job.inputs / "choice.jsonl",
+    )
 
 
 def dense(job: Job) -> dict[str, object]:

@@ -76,55 +76,75 @@ def as_announced(view: View) -> Iterator[str]:
 
 RULES = (
     Rule(
-        "method", "error", method,
+        "method",
+        "error",
+        method,
         "GPTQModel loads GPTQ's layout: `onecard export CHECKPOINT --format gptq -o OUT`.",
         "gptqmodel/quantization/config.py, QuantizeConfig.from_pretrained",
     ),
     Rule(
-        "settings", "error", settings,
+        "settings",
+        "error",
+        settings,
         "Quantize with 4 or 8 bits in groups of 32, 64 or 128.",
         TORCH_LINEAR,
     ),
     Rule(
-        "fused-experts", "error", rules.fused_experts,
+        "fused-experts",
+        "error",
+        rules.fused_experts,
         "GPTQModel takes the experts of its own model apart and looks for a qweight each. Take them apart before "
         "quantizing: `onecard export CHECKPOINT --format gptq` writes them so.",
         "gptqmodel/models/loader.py, _convert_model_with_defuser",
     ),
     Rule(
-        "missing-scales", "error", rules.missing_parts,
+        "missing-scales",
+        "error",
+        rules.missing_parts,
         "Export the checkpoint again, all shards of one run.",
         "gptqmodel/nn_modules/qlinear/__init__.py",
     ),
     Rule(
-        "dynamic", "error", left_alone,
+        "dynamic",
+        "error",
+        left_alone,
         "Name what stays whole in `dynamic`, as `-:` and an expression, and quantize only what the family's module "
         "tree holds.",
         f"{LOADER} (simple_layer_modules); gptqmodel/models/definitions/llama4.py, qwen3_moe.py",
     ),
     Rule(
-        "as-announced", "error", as_announced,
+        "as-announced",
+        "error",
+        as_announced,
         "Take config.json and weights of one run; a module of another width needs a rule of `dynamic`.",
         "gptqmodel/utils/model.py, create_quant_module",
     ),
     Rule(
-        "names", "error", rules.names,
+        "names",
+        "error",
+        rules.names,
         "Fetch the checkpoint again, or have its names written as the family's published checkpoint has them.",
         LOADER,
     ),
     Rule(
-        "shapes", "error", rules.shapes,
+        "shapes",
+        "error",
+        rules.shapes,
         "Take config.json and weights of one revision.",
         LOADER,
     ),
     Rule(
-        "vision-untouched", "error", rules.vision_untouched,
+        "vision-untouched",
+        "error",
+        rules.vision_untouched,
         "The module tree holds the text blocks alone: quantize again with the vision tower left whole.",
         "gptqmodel/models/definitions/llama4.py, module_tree",
     ),
     Rule(
-        "experts-bf16", "warning", rules.experts_whole,
+        "experts-bf16",
+        "warning",
+        rules.experts_whole,
         "It loads, and is not as small as it says: quantize the experts, which are most of the model.",
         "gptqmodel/models/definitions/llama4.py, module_tree",
     ),
-)  # fmt: skip
+)

@@ -17,10 +17,17 @@ LOADER = "llama.cpp src/llama-model-loader.cpp"
 ARCHITECTURES = ("llama4", "qwen3moe")
 # Without which llama.cpp does not start, {} being the architecture.
 KEYS = (
-    "{}.context_length", "{}.embedding_length", "{}.block_count", "{}.feed_forward_length", "{}.attention.head_count",
-    "{}.attention.layer_norm_rms_epsilon", "{}.expert_count", "{}.expert_used_count", "tokenizer.ggml.model",
+    "{}.context_length",
+    "{}.embedding_length",
+    "{}.block_count",
+    "{}.feed_forward_length",
+    "{}.attention.head_count",
+    "{}.attention.layer_norm_rms_epsilon",
+    "{}.expert_count",
+    "{}.expert_used_count",
+    "tokenizer.ggml.model",
     "tokenizer.ggml.tokens",
-)  # fmt: skip
+)
 OF_LLAMA4 = ("llama4.expert_feed_forward_length", "llama4.interleave_moe_layer_step")
 # Llama 4's, fixed in src/models/llama4.cpp whatever a model was trained with.
 CHUNK = 8192
@@ -105,14 +112,19 @@ def expected(view: GgufView) -> dict[str, tuple[int, ...] | None]:
     dense = view.number("feed_forward_length")
     step = view.number("interleave_moe_layer_step") if view.architecture == "llama4" else 1
     found: dict[str, tuple[int, ...] | None] = {
-        "token_embd.weight": (vocab, hidden) if isinstance(vocab, int) else None, "output_norm.weight": (hidden,)
-    }  # fmt: skip
+        "token_embd.weight": (vocab, hidden) if isinstance(vocab, int) else None,
+        "output_norm.weight": (hidden,),
+    }
     for block in range(view.number("block_count")):
         stem = f"blk.{block}."
         shapes: dict[str, tuple[int, ...]] = {
-            "attn_norm": (hidden,), "ffn_norm": (hidden,), "attn_q": (heads * head, hidden),
-            "attn_k": (kv * head, hidden), "attn_v": (kv * head, hidden), "attn_output": (hidden, heads * head),
-        }  # fmt: skip
+            "attn_norm": (hidden,),
+            "ffn_norm": (hidden,),
+            "attn_q": (heads * head, hidden),
+            "attn_k": (kv * head, hidden),
+            "attn_v": (kv * head, hidden),
+            "attn_output": (hidden, heads * head),
+        }
         if view.architecture == "qwen3moe":
             shapes |= {"attn_q_norm": (head,), "attn_k_norm": (head,)}
         if step and (block + 1) % step == 0:
@@ -166,40 +178,54 @@ def chunk(view: GgufView) -> Iterator[str]:
 
 RULES = (
     Rule(
-        "gguf", "error", there,
+        "gguf",
+        "error",
+        there,
         "llama.cpp reads GGUF alone: `onecard export CHECKPOINT --format gguf -o OUT`. int4 in groups of 32 becomes "
         "Q4_0 (asymmetric: Q4_1) and int8 in groups of 32 Q8_0 without changing a code.",
         f"{LOADER}, llama_model_loader",
     ),
     Rule(
-        "architecture", "warning", architecture,
+        "architecture",
+        "warning",
+        architecture,
         "These rules know Llama 4 and Qwen3-MoE alone.",
         "llama.cpp src/llama-arch.cpp",
     ),
     Rule(
-        "metadata", "error", metadata,
+        "metadata",
+        "error",
+        metadata,
         "Export it again with the original's config.json and tokenizer in the folder.",
         f"{MODEL}; src/models/llama4.cpp, qwen3moe.cpp; src/llama-vocab.cpp",
     ),
     Rule(
-        "names", "error", names,
+        "names",
+        "error",
+        names,
         "llama.cpp ends in `missing tensor` or `wrong number of tensors`; it wants the experts of a layer in one 3-D "
         "tensor a projection. Export it again.",
         f"{LOADER}, check_tensor_dims and done_getting_tensors; src/models/llama4.cpp, qwen3moe.cpp",
     ),
     Rule(
-        "shapes", "error", shapes,
+        "shapes",
+        "error",
+        shapes,
         "Export it again, metadata and weights of one model.",
         f"{LOADER}, check_tensor_dims",
     ),
     Rule(
-        "experts-bf16", "warning", experts_whole,
+        "experts-bf16",
+        "warning",
+        experts_whole,
         "It loads, and is not as small as it could be: quantize with groups of 32.",
         "llama.cpp ggml/src/ggml-common.h (block_q4_0: 32 values a scale)",
     ),
     Rule(
-        "chunk", "warning", chunk,
+        "chunk",
+        "warning",
+        chunk,
         "llama.cpp has 8192 built in: run it with a context (-c) of no more than the model's own chunk.",
         "llama.cpp src/models/llama4.cpp, load_arch_hparams",
     ),
-)  # fmt: skip
+)

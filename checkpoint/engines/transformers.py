@@ -67,84 +67,114 @@ def packed_stacks(view: View) -> Iterator[str]:
 
 RULES = (
     Rule(
-        "config", "error", rules.config_read,
+        "config",
+        "error",
+        rules.config_read,
         "Let the tool that made it write config.json again, or make it anew with `onecard quantize`.",
         "compressed_tensors/quantization/quant_config.py",
     ),
     Rule(
-        "method", "warning", method,
+        "method",
+        "warning",
+        method,
         "These rules know bf16, compressed-tensors, GPTQ and bitsandbytes alone.",
         f"{QUANTIZERS}auto.py",
     ),
     Rule(
-        "packed-experts-fused", "error", packed_stacks,
+        "packed-experts-fused",
+        "error",
+        packed_stacks,
         "transformers quantizes Linear modules alone, and stacked experts are none: it has no place for their codes. "
         "Take the experts apart before quantizing (`onecard quantize` does).",
         "transformers/models/llama4/modeling_llama4.py, Llama4TextExperts",
     ),
     Rule(
-        "missing-scales", "error", rules.missing_parts,
+        "missing-scales",
+        "error",
+        rules.missing_parts,
         "transformers initialises what it misses at random. Export the checkpoint again, all shards of one run.",
         DEQUANTIZE,
     ),
     Rule(
-        "one-scheme", "error", schemes_at_large,
+        "one-scheme",
+        "error",
+        schemes_at_large,
         "transformers takes one group's width for all experts and one for all other matrices, and unpacks the rest "
         "wrongly. Run it with vLLM, or export it as bf16 for transformers.",
         "transformers/integrations/compressed_tensors.py, get_experts_scheme and get_dense_scheme",
     ),
     Rule(
-        "as-announced", "error", rules.as_announced,
+        "as-announced",
+        "error",
+        rules.as_announced,
         "Take config.json and weights of one run.",
         DEQUANTIZE,
     ),
     Rule(
-        "ignore-list", "error", rules.ignore_list,
+        "ignore-list",
+        "error",
+        rules.ignore_list,
         "Left packed, transformers makes packed parameters for these and finds none. Name them in `ignore`.",
         f"{QUANTIZERS}quantizer_compressed_tensors.py, _process_model_before_weight_loading",
     ),
     Rule(
-        "ignore-others", "error", rules.ignore_others,
+        "ignore-others",
+        "error",
+        rules.ignore_others,
         "Left packed, transformers makes packed parameters for these and finds none. Name them in `ignore`.",
         f"{QUANTIZERS}quantizer_compressed_tensors.py, _process_model_before_weight_loading",
     ),
     Rule(
-        "names", "error", rules.names,
+        "names",
+        "error",
+        rules.names,
         "transformers leaves out names that it does not know and initialises what it misses at random. Fetch the "
         "checkpoint again, or have its names written as the family's published checkpoint has them.",
         "transformers/modeling_utils.py, from_pretrained",
     ),
     Rule(
-        "shapes", "error", rules.shapes,
+        "shapes",
+        "error",
+        rules.shapes,
         "Take config.json and weights of one revision.",
         "transformers/modeling_utils.py, from_pretrained",
     ),
     Rule(
-        "expert-zero-points", "error", expert_zero_points,
+        "expert-zero-points",
+        "error",
+        expert_zero_points,
         "transformers unpacks stacked experts without their zero points. Quantize symmetric, or export it as bf16.",
         f"{DEQUANTIZE} (DummyModule)",
     ),
     Rule(
-        "gptq-experts", "error", gptq_experts,
+        "gptq-experts",
+        "error",
+        gptq_experts,
         "transformers replaces Linear modules, and its stacked experts are none. Load it with GPTQModel, or export it "
         "as compressed-tensors.",
         f"{QUANTIZERS}quantizer_gptq.py, _process_model_before_weight_loading",
     ),
     Rule(
-        "gptq-vision", "error", gptq_vision,
+        "gptq-vision",
+        "error",
+        gptq_vision,
         "transformers takes GPTQ for text models alone. Load it with GPTQModel, or export it as compressed-tensors.",
         f"{QUANTIZERS}quantizer_gptq.py, _process_model_before_weight_loading",
     ),
     Rule(
-        "dequantize", "warning", dequantize,
+        "dequantize",
+        "warning",
+        dequantize,
         "Load it with quantization_config=CompressedTensorsConfig(dequantize=True) (older versions: "
         "run_compressed=False); left packed, the first forward pass on a CPU ends in an AttributeError.",
         f"{QUANTIZERS}quantizer_compressed_tensors.py",
     ),
     Rule(
-        "experts-bf16", "warning", rules.experts_whole,
+        "experts-bf16",
+        "warning",
+        rules.experts_whole,
         "It loads, and is not as small as it says. `load_in_4bit` skips stacked experts without a word: quantize them "
         "one by one (`onecard quantize`, or `onecard export --format bnb-nf4`).",
         f"{QUANTIZERS}quantizer_bnb_4bit.py (nn.Linear alone)",
     ),
-)  # fmt: skip
+)

@@ -45,9 +45,20 @@ PARTS = {
     Kind.NF4: ("weight.absmax", "weight.quant_map"),
 }
 LEAVES = (
-    "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", "weight",
-    "qweight", "qzeros", "scales", "g_idx", "weight_scale_inv", "SCB", "weight_format",
-)  # fmt: skip
+    "weight_packed",
+    "weight_scale",
+    "weight_shape",
+    "weight_zero_point",
+    "weight_g_idx",
+    "weight",
+    "qweight",
+    "qzeros",
+    "scales",
+    "g_idx",
+    "weight_scale_inv",
+    "SCB",
+    "weight_format",
+)
 # Of activations, of the key-value cache, and what old tools left; engines read them or pass them over.
 ASIDE = re.compile(
     r".*\.(input_scale|input_zero_point|output_scale|output_zero_point|[qkv]_scale|[qkv]_zero_point|inv_freq)"
@@ -163,21 +174,38 @@ def _matrices(adapter: Adapter, infos: Mapping[str, TensorInfo]) -> Iterator[Kep
             if kind is Kind.FUSED:
                 parts["stack"] = infos[tensor]
             yield Kept(
-                module, site.role, adapter.unit(module), (outputs, inputs), kind, tensor, parts | states, bits, group,
+                module,
+                site.role,
+                adapter.unit(module),
+                (outputs, inputs),
+                kind,
+                tensor,
+                parts | states,
+                bits,
+                group,
                 adapter.split(f"{module}.weight"),
-            )  # fmt: skip
+            )
 
 
 def _nf4_parts(module: str, infos: Mapping[str, TensorInfo]) -> list[str]:
-    names = ["absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4",
-             "quant_state.bitsandbytes__fp4"]  # fmt: skip
+    names = [
+        "absmax",
+        "quant_map",
+        "nested_absmax",
+        "nested_quant_map",
+        "quant_state.bitsandbytes__nf4",
+        "quant_state.bitsandbytes__fp4",
+    ]
     return [f"weight.{name}" for name in names if f"{module}.weight.{name}" in infos]
 
 
 def _kind(
-    adapter: Adapter, module: str, parts: Mapping[str, TensorInfo], states: Mapping[str, TensorInfo],
+    adapter: Adapter,
+    module: str,
+    parts: Mapping[str, TensorInfo],
+    states: Mapping[str, TensorInfo],
     infos: Mapping[str, TensorInfo],
-) -> tuple[Kind, str]:  # fmt: skip
+) -> tuple[Kind, str]:
     """And the tensor that holds the values: where it is missing, the name that it should have."""
     leaf, kind = next(((leaf, kind) for leaf, kind in TELLS if leaf in parts), ("weight", Kind.MISSING))
     if kind is Kind.PLAIN and parts[leaf].dtype not in FLOATS:

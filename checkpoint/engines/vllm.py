@@ -81,118 +81,158 @@ def gptq_types(view: View) -> Iterator[str]:
 
 RULES = (
     Rule(
-        "config", "error", rules.config_read,
+        "config",
+        "error",
+        rules.config_read,
         "Let the tool that made it write config.json again, or make it anew with `onecard quantize`.",
         f"{CT}compressed_tensors.py, _quantization_scheme_map_from_config",
     ),
     Rule(
-        "method", "warning", method,
+        "method",
+        "warning",
+        method,
         "These rules know bf16, compressed-tensors and GPTQ alone: see vLLM's own list of formats.",
         "vllm/model_executor/layers/quantization/__init__.py",
     ),
     Rule(
-        "fused-experts", "error", rules.fused_experts,
+        "fused-experts",
+        "error",
+        rules.fused_experts,
         "vLLM wants a matrix an expert and projection and ends in KeyError `...experts.w2_weight`. Take the experts "
         "apart before quantizing (`onecard quantize` does), or, if they are to stay bf16, put `re:.*[.]experts[.].*` "
         "into `ignore`.",
         f"{LLAMA4}, Llama4Model.load_moe_expert_weights; vLLM issue 16309",
     ),
     Rule(
-        "missing-scales", "error", rules.missing_parts,
+        "missing-scales",
+        "error",
+        rules.missing_parts,
         "vLLM does not notice: the scales stay as they were created, and the model answers nonsense. Export the "
         "checkpoint again, all shards of one run.",
         "vllm/model_executor/model_loader/default_loader.py, load_weights",
     ),
     Rule(
-        "one-scheme", "error", rules.one_scheme,
+        "one-scheme",
+        "error",
+        rules.one_scheme,
         "vLLM stacks these into one parameter of one width. Give all of a unit one width: in a recipe, schemes by "
         "role or by a pattern that holds the whole unit.",
         f"{CT}compressed_tensors_moe/compressed_tensors_moe.py, get_moe_method; {CT}utils.py, should_ignore_layer",
     ),
     Rule(
-        "as-announced", "error", rules.as_announced,
+        "as-announced",
+        "error",
+        rules.as_announced,
         "vLLM makes parameters as config.json says and the tensors do not fit into them. Take config.json and weights "
         "of one run.",
         f"{CT}compressed_tensors.py, get_scheme_dict",
     ),
     Rule(
-        "ignore-list", "error", rules.ignore_list,
+        "ignore-list",
+        "error",
+        rules.ignore_list,
         "vLLM makes packed parameters for these and finds no `weight` among them. Name them in `ignore`, all of a "
         "unit.",
         f"{CT}utils.py, should_ignore_layer",
     ),
     Rule(
-        "ignore-others", "warning", rules.ignore_others,
+        "ignore-others",
+        "warning",
+        rules.ignore_others,
         "vLLM 0.32 does not quantize these whatever config.json says; older versions and transformers would. Name "
         "them in `ignore`.",
         "vllm/model_executor/models/mllama4.py (quant_config=None for the tower), qwen3_moe.py (gate: quant_config)",
     ),
     Rule(
-        "names", "error", rules.names,
+        "names",
+        "error",
+        rules.names,
         "vLLM ends in an error for a name that it does not know. Fetch the checkpoint again, or have its names "
         "written as the family's published checkpoint has them.",
         "vllm/model_executor/models/utils.py, AutoWeightsLoader._load_module",
     ),
     Rule(
-        "shapes", "error", rules.shapes,
+        "shapes",
+        "error",
+        rules.shapes,
         "Take config.json and weights of one revision.",
         "vllm/model_executor/model_loader/weight_utils.py, default_weight_loader",
     ),
     Rule(
-        "vision-untouched", "error", rules.vision_untouched,
+        "vision-untouched",
+        "error",
+        rules.vision_untouched,
         "vLLM builds the vision tower without a quantization config. Quantize again with the tower in `ignore`.",
         "vllm/model_executor/models/mllama4.py, Llama4ForConditionalGeneration.__init__",
     ),
     Rule(
-        "tensor-parallel", "error", rules.tensor_parallel,
+        "tensor-parallel",
+        "error",
+        rules.tensor_parallel,
         "Serve it on fewer ranks (--tensor-parallel-size), or quantize with a group size that divides every rank's "
         "part: 64 or 32.",
         f"{CT}compressed_tensors_moe/compressed_tensors_moe_wna16.py, create_weights; {LLAMA4}, Llama4Attention",
     ),
     Rule(
-        "qk-permuted", "error", qk_not_permuted,
+        "qk-permuted",
+        "error",
+        qk_not_permuted,
         "vLLM permutes the rows of Llama 4's q and k at load but not these: the model loads and answers nonsense. "
         "Keep q and k in bf16 here, or store them symmetric in compressed-tensors.",
         f"{LLAMA4}, permute_qk_weight_for_rotary (weight, weight_packed and weight_scale alone)",
     ),
     Rule(
-        "qk-version", "warning", qk_version,
+        "qk-version",
+        "warning",
+        qk_version,
         "Needs a vLLM with pull request 35033 (merged 2026-02-23): before it the rows of q and k were permuted and "
         "their scales were not, and GSM8K fell from 90.67 to 5.38 (pull request 34243). Attention in bf16 runs "
         "everywhere.",
         f"{LLAMA4}, permute_qk_weight_for_rotary; pull requests 34243, 34471, 34997, 35033",
     ),
     Rule(
-        "linear-target", "warning", linear_target,
+        "linear-target",
+        "warning",
+        linear_target,
         "Older versions look the experts' scheme up under the class and end in KeyError 'Linear'. Let one group "
         "target `Linear`.",
         f"{CT}compressed_tensors.py, _add_fused_moe_to_target_scheme_map; llm-compressor issue 1803",
     ),
     Rule(
-        "experts-bf16", "warning", rules.experts_whole,
+        "experts-bf16",
+        "warning",
+        rules.experts_whole,
         "It loads, and is not as small as it says: quantize the experts, which are most of the model.",
         f"{CT}compressed_tensors_moe/compressed_tensors_moe.py, get_moe_method (UnquantizedFusedMoEMethod)",
     ),
     Rule(
-        "group-size", "warning", group_sizes,
+        "group-size",
+        "warning",
+        group_sizes,
         "Marlin's kernels take groups of 32, 64, 128 or a whole row; others fall to slower ones, or to none.",
         "vllm/model_executor/layers/quantization/utils/marlin_utils.py, MARLIN_SUPPORTED_GROUP_SIZES",
     ),
     Rule(
-        "int8-zero-points", "error", int8_zero_points,
+        "int8-zero-points",
+        "error",
+        int8_zero_points,
         "No expert kernel takes them (int4 with zero points and symmetric int8 have one): quantize symmetric.",
         "vllm/model_executor/layers/fused_moe/experts/marlin_moe.py and triton_moe.py, _supports_quant_scheme",
     ),
     Rule(
-        "column-order", "error", column_order,
+        "column-order",
+        "error",
+        column_order,
         "vLLM has given up columns in an order of their own: quantize with static groups (onecard's are), or "
         "desc_act=False.",
         "vllm/model_executor/layers/quantization/utils/gptq_utils.py, normalize_and_validate_gptq_desc_act; "
         f"{CT}compressed_tensors.py",
     ),
     Rule(
-        "gptq-types", "error", gptq_types,
+        "gptq-types",
+        "error",
+        gptq_types,
         "vLLM reads GPTQ's version 1, symmetric, in 4 or 8 bits: export it so.",
         f"{AUTO_GPTQ}, AutoGPTQConfig.TYPE_MAP",
     ),
-)  # fmt: skip
+)

@@ -44,9 +44,11 @@ def dense_4bit(parts: Mapping[str, torch.Tensor], dtype: torch.dtype, *, state: 
     nested = None
     if "nested_absmax" in parts:
         nested = QuantState(
-            parts["nested_absmax"], code=parts["nested_quant_map"], blocksize=state["nested_blocksize"],
+            parts["nested_absmax"],
+            code=parts["nested_quant_map"],
+            blocksize=state["nested_blocksize"],
             dtype=torch.float32,
-        )  # fmt: skip
+        )
     known = QuantState(
         parts["absmax"],
         # Flat, as it was quantized: its CPU kernel (0.50.2) begins a new block with every row, and so gives weights

@@ -43,8 +43,18 @@ PACK, NAIVE = "pack-quantized", ("int-quantized", "float-quantized", "naive-quan
 MIXED = "mixed-precision"
 PLAIN_DTYPES = {"int": ("I8",), "float": ("F8_E4M3", "F8_E5M2")}
 # Of activations and of the key-value cache.
-ASIDE = ("input_scale", "input_zero_point", "input_g_idx", "output_scale", "output_zero_point", "k_scale", "v_scale",
-         "q_scale", "k_zero_point", "v_zero_point")  # fmt: skip
+ASIDE = (
+    "input_scale",
+    "input_zero_point",
+    "input_g_idx",
+    "output_scale",
+    "output_zero_point",
+    "k_scale",
+    "v_scale",
+    "q_scale",
+    "k_zero_point",
+    "v_zero_point",
+)
 
 
 @dataclass(frozen=True)
@@ -233,8 +243,12 @@ def _weight(stem: str, packed: bool, folder: Folder, groups: list[Group]) -> Sto
 
 
 def _width(group: Group) -> str:
-    over = {"tensor": "one scale", "channel": "by row", "group": f"group {group.group_size}",
-            "block": f"block {group.block[0]}x{group.block[1]}"}[group.strategy]  # fmt: skip
+    over = {
+        "tensor": "one scale",
+        "channel": "by row",
+        "group": f"group {group.group_size}",
+        "block": f"block {group.block[0]}x{group.block[1]}",
+    }[group.strategy]
     return f"{'fp' if group.type == 'float' else 'int'}{group.bits} {over}" + ("" if group.symmetric else " asymmetric")
 
 

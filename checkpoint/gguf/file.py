@@ -33,10 +33,19 @@ MAGIC, VERSIONS, MOST_AXES = b"GGUF", (2, 3), 4
 SCALARS = {
     int(GGUFValueType[name]): form
     for name, form in {
-        "UINT8": "B", "INT8": "b", "UINT16": "H", "INT16": "h", "UINT32": "I", "INT32": "i", "FLOAT32": "f",
-        "BOOL": "?", "UINT64": "Q", "INT64": "q", "FLOAT64": "d",
+        "UINT8": "B",
+        "INT8": "b",
+        "UINT16": "H",
+        "INT16": "h",
+        "UINT32": "I",
+        "INT32": "i",
+        "FLOAT32": "f",
+        "BOOL": "?",
+        "UINT64": "Q",
+        "INT64": "q",
+        "FLOAT64": "d",
     }.items()
-}  # fmt: skip
+}
 KNOWN = {int(kind) for kind in GGMLQuantizationType}
 STRING, ARRAY = int(GGUFValueType.STRING), int(GGUFValueType.ARRAY)
 

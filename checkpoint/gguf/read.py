@@ -154,15 +154,19 @@ def _metadata_problems(opened: gguf_file.Opened, adapter: Adapter) -> list[str]:
             problems.append(f"{architecture}.{key} is {stored}, and config.json says {value}")
     wanted, stored = words.rope_factors(adapter), opened.tensors.get(words.ROPE_FACTORS)
     if (wanted is None) != (stored is None):
-        problems.append(f"{words.ROPE_FACTORS} is {'missing' if stored is None else 'there'}, and config.json says "
-                        f"{'no' if wanted is None else 'Llama 3 '}rope scaling")  # fmt: skip
+        problems.append(
+            f"{words.ROPE_FACTORS} is {'missing' if stored is None else 'there'}, and config.json says "
+            f"{'no' if wanted is None else 'Llama 3 '}rope scaling"
+        )
     elif wanted is not None and stored is not None:
         tensor, offset = stored
         with opened.path.open("rb") as file:
             file.seek(offset)
             factors = torch.frombuffer(bytearray(file.read(tensor.nbytes)), dtype=torch.float32)
-        if tensor.kind != "F32" or factors.shape != wanted.shape or not torch.allclose(
-            factors, wanted, rtol=RELATIVE_TOLERANCE
-        ):  # fmt: skip
+        if (
+            tensor.kind != "F32"
+            or factors.shape != wanted.shape
+            or not torch.allclose(factors, wanted, rtol=RELATIVE_TOLERANCE)
+        ):
             problems.append(f"{words.ROPE_FACTORS} holds other factors than config.json's rope scaling gives")
     return problems

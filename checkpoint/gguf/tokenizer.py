@@ -55,8 +55,10 @@ def describe(folder: Path, vocab_size: int, eos_ids: list[int]) -> Told:
         vocab: dict[str, int] = bpe["vocab"] if byte_level else {}
         ids = sorted([*vocab.values(), *(token["id"] for token in added)])
     except FileNotFoundError:
-        told.problems.append(f"{folder} has no tokenizer.json, from which llama.cpp's tokenizer is made: save it there "
-                             "with transformers (AutoTokenizer.from_pretrained(...).save_pretrained(...))")  # fmt: skip
+        told.problems.append(
+            f"{folder} has no tokenizer.json, from which llama.cpp's tokenizer is made: save it there "
+            "with transformers (AutoTokenizer.from_pretrained(...).save_pretrained(...))"
+        )
         return told
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         told.problems.append(f"{folder / 'tokenizer.json'} is damaged: fetch it again")
@@ -75,8 +77,13 @@ def describe(folder: Path, vocab_size: int, eos_ids: list[int]) -> Told:
         told.problems.append(f"tokenizer.json has tokens of one text under two numbers: {', '.join(twice)}")
         return told
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in bpe["merges"]]
-    told.metadata = {"ggml.model": "gpt2", "ggml.pre": _split(raw, told.warnings), "ggml.tokens": tokens,
-                     "ggml.token_type": types, "ggml.merges": merges}  # fmt: skip
+    told.metadata = {
+        "ggml.model": "gpt2",
+        "ggml.pre": _split(raw, told.warnings),
+        "ggml.tokens": tokens,
+        "ggml.token_type": types,
+        "ggml.merges": merges,
+    }
     if raw.get("normalizer"):
         kinds = ", ".join(_types(raw["normalizer"]))
         told.warnings.append(f"the tokenizer normalizes text ({kinds}) and llama.cpp does not: tokens may differ")

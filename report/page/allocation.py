@@ -78,9 +78,14 @@ def _against(allocation: Allocation, record: Record) -> Figure | None:
     kl, predicted = record.kl, allocation.predicted_kl_nats
     entries = [
         ("predicted", predicted, None, None, f"predicted: {nats(predicted)}"),
-        ("verified", kl.kl_mean_nats, kl.kl_low_nats, kl.kl_high_nats,
-         figures.nats_said("verified", kl.kl_mean_nats, kl.kl_low_nats, kl.kl_high_nats)),
-    ]  # fmt: skip
+        (
+            "verified",
+            kl.kl_mean_nats,
+            kl.kl_low_nats,
+            kl.kl_high_nats,
+            figures.nats_said("verified", kl.kl_mean_nats, kl.kl_low_nats, kl.kl_high_nats),
+        ),
+    ]
     rows = [(name, nats(value), between(low, high, nats)) for name, value, low, high, _ in entries]
     listing = table("Predicted and verified KL", ("what", ">KL, nats", ">95 % interval"), rows)
     note = "Predicted before the checkpoint was made; verified on the files as they are read back, on other texts."

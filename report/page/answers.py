@@ -57,13 +57,31 @@ def documents_section(record: Record) -> list[Section]:
     if not documents:
         return []
     worst = sorted(documents, key=lambda d: -d.kl_mean_nats)
-    columns = ("document", ">mean KL", ">same top-1", ">tokens", "kind", ">nats, original", ">nats, quantized",
-               "source", "digest")  # fmt: skip
+    columns = (
+        "document",
+        ">mean KL",
+        ">same top-1",
+        ">tokens",
+        "kind",
+        ">nats, original",
+        ">nats, quantized",
+        "source",
+        "digest",
+    )
     rows = [
-        (d.document, nats(d.kl_mean_nats), percent(d.same_top1), f"{d.tokens:,}", d.kind, nats(d.nll_reference),
-         nats(d.nll_quantized), d.source, short(d.digest))
+        (
+            d.document,
+            nats(d.kl_mean_nats),
+            percent(d.same_top1),
+            f"{d.tokens:,}",
+            d.kind,
+            nats(d.nll_reference),
+            nats(d.nll_quantized),
+            d.source,
+            short(d.digest),
+        )
         for d in worst
-    ]  # fmt: skip
+    ]
     lede = (
         f"{len(documents):,} documents. The worst has a mean KL of {nats(worst[0].kl_mean_nats)} nats, the best "
         f"{nats(worst[-1].kl_mean_nats)}."

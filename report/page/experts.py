@@ -124,12 +124,26 @@ def _experts(record: Record) -> list[Section]:
         return []
     worst = errors.worst_experts
     listed = [
-        (f"block{KEPT}{e.block}, expert{KEPT}{e.expert}", _score(e), percent(e.output_error), percent(e.weight_error),
-         None if e.weight_gain is None else f"{e.weight_gain:.4f}", count(e.rows), count(e.calibration_rows))
+        (
+            f"block{KEPT}{e.block}, expert{KEPT}{e.expert}",
+            _score(e),
+            percent(e.output_error),
+            percent(e.weight_error),
+            None if e.weight_gain is None else f"{e.weight_gain:.4f}",
+            count(e.rows),
+            count(e.calibration_rows),
+        )
         for e in worst
-    ]  # fmt: skip
-    columns = ("expert", ">score", ">output error", ">weight error", ">weight gain", ">evaluation rows",
-               ">calibration rows")  # fmt: skip
+    ]
+    columns = (
+        "expert",
+        ">score",
+        ">output error",
+        ">weight error",
+        ">weight gain",
+        ">evaluation rows",
+        ">calibration rows",
+    )
     how = (
         "Score: how far its output error, or its weights' gain, stands out of its block's, in robust standard "
         "deviations. Rounding leaves noise and a gain near one; another gain is the mark of a damaged scale."

@@ -369,10 +369,16 @@ def curves(
 ) -> dict[str, Any]:
     """Lines over a plain axis. `series`: (name, paint, xs, ys); `line` is drawn across, `mark` upright."""
     traces = [
-        go.Scatter(name=label(name), mode="lines", x=list(xs), y=list(ys), meta={"paint": paint},
-                   hovertemplate="%{x:,}: %{y:.2f}<extra>%{fullData.name}</extra>")
+        go.Scatter(
+            name=label(name),
+            mode="lines",
+            x=list(xs),
+            y=list(ys),
+            meta={"paint": paint},
+            hovertemplate="%{x:,}: %{y:.2f}<extra>%{fullData.name}</extra>",
+        )
         for name, paint, xs, ys in series
-    ]  # fmt: skip
+    ]
     dotted = {"type": "line", "line": {"width": 1.5, "dash": "dot"}}
     across = {"x0": 0, "x1": 1, "xref": "paper", "y0": line, "y1": line}
     shapes = [dotted | across, dotted | {"x0": mark, "x1": mark, "y0": 0, "y1": 1, "yref": "paper"}]

@@ -14,11 +14,16 @@ def gate_section(record: Record) -> list[Section]:
         return []
     failed = sum(not check.passed for check in gate.checks)
     against = "its limits" + (f" and the baseline {gate.baseline}" if gate.baseline else "")
-    lede = f"Held against {against}, every check was passed." if gate.passed else (
-        f"Held against {against}, {failed:,} of {len(gate.checks):,} checks failed.")  # fmt: skip
+    lede = (
+        f"Held against {against}, every check was passed."
+        if gate.passed
+        else (f"Held against {against}, {failed:,} of {len(gate.checks):,} checks failed.")
+    )
     said = [(check.name.replace("_", " "), "passed" if check.passed else "FAILED", check.said) for check in gate.checks]
-    rows = [(check.name, check.kind, *map(_cell, (check.measured, check.low, check.high, check.allowed)))
-            for check in gate.checks]  # fmt: skip
+    rows = [
+        (check.name, check.kind, *map(_cell, (check.measured, check.low, check.high, check.allowed)))
+        for check in gate.checks
+    ]
     columns = ("check", "against", ">measured", ">low", ">high", ">allowed")
     tables = [table("Checks", ("check", "verdict", "what was found"), said)]
     tables += [table("Notes", ("note",), [(note,) for note in gate.notes])] if gate.notes else []

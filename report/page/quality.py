@@ -23,8 +23,9 @@ def _distribution(kl: Kl) -> Section:
         ("99.9 %", kl.kl_p999_nats),
         ("largest", kl.kl_max_nats),
     ]
-    rows = [("mean KL(original || quantized), nats", nats(kl.kl_mean_nats),
-             between(kl.kl_low_nats, kl.kl_high_nats, nats))]  # fmt: skip
+    rows = [
+        ("mean KL(original || quantized), nats", nats(kl.kl_mean_nats), between(kl.kl_low_nats, kl.kl_high_nats, nats))
+    ]
     rows += [(f"KL, {name}, nats", nats(value), ABSENT) for name, value in quantiles if value is not None]
     if kl.reverse_kl_mean_nats is not None:
         rows.append(("mean reverse KL(quantized || original), nats", nats(kl.reverse_kl_mean_nats), ABSENT))
@@ -42,10 +43,16 @@ def _distribution(kl: Kl) -> Section:
         rows.append(("tokens sent to other experts, a layer", percent(kl.changed_routes), ABSENT))
     changes = [("mean", kl.delta_p_mean), ("root mean square", kl.delta_p_rms)]
     changes += [(f"{name.removeprefix('p').lstrip('0')} % quantile", p) for name, p in kl.delta_p_quantiles.items()]
-    moved = table("Change of the true token's probability", ("figure", ">quantized less original"),
-                  [(name, f"{value:+.3%}") for name, value in changes if value is not None])  # fmt: skip
-    routed = table("Tokens sent to other experts", ("block", ">share of tokens"),
-                   [(block, percent(share)) for block, share in kl.changed_routes_by_block.items()])  # fmt: skip
+    moved = table(
+        "Change of the true token's probability",
+        ("figure", ">quantized less original"),
+        [(name, f"{value:+.3%}") for name, value in changes if value is not None],
+    )
+    routed = table(
+        "Tokens sent to other experts",
+        ("block", ">share of tokens"),
+        [(block, percent(share)) for block, share in kl.changed_routes_by_block.items()],
+    )
     folded = tuple(each for each in (moved, routed) if each.rows)
     how = "95 % intervals take a document as one draw."
     if kl.interval is not None:
