@@ -22,7 +22,6 @@ from ..formats.packing import words_for
 from ..formats.stored_weight import FLOATS
 
 COMPRESSED_TENSORS, GPTQ, BITSANDBYTES = "compressed-tensors", "gptq", "bitsandbytes"
-LINEAR = "Linear"
 
 
 class Kind(StrEnum):
