@@ -17,7 +17,8 @@ from onecard.checkpoint.formats import compressed_tensors_config as ct_config
 from onecard.checkpoint.formats import compressed_tensors_read as ct_read
 from onecard.checkpoint.formats import compressed_tensors_write as ct
 from onecard.checkpoint.formats.compressed_tensors_config import read_groups
-from onecard.core.scheme import BY_ROW, QuantizedWeight, Scheme
+from onecard.core.quantized_weight import QuantizedWeight
+from onecard.core.scheme import BY_ROW, Scheme
 from onecard.core.tensors import DTYPE_NAMES
 
 

@@ -10,7 +10,8 @@ Specification: compressed-tensors, `compressors/pack_quantized` (the reader that
 
 import torch
 
-from ...core.scheme import QuantizedWeight, Scheme
+from ...core.quantized_weight import QuantizedWeight
+from ...core.scheme import Scheme
 from .stored_weight import unpack_fields
 
 PACKED, SCALE, SHAPE, ZERO = "weight_packed", "weight_scale", "weight_shape", "weight_zero_point"

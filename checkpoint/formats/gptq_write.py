@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from ...core.scheme import QuantizedWeight, Scheme
+from ...core.quantized_weight import QuantizedWeight
+from ...core.scheme import Scheme
 from .compressed_tensors_write import pack_words
 from .stored_weight import fp16_scales
 

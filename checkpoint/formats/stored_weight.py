@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ...core.scheme import QuantizedWeight, Scheme
+from ...core.quantized_weight import QuantizedWeight
+from ...core.scheme import Scheme
 from ...core.tensors import TensorInfo
 
 # Parts by what they are to the format -> the dense weight, fp32 before it is rounded to the dtype.
