@@ -24,8 +24,9 @@ from ..checkpoint.packed import PackedSource
 from ..checkpoint.plan import Layout, Shard, by_part, make_plan, shards_of
 from ..core.errors import InputError
 from ..core.layout import StoredTensor
+from ..core.quantized_weight import QuantizedWeight
 from ..core.rows import Step
-from ..core.scheme import NF4, NF4_BLOCK, QuantizedWeight, Scheme
+from ..core.scheme import NF4, NF4_BLOCK, Scheme
 from ..core.tensors import TORCH_DTYPES
 from ..models.adapter import QUANTIZABLE, Adapter, Location, Role
 

@@ -22,7 +22,8 @@ from onecard.checkpoint.formats import compressed_tensors_read as ct_read
 from onecard.checkpoint.formats import compressed_tensors_write as ct
 from onecard.checkpoint.formats.compressed_tensors_config import read_groups
 from onecard.checkpoint.formats.packing import unpack_columns
-from onecard.core.scheme import BY_ROW, QuantizedWeight, Scheme
+from onecard.core.quantized_weight import QuantizedWeight
+from onecard.core.scheme import BY_ROW, Scheme
 from onecard.core.tensors import DTYPE_NAMES
 
 

@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from vllm_environment import BUILD
 
 from onecard.checkpoint.formats import compressed_tensors_write as ct
-from onecard.checkpoint.model import demo_folder
 from onecard.conversion.export import export
+from onecard.models.known import demo_folder
 from onecard.models.llama4 import Llama4Adapter
 
 Tensors = dict[str, torch.Tensor]

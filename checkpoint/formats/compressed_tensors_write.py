@@ -11,7 +11,8 @@ Specification: compressed-tensors, `compressors/pack_quantized`.
 import torch
 from compressed_tensors.compressors.pack_quantized import pack_to_int32
 
-from ...core.scheme import QuantizedWeight, Scheme
+from ...core.quantized_weight import QuantizedWeight
+from ...core.scheme import Scheme
 from .packing import words_for
 
 PACKED, SCALE, SHAPE, ZERO = "weight_packed", "weight_scale", "weight_shape", "weight_zero_point"

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from compressed_tensors.compressors.pack_quantized import unpack_from_int32
 
-from ...core.scheme import BY_ROW, QuantizedWeight, Scheme
+from ...core.quantized_weight import QuantizedWeight
+from ...core.scheme import BY_ROW, Scheme
 from ...core.tensors import TensorInfo
 from ..source import Folder
 from .packing import BITS_A_WORD, unpack_columns, words_for

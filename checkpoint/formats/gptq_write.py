@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from compressed_tensors.compressors.pack_quantized import pack_to_int32
 
-from ...core.scheme import QuantizedWeight, Scheme
+from ...core.quantized_weight import QuantizedWeight
+from ...core.scheme import Scheme
 from .packing import BITS_A_WORD
 from .scales import fp16_scales
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ...core.scheme import QuantizedWeight, Scheme
+from ...core.quantized_weight import QuantizedWeight
+from ...core.scheme import Scheme
 from ...core.tensors import TensorInfo
 
 # Stored parts by role -> the dense weight, computed in fp32 and rounded once to the dtype. Raises ValueError for parts
