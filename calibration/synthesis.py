@@ -28,7 +28,7 @@ from ..checkpoint import files
 from ..checkpoint.emit import side_files_digest
 from ..checkpoint.loading import load_with_transformers
 from ..checkpoint.model import Model, open_source
-from ..checkpoint.source import refuse_nonfinite
+from ..checkpoint.source_checks import refuse_nonfinite
 from ..checkpoint.workdir import refuse_resumed
 from ..core.device import choose_device, choose_dtype
 from ..core.errors import InputError

@@ -24,7 +24,8 @@ from .packed import PackedSource, open_packed
 from .plan import Width, tally
 from .provenance import hub_origin, source_card
 from .remote import hub_error, open_remote
-from .source import Folder, check_shapes, open_folder
+from .source import Folder, open_folder
+from .source_checks import check_shapes
 
 # What is fetched from the hub: never pickles, never code.
 HUB_PATTERNS = [

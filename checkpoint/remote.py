@@ -24,17 +24,8 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_st
 
 from ..core.errors import InputError, OnecardError, ResourceError, input_error
 from ..core.tensors import TORCH_DTYPES, Index, TensorInfo
-from .source import (
-    INDEX_NAME,
-    LENGTH_BYTES,
-    Folder,
-    Header,
-    header_bytes,
-    join_headers,
-    leaves_folder,
-    parse_header,
-    shards_of,
-)
+from .safetensors_header import LENGTH_BYTES, Header, header_bytes, parse_header
+from .source import INDEX_NAME, Folder, join_headers, leaves_folder, shards_of
 
 SIDE_FILES = ("config.json", INDEX_NAME, "quantize_config.json")
 # Asked for at once of every shard: longer than most headers (Scout's fused shards: 10 kB), short beside any weights.

@@ -17,7 +17,8 @@ from ..core.tensors import TORCH_DTYPES, TensorInfo
 from .formats import compressed_tensors_read as ct_read
 from .formats import compressed_tensors_write as ct
 from .formats.packing import BITS_A_WORD
-from .source import INDEX_NAME, Folder, pieces
+from .source import INDEX_NAME, Folder
+from .source_checks import pieces
 
 PARTS = (ct.PACKED, ct.SCALE, ct.SHAPE, ct.ZERO)
 Shapes = Mapping[str, tuple[int, ...]]

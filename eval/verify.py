@@ -19,7 +19,7 @@ from ..calibration.texts import prepare_texts
 from ..calibration.tokens import Encoder
 from ..checkpoint.files import disk_errors
 from ..checkpoint.model import Model, open_model, said_name, stored_facts
-from ..checkpoint.source import refuse_nonfinite
+from ..checkpoint.source_checks import refuse_nonfinite
 from ..checkpoint.workdir import Activations
 from ..core.device import choose_device, choose_dtype
 from ..core.errors import InputError

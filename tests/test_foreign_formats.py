@@ -235,8 +235,8 @@ def test_one_expert_of_a_fused_tensor_is_read_without_the_others(
     }
     source = opened(tmp_path, stored, FP8)
     read_bytes = []
-    original = source_module._read_into
-    monkeypatch.setattr(source_module, "_read_into", lambda *a: (read_bytes.append(len(a[2])), original(*a)))
+    original = source_module.read_into
+    monkeypatch.setattr(source_module, "read_into", lambda *a: (read_bytes.append(len(a[2])), original(*a)))
     got = source.dense("m.experts.down_proj", torch.float64, (2, slice(None), slice(16, 48)))
     assert torch.allclose(got, experts[2][1][:, 16:48], rtol=1e-6)
     assert sum(read_bytes) == 96 * 64 + 4 * 3 * 2
