@@ -45,16 +45,9 @@ from .checkpoint.plan import Plan
 from .checkpoint.source import INDEX_NAME
 from .checkpoint.source_checks import refuse_nonfinite
 from .checkpoint.workdir import Activations, WorkDir, has_run, read_json, read_tensors, refuse_resumed
-from .conversion.export import (
-    FORMATS,
-    Files,
-    config_of_run,
-    finished_run,
-    matrices,
-    planned_files,
-    planned_run,
-    weight_bytes,
-)
+from .conversion.export import matrices
+from .conversion.exporters import FORMATS, Files
+from .conversion.run_output import config_of_run, finished_run, planned_files, planned_run, weight_bytes
 from .core.device import choose_device, choose_dtype, site_budget
 from .core.errors import InputError, LimitError
 from .core.layout import RECORD_NAME, index_json, json_bytes

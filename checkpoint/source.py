@@ -194,7 +194,7 @@ def leaves_folder(name: str) -> bool:
 def join_headers(
     path: Path, headers: dict[str, Header], weight_map: dict[str, str] | None, problems: list[str]
 ) -> tuple[dict[str, TensorInfo], dict[str, tuple[Path, int]], tuple[Path, ...]]:
-    """The infos, offsets and shards of a Folder. Raises InputError with `problems` and the contradictions found here."""
+    """The infos, offsets and shards of a Folder. Raises InputError with `problems` and those found here."""
     infos: dict[str, TensorInfo] = {}
     offsets: dict[str, tuple[Path, int]] = {}
     for name, found in headers.items():

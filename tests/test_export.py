@@ -16,9 +16,9 @@ from onecard.checkpoint.formats import compressed_tensors_config as ct_config
 from onecard.checkpoint.loading import load_with_transformers
 from onecard.checkpoint.model import Model, open_model
 from onecard.checkpoint.packed import PackedSource
+from onecard.checkpoint.safetensors_header import read_header
 from onecard.checkpoint.source import open_folder
-from onecard.conversion import export
-from onecard.conversion import layout as conversion
+from onecard.conversion import conversion, exporters, to_gptq
 
 # Maverick has blocks with experts and blocks without; Scout is the same with experts in all.
 FAMILIES = ("maverick", "llama4-text", "qwen3")
@@ -63,7 +63,7 @@ def all_codes(model: Model) -> dict[str, tuple[torch.Tensor, ...]]:
 
 # NF4 holds no codes: test_bitsandbytes.py. llama.cpp's file holds neither these babies' tokenizer nor Qwen3's dense
 # layer: test_gguf.py has others.
-@pytest.mark.parametrize("form", sorted(export.FORMATS.keys() - {"gguf", "bnb-nf4"}))
+@pytest.mark.parametrize("form", sorted(exporters.FORMATS.keys() - {"gguf", "bnb-nf4"}))
 @pytest.mark.parametrize(
     ("family", "symmetric"), [*((f, True) for f in FAMILIES + MORE), ("maverick", False), ("qwen3", False)]
 )
@@ -187,8 +187,8 @@ def test_q_and_k_of_llama4_stay_in_16_bits_in_gptqs_layout_and_the_config_says_w
 def test_rules_of_dynamic_mean_what_is_stored_and_nothing_else(family: str, packed: Made, tmp_path: Path) -> None:
     """As vLLM reads them: by the names of fused modules, too."""
     model = open_model(str(packed(family, **MIXED)))
-    block = export.gptq_block(model, 2)
-    schemes, _ = conversion.gptq_schemes(model)
+    block = to_gptq.block(model, 2)
+    schemes, _ = to_gptq.split_schemes(model)
     units = conversion.units(model.adapter)
 
     def said(name: str) -> object:
@@ -250,21 +250,16 @@ def test_an_interrupted_export_is_no_checkpoint_and_a_second_one_ends_in_the_sam
     assert onecard("export", source, "--format", "gptq", "-o", whole).exit_code == 0
     shards = sorted(whole.glob("*.safetensors"))
     assert len(shards) > 3
-    made = conversion._as_codes
+    third = {name.removesuffix(".qweight") for name in read_header(shards[2]) if name.endswith(".qweight")}
+    quantized = PackedSource.quantized
 
-    def stops(*args: object) -> conversion.Conversion:
-        full = made(*args)  # type: ignore[arg-type]
-        last = full.shards[2].tensors[0].name
-
-        def make(name: str) -> dict[str, torch.Tensor]:
-            if name == full.made_of[last]:
-                raise KeyboardInterrupt
-            return full.make(name)
-
-        return conversion.Conversion(full.shards, full.schemes, full.made_of, make)
+    def stops(self: PackedSource, name: str) -> object:
+        if name.removesuffix(".weight") in third:
+            raise KeyboardInterrupt
+        return quantized(self, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(conversion, "_as_codes", stops)
+        patch.setattr(PackedSource, "quantized", stops)
         assert onecard("export", source, "--format", "gptq", "-o", out).exit_code == 130
     assert len(list(out.glob("*.safetensors"))) == 2
     assert not (out / "config.json").exists()
