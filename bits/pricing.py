@@ -34,7 +34,7 @@ from ..core.scheme import Scheme
 from ..eval.kl import compare_rows
 from ..models.adapter import Adapter, Half, Site, read, stored_dtype
 from ..models.walk import Calls, embed, exchanged, final_norm, load_block, run_block, weight_view
-from ..quantize.site import cuts, quantize_batch
+from ..quantize.site import batch_slices, quantize_batch
 from ..recipe import KEEP, Recipe
 from .prices import Priced, UnitPrices, together
 
@@ -349,7 +349,7 @@ def _round_site(
     outputs = sum(site.out_features)
     stored = stored_dtype(walk.adapter, walk.model.source, f"{site.members[0][0]}.weight")
     total = 0.0
-    for cut in cuts(len(site.members), outputs, site.in_features, site_budget(walk.device), walk.method):
+    for cut in batch_slices(len(site.members), outputs, site.in_features, site_budget(walk.device), walk.method):
         members = site.members[cut]
         w_BOI = torch.stack([stacked(walk.adapter, block, index, member) for member in members])
         moment = None if moments is None else moments.shrunk(walk.recipe.quantizer.shrinkage, cut)

@@ -33,7 +33,7 @@ from ..models.adapter import Adapter, Half, Role, Site, read, stored_dtype
 from ..models.walk import Calls, load_block, weight_view
 from ..quantize.correction import corrected
 from ..quantize.metric import swiglu_metric
-from ..quantize.site import cuts, quantize_batch, relative_output_error
+from ..quantize.site import batch_slices, quantize_batch, relative_output_error
 from ..recipe import Recipe, matches
 from .streams import HalfJob, HalfStatistics, by_module, stacked
 from .tuning import tune
@@ -248,7 +248,7 @@ def _quantize_site(
     stored = stored_dtype(job.adapter, job.source, f"{site.members[0][0]}.weight")
     outputs = sum(site.out_features)
     measured = bool(job.metrics) and moments is not None
-    for cut in cuts(len(site.members), outputs, site.in_features, job.budget_bytes, job.method, measured):
+    for cut in batch_slices(len(site.members), outputs, site.in_features, job.budget_bytes, job.method, measured):
         members = site.members[cut]
         # A block computed with in bf16 has rounded what was stored wider.
         exact = block if job.dtype == torch.float32 or stored == torch.bfloat16 else None

@@ -1,14 +1,15 @@
-"""`onecard inspect`: what a checkpoint is, from its config.json and headers alone."""
+"""`onecard inspect`: facts of a checkpoint, from config.json and headers alone."""
 
 from typing import Any
 
 from ..models.adapter import Role
-from .model import open_headers, stored_widths
+from .model import open_headers
 from .packed import PackedSource
+from .stored_widths import stored_widths
 
 
 def inspect(model_name: str) -> dict[str, Any]:
-    """Facts of a checkpoint, original or quantized, from config.json and headers alone."""
+    """The JSON line of `onecard inspect`, for an original or a quantized checkpoint."""
     model = open_headers(model_name)
     adapter, folder = model.adapter, model.folder
     roles: dict[str, dict[str, Any]] = {}

@@ -20,9 +20,10 @@ from .. import __version__
 from ..checkpoint import files
 from ..checkpoint.checksums import write_sums
 from ..checkpoint.emit import carry_side_files, clear_checkpoint, written_files
-from ..checkpoint.model import Model, open_model, open_written, said_name, stored_facts
+from ..checkpoint.model import Model, open_model, open_written, said_name
 from ..checkpoint.packed import PackedSource
 from ..checkpoint.paths import check_paths, check_space
+from ..checkpoint.stored_widths import stored_facts
 from ..core.errors import InputError
 from ..core.layout import RECORD_NAME, json_bytes
 from ..core.rows import Step

@@ -21,8 +21,9 @@ from babies import make_baby
 from onecard import cli, forecast
 from onecard.blocks import quantize as stages
 from onecard.checkpoint import inspect
-from onecard.checkpoint.model import open_model, stored_widths
+from onecard.checkpoint.model import open_model
 from onecard.checkpoint.source import Folder, open_folder
+from onecard.checkpoint.stored_widths import stored_widths
 from onecard.core import errors
 from onecard.models.families import load_adapter
 from onecard.quantize.site import SiteResult
