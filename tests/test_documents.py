@@ -48,7 +48,8 @@ SECTIONS: dict[str, type[BaseModel]] = {
 def generator() -> ModuleType:
     """benchmarks/documents.py, which is a script and no part of the package."""
     spec = importlib.util.spec_from_file_location("documents", ROOT / "benchmarks" / "documents.py")
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     before = list(sys.path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -181,7 +182,8 @@ def test_the_gate_is_worth_what_its_table_says() -> None:
     alarms = max(share for what, trials, share in shares if what == "nothing changed" and trials >= 6000)
     detected = min(share for what, _, share in shares if what == "10 % more")
     said = re.search(r"false alarms \(the worst: ([\d.]+) %\).*?\(the worst: ([\d.]+) %\)", text, re.DOTALL)
-    assert said and (float(said[1]), float(said[2])) == (alarms, detected)
+    assert said is not None
+    assert (float(said[1]), float(said[2])) == (alarms, detected)
 
 
 def test_documents_name_no_machine() -> None:

@@ -1,8 +1,8 @@
 """A row of the comparison as the documents show it, and the file that keeps all rows: docs/results/peers.json.
 
-run.py writes whole results to build/, which git ignores. The documents need fewer figures, rounded; those are committed,
-so that every table and picture of the comparison comes from one file. `python benchmarks/peers/rows.py` copies
-build/peers/results-test.json into it. The file's head says which run the rows are from.
+run.py writes whole results to build/, which git ignores. The documents need fewer figures, rounded. Those are
+committed, so that every table and picture of the comparison comes from one file. The file's head says which run the
+rows are from. `python benchmarks/peers/rows.py DATE` makes it of build/peers/results-test.json.
 """
 
 import json
