@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from onecard.core.method import Method
-from onecard.core.scheme import QuantizedWeight, Scheme
+from onecard.core.quantized_weight import QuantizedWeight
+from onecard.core.scheme import Scheme
 
 SCHEMES = [Scheme(bits, 32, symmetric) for bits in (4, 8) for symmetric in (True, False)]
 NAMES = [f"{s.bits} bits, {'symmetric' if s.symmetric else 'asymmetric'}" for s in SCHEMES]
