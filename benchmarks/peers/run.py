@@ -22,13 +22,13 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(HERE))
 
-import inputs  # noqa: E402
 import judge  # noqa: E402
 import process  # noqa: E402
 import rows as kept  # noqa: E402
 import table  # noqa: E402
 from field import PEERS, ROLES, Peer  # noqa: E402
 
+import inputs  # noqa: E402
 from onecard.checkpoint.source import open_folder  # noqa: E402
 
 MODELS = {"demo": inputs.DEMO / "model", "qwen3-moe": None}
