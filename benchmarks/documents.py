@@ -24,10 +24,10 @@ sys.path[:0] = [str(HERE / "peers"), str(ROOT / "tests")]
 
 import click  # noqa: E402
 import plot  # noqa: E402
-from hollow import MAVERICK, QWEN3, SCOUT, published, write_hollow  # noqa: E402
 from rows import PeerRow, read_kept  # noqa: E402
 from table import markdown, table  # noqa: E402
 
+from hollow import MAVERICK, QWEN3, SCOUT, published, write_hollow  # noqa: E402
 from onecard.checkpoint.engines.table import ENGINES  # noqa: E402
 from onecard.cli import main as onecard  # noqa: E402
 from onecard.core.method import PRESETS, UNCALIBRATED  # noqa: E402
