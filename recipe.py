@@ -281,6 +281,10 @@ class Recipe(_Group):
         made._folder = self._folder
         return made
 
+    def within(self, budget_gb: float) -> "Recipe":
+        """The recipe with `bits: fit` and a budget of files in decimal GB, whatever its card. Raises InputError."""
+        return self.changed(bits="fit", budget_gb=budget_gb, gpu=None)
+
     @property
     def folder(self) -> Path:
         return self._folder
@@ -330,8 +334,12 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load_recipe(name: str) -> Recipe:
-    """Read and check a recipe. Raises InputError listing every offending key."""
+def load_recipe(name: str | Path) -> Recipe:
+    """Read and check a recipe: the name of a shipped one, or the path of a YAML file.
+
+    Raises InputError listing every offending key.
+    """
+    name = str(name)
     data = _read_yaml(f"the recipe {name}", recipe_text(name), "print one with `onecard recipes demo`")
     try:
         recipe = Recipe.model_validate(data)

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from .shared import DEVICE_HELP, RECIPE_HELP, TEXTS_HELP, make_console, print_line, verb
+from .options import device_option, model_argument, recipe_option, texts_option
+from .shared import make_console, print_line, verb
 
 
 class _Verbs(click.Group):
@@ -43,16 +44,14 @@ def _recipe(model: str, name: str | None) -> Any:
     return load_recipe(name or "demo")
 
 
-def _texts_options(function: Any) -> Any:
-    for which in ("evaluation", "calibration"):
-        told = f"{TEXTS_HELP}, in place of the recipe's."
-        function = click.option(f"--{which}", type=click.Path(path_type=Path), help=told)(function)
-    return click.option("--recipe", help=RECIPE_HELP)(function)
+def _rows_options(function: Any) -> Any:
+    """Which rows: --recipe and the user's own texts."""
+    return recipe_option()(texts_option("calibration")(texts_option("evaluation")(function)))
 
 
 @calibration.command()
-@click.argument("model", default="demo")
-@_texts_options
+@model_argument(default="demo")
+@_rows_options
 @click.option("--rows", default=3, show_default=True, type=click.IntRange(1), help="How many rows to print.")
 @click.option("--whole", is_flag=True, help="Print long rows whole, not their heads and ends.")
 @verb
@@ -73,9 +72,9 @@ def show(
 
 
 @calibration.command()
-@click.argument("model", default="demo")
-@_texts_options
-@click.option("--device", default="auto", show_default=True, help=DEVICE_HELP)
+@model_argument(default="demo")
+@_rows_options
+@device_option()
 @click.option("--svg", type=click.Path(path_type=Path), help="Draw the heat map into this file as well.")
 @verb
 def coverage(
@@ -112,16 +111,16 @@ def coverage(
 
 
 @calibration.command()
-@click.argument("model")
+@model_argument()
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--recipe", help=RECIPE_HELP)
-@click.option("--calibration", type=click.Path(path_type=Path), help=f"{TEXTS_HELP}, in place of the recipe's.")
+@recipe_option()
+@texts_option("calibration")
 @click.option("--rows", default=512, show_default=True, type=click.IntRange(1), help="Conversations, at most.")
 @click.option("--max-new-tokens", default=256, show_default=True, type=click.IntRange(1), help="Of one answer.")
 @click.option("--temperature", default=0.7, show_default=True, type=click.FloatRange(0, 10), help="0: greedy.")
 @click.option("--turns", default=4, show_default=True, type=click.IntRange(1), help="Of a conversation, at most.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--device", default="auto", show_default=True, help=DEVICE_HELP)
+@device_option()
 @click.option("--block-by-block", is_flag=True, help="Never load the whole model. [default: when it does not fit]")
 @click.option("--overwrite", is_flag=True, help="Replace OUT, and what a stopped run left beside it.")
 @verb
