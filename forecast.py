@@ -15,6 +15,7 @@ from .conversion.export import Files, planned_files, weight_bytes
 from .core.device import choose_device, choose_dtype, site_budget
 from .core.errors import InputError, ResourceError
 from .core.rates import Rates, keep_rates, kept_rates, measure_flops, uniform
+from .core.recipe_groups import Serving
 from .eval.machine_rates import measure_rates, rates_key
 from .models.adapter import Adapter
 from .planner.cards import find_card
@@ -22,7 +23,7 @@ from .planner.cost import Cost, estimate, work_of
 from .planner.fit import Needs, Request
 from .planner.pricing_cost import PricingCost, pricing_cost
 from .planner.sizing import Sizing, size_up
-from .recipe import Recipe, Serving
+from .recipe import Recipe
 
 
 @dataclass(frozen=True)

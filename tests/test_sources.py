@@ -20,8 +20,8 @@ from PIL import Image
 
 from onecard.calibration.columns import Columns, document_from
 from onecard.calibration.documents import Document, document_of, spelled
-from onecard.calibration.packing import Layout, mixed, pack, quotas
-from onecard.calibration.sources import Limit, Source, read_source, split_by_digest
+from onecard.calibration.packing import RowLayout, mixed, pack, quotas
+from onecard.calibration.sources import ReadLimit, Source, read_source, split_by_digest
 from onecard.calibration.texts import prepare_texts
 from onecard.checkpoint.model import open_model
 from onecard.core.errors import InputError
@@ -43,7 +43,7 @@ def parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def read(path: Path, **changes: Any) -> list[Document]:
-    return read_source(Source(path.name, path, **changes), Limit(), None).documents
+    return read_source(Source(path.name, path, **changes), ReadLimit(), None).documents
 
 
 def said(document: Document) -> list[tuple[str, str]]:
@@ -63,7 +63,7 @@ def test_every_kind_of_file_and_a_folder_of_them(tmp_path: Path) -> None:
     (folder / "b.md").write_text("# A page")
     (folder / "c.jsonl").write_text('{"text": "a line"}\n{"text": "another"}\n')
     parquet(folder / "deep" / "d.parquet", [{"text": "a cell"}, {"text": None}, {"text": "a third"}])
-    found = read_source(Source("mine", folder), Limit(), None)
+    found = read_source(Source("mine", folder), ReadLimit(), None)
     assert [d.text for d in found.documents] == [
         "one long text\n\nof two paragraphs\n",
         "# A page",
@@ -370,7 +370,7 @@ def documents(lengths: list[int], source: str = "s", start: int = 0) -> list[Row
 
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=20), st.integers(1, 8), st.integers(2, 40), st.integers(0, 3))
 def test_long_rows_use_no_token_twice(lengths: list[int], rows: int, long: int, seed: int) -> None:
-    layout = Layout(rows, 8, 0.5, long)
+    layout = RowLayout(rows, 8, 0.5, long)
     encoded = documents(lengths)
     try:
         packed = pack(encoded, layout, seed)
@@ -387,7 +387,7 @@ def test_long_rows_use_no_token_twice(lengths: list[int], rows: int, long: int, 
 
 def test_the_longest_documents_fill_the_long_rows() -> None:
     encoded = documents([5] * 40 + [70, 30, 64])
-    packed = pack(encoded, Layout(20, 8, 0.75, 64), 0)
+    packed = pack(encoded, RowLayout(20, 8, 0.75, 64), 0)
     long = [row for row in packed if len(row.tokens) == 64]
     assert [row.parts[0].document for row in long] == ["s40", "s42"]
     assert [part.tokens for part in long[0].parts] == [64]
