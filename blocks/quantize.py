@@ -92,7 +92,7 @@ def quantize_block(job: BlockJob, step: Step) -> dict[str, Any]:
         "aimed": [],
         "tuning": [],
     }
-    writer = ShardWriter([s for s in job.plan.shards if s.stage == job.index], job.shard_folder)
+    writer = ShardWriter([s for s in job.plan.shards if s.part == job.index], job.shard_folder)
     if job.method.needs_statistics:
         _with_statistics(job, writer, facts, step)
     else:

@@ -116,21 +116,15 @@ def coverage(
 @click.argument("out", type=click.Path(path_type=Path))
 @recipe_option()
 @texts_option("calibration")
-@click.option("--rows", default=512, show_default=True, type=click.IntRange(1), help="Conversations at most.")
+@click.option("--rows", default=512, show_default=True, type=click.IntRange(1), help="Most conversations.")
 @click.option(
-    "--max-new-tokens", default=256, show_default=True, type=click.IntRange(1), help="Tokens of one answer at most."
+    "--max-new-tokens", default=256, show_default=True, type=click.IntRange(1), help="Most tokens of an answer."
 )
-@click.option(
-    "--temperature", default=0.7, show_default=True, type=click.FloatRange(0, 10), help="0: always the likeliest token."
-)
-@click.option(
-    "--turns", default=4, show_default=True, type=click.IntRange(1), help="Answers in one conversation at most."
-)
+@click.option("--temperature", default=0.7, show_default=True, type=click.FloatRange(0, 10), help="0: greedy decoding.")
+@click.option("--turns", default=4, show_default=True, type=click.IntRange(1), help="Most answers of a conversation.")
 @click.option("--seed", default=0, show_default=True)
 @device_option()
-@click.option(
-    "--block-by-block", is_flag=True, help="Never load the whole model. [default: if it does not fit into memory]"
-)
+@click.option("--block-by-block", is_flag=True, help="Never load the whole model. [default: if it does not fit]")
 @click.option("--overwrite", is_flag=True, help="Replace OUT and what a stopped run left beside it.")
 @verb
 def synthesize(

@@ -20,7 +20,7 @@ import torch
 
 from ...core.quantized_weight import QuantizedWeight
 from ...core.scheme import Scheme
-from ..formats.stored_weight import fp16_scales
+from ..formats.scales import fp16_scales
 
 BLOCK = 32
 HALF = BLOCK // 2
