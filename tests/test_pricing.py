@@ -18,10 +18,11 @@ from onecard.bits.pricing import Prices, identity_of, priced_rows
 from onecard.checkpoint.assign import plan_for
 from onecard.checkpoint.model import Model, open_source
 from onecard.core.errors import InputError
+from onecard.core.recipe_groups import KEEP
 from onecard.core.rows import Row
 from onecard.core.scheme import Scheme
 from onecard.models.walk import weight_view
-from onecard.recipe import KEEP, Recipe
+from onecard.recipe import Recipe
 from walking import Silence
 
 CPU = torch.device("cpu")
