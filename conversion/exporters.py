@@ -14,11 +14,12 @@ from ..checkpoint.emit import GPTQ_CONFIG
 from ..checkpoint.gguf import write as gguf_write
 from ..checkpoint.model import Model, said_name
 from ..checkpoint.source import INDEX_NAME
-from ..core.errors import InputError, input_error
+from ..core.errors import input_error
 from ..core.layout import index_json, json_bytes
 from ..core.rows import Step
 from . import to_bf16, to_compressed_tensors, to_gptq, to_nf4
 from .conversion import Conversion, plain_config, write
+from .names import refuse_unknown_format
 
 # Name and exact size of each file that holds weights or says where they lie.
 Files = list[tuple[str, int]]
@@ -100,8 +101,7 @@ FORMATS: dict[str, Exporter] = {
 
 def exporter_of(name: str) -> Exporter:
     """Raises InputError for an unknown format."""
-    if name not in FORMATS:
-        raise InputError(f"the format {name!r} is not known: {', '.join(FORMATS)}")
+    refuse_unknown_format(name)
     return FORMATS[name]
 
 

@@ -16,13 +16,13 @@ import pytest
 import torch
 from click.testing import Result
 from compressed_tensors.compressors.pack_quantized import pack_to_int32
-from engine_breaks import ALONG, ATTENTION, BROKEN, QK, shared_wider
-from engine_views import drafted, gptq, group_of, packed
 from safetensors.torch import load_file, save_file
 
 import foreign
 import onecard
 from babies import edit_json
+from engine_breaks import ALONG, ATTENTION, BROKEN, QK, shared_wider
+from engine_views import drafted, gptq, group_of, packed
 from onecard.checkpoint.engines.llama_cpp import GgufView
 from onecard.checkpoint.engines.rules import hold
 from onecard.checkpoint.engines.table import ENGINES

@@ -2,8 +2,8 @@
 
 A rule is a pure function of a View that gives one line per offender, together with its name, its severity, the way out
 for the user, and its place in the engine's source (docs/engines.md is a table of the rules). A checkpoint that breaks
-an `error` rule does not load, or loads and answers nonsense. One that breaks a `warning` rule loads, but not everywhere,
-or larger than intended. Each engine's rules are a tuple; there is no registry.
+an `error` rule does not load, or loads and answers nonsense. One that breaks a `warning` rule loads, but not
+everywhere, or larger than intended. Each engine's rules are a tuple; there is no registry.
 """
 
 import re

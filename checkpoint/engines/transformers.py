@@ -41,8 +41,8 @@ def schemes_at_large(view: View) -> Iterator[str]:
         found = rules.widths(members)
         if len(found) > 1:
             yield f"{what} are {', '.join(sorted(found))}"
-    # transformers recognises the experts' group by an expression that names experts. Other matrices get the first of the
-    # remaining groups.
+    # transformers recognises the experts' group by an expression that names experts. Other matrices get the first
+    # remaining group.
     if len(rules.widths(packed)) > 1 and not any(
         target.startswith("re:") and "experts" in target for group in view.groups for target in group.targets
     ):
