@@ -29,7 +29,8 @@ from ..recipe import Recipe
 from ..report.progress import Progress
 from .balance import Choice, choose, draw
 from .routes import Routes, blocks_with_experts, count_routes
-from .texts import RunTexts, prepare_texts, row_facts
+from .text_facts import row_facts
+from .texts import RunTexts, prepare_texts
 
 
 @dataclass(frozen=True)

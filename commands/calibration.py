@@ -150,7 +150,8 @@ def synthesize(
       onecard calibration synthesize ./Llama-4-Scout-17B-16E-Instruct own.jsonl --recipe llama4-scout-h100
       onecard quantize ./Llama-4-Scout-17B-16E-Instruct ./scout-int4 --recipe llama4-scout-h100 --calibration own.jsonl
     """
-    from ..calibration.synthesis import Settings
+    from ..calibration.conversations import SynthesisSettings
+    from ..calibration.synthesis import Where
     from ..calibration.synthesis import synthesize as run
 
     try:
@@ -158,10 +159,11 @@ def synthesize(
             model,
             out,
             _recipe(model, recipe),
-            Settings(rows, max_new_tokens, temperature, seed, turns),
+            SynthesisSettings(
+                rows=rows, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, turns=turns
+            ),
+            Where(device, block_by_block),
             calibration=calibration,
-            device_name=device,
-            block_by_block=block_by_block,
             overwrite=overwrite,
             console=make_console(),
         )
