@@ -33,7 +33,8 @@ from .choice import ask, scores
 from .intervals import FEW_DOCUMENTS
 from .kept import write_tokens
 from .summary import summarize
-from .tasks import Task, flips_facts, load_tasks, requests_of
+from .task_requests import requests_of
+from .tasks import Task, flips_facts, load_tasks
 from .told import tell
 from .twin import Side, twin_walk
 
