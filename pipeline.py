@@ -38,7 +38,7 @@ from .checkpoint.emit import (
     side_files_digest,
     written_files,
 )
-from .checkpoint.formats.written import OWN
+from .checkpoint.formats.shard_formats import SHARD_FORMATS
 from .checkpoint.model import Model, open_source, open_written, stored_facts
 from .checkpoint.paths import check_paths, check_space, occupied
 from .checkpoint.plan import Plan
@@ -139,7 +139,7 @@ class Run:
         # Beside the pool's hidden rows, before and after a block, nothing lies there yet.
         pool_bytes = 2 * _tokens(self.texts.calibration) * self.adapter.hidden_size * self.dtype.itemsize
         # Shards are moved to OUT, or written there anew in another format.
-        anew = 0 if self.recipe.format in OWN else weight_bytes(self.planned)
+        anew = 0 if self.recipe.format in SHARD_FORMATS else weight_bytes(self.planned)
         check_space(work, max(cost.disk_bytes, pool_bytes if self.texts.is_pool else 0) + anew)
 
 
@@ -349,7 +349,7 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress, given: Prices | None
         emitted = open_written(run.model, run.out, config)
         emitted_bytes = emitted.folder.file_bytes
         assert emitted_bytes == weight_bytes(run.planned), (emitted_bytes, run.planned)
-        if run.recipe.format not in OWN:
+        if run.recipe.format not in SHARD_FORMATS:
             record.plan |= stored_facts(emitted)
             record.export = {"format": run.recipe.format, "onecard": __version__, "matrices": matrices(emitted)}
             record.warnings += FORMATS[run.recipe.format].warnings(planned_run(run.model, run.plan))
@@ -431,7 +431,7 @@ def _move(run: Run, workdir: WorkDir, progress: Progress) -> None:
         workdir.begin_move(run.out)
     # First of all, what will lie there: a folder with this file may be cleared of it.
     files.write_json(run.out / RECORD_NAME, {"files": run.files})
-    if run.recipe.format in OWN:
+    if run.recipe.format in SHARD_FORMATS:
         for shard in run.plan.shards:
             finished = workdir.path / "shards" / shard.file
             if finished.exists():

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from onecard.checkpoint.files import make_folder
-from onecard.checkpoint.formats.compressed_tensors import NAME
+from onecard.checkpoint.formats.compressed_tensors_config import NAME
 from onecard.checkpoint.model import demo_folder
 from onecard.conversion.export import FORMATS, export
 from onecard.core.errors import InputError

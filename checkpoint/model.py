@@ -18,8 +18,8 @@ from ..core.errors import InputError, ResourceError
 from ..core.layout import StoredTensor
 from ..models.adapter import Adapter
 from ..models.families import load_adapter, read_config
-from .formats.fp8 import FP8_BLOCKS
-from .formats.stored import StoredWeight
+from .formats.fp8_read import FP8_BLOCKS
+from .formats.stored_weight import StoredWeight
 from .gguf.read import holds_gguf, open_gguf
 from .packed import PackedSource, open_packed
 from .plan import Width, tally

@@ -13,7 +13,8 @@ import torch
 
 from ..core.scheme import Scheme
 from ..core.tensors import TORCH_DTYPES, TensorInfo
-from .formats import compressed_tensors as ct
+from .formats import compressed_tensors_read as ct_read
+from .formats import compressed_tensors_write as ct
 from .source import INDEX_NAME, Folder, pieces
 
 PARTS = (ct.PACKED, ct.SCALE, ct.SHAPE, ct.ZERO)
@@ -157,7 +158,7 @@ def _zero_codes(folder: Folder, module: str, scheme: Scheme) -> bool:
         return not bool((words != zero_word).any())
     parts = {part: folder.get(f"{module}.{part}") for part in (ct.SCALE, ct.ZERO)}
     parts |= {ct.PACKED: words, ct.SHAPE: folder.get(f"{module}.{ct.SHAPE}")}
-    weight = ct.unpack(parts, scheme)
+    weight = ct_read.unpack(parts, scheme)
     assert weight.zero_points is not None
     grouped = weight.codes.unflatten(-1, (weight.scales.shape[-1], -1))
     return not bool((grouped != weight.zero_points.unsqueeze(-1)).any())

@@ -17,7 +17,8 @@ import torch
 from .. import __version__
 from ..checkpoint.emit import ShardWriter
 from ..checkpoint.formats import bitsandbytes_write, gptq_write
-from ..checkpoint.formats import compressed_tensors as ct
+from ..checkpoint.formats import compressed_tensors_config as ct_config
+from ..checkpoint.formats import compressed_tensors_write as ct
 from ..checkpoint.model import Model
 from ..checkpoint.packed import PackedSource
 from ..checkpoint.plan import Layout, Shard, by_stage, make_plan, shards_of
@@ -193,7 +194,7 @@ def lay_out_compressed(model: Model) -> Conversion:
 def config_compressed(model: Model) -> dict[str, Any]:
     schemes = coded(model)
     own = {module: unit for module, unit in units(model.adapter).items() if module in schemes}
-    block = ct.quantization_config(schemes, own, sizes(model.adapter), kept_linears(model.adapter, schemes))
+    block = ct_config.quantization_config(schemes, own, sizes(model.adapter), kept_linears(model.adapter, schemes))
     return plain_config(model) | {"quantization_config": block}
 
 

@@ -90,7 +90,7 @@ class Scheme:
 
     def divides(self, in_features: int) -> bool:
         """Whether a matrix of so many inputs can be stored so. NF4's blocks could run across rows, but a kernel of
-        bitsandbytes then reads them wrongly (checkpoint/formats/bitsandbytes.py)."""
+        bitsandbytes then reads them wrongly (checkpoint/formats/bitsandbytes_read.py)."""
         return in_features % self.width(in_features) == 0
 
     def groups(self, in_features: int) -> int:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import foreign
-from onecard.checkpoint.formats import compressed_tensors as ct
+from onecard.checkpoint.formats import compressed_tensors_write as ct
 from onecard.checkpoint.packed import PackedSource, open_packed
 from onecard.checkpoint.source import open_folder
 from onecard.core.errors import InputError

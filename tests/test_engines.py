@@ -25,7 +25,7 @@ from babies import edit_json
 from onecard.checkpoint.engines.llama_cpp import GgufView
 from onecard.checkpoint.engines.rules import hold
 from onecard.checkpoint.engines.table import ENGINES
-from onecard.checkpoint.formats.compressed_tensors import pack_words
+from onecard.checkpoint.formats.compressed_tensors_write import pack_words
 from onecard.models.adapter import Adapter
 from onecard.models.families import load_adapter
 

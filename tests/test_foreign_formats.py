@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 import foreign
 from onecard.checkpoint import source as source_module
-from onecard.checkpoint.formats.stored import unpack_fields
+from onecard.checkpoint.formats.stored_weight import unpack_fields
 from onecard.checkpoint.packed import PackedSource, open_packed
 from onecard.checkpoint.source import open_folder
 from onecard.core.tensors import DTYPE_NAMES

@@ -13,8 +13,10 @@ from compressed_tensors.quantization.lifecycle.apply import apply_quantization_c
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onecard.checkpoint.formats import compressed_tensors as ct
-from onecard.checkpoint.formats.compressed_tensors_read import read_groups
+from onecard.checkpoint.formats import compressed_tensors_config as ct_config
+from onecard.checkpoint.formats import compressed_tensors_read as ct_read
+from onecard.checkpoint.formats import compressed_tensors_write as ct
+from onecard.checkpoint.formats.compressed_tensors_config import read_groups
 from onecard.core.scheme import BY_ROW, QuantizedWeight, Scheme
 from onecard.core.tensors import DTYPE_NAMES
 
@@ -45,7 +47,7 @@ def same_bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
 
 @given(weights())
 def test_unpack_of_pack_is_the_weight_bit_for_bit(weight: QuantizedWeight) -> None:
-    back = ct.unpack(ct.pack(weight), weight.scheme)
+    back = ct_read.unpack(ct.pack(weight), weight.scheme)
     assert same_bits(back.codes, weight.codes)
     assert torch.equal(back.scales.view(torch.uint8), weight.scales.view(torch.uint8))
     assert back.scales.dtype == weight.scales.dtype
@@ -155,7 +157,7 @@ def test_one_matrix_of_a_batch_is_its_rows() -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_config_block_is_the_packages_own(bits: int, group: int, symmetric: bool) -> None:
     scheme, ignore = Scheme(bits, group, symmetric), ["lm_head", "model.layers.0.mlp.gate"]
-    block = ct.quantization_config({"a.b": scheme}, {"a.b": "a.b"}, {"a.b": 1}, ignore)
+    block = ct_config.quantization_config({"a.b": scheme}, {"a.b": "a.b"}, {"a.b": 1}, ignore)
     config = QuantizationConfig.model_validate(block)
     assert config.model_dump(mode="json", exclude_none=True) == block
     assert (block["quant_method"], block["format"], block["quantization_status"]) == (
@@ -182,12 +184,12 @@ def test_several_schemes_are_groups_of_which_the_largest_is_the_class() -> None:
         f"m.{b}.experts.{e}.{p}_proj": f"m.{b}.experts" for b in (0, 1, 10) for e in (0, 11) for p in ("up", "down")
     }
     schemes = {m: {"m.0.qkv_proj": some, "m.0.o_proj": few, "m.1.experts": some}.get(u, most) for m, u in units.items()}
-    block = ct.quantization_config(schemes, units, dict.fromkeys(units, 64), ["lm_head"])
+    block = ct_config.quantization_config(schemes, units, dict.fromkeys(units, 64), ["lm_head"])
     config = QuantizationConfig.model_validate(block)
     assert config.config_groups["group_0"].targets == ["Linear"]
-    assert ct.announced(block, [*units, "lm_head"]) == schemes
+    assert ct_config.announced(block, [*units, "lm_head"]) == schemes
     # As vLLM asks: a fused module by its own name first, the experts of a layer by their first expert's projections.
-    fused = ct.announced(block, ["m.0.qkv_proj", "m.1.experts.0.gate_proj", "m.10.experts.0.gate_proj"])
+    fused = ct_config.announced(block, ["m.0.qkv_proj", "m.1.experts.0.gate_proj", "m.10.experts.0.gate_proj"])
     assert fused == {"m.0.qkv_proj": some, "m.1.experts.0.gate_proj": some, "m.10.experts.0.gate_proj": most}
     # As the package itself asks, over a model with modules of these names.
     model = torch.nn.Module()

@@ -23,7 +23,7 @@ from dense import onecard
 from safetensors.torch import load_file, save_file
 from vllm_environment import BUILD
 
-from onecard.checkpoint.formats import compressed_tensors as ct
+from onecard.checkpoint.formats import compressed_tensors_write as ct
 from onecard.checkpoint.model import demo_folder
 from onecard.conversion.export import export
 from onecard.models.llama4 import Llama4Adapter

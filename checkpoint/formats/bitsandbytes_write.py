@@ -19,7 +19,7 @@ import torch
 
 from ...core.scheme import INT8_ROWS, NF4, Scheme
 from ...core.tensors import DTYPE_NAMES
-from .bitsandbytes import DTYPES, LEVELS, NAME, NESTED_LEVELS, STATE, dense_4bit
+from .bitsandbytes_read import DTYPES, LEVELS, NAME, NESTED_LEVELS, STATE, dense_4bit
 
 # What double quantization takes together: the package gives no choice.
 NESTED_BLOCK = 256

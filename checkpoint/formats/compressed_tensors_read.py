@@ -11,21 +11,18 @@ marlin), weights that were rotated, and folders saved uncompressed, whose roundi
 Specification: compressed-tensors, `compressors/pack_quantized` and `naive_quantized`, `quantization/lifecycle`.
 """
 
-import re
 from collections.abc import Mapping
-from copy import deepcopy
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from compressed_tensors.quantization import QuantizationConfig
 
 from ...core.scheme import BY_ROW, QuantizedWeight, Scheme
 from ...core.tensors import TensorInfo
 from ..source import Folder
-from .compressed_tensors import NAME, PACKED, SCALE, SHAPE, ZERO, unpack_words
-from .stored import (
+from .compressed_tensors_config import NAME, PACK, Group, read_groups
+from .compressed_tensors_write import PACKED, SCALE, SHAPE, ZERO, unpack_words
+from .stored_weight import (
     FLOATS,
     Reading,
     StoredWeight,
@@ -39,8 +36,6 @@ from .stored import (
 )
 
 ORDER, PLAIN = "weight_g_idx", "weight"
-PACK, NAIVE = "pack-quantized", ("int-quantized", "float-quantized", "naive-quantized")
-MIXED = "mixed-precision"
 PLAIN_DTYPES = {"int": ("I8",), "float": ("F8_E4M3", "F8_E5M2")}
 # Of activations and of the key-value cache.
 ASIDE = (
@@ -55,33 +50,6 @@ ASIDE = (
     "k_zero_point",
     "v_zero_point",
 )
-
-
-@dataclass(frozen=True)
-class Group:
-    """One entry of config_groups. `block` is the rectangle of weights that share a scale where that is a block."""
-
-    name: str
-    targets: tuple[str, ...]
-    format: str
-    type: str
-    bits: int
-    symmetric: bool
-    strategy: str
-    group_size: int
-    block: tuple[int, int]
-
-    def aims_at(self, module: str) -> int:
-        """How narrowly a target means the module: 3 by name, 2 by expression, 1 by class, 0 not at all."""
-        best = 0
-        for target in self.targets:
-            if target == module:
-                return 3
-            if target.startswith("re:") and re.match(target[3:], module):
-                best = 2
-            elif target == "Linear":
-                best = max(best, 1)
-        return best
 
 
 def dense_packed(
@@ -137,61 +105,6 @@ def dense_plain(parts: Mapping[str, torch.Tensor], dtype: torch.dtype, *, block:
     if ZERO in parts:
         codes = codes - over(parts[ZERO])
     return (codes * over(parts[SCALE])).to(dtype)
-
-
-def read_groups(block: Mapping[str, Any]) -> list[Group]:
-    """The block's groups, presets resolved. Raises ValueError, or what pydantic raises, for what is not understood."""
-    block = deepcopy(dict(block))
-    for scheme in (block.get("config_groups") or {}).values():
-        if isinstance(scheme, dict) and isinstance(scheme.get("weights"), dict):
-            # An order of columns is seen in the files; newer versions of the package refuse its old names.
-            scheme["weights"].pop("actorder", None)
-    config = QuantizationConfig.model_validate(block)
-    transform, sparsity = block.get("transform_config"), block.get("sparsity_config") or {}
-    if (transform or {}).get("config_groups"):
-        raise ValueError("its weights are rotated (transform_config), which is undone only when an engine runs them")
-    if sparsity.get("format") not in (None, "dense"):
-        raise ValueError(f"its weights are stored {sparsity['format']} (sparsity_config)")
-    for target in (target for scheme in config.config_groups.values() for target in scheme.targets):
-        try:
-            re.compile(target.removeprefix("re:") if target.startswith("re:") else "")
-        except re.error as error:
-            raise ValueError(f"the target {target!r} is no expression ({error})") from None
-    groups = []
-
-    def plain(value: Any) -> str:  # the package gives an enumeration or its value
-        return str(getattr(value, "value", value))
-
-    for name, scheme in config.config_groups.items():
-        args = scheme.weights
-        if args is None:
-            continue  # activations or the cache alone
-        stored_as = plain(scheme.format or config.format)
-        if stored_as == MIXED:
-            raise ValueError(f"group {name} says no format, and the folder is {MIXED}")
-        if stored_as != PACK and stored_as not in NAIVE:
-            raise ValueError(
-                f"group {name} is stored as {stored_as!r}; {', '.join((PACK, *NAIVE))} are read"
-                + (" (save it with save_compressed=True)" if stored_as in ("dense", "fakequant") else "")
-            )
-        strategy, kind = plain(args.strategy), plain(args.type)
-        if strategy not in ("tensor", "channel", "group", "block") or (stored_as == PACK and kind != "int"):
-            raise ValueError(f"group {name} is {kind}{args.num_bits} with a scale a {strategy}, which is not read")
-        rectangle = args.block_structure or (1, args.group_size if strategy == "group" else 1)
-        groups.append(
-            Group(
-                name,
-                tuple(scheme.targets),
-                stored_as,
-                kind,
-                args.num_bits,
-                args.symmetric,
-                strategy,
-                args.group_size or 0,
-                (rectangle[0], rectangle[1]),
-            )
-        )
-    return groups
 
 
 def find(folder: Folder, block: Mapping[str, Any]) -> Reading:
@@ -324,3 +237,12 @@ def _plain(stem: str, folder: Folder, group: Group) -> StoredWeight:
         {leaf: f"{stem}.{leaf}" for leaf in leaves},
         partial(dense_plain, block=group.block),
     )
+
+
+def unpack(stored: Mapping[str, torch.Tensor], scheme: Scheme) -> QuantizedWeight:
+    """The inverse of pack, bit for bit."""
+    outputs, inputs = stored[SHAPE].tolist()
+    zero = None
+    if not scheme.symmetric:
+        zero = unpack_words(stored[ZERO].T.contiguous(), scheme.bits, outputs).T.contiguous()
+    return QuantizedWeight(unpack_words(stored[PACKED], scheme.bits, inputs), stored[SCALE], zero, scheme)

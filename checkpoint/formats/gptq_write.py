@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from ...core.scheme import QuantizedWeight, Scheme
-from .compressed_tensors import pack_words
-from .stored import fp16_scales
+from .compressed_tensors_write import pack_words
+from .stored_weight import fp16_scales
 
 # AutoGPTQ counts words as `features // 32 * bits`: other sizes it would cut short.
 MULTIPLE = 32

@@ -19,7 +19,7 @@ Shape legend: O outputs, I inputs, N blocks along I, G groups along I.
 import torch
 
 from ...core.scheme import QuantizedWeight, Scheme
-from ..formats.stored import fp16_scales
+from ..formats.stored_weight import fp16_scales
 
 BLOCK = 32
 HALF = BLOCK // 2

@@ -22,7 +22,7 @@ from ...core.scheme import QuantizedWeight, Scheme
 from ...core.tensors import TensorInfo
 from ...models import gguf as words
 from ...models.adapter import Adapter
-from ..formats.stored import FLOATS, StoredWeight
+from ..formats.stored_weight import FLOATS, StoredWeight
 from ..packed import MOST_SHOWN, PackedSource
 from ..source import Folder, allowed_root, holds_safetensors
 from . import blocks as gguf_blocks

@@ -23,7 +23,7 @@ import torch
 
 from ...core.tensors import TensorInfo
 from ..source import Folder
-from .stored import Reading, StoredWeight, missing
+from .stored_weight import Reading, StoredWeight, missing
 
 NAME = "bitsandbytes"
 STATE = ".quant_state.bitsandbytes__"

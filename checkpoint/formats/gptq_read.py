@@ -20,7 +20,7 @@ import torch
 from ...core.scheme import BY_ROW, QuantizedWeight, Scheme
 from ...core.tensors import TensorInfo
 from ..source import Folder
-from .stored import (
+from .stored_weight import (
     BITS_A_WORD,
     FLOATS,
     Reading,

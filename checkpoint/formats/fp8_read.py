@@ -21,7 +21,7 @@ import torch
 
 from ...core.tensors import TensorInfo
 from ..source import Folder
-from .stored import FLOATS, Reading, StoredWeight, spread, spreads
+from .stored_weight import FLOATS, Reading, StoredWeight, spread, spreads
 
 FP8_BLOCKS, FBGEMM = "fp8", "fbgemm_fp8"
 NAMES = (FP8_BLOCKS, FBGEMM)

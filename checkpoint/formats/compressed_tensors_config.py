@@ -1,15 +1,12 @@
-"""compressed-tensors `pack-quantized`: the int4/int8 weight-only layout that vLLM and transformers load.
+"""compressed-tensors' block in config.json: built for our own checkpoints, and read from anybody's.
 
-A Linear `[out, in]` becomes `weight_packed` int32 `[out, ceil(in * bits / 32)]` (code + 2^(bits-1) as an unsigned
-field, element j of a word at bits `bits * j`), `weight_scale` `[out, in / group]` in the model's dtype and
-`weight_shape` int64 `[2]`; asymmetric adds `weight_zero_point`, packed the same way along out. Packing is a pair of
-pure functions. The config block is built and validated by the compressed-tensors package's own classes.
-
-Specification: compressed-tensors, `compressors/pack_quantized` (the reader that the tests hold this against).
+Both ways go through the compressed-tensors package's own classes, which validate it.
 """
 
 import re
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,63 +20,11 @@ from compressed_tensors.quantization import (
 )
 from compressed_tensors.utils import is_match
 
-from ...core.scheme import BY_ROW, QuantizedWeight, Scheme
-from .stored import unpack_fields
+from ...core.scheme import BY_ROW, Scheme
 
 NAME = "compressed-tensors"
-PACKED, SCALE, SHAPE, ZERO = "weight_packed", "weight_scale", "weight_shape", "weight_zero_point"
-
-
-def layout(scheme: Scheme, outputs: int, inputs: int, model_dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Suffix -> (safetensors dtype, shape) of the tensors that store one weight."""
-    per_word = 32 // scheme.bits
-    stored: dict[str, tuple[str, tuple[int, ...]]] = {
-        PACKED: ("I32", (outputs, inputs // per_word)),
-        SCALE: (model_dtype, (outputs, scheme.groups(inputs))),
-        SHAPE: ("I64", (2,)),
-    }
-    if not scheme.symmetric:
-        stored[ZERO] = ("I32", (-(-outputs // per_word), scheme.groups(inputs)))
-    return stored
-
-
-def pack_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """int8 codes [R, C] -> int32 words [R, ceil(C * bits / 32)], little end first; missing fields are zero bits."""
-    per_word = 32 // bits
-    missing = -codes.shape[1] % per_word
-    unsigned = codes.to(torch.int32) + (1 << (bits - 1))
-    fields = torch.nn.functional.pad(unsigned, (0, missing)).unflatten(1, (-1, per_word))
-    words = torch.zeros(fields.shape[:2], dtype=torch.int32, device=codes.device)
-    for j in range(per_word):
-        words |= fields[:, :, j] << (bits * j)
-    return words
-
-
-def unpack_words(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
-    """The inverse of pack_words: int32 [R, W] -> int8 codes [R, columns]."""
-    return (unpack_fields(words, bits, columns) - (1 << (bits - 1))).to(torch.int8)
-
-
-def pack(weight: QuantizedWeight) -> dict[str, torch.Tensor]:
-    """One 2-D QuantizedWeight -> its stored tensors by suffix, on the CPU."""
-    bits = weight.scheme.bits
-    stored = {
-        PACKED: pack_words(weight.codes, bits).cpu(),
-        SCALE: weight.scales.cpu().contiguous(),
-        SHAPE: torch.tensor(weight.codes.shape, dtype=torch.int64),
-    }
-    if weight.zero_points is not None:
-        stored[ZERO] = pack_words(weight.zero_points.T.contiguous(), bits).T.contiguous().cpu()
-    return stored
-
-
-def unpack(stored: Mapping[str, torch.Tensor], scheme: Scheme) -> QuantizedWeight:
-    """The inverse of pack, bit for bit."""
-    outputs, inputs = stored[SHAPE].tolist()
-    zero = None
-    if not scheme.symmetric:
-        zero = unpack_words(stored[ZERO].T.contiguous(), scheme.bits, outputs).T.contiguous()
-    return QuantizedWeight(unpack_words(stored[PACKED], scheme.bits, inputs), stored[SCALE], zero, scheme)
+MIXED = "mixed-precision"
+PACK, NAIVE = "pack-quantized", ("int-quantized", "float-quantized", "naive-quantized")
 
 
 def quantization_config(
@@ -167,3 +112,85 @@ def announced(block: dict[str, Any], linears: Iterable[str]) -> dict[str, Scheme
                 if name not in found and is_match(name, linear, targets, patterns):
                     found[name] = scheme
     return found
+
+
+@dataclass(frozen=True)
+class Group:
+    """One entry of config_groups. `block` is the rectangle of weights that share a scale where that is a block."""
+
+    name: str
+    targets: tuple[str, ...]
+    format: str
+    type: str
+    bits: int
+    symmetric: bool
+    strategy: str
+    group_size: int
+    block: tuple[int, int]
+
+    def aims_at(self, module: str) -> int:
+        """How narrowly a target means the module: 3 by name, 2 by expression, 1 by class, 0 not at all."""
+        best = 0
+        for target in self.targets:
+            if target == module:
+                return 3
+            if target.startswith("re:") and re.match(target[3:], module):
+                best = 2
+            elif target == "Linear":
+                best = max(best, 1)
+        return best
+
+
+def read_groups(block: Mapping[str, Any]) -> list[Group]:
+    """The block's groups, presets resolved. Raises ValueError, or what pydantic raises, for what is not understood."""
+    block = deepcopy(dict(block))
+    for scheme in (block.get("config_groups") or {}).values():
+        if isinstance(scheme, dict) and isinstance(scheme.get("weights"), dict):
+            # An order of columns is seen in the files; newer versions of the package refuse its old names.
+            scheme["weights"].pop("actorder", None)
+    config = QuantizationConfig.model_validate(block)
+    transform, sparsity = block.get("transform_config"), block.get("sparsity_config") or {}
+    if (transform or {}).get("config_groups"):
+        raise ValueError("its weights are rotated (transform_config), which is undone only when an engine runs them")
+    if sparsity.get("format") not in (None, "dense"):
+        raise ValueError(f"its weights are stored {sparsity['format']} (sparsity_config)")
+    for target in (target for scheme in config.config_groups.values() for target in scheme.targets):
+        try:
+            re.compile(target.removeprefix("re:") if target.startswith("re:") else "")
+        except re.error as error:
+            raise ValueError(f"the target {target!r} is no expression ({error})") from None
+    groups = []
+
+    def plain(value: Any) -> str:  # the package gives an enumeration or its value
+        return str(getattr(value, "value", value))
+
+    for name, scheme in config.config_groups.items():
+        args = scheme.weights
+        if args is None:
+            continue  # activations or the cache alone
+        stored_as = plain(scheme.format or config.format)
+        if stored_as == MIXED:
+            raise ValueError(f"group {name} says no format, and the folder is {MIXED}")
+        if stored_as != PACK and stored_as not in NAIVE:
+            raise ValueError(
+                f"group {name} is stored as {stored_as!r}; {', '.join((PACK, *NAIVE))} are read"
+                + (" (save it with save_compressed=True)" if stored_as in ("dense", "fakequant") else "")
+            )
+        strategy, kind = plain(args.strategy), plain(args.type)
+        if strategy not in ("tensor", "channel", "group", "block") or (stored_as == PACK and kind != "int"):
+            raise ValueError(f"group {name} is {kind}{args.num_bits} with a scale a {strategy}, which is not read")
+        rectangle = args.block_structure or (1, args.group_size if strategy == "group" else 1)
+        groups.append(
+            Group(
+                name,
+                tuple(scheme.targets),
+                stored_as,
+                kind,
+                args.num_bits,
+                args.symmetric,
+                strategy,
+                args.group_size or 0,
+                (rectangle[0], rectangle[1]),
+            )
+        )
+    return groups
