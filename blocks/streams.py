@@ -141,9 +141,7 @@ def _pass(job: HalfJob, stream: str, batch: int, sites: Collection[Site], run: b
     return Seen(tokens=tokens, rows=rows, routes=routes, hidden=passed.hidden)
 
 
-def _pass_reference(
-    job: HalfJob, batch: int, sites: Collection[Site], known: Known
-) -> tuple[SiteRows, torch.Tensor]:
+def _pass_reference(job: HalfJob, batch: int, sites: Collection[Site], known: Known) -> tuple[SiteRows, torch.Tensor]:
     """One batch of the reference stream: what it brings to `sites`, and its routes [T, K]. Its first pass runs the half
     and stores what leaves it; later ones run only what the sites want."""
     if known.routes is not None and not sites:

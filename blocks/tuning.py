@@ -81,9 +81,7 @@ class _Optimizer:
     def __init__(self, leaves: list[_Leaf], steps: int) -> None:
         self.leaves = leaves
         scales = [float(leaf.master.detach().square().mean().sqrt()) for leaf in leaves]
-        groups = [
-            {"params": [leaf.master], "lr": RATE * scale} for leaf, scale in zip(leaves, scales, strict=True)
-        ]
+        groups = [{"params": [leaf.master], "lr": RATE * scale} for leaf, scale in zip(leaves, scales, strict=True)]
         self.adam = torch.optim.Adam(groups, betas=BETAS)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.adam, lambda done: min(1.0, (done + 1) / WARM_UP_STEPS) * (1 - done / steps)

@@ -221,7 +221,7 @@ class Adapter(ABC):
         ]
 
     def router_site(self, block: int) -> Site | None:
-        """The router of a block with experts, as a site that is never quantized; it reads the output of `middle_norm`."""
+        """The router of a block with experts, as a site that is never quantized. It reads `middle_norm`'s output."""
         if not self.is_moe(block):
             return None
         return Site(
@@ -281,7 +281,7 @@ class Adapter(ABC):
         return Split.COPIED if self.role(name) is Role.VISION else self.splits.get(leaf, Split.COPIED)
 
     def image_features(self, source: TensorSource, pixels: torch.Tensor, compute: Compute) -> torch.Tensor:
-        """Vision tower and projector: pixels fp32 [N, 3, S, S] -> features [N * tokens per image, hidden] on the CPU."""
+        """Vision tower and projector: pixels fp32 [N, 3, S, S] -> features [N * tokens per tile, H] on the CPU."""
         raise AssertionError(f"{self.family} has no vision tower")
 
     def image_token_count(self) -> int:

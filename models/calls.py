@@ -45,7 +45,8 @@ class Calls:
         if tokens not in self._known:
             shape = (1, tokens, self.adapter.hidden_size)
             empty = torch.zeros(shape, device=self.compute.device, dtype=self.compute.dtype)
-            with torch.no_grad():  # tensors of inference_mode could not be used where gradients are computed
+            # Tensors of inference mode could not be used where gradients are computed.
+            with torch.inference_mode(False), torch.no_grad():
                 self._model(inputs_embeds=empty, use_cache=False)
             self._known[tokens] = [recorder.kwargs for recorder in self._recorders]
         return self._known[tokens][index]

@@ -29,7 +29,9 @@ class RoutedExperts(nn.Module):
         self.intermediate = intermediate
         self.scale_input = scale_input
         self.observer: Observer | None = None
-        self.tell_routes: Callable[[torch.Tensor], None] | None = None  # gets each token's experts, rising, int64 [T, K]
+        self.tell_routes: Callable[[torch.Tensor], None] | None = (
+            None  # gets each token's experts, rising, int64 [T, K]
+        )
 
     def weight(self, expert: int, projection: str) -> torch.Tensor:
         """A view `[out, in]` of one expert's 'gate_proj', 'up_proj' or 'down_proj' (Mixtral's 'w1', 'w3' and 'w2')."""

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..core.device import Compute
-from ..core.rows import Row, RowStore, Step, batches
+from ..core.rows import Row, RowStore, Step, Unwatched, batches
 from ..core.tensors import TensorSource
 from .adapter import Adapter, read, stored_dtype
 from .block import Block, find_experts
@@ -64,8 +64,9 @@ class Walk:
     calls: Calls
 
     @classmethod
-    def over(cls, adapter: Adapter, source: TensorSource, compute: Compute, step: Step) -> "Walk":
-        return cls(adapter=adapter, source=source, compute=compute, step=step, calls=Calls(adapter, compute))
+    def over(cls, adapter: Adapter, source: TensorSource, compute: Compute, step: Step | None = None) -> "Walk":
+        calls = Calls(adapter, compute)
+        return cls(adapter=adapter, source=source, compute=compute, step=step or Unwatched(), calls=calls)
 
     def beside(self, adapter: Adapter, source: TensorSource) -> "Walk":
         """The walk over another checkpoint of the same model. Its layers are called with the same arguments."""

@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner, Result
 from hypothesis import settings
@@ -24,7 +25,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 from babies import PATCH, VOCAB, make_baby
+from onecard.checkpoint.model import Model
 from onecard.cli import main
+from onecard.core.device import Compute
+from onecard.models.walk import Walk
 
 # The same examples in every run, none kept on disk, and no clock in a test.
 settings.register_profile("onecard", max_examples=50, derandomize=True, database=None, deadline=None)
@@ -92,12 +96,10 @@ def write_recipe(path: Path, **changes: Any) -> Path:
     return path
 
 
-class Silence:
-    """A Step that shows nothing."""
-
-    def begin(self, stage: str, block: int | None = None) -> None: ...
-
-    def advance(self, tokens: int) -> None: ...
+def cpu_walk(model: Model, batch_tokens: int = 1000, dtype: torch.dtype = torch.float32) -> Walk:
+    """A walk over the model that nobody watches."""
+    compute = Compute(device=torch.device("cpu"), dtype=dtype, batch_tokens=batch_tokens)
+    return Walk.over(model.adapter, model.source, compute)
 
 
 def run_onecard(*args: object) -> Result:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
-from conftest import Silence
+from conftest import cpu_walk
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -33,16 +33,7 @@ def test_counts_are_the_routes_of_transformers(baby: Callable[..., Path], tmp_pa
         Row(str(n), "text", torch.randint(4, 200, (length,), generator=generator))
         for n, length in enumerate([20, 9, 20, 9, 20])
     ]
-    routes = count_routes(
-        model.adapter,
-        model.source,
-        rows,
-        40,
-        Activations(tmp_path / "acts"),
-        torch.device("cpu"),
-        torch.float32,
-        Silence(),
-    )
+    routes = count_routes(cpu_walk(model, 40).hidden_rows(rows, Activations(tmp_path / "acts")))
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
     network = load_with_transformers(model.path, torch.float32)
     top = model.adapter.top_k

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
-from conftest import Silence
+from conftest import cpu_walk
 
 from onecard.calibration.decode import BlockDecoder
 from onecard.calibration.sources import read_jsonl
@@ -28,10 +28,10 @@ def test_logits_of_texts_that_grow_are_those_of_transformers(baby: Callable[...,
     rows = [
         Row(str(n), "t", torch.randint(4, 200, (length,), generator=generator)) for n, length in enumerate([5, 64, 17])
     ]
-    decoder = BlockDecoder(model.adapter, model.source, rows, 128, torch.device("cpu"), torch.float32)
+    decoder = BlockDecoder(cpu_walk(model, 128), rows)
     network = load_with_transformers(model.path, torch.float32)
     for numbers in ([0, 1, 2], [2, 1]):
-        logits = decoder.next_logits(numbers, Silence())
+        logits = decoder.next_logits(numbers)
         for number, found in zip(numbers, logits, strict=True):
             with torch.inference_mode():
                 expected = network(input_ids=torch.tensor([decoder.tokens[number]])).logits[0, -1]
