@@ -288,7 +288,7 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress, given: Prices | None
         except InputError:
             workdir.remove()
             raise
-    finished = {s.file: s.file_bytes for s in run.plan.shards if s.stage < workdir.done - 1}
+    finished = {s.file: s.file_bytes for s in run.plan.shards if s.part < workdir.done - 1}
     workdir.refuse_damaged(finished, run.out)
     store = Activations(workdir.path / "acts")
     chosen = balanced(run.texts, walk, run.recipe, workdir.path)
@@ -325,7 +325,7 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress, given: Prices | None
     _summarise_coverage(record, run.recipe)
     if workdir.done < 2 + blocks:
         progress.begin("copy the rest")
-        writer = ShardWriter([s for s in run.plan.shards if s.stage == blocks], workdir.folder("shards"))
+        writer = ShardWriter([s for s in run.plan.shards if s.part == blocks], workdir.folder("shards"))
         for name in writer.names():
             writer.put(name, run.model.source.get(name))
         workdir.commit(2 + blocks)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from ..calibration.moments import SiteMoments
 from ..calibration.sensitivity import RESIDUAL, token_weights
-from ..core.scheme import QuantizedWeight
+from ..core.quantized_weight import QuantizedWeight
 from ..models.adapter import Half, Site
 from ..models.block import Block
 from ..models.walk import HiddenRows

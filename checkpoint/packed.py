@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..core.errors import InputError, input_error
-from ..core.scheme import QuantizedWeight
+from ..core.quantized_weight import QuantizedWeight
 from ..core.tensors import TORCH_DTYPES, Index, TensorInfo
 from .formats import bitsandbytes_read, compressed_tensors_read, fp8_read, gptq_read
 from .formats.compressed_tensors_config import NAME as COMPRESSED_TENSORS

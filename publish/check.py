@@ -28,7 +28,8 @@ from ..core.errors import DamageError, InputError
 from ..core.layout import RECORD_NAME
 from ..core.scheme import BY_ROW, INT8_ROWS, NF4, NF4_BLOCK, Scheme
 from ..models.adapter import Adapter, Role
-from ..models.families import load_adapter, read_config
+from ..models.families import load_adapter
+from ..models.known import read_config
 from ..recipe import recorded_recipe
 from ..report.reading import READABLE_VERSIONS, check_record
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import Result
-from conftest import listing, run_onecard, write_recipe
 
+from command_line import listing, run_onecard
+from inputs import write_recipe
 from onecard.checkpoint import files
 from onecard.checkpoint.formats import compressed_tensors_config as ct_config
 from onecard.checkpoint.loading import load_with_transformers

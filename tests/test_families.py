@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
-from conftest import cpu_walk
-from hollow import DEEPSEEK, MIXTRAL, published, write_hollow
 from safetensors.torch import load_file, save_file
 
 import babies
 import foreign
+from hollow import DEEPSEEK, MIXTRAL, published, write_hollow
 from onecard.checkpoint.model import open_model
 from onecard.core.tensors import TensorInfo
 from onecard.models.adapter import Adapter, Half, Role
 from onecard.models.cache import CacheLayer, Split
 from onecard.models.families import ADAPTERS, load_adapter
+from walking import cpu_walk
 
 FAMILIES = ["scout", "qwen3", "deepseek", "mixtral"]
 CPU = torch.device("cpu")

@@ -7,7 +7,11 @@ import math
 
 import pytest
 import torch
-from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor, unpack_from_int32
+from compressed_tensors.compressors.pack_quantized import (
+    PackedQuantizationCompressor,
+    pack_to_int32,
+    unpack_from_int32,
+)
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from compressed_tensors.quantization.lifecycle.apply import apply_quantization_config
 from hypothesis import given, settings
@@ -17,7 +21,9 @@ from onecard.checkpoint.formats import compressed_tensors_config as ct_config
 from onecard.checkpoint.formats import compressed_tensors_read as ct_read
 from onecard.checkpoint.formats import compressed_tensors_write as ct
 from onecard.checkpoint.formats.compressed_tensors_config import read_groups
-from onecard.core.scheme import BY_ROW, QuantizedWeight, Scheme
+from onecard.checkpoint.formats.packing import unpack_columns
+from onecard.core.quantized_weight import QuantizedWeight
+from onecard.core.scheme import BY_ROW, Scheme
 from onecard.core.tensors import DTYPE_NAMES
 
 
@@ -88,6 +94,27 @@ def test_words_are_those_of_the_specification(weight: QuantizedWeight) -> None:
                 part = column[n * per_word : (n + 1) * per_word]
                 mask = (1 << (bits * len(part))) - 1  # bits past the last output are nobody's
                 assert got & mask == word(part, bits) & mask
+
+
+@settings(deadline=None)
+@given(st.sampled_from([4, 8]), st.integers(1, 21), st.integers(1, 77), st.sampled_from([0, 1]), st.integers(0, 2**31))
+def test_the_packages_words_are_those_of_the_twin(bits: int, rows: int, columns: int, along: int, seed: int) -> None:
+    """Whatever the shape: the last word of a row is filled up with zero bits, and unpacking leaves them out."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (rows, columns), generator=generator, dtype=torch.int8)
+    per_word = 32 // bits
+    lines = (codes.T if along == 0 else codes).tolist()
+    fill = -len(lines[0]) % per_word  # the least code is a field of zero bits
+    expected = [
+        [word((line + [-(2 ** (bits - 1))] * fill)[i : i + per_word], bits) for i in range(0, len(line), per_word)]
+        for line in lines
+    ]
+    packed = pack_to_int32(codes, bits, packed_dim=along)
+    assert (packed.T if along == 0 else packed).tolist() == expected
+    if along == 0:
+        assert same_bits(unpack_columns(packed, bits, rows), codes)
+    else:
+        assert same_bits(unpack_from_int32(packed, bits, codes.shape).contiguous(), codes)
 
 
 def their_scheme(scheme: Scheme) -> QuantizationScheme:

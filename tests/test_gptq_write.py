@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 import foreign
 from onecard.checkpoint.formats import gptq_read, gptq_write
-from onecard.core.scheme import BY_ROW, QuantizedWeight, Scheme
+from onecard.core.quantized_weight import QuantizedWeight
+from onecard.core.scheme import BY_ROW, Scheme
 from onecard.core.tensors import DTYPE_NAMES
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import cpu_walk
 from transformers import AutoModelForCausalLM, Llama4ForConditionalGeneration
 
 from onecard.calibration.sensitivity import NEAR_SHARE, RESIDUAL, sensitivities
@@ -16,6 +15,7 @@ from onecard.core.rows import Row, rows_at_once
 from onecard.models.adapter import Half
 from onecard.models.block import Block, Passed
 from onecard.models.walk import Walk
+from walking import cpu_walk
 
 CPU = torch.device("cpu")
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, Llama4ForConditionalGeneration
 import babies
 from onecard.calibration.sources import read_jsonl
 from onecard.calibration.tokens import Encoder
-from onecard.checkpoint.model import demo_folder, open_model
+from onecard.checkpoint.model import open_model
 from onecard.checkpoint.source import open_folder
 from onecard.core.device import Compute
 from onecard.core.rows import Row, batches
@@ -23,6 +23,7 @@ from onecard.core.tensors import Index, TensorInfo, TensorSource
 from onecard.models.adapter import Adapter, Site
 from onecard.models.block import find_experts
 from onecard.models.families import load_adapter
+from onecard.models.known import demo_folder
 from onecard.models.walk import Embedder, Walk
 
 CPU = torch.device("cpu")

@@ -38,9 +38,10 @@ from onecard.calibration.documents import Document
 from onecard.calibration.tokens import Encoder
 from onecard.checkpoint.formats import compressed_tensors_read as ct_read
 from onecard.checkpoint.formats import compressed_tensors_write as ct
-from onecard.checkpoint.model import Model, demo_folder, open_model
+from onecard.checkpoint.model import Model, open_model
 from onecard.checkpoint.soundness import PARTS, stored_modules
 from onecard.models.adapter import Role
+from onecard.models.known import demo_folder
 
 HERE = Path(__file__).resolve().parent
 QWEN = Path("peers") / "models" / "qwen3-moe"  # beside BUILD

@@ -18,10 +18,10 @@ from ...core.tensors import TensorInfo
 from ...models.adapter import Adapter, Role
 from ...models.cache import Split
 from ..formats.compressed_tensors_config import Group, read_groups
-from ..formats.stored_weight import FLOATS, words_for
+from ..formats.packing import words_for
+from ..formats.stored_weight import FLOATS
 
 COMPRESSED_TENSORS, GPTQ, BITSANDBYTES = "compressed-tensors", "gptq", "bitsandbytes"
-LINEAR = "Linear"
 
 
 class Kind(StrEnum):

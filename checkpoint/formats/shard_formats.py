@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ...core.scheme import QuantizedWeight, Scheme
+from ...core.quantized_weight import QuantizedWeight
+from ...core.scheme import Scheme
 from . import bitsandbytes_write, compressed_tensors_write
 from .bitsandbytes_read import NAME as BITSANDBYTES
 from .compressed_tensors_config import NAME as COMPRESSED_TENSORS
