@@ -13,10 +13,11 @@ from ..calibration.texts import prepare_texts
 from ..checkpoint.assign import plan_for
 from ..checkpoint.model import Model, open_source, said_name
 from ..core.device import choose_compute
+from ..core.recipe_groups import KEEP
 from ..core.scheme import Scheme
 from ..models.adapter import Role
 from ..models.walk import Walk
-from ..recipe import KEEP, Recipe
+from ..recipe import Recipe
 from ..report.progress import Progress
 from .allocate import allocate, chosen
 from .fitting import (

@@ -27,6 +27,7 @@ from ..checkpoint.workdir import Activations, read_json
 from ..core.device import Compute, site_budget
 from ..core.errors import InputError
 from ..core.method import Method
+from ..core.recipe_groups import KEEP
 from ..core.rows import Row
 from ..core.scheme import Scheme
 from ..eval.kl import compare_rows
@@ -34,7 +35,7 @@ from ..models.adapter import Half, Role, Site
 from ..models.block import Block
 from ..models.walk import HiddenRows, Walk
 from ..quantize.site import cuts, quantize_batch
-from ..recipe import KEEP, Recipe
+from ..recipe import Recipe
 from .prices import Priced, UnitPrices, together
 
 # The file, in the pass's folder, that says how far it is.

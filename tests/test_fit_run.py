@@ -228,7 +228,7 @@ def test_too_few_rows_are_refused(
 @pytest.mark.parametrize(
     ("fields", "needle"),
     [
-        ({"budget_gb": 1.0, "gpu": "h100-80gb"}, "one of them"),
+        ({"budget_gb": 1.0, "gpu": "h100-80gb"}, "needs one budget"),
         ({}, "needs a budget"),
         ({"budget_gb": 1.0, "engine": "transformers"}, "engine is transformers"),
         ({"budget_gb": 1.0, "format": "gptq"}, "format is gptq"),

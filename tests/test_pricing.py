@@ -19,11 +19,12 @@ from onecard.checkpoint.assign import plan_for
 from onecard.checkpoint.model import Model, open_source
 from onecard.core.device import Compute
 from onecard.core.errors import InputError
+from onecard.core.recipe_groups import KEEP
 from onecard.core.rows import Row
 from onecard.core.scheme import Scheme
 from onecard.models.block import Block
 from onecard.models.walk import HiddenRows
-from onecard.recipe import KEEP, Recipe
+from onecard.recipe import Recipe
 from walking import cpu_walk
 
 CPU = torch.device("cpu")
