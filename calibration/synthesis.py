@@ -25,12 +25,13 @@ from ..checkpoint.emit import side_files_digest
 from ..checkpoint.loading import load_with_transformers
 from ..checkpoint.model import Model, open_source
 from ..checkpoint.source import refuse_nonfinite
-from ..core.device import choose_device, choose_dtype
+from ..core.device import Compute, choose_compute
 from ..core.errors import InputError
 from ..core.rates import DISK_BYTES_PER_SECOND, measure_flops
 from ..core.rows import Row
 from ..core.units import clock, size
 from ..models.adapter import Adapter, Role
+from ..models.walk import Walk
 from ..recipe import Recipe
 from ..report.progress import Progress
 from .conversations import Conversation, Journal, SynthesisSettings, conversations_of, pick, turns_to_answer
@@ -61,8 +62,7 @@ class Writer:
     encoder: Encoder
     settings: SynthesisSettings
     conversations: list[Conversation]
-    device: torch.device
-    dtype: torch.dtype
+    compute: Compute
     # Whether the blocks are walked instead of loading the model.
     walks: bool
 
@@ -86,7 +86,7 @@ class Writer:
             "tokenizer and other files beside the weights": side_files_digest(self.model.path),
             "conversations": hashlib.sha256(prompts.encode()).hexdigest(),
             "settings": json.dumps(vars(self.settings)),
-            "written": f"{way}, {str(self.dtype).removeprefix('torch.')}, {self.device.type}",
+            "written": f"{way}, {str(self.compute.dtype).removeprefix('torch.')}, {self.compute.device.type}",
         }
 
     def stops(self) -> list[int]:
@@ -111,22 +111,20 @@ class Writer:
             raise
 
     def _write_walking(self, journal: Journal, progress: Progress) -> None:
+        walk = Walk.over(self.model.adapter, self.model.source, self.compute, progress)
         for prompts in turns_to_answer(self.conversations, self.encoder, self.longest):
             if prompts:
-                self._walk_turn(prompts, journal, progress)
+                self._walk_turn(walk, prompts, journal)
 
-    def _walk_turn(self, prompts: list[tuple[int, Row]], journal: Journal, progress: Progress) -> None:
+    def _walk_turn(self, walk: Walk, prompts: list[tuple[int, Row]], journal: Journal) -> None:
         """One turn of all conversations, a token of each in every walk over the blocks."""
         stops = set(self.stops())
-        rows = [row for _, row in prompts]
-        decoder = BlockDecoder(
-            self.model.adapter, self.model.source, rows, self.recipe.batch_tokens, self.device, self.dtype
-        )
+        decoder = BlockDecoder(walk, [row for _, row in prompts])
         for place, (number, _) in enumerate(prompts):
             decoder.tokens[place] += self.conversations[number].running
         unanswered = list(range(len(prompts)))
         while unanswered:
-            logits = decoder.next_logits(unanswered, progress)
+            logits = decoder.next_logits(unanswered)
             logits[:, self.never] = float("-inf")
             for place, logits_V in zip(list(unanswered), logits, strict=True):
                 number = prompts[place][0]
@@ -144,8 +142,9 @@ class Writer:
     def _write_loaded(self, journal: Journal, progress: Progress) -> None:
         from transformers import GenerationConfig
 
+        device = self.compute.device
         progress.begin("load")
-        network = load_with_transformers(self.model.path, self.dtype).to(self.device)
+        network = load_with_transformers(self.model.path, self.compute.dtype).to(device)
         stops = self.stops()
         drawn: dict[str, Any] = {"do_sample": False}
         if self.settings.temperature:
@@ -162,10 +161,10 @@ class Writer:
         for prompts in turns_to_answer(self.conversations, self.encoder, self.longest):
             for number, row in prompts:
                 conversation = self.conversations[number]
-                ids = row.tokens[None].to(self.device)
+                ids = row.tokens[None].to(device)
                 inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
                 if row.pixels is not None:
-                    inputs["pixel_values"] = row.pixels.to(self.device, network.dtype)
+                    inputs["pixel_values"] = row.pixels.to(device, network.dtype)
                 torch.manual_seed(self.settings.noise_seed(number, conversation.turn, 0))
                 with torch.inference_mode():
                     written = network.generate(**inputs)[0, len(row.tokens) :].tolist()
@@ -185,9 +184,11 @@ class Writer:
         prompts = [self.encoder.encode(c.prompt(), ask=True) for c in self.conversations]
         lengths = [len(row.tokens) + most // 2 for row in prompts]
         reading = file_bytes / DISK_BYTES_PER_SECOND
-        computing = sum(lengths) * flops_per_token(self.model.adapter) / measure_flops(self.device, self.dtype)
+        computing = (
+            sum(lengths) * flops_per_token(self.model.adapter) / measure_flops(self.compute.device, self.compute.dtype)
+        )
         passes = turns * most
-        hidden = max(lengths) * len(prompts) * self.model.adapter.hidden_size * self.dtype.itemsize
+        hidden = max(lengths) * len(prompts) * self.model.adapter.hidden_size * self.compute.dtype.itemsize
         whole = clock(passes * (reading + computing))
         return (
             f"{begun}; block by block: at most {passes:,} walks over {size(file_bytes)}, each about "
@@ -257,8 +258,7 @@ def _writer(
     overwrite: bool,
 ) -> Writer:
     """Opens the model and its conversations. Raises InputError before anything is written."""
-    device = choose_device(where.device_name)
-    dtype = choose_dtype(recipe.compute_dtype, device)
+    compute = choose_compute(where.device_name, recipe.compute_dtype, recipe.batch_tokens)
     model = open_source(model_name)
     if out.suffix != ".jsonl" or out.is_dir():
         raise InputError(f"the output {out} must be a .jsonl file")
@@ -277,12 +277,13 @@ def _writer(
             "the calibration texts hold no conversation that a user begins and that fits into a row "
             f"({longest:,} tokens): name others in the recipe or with --calibration"
         )
-    walks = where.block_by_block or not _fits(model, dtype, device)
-    return Writer(model, recipe, encoder, settings, conversations, device, dtype, walks)
+    walks = where.block_by_block or not _fits(model, compute)
+    return Writer(model, recipe, encoder, settings, conversations, compute, walks)
 
 
-def _fits(model: Model, dtype: torch.dtype, device: torch.device) -> bool:
+def _fits(model: Model, compute: Compute) -> bool:
     """Whether the whole model fits into the memory that is free now. Files store a weight in two bytes."""
-    needed = model.folder.file_bytes * dtype.itemsize / 2 * LOADED_MARGIN
+    device = compute.device
+    needed = model.folder.file_bytes * compute.dtype.itemsize / 2 * LOADED_MARGIN
     free = int(psutil.virtual_memory().available)
     return needed < free and (device.type != "cuda" or needed < torch.cuda.mem_get_info(device)[0])

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .options import device_option, model_argument, recipe_option, texts_option
+from .options import ModelOrRun, device_option, model_argument, recipe_option, texts_option
 from .shared import make_console, print_line, verb
 
 
@@ -73,7 +73,7 @@ def show(
 
 
 @calibration.command()
-@model_argument(default="demo")
+@click.argument("model", type=ModelOrRun(), default="demo")
 @_rows_options
 @device_option()
 @click.option("--svg", type=click.Path(path_type=Path), help="Also write the heat map to this file.")
@@ -97,7 +97,7 @@ def coverage(
     from ..calibration.coverage import coverage as run
     from ..checkpoint import files
     from ..core.errors import InputError
-    from ..core.layout import RECORD_NAME
+    from ..core.file_names import RECORD_NAME
     from ..report import heatmap
 
     if svg is not None and (svg.suffix != ".svg" or not svg.parent.is_dir()):
