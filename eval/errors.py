@@ -143,12 +143,12 @@ class Errors:
                     "rows": rows[expert],
                 }
             )
-        standing = [_standing_out(list(matrix), LEAST_SPREAD_GAIN) for matrix in zip(*gains, strict=True)]
+        standing = [standing_out(list(matrix), LEAST_SPREAD_GAIN) for matrix in zip(*gains, strict=True)]
         seen = [entry for entry in found if entry["output_error"] is not None]
         errors = dict(
             zip(
                 (entry["expert"] for entry in seen),
-                _standing_out([entry["output_error"] for entry in seen], LEAST_SPREAD_ERROR),
+                standing_out([entry["output_error"] for entry in seen], LEAST_SPREAD_ERROR),
                 strict=True,
             )
         )
@@ -182,7 +182,7 @@ class Errors:
         return {"blocks": self.blocks, "experts": self.experts, "worst_experts": ranked[:WORST_EXPERTS]}
 
 
-def _standing_out(values: list[float], least_spread: float) -> list[float]:
+def standing_out(values: list[float], least_spread: float) -> list[float]:
     """How far each stands above the median of all, in robust standard deviations (1.4826 x median absolute deviation,
     Rousseeuw and Croux, JASA 88, 1993), which are no less than `least_spread` of the median."""
     if not values:
