@@ -61,6 +61,7 @@ from .layout import (
     plain_config,
     write,
 )
+from .names import refuse_unknown_format
 
 # What holds weights; beside it lie indices and configs.
 WEIGHTS = (".safetensors", ".gguf")
@@ -142,8 +143,7 @@ FORMATS: dict[str, Exporter] = {
 
 def exporter_of(name: str) -> Exporter:
     """Raises InputError for a format that is not known."""
-    if name not in FORMATS:
-        raise InputError(f"the format {name!r} is not known: {', '.join(FORMATS)}")
+    refuse_unknown_format(name)
     return FORMATS[name]
 
 

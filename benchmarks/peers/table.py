@@ -1,6 +1,6 @@
 """Rows of the comparison -> what people read: a line a job while it runs, and one markdown table a model.
 
-`python benchmarks/documents.py` puts the tables into docs/peers.md, docs/benchmarks.md and README.md, and draws
+`python benchmarks/update_docs.py` puts the tables into docs/peers.md, docs/benchmarks.md and README.md, and draws
 docs/peers.svg (plot.py). run.py writes the same beside its results.
 """
 

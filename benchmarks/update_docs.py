@@ -1,4 +1,4 @@
-"""The parts of the documents that a program writes: `python benchmarks/documents.py`, or `--check` to change nothing.
+"""The parts of the documents that a program writes: `python benchmarks/update_docs.py`, or `--check` to change nothing.
 
 A part stands between `<!-- generated: NAME -->` and `<!-- end of generated -->`, and NAME is a key of PARTS. Figures of
 the comparison come from docs/results/peers.json; exact sizes from a plan of the published shapes, without weights
