@@ -25,7 +25,8 @@ from ..checkpoint.packed import PackedSource
 from ..checkpoint.paths import check_paths, check_space
 from ..checkpoint.stored_widths import stored_facts
 from ..core.errors import InputError
-from ..core.layout import RECORD_NAME, json_bytes
+from ..core.file_names import RECORD_NAME
+from ..core.layout import json_bytes
 from ..core.rows import Step
 from ..report.reading import check_record
 from ..report.record import RunRecord

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import Result
+from safetensors.torch import load_file
 
 from command_line import listing, run_onecard
 from inputs import write_recipe
@@ -17,9 +18,9 @@ from onecard.checkpoint.formats import compressed_tensors_config as ct_config
 from onecard.checkpoint.loading import load_with_transformers
 from onecard.checkpoint.model import Model, open_model
 from onecard.checkpoint.packed import PackedSource
-from onecard.checkpoint.safetensors_header import read_header
 from onecard.checkpoint.source import open_folder
 from onecard.conversion import conversion, exporters, to_gptq
+from onecard.core.quantized_weight import QuantizedWeight
 
 # Maverick has blocks with experts and blocks without; Scout is the same with experts in all.
 FAMILIES = ("maverick", "llama4-text", "qwen3")
@@ -251,16 +252,16 @@ def test_an_interrupted_export_is_no_checkpoint_and_a_second_one_ends_in_the_sam
     assert onecard("export", source, "--format", "gptq", "-o", whole).exit_code == 0
     shards = sorted(whole.glob("*.safetensors"))
     assert len(shards) > 3
-    third = {name.removesuffix(".qweight") for name in read_header(shards[2]) if name.endswith(".qweight")}
-    quantized = PackedSource.quantized
+    last = next(name.removesuffix(".qweight") for name in load_file(shards[2]) if name.endswith(".qweight"))
+    codes = conversion.codes
 
-    def stops(self: PackedSource, name: str) -> object:
-        if name.removesuffix(".weight") in third:
+    def stops(model: Model, module: str) -> QuantizedWeight:
+        if module == last:
             raise KeyboardInterrupt
-        return quantized(self, name)
+        return codes(model, module)
 
     with monkeypatch.context() as patch:
-        patch.setattr(PackedSource, "quantized", stops)
+        patch.setattr(conversion, "codes", stops)
         assert onecard("export", source, "--format", "gptq", "-o", out).exit_code == 130
     assert len(list(out.glob("*.safetensors"))) == 2
     assert not (out / "config.json").exists()
