@@ -138,7 +138,7 @@ def alone(folder: Path, out: Path, own: dict[tuple[int, int], torch.Tensor]) -> 
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
+class Routed:
     """Of one block and each held-out token: where the original routes it, the relative squared error of what leaves the
     block, and whether both models have routed it alike up to here and in here."""
 
@@ -147,7 +147,7 @@ class Block:
     alike_T: torch.Tensor
 
 
-def in_model(folder: Path, out: Path, rows: list[Row]) -> list[Block]:
+def in_model(folder: Path, out: Path, rows: list[Row]) -> list[Routed]:
     """Each model on its own stream."""
     sides = [open_model(str(folder)), open_model(str(out))]
     groups = batches(rows, COMPUTE.batch_tokens)
@@ -169,11 +169,11 @@ def in_model(folder: Path, out: Path, rows: list[Row]) -> list[Block]:
             errors.append(miss.square().sum(-1) / exact.square().sum(-1))
         theirs, ours = map(torch.cat, routes)
         alike_T = alike_T & (theirs == ours).all(-1)
-        found.append(Block(theirs, torch.cat(errors), alike_T))
+        found.append(Routed(theirs, torch.cat(errors), alike_T))
     return found
 
 
-def by_expert(now: list[Block], base: list[Block], alike: bool) -> tuple[dict[tuple[int, int], float], ...]:
+def by_expert(now: list[Routed], base: list[Routed], alike: bool) -> tuple[dict[tuple[int, int], float], ...]:
     """Mean errors of two runs over the tokens of each expert; `alike`: over those that neither has routed otherwise."""
     errors: tuple[dict[tuple[int, int], float], ...] = ({}, {})
     for index, blocks in enumerate(zip(now, base, strict=True)):
@@ -232,7 +232,7 @@ def main() -> None:
             "evaluation_row_tokens": 256,
         }
 
-        def run(**fields: Any) -> tuple[Any, dict[tuple[int, int], float], list[Block]]:
+        def run(**fields: Any) -> tuple[Any, dict[tuple[int, int], float], list[Routed]]:
             recipe = Recipe.model_validate(common | fields)
             record = quantize(str(folder), out, recipe, device_name="cpu", overwrite=True, quiet=True, **texts)
             return record, alone(folder, out, own), in_model(folder, out, held_out)

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..calibration.tokens import Encoder
 from ..core.errors import InputError, ResourceError, input_error
-from .choice import Request
+from .choice import OptionRequest
 
 PREFIX = "lm-eval:"
 # The harness's own default for few-shot examples: a run of it shows the same ones.
@@ -120,7 +120,7 @@ def _questions(prefix: str, task: Any) -> list[Question]:
     return found
 
 
-def encode_pair(encoder: Encoder, context: str, continuation: str) -> Request:
+def encode_pair(encoder: Encoder, context: str, continuation: str) -> OptionRequest:
     """Token ids of a pair, by the harness's rules: spaces that end the context belong to the continuation, and both are
     tokenized as one text. An empty context is the token that begins (or else ends) a text.
 
@@ -142,4 +142,4 @@ def encode_pair(encoder: Encoder, context: str, continuation: str) -> Request:
     common = min(common, len(whole) - 1)
     if common < 1:
         raise InputError(f"nothing stands before the option {continuation!r}: mend the task")
-    return Request(whole[:common], whole[common:])
+    return OptionRequest(whole[:common], whole[common:])

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from ..calibration.tokens import Encoder
 from ..core.errors import InputError, ResourceError, input_error
 from ..models.known import demo_folder
-from .choice import Request, Scored
+from .choice import OptionRequest, Scored
 from .flips import Answered, answers, summarize_answers
 from .lm_eval_tasks import PREFIX, encode_pair, load_questions
 
@@ -264,7 +264,7 @@ def _public_items(name: str, public: Public, split: str) -> list[Item]:
         ) from None
 
 
-def requests_of(task: Task, encoder: Encoder) -> list[Request]:
+def requests_of(task: Task, encoder: Encoder) -> list[OptionRequest]:
     """A request for each option of each item, in order."""
     if task.style == "pairs":
         return [encode_pair(encoder, *pair) for item in task.items for pair in item.pairs]
@@ -284,7 +284,7 @@ def _said(item: Item, style: Style) -> tuple[str, tuple[str, ...]]:
     return f"{item.question}\n{listed}\nAnswer with the letter.", tuple(LETTERS[: len(item.choices)])
 
 
-def _chat(task: Task, item: Item, encoder: Encoder) -> list[Request]:
+def _chat(task: Task, item: Item, encoder: Encoder) -> list[OptionRequest]:
     """The option is the assistant's whole turn, the mark that ends it included."""
     before: list[dict[str, str]] = []
     for example in task.examples.get(item.group, ()):
@@ -307,15 +307,15 @@ def _chat(task: Task, item: Item, encoder: Encoder) -> list[Request]:
     return found
 
 
-def _split(context: tuple[int, ...], whole: tuple[int, ...]) -> Request:
+def _split(context: tuple[int, ...], whole: tuple[int, ...]) -> OptionRequest:
     """Where the tokens of the context are not how the whole begins (tokens merged over the bound), the context is what
     both have in common."""
     common = next((i for i, (a, b) in enumerate(zip(context, whole, strict=False)) if a != b), len(context))
     common = min(common, len(whole) - 1)
-    return Request(whole[:common], whole[common:])
+    return OptionRequest(whole[:common], whole[common:])
 
 
-def _plain(task: Task, item: Item, encoder: Encoder) -> list[Request]:
+def _plain(task: Task, item: Item, encoder: Encoder) -> list[OptionRequest]:
     def text(one: Item, option: str) -> str:
         if task.style == "continue":
             return f"{one.question} {option}".rstrip()
