@@ -181,8 +181,8 @@ def warnings(adapter: Adapter) -> list[str]:
     found, longest = [], context_tokens(adapter)
     if longest < adapter.text_config.max_position_embeddings:
         found.append(
-            f"llama.cpp fixes Llama 4's attention chunk at {CHUNK} and its temperature's floor at {FLOOR_SCALE}. This model "
-            f"has other values, and llama.cpp computes it in contexts of at most {longest} tokens (context_length)"
+            f"llama.cpp fixes Llama 4's attention chunk at {CHUNK} and its temperature's floor at {FLOOR_SCALE}. This "
+            f"model has others, and llama.cpp computes it in contexts of at most {longest} tokens (context_length)"
         )
     if adapter.has_vision:
         found.append(
