@@ -31,17 +31,18 @@ from safetensors.torch import load_file, save_file
 from onecard.calibration.sources import read_jsonl
 from onecard.calibration.tokens import Encoder
 from onecard.checkpoint.model import open_model
+from onecard.core.device import Compute
 from onecard.core.rows import Row, batches
 from onecard.demo import corpus
 from onecard.models.adapter import Adapter, Role, Site, read
 from onecard.models.known import demo_folder
-from onecard.models.walk import Calls, Embedder, expert_stacks, load_block, observed, run_block
+from onecard.models.walk import Embedder, Walk
 from onecard.pipeline import quantize
 from onecard.recipe import Recipe
 
 SHARE = 0.0008  # of the tokens: under 0.1 %
 TARGETS = (15, 2, 8, 10)  # the starved expert of each block: the model's own least used, so that the bend is small
-CPU = torch.device("cpu")
+COMPUTE = Compute(device=torch.device("cpu"), dtype=torch.float32, batch_tokens=16384)
 
 
 def rows_of(folder: Path, which: str, tokens: int) -> list[Row]:
@@ -59,17 +60,18 @@ def bend(folder: Path) -> None:
     rows = rows_of(folder, "calibration", 256)[:120]
     state = load_file(folder / "model.safetensors")
     model = open_model(str(folder))
-    adapter, groups = model.adapter, batches(rows, 16384)
-    embedder, calls = Embedder(adapter, model.source, rows, CPU, torch.float32), Calls(adapter, CPU, torch.float32)
+    adapter, groups = model.adapter, batches(rows, COMPUTE.batch_tokens)
+    walk = Walk.over(adapter, model.source, COMPUTE)
+    embedder = Embedder(walk, rows)
     hidden = [embedder.batch(group) for group in groups]
     for index, target in enumerate(TARGETS):
-        block = load_block(adapter, model.source, index, CPU, torch.float32)
-        feed_forward = block.get_submodule("feed_forward")
+        block = walk.load(index)
+        feed_forward = block.layer.get_submodule("feed_forward")
         router: Any = feed_forward.get_submodule("router")
         seen: list[torch.Tensor] = []
         handle = feed_forward.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].flatten(0, -2)))
         for k in range(len(groups)):
-            run_block(block, hidden[k], calls.of(hidden[k].shape[1])[index])
+            block.forward(hidden[k])
         handle.remove()
         x_TH = torch.cat(seen)
         one_H = _bias_direction(x_TH)
@@ -85,7 +87,7 @@ def bend(folder: Path) -> None:
         print(f"block {index}: expert {target} lowered by {shift:g}, {shares[shift]:.3%} of the tokens", flush=True)
         name = f"{adapter.block_prefix(index)}feed_forward.router.weight"
         state[name][target] = router.weight[target].bfloat16()
-        hidden = [run_block(block, h, calls.of(h.shape[1])[index]) for h in hidden]
+        hidden = [block.forward(h) for h in hidden]
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -104,18 +106,18 @@ def _bias_direction(x_TH: torch.Tensor) -> torch.Tensor:
 def own_rows(folder: Path, rows: list[Row]) -> dict[tuple[int, int], torch.Tensor]:
     """(block, expert) -> its inputs from the held-out tokens."""
     model = open_model(str(folder))
-    adapter, groups, found = model.adapter, batches(rows, 16384), dict[tuple[int, int], list[torch.Tensor]]()
-    embedder, calls = Embedder(adapter, model.source, rows, CPU, torch.float32), Calls(adapter, CPU, torch.float32)
-    hidden = [embedder.batch(group) for group in groups]
-    for index in range(adapter.n_blocks):
-        block = load_block(adapter, model.source, index, CPU, torch.float32)
+    walk, found = Walk.over(model.adapter, model.source, COMPUTE), dict[tuple[int, int], list[torch.Tensor]]()
+    embedder = Embedder(walk, rows)
+    hidden = [embedder.batch(group) for group in batches(rows, COMPUTE.batch_tokens)]
+    for index in range(model.adapter.n_blocks):
+        block = walk.load(index)
 
         def observe(site: Site, expert: int, _: torch.Tensor, x: torch.Tensor, index: int = index) -> None:
             if site.role is Role.EXPERT and site.feeds:
                 found.setdefault((index, expert), []).append(x.clone())
 
-        with observed(adapter, block, index, observe):
-            hidden = [run_block(block, h, calls.of(h.shape[1])[index]) for h in hidden]
+        with block.observed(observe):
+            hidden = [block.forward(h) for h in hidden]
     return {place: torch.cat(parts) for place, parts in found.items()}
 
 
@@ -149,20 +151,21 @@ class Block:
 def in_model(folder: Path, out: Path, rows: list[Row]) -> list[Block]:
     """Each model on its own stream."""
     sides = [open_model(str(folder)), open_model(str(out))]
-    groups, calls = batches(rows, 16384), Calls(sides[0].adapter, CPU, torch.float32)
-    embedders = [Embedder(side.adapter, side.source, rows, CPU, torch.float32) for side in sides]
+    groups = batches(rows, COMPUTE.batch_tokens)
+    walks = [Walk.over(side.adapter, side.source, COMPUTE) for side in sides]
+    embedders = [Embedder(walk, rows) for walk in walks]
     streams = [[embedder.batch(group) for group in groups] for embedder in embedders]
     alike_T = torch.ones(sum(len(row.tokens) for row in rows), dtype=torch.bool)
     found = []
     for index in range(sides[0].adapter.n_blocks):
-        blocks = [load_block(side.adapter, side.source, index, CPU, torch.float32) for side in sides]
+        blocks = [walk.load(index) for walk in walks]
         errors, routes = [], [list[torch.Tensor](), list[torch.Tensor]()]
         for k in range(len(groups)):
             for stream, block, taken in zip(streams, blocks, routes, strict=True):
-                stream[k] = run_block(block, stream[k], calls.of(stream[k].shape[1])[index])
-                stacks = expert_stacks(block)
-                assert stacks is not None
-                taken.append(stacks.routes_TK.sort(-1).values)
+                passed = block.routed(stream[k])
+                assert passed.routes_TK is not None
+                stream[k] = passed.hidden
+                taken.append(passed.routes_TK)
             exact, miss = streams[0][k].flatten(0, 1), (streams[1][k] - streams[0][k]).flatten(0, 1)
             errors.append(miss.square().sum(-1) / exact.square().sum(-1))
         theirs, ours = map(torch.cat, routes)

@@ -28,11 +28,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from onecard.calibration.texts import prepare_texts
 from onecard.checkpoint.model import Model, open_model
 from onecard.checkpoint.workdir import Activations
-from onecard.core.rows import Row, batches
+from onecard.core.device import Compute
+from onecard.core.rows import Row
 from onecard.eval.kl import COLUMNS_PER_SLICE, TOKENS_PER_SLICE, compare
 from onecard.eval.verify import verify
-from onecard.models.adapter import read
-from onecard.models.walk import Calls, embed, final_norm, load_block, run_block
+from onecard.models.walk import Walk
 from onecard.pipeline import quantize
 from onecard.recipe import load_recipe
 from onecard.report.resources import peak_rss_bytes
@@ -45,35 +45,21 @@ CPU = torch.device("cpu")
 MOST_TIME, MOST_HEAD_BYTES = 1.3, GIB
 
 
-class Silence:
-    """A Step that shows nothing."""
-
-    def begin(self, stage: str, block: int | None = None) -> None: ...
-
-    def advance(self, tokens: int) -> None: ...
-
-
 def forward(model: Model, rows: list[Row], batch_tokens: int) -> float:
     """Walk one model alone over all rows. Returns the mean negative log-likelihood of the texts, nats a token."""
-    adapter, source = model.adapter, model.source
-    groups = batches(rows, batch_tokens)
-    total, tokens = 0.0, 0
+    walk = Walk.over(model.adapter, model.source, Compute(device=CPU, dtype=torch.float32, batch_tokens=batch_tokens))
+    last, total, tokens = model.adapter.n_blocks, 0.0, 0
     with tempfile.TemporaryDirectory(prefix="onecard-forward-") as folder:
-        store = Activations(Path(folder))
-        embed(adapter, source, rows, groups, store, ("only",), CPU, torch.float32)
-        calls = Calls(adapter, CPU, torch.float32)
-        for index in range(adapter.n_blocks):
-            block = load_block(adapter, source, index, CPU, torch.float32)
-            for k in range(len(groups)):
-                hidden = store.get(index, "only", k)
-                store.put(index + 1, "only", k, run_block(block, hidden, calls.of(hidden.shape[1])[index]))
-            store.drop(index)
-        norm = final_norm(adapter, source, CPU, torch.float32)
-        head = read(adapter, source, adapter.head_name).float()
-        for k, numbers in enumerate(groups):
+        rows_within = walk.hidden_rows(rows, Activations(Path(folder)))
+        rows_within.embed("only")
+        for index in range(last):
+            rows_within.forward(walk.load(index), "only")
+            rows_within.store.drop(index)
+        norm, head = walk.final_norm(), walk.head().float()
+        for k, numbers in enumerate(rows_within.groups):
             targets = torch.stack([rows[n].tokens for n in numbers])[:, 1:].flatten()
             with torch.inference_mode():
-                hidden = norm(store.get(adapter.n_blocks, "only", k))[:, :-1].flatten(0, 1)
+                hidden = norm(rows_within.get(last, "only", k))[:, :-1].flatten(0, 1)
                 for start in range(0, len(targets), TOKENS_PER_SLICE):
                     part = slice(start, start + TOKENS_PER_SLICE)
                     loss = torch.nn.functional.cross_entropy(hidden[part] @ head.T, targets[part], reduction="sum")

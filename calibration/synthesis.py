@@ -30,12 +30,13 @@ from ..checkpoint.loading import load_with_transformers
 from ..checkpoint.model import Model, open_source
 from ..checkpoint.source import refuse_nonfinite
 from ..checkpoint.workdir import refuse_resumed
-from ..core.device import choose_device, choose_dtype
+from ..core.device import Compute, choose_device, choose_dtype
 from ..core.errors import InputError
 from ..core.rates import DISK_BYTES_PER_SECOND, measure_flops
 from ..core.rows import Row
 from ..core.units import clock, size
 from ..models.adapter import Adapter, Role
+from ..models.walk import Walk
 from ..recipe import Recipe
 from ..report.progress import Progress
 from .decode import BlockDecoder
@@ -192,7 +193,9 @@ def synthesize(
         refuse_nonfinite(model.folder, model.name)
         try:
             if walked:
-                _walked(model, recipe, encoder, talks, settings, journal, device, dtype, progress)
+                compute = Compute(device=device, dtype=dtype, batch_tokens=recipe.batch_tokens)
+                walk = Walk.over(model.adapter, model.source, compute, progress)
+                _walked(model, recipe, encoder, talks, settings, journal, walk)
             else:
                 _loaded(model, recipe, encoder, talks, settings, journal, device, dtype, progress)
         except BaseException:
@@ -302,22 +305,18 @@ def _walked(
     talks: list[Talk],
     settings: Settings,
     journal: Journal,
-    device: torch.device,
-    dtype: torch.dtype,
-    progress: Progress,
+    walk: Walk,
 ) -> None:
     stops = set(_stops(model, encoder))
     for prompts in _rounds(talks, encoder, recipe.texts.calibration_row_tokens):
         if not prompts:
             continue
-        decoder = BlockDecoder(
-            model.adapter, model.source, [row for _, row in prompts], recipe.batch_tokens, device, dtype
-        )
+        decoder = BlockDecoder(walk, [row for _, row in prompts])
         for place, (number, _) in enumerate(prompts):
             decoder.tokens[place] += talks[number].running
         open_ = list(range(len(prompts)))
         while open_:
-            logits = decoder.next_logits(open_, progress)
+            logits = decoder.next_logits(open_)
             logits[:, _never(model)] = float("-inf")
             for place, logits_V in zip(list(open_), logits, strict=True):
                 number = prompts[place][0]

@@ -16,7 +16,7 @@ from onecard.calibration.synthesis import pick
 from onecard.checkpoint.loading import load_with_transformers
 from onecard.checkpoint.model import open_model
 from onecard.core.rows import Row
-from walking import Silence
+from walking import cpu_walk
 
 
 @pytest.mark.parametrize("family", ["llama4-text", "qwen3"])
@@ -27,10 +27,10 @@ def test_logits_of_texts_that_grow_are_those_of_transformers(baby: Callable[...,
     rows = [
         Row(str(n), "t", torch.randint(4, 200, (length,), generator=generator)) for n, length in enumerate([5, 64, 17])
     ]
-    decoder = BlockDecoder(model.adapter, model.source, rows, 128, torch.device("cpu"), torch.float32)
+    decoder = BlockDecoder(cpu_walk(model, 128), rows)
     network = load_with_transformers(model.path, torch.float32)
     for numbers in ([0, 1, 2], [2, 1]):
-        logits = decoder.next_logits(numbers, Silence())
+        logits = decoder.next_logits(numbers)
         for number, found in zip(numbers, logits, strict=True):
             with torch.inference_mode():
                 expected = network(input_ids=torch.tensor([decoder.tokens[number]])).logits[0, -1]

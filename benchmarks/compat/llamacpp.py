@@ -55,11 +55,12 @@ from vllm_environment import BUILD, interpreter
 from onecard.calibration.texts import prepare_texts
 from onecard.checkpoint.gguf import write as gguf_write
 from onecard.checkpoint.model import Model, open_model
+from onecard.core.device import Compute
 from onecard.core.rows import Row
 from onecard.models import gguf as words
-from onecard.models.adapter import Adapter, read
+from onecard.models.adapter import Adapter
 from onecard.models.experts import RoutedExperts
-from onecard.models.walk import Calls, Embedder, final_norm, load_block, run_block
+from onecard.models.walk import Embedder, Walk
 from onecard.recipe import load_recipe
 
 HERE = Path(__file__).resolve().parent
@@ -139,17 +140,17 @@ def rounding_of(model: Model, block: nn.Module, index: int) -> dict[int, str]:
 
 def walk(model: Model, rows: list[Row], as_llamacpp: bool) -> torch.Tensor:
     """Logits [N, T, V] of rows of one length by our walk in fp32; `as_llamacpp`: with rounded activations."""
-    adapter, source = model.adapter, model.source
-    numbers = list(range(len(rows)))
-    hidden = Embedder(adapter, source, rows, CPU, torch.float32).batch(numbers)
-    call = Calls(adapter, CPU, torch.float32).of(hidden.shape[1])
+    adapter = model.adapter
+    tokens = sum(len(row.tokens) for row in rows)
+    ours = Walk.over(adapter, model.source, Compute(device=CPU, dtype=torch.float32, batch_tokens=tokens))
+    hidden = Embedder(ours, rows).batch(list(range(len(rows))))
     for index in range(adapter.n_blocks):
-        block = load_block(adapter, source, index, CPU, torch.float32)
-        for part in block.parameters():  # widened at once, so that its storage identifies a weight
+        block = ours.load(index)
+        for part in block.layer.parameters():  # widened at once, so that its storage identifies a weight
             part.data = part.data.to(torch.float32)
-        with rounding(rounding_of(model, block, index) if as_llamacpp else {}):
-            hidden = run_block(block, hidden, call[index])
-    norm, head = final_norm(adapter, source, CPU, torch.float32), read(adapter, source, adapter.head_name)
+        with rounding(rounding_of(model, block.layer, index) if as_llamacpp else {}):
+            hidden = block.forward(hidden)
+    norm, head = ours.final_norm(), ours.head()
     kind = ACTIVATIONS.get(stored_kind(model, adapter.head_name.removesuffix(".weight")))
     with torch.inference_mode():
         last = norm(hidden)

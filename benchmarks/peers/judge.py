@@ -16,24 +16,18 @@ import torch
 
 from onecard.checkpoint.source import Folder, open_folder
 from onecard.checkpoint.workdir import Activations
+from onecard.core.device import Compute
 from onecard.core.rows import Row
 from onecard.core.tensors import TensorSource
 from onecard.eval.summary import summarize
-from onecard.eval.twin import Side, twin_walk
+from onecard.eval.twin import twin_walk
 from onecard.models.families import load_adapter
+from onecard.models.walk import Walk
 
 MOST_ERROR = 0.9
 LEVELS = 16  # the values of four bits
 BATCH_TOKENS = 16384
 FITTING_ROUNDS = 10
-
-
-class Quiet:
-    """A Step that shows nothing."""
-
-    def begin(self, stage: str, block: int | None = None) -> None: ...
-
-    def advance(self, tokens: int) -> None: ...
 
 
 def rescaled(reference_OI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
@@ -96,9 +90,8 @@ def check_weights(
 
 def kl(model: Path, quantized: TensorSource, rows: list[Row]) -> dict[str, Any]:
     adapter = load_adapter(model)
-    sides = Side("reference", adapter, open_folder(model)), Side("quantized", adapter, quantized)
+    compute = Compute(device=torch.device("cpu"), dtype=torch.float32, batch_tokens=BATCH_TOKENS)
+    reference = Walk.over(adapter, open_folder(model), compute)
     with tempfile.TemporaryDirectory(prefix="peers-judge-") as scratch:
-        twin = twin_walk(
-            *sides, rows, BATCH_TOKENS, Activations(Path(scratch)), torch.device("cpu"), torch.float32, Quiet()
-        )
+        twin = twin_walk(reference, reference.beside(adapter, quantized), rows, Activations(Path(scratch)))
     return asdict(summarize(twin.tokens)) | {"changed_routes": twin.mean_changed_routes}
