@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from onecard.core.layout import RECORD_NAME
+from onecard.core.file_names import RECORD_NAME
 from onecard.report.card import draw_card
 from onecard.report.record import RunRecord
 

@@ -145,9 +145,9 @@ def _of_experts(pair: Pair, shown: tuple[Shown, Shown], rows: list[int]) -> list
     """An entry for every expert of the block. `rows`: how many tokens the reference sends to each."""
     compared = [_compare(pair, shown, expert) for expert in range(len(rows))]
     by_matrix = zip(*(one.gains for one in compared), strict=True)
-    standing = [_standing_out(list(gains), LEAST_SPREAD_GAIN) for gains in by_matrix]
+    standing = [standing_out(list(gains), LEAST_SPREAD_GAIN) for gains in by_matrix]
     errors = {expert: one.output_error for expert, one in enumerate(compared) if one.output_error is not None}
-    scores = dict(zip(errors, _standing_out(list(errors.values()), LEAST_SPREAD_ERROR), strict=True))
+    scores = dict(zip(errors, standing_out(list(errors.values()), LEAST_SPREAD_ERROR), strict=True))
     found = []
     for expert, one in enumerate(compared):
         matrix = max(range(len(standing)), key=lambda m: abs(standing[m][expert]))
@@ -179,7 +179,7 @@ def _output_error(shown: tuple[Shown, Shown], expert: int, w_HM: torch.Tensor, v
     return (missed / whole) ** 0.5 if whole > 0 else None
 
 
-def _standing_out(values: list[float], least_spread: float) -> list[float]:
+def standing_out(values: list[float], least_spread: float) -> list[float]:
     """How far each value is above the median, in robust standard deviations (1.4826 x median absolute deviation,
     Rousseeuw and Croux, JASA 88, 1993) of at least `least_spread` times the median."""
     if not values:

@@ -19,7 +19,7 @@ from onecard.checkpoint.model import open_model
 from onecard.checkpoint.workdir import Activations
 from onecard.core.rows import Row, batches
 from onecard.eval import errors
-from onecard.eval.errors import WORST_EXPERTS, places_of
+from onecard.eval.errors import WORST_EXPERTS, places_of, standing_out
 from onecard.eval.twin import twin_walk
 from onecard.models.adapter import read
 from walking import cpu_walk
@@ -365,10 +365,10 @@ def test_standing_out_is_counted_in_robust_deviations() -> None:
     values = [1.0, 1.1, 0.9, 1.2, 0.8, 3.0]
     middle = median(values)
     spread = 1.4826 * median([abs(v - middle) for v in values])
-    got = errors._standing_out(values, 0.1)
+    got = standing_out(values, 0.1)
     assert got == pytest.approx([(v - middle) / spread for v in values])
     # One far outlier moves neither the middle nor the spread: it stands out the more.
-    assert errors._standing_out([*values[:-1], 30.0], 0.1)[-1] > 10 * got[-1]
-    assert errors._standing_out([1.0, 1.0, 1.0, 1.01], 0.1) == pytest.approx([0, 0, 0, 0.1])
-    assert errors._standing_out([0.0] * 4, 0.1) == [0.0] * 4
-    assert errors._standing_out([], 0.1) == []
+    assert standing_out([*values[:-1], 30.0], 0.1)[-1] > 10 * got[-1]
+    assert standing_out([1.0, 1.0, 1.0, 1.01], 0.1) == pytest.approx([0, 0, 0, 0.1])
+    assert standing_out([0.0] * 4, 0.1) == [0.0] * 4
+    assert standing_out([], 0.1) == []
