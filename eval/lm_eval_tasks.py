@@ -126,14 +126,8 @@ def _questions(prefix: str, task: Any) -> list[Question]:
     return found
 
 
-<<<<<<< HEAD
-def encode_pair(encoder: Encoder, context: str, continuation: str) -> OptionRequest:
-    """Token ids of a pair, by the harness's rules: spaces that end the context belong to the continuation, and both are
-    tokenized as one text. An empty context is the token that begins (or else ends) a text.
-=======
 def encode_pair(encoder: Encoder, context: str, continuation: str) -> OptionRequest:
     """Token ids of a pair by the harness's rules. Raises InputError when nothing stands before the continuation.
->>>>>>> main
 
     Spaces at the end of the context belong to the continuation, and both are tokenized as one text. An empty context
     becomes the token that begins a text, or the one that ends it if there is none.
