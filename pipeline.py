@@ -56,7 +56,8 @@ from .conversion.export import (
 )
 from .core.device import Compute, choose_compute, site_budget
 from .core.errors import InputError, LimitError
-from .core.layout import RECORD_NAME, index_json, json_bytes
+from .core.file_names import RECORD_NAME
+from .core.layout import index_json, json_bytes
 from .core.limits import Limits
 from .core.method import Method
 from .core.rates import uniform

@@ -22,14 +22,15 @@ from ..checkpoint.source import refuse_nonfinite
 from ..checkpoint.workdir import Activations, read_json
 from ..core.device import choose_compute
 from ..core.errors import InputError
-from ..core.layout import RECORD_NAME
+from ..core.file_names import RECORD_NAME
 from ..core.rows import Row
 from ..models.walk import Walk
 from ..recipe import Recipe
 from ..report.progress import Progress
 from .balance import Choice, choose, draw
 from .routes import Routes, blocks_with_experts, count_routes
-from .texts import RunTexts, prepare_texts, row_facts
+from .text_facts import row_facts
+from .texts import RunTexts, prepare_texts
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,8 @@ from ..checkpoint.paths import check_paths, check_space
 from ..checkpoint.plan import Plan
 from ..checkpoint.source import INDEX_NAME, Folder, open_folder
 from ..core.errors import InputError, input_error
-from ..core.layout import RECORD_NAME, index_json, json_bytes
+from ..core.file_names import RECORD_NAME
+from ..core.layout import index_json, json_bytes
 from ..core.rows import Step
 from ..core.tensors import TensorInfo
 from ..report.reading import check_record

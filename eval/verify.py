@@ -23,7 +23,7 @@ from ..checkpoint.source import refuse_nonfinite
 from ..checkpoint.workdir import Activations
 from ..core.device import choose_compute
 from ..core.errors import InputError
-from ..core.layout import RECORD_NAME
+from ..core.file_names import RECORD_NAME
 from ..core.rows import Row
 from ..models.walk import Walk
 from ..recipe import Recipe
@@ -34,7 +34,8 @@ from .choice import ask, scores
 from .intervals import FEW_DOCUMENTS
 from .kept import write_tokens
 from .summary import summarize
-from .tasks import Task, flips_facts, load_tasks, requests_of
+from .task_requests import requests_of
+from .tasks import Task, flips_facts, load_tasks
 from .told import tell
 from .twin import twin_walk
 

@@ -18,7 +18,8 @@ from onecard.core.errors import InputError
 from onecard.eval import twin
 from onecard.eval.choice import Request
 from onecard.eval.lm_eval_tasks import encode_pair
-from onecard.eval.tasks import load_task, requests_of
+from onecard.eval.task_requests import requests_of
+from onecard.eval.tasks import load_task
 
 Run = Callable[..., Result]
 BOS = 0
