@@ -222,7 +222,7 @@ def test_nothing_is_written_for_what_a_format_cannot_hold(
         refused(
             onecard("export", packed("scout"), "--format", "bf16", "-o", tmp_path / "mine", *more), "no run of onecard"
         )
-    refused(onecard("export", packed("scout"), "--format", "bf16", "-o", packed("scout") / "x"), "in each other")
+    refused(onecard("export", packed("scout"), "--format", "bf16", "-o", packed("scout") / "x"), "nested")
     assert listing(tmp_path) == before
 
 

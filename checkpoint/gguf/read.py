@@ -126,7 +126,7 @@ def _only_file(path: Path) -> Path:
     return found[0]
 
 
-def _contents(opened: gguf_file.Opened, entries: Sequence[words.Entry]) -> _Contents:
+def _contents(opened: gguf_file.Opened, entries: Sequence[words.TensorLayout]) -> _Contents:
     """Find every expected tensor, and cut stacked ones into experts."""
     found = _Contents()
     for entry in entries:
