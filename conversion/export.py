@@ -9,7 +9,6 @@ The record is the parent's, with what the figures of the files are now and a sec
 made from. A KL in it was measured on the parent's files: `onecard verify` measures these.
 """
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -36,10 +35,10 @@ from ..checkpoint.plan import Plan
 from ..checkpoint.source import INDEX_NAME, Folder, open_folder
 from ..core.errors import InputError, input_error
 from ..core.layout import RECORD_NAME, index_json, json_bytes
+from ..core.record.reading import read_record
+from ..core.record.schema import CheckpointFacts, ExportFacts, ModelFacts, PlanSummary, Record
 from ..core.rows import Step
 from ..core.tensors import TensorInfo
-from ..report.reading import check_record
-from ..report.record import RunRecord
 from ..report.resources import package_versions, peak_rss_bytes
 from .layout import (
     Conversion,
@@ -282,21 +281,25 @@ def _write(model: Model, format_name: str, out: Path, names: list[str], planned:
     files.write_bytes(out / "config.json", config_bytes)
 
 
-def exported_record(parent: RunRecord, model: Model, written: Model, format_name: str) -> RunRecord:
+def exported_record(parent: Record, model: Model, written: Model, format_name: str) -> Record:
     """The parent's record, of the files that were written from it: `model` was read, `written` is what lies there."""
     facts = stored_facts(written)
-    return replace(
-        parent,
-        plan={"source_bytes": model.folder.file_bytes} | parent.plan | facts,
-        checkpoint={"bytes": facts["emitted_bytes"]},
-        # No run of quantize ended in these bytes: none may think that it is finished here.
-        identity=parent.identity | {"exported to": format_name},
-        export={
-            "format": format_name,
-            "onecard": __version__,
-            "from": {"name": said_name(model.name), "digest": model.folder.digest, "format": label(model)},
-            "matrices": matrices(written),
-        },
+    old_plan = {} if parent.plan is None else parent.plan.to_json()
+    return parent.model_copy(
+        update={
+            "plan": PlanSummary(**{"source_bytes": model.folder.file_bytes} | old_plan | facts),
+            "checkpoint": CheckpointFacts(bytes=facts["emitted_bytes"]),
+            # No run of quantize ended in these bytes: none may think that it is finished here.
+            "identity": parent.identity | {"exported to": format_name},
+            "export": ExportFacts.model_validate(
+                {
+                    "format": format_name,
+                    "onecard": __version__,
+                    "from": {"name": said_name(model.name), "digest": model.folder.digest, "format": label(model)},
+                    "matrices": matrices(written),
+                }
+            ),
+        }
     )
 
 
@@ -305,14 +308,13 @@ def matrices(model: Model) -> dict[str, int]:
     return dict(sorted(Counter(weight.width for weight in model.packed.values()).items()))
 
 
-def _record_of(model: Model) -> RunRecord:
+def _record_of(model: Model) -> Record:
     """The record beside a checkpoint's weights; a new one where there is none."""
     try:
-        found = json.loads((model.path / RECORD_NAME).read_text(encoding="utf-8"))
-        check_record(found, RECORD_NAME)
-        return RunRecord(**found)
-    except (OSError, ValueError, TypeError, InputError):
-        return RunRecord("export", __version__, model.facts(), {}, versions=package_versions())
+        return read_record(model.path / RECORD_NAME)
+    except InputError:
+        facts = ModelFacts(**model.facts())
+        return Record(command="export", onecard=__version__, model=facts, versions=package_versions())
 
 
 def label(model: Model) -> str:

@@ -22,6 +22,7 @@ from typing import Any, Literal
 from ..calibration.tokens import Encoder
 from ..checkpoint.model import demo_folder
 from ..core.errors import InputError, ResourceError, input_error
+from ..core.record.flips import FlipSummary
 from .choice import Request, Scored
 from .flips import Answered, answers, summarize_answers
 from .lm_eval_tasks import PREFIX, encode_pair, load_questions
@@ -347,15 +348,16 @@ def answered(task: Task, scored: Sequence[Scored]) -> list[Answered]:
     return found
 
 
-def flips_facts(tasks: Sequence[Task], scored: Sequence[Sequence[Scored]]) -> dict[str, Any]:
+def flip_summary(tasks: Sequence[Task], scored: Sequence[Sequence[Scored]]) -> FlipSummary:
     """The record's `flips`: every task, and all items together."""
     by_task = [answered(task, own) for task, own in zip(tasks, scored, strict=True)]
-    return {
-        "all": {"task": "all"} | summarize_answers([a for part in by_task for a in part]),
-        "tasks": [
-            {"task": task.name, "digest": task.digest, "shots": task.shots}
-            | summarize_answers(part)
-            | {"answers": answers(part)}
+    every = summarize_answers([a for part in by_task for a in part])
+    return FlipSummary(
+        all=every,
+        tasks=tuple(
+            summarize_answers(part).model_copy(
+                update={"task": task.name, "digest": task.digest, "shots": task.shots, "answers": answers(part)}
+            )
             for task, part in zip(tasks, by_task, strict=True)
-        ],
-    }
+        ),
+    )

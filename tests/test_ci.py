@@ -10,9 +10,13 @@ from rich.console import Console
 
 import onecard
 from onecard.cli import main
-from onecard.core.verdict import LIMIT, Check, Verdict
+from onecard.core.record.verdict import LIMIT, Check, verdict_of
 from onecard.report.gate_card import draw_verdict, markdown
 from onecard.report.junit import junit
+
+
+def check(name: str, passed: bool, said: str) -> Check:
+    return Check(name=name, kind=LIMIT, passed=passed, measured=1.0, allowed=float(passed), said=said)
 
 
 def test_the_workflow_uses_what_there_is() -> None:
@@ -40,7 +44,7 @@ def test_the_workflow_uses_what_there_is() -> None:
 def test_hostile_names_stay_text() -> None:
     """A task or a path may hold markup, control characters, or a lone surrogate; nobody downstream may act on it."""
     name = 'x"><script>|a|b\x00\x1b[31m\ud800 ]]> &amp; [red]'
-    verdict = Verdict(name, name, (Check(name, LIMIT, False, 1.0, 0.0, f"{name}\nsecond line"),), (name,))
+    verdict = verdict_of(name, name, [check(name, False, f"{name}\nsecond line")], [name])
     root = ElementTree.fromstring(junit(verdict))
     assert root.find("./testsuite/testcase").get("name").startswith('x"><script>|a|b')  # type: ignore[union-attr]
     shown = markdown(verdict).encode().decode()
@@ -48,7 +52,7 @@ def test_hostile_names_stay_text() -> None:
     assert "<script>" not in shown
     assert [row.replace("\\|", "").count("|") for row in table] == [4] * len(table)
     console = Console(record=True, width=200)
-    draw_verdict(Verdict("[bold]r\x1b[2J", None, (Check("[red]n", LIMIT, True, 1.0, 1.0, "[blue]s"),)), console)
+    draw_verdict(verdict_of("[bold]r\x1b[2J", None, [check("[red]n", True, "[blue]s")], []), console)
     text = console.export_text()
     assert "\x1b" not in text
     assert all(part in text for part in ("[bold]r", "[red]n", "[blue]s"))

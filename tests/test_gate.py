@@ -11,7 +11,7 @@ import pytest
 import yaml
 from click.testing import Result
 
-from onecard.report.record import SCHEMA_VERSION
+from onecard.core.record.schema import SCHEMA_VERSION
 
 Check_ = Callable[..., str]
 Run = Callable[..., Result]

@@ -24,7 +24,8 @@ from onecard.recipe import load_recipe
 from onecard.report.card_tables import code, words
 from onecard.report.engines import engines
 from onecard.report.licence import EU_RESTRICTION, NOTICE_LINE, Licence, has_notice, licence_of, unmet_terms
-from onecard.report.model_card import FAILED_GATE, card_problems
+from onecard.report.model_card import card_problems
+from onecard.report.model_card_words import FAILED_GATE
 from papers import edit_record
 from records import allocation_facts
 

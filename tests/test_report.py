@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from onecard.core.errors import InputError
+from onecard.core.record.reading import check_record, read_record
 from onecard.report import html
-from onecard.report.page import figures, parts
-from onecard.report.reading import check_record, read_run
+from onecard.report.page import chart, parts
 from records import full_record
 
 Check = Callable[..., str]
@@ -273,8 +273,8 @@ def test_texts_of_models_and_data_are_escaped(hostile: str) -> None:
     assert code == [text for attrs, text in plain.scripts if attrs.get("type") != "application/json"]
     assert "".join(c if c.isprintable() else "\ufffd" for c in hostile.partition("\n")[0]) in page.text
     # Of texts, plotly gets no tag and no template.
-    for chart in page.charts:
-        for text in re.findall(r'"((?:[^"\\]|\\.)*)"', json.dumps(chart)):
+    for drawn in page.charts:
+        for text in re.findall(r'"((?:[^"\\]|\\.)*)"', json.dumps(drawn)):
             assert not re.search(r"<(?!br>|extra>|/extra>)", text), text
             assert "%{x}" not in text or "hacked" not in text
 
@@ -302,8 +302,8 @@ def test_no_text_escapes_the_policy() -> None:
 
 
 def test_labels_and_numbers() -> None:
-    assert figures.label("<b>x</b> & %{y}") == "&lt;b&gt;x&lt;/b&gt; &amp; %\u200b{y}"
-    assert len(figures.label("x" * 500)) == figures.LONGEST_LABEL
+    assert chart.label("<b>x</b> & %{y}") == "&lt;b&gt;x&lt;/b&gt; &amp; %\u200b{y}"
+    assert len(chart.label("x" * 500)) == chart.LONGEST_LABEL
     assert [parts.nats(v) for v in (None, 0.0, 0.0000123, 0.01395, 3.0785)] == [
         "–",
         "0.00000",
@@ -399,7 +399,7 @@ def test_what_is_not_there_is_refused(onecard: Callable[..., Result], refused: C
     refused(onecard("report", tmp_path, "-o", tmp_path / "p.html"), "onecard.json")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="JSON"):
-        read_run(tmp_path / "binary")
+        read_record(tmp_path / "binary")
 
 
 def test_somebody_elses_file_is_not_replaced(onecard: Callable[..., Result], refused: Check, tmp_path: Path) -> None:
