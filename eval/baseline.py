@@ -130,7 +130,10 @@ def _without_folder(facts: dict[str, Any]) -> dict[str, Any]:
 def _frozen(record: Record) -> dict[str, Any]:
     """What a baseline holds, in one order whatever the record holds, so that freezing it again changes nothing."""
     kept = record.model_dump(mode="json", by_alias=True, exclude_unset=True, include=_KEPT, exclude=_LEFT_OUT)
-    sections = {name: {} for name, part in _KEPT.items() if part is not True} | {"checkpoint": {}, "kl": {}}
+    sections: dict[str, Any] = {name: {} for name, part in _KEPT.items() if part is not True} | {
+        "checkpoint": {},
+        "kl": {},
+    }
     frozen = sections | {name: value for name, value in kept.items() if value is not None}
     frozen["texts"] = {"evaluation": {}} | frozen["texts"]
     return frozen | {name: _without_folder(frozen[name]) for name in ("model", "checkpoint")}
