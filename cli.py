@@ -10,6 +10,7 @@ import click
 
 from . import __version__
 from .commands.calibration import calibration
+from .commands.completion import completion
 from .commands.export import export
 from .commands.gate import baseline, gate
 from .commands.inspect import generate, inspect, recipes
@@ -49,6 +50,7 @@ VERBS = (
     publish,
     generate,
     recipes,
+    completion,
 )
 for command in VERBS:
     main.add_command(command)

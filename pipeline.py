@@ -37,7 +37,7 @@ from .checkpoint.emit import (
     side_files_digest,
     written_files,
 )
-from .checkpoint.formats.written import OWN
+from .checkpoint.formats.shard_formats import SHARD_FORMATS
 from .checkpoint.model import Model, open_source, open_written, stored_facts
 from .checkpoint.paths import check_paths, check_space, occupied
 from .checkpoint.plan import Plan
@@ -141,7 +141,7 @@ class Run:
         # Beside the pool's hidden rows, before and after a block, nothing lies there yet.
         pool_bytes = 2 * _tokens(self.texts.calibration) * self.adapter.hidden_size * self.dtype.itemsize
         # Shards are moved to OUT, or written there anew in another format.
-        anew = 0 if self.recipe.format in OWN else weight_bytes(self.planned)
+        anew = 0 if self.recipe.format in SHARD_FORMATS else weight_bytes(self.planned)
         check_space(work, max(cost.disk_bytes, pool_bytes if self.texts.is_pool else 0) + anew)
 
 
@@ -283,7 +283,7 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress, given: Prices | None
         except InputError:
             workdir.remove()
             raise
-    finished = {s.file: s.file_bytes for s in run.plan.shards if s.stage < workdir.done - 1}
+    finished = {s.file: s.file_bytes for s in run.plan.shards if s.part < workdir.done - 1}
     workdir.refuse_damaged(finished, run.out)
     store = Activations(workdir.path / "acts")
     chosen = balanced(run.texts, run.model, run.recipe, workdir.path, (run.device, run.dtype), progress)
@@ -338,7 +338,7 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress, given: Prices | None
     _summarise_coverage(record, run.recipe)
     if workdir.done < 2 + blocks:
         progress.begin("copy the rest")
-        writer = ShardWriter([s for s in run.plan.shards if s.stage == blocks], workdir.folder("shards"))
+        writer = ShardWriter([s for s in run.plan.shards if s.part == blocks], workdir.folder("shards"))
         for name in writer.names():
             writer.put(name, run.model.source.get(name))
         workdir.commit(2 + blocks)
@@ -351,7 +351,7 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress, given: Prices | None
         emitted = open_written(run.model, run.out, config)
         emitted_bytes = emitted.folder.file_bytes
         assert emitted_bytes == weight_bytes(run.planned), (emitted_bytes, run.planned)
-        if run.recipe.format not in OWN:
+        if run.recipe.format not in SHARD_FORMATS:
             assert record.plan is not None
             record.plan = PlanSummary(**record.plan.to_json() | stored_facts(emitted))
             record.export = ExportFacts(format=run.recipe.format, onecard=__version__, matrices=matrices(emitted))
@@ -434,7 +434,7 @@ def _move(run: Run, workdir: WorkDir, progress: Progress) -> None:
         workdir.begin_move(run.out)
     # First of all, what will lie there: a folder with this file may be cleared of it.
     files.write_json(run.out / RECORD_NAME, {"files": run.files})
-    if run.recipe.format in OWN:
+    if run.recipe.format in SHARD_FORMATS:
         for shard in run.plan.shards:
             finished = workdir.path / "shards" / shard.file
             if finished.exists():

@@ -20,6 +20,7 @@ from ..checkpoint.model import Model, said_name
 from ..checkpoint.paths import check_space
 from ..checkpoint.workdir import refuse_changed
 from ..core.errors import FitError, InputError, input_error
+from ..core.recipe_groups import KEEP
 from ..core.rows import Row, Step
 from ..core.scheme import Scheme
 from ..models.adapter import Adapter
@@ -29,7 +30,7 @@ from ..planner.fit import Needs, Request, weight_budget_bytes
 from ..planner.pricing_cost import hidden_bytes, stream_count
 from ..planner.sizing import size_up
 from ..planner.weights import cut_problems, device_weights
-from ..recipe import KEEP, Recipe, matches
+from ..recipe import Recipe, matches
 from ..report.fit_card import misfit
 from .allocate import Choice, allocate, chosen
 from .prices import Priced, UnitPrices

@@ -13,9 +13,10 @@ from ..calibration.texts import prepare_texts
 from ..checkpoint.assign import plan_for
 from ..checkpoint.model import Model, open_source, said_name
 from ..core.device import choose_device, choose_dtype
+from ..core.recipe_groups import KEEP
 from ..core.scheme import Scheme
 from ..models.adapter import Role
-from ..recipe import KEEP, Recipe
+from ..recipe import Recipe
 from ..report.progress import Progress
 from .allocate import allocate, chosen
 from .fitting import (

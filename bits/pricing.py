@@ -29,13 +29,14 @@ from ..checkpoint.workdir import Activations, read_json
 from ..core.device import site_budget
 from ..core.errors import InputError
 from ..core.method import Method
+from ..core.recipe_groups import KEEP
 from ..core.rows import Row, Step, batches
 from ..core.scheme import Scheme
 from ..eval.kl import compare_rows
 from ..models.adapter import Adapter, Half, Site, read, stored_dtype
 from ..models.walk import Calls, embed, exchanged, final_norm, load_block, run_block, weight_view
 from ..quantize.site import cuts, quantize_batch
-from ..recipe import KEEP, Recipe
+from ..recipe import Recipe
 from .prices import Priced, UnitPrices, together
 
 REFERENCE = "reference"

@@ -12,15 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.model import Model, demo_folder
+from ..checkpoint.model import Model
 from ..core.errors import InputError
+from ..core.recipe_groups import Texts, TextSource
 from ..core.rows import Row
 from ..models.adapter import Adapter, Role
-from ..recipe import Recipe, Texts, TextSource
+from ..models.known import demo_folder
+from ..recipe import Recipe
 from .columns import Columns
 from .documents import Document, refuse_shared
-from .packing import Layout, distinct, document_rows, mixed, pack
-from .sources import SUFFIXES, Found, Limit, Source, read_source, split_by_digest
+from .packing import RowLayout, distinct, document_rows, mixed, pack
+from .sources import SUFFIXES, ReadLimit, Source, SourceDocuments, read_source, split_by_digest
 from .tokens import Encoder
 
 # Own evaluation texts of which less than this is evaluated get a warning.
@@ -69,8 +71,8 @@ def calibration_rows(recipe: Recipe, adapter: Adapter) -> int:
     return min(recipe.texts.calibration_rows, math.ceil(tokens / recipe.texts.calibration_row_tokens))
 
 
-def layout_of(recipe: Recipe, adapter: Adapter) -> Layout:
-    return Layout(
+def layout_of(recipe: Recipe, adapter: Adapter) -> RowLayout:
+    return RowLayout(
         calibration_rows(recipe, adapter),
         recipe.texts.calibration_row_tokens,
         recipe.texts.calibration_long_share,
@@ -114,14 +116,14 @@ def gather(
         if evaluated:
             # A document a row; where one in eight is taken, half as many again for luck.
             count = math.ceil(recipe.texts.evaluation_rows * share) * (12 if both else 1)
-            limit = Limit(documents=count, longest_characters=longest)
+            limit = ReadLimit(documents=count, longest_characters=longest)
             seed = None
         else:
             characters = (
                 layout_of(recipe, encoder.adapter).tokens * recipe.texts.calibration_pool * CHARACTERS_PER_TOKEN * share
             )
             picture = CHARACTERS_PER_TOKEN * encoder.adapter.image_token_count() if encoder.adapter.has_vision else 0
-            limit = Limit(None, math.ceil(characters * (8 / 7 if both else 1)), picture, longest)
+            limit = ReadLimit(None, math.ceil(characters * (8 / 7 if both else 1)), picture, longest)
             seed = recipe.texts.calibration_seed
         read = read_source(source, limit, seed)
         documents = split_by_digest(read.documents, evaluated) if both else read.documents
@@ -134,7 +136,9 @@ def gather(
     return found
 
 
-def _encoded(source: Source, documents: list[Document], read: Found, encoder: Encoder, alone: bool) -> Gathered:
+def _encoded(
+    source: Source, documents: list[Document], read: SourceDocuments, encoder: Encoder, alone: bool
+) -> Gathered:
     """Rows of the documents that the model can take. The user's own must all be such; the embedded and public texts
     serve any model: pictures only one that can see, conversations only one with a chat template."""
     left_out, reason = read.left_out, read.reason

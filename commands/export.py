@@ -6,14 +6,16 @@ from pathlib import Path
 
 import click
 
+from .options import FormatName, model_argument
 from .shared import make_console, print_line, verb
 
 
 @click.command()
-@click.argument("checkpoint")
+@model_argument("checkpoint")
 @click.option(
     "--format",
     "format_name",
+    type=FormatName(),
     required=True,
     help="What to write: compressed-tensors, gptq, gptq-v2, bnb-nf4, gguf or bf16.",
 )

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import click
 
+from .options import model_argument
 from .shared import make_console, print_line, verb
 
 
 @click.command()
-@click.argument("model")
+@model_argument()
 @verb
 def inspect(model: str) -> None:
     """Show what MODEL (an original or a quantized checkpoint) is: family, layers, experts, widths, sizes, faults.
@@ -27,7 +28,7 @@ def inspect(model: str) -> None:
 
 
 @click.command()
-@click.argument("checkpoint")
+@model_argument("checkpoint")
 @click.argument("prompt")
 @click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(1))
 @click.option("--image", type=click.Path(path_type=Path), help="A picture to ask about, for models that can see.")

@@ -6,21 +6,22 @@ from pathlib import Path
 
 import click
 
-from .shared import DEVICE_HELP, RECIPE_HELP, TEXTS_HELP, make_console, print_line, verb
+from .options import budget_option, device_option, model_argument, recipe_option, texts_option
+from .shared import make_console, print_line, verb
 
 
 @click.command()
-@click.argument("model")
+@model_argument()
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--recipe", required=True, help=RECIPE_HELP)
-@click.option("--device", default="auto", show_default=True, help=DEVICE_HELP)
+@recipe_option(required=True)
+@device_option()
 @click.option("--work", type=click.Path(path_type=Path), help="Where a run keeps what is finished. [default: OUT.work]")
 @click.option("--resume", is_flag=True, help="Go on with a stopped run; it ends in the same bytes.")
 @click.option("--overwrite", is_flag=True, help="Replace what a run put into OUT and the work directory.")
-@click.option("--calibration", type=click.Path(path_type=Path), help=f"Your own calibration texts: {TEXTS_HELP}.")
-@click.option("--evaluation", type=click.Path(path_type=Path), help=f"Your own evaluation texts: {TEXTS_HELP}.")
+@texts_option("calibration")
+@texts_option("evaluation")
 @click.option("--prices", type=click.Path(path_type=Path), help="Prices that `onecard pareto` wrote, for bits: fit.")
-@click.option("--budget-gb", type=click.FloatRange(0, min_open=True), help="bits: fit, to so many GB of files.")
+@budget_option("bits: fit, to so many GB of files.")
 @verb
 def quantize(
     model: str,
@@ -59,7 +60,7 @@ def quantize(
     console = make_console()
     loaded = load_recipe(recipe)
     if budget_gb is not None:
-        loaded = loaded.changed(bits="fit", budget_gb=budget_gb, gpu=None)
+        loaded = loaded.within(budget_gb)
     if prices is not None and loaded.widths.bits != "fit":
         raise InputError(f"--prices is for recipes with bits: fit, and {recipe} has bits: {loaded.widths.bits}")
     try:

@@ -1,4 +1,4 @@
-"""What every verb shares: errors to exit codes, the two voices, and words of the options."""
+"""What every verb shares: errors become exit codes, and the two voices: a card on stderr, a JSON line on stdout."""
 
 import os
 import re
@@ -12,20 +12,8 @@ from typing import Any
 import click
 
 from ..core.errors import OnecardError, ResourceError
-
-RECIPE_HELP = "A shipped recipe (see `onecard recipes`) or the path of a .yaml file."
-DEVICE_HELP = "cpu, cuda, or auto: a GPU when there is one."
-TEXTS_HELP = "JSONL, Parquet, plain text, or a folder of them"
-
-
-def _quiet_libraries() -> None:
-    """Other libraries' warnings and bars would bury ours; their errors still come through."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+from ..core.libraries import quiet_libraries
+from .options import refuse_early
 
 
 def _stop(*_: object) -> None:
@@ -52,7 +40,8 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
         try:
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, _stop)  # a scheduler's way to say Ctrl-C
-            _quiet_libraries()
+            quiet_libraries()
+            refuse_early(click.get_current_context())
             function(*args, **kwargs)
         except OnecardError as error:
             click.echo(f"error: {error}", err=True)

@@ -1,4 +1,4 @@
-"""The device that a run computes on, the dtype it computes in, and the working memory of one step there."""
+"""The device and dtype that a run computes with, and how much working memory one step may take there."""
 
 import torch
 
@@ -6,7 +6,7 @@ from .errors import InputError
 
 
 def choose_device(name: str) -> torch.device:
-    """'auto' takes a GPU when there is one. Raises InputError for a device that is not there."""
+    """The torch device for cpu, cuda, cuda:N or auto (a GPU if there is one). Raises InputError for a missing one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -23,14 +23,14 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(compute_dtype: str, device: torch.device) -> torch.dtype:
-    """A recipe's `compute_dtype` on this device: 'auto' is float32 on a CPU and bfloat16 on a GPU."""
+    """The dtype for a recipe's `compute_dtype`: auto is float32 on a CPU and bfloat16 on a GPU."""
     if compute_dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     return torch.float32 if compute_dtype == "float32" else torch.bfloat16
 
 
 def site_budget(device: torch.device) -> int:
-    """Working memory for one cut of a site: 256 MB of RAM, or an eighth of the card."""
+    """Bytes that quantizing one part of a site may take: 256 MB of RAM, or an eighth of the GPU's memory."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory // 8
     return 256_000_000

@@ -17,7 +17,8 @@ from ..core.layout import RECORD_NAME
 from ..core.record.reading import UnfinishedError, UnknownVersionError, read_record
 from ..core.record.schema import Record
 from ..core.rows import Step
-from ..models.families import load_adapter, read_config
+from ..models.families import load_adapter
+from ..models.known import read_config
 from .findings import Checked, offenders
 from .tensors import Tensors, check_gguf, check_tensors
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.assign import schemes_of
-from ..checkpoint.formats import compressed_tensors as ct
+from ..checkpoint.formats import compressed_tensors_config as ct_config
 from ..checkpoint.model import quantization_block
 from ..checkpoint.packed import READERS, PackedSource, open_packed
 from ..checkpoint.soundness import Stored, shape_problems, stored_modules, value_problems
@@ -67,7 +67,7 @@ def check_gguf(
 def check_tensors(tensors: Tensors, found: Checked, step: Step | None) -> None:
     """Layout, widths and values of safetensors."""
     folder, adapter, record, block = tensors.folder, tensors.adapter, tensors.record, tensors.block
-    ours = block is None or (isinstance(block, dict) and block.get("quant_method") == ct.NAME)
+    ours = block is None or (isinstance(block, dict) and block.get("quant_method") == ct_config.NAME)
     if tensors.export is not None:
         found.problems += _matrix_problems(folder, block, tensors.export)
     if record is not None:
@@ -182,7 +182,7 @@ def _width_problems(stored: Stored, block: Any, adapter: Adapter, named: set[str
         if len(shape) == 2 and name.endswith(".weight") and adapter.role(name) not in keep
     ]
     try:
-        wanted = ct.announced(block, linears)
+        wanted = ct_config.announced(block, linears)
     except (ValueError, TypeError, KeyError, AttributeError, re.error) as error:
         yield f"config.json has a quantization_config that is not understood ({type(error).__name__})"
         return

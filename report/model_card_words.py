@@ -1,5 +1,6 @@
 """What a model card says in sentences: gate, limits, widths, licence, and which files an export's KL is of."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +49,7 @@ class CardFacts:
     # SHA-256 of onecard.json as it lies in the folder.
     record_digest: str
     # Parameters and widths by role, as `onecard inspect` gives them.
-    roles: dict[str, dict[str, Any]]
+    roles: Mapping[str, Any]
     vision: bool
     base_model: str | None
     licence: Licence | None

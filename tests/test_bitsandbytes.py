@@ -28,7 +28,7 @@ from transformers import (
 
 import babies
 from onecard.checkpoint.assign import plan_for
-from onecard.checkpoint.formats.bitsandbytes import dense_4bit, dense_8bit
+from onecard.checkpoint.formats.bitsandbytes_read import dense_4bit, dense_8bit
 from onecard.checkpoint.formats.bitsandbytes_write import STATE_PART, layout, quantization_config, quantize
 from onecard.checkpoint.inspect import inspect
 from onecard.checkpoint.loading import load_with_transformers
@@ -157,7 +157,7 @@ def test_transformers_reads_the_config_block_as_it_is_meant(method: str) -> None
         ({"method": "bnb-nf4", "format": "compressed-tensors"}, "contradict each other"),
         ({"method": "rtn", "format": "bitsandbytes"}, "bnb-nf4 and bnb-int8 are the methods"),
         ({"method": "rtn", "group_size": 0}, "positive multiple of 8"),
-        ({"method": "bnb-nf4", "schemes": {"attention": "int8 by row"}}, "knows one width"),
+        ({"method": "bnb-nf4", "schemes": {"attention": "int8 by row"}}, "has one width"),
     ],
 )
 def test_contradictions_are_refused(keys: dict[str, Any], told: str, tmp_path: Path) -> None:
