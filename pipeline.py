@@ -24,7 +24,7 @@ from .bits.pricing import Prices, priced_rows
 from .blocks.quantize import BlockJob, quantize_block
 from .blocks.streams import QUANTIZED, REFERENCE
 from .calibration.coverage import balanced
-from .calibration.sensitivity import sensitivities
+from .calibration.sensitivity import Sensitivity, sensitivities
 from .calibration.texts import RunTexts, prepare_texts
 from .checkpoint import files
 from .checkpoint.assign import plan_for
@@ -53,9 +53,10 @@ from .conversion.export import (
     planned_run,
     weight_bytes,
 )
-from .core.device import choose_device, choose_dtype, site_budget
+from .core.device import Compute, choose_compute, site_budget
 from .core.errors import InputError, LimitError
-from .core.layout import RECORD_NAME, index_json, json_bytes
+from .core.file_names import RECORD_NAME
+from .core.layout import index_json, json_bytes
 from .core.limits import Limits
 from .core.method import Method
 from .core.rates import uniform
@@ -63,13 +64,12 @@ from .core.record.blocks import BlockFacts
 from .core.record.reading import check_record, read_record, validated
 from .core.record.schema import CheckpointFacts, ExportFacts, ModelFacts, PlanSummary, Record, TextFacts
 from .core.record.sizes import Allocation, FitSummary
-from .core.rows import Row, batches
+from .core.rows import Row
 from .eval.gate import gate_of_run, refuse_too_large
 from .eval.tasks import Task
-from .eval.twin import Side
 from .eval.verify import WITHOUT_VISION, close_machine, measure, rows_of_experts, tasks_of
 from .models.adapter import Adapter
-from .models.walk import Calls, embed
+from .models.walk import HiddenRows, Walk
 from .planner.cost import estimate, work_of
 from .recipe import Recipe
 from .report.progress import Progress
@@ -88,12 +88,10 @@ class Run:
     plan: Plan
     planned: Files  # what of OUT holds weights, in the recipe's format; the plan's shards are the work directory's
     recipe: Recipe
-    method: Method
     texts: RunTexts
     tasks: list[Task]
     out: Path
-    device: torch.device
-    dtype: torch.dtype
+    compute: Compute
     began: float
     # All that the bytes of a run depend on. A resumed run must find every one of them again.
     identity: dict[str, str]
@@ -103,6 +101,10 @@ class Run:
     @property
     def adapter(self) -> Adapter:
         return self.model.adapter
+
+    @property
+    def method(self) -> Method:
+        return self.recipe.quantizer
 
     @property
     def files(self) -> list[str]:
@@ -133,28 +135,28 @@ class Run:
             work_of(self.recipe),
             wanted,
             _tokens(self.texts.evaluation),
-            self.dtype.itemsize,
+            self.compute.dtype.itemsize,
             uniform(1.0),
-            self.device,
-            site_budget(self.device),
+            self.compute.device,
+            site_budget(self.compute.device),
         )
         # Beside the pool's hidden rows, before and after a block, nothing lies there yet.
-        pool_bytes = 2 * _tokens(self.texts.calibration) * self.adapter.hidden_size * self.dtype.itemsize
+        row_bytes = self.adapter.hidden_size * self.compute.dtype.itemsize
+        pool_bytes = 2 * _tokens(self.texts.calibration) * row_bytes
         # Shards are moved to OUT, or written there anew in another format.
         anew = 0 if self.recipe.format in SHARD_FORMATS else weight_bytes(self.planned)
         check_space(work, max(cost.disk_bytes, pool_bytes if self.texts.is_pool else 0) + anew)
 
 
-def _identity(
-    model: Model, recipe: Recipe, texts: RunTexts, device: torch.device, dtype: torch.dtype
-) -> dict[str, str]:
+def _identity(model: Model, recipe: Recipe, texts: RunTexts, compute: Compute) -> dict[str, str]:
+    device = compute.device
     identity = {
         "onecard": __version__,
         "source": model.folder.digest,
         "tokenizer and other files beside the weights": side_files_digest(model.path),
         # Another card has other kernels, and memory for other batches.
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "compute dtype": str(dtype).removeprefix("torch."),
+        "compute dtype": str(compute.dtype).removeprefix("torch."),
         # Sums over another number of threads round differently.
         "threads (OMP_NUM_THREADS)": str(torch.get_num_threads()),
     }
@@ -188,8 +190,7 @@ def quantize(
     finished all the same, since it is what one wants to look at, and the command line ends in their exit code.
     """
     began = time.monotonic()
-    device = choose_device(device_name)
-    method = recipe.quantizer
+    compute = choose_compute(device_name, recipe.compute_dtype, recipe.batch_tokens)
     model = open_source(model_name)
     plan = plan_for(model, recipe)  # of a recipe that is yet to be fitted, about the least there can be
     planned = planned_files(model, plan, recipe.format)
@@ -200,16 +201,24 @@ def quantize(
     card_facts = on_its_card(model, recipe)
     work_path = check_paths(out, work, model.path, resume, overwrite)
     texts = prepare_texts(
-        model, recipe, calibration, evaluation, method.needs_statistics or recipe.widths.bits == "fit"
+        model, recipe, calibration, evaluation, recipe.quantizer.needs_statistics or recipe.widths.bits == "fit"
     )
     if recipe.widths.bits == "fit":
         priced_rows(texts.calibration, recipe)  # refuses too few
-    dtype = choose_dtype(recipe.compute_dtype, device)
-    identity = _identity(model, recipe, texts, device, dtype)
     run = Run(
-        model, plan, planned, recipe, method, texts, tasks_of(recipe), out, device, dtype, began, identity, card_facts
+        model=model,
+        plan=plan,
+        planned=planned,
+        recipe=recipe,
+        texts=texts,
+        tasks=tasks_of(recipe),
+        out=out,
+        compute=compute,
+        began=began,
+        identity=_identity(model, recipe, texts, compute),
+        card=card_facts,
     )
-    given = None if prices is None else load_prices(prices, model, recipe, texts.calibration, device, dtype)
+    given = None if prices is None else load_prices(prices, model, recipe, texts.calibration, compute)
     finished = None
     if resume and not has_run(work_path):
         finished = _finished(run)
@@ -249,13 +258,11 @@ def _finished(run: Run) -> Record | None:
     return record
 
 
-def _fitted(run: Run, workdir: WorkDir, progress: Progress, given: Prices | None) -> Run:
+def _fitted(run: Run, walk: Walk, workdir: WorkDir, given: Prices | None) -> Run:
     """The run with the widths that its prices and its budget choose. What was priced lies in the work directory."""
     kept = workdir.path / PRICES
     if not kept.exists():
-        found = given or price_model(
-            run.model, run.recipe, run.texts.calibration, workdir.folder("price"), run.device, run.dtype, progress
-        )
+        found = given or price_model(walk, run.model, run.recipe, run.texts.calibration, workdir.folder("price"))
         files.write_json(kept, found.facts())
         shutil.rmtree(workdir.path / "price", ignore_errors=True)
     prices = Prices.from_facts(read_json(kept))
@@ -269,8 +276,9 @@ def _fitted(run: Run, workdir: WorkDir, progress: Progress, given: Prices | None
 
 def _stages(run: Run, workdir: WorkDir, progress: Progress, given: Prices | None = None) -> Record:
     """Every stage that is not done yet."""
+    walk = Walk.over(run.adapter, run.model.source, run.compute, progress)
     if run.recipe.widths.bits == "fit":
-        run = _fitted(run, workdir, progress, given)
+        run = _fitted(run, walk, workdir, given)
         refuse_too_large(weight_bytes(run.planned), run.recipe)
     record = run.new_record()
     for warning in record.warnings:
@@ -286,49 +294,31 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress, given: Prices | None
     finished = {s.file: s.file_bytes for s in run.plan.shards if s.part < workdir.done - 1}
     workdir.refuse_damaged(finished, run.out)
     store = Activations(workdir.path / "acts")
-    chosen = balanced(run.texts, run.model, run.recipe, workdir.path, (run.device, run.dtype), progress)
+    chosen = balanced(run.texts, walk, run.recipe, workdir.path)
     if chosen is not run.texts:
         run = replace(run, texts=chosen)
         record = run.new_record()
-    groups = batches(run.texts.calibration, run.recipe.batch_tokens)
-    calls = Calls(run.adapter, run.device, run.dtype)
+    hidden = walk.hidden_rows(run.texts.calibration, store)
     if workdir.done < 1:
         if run.method.needs_statistics:
             progress.begin("embed")
-            embed(
-                run.adapter,
-                run.model.source,
-                run.texts.calibration,
-                groups,
-                store,
-                (REFERENCE, QUANTIZED),
-                run.device,
-                run.dtype,
-            )
+            hidden.embed(REFERENCE, QUANTIZED)
         if run.method.walks_back:
-            _sensitivities(run, workdir, calls, progress)
+            _sensitivities(run, walk, workdir)
         store.settle(0)
         workdir.commit(1)
     for index in range(blocks):
         file = workdir.folder("blocks") / f"{index:04d}.json"
         if workdir.done < 2 + index:
             job = BlockJob(
-                run.adapter,
-                run.model.source,
-                run.plan,
-                run.recipe,
-                run.method,
-                index,
-                groups,
-                store,
-                calls,
-                run.device,
-                run.dtype,
-                site_budget(run.device),
-                workdir.folder("shards"),
-                *_sensitivity(run, workdir, index, groups),
+                hidden=hidden,
+                index=index,
+                plan=run.plan,
+                recipe=run.recipe,
+                shard_folder=workdir.folder("shards"),
+                sensitivity=_sensitivity(run, workdir, index, hidden),
             )
-            facts = quantize_block(job, progress)
+            facts = quantize_block(job)
             files.write_json(file, facts)
             store.settle(index + 1)
             workdir.commit(2 + index)
@@ -356,27 +346,23 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress, given: Prices | None
             record.plan = PlanSummary(**record.plan.to_json() | stored_facts(emitted))
             record.export = ExportFacts(format=run.recipe.format, onecard=__version__, matrices=matrices(emitted))
             record.warnings += FORMATS[run.recipe.format].warnings(planned_run(run.model, run.plan))
-        quantized = Side("quantized", emitted.adapter, emitted.source)
         rows = run.texts.evaluation
         if run.adapter.has_vision and not emitted.adapter.has_vision:
             rows = [row for row in rows if row.pixels is None]
             record.warnings.append(WITHOUT_VISION.format(name=run.recipe.format))
         measured = measure(
+            walk,
             run.model,
-            quantized,
-            rows,
-            run.recipe.batch_tokens,
-            workdir.folder("verify"),
-            run.device,
-            run.dtype,
-            progress,
-            run.tasks,
-            rows_of_experts(record.blocks),
+            emitted,
+            rows=rows,
+            tasks=run.tasks,
+            folder=workdir.folder("verify"),
+            calibration_rows=rows_of_experts(record.blocks),
         )
         measured.put_into(record)
         record.checkpoint = CheckpointFacts(bytes=emitted_bytes)
         record.gate = gate_of_run(record, RECORD_NAME, run.recipe)
-        close_machine(record, progress, run.device, run.began)
+        close_machine(record, progress, run.compute.device, run.began)
         files.write_json(workdir.path / RECORD, record.to_json())
         workdir.commit(4 + blocks)
     else:
@@ -393,37 +379,27 @@ def _sensitivity_file(workdir: WorkDir, block: int) -> Path:
     return workdir.folder("sensitivity") / f"{block:04d}.safetensors"
 
 
-def _sensitivities(run: Run, workdir: WorkDir, calls: Calls, progress: Progress) -> None:
+def _sensitivities(run: Run, walk: Walk, workdir: WorkDir) -> None:
     def keep(block: int, metrics: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> None:
         found = {f"{METRIC}{key}": metric for key, metric in metrics.items() if run.method.output_metric}
         if run.recipe.quantizer.token_weighting == "gradient":
             found |= {f"{WEIGHT}{key}": weight for key, weight in weights.items()}
         files.write_tensors(_sensitivity_file(workdir, block), found)
 
-    sensitivities(
-        run.adapter,
-        run.model.source,
-        run.texts.calibration,
-        run.recipe.batch_tokens,
-        Activations(workdir.folder("sensitivity", "acts")),
-        calls,
-        keep,
-        progress,
-        run.recipe.quantizer.token_weighting,
-    )
+    hidden = walk.hidden_rows(run.texts.calibration, Activations(workdir.folder("sensitivity", "acts")))
+    sensitivities(hidden, keep, run.method.token_weighting)
 
 
-def _sensitivity(
-    run: Run, workdir: WorkDir, block: int, groups: list[list[int]]
-) -> tuple[dict[str, torch.Tensor], dict[str, list[torch.Tensor]]]:
-    """Metrics and token weights of a block, those batch by batch; empty where the method wants none."""
+def _sensitivity(run: Run, workdir: WorkDir, block: int, hidden: HiddenRows) -> Sensitivity:
+    """What the walk back has found for a block; empty where the method wants nothing of it."""
     if not run.method.walks_back:
-        return {}, {}
+        return Sensitivity()
     found = read_tensors(_sensitivity_file(workdir, block))
-    sizes = [sum(len(run.texts.calibration[number].tokens) for number in numbers) for numbers in groups]
-    metrics = {key.removeprefix(METRIC): x.to(run.device) for key, x in found.items() if key.startswith(METRIC)}
+    sizes = [sum(len(hidden.rows[number].tokens) for number in numbers) for numbers in hidden.groups]
+    device = run.compute.device
+    metrics = {key.removeprefix(METRIC): x.to(device) for key, x in found.items() if key.startswith(METRIC)}
     weights = {key.removeprefix(WEIGHT): list(x.split(sizes)) for key, x in found.items() if key.startswith(WEIGHT)}
-    return metrics, weights
+    return Sensitivity(metrics=metrics, token_weights=weights)
 
 
 def _move(run: Run, workdir: WorkDir, progress: Progress) -> None:

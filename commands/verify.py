@@ -15,7 +15,7 @@ RECORD_HELP = "Write the whole record, every figure of the run, as JSON to this 
 def _check_files(*paths: Path | None) -> None:
     """What is to be written at the end can be: refused before hours of work."""
     from ..core.errors import InputError
-    from ..core.layout import RECORD_NAME
+    from ..core.file_names import RECORD_NAME
 
     for path in paths:
         if path is None:

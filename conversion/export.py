@@ -35,7 +35,8 @@ from ..checkpoint.paths import check_paths, check_space
 from ..checkpoint.plan import Plan
 from ..checkpoint.source import INDEX_NAME, Folder, open_folder
 from ..core.errors import InputError, input_error
-from ..core.layout import RECORD_NAME, index_json, json_bytes
+from ..core.file_names import RECORD_NAME
+from ..core.layout import index_json, json_bytes
 from ..core.record.reading import read_record
 from ..core.record.schema import CheckpointFacts, ExportFacts, ModelFacts, PlanSummary, Record
 from ..core.rows import Step

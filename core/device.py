@@ -1,8 +1,19 @@
-"""The device and dtype that a run computes with, and how much working memory one step may take there."""
+"""How a run computes: its device, its dtype, its batches, and the working memory of one step."""
+
+from dataclasses import dataclass
 
 import torch
 
 from .errors import InputError
+
+
+@dataclass(frozen=True)
+class Compute:
+    """The device, the dtype of rows and dense weights there, and the most tokens that go through a block at once."""
+
+    device: torch.device
+    dtype: torch.dtype
+    batch_tokens: int
 
 
 def choose_device(name: str) -> torch.device:
@@ -27,6 +38,12 @@ def choose_dtype(compute_dtype: str, device: torch.device) -> torch.dtype:
     if compute_dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     return torch.float32 if compute_dtype == "float32" else torch.bfloat16
+
+
+def choose_compute(device_name: str, compute_dtype: str, batch_tokens: int) -> Compute:
+    """A recipe's `compute_dtype` and `batch_tokens` on the device of this name. Raises InputError for the device."""
+    device = choose_device(device_name)
+    return Compute(device=device, dtype=choose_dtype(compute_dtype, device), batch_tokens=batch_tokens)
 
 
 def site_budget(device: torch.device) -> int:

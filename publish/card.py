@@ -10,7 +10,8 @@ from ..checkpoint import files
 from ..checkpoint.inspect import inspect
 from ..checkpoint.source import open_folder
 from ..core.errors import InputError, input_error
-from ..core.layout import CARD_MARK, CARD_NAME, RECORD_NAME
+from ..core.file_names import RECORD_NAME
+from ..core.layout import CARD_MARK, CARD_NAME
 from ..core.outputs import refuse_unwritable
 from ..core.record.reading import UnfinishedError, read_record
 from ..core.record.schema import Record

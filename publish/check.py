@@ -13,7 +13,7 @@ from ..checkpoint.gguf.read import holds_gguf, open_gguf
 from ..checkpoint.soundness import index_problems
 from ..checkpoint.source import PICKLES, Folder, open_folder
 from ..core.errors import InputError
-from ..core.layout import RECORD_NAME
+from ..core.file_names import RECORD_NAME
 from ..core.record.reading import UnfinishedError, UnknownVersionError, read_record
 from ..core.record.schema import Record
 from ..core.rows import Step

@@ -20,7 +20,7 @@ from ..checkpoint.packed import READERS, PackedSource, open_packed
 from ..checkpoint.soundness import Stored, shape_problems, stored_modules, value_problems
 from ..checkpoint.source import Folder
 from ..core.errors import InputError
-from ..core.layout import RECORD_NAME
+from ..core.file_names import RECORD_NAME
 from ..core.record.schema import ExportFacts, Record
 from ..core.rows import Step
 from ..core.scheme import BY_ROW, INT8_ROWS, NF4, NF4_BLOCK, Scheme

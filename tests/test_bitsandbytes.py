@@ -113,7 +113,7 @@ def test_int8_rows_are_what_bitsandbytes_linear_holds(shape: tuple[int, int], dt
     linear.weight.data = weight
     saved = linear.to("cpu").state_dict()
     if "SCB" not in saved:  # before it is moved to a device the module has not quantized
-        linear.weight._quantize("cpu")
+        linear.weight = linear.weight.to("cpu")
         saved = linear.state_dict()
     assert {name: (t.dtype, t.shape) for name, t in saved.items()} == {n: (t.dtype, t.shape) for n, t in parts.items()}
     assert all(torch.equal(saved[name], parts[name]) for name in saved)

@@ -182,7 +182,7 @@ def test_the_gate_is_worth_what_its_table_says() -> None:
     shares = [(row[0].strip(), int(row[2]), float(row[4].split("±")[0])) for row in rows]
     alarms = max(share for what, trials, share in shares if what == "nothing changed" and trials >= 6000)
     detected = min(share for what, _, share in shares if what == "10 % more")
-    said = re.search(r"false alarms \(the worst: ([\d.]+) %\).*?\(the worst: ([\d.]+) %\)", text, re.DOTALL)
+    said = re.search(r"false alarms \(the\s+worst: ([\d.]+) %\).*?\(the\s+worst: ([\d.]+) %\)", text, re.DOTALL)
     assert said is not None
     assert (float(said[1]), float(said[2])) == (alarms, detected)
 

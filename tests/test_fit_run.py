@@ -126,7 +126,7 @@ def test_prices_of_pareto_serve_quantize(
 
 
 @pytest.mark.parametrize(
-    "where", ["onecard.bits.pricing._at_the_head", "onecard.pipeline.fit_to", "onecard.pipeline.embed"]
+    "where", ["onecard.bits.pricing._at_the_head", "onecard.pipeline.fit_to", "onecard.pipeline.balanced"]
 )
 def test_stopped_between_pricing_and_quantizing(
     whole: Path, baby: Callable[..., Path], texts: list[str], use: Path, tmp_path: Path, where: str

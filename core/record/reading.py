@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from ..errors import InputError, input_error
-from ..layout import RECORD_NAME
+from ..file_names import RECORD_NAME
 from .schema import READABLE_VERSIONS, Record
 
 WAY_OUT = (
