@@ -38,7 +38,7 @@ class GgufPlan:
 
     head: bytes
     tensors: tuple[GgufTensor, ...]
-    entries: tuple[words.Entry | None, ...]
+    entries: tuple[words.TensorLayout | None, ...]
     warnings: tuple[str, ...]
 
     @property
@@ -51,14 +51,14 @@ class _Parts:
     """What a file is to hold, and everything that speaks against it."""
 
     tensors: list[GgufTensor]
-    entries: list[words.Entry | None]
+    entries: list[words.TensorLayout | None]
     tokenizer: Told
     problems: list[str]
 
 
 def _parts(adapter: Adapter, source: Folder | PackedSource, folder: Path, floats: str | None) -> _Parts:
     problems = words.refusals(adapter)
-    entries: list[words.Entry | None] = []
+    entries: list[words.TensorLayout | None] = []
     tensors = []
     for entry in words.layout(adapter) if not problems else []:
         try:
@@ -113,7 +113,7 @@ def stops_at(config: Any) -> list[int]:
     return [value] if isinstance(value, int) else list(value or [])
 
 
-def _kind(adapter: Adapter, source: Folder | PackedSource, entry: words.Entry, floats: str | None) -> str:
+def _kind(adapter: Adapter, source: Folder | PackedSource, entry: words.TensorLayout, floats: str | None) -> str:
     """The type of one tensor. Raises ValueError where its parts have none in common."""
     stored = source.weights if isinstance(source, PackedSource) else {}
     located = [adapter.locate(part, source.names).tensor for part in entry.parts]
@@ -143,7 +143,7 @@ def write(
     if step is not None:
         step.begin(f"write {file.name}")
 
-    def pieces(tensor: GgufTensor, entry: words.Entry | None) -> Iterator[torch.Tensor]:
+    def pieces(tensor: GgufTensor, entry: words.TensorLayout | None) -> Iterator[torch.Tensor]:
         if entry is None:
             factors = words.rope_factors(adapter)
             assert factors is not None
