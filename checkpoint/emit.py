@@ -1,7 +1,6 @@
 """Writing a checkpoint: shards, each as soon as its last tensor is there, and the side files copied from the source."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from ..core.errors import InputError
 from ..core.file_names import RECORD_NAME
 from ..core.layout import CARD_MARK, CARD_NAME, ShardPlan
+from ..core.record.reading import read_file_names
 from ..core.tensors import DTYPE_NAMES
 from . import files
 from .checksums import SUMS_NAME
@@ -91,11 +91,9 @@ def emitted_before(out: Path) -> list[str] | None:
     if not (out / RECORD_NAME).is_file():
         return None
     try:
-        names = json.loads((out / RECORD_NAME).read_text(encoding="utf-8"))["files"]
-        assert all(isinstance(name, str) and Path(name).name == name and name != ".." for name in names)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        return read_file_names(out / RECORD_NAME)
+    except InputError:
         raise InputError(f"{out / RECORD_NAME} is damaged: empty {out} yourself, or name another folder") from None
-    return list(names)
 
 
 def clear_checkpoint(out: Path) -> None:

@@ -9,10 +9,9 @@ The new record is the parent's with the figures of the new files, and a section 
 from. A KL in it was measured on the parent's files; `onecard verify` measures the new ones.
 """
 
-import json
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,9 @@ from ..checkpoint.stored_widths import stored_facts
 from ..core.errors import InputError
 from ..core.file_names import RECORD_NAME
 from ..core.layout import json_bytes
+from ..core.record.reading import read_record
+from ..core.record.schema import CheckpointFacts, ExportFacts, ModelFacts, PlanSummary, Record
 from ..core.rows import Step
-from ..report.reading import check_record
-from ..report.record import RunRecord
 from ..report.resources import package_versions, peak_rss_bytes
 from .exporters import FORMATS, Files, exporter_of, refuse_unheld
 from .run_output import weight_bytes
@@ -110,21 +109,25 @@ def _write(model: Model, format_name: str, out: Path, names: list[str], planned:
     files.write_bytes(out / "config.json", config_bytes)
 
 
-def exported_record(parent: RunRecord, model: Model, written: Model, format_name: str) -> RunRecord:
+def exported_record(parent: Record, model: Model, written: Model, format_name: str) -> Record:
     """The record of `written`, which was made from `model`, whose own record is `parent`."""
     facts = stored_facts(written)
-    return replace(
-        parent,
-        plan={"source_bytes": model.folder.file_bytes} | parent.plan | facts,
-        checkpoint={"bytes": facts["emitted_bytes"]},
-        # A resumed run compares identities. No run of quantize made these bytes, so none may take them for its own.
-        identity=parent.identity | {"exported to": format_name},
-        export={
-            "format": format_name,
-            "onecard": __version__,
-            "from": {"name": said_name(model.name), "digest": model.folder.digest, "format": label(model)},
-            "matrices": matrices(written),
-        },
+    old_plan = {} if parent.plan is None else parent.plan.to_json()
+    return parent.model_copy(
+        update={
+            "plan": PlanSummary(**{"source_bytes": model.folder.file_bytes} | old_plan | facts),
+            "checkpoint": CheckpointFacts(bytes=facts["emitted_bytes"]),
+            # A resumed run compares identities. No run of quantize made these bytes, so none may take them for its own.
+            "identity": parent.identity | {"exported to": format_name},
+            "export": ExportFacts.model_validate(
+                {
+                    "format": format_name,
+                    "onecard": __version__,
+                    "from": {"name": said_name(model.name), "digest": model.folder.digest, "format": label(model)},
+                    "matrices": matrices(written),
+                }
+            ),
+        }
     )
 
 
@@ -133,14 +136,13 @@ def matrices(model: Model) -> dict[str, int]:
     return dict(sorted(Counter(weight.width for weight in model.packed.values()).items()))
 
 
-def _record_of(model: Model) -> RunRecord:
+def _record_of(model: Model) -> Record:
     """The record beside a checkpoint's weights, or a new one if there is none."""
     try:
-        found = json.loads((model.path / RECORD_NAME).read_text(encoding="utf-8"))
-        check_record(found, RECORD_NAME)
-        return RunRecord(**found)
-    except (OSError, ValueError, TypeError, InputError):
-        return RunRecord("export", __version__, model.facts(), {}, versions=package_versions())
+        return read_record(model.path / RECORD_NAME)
+    except InputError:
+        facts = ModelFacts(**model.facts())
+        return Record(command="export", onecard=__version__, model=facts, versions=package_versions())
 
 
 def label(model: Model) -> str:
