@@ -34,14 +34,14 @@ from .checkpoint.emit import (
     carry_side_files,
     clear_checkpoint,
     emitted_before,
+    join_shards,
     side_files_digest,
     written_files,
 )
 from .checkpoint.formats.shard_formats import SHARD_FORMATS
 from .checkpoint.model import Model, open_source, open_written
 from .checkpoint.paths import check_paths, check_space, occupied
-from .checkpoint.plan import Plan
-from .checkpoint.source import INDEX_NAME
+from .checkpoint.plan import Plan, index_files
 from .checkpoint.source_checks import refuse_nonfinite
 from .checkpoint.stored_widths import stored_facts
 from .checkpoint.workdir import Activations, WorkDir, has_run, read_json, read_tensors, refuse_resumed
@@ -51,7 +51,7 @@ from .conversion.run_output import config_of_run, finished_run, planned_files, p
 from .core.device import Compute, choose_compute, site_budget
 from .core.errors import InputError, LimitError
 from .core.file_names import RECORD_NAME
-from .core.layout import index_json, json_bytes
+from .core.layout import json_bytes
 from .core.limits import Limits
 from .core.method import Method
 from .core.rates import uniform
@@ -286,7 +286,7 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress, given: Prices | None
         except InputError:
             workdir.remove()
             raise
-    finished = {s.file: s.file_bytes for s in run.plan.shards if s.part < workdir.done - 1}
+    finished = {s.file: s.file_bytes for s in run.plan.pieces if s.part is not None and s.part < workdir.done - 1}
     workdir.refuse_damaged(finished, run.out)
     store = Activations(workdir.path / "acts")
     chosen = balanced(run.texts, walk, run.recipe, workdir.path)
@@ -323,7 +323,7 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress, given: Prices | None
     _summarise_coverage(record, run.recipe)
     if workdir.done < 2 + blocks:
         progress.begin("copy the rest")
-        writer = ShardWriter([s for s in run.plan.shards if s.part == blocks], workdir.folder("shards"))
+        writer = ShardWriter([s for s in run.plan.pieces if s.part == blocks], workdir.folder("shards"))
         for name in writer.names():
             writer.put(name, run.model.source.get(name))
         workdir.commit(2 + blocks)
@@ -406,15 +406,25 @@ def _move(run: Run, workdir: WorkDir, progress: Progress) -> None:
     # First of all, what will lie there: a folder with this file may be cleared of it.
     files.write_json(run.out / RECORD_NAME, {"files": run.files})
     if run.recipe.format in SHARD_FORMATS:
-        for shard in run.plan.shards:
-            finished = workdir.path / "shards" / shard.file
-            if finished.exists():
-                files.move(finished, run.out / shard.file)
-        files.write_json(run.out / INDEX_NAME, index_json(run.plan.shards))
+        _move_shards(run.plan, workdir.path / "shards", run.out)
     else:
         stored = finished_run(run.model, run.plan, workdir.path / "shards")
         FORMATS[run.recipe.format].write(stored, run.out, progress)
     carry_side_files(run.model.path, run.out)
+
+
+def _move_shards(plan: Plan, finished: Path, out: Path) -> None:
+    """Move the pieces to OUT, or join them there into one file. Joined pieces stay until the run is over, so that a run
+    that was killed can join them anew."""
+    if plan.shards == plan.pieces:
+        for shard in plan.shards:
+            if (finished / shard.file).exists():
+                files.move(finished / shard.file, out / shard.file)
+    else:
+        (whole,) = plan.shards
+        join_shards([finished / piece.file for piece in plan.pieces], whole.tensors, out / whole.file)
+    for name, content in index_files(plan.shards).items():
+        files.write_bytes(out / name, content)
 
 
 def _check_limits(record: Record, limits: Limits, work: Path) -> None:
