@@ -2,8 +2,8 @@
 
 A seeded generator decides object, place, size and ground, so held-out pictures are new drawings of known things. A
 caption is right when colour and object are both right; chance is one in 90. The arithmetic from a picture to the
-model's input is here too, because transformers' image processor needs torchvision, which is not installed. For a picture of the
-right size it agrees with preprocessor_config.json; any other size is refused. numpy and Pillow only.
+model's input is here too, because transformers' image processor needs torchvision, which is not installed. For a
+picture of the right size it agrees with preprocessor_config.json; any other size is refused. numpy and Pillow only.
 """
 
 import random
