@@ -1,12 +1,13 @@
 """What `onecard verify` costs: `python benchmarks/verify.py time`, `memory` or `head`.
 
-time    `verify` of the embedded model, all of it but the imports, against the two forward walks that it is made of
-        (each model alone over the same rows, block by block, to the log-likelihood of the texts), in alternating
-        rounds; by the clock, and by processor time, which other work on the machine disturbs less. Exits 1 above 1.3.
+time    `verify` of the embedded model without imports, against its two forward walks (each model alone over the same
+        rows, block by block, to the log-likelihood of the texts), in alternating rounds. Measured by the clock, and in
+        processor time, which other work on the machine disturbs less. Exits 1 above 1.3.
 memory  peak resident set of `onecard verify` on synthetic models of 4, 8 and 16 blocks, each in a process of its
         own. Exits 1 when the largest is more than 10 % above the smallest.
-head    peak memory that the comparison of logits takes, beside the two heads, at Scout's vocabulary of 202,048, for one
-        and for four thousand tokens. Exits 1 above 1 GiB.
+head    peak memory of the comparison of logits, beside the two heads, at Scout's vocabulary of 202,048, for one token
+and
+        for four thousand. Exits 1 above 1 GiB.
 
 Quality is not measured here: synthetic weights are random.
 """
@@ -39,13 +40,13 @@ from synthetic import peaks_by_blocks, write_texts
 
 GIB = 2**30
 SCOUT_VOCABULARY = 202_048
-NARROW = 256  # hidden size: what is compared are logits, and their number does not depend on it
+NARROW = 256  # hidden size: the number of compared logits does not depend on it
 CPU = torch.device("cpu")
 MOST_TIME, MOST_HEAD_BYTES = 1.3, GIB
 
 
 def forward(model: Model, rows: list[Row], batch_tokens: int) -> float:
-    """One model alone over all rows; mean negative log-likelihood of the texts, in nats a token."""
+    """Walk one model alone over all rows. Returns the mean negative log-likelihood of the texts, nats a token."""
     walk = Walk.over(model.adapter, model.source, Compute(device=CPU, dtype=torch.float32, batch_tokens=batch_tokens))
     last, total, tokens = model.adapter.n_blocks, 0.0, 0
     with tempfile.TemporaryDirectory(prefix="onecard-forward-") as folder:
@@ -96,7 +97,7 @@ def take_time(rounds: int) -> int:
 
 
 def verified(folder: Path, model: Path) -> dict[str, float]:
-    """`onecard verify` in its own process, of the model rounded to nearest; the JSON line it prints."""
+    """Run `onecard verify` of the model rounded to nearest in its own process. Returns its JSON line."""
     texts = write_texts(folder / "evaluation.jsonl", 24, 512, seed=2)
     given = ["--evaluation", str(texts), "--device", "cpu"]
     tool = [sys.executable, "-m", "onecard"]

@@ -18,18 +18,19 @@ from rich.console import Console
 
 from ..checkpoint import files
 from ..checkpoint.model import open_source
-from ..checkpoint.source import refuse_nonfinite
+from ..checkpoint.source_checks import refuse_nonfinite
 from ..checkpoint.workdir import Activations, read_json
 from ..core.device import choose_compute
 from ..core.errors import InputError
-from ..core.layout import RECORD_NAME
+from ..core.file_names import RECORD_NAME
 from ..core.rows import Row
 from ..models.walk import Walk
 from ..recipe import Recipe
 from ..report.progress import Progress
-from .balance import Choice, choose, draw
+from .balance import RowChoice, choose, draw
 from .routes import Routes, blocks_with_experts, count_routes
-from .texts import RunTexts, prepare_texts, row_facts
+from .text_facts import row_facts
+from .texts import RunTexts, prepare_texts
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def _strata(rows: list[Row], wanted: dict[int, int]) -> tuple[list[Hashable], di
     return strata, quotas
 
 
-def choice_of(texts: RunTexts, routes: Routes, recipe: Recipe) -> Choice:
+def choice_of(texts: RunTexts, routes: Routes, recipe: Recipe) -> RowChoice:
     strata, quotas = _strata(texts.calibration, texts.wanted)
     enough = max(1, recipe.texts.warn_below_expert_rows)
     return choose(routes.counts_RLE, strata, quotas, recipe.texts.calibration_random_share, enough)

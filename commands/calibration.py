@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .options import device_option, model_argument, recipe_option, texts_option
+from .options import ModelOrRun, device_option, model_argument, recipe_option, texts_option
 from .shared import make_console, print_line, verb
 
 
@@ -73,7 +73,7 @@ def show(
 
 
 @calibration.command()
-@model_argument(default="demo")
+@click.argument("model", type=ModelOrRun(), default="demo")
 @_rows_options
 @device_option()
 @click.option("--svg", type=click.Path(path_type=Path), help="Also write the heat map to this file.")
@@ -97,7 +97,7 @@ def coverage(
     from ..calibration.coverage import coverage as run
     from ..checkpoint import files
     from ..core.errors import InputError
-    from ..core.layout import RECORD_NAME
+    from ..core.file_names import RECORD_NAME
     from ..report import heatmap
 
     if svg is not None and (svg.suffix != ".svg" or not svg.parent.is_dir()):
@@ -150,7 +150,8 @@ def synthesize(
       onecard calibration synthesize ./Llama-4-Scout-17B-16E-Instruct own.jsonl --recipe llama4-scout-h100
       onecard quantize ./Llama-4-Scout-17B-16E-Instruct ./scout-int4 --recipe llama4-scout-h100 --calibration own.jsonl
     """
-    from ..calibration.synthesis import Settings
+    from ..calibration.conversations import SynthesisSettings
+    from ..calibration.synthesis import Where
     from ..calibration.synthesis import synthesize as run
 
     try:
@@ -158,10 +159,11 @@ def synthesize(
             model,
             out,
             _recipe(model, recipe),
-            Settings(rows, max_new_tokens, temperature, seed, turns),
+            SynthesisSettings(
+                rows=rows, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, turns=turns
+            ),
+            Where(device, block_by_block),
             calibration=calibration,
-            device_name=device,
-            block_by_block=block_by_block,
             overwrite=overwrite,
             console=make_console(),
         )

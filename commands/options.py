@@ -12,6 +12,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from ..conversion.names import FORMAT_NAMES, refuse_unknown_format
+from ..core.file_names import RECORD_NAME
 from ..models.known import refuse_unusable
 from ..planner.cards import CARDS, find_card
 
@@ -41,6 +42,14 @@ class ModelName(Refusable):
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         plain = [CompletionItem("demo")] if incomplete and "demo".startswith(incomplete) else []
         return [CompletionItem(incomplete, type="dir"), *plain]
+
+
+class ModelOrRun(ModelName):
+    """A model, or the folder of a finished run, of which the record is enough."""
+
+    def refuse(self, value: str) -> None:
+        if not (Path(value) / RECORD_NAME).is_file():
+            super().refuse(value)
 
 
 class RecipeName(Refusable):

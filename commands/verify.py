@@ -15,7 +15,7 @@ RECORD_HELP = "Write the whole record, every figure of the run, as JSON to this 
 def _check_files(*paths: Path | None) -> None:
     """What is to be written at the end can be: refused before hours of work."""
     from ..core.errors import InputError
-    from ..core.layout import RECORD_NAME
+    from ..core.file_names import RECORD_NAME
 
     for path in paths:
         if path is None:
@@ -63,7 +63,7 @@ def verify(
     from ..eval.verify import verify as run
     from ..recipe import load_recipe
     from ..report.card import draw_card
-    from ..report.record import result_line
+    from ..report.line import result_line
 
     _check_files(record, keep_tokens)
     console = make_console()
@@ -116,7 +116,7 @@ def flips(
     from ..eval.verify import flips as run
     from ..recipe import load_recipe
     from ..report.card import draw_card
-    from ..report.record import result_line
+    from ..report.line import result_line
 
     _check_files(record)
     console = make_console()

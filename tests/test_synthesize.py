@@ -10,9 +10,9 @@ import torch
 from click.testing import Result
 
 from command_line import Refuse
+from onecard.calibration.conversations import pick
 from onecard.calibration.decode import BlockDecoder
 from onecard.calibration.sources import read_jsonl
-from onecard.calibration.synthesis import pick
 from onecard.checkpoint.loading import load_with_transformers
 from onecard.checkpoint.model import open_model
 from onecard.core.rows import Row
@@ -112,11 +112,11 @@ def test_killed_and_resumed(
     refused: Refuse,
     way: list[str],
 ) -> None:
-    from onecard.calibration import synthesis
+    from onecard.calibration import conversations
 
     model = baby("llama4-text")
     assert write(model, tmp_path / "whole.jsonl", *way).exit_code == 0
-    out, count, whole = tmp_path / "out.jsonl", 0, synthesis.Journal.keep
+    out, count, whole = tmp_path / "out.jsonl", 0, conversations.Journal.keep
 
     def dies(self: Any, talks: Any, now: bool = False) -> None:
         nonlocal count
@@ -125,10 +125,10 @@ def test_killed_and_resumed(
         if count == 5:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(synthesis.Journal, "keep", dies)
+    monkeypatch.setattr(conversations.Journal, "keep", dies)
     assert write(model, out, *way).exit_code == 130
     assert not out.exists()
-    monkeypatch.setattr(synthesis.Journal, "keep", whole)
+    monkeypatch.setattr(conversations.Journal, "keep", whole)
     refused(write(model, out, *way, "--seed", 5), "settings was", "--overwrite")
     result = write(model, out, *way)
     assert result.exit_code == 0, result.stderr
