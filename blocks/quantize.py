@@ -32,7 +32,7 @@ from ..models.block import Block
 from ..models.walk import HiddenRows, Walk
 from ..quantize.correction import corrected
 from ..quantize.metric import swiglu_metric
-from ..quantize.site import cuts, quantize_batch, relative_output_error
+from ..quantize.site import batch_slices, quantize_batch, relative_output_error
 from ..recipe import Recipe, matches
 from .streams import HalfJob, Known, by_module, pass_reference, propagate, take_statistics
 from .tuning import tune
@@ -262,7 +262,7 @@ def _quantize_site(
     stored = job.walk.stored_dtype(f"{site.first_module}.weight")
     outputs, budget_bytes = sum(site.out_features), site_budget(job.walk.device)
     measured = bool(job.sensitivity.metrics) and moments is not None
-    for cut in cuts(len(site.members), outputs, site.in_features, budget_bytes, job.method, measured):
+    for cut in batch_slices(len(site.members), outputs, site.in_features, budget_bytes, job.method, measured):
         members = site.members[cut]
         # A block held in bf16 has rounded weights that are stored wider.
         exact = block if job.walk.compute.dtype == torch.float32 or stored == torch.bfloat16 else None

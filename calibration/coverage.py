@@ -18,7 +18,7 @@ from rich.console import Console
 
 from ..checkpoint import files
 from ..checkpoint.model import open_source
-from ..checkpoint.source import refuse_nonfinite
+from ..checkpoint.source_checks import refuse_nonfinite
 from ..checkpoint.workdir import Activations, read_json
 from ..core.device import choose_compute
 from ..core.errors import InputError
