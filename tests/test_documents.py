@@ -15,7 +15,8 @@ from pydantic import BaseModel
 import onecard
 from onecard.core.limits import Limits
 from onecard.core.method import Method
-from onecard.recipe import RECIPE_KEYS, Fit, Recipe, Serving, TextChoice, Texts, Widths, load_recipe
+from onecard.core.recipe_groups import FitKeys, Serving, TextKeys, Texts, Widths
+from onecard.recipe import RECIPE_KEYS, Recipe, load_recipe
 
 ROOT = Path(onecard.__file__).parent
 DOCUMENTS = sorted(
@@ -35,9 +36,9 @@ FOREIGN = {"qlinear_cuda_old.py", "gptq_utils.py", "gptq_marlin.py", "qwen3moe.c
 # Sections of docs/recipes.md and the class whose keys they list.
 SECTIONS: dict[str, type[BaseModel]] = {
     "Widths": Widths,
-    "Fit": Fit,
+    "Fit": FitKeys,
     "Quantizer": Method,
-    "Texts": TextChoice,
+    "Texts": TextKeys,
     "Card": Serving,
     "Limits": Limits,
     "A source of texts": Texts,

@@ -20,7 +20,8 @@ from onecard.bits.fitting import bytes_of_units, fit_to, menu_of, priced_units
 from onecard.bits.prices import Priced, UnitPrices
 from onecard.bits.pricing import Prices
 from onecard.checkpoint.assign import plan_for
-from onecard.checkpoint.model import Model, open_model, open_source, stored_weights
+from onecard.checkpoint.model import Model, open_model, open_source
+from onecard.checkpoint.stored_widths import stored_weights
 from onecard.core.errors import FitError, InputError
 from onecard.core.scheme import Scheme
 from onecard.planner.candidates import entries_of, recipe_candidate
@@ -88,7 +89,7 @@ def test_the_run_is_what_was_chosen(whole: Path, baby: Callable[..., Path], use:
     assert emitted == record["plan"]["emitted_bytes"] <= budget
     assert emitted > 0.9 * budget, "the budget is used"
     made = recorded_recipe(record["recipe"])
-    assert made.bits == 4
+    assert made.widths.bits == 4
     model = open_source(str(baby(FAMILY)))
     assert plan_for(model, made).emitted_bytes == emitted
     assert allocation["predicted_kl_nats"] > 0
