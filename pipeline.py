@@ -9,7 +9,6 @@ A run is a row of stages; after each one the work directory is committed, so a k
     n+3 verify  the twin walk over source and emitted files; then the record, SHA256SUMS and, last of all, config.json
 """
 
-import json
 import shutil
 import time
 from dataclasses import dataclass, field, replace
@@ -39,21 +38,16 @@ from .checkpoint.emit import (
     written_files,
 )
 from .checkpoint.formats.shard_formats import SHARD_FORMATS
-from .checkpoint.model import Model, open_source, open_written, stored_facts
+from .checkpoint.model import Model, open_source, open_written
 from .checkpoint.paths import check_paths, check_space, occupied
 from .checkpoint.plan import Plan
-from .checkpoint.source import INDEX_NAME, refuse_nonfinite
+from .checkpoint.source import INDEX_NAME
+from .checkpoint.source_checks import refuse_nonfinite
+from .checkpoint.stored_widths import stored_facts
 from .checkpoint.workdir import Activations, WorkDir, has_run, read_json, read_tensors, refuse_resumed
-from .conversion.export import (
-    FORMATS,
-    Files,
-    config_of_run,
-    finished_run,
-    matrices,
-    planned_files,
-    planned_run,
-    weight_bytes,
-)
+from .conversion.export import matrices
+from .conversion.exporters import FORMATS, Files
+from .conversion.run_output import config_of_run, finished_run, planned_files, planned_run, weight_bytes
 from .core.device import Compute, choose_compute, site_budget
 from .core.errors import InputError, LimitError
 from .core.file_names import RECORD_NAME
@@ -61,6 +55,10 @@ from .core.layout import index_json, json_bytes
 from .core.limits import Limits
 from .core.method import Method
 from .core.rates import uniform
+from .core.record.blocks import BlockFacts
+from .core.record.reading import check_record, read_record, validated
+from .core.record.schema import CheckpointFacts, ExportFacts, ModelFacts, PlanSummary, Record, TextFacts
+from .core.record.sizes import Allocation, FitSummary
 from .core.rows import Row
 from .eval.gate import gate_of_run, refuse_too_large
 from .eval.tasks import Task
@@ -70,7 +68,6 @@ from .models.walk import HiddenRows, Walk
 from .planner.cost import estimate, work_of
 from .recipe import Recipe
 from .report.progress import Progress
-from .report.record import RunRecord
 from .report.resources import package_versions
 
 RECORD, PRICES = "record.json", "prices.json"
@@ -109,16 +106,16 @@ class Run:
         """All that will lie in OUT."""
         return written_files([name for name, _ in self.planned], self.model.path)
 
-    def new_record(self) -> RunRecord:
-        return RunRecord(
+    def new_record(self) -> Record:
+        return Record(
             command="quantize",
             onecard=__version__,
-            model=self.model.facts(),
+            model=ModelFacts(**self.model.facts()),
             recipe=self.recipe.model_dump(mode="json") | {"digest": self.recipe.digest},
-            texts=self.texts.facts,
-            plan=self.plan.facts() | {"emitted_bytes": weight_bytes(self.planned)},
-            fit=self.card,
-            allocation=self.allocation,
+            texts={which: TextFacts(**facts) for which, facts in self.texts.facts.items()},
+            plan=PlanSummary(**self.plan.facts() | {"emitted_bytes": weight_bytes(self.planned)}),
+            fit=FitSummary.model_validate(self.card) if self.card else None,
+            allocation=Allocation.model_validate(self.allocation) if self.allocation else None,
             versions=package_versions(),
             identity=self.identity,
             files=self.files,
@@ -181,7 +178,7 @@ def quantize(
     prices: Path | None = None,
     console: Console | None = None,
     quiet: bool = False,
-) -> RunRecord:
+) -> Record:
     """Run the whole job; returns its record, which lies in OUT as onecard.json too.
 
     Limits of the recipe that only the finished checkpoint can pass are judged in the record's `gate`: the checkpoint is
@@ -240,7 +237,7 @@ def quantize(
     return finished
 
 
-def _finished(run: Run) -> RunRecord | None:
+def _finished(run: Run) -> Record | None:
     """The record of the finished run that OUT holds, when it was this very run; None when OUT is empty."""
     if not occupied(run.out):
         return None
@@ -249,8 +246,8 @@ def _finished(run: Run) -> RunRecord | None:
         replace = "empty it" if emitted_before(run.out) is None else "replace it with --overwrite"
         raise InputError(f"{run.out} is not empty and there is no run to resume: {replace}, or name another folder")
     try:
-        record = RunRecord(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
+        record = read_record(path)
+    except InputError:
         raise InputError(f"{path} is damaged: start anew with --overwrite") from None
     refuse_resumed(record.identity, run.identity, run.out)
     return record
@@ -272,7 +269,7 @@ def _fitted(run: Run, walk: Walk, workdir: WorkDir, given: Prices | None) -> Run
     return replace(run, recipe=fitted.recipe, plan=plan, planned=planned, card=card, allocation=allocation)
 
 
-def _stages(run: Run, workdir: WorkDir, progress: Progress, given: Prices | None = None) -> RunRecord:
+def _stages(run: Run, workdir: WorkDir, progress: Progress, given: Prices | None = None) -> Record:
     """Every stage that is not done yet."""
     walk = Walk.over(run.adapter, run.model.source, run.compute, progress)
     if run.recipe.widths.bits == "fit":
@@ -321,7 +318,7 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress, given: Prices | None
             store.settle(index + 1)
             workdir.commit(2 + index)
             store.drop(index)
-        record.blocks.append(read_json(file))
+        record.blocks.append(validated(BlockFacts, read_json(file), str(file)))
         _check_limits(record, run.recipe.limits, workdir.path)
     _summarise_coverage(record, run.recipe)
     if workdir.done < 2 + blocks:
@@ -340,8 +337,9 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress, given: Prices | None
         emitted_bytes = emitted.folder.file_bytes
         assert emitted_bytes == weight_bytes(run.planned), (emitted_bytes, run.planned)
         if run.recipe.format not in SHARD_FORMATS:
-            record.plan |= stored_facts(emitted)
-            record.export = {"format": run.recipe.format, "onecard": __version__, "matrices": matrices(emitted)}
+            assert record.plan is not None
+            record.plan = PlanSummary(**record.plan.to_json() | stored_facts(emitted))
+            record.export = ExportFacts(format=run.recipe.format, onecard=__version__, matrices=matrices(emitted))
             record.warnings += FORMATS[run.recipe.format].warnings(planned_run(run.model, run.plan))
         rows = run.texts.evaluation
         if run.adapter.has_vision and not emitted.adapter.has_vision:
@@ -357,13 +355,13 @@ def _stages(run: Run, workdir: WorkDir, progress: Progress, given: Prices | None
             calibration_rows=rows_of_experts(record.blocks),
         )
         measured.put_into(record)
-        record.checkpoint = {"bytes": emitted_bytes}
-        record.gate = gate_of_run(record.to_json(), RECORD_NAME, run.recipe)
+        record.checkpoint = CheckpointFacts(bytes=emitted_bytes)
+        record.gate = gate_of_run(record, RECORD_NAME, run.recipe)
         close_machine(record, progress, run.compute.device, run.began)
         files.write_json(workdir.path / RECORD, record.to_json())
         workdir.commit(4 + blocks)
     else:
-        record = RunRecord(**read_json(workdir.path / RECORD))
+        record = check_record(read_json(workdir.path / RECORD), str(workdir.path / RECORD))
     files.write_json(run.out / RECORD_NAME, record.to_json())
     progress.begin("checksums")
     config_bytes = json_bytes(config)
@@ -419,18 +417,17 @@ def _move(run: Run, workdir: WorkDir, progress: Progress) -> None:
     carry_side_files(run.model.path, run.out)
 
 
-def _check_limits(record: RunRecord, limits: Limits, work: Path) -> None:
+def _check_limits(record: Record, limits: Limits, work: Path) -> None:
     """Limits that a block can pass: the run stops there, and what is finished is kept."""
     block = record.blocks[-1]
-    rows = block.get("expert_rows") or []
-    starved = [f"expert {e} got {n} rows" for e, n in enumerate(rows) if n < limits.fail_below_expert_rows]
+    starved = [f"expert {e} got {n} rows" for e, n in enumerate(block.expert_rows) if n < limits.fail_below_expert_rows]
     if starved:
         raise LimitError(
-            f"block {block['block']}: {', '.join(starved[:8])}, and the recipe fails below "
+            f"block {block.block}: {', '.join(starved[:8])}, and the recipe fails below "
             f"{limits.fail_below_expert_rows} (fail_below_expert_rows): give more or more varied calibration texts "
             f"and start anew with --overwrite. What is finished lies in {work}"
         )
-    fallbacks = sum(b["diagonal_fallbacks"] for b in record.blocks)
+    fallbacks = sum(b.diagonal_fallbacks for b in record.blocks)
     if fallbacks > limits.max_fallbacks:
         raise LimitError(
             f"{fallbacks} matrices had second moments that could not be factored, and the recipe allows "
@@ -439,9 +436,9 @@ def _check_limits(record: RunRecord, limits: Limits, work: Path) -> None:
         )
 
 
-def _summarise_coverage(record: RunRecord, recipe: Recipe) -> None:
+def _summarise_coverage(record: Record, recipe: Recipe) -> None:
     """Count what fell back, and warn where experts saw little."""
-    covered = [n for block in record.blocks for n in block.get("expert_rows") or []]
+    covered = [n for block in record.blocks for n in block.expert_rows]
     if not covered:
         return
     least = recipe.texts.warn_below_expert_rows
@@ -451,8 +448,8 @@ def _summarise_coverage(record: RunRecord, recipe: Recipe) -> None:
         "least_rows_of_an_expert": min(covered),
         "experts_without_rows": sum(n == 0 for n in covered),
         "experts_starved": len(low),  # below the recipe's warn_below_expert_rows
-        "damping_raised": sum(b["damping_raised"] for b in record.blocks),
-        "diagonal_fallbacks": sum(b["diagonal_fallbacks"] for b in record.blocks),
+        "damping_raised": sum(b.damping_raised for b in record.blocks),
+        "diagonal_fallbacks": sum(b.diagonal_fallbacks for b in record.blocks),
     }
     if low:
         record.warnings.append(

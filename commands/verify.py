@@ -63,7 +63,7 @@ def verify(
     from ..eval.verify import verify as run
     from ..recipe import load_recipe
     from ..report.card import draw_card
-    from ..report.record import result_line
+    from ..report.line import result_line
 
     _check_files(record, keep_tokens)
     console = make_console()
@@ -116,7 +116,7 @@ def flips(
     from ..eval.verify import flips as run
     from ..recipe import load_recipe
     from ..report.card import draw_card
-    from ..report.record import result_line
+    from ..report.line import result_line
 
     _check_files(record)
     console = make_console()

@@ -9,8 +9,8 @@ what changed, since an answer that was nearly a tie tells of a coin, not of a lo
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
+from ..core.record.flips import Answer, Share, TaskFlips
 from .intervals import mcnemar, wilson
 
 
@@ -50,40 +50,41 @@ def _margin(scores: tuple[float, ...]) -> float:
     return first - second
 
 
-def _share(count: int, of: int) -> dict[str, Any]:
+def _share(count: int, of: int) -> Share:
     interval = wilson(count, of)
-    return {"share": count / of, "low": interval.low, "high": interval.high, "count": count}
+    return Share(share=count / of, low=interval.low, high=interval.high, count=count)
 
 
-def summarize_answers(answered: Sequence[Answered]) -> dict[str, Any]:
-    """Figures over at least one item."""
+def summarize_answers(answered: Sequence[Answered]) -> TaskFlips:
+    """Figures over at least one item, as those of all tasks together."""
     items = len(answered)
     changed = [a for a in answered if a.reference != a.quantized]
     lost = sum(a.reference == a.right for a in changed)
     won = sum(a.quantized == a.right for a in changed)
-    return {
-        "items": items,
-        "accuracy_reference": _share(sum(a.reference == a.right for a in answered), items),
-        "accuracy_quantized": _share(sum(a.quantized == a.right for a in answered), items),
-        "changed": _share(len(changed), items),
-        "right_to_wrong": _share(lost, items),
-        "wrong_to_right": _share(won, items),
-        "mcnemar_p": mcnemar(lost, won),
-        "margin_of_changed": fmean(a.margin_reference for a in changed) if changed else None,
-        "margin_of_all": fmean(a.margin_reference for a in answered),
-    }
+    return TaskFlips(
+        task="all",
+        items=items,
+        accuracy_reference=_share(sum(a.reference == a.right for a in answered), items),
+        accuracy_quantized=_share(sum(a.quantized == a.right for a in answered), items),
+        changed=_share(len(changed), items),
+        right_to_wrong=_share(lost, items),
+        wrong_to_right=_share(won, items),
+        mcnemar_p=mcnemar(lost, won),
+        margin_of_changed=fmean(a.margin_reference for a in changed) if changed else None,
+        margin_of_all=fmean(a.margin_reference for a in answered),
+    )
 
 
-def answers(answered: Sequence[Answered]) -> list[dict[str, Any]]:
-    """What a gate pairs two runs by."""
-    return [
-        {
-            "id": a.id,
-            "right": a.right,
-            "reference": a.reference,
-            "quantized": a.quantized,
-            "margin_reference": a.margin_reference,
-            "margin_quantized": a.margin_quantized,
-        }
+def answers(answered: Sequence[Answered]) -> tuple[Answer, ...]:
+    """Every item with both models' answers: a gate pairs two runs by them."""
+    return tuple(
+        Answer(
+            id=a.id,
+            right=a.right,
+            reference=a.reference,
+            quantized=a.quantized,
+            margin_reference=a.margin_reference,
+            margin_quantized=a.margin_quantized,
+        )
         for a in answered
-    ]
+    )

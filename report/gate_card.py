@@ -9,12 +9,12 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from ..core.record.verdict import BASELINE, LIMIT, Verdict
 from ..core.units import counted
-from ..core.verdict import BASELINE, Verdict
 
 # Control characters can steer a terminal, and no XML can hold them; a lone surrogate cannot be written at all.
 _FORBIDDEN = re.compile("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-HEADINGS = {"limit": "limit", "baseline": "against the baseline"}
+HEADINGS = {LIMIT: "limit", BASELINE: "against the baseline"}
 
 
 def clean(text: str) -> str:
@@ -57,6 +57,6 @@ def markdown(verdict: Verdict) -> str:
     lines += ["", "| | check | |", "|---|---|---|"]
     for check in verdict.checks:
         mark = "pass" if check.passed else "**FAIL**"
-        lines.append(f"| {mark} | {_cell(check.name)} ({HEADINGS[check.kind]}) | {_cell(check.said)} |")
+        lines.append(f"| {mark} | {_cell(check.name)} ({HEADINGS[check.kind or LIMIT]}) | {_cell(check.said)} |")
     lines += ["", *(f"- {_cell(note)}" for note in verdict.notes)]
     return "\n".join(lines).rstrip() + "\n\n"

@@ -6,7 +6,7 @@ and sentences can hold a path or a task's name, so control characters, which no 
 
 from xml.etree import ElementTree
 
-from ..core.verdict import Verdict
+from ..core.record.verdict import Verdict
 from .gate_card import clean
 
 
@@ -22,7 +22,7 @@ def junit(verdict: Verdict) -> bytes:
         if check.passed:
             ElementTree.SubElement(case, "system-out").text = clean(check.said)
         else:
-            failure = ElementTree.SubElement(case, "failure", {"message": clean(check.said), "type": check.kind})
+            failure = ElementTree.SubElement(case, "failure", {"message": clean(check.said), "type": str(check.kind)})
             failure.text = clean(check.said)
     if verdict.notes:
         ElementTree.SubElement(suite, "system-out").text = clean("\n".join(verdict.notes))

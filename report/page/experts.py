@@ -3,10 +3,11 @@
 import math
 from itertools import cycle
 
-from ...core.units import counted
-from ..reading import ExpertError, Record
-from . import figures
-from .parts import KEPT, PAINTS, Figure, Section, count, percent, table
+from ...core.record.blocks import ExpertError
+from ...core.record.schema import Record
+from ...core.units import counted, percent
+from . import figures, maps
+from .parts import KEPT, PAINTS, Figure, Section, count, table
 
 
 def coverage_section(record: Record) -> list[Section]:
@@ -32,7 +33,10 @@ def coverage_section(record: Record) -> list[Section]:
         "tickvals": ticks,
         "ticktext": ["1/16", "1/4", "even", "4 x", "16 x"],
     }
-    marks = [("no rows", "x-thin-open", none), (f"below {enough:,} rows", "circle-open", starved)]
+    marks = [
+        maps.Marks("no rows", "x-thin-open", none),
+        maps.Marks(f"below {enough:,} rows", "circle-open", starved),
+    ]
     most = max(len(block.expert_rows) for block in layers)
     rows = [
         [str(block.block), *(f"{n:,}" for n in block.expert_rows), *([None] * (most - len(block.expert_rows)))]
@@ -46,7 +50,7 @@ def coverage_section(record: Record) -> list[Section]:
     )
     figure = Figure(
         "Calibration rows of every expert",
-        figures.heat(cells, said, [block.block for block in layers], "shares", bar, marks),
+        maps.heat(cells, said, [block.block for block in layers], "shares", bar, marks),
         (table("Calibration rows of every expert", ("block", *(f">{e}" for e in range(most))), rows),),
     )
     return [Section("coverage", "Coverage of the experts", lede, (figure,))]
@@ -163,14 +167,14 @@ def _experts(record: Record) -> list[Section]:
     place = {block: row for row, block in enumerate(blocks)}
     figure = Figure(
         "Output error of every expert",
-        figures.heat(
+        maps.heat(
             [[math.log10(found[key]) if key in found else None for key in row] for row in grid],
             [[said.get(key, "") for key in row] for row in grid],
             blocks,
             "errors",
-            figures.log_key(list(found.values()), "output error, relative (logarithmic)"),
+            maps.log_key(list(found.values()), "output error, relative (logarithmic)"),
             [
-                (
+                maps.Marks(
                     f"the {len(worst)} that stand out most of their blocks",
                     "circle-open",
                     [(place[e.block], e.expert) for e in worst if e.block in place],

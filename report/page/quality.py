@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 
-from ..reading import Bucket, Kl, Record
+from ...core.record.kl import Bucket, KlSummary
+from ...core.record.schema import Record
+from ...core.units import ABSENT, percent
 from . import figures
-from .parts import ABSENT, Figure, Section, between, count, nats, percent, table
+from .parts import Figure, Section, between, count, nats, table
 
 
 def kl_sections(record: Record) -> list[Section]:
@@ -14,7 +16,7 @@ def kl_sections(record: Record) -> list[Section]:
     return [_distribution(kl), *_buckets(kl)]
 
 
-def _distribution(kl: Kl) -> Section:
+def _distribution(kl: KlSummary) -> Section:
     quantiles = [
         ("median", kl.kl_median_nats),
         ("90 %", kl.kl_p90_nats),
@@ -117,7 +119,7 @@ def _figure(title: str, what: str, buckets: Sequence[Bucket], upright: bool, mea
     )
 
 
-def _buckets(kl: Kl) -> list[Section]:
+def _buckets(kl: KlSummary) -> list[Section]:
     mean = kl.kl_mean_nats
     out = []
     if kl.by_position:

@@ -11,8 +11,8 @@ import torch
 
 from ..core.layout import TEMPORARY
 from ..core.rows import Row
+from .breakdown import row_digest
 from .kl import TokenResults
-from .told import row_digest
 
 
 def columns(results: TokenResults, rows: list[Row]) -> dict[str, Any]:
