@@ -38,21 +38,16 @@ from .checkpoint.emit import (
     written_files,
 )
 from .checkpoint.formats.shard_formats import SHARD_FORMATS
-from .checkpoint.model import Model, open_source, open_written, stored_facts
+from .checkpoint.model import Model, open_source, open_written
 from .checkpoint.paths import check_paths, check_space, occupied
 from .checkpoint.plan import Plan
-from .checkpoint.source import INDEX_NAME, refuse_nonfinite
+from .checkpoint.source import INDEX_NAME
+from .checkpoint.source_checks import refuse_nonfinite
+from .checkpoint.stored_widths import stored_facts
 from .checkpoint.workdir import Activations, WorkDir, has_run, read_json, read_tensors, refuse_resumed
-from .conversion.export import (
-    FORMATS,
-    Files,
-    config_of_run,
-    finished_run,
-    matrices,
-    planned_files,
-    planned_run,
-    weight_bytes,
-)
+from .conversion.export import matrices
+from .conversion.exporters import FORMATS, Files
+from .conversion.run_output import config_of_run, finished_run, planned_files, planned_run, weight_bytes
 from .core.device import Compute, choose_compute, site_budget
 from .core.errors import InputError, LimitError
 from .core.file_names import RECORD_NAME

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from ..checkpoint import files
 from ..checkpoint.model import open_source
-from ..checkpoint.source import refuse_nonfinite
+from ..checkpoint.source_checks import refuse_nonfinite
 from ..checkpoint.workdir import Activations, read_json
 from ..core.device import choose_compute
 from ..core.errors import InputError
@@ -41,7 +41,7 @@ class Coverage:
     blocks: list[int]
     counts: list[list[int]]  # by entry of `blocks`, then by expert
     enough: int  # an expert with fewer rows is starved
-    facts: dict[str, Any]  # what scripts get besides
+    facts: dict[str, Any]  # further entries of the JSON line
 
     def line(self) -> dict[str, Any]:
         """The JSON line for scripts."""

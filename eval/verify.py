@@ -19,8 +19,9 @@ from .. import __version__
 from ..calibration.texts import prepare_texts
 from ..calibration.tokens import Encoder
 from ..checkpoint.files import disk_errors
-from ..checkpoint.model import Model, open_model, said_name, stored_facts
-from ..checkpoint.source import refuse_nonfinite
+from ..checkpoint.model import Model, open_model, said_name
+from ..checkpoint.source_checks import refuse_nonfinite
+from ..checkpoint.stored_widths import stored_facts
 from ..checkpoint.workdir import Activations
 from ..core.device import choose_compute
 from ..core.errors import InputError

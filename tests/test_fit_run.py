@@ -20,7 +20,8 @@ from onecard.bits.fitting import bytes_of_units, fit_to, menu_of, priced_units
 from onecard.bits.prices import Priced, UnitPrices
 from onecard.bits.pricing import Prices
 from onecard.checkpoint.assign import plan_for
-from onecard.checkpoint.model import Model, open_model, open_source, stored_weights
+from onecard.checkpoint.model import Model, open_model, open_source
+from onecard.checkpoint.stored_widths import stored_weights
 from onecard.core.errors import FitError, InputError
 from onecard.core.scheme import Scheme
 from onecard.planner.candidates import entries_of, recipe_candidate
