@@ -67,7 +67,7 @@ def read(name: str) -> str:
 def prose(name: str) -> str:
     """A document without its indented blocks (commands, transcripts) and without the sources of engines' rules."""
     text = re.sub(r"<!-- generated: rules of .*?<!-- end of generated -->", "", read(name), flags=re.DOTALL)
-    return "\n".join(line for line in text.splitlines() if not line.startswith("    "))
+    return "\n".join(line for line in text.replace("\\_", "_").splitlines() if not line.startswith("    "))
 
 
 def anchors(path: Path) -> set[str]:
