@@ -67,7 +67,7 @@ def read(name: str) -> str:
 def prose(name: str) -> str:
     """A document without its indented blocks (commands, transcripts) and without the sources of engines' rules."""
     text = re.sub(r"<!-- generated: rules of .*?<!-- end of generated -->", "", read(name), flags=re.DOTALL)
-    return "\n".join(line for line in text.splitlines() if not line.startswith("    "))
+    return "\n".join(line for line in text.replace("\\_", "_").splitlines() if not line.startswith("    "))
 
 
 def anchors(path: Path) -> set[str]:
@@ -117,6 +117,14 @@ def test_named_files_exist(name: str) -> None:
         if ours and not any((place / path).exists() for place in places):
             gone.append(path)
     assert gone == []
+
+
+def test_names_are_in_the_files_that_contributing_gives() -> None:
+    """`NAME` of [file](file), and `NAME` in [file](file)."""
+    text = " ".join(read("CONTRIBUTING.md").split())
+    named = re.findall(r"`(\w+)` (?:of|in) \[[^\]]+\]\(([\w./-]+\.py)\)", text)
+    assert len(named) > 5
+    assert [pair for pair in named if not re.search(rf"\b{pair[0]}\b", read(pair[1]))] == []
 
 
 def test_named_tests_exist() -> None:
