@@ -155,7 +155,10 @@ def test_transformers_reads_the_config_block_as_it_is_meant(method: str) -> None
         ({"method": "bnb-nf4", "bits": 8}, "method bnb-nf4 has bits 4"),
         ({"method": "bnb-int8", "symmetric": False}, "symmetric True"),
         ({"method": "bnb-nf4", "format": "compressed-tensors"}, "contradict each other"),
-        ({"method": "rtn", "format": "bitsandbytes"}, "bnb-nf4 and bnb-int8 are the methods"),
+        (
+            {"method": "rtn", "format": "bitsandbytes"},
+            "bnb-nf4 and bnb-int8 write the format bitsandbytes and no other",
+        ),
         ({"method": "rtn", "group_size": 0}, "positive multiple of 8"),
         ({"method": "bnb-nf4", "schemes": {"attention": "int8 by row"}}, "has one width"),
     ],
@@ -213,7 +216,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     record = run_pipeline(source, folder / "out", recipe)
     files = sorted((folder / "out").glob("*.safetensors"))
     assert len(files) > 1
-    assert sum(path.stat().st_size for path in files) == predicted.emitted_bytes == record.plan["emitted_bytes"]
+    assert sum(path.stat().st_size for path in files) == predicted.emitted_bytes == record.plan.emitted_bytes
     return open_model(str(source)), open_model(str(folder / "out")), method
 
 

@@ -251,7 +251,7 @@ def test_every_expert_has_the_planned_width_and_none_is_zeroed(run: Run) -> None
 def test_emitted_bytes_are_the_predicted_ones(run: Run) -> None:
     files = sorted(run.out.glob("*.safetensors"))
     assert len(files) > 1
-    assert sum(path.stat().st_size for path in files) == run.predicted_bytes == run.record.plan["emitted_bytes"]
+    assert sum(path.stat().st_size for path in files) == run.predicted_bytes == run.record.plan.emitted_bytes
     index = json.loads((run.out / "model.safetensors.index.json").read_text())
     emitted = raw_tensors(run.out)
     assert index["weight_map"].keys() == emitted.keys()
