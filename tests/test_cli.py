@@ -16,7 +16,8 @@ from onecard import cli
 from onecard.checkpoint import inspect
 from onecard.checkpoint.source import open_folder
 from onecard.core import errors
-from onecard.recipe import load_recipe, recipe_names
+from onecard.core.shipped_recipes import recipe_names
+from onecard.recipe import load_recipe
 
 VERBS = [
     "quantize",
@@ -35,6 +36,7 @@ VERBS = [
     "calibration",
     "export",
     "pareto",
+    "completion",
 ]
 RECIPES = [
     "demo",

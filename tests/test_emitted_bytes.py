@@ -17,8 +17,9 @@ from onecard.checkpoint.assign import plan_for
 from onecard.checkpoint.model import open_headers
 from onecard.checkpoint.plan import Plan
 from onecard.core.scheme import GRIDS
+from onecard.core.shipped_recipes import recipe_names
 from onecard.pipeline import quantize
-from onecard.recipe import Limits, Recipe, load_recipe, recipe_names
+from onecard.recipe import Limits, Recipe, load_recipe
 
 FAMILIES = {"scout": "llama4", "maverick": "llama4", "llama4-text": "llama4", "qwen3": "qwen3_moe"}
 # Many shards, with attention and experts of one block in several.
