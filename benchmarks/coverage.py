@@ -35,7 +35,7 @@ from onecard.core.rows import Row, batches
 from onecard.demo import corpus
 from onecard.models.adapter import Adapter, Role, Site, read
 from onecard.models.walk import Calls, Embedder, expert_stacks, load_block, observed, run_block
-from onecard.pipeline import quantize
+from onecard.pipeline import Options, quantize
 from onecard.recipe import Recipe
 
 SHARE = 0.0008  # of the tokens; the issue asks for under 0.1 %
@@ -230,7 +230,7 @@ def main() -> None:
 
         def run(**fields: Any) -> tuple[Any, dict[tuple[int, int], float], list[Block]]:
             recipe = Recipe.model_validate(common | fields)
-            record = quantize(str(folder), out, recipe, device_name="cpu", overwrite=True, quiet=True, **texts)
+            record = quantize(str(folder), out, recipe, Options("cpu", overwrite=True, **texts), quiet=True)
             return record, alone(folder, out, own), in_model(folder, out, held_out)
 
         record, alone_base, model_base = run(method="rtn")

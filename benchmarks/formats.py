@@ -20,7 +20,7 @@ from onecard.checkpoint.model import demo_folder
 from onecard.conversion.export import FORMATS, export
 from onecard.core.errors import InputError
 from onecard.eval.verify import verify
-from onecard.pipeline import quantize
+from onecard.pipeline import Options, quantize
 from onecard.recipe import load_recipe
 
 # Rounding weights to bf16 or fp16 moves the mean by less than this; one wrong group of codes moves it by far more.
@@ -69,9 +69,8 @@ def main() -> None:
         home = arguments.out or Path(temporary)
         make_folder(home)
         source, texts = home / "quantized", texts_alone(home / "evaluation.jsonl")
-        first = quantize(
-            "demo", source, recipe, device_name="cpu", quiet=True, overwrite=source.exists(), evaluation=texts
-        )
+        options = Options("cpu", overwrite=source.exists(), evaluation=texts)
+        first = quantize("demo", source, recipe, options, quiet=True)
         reference, worst = first.kl["kl_mean_nats"], 0.0
         print("| format | bytes of weights | mean KL, nats | off |\n|---|---|---|---|")
         print(f"| {recipe.name}, as quantized | {first.plan['emitted_bytes']:,} | {reference:.6f} | |")

@@ -87,7 +87,7 @@ def test_the_run_is_what_was_chosen(whole: Path, baby: Callable[..., Path], use:
     assert emitted == record["plan"]["emitted_bytes"] <= budget
     assert emitted > 0.9 * budget, "the budget is used"
     made = recorded_recipe(record["recipe"])
-    assert made.bits == 4
+    assert made.widths.bits == 4
     model = open_source(str(baby(FAMILY)))
     assert plan_for(model, made).emitted_bytes == emitted
     assert allocation["predicted_kl_nats"] > 0
@@ -125,7 +125,7 @@ def test_prices_of_pareto_serve_quantize(
 
 
 @pytest.mark.parametrize(
-    "where", ["onecard.bits.pricing._at_the_head", "onecard.pipeline.fit_to", "onecard.pipeline.embed"]
+    "where", ["onecard.bits.pricing._at_the_head", "onecard.pipeline.fit_to", "onecard.stages.embed"]
 )
 def test_stopped_between_pricing_and_quantizing(
     whole: Path, baby: Callable[..., Path], texts: list[str], use: Path, tmp_path: Path, where: str

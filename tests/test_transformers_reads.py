@@ -25,7 +25,7 @@ from onecard.checkpoint.packed import PackedSource
 from onecard.checkpoint.source import open_folder
 from onecard.core.errors import OnecardError
 from onecard.models.adapter import Role, read
-from onecard.pipeline import quantize
+from onecard.pipeline import Options, quantize
 from onecard.recipe import Recipe
 from onecard.report.record import RunRecord
 
@@ -108,9 +108,8 @@ def make_recipe(**keys: Any) -> Recipe:
 def run_pipeline(source: Path, out: Path, recipe: Recipe) -> RunRecord:
     calibration = write_texts(out.parent / "calibration.jsonl", 0, 12)
     evaluation = write_texts(out.parent / "evaluation.jsonl", 1, 3)
-    return quantize(
-        str(source), out, recipe, device_name="cpu", quiet=True, calibration=calibration, evaluation=evaluation
-    )
+    options = Options("cpu", calibration=calibration, evaluation=evaluation)
+    return quantize(str(source), out, recipe, options, quiet=True)
 
 
 @pytest.fixture(scope="module", params=CASES, ids=["-".join(case) for case in CASES])
