@@ -24,7 +24,7 @@ from .checkpoint import files
 from .checkpoint.assign import plan_for
 from .checkpoint.checksums import write_sums
 from .checkpoint.emit import emitted_before, side_files_digest
-from .checkpoint.formats.written import OWN
+from .checkpoint.formats.shard_formats import SHARD_FORMATS
 from .checkpoint.model import Model, open_source
 from .checkpoint.paths import check_paths, check_space, occupied
 from .checkpoint.source import refuse_nonfinite
@@ -186,7 +186,7 @@ def _refuse_full_disk(run: Run, work: Path) -> None:
     # While the pool's rows are counted, the disk holds their hidden rows before and after a block, and nothing else.
     pool_bytes = 2 * _tokens(rows.calibration) * hidden_size * run.dtype.itemsize if rows.is_pool else 0
     # The work directory's own formats are moved to OUT, others are written there a second time.
-    written_again = 0 if run.recipe.format in OWN else weight_bytes(run.planned)
+    written_again = 0 if run.recipe.format in SHARD_FORMATS else weight_bytes(run.planned)
     check_space(work, max(cost.disk_bytes, pool_bytes) + written_again)
 
 
@@ -250,8 +250,8 @@ def _carried_out(run: Run, workdir: WorkDir, progress: Progress) -> RunRecord:
         refuse_passed(finished_blocks(job, stages[: workdir.done]), run.recipe.limits, workdir.path)
         stage.do(job)
         workdir.commit(number)
-        if stage.shard_group is not None:
-            job.store.drop(stage.shard_group)  # the rows that entered the block are not read again
+        if stage.shard_part is not None:
+            job.store.drop(stage.shard_part)  # the rows that entered the block are not read again
     return _closed(run, workdir, progress)
 
 

@@ -21,7 +21,7 @@ from .blocks.streams import QUANTIZED, REFERENCE
 from .calibration.texts import RunTexts
 from .checkpoint import files
 from .checkpoint.emit import ShardWriter, written_files
-from .checkpoint.formats.written import OWN
+from .checkpoint.formats.shard_formats import SHARD_FORMATS
 from .checkpoint.model import Model, open_written, stored_facts
 from .checkpoint.plan import Plan
 from .checkpoint.workdir import Activations, WorkDir, read_json
@@ -128,12 +128,12 @@ class StageJob:
 
 @dataclass(frozen=True)
 class Stage:
-    """`shard_group`: the shards of the plan that the stage writes: a block's number, or the number of blocks for what
+    """`shard_part`: the shards of the plan that the stage writes: a block's number, or the number of blocks for what
     lies outside them."""
 
     name: str
     do: Callable[[StageJob], None]
-    shard_group: int | None = None
+    shard_part: int | None = None
 
 
 def stages_of(blocks: int) -> list[Stage]:
@@ -149,14 +149,14 @@ def stages_of(blocks: int) -> list[Stage]:
 
 def finished_shards(plan: Plan, finished: list[Stage]) -> dict[str, int]:
     """Name -> bytes of the shards that these stages have written."""
-    groups = {stage.shard_group for stage in finished}
-    return {shard.file: shard.file_bytes for shard in plan.shards if shard.stage in groups}
+    parts = {stage.shard_part for stage in finished}
+    return {shard.file: shard.file_bytes for shard in plan.shards if shard.part in parts}
 
 
 def finished_blocks(job: StageJob, finished: list[Stage]) -> list[dict[str, Any]]:
     """What the record says of the blocks that these stages have quantized. Raises InputError for a damaged file."""
-    groups = {stage.shard_group for stage in finished}
-    return [read_json(job.facts_file(block)) for block in range(job.run.adapter.n_blocks) if block in groups]
+    parts = {stage.shard_part for stage in finished}
+    return [read_json(job.facts_file(block)) for block in range(job.run.adapter.n_blocks) if block in parts]
 
 
 def embed_rows(job: StageJob) -> None:
@@ -211,7 +211,7 @@ def quantize_one(block: int, job: StageJob) -> None:
 def copy_rest(job: StageJob) -> None:
     """What lies outside the blocks is copied from the source."""
     job.progress.begin("copy the rest")
-    outside = [shard for shard in job.run.plan.shards if shard.stage == job.run.adapter.n_blocks]
+    outside = [shard for shard in job.run.plan.shards if shard.part == job.run.adapter.n_blocks]
     writer = ShardWriter(outside, job.shards)
     for name in writer.names():
         writer.put(name, job.run.model.source.get(name))
@@ -234,7 +234,7 @@ def verify(job: StageJob) -> None:
     emitted = open_written(run.model, run.out, config_of_run(run.model, run.plan, run.recipe.format))
     emitted_bytes = emitted.folder.file_bytes
     assert emitted_bytes == weight_bytes(run.planned), (emitted_bytes, run.planned)
-    if run.recipe.format not in OWN:
+    if run.recipe.format not in SHARD_FORMATS:
         record.plan |= stored_facts(emitted)
         record.export = {"format": run.recipe.format, "onecard": __version__, "matrices": matrices(emitted)}
         record.warnings += FORMATS[run.recipe.format].warnings(planned_run(run.model, run.plan))

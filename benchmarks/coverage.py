@@ -30,10 +30,11 @@ from safetensors.torch import load_file, save_file
 
 from onecard.calibration.sources import read_jsonl
 from onecard.calibration.tokens import Encoder
-from onecard.checkpoint.model import demo_folder, open_model
+from onecard.checkpoint.model import open_model
 from onecard.core.rows import Row, batches
 from onecard.demo import corpus
 from onecard.models.adapter import Adapter, Role, Site, read
+from onecard.models.known import demo_folder
 from onecard.models.walk import Calls, Embedder, expert_stacks, load_block, observed, run_block
 from onecard.pipeline import Options, quantize
 from onecard.recipe import Recipe

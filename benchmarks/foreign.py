@@ -34,8 +34,9 @@ from transformers.utils import logging
 
 from onecard.calibration.texts import prepare_texts
 from onecard.checkpoint.loading import load_with_transformers
-from onecard.checkpoint.model import demo_folder, open_model
+from onecard.checkpoint.model import open_model
 from onecard.core.rows import Row
+from onecard.models.known import demo_folder
 from onecard.models.llama4 import Llama4Adapter
 from onecard.recipe import load_recipe
 

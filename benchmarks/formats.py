@@ -15,11 +15,11 @@ import tempfile
 from pathlib import Path
 
 from onecard.checkpoint.files import make_folder
-from onecard.checkpoint.formats.compressed_tensors import NAME
-from onecard.checkpoint.model import demo_folder
+from onecard.checkpoint.formats.compressed_tensors_config import NAME
 from onecard.conversion.export import FORMATS, export
 from onecard.core.errors import InputError
 from onecard.eval.verify import verify
+from onecard.models.known import demo_folder
 from onecard.pipeline import Options, quantize
 from onecard.recipe import load_recipe
 

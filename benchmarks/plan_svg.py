@@ -7,9 +7,9 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from hollow import published, write_hollow
 from rich.console import Console
 
+from hollow import published, write_hollow
 from onecard.checkpoint.model import open_headers
 from onecard.planner.cards import find_card
 from onecard.planner.fit import Request

@@ -23,7 +23,7 @@ from torch import nn
 from ..calibration.moments import SiteMoments
 from ..calibration.sensitivity import RESIDUAL
 from ..checkpoint.emit import ShardWriter
-from ..checkpoint.formats.written import Format, own_format
+from ..checkpoint.formats.shard_formats import ShardFormat, shard_format
 from ..checkpoint.plan import Plan
 from ..core.errors import InputError
 from ..core.method import Method
@@ -60,8 +60,8 @@ class BlockJob:
     token_weights: dict[str, list[torch.Tensor]]  # likewise, fp32 [tokens] a batch; empty: not by gradients
 
     @property
-    def format(self) -> Format:
-        return own_format(self.recipe.format)
+    def format(self) -> ShardFormat:
+        return shard_format(self.recipe.format)
 
     def quantized_sites(self) -> list[Site]:
         return [site for site in self.adapter.sites(self.index) if site.members[0][0] in self.plan.schemes]
@@ -92,7 +92,7 @@ def quantize_block(job: BlockJob, step: Step) -> dict[str, Any]:
         "aimed": [],
         "tuning": [],
     }
-    writer = ShardWriter([s for s in job.plan.shards if s.stage == job.index], job.shard_folder)
+    writer = ShardWriter([s for s in job.plan.shards if s.part == job.index], job.shard_folder)
     if job.method.needs_statistics:
         _with_statistics(job, writer, facts, step)
     else:

@@ -16,8 +16,8 @@ from torch import nn
 
 from ..calibration.moments import SiteMoments
 from ..calibration.sensitivity import RESIDUAL, token_weights
+from ..core.quantized_weight import QuantizedWeight
 from ..core.rows import RowStore, Step
-from ..core.scheme import QuantizedWeight
 from ..models.adapter import Adapter, Half, Site
 from ..models.walk import Calls, expert_stacks, observed, only, run_block, weight_view
 from ..quantize.metric import swiglu_slopes

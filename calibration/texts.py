@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.model import Model, demo_folder
+from ..checkpoint.model import Model
 from ..core.errors import InputError
 from ..core.rows import Row
 from ..models.adapter import Adapter, Role
+from ..models.known import demo_folder
 from ..recipe import Recipe, Texts, TextSource
 from .columns import Columns
 from .documents import Document, refuse_shared

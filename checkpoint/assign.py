@@ -6,7 +6,7 @@ from ..core.errors import InputError, input_error
 from ..core.scheme import Scheme
 from ..models.adapter import QUANTIZABLE, Adapter
 from ..recipe import Recipe, matches
-from .formats.written import own_format
+from .formats.shard_formats import shard_format
 from .model import Model
 from .plan import Plan, make_plan
 
@@ -98,5 +98,5 @@ def plan_for(model: Model, recipe: Recipe) -> Plan:
     """Match the recipe to the model and lay out what will be emitted. Raises InputError."""
     if recipe.family not in (None, model.adapter.family):
         raise InputError(f"the recipe {recipe.name} is for {recipe.family}, and {model.name} is {model.adapter.family}")
-    schemes, layout = schemes_of(model.adapter, recipe), own_format(recipe.format).layout
+    schemes, layout = schemes_of(model.adapter, recipe), shard_format(recipe.format).layout
     return make_plan(model.adapter, model.source, schemes, layout, recipe.max_shard_bytes, model.folder.file_bytes)

@@ -13,8 +13,8 @@ import torch
 from ..core.errors import InputError
 from ..models.families import load_adapter
 from ..models.unstacked import unstacked_experts
-from .formats.bitsandbytes import NAME as BITSANDBYTES
-from .formats.compressed_tensors import NAME as COMPRESSED_TENSORS
+from .formats.bitsandbytes_read import NAME as BITSANDBYTES
+from .formats.compressed_tensors_config import NAME as COMPRESSED_TENSORS
 
 
 def load_with_transformers(path: Path, dtype: torch.dtype | str = "auto") -> Any:

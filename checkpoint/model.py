@@ -4,9 +4,7 @@ Only config.json and headers are read.
 """
 
 import json
-import re
 from dataclasses import asdict, dataclass
-from importlib import resources
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,10 @@ from huggingface_hub import snapshot_download
 from ..core.errors import InputError, ResourceError
 from ..core.layout import StoredTensor
 from ..models.adapter import Adapter
-from ..models.families import load_adapter, read_config
-from .formats.fp8 import FP8_BLOCKS
-from .formats.stored import StoredWeight
+from ..models.families import load_adapter
+from ..models.known import demo_folder, on_hub, read_config
+from .formats.fp8_read import FP8_BLOCKS
+from .formats.stored_weight import StoredWeight
 from .gguf.read import holds_gguf, open_gguf
 from .packed import PackedSource, open_packed
 from .plan import Width, tally
@@ -95,11 +94,6 @@ def said_name(name: str) -> str:
     return Path(name).resolve().name if name != "demo" and Path(name).exists() else name
 
 
-def demo_folder() -> Path:
-    """The embedded model's folder with its texts."""
-    return Path(str(resources.files(f"{__package__.partition('.')[0]}.demo")))
-
-
 def resolve_model(name: str) -> Path:
     """`demo`, a local folder, or a hub id (downloaded). Raises InputError or ResourceError."""
     if name == "demo":
@@ -110,17 +104,6 @@ def resolve_model(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS))
     except Exception as error:  # the hub client raises its own and its HTTP library's kinds
         raise hub_error(name, error) from error
-
-
-def on_hub(name: str) -> bool:
-    """Whether a model's name is a hub id, and no local folder or `demo`. Raises InputError for what is none of them."""
-    if name == "demo" or Path(name).exists():
-        return False
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
-        raise InputError(f"{name} is no folder and no hub id: name a local checkpoint, a hub id (owner/name) or `demo`")
-    if Path(name).parent.is_dir():
-        raise InputError(f"{Path(name).parent} is a folder here, and holds no {Path(name).name}: is the name mistyped?")
-    return True
 
 
 def open_model(name: str) -> Model:

@@ -12,18 +12,18 @@ from typing import Any
 import torch
 
 from ..core.errors import InputError, input_error
-from ..core.scheme import QuantizedWeight
+from ..core.quantized_weight import QuantizedWeight
 from ..core.tensors import TORCH_DTYPES, Index, TensorInfo
-from .formats import bitsandbytes, compressed_tensors_read, fp8, gptq
-from .formats.compressed_tensors import NAME as COMPRESSED_TENSORS
-from .formats.stored import Reading, StoredWeight
+from .formats import bitsandbytes_read, compressed_tensors_read, fp8_read, gptq_read
+from .formats.compressed_tensors_config import NAME as COMPRESSED_TENSORS
+from .formats.stored_weight import Reading, StoredWeight
 from .source import Folder
 
 READERS: dict[str, Callable[[Folder, Mapping[str, Any]], Reading]] = {
     COMPRESSED_TENSORS: compressed_tensors_read.find,
-    gptq.NAME: gptq.find,
-    bitsandbytes.NAME: bitsandbytes.find,
-    **dict.fromkeys(fp8.NAMES, fp8.find),
+    gptq_read.NAME: gptq_read.find,
+    bitsandbytes_read.NAME: bitsandbytes_read.find,
+    **dict.fromkeys(fp8_read.NAMES, fp8_read.find),
 }
 MOST_SHOWN = 40
 

@@ -1,4 +1,4 @@
-"""Plan: every tensor that will be emitted, in its shard, to the byte, before any weight is read."""
+"""Plan: every tensor that a run will write, in its shard, with exact sizes, computed from headers alone."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -11,16 +11,17 @@ from ..core.scheme import Scheme
 from ..core.tensors import TensorSource
 from ..models.adapter import Adapter
 
-# (scheme, outputs, inputs, model dtype) -> suffix -> (dtype, shape): what a format stores for one weight.
+# How a format stores one weight: (scheme, outputs, inputs, model dtype) -> suffix -> (dtype, shape).
 Layout = Callable[[Scheme, int, int, str], dict[str, tuple[str, tuple[int, ...]]]]
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of the checkpoint. `stage` is its block, or the number of blocks for what lies outside them."""
+    """One file of the checkpoint."""
 
     file: str
-    stage: int
+    # The block that it belongs to; the number of blocks for tensors outside the blocks.
+    part: int
     tensors: tuple[StoredTensor, ...]
 
     @cached_property
@@ -34,30 +35,34 @@ class Shard:
 
 @dataclass(frozen=True)
 class Width:
-    """How much of one role is stored at one width (`int4 group 128`, `BF16`); `bytes` of codes, scales and shapes."""
+    """How much of one role is stored at one width (`int4 group 128`, `BF16`)."""
 
     role: str
     width: str
     parameters: int
+    # Codes, scales and shapes together.
     bytes: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will write. `parameters` counts the model's weights, quantized or not; `source_bytes` are the source's
-    safetensors files, headers included, as `emitted_bytes` are. `widths`: the most bytes first."""
+    """What a run will write."""
 
     shards: tuple[Shard, ...]
+    # Module -> Scheme.
     schemes: dict[str, Scheme]
+    # All weights of the model, quantized or not.
     parameters: int
     quantized_parameters: int
     quantized_bytes: int
+    # The source's safetensors files, headers included.
     source_bytes: int
+    # Largest first.
     widths: tuple[Width, ...]
 
     @property
     def role_bytes(self) -> dict[str, int]:
-        """Role -> bytes of its tensors, the most first."""
+        """Role -> bytes of its tensors, largest first."""
         roles = [width.role for width in self.widths]
         sums = {role: sum(width.bytes for width in self.widths if width.role == role) for role in roles}
         return dict(sorted(sums.items(), key=lambda item: -item[1]))
@@ -69,26 +74,26 @@ class Plan:
 
     @property
     def weight_bytes(self) -> int:
-        """The tensors alone: `emitted_bytes` less the files' headers."""
+        """The tensors alone: `emitted_bytes` without the files' headers."""
         return sum(shard.data_bytes for shard in self.shards)
 
     @cached_property
     def index_bytes(self) -> int:
-        """The file that says which tensor is in which shard."""
+        """The index file, which maps each tensor to its shard."""
         return len(json_bytes(index_json(self.shards)))
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of all shards over all parameters, kept ones included."""
+        """Bits of all shards per parameter, unquantized parameters included."""
         return self.emitted_bytes * 8 / self.parameters
 
     @property
     def quantized_bits_per_weight(self) -> float:
-        """Codes, scales and shapes of the quantized matrices over their weights."""
+        """Bits of codes, scales and shapes per quantized weight."""
         return self.quantized_bytes * 8 / self.quantized_parameters
 
     def facts(self) -> dict[str, Any]:
-        """What the record says of a plan."""
+        """The record's section `plan`."""
         return {
             "emitted_bytes": self.emitted_bytes,
             "weight_bytes": self.weight_bytes,
@@ -110,12 +115,12 @@ class Plan:
 
 
 def width_name(scheme: Scheme | None, dtype: str) -> str:
-    """What people call the width of a weight: its scheme's if it is quantized, else its dtype."""
+    """A weight's width in words: its scheme if it is quantized, otherwise its dtype."""
     return dtype if scheme is None else str(scheme)
 
 
 def tally(stored: Iterable[Width]) -> tuple[Width, ...]:
-    """Entries of one role and one width added up, the most bytes first."""
+    """Add up the entries of each role and width, largest first."""
     sums: dict[tuple[str, str], tuple[int, int]] = {}
     for entry in stored:
         parameters, count = sums.get((entry.role, entry.width), (0, 0))
@@ -131,7 +136,7 @@ def make_plan(
     max_shard_bytes: int,
     source_bytes: int,
 ) -> Plan:
-    """Lay out the whole emitted checkpoint from names and shapes alone."""
+    """Lay out the whole checkpoint from names and shapes alone."""
     shapes = adapter.expected()
     quantized = quantized_bytes = 0
     widths: list[Width] = []
@@ -153,9 +158,9 @@ def make_plan(
         widths.append(Width(adapter.role(name).value, width, prod(shapes[name]), stored_bytes))
         return tensors
 
-    stages = [[atom(name) for name in names] for names in by_stage(adapter, shapes)]
+    parts = [[atom(name) for name in names] for names in by_part(adapter, shapes)]
     return Plan(
-        shards=shards_of(stages, max_shard_bytes),
+        shards=shards_of(parts, max_shard_bytes),
         schemes=schemes,
         parameters=sum(prod(shape) for shape in shapes.values()),
         quantized_parameters=quantized,
@@ -165,8 +170,8 @@ def make_plan(
     )
 
 
-def by_stage(adapter: Adapter, names: Iterable[str]) -> list[list[str]]:
-    """Names sorted, block by block; last of all those that belong to no block."""
+def by_part(adapter: Adapter, names: Iterable[str]) -> list[list[str]]:
+    """Names sorted within each block, one list per block; the last list holds the names outside the blocks."""
     prefixes = [adapter.block_prefix(block) for block in range(adapter.n_blocks)]
     by_prefix: dict[str, list[str]] = {prefix: [] for prefix in prefixes}
     rest: list[str] = []
@@ -176,10 +181,10 @@ def by_stage(adapter: Adapter, names: Iterable[str]) -> list[list[str]]:
     return [*(by_prefix[prefix] for prefix in prefixes), rest]
 
 
-def shards_of(stages: list[list[list[StoredTensor]]], max_shard_bytes: int) -> tuple[Shard, ...]:
-    """The files that hold the tensors of each stage; lists of tensors stay together."""
-    split = split_shards(stages, max_shard_bytes)
-    return tuple(Shard(shard_name(i, len(split)), stage, tuple(tensors)) for i, (stage, tensors) in enumerate(split))
+def shards_of(parts: list[list[list[StoredTensor]]], max_shard_bytes: int) -> tuple[Shard, ...]:
+    """The files for the tensors of each part; the inner lists of tensors stay together."""
+    split = split_shards(parts, max_shard_bytes)
+    return tuple(Shard(shard_name(i, len(split)), part, tuple(tensors)) for i, (part, tensors) in enumerate(split))
 
 
 def _block_prefix(name: str, prefixes: dict[str, list[str]]) -> str | None:

@@ -10,10 +10,13 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
+from compressed_tensors.compressors.pack_quantized import pack_to_int32
 
 from ..core.scheme import Scheme
 from ..core.tensors import TORCH_DTYPES, TensorInfo
-from .formats import compressed_tensors as ct
+from .formats import compressed_tensors_read as ct_read
+from .formats import compressed_tensors_write as ct
+from .formats.packing import BITS_A_WORD
 from .source import INDEX_NAME, Folder, pieces
 
 PARTS = (ct.PACKED, ct.SCALE, ct.SHAPE, ct.ZERO)
@@ -153,11 +156,11 @@ def _zero_codes(folder: Folder, module: str, scheme: Scheme) -> bool:
     """Whether every code stands for zero, whatever its scale."""
     words = folder.get(f"{module}.{ct.PACKED}")
     if scheme.symmetric:
-        zero_word = ct.pack_words(torch.zeros(1, 32 // scheme.bits, dtype=torch.int8), scheme.bits)
+        zero_word = pack_to_int32(torch.zeros(1, BITS_A_WORD // scheme.bits, dtype=torch.int8), scheme.bits)
         return not bool((words != zero_word).any())
     parts = {part: folder.get(f"{module}.{part}") for part in (ct.SCALE, ct.ZERO)}
     parts |= {ct.PACKED: words, ct.SHAPE: folder.get(f"{module}.{ct.SHAPE}")}
-    weight = ct.unpack(parts, scheme)
+    weight = ct_read.unpack(parts, scheme)
     assert weight.zero_points is not None
     grouped = weight.codes.unflatten(-1, (weight.scales.shape[-1], -1))
     return not bool((grouped != weight.zero_points.unsqueeze(-1)).any())

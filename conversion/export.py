@@ -24,10 +24,11 @@ from .. import __version__
 from ..checkpoint import files
 from ..checkpoint.checksums import write_sums
 from ..checkpoint.emit import GPTQ_CONFIG, carry_side_files, clear_checkpoint, written_files
-from ..checkpoint.formats import compressed_tensors as ct
-from ..checkpoint.formats.bitsandbytes import NAME as BITSANDBYTES
-from ..checkpoint.formats.stored import StoredWeight
-from ..checkpoint.formats.written import OWN
+from ..checkpoint.formats import compressed_tensors_config as ct_config
+from ..checkpoint.formats import compressed_tensors_write as ct
+from ..checkpoint.formats.bitsandbytes_read import NAME as BITSANDBYTES
+from ..checkpoint.formats.shard_formats import SHARD_FORMATS
+from ..checkpoint.formats.stored_weight import StoredWeight
 from ..checkpoint.gguf import write as gguf_write
 from ..checkpoint.model import Model, open_model, open_written, said_name, stored_facts
 from ..checkpoint.packed import PackedSource, open_packed
@@ -168,19 +169,21 @@ def planned_run(model: Model, plan: Plan) -> Model:
     virtual = {name: info for name, info in infos.items() if name not in taken}
     virtual |= {name: weight.info for name, weight in weights.items()}
     folder = Folder(model.path, infos, {}, ())
-    return replace(model, folder=folder, source=PackedSource(folder, ct.NAME, weights, virtual))
+    return replace(model, folder=folder, source=PackedSource(folder, ct_config.NAME, weights, virtual))
 
 
 def planned_files(model: Model, plan: Plan, format_name: str) -> Files:
     """What of a run's OUT holds weights. Raises InputError with every reason why the format cannot hold them."""
-    if format_name not in FORMATS and format_name in OWN:  # a quantizer's own: the plan has asked whether it fits
-        return _own_files(plan)
+    if (
+        format_name not in FORMATS and format_name in SHARD_FORMATS
+    ):  # a quantizer's own: the plan has asked whether it fits
+        return _shard_files(plan)
     run = planned_run(model, plan)
     refuse_unheld(run, format_name)
-    return _own_files(plan) if format_name in OWN else FORMATS[format_name].plan(run)
+    return _shard_files(plan) if format_name in SHARD_FORMATS else FORMATS[format_name].plan(run)
 
 
-def _own_files(plan: Plan) -> Files:
+def _shard_files(plan: Plan) -> Files:
     # The run's own shards, as large as its recipe has them.
     index = json_bytes(index_json(plan.shards))
     return [*((shard.file, shard.file_bytes) for shard in plan.shards), (INDEX_NAME, len(index))]

@@ -17,14 +17,16 @@ import torch
 from .. import __version__
 from ..checkpoint.emit import ShardWriter
 from ..checkpoint.formats import bitsandbytes_write, gptq_write
-from ..checkpoint.formats import compressed_tensors as ct
+from ..checkpoint.formats import compressed_tensors_config as ct_config
+from ..checkpoint.formats import compressed_tensors_write as ct
 from ..checkpoint.model import Model
 from ..checkpoint.packed import PackedSource
-from ..checkpoint.plan import Layout, Shard, by_stage, make_plan, shards_of
+from ..checkpoint.plan import Layout, Shard, by_part, make_plan, shards_of
 from ..core.errors import InputError
 from ..core.layout import StoredTensor
+from ..core.quantized_weight import QuantizedWeight
 from ..core.rows import Step
-from ..core.scheme import NF4, NF4_BLOCK, QuantizedWeight, Scheme
+from ..core.scheme import NF4, NF4_BLOCK, Scheme
 from ..core.tensors import TORCH_DTYPES
 from ..models.adapter import QUANTIZABLE, Adapter, Location, Role
 
@@ -193,7 +195,7 @@ def lay_out_compressed(model: Model) -> Conversion:
 def config_compressed(model: Model) -> dict[str, Any]:
     schemes = coded(model)
     own = {module: unit for module, unit in units(model.adapter).items() if module in schemes}
-    block = ct.quantization_config(schemes, own, sizes(model.adapter), kept_linears(model.adapter, schemes))
+    block = ct_config.quantization_config(schemes, own, sizes(model.adapter), kept_linears(model.adapter, schemes))
     return plain_config(model) | {"quantization_config": block}
 
 
@@ -332,8 +334,8 @@ def lay_out_bf16(model: Model) -> Conversion:
             whole[where.index] = part.T if where.transposed else part
         return {name: whole}
 
-    stages = [[[stored[name]] for name in names] for names in by_stage(adapter, shapes)]
-    return Conversion(shards_of(stages, MAX_SHARD_BYTES), {}, {name: name for name in shapes}, make)
+    parts = [[[stored[name]] for name in names] for names in by_part(adapter, shapes)]
+    return Conversion(shards_of(parts, MAX_SHARD_BYTES), {}, {name: name for name in shapes}, make)
 
 
 def config_bf16(model: Model) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..checkpoint import files
 from ..checkpoint.emit import carry_side_files, clear_checkpoint
-from ..checkpoint.formats.written import OWN
+from ..checkpoint.formats.shard_formats import SHARD_FORMATS
 from ..checkpoint.model import Model
 from ..checkpoint.plan import Plan
 from ..checkpoint.source import INDEX_NAME
@@ -29,7 +29,7 @@ def move_to_out(
         workdir.begin_move(out)
     # The list of files goes first: a later --overwrite may clear a folder that has it.
     files.write_json(out / RECORD_NAME, {"files": names})
-    if format_name in OWN:
+    if format_name in SHARD_FORMATS:
         for shard in plan.shards:
             finished = workdir.path / "shards" / shard.file
             if finished.exists():

@@ -1,8 +1,8 @@
-"""How many bytes a checkpoint's files will have, known before a weight is read; and which tensors share a shard.
+"""The exact size of a checkpoint's files, known before a weight is read; and which tensors share a shard.
 
-A safetensors file is 8 bytes, a JSON header padded with spaces to a multiple of 8, and the data. The header's length
-depends on the order in which the library lays tensors out (by falling dtype rank, then name), so that order is
-repeated here; a test holds the sum against files that the library wrote.
+A safetensors file is 8 bytes of header length, a JSON header padded with spaces to a multiple of 8, and the data. The
+header's length depends on the order in which the library lays tensors out (falling dtype rank, then name). That order
+is repeated here, and a test compares the sizes with files that the library wrote.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from .tensors import TORCH_DTYPES
 
-# Rank of each dtype in the safetensors library's own ordering (its Dtype enumeration).
+# The safetensors library's order of dtypes (its Dtype enumeration).
 _RANK = {
     name: rank
     for rank, name in enumerate(
@@ -37,20 +37,20 @@ _RANK = {
     )
 }
 METADATA = {"format": "pt"}
-# What a file's name ends in until it is whole.
+# Suffix of a file's name until the file is complete.
 TEMPORARY = ".partial"
-# The record that lies beside the weights.
+# The run's record, beside the weights.
 RECORD_NAME = "onecard.json"
-# The model card, and what it ends in when it was drawn from a record: the first digits of that record's SHA-256.
+# The model card. A card that onecard drew ends in this mark and the first digits of its record's SHA-256.
 CARD_NAME = "README.md"
 CARD_MARK = "<!-- drawn by onecard from the record "
-# No header entry is longer than this beside its tensor's name (dtype, shape, two offsets).
+# Upper bound for a tensor's header entry (dtype, shape, two offsets), without its name.
 HEADER_ENTRY_BYTES = 160
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a file to be written."""
+    """One tensor of a file that will be written."""
 
     name: str
     dtype: str
@@ -62,7 +62,7 @@ class StoredTensor:
 
 
 class ShardPlan(Protocol):
-    """One file to write: planner/plan.py's Shard."""
+    """One file to write: the Shard of checkpoint/plan.py."""
 
     @property
     def file(self) -> str: ...
@@ -98,26 +98,28 @@ def file_bytes(tensors: list[StoredTensor]) -> int:
     return 8 + (length + 7) // 8 * 8 + offset
 
 
-def split_shards(stages: list[list[list[StoredTensor]]], max_bytes: int) -> list[tuple[int, list[StoredTensor]]]:
-    """Fill shards in order; returns (stage, tensors) a shard. `stages[i]` holds the atoms of one stage (a block, or
-    the rest): lists of tensors that stay together. A shard never crosses a stage, so that it is finished with it; an
-    atom over `max_bytes` stands alone.
+def split_shards(parts: list[list[list[StoredTensor]]], max_bytes: int) -> list[tuple[int, list[StoredTensor]]]:
+    """Fill shards in order; returns (part, tensors) for each shard.
+
+    `parts[i]` holds the atoms of one part of the model (a block, or the tensors outside the blocks): lists of tensors
+    that stay together. A shard never crosses into another part, so it is finished when its part is. An atom over
+    `max_bytes` gets a shard to itself.
     """
     shards: list[tuple[int, list[StoredTensor]]] = []
-    for stage, atoms in enumerate(stages):
+    for part, atoms in enumerate(parts):
         shard: list[StoredTensor] = []
         size = 0
         for atom in atoms:
             atom_bytes = sum(t.nbytes + len(t.name.encode()) + HEADER_ENTRY_BYTES for t in atom)
-            # The bound is cheap, the exact size is not: it is asked for only where the bound would end a shard.
+            # The exact size is expensive: compute it only where the cheap upper bound would close the shard.
             full = shard and size + atom_bytes + HEADER_ENTRY_BYTES > max_bytes
             if full and file_bytes(shard + atom) > max_bytes:
-                shards.append((stage, shard))
+                shards.append((part, shard))
                 shard, size = [], 0
             shard.extend(atom)
             size += atom_bytes
         if shard:
-            shards.append((stage, shard))
+            shards.append((part, shard))
     return shards
 
 

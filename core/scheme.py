@@ -1,15 +1,8 @@
-"""Scheme and QuantizedWeight: what a weight is stored as, and the only thing that passes from a method to a format.
-
-Codes are decided once, by a method of quantize/; no format rounds again and no method packs bits. bitsandbytes alone
-quantizes and stores in one step, so that a Scheme on one of its grids has no QuantizedWeight.
-Shape legend: B batch (experts), O output features, I input features, G groups along I (I / group size).
-"""
+"""Scheme: how one weight matrix is stored. Knows no torch, so that a recipe can be read without loading it."""
 
 import re
 from dataclasses import dataclass, replace
 from typing import Literal
-
-import torch
 
 # In place of a group size: one scale a row, whatever the number of inputs.
 BY_ROW = -1
@@ -90,43 +83,10 @@ class Scheme:
 
     def divides(self, in_features: int) -> bool:
         """Whether a matrix of so many inputs can be stored so. NF4's blocks could run across rows, but a kernel of
-        bitsandbytes then reads them wrongly (checkpoint/formats/bitsandbytes.py)."""
+        bitsandbytes then reads them wrongly (checkpoint/formats/bitsandbytes_read.py)."""
         return in_features % self.width(in_features) == 0
 
     def groups(self, in_features: int) -> int:
         """Number of groups along the inputs; the group size must divide them (checked before a run starts)."""
         assert self.divides(in_features), (in_features, self.group_size)
         return in_features // self.width(in_features)
-
-
-@dataclass(frozen=True)
-class QuantizedWeight:
-    """Integer codes with their scales. A leading batch axis B (experts of equal shape) is allowed everywhere.
-
-    codes: int8 [(B,) O, I], within [code_min, code_max]
-    scales: the stored dtype [(B,) O, G]
-    zero_points: int8 [(B,) O, G], or None when the scheme is symmetric
-    The weight is `(code - zero_point) * scale`.
-    """
-
-    codes: torch.Tensor
-    scales: torch.Tensor
-    zero_points: torch.Tensor | None
-    scheme: Scheme
-
-    def __post_init__(self) -> None:
-        assert self.codes.dtype == torch.int8
-        assert self.scales.shape == (*self.codes.shape[:-1], self.scheme.groups(self.codes.shape[-1]))
-        assert (self.zero_points is None) == self.scheme.symmetric
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weight [(B,) O, I] in `dtype`, multiplied in fp32 and rounded once."""
-        grouped = self.codes.unflatten(-1, (self.scales.shape[-1], -1)).to(torch.float32)
-        if self.zero_points is not None:
-            grouped = grouped - self.zero_points.to(torch.float32).unsqueeze(-1)
-        return (grouped * self.scales.to(torch.float32).unsqueeze(-1)).flatten(-2).to(dtype)
-
-    def item(self, index: int, rows: slice) -> "QuantizedWeight":
-        """One matrix out of a batch, and of it the given rows (gate and up are quantized as one matrix)."""
-        zero = None if self.zero_points is None else self.zero_points[index, rows]
-        return QuantizedWeight(self.codes[index, rows], self.scales[index, rows], zero, self.scheme)

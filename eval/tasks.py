@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..calibration.tokens import Encoder
-from ..checkpoint.model import demo_folder
 from ..core.errors import InputError, ResourceError, input_error
+from ..models.known import demo_folder
 from .choice import Request, Scored
 from .flips import Answered, answers, summarize_answers
 from .lm_eval_tasks import PREFIX, encode_pair, load_questions

@@ -1,14 +1,13 @@
 """The look-up from config.json's model_type to the family's adapter."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..core.errors import InputError
 from .adapter import Adapter
 from .deepseek_v3 import DeepseekV3Adapter
+from .known import known_model_type, read_config, refuse_remote_code
 from .llama4 import Llama4Adapter
 from .mixtral import MixtralAdapter
 from .qwen3_moe import Qwen3MoeAdapter
@@ -45,36 +44,11 @@ SIZES = (
 )
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as plain data."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{folder} has no config.json: name the folder of a Hugging Face checkpoint") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON ({error}): fetch the checkpoint again") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{path} holds no JSON object: fetch the checkpoint again")
-    return config
-
-
 def load_adapter(folder: Path) -> Adapter:
     """The adapter of the checkpoint in `folder`. No code of the checkpoint is ever run."""
-    raw = read_config(folder)
-    model_type = raw.get("model_type")
-    known = ADAPTERS[model_type].known_code if isinstance(model_type, str) and model_type in ADAPTERS else frozenset()
-    if raw.get("auto_map") and not (isinstance(raw["auto_map"], dict) and known.issuperset(raw["auto_map"].values())):
-        wanted = ", ".join(sorted(raw["auto_map"])) if isinstance(raw["auto_map"], dict) else repr(raw["auto_map"])
-        raise InputError(
-            f"{folder / 'config.json'} wants remote code (auto_map: {wanted}), which "
-            "onecard never runs: use the family's plain checkpoint, or remove auto_map if transformers' own class fits"
-        )
-    if not isinstance(model_type, str) or model_type not in ADAPTERS:
-        raise InputError(
-            f"{folder / 'config.json'} has the unknown model type {model_type!r}; "
-            f"onecard knows {', '.join(sorted(ADAPTERS))}"
-        )
+    path, raw = folder / "config.json", read_config(folder)
+    model_type = known_model_type(path, raw)
+    refuse_remote_code(path, raw, ADAPTERS[model_type].known_code)
     try:
         config = CONFIG_MAPPING[model_type].from_dict(ADAPTERS[model_type].mended(raw))
         adapter = ADAPTERS[model_type](config)
@@ -92,5 +66,5 @@ def load_adapter(folder: Path) -> Adapter:
     except Exception as error:  # transformers raises many kinds for a contradictory config
         what = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise InputError(
-            f"{folder / 'config.json'} is not a valid {model_type} config ({what}): mend it, or fetch the original"
+            f"{path} is not a valid {model_type} config ({what}): mend it, or fetch the original"
         ) from error

@@ -11,7 +11,8 @@ from functools import cache
 from math import prod
 
 from ..checkpoint.assign import schemes_of
-from ..checkpoint.formats import compressed_tensors as ct
+from ..checkpoint.formats import compressed_tensors_config as ct_config
+from ..checkpoint.formats import compressed_tensors_write as ct
 from ..checkpoint.model import Model, is_original, stored_weights
 from ..checkpoint.plan import Width, tally, width_name
 from ..core.errors import InputError
@@ -111,7 +112,7 @@ def own_candidate(model: Model, entries: tuple[Entry, ...]) -> Candidate:
             continue  # a dtype, or another format's words
         groups[name.removesuffix(".weight")] = scheme.group_size
         symmetric = symmetric and scheme.symmetric
-    unpacked = model.quantized and getattr(model.source, "label", "").startswith(ct.NAME)
+    unpacked = model.quantized and getattr(model.source, "label", "").startswith(ct_config.NAME)
     return _candidate(
         model,
         entries,

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from ..checkpoint.formats.compressed_tensors import NAME as COMPRESSED
+from ..checkpoint.formats.compressed_tensors_config import NAME as COMPRESSED
 from ..checkpoint.model import Model
 from ..checkpoint.packed import PackedSource
 from ..report.engines import engines

@@ -18,7 +18,7 @@ import torch
 
 from ..checkpoint.assign import schemes_of
 from ..checkpoint.checksums import SUMS_NAME, read_sums, sha256_file
-from ..checkpoint.formats import compressed_tensors as ct
+from ..checkpoint.formats import compressed_tensors_config as ct_config
 from ..checkpoint.gguf.read import holds_gguf, open_gguf
 from ..checkpoint.model import quantization_block
 from ..checkpoint.packed import READERS, PackedSource, open_packed
@@ -28,7 +28,8 @@ from ..core.errors import DamageError, InputError
 from ..core.layout import RECORD_NAME
 from ..core.scheme import BY_ROW, INT8_ROWS, NF4, NF4_BLOCK, Scheme
 from ..models.adapter import Adapter, Role
-from ..models.families import load_adapter, read_config
+from ..models.families import load_adapter
+from ..models.known import read_config
 from ..recipe import recorded_recipe
 from ..report.reading import READABLE_VERSIONS, check_record
 
@@ -202,7 +203,7 @@ def _tensors(
 ) -> None:
     """Layout, widths and values."""
     block = quantization_block(folder.path, config)
-    ours = block is None or (isinstance(block, dict) and block.get("quant_method") == ct.NAME)
+    ours = block is None or (isinstance(block, dict) and block.get("quant_method") == ct_config.NAME)
     exported = (record or {}).get("export") or None
     if exported is not None:
         found.problems += _matrix_problems(folder, block, exported)
@@ -319,7 +320,7 @@ def _width_problems(
         if len(shape) == 2 and name.endswith(".weight") and adapter.role(name) not in keep
     ]
     try:
-        wanted = ct.announced(block, linears)
+        wanted = ct_config.announced(block, linears)
     except (ValueError, TypeError, KeyError, AttributeError, re.error) as error:
         yield f"config.json has a quantization_config that is not understood ({type(error).__name__})"
         return

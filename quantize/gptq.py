@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..core.scheme import QuantizedWeight, Scheme
+from ..core.quantized_weight import QuantizedWeight
+from ..core.scheme import Scheme
 from .grid import round_codes
 
 # Columns between two updates of all later columns (the paper's lazy batch): 128 keeps the small updates in cache.

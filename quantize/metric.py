@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from ..core.scheme import QuantizedWeight
+from ..core.quantized_weight import QuantizedWeight
 from .gptq import prepare
 
 # Of the mean diagonal: the metric is an average over tokens, and what it calls free is not free for every one.

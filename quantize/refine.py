@@ -15,7 +15,7 @@ Shape legend: B experts, O outputs, I inputs, G groups; t marks a transposed mat
 
 import torch
 
-from ..core.scheme import QuantizedWeight
+from ..core.quantized_weight import QuantizedWeight
 from .gptq import BLOCK_COLUMNS
 from .grid import TINY_SCALE, round_codes
 

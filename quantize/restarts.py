@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..core.scheme import QuantizedWeight
+from ..core.quantized_weight import QuantizedWeight
 from .gptq import BLOCK_COLUMNS, Prepared, factor, gptq, permuted
 from .refine import refine
 

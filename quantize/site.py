@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from ..core.method import Method
-from ..core.scheme import QuantizedWeight, Scheme
+from ..core.quantized_weight import QuantizedWeight
+from ..core.scheme import Scheme
 from . import tabu
 from .gptq import BLOCK_COLUMNS, Prepared, gptq, prepare
 from .grid import absmax_scales, round_to_nearest, searched_scales

@@ -13,7 +13,8 @@ Shape legend: B experts, O outputs, I inputs, C columns of a stretch, N = B x O 
 
 import torch
 
-from ..core.scheme import QuantizedWeight, Scheme
+from ..core.quantized_weight import QuantizedWeight
+from ..core.scheme import Scheme
 from .gptq import BLOCK_COLUMNS
 
 # All stretches in turn, so many times over, with a round of refinement after each time.

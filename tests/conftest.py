@@ -1,13 +1,12 @@
 """Shared fixtures: babies with a tokenizer (made once, read-only), small texts and recipes, and the command line.
 
-`baby(family)` gives a folder that every test may read and none may change; `copied(family)` gives one to spoil.
+`baby(family)` gives a folder that every test may read and none may change; `copied(family)` gives one to change.
 """
 
 import json
 import os
 import random
 import shutil
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,111 +16,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
-import yaml
-from click.testing import CliRunner, Result
+from click.testing import Result
 from hypothesis import settings
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
-from babies import PATCH, VOCAB, make_baby
-from onecard.cli import main
+from babies import make_baby
+from command_line import listing, refused, run_onecard
+from inputs import write_jsonl, write_recipe, write_tokenizer
+from onecard.report import html
+from runs import FAMILY, Contents, Run, contents
 
 # The same examples in every run, none kept on disk, and no clock in a test.
 settings.register_profile("onecard", max_examples=50, derandomize=True, database=None, deadline=None)
 settings.load_profile("onecard")
-
-SPECIAL = {
-    "<s>": 0,
-    "</s>": 1,
-    "<pad>": 2,
-    "<unk>": 3,
-    "<|patch|>": PATCH,
-    "<|image|>": 251,
-    "<|image_start|>": 252,
-    "<|image_end|>": 253,
-    "<|user|>": 254,
-    "<|assistant|>": 255,
-}
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] not in ('user', 'assistant') %}"
-    "{{ raise_exception('only user and assistant may speak') }}{% endif %}<|{{ m['role'] }}|>"
-    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
-    "{% if part['type'] == 'image' %}<|image|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-RECIPE: dict[str, Any] = {
-    "name": "test",
-    "description": "For babies.",
-    "method": "balanced",
-    "group_size": 32,
-    "quantize_roles": ["expert", "shared_expert", "mlp"],
-    "warn_below_expert_rows": 0,
-    "calibration_rows": 8,
-    "calibration_row_tokens": 24,
-    "evaluation_rows": 6,
-    "evaluation_row_tokens": 24,
-    "batch_tokens": 96,
-    "max_shard_bytes": 200_000,
-}
-
-
-def write_tokenizer(folder: Path) -> None:
-    """One token a character of ASCII, the special tokens of a baby Llama 4, and a chat template."""
-    vocab = SPECIAL | {chr(c): 4 + i for i, c in enumerate([10, *range(32, 127)])}
-    assert max(vocab.values()) < VOCAB
-    raw = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    raw.decoder = decoders.Fuse()
-    raw.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 0)])
-    raw.add_special_tokens(list(SPECIAL))
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    fast.save_pretrained(str(folder))
-
-
-def write_jsonl(path: Path, rows: list[Any]) -> Path:
-    """One JSON value a line; a string is written as it stands."""
-    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), encoding="utf-8")
-    return path
-
-
-def write_recipe(path: Path, **changes: Any) -> Path:
-    path.write_text(yaml.safe_dump(RECIPE | changes, sort_keys=False), encoding="utf-8")
-    return path
-
-
-class Silence:
-    """A Step that shows nothing."""
-
-    def begin(self, stage: str, block: int | None = None) -> None: ...
-
-    def advance(self, tokens: int) -> None: ...
-
-
-def run_onecard(*args: object) -> Result:
-    """The real command line, in this process: exit code, stdout and stderr as a shell would see them."""
-    return CliRunner().invoke(main, [str(a) for a in args])
-
-
-def refused(result: Result, *needles: object, code: int = 2) -> str:
-    """Asserts one clean message that holds every needle, and the exit code; gives what stderr said."""
-    shown = "".join(traceback.format_exception(result.exception)) if result.exception else result.output
-    assert isinstance(result.exception, SystemExit), shown
-    assert result.exit_code == code, result.output
-    assert result.stdout == ""
-    assert [line[:7] for line in result.stderr.splitlines()].count("error: ") == 1, result.stderr
-    assert "Traceback" not in result.stderr
-    missing = [str(n) for n in needles if str(n) not in result.stderr]
-    assert not missing, (missing, result.stderr)
-    return result.stderr
-
-
-def listing(folder: Path) -> dict[Path, tuple[int, int]]:
-    """Every path under a folder with its size and time: what 'nothing was written' is held against."""
-    stats = {path: path.lstat() for path in folder.rglob("*")}
-    return {path: (s.st_size, s.st_mtime_ns) for path, s in stats.items()}
 
 
 @pytest.fixture
@@ -244,3 +150,41 @@ def refuse_model(
         refused(onecard("generate", model, "hello"), *needles)
 
     return check
+
+
+@pytest.fixture
+def run(
+    baby: Callable[..., Path],
+    tmp_path: Path,
+    recipe: Callable[..., Path],
+    texts: list[str],
+    onecard: Callable[..., Result],
+) -> Run:
+    return Run(baby(FAMILY), tmp_path / "out", recipe(), texts, onecard)
+
+
+@pytest.fixture(scope="session")
+def whole(emitted: Callable[..., tuple[Path, Result]]) -> Contents:
+    """What an undisturbed run of the same recipe emits."""
+    return contents(emitted(FAMILY)[0])
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    def put(name: str, value: Any) -> Path:
+        (tmp_path / name).write_text(value if isinstance(value, str) else json.dumps(value))
+        return tmp_path / name
+
+    return put
+
+
+@pytest.fixture
+def folder(emitted: Callable[..., tuple[Path, Result]], tmp_path: Path) -> Path:
+    """An emitted Scout baby to be changed."""
+    return Path(shutil.copytree(emitted("scout")[0], tmp_path / "checkpoint"))
+
+
+@pytest.fixture
+def small_plotly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five megabytes of script a page are not what is tested here."""
+    monkeypatch.setattr(html, "get_plotlyjs", lambda: "var Plotly = {};")

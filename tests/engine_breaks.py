@@ -5,7 +5,6 @@ from typing import Any
 
 import engine_views as views
 from engine_views import Draft, gptq, group_of, packed, plain
-
 from onecard.core.tensors import TensorInfo
 from onecard.models.adapter import Role
 

@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import torch
-from conftest import run_onecard, write_jsonl, write_recipe
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM
 
 import babies
+from command_line import run_onecard
+from inputs import write_jsonl, write_recipe
 from onecard.checkpoint.gguf import write as gguf_write
 from onecard.checkpoint.gguf.tokenizer import QWEN2
 from onecard.checkpoint.model import Model, open_model

@@ -1,12 +1,29 @@
-"""SHA256SUMS made anew: what somebody does who changes an emitted folder on purpose."""
+"""The papers of an emitted folder: its record, SHA256SUMS and model card, read, changed on purpose and drawn."""
 
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from babies import edit_json
+from command_line import run_onecard
 from onecard.checkpoint.checksums import SUMS_NAME, read_sums, sums_text
+
+CARD_ARGUMENTS = ("--base-model", "somebody/baby", "--license", "apache-2.0")
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    """The record in a folder's onecard.json."""
+    record: dict[str, Any] = json.loads((folder / "onecard.json").read_text())
+    return record
+
+
+def draw_card(folder: Path, *arguments: object) -> str:
+    """The README that `card` writes into a folder."""
+    result = run_onecard("card", folder, *(arguments or CARD_ARGUMENTS))
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    return (folder / "README.md").read_text()
 
 
 def resum(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Recipes, paths, devices and quantized checkpoints that cannot be used: one clean message, nothing written."""
+"""Recipes, paths and devices that cannot be used: one clean message, and nothing is written."""
 
 import json
 import shutil
@@ -9,14 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import Result
-from safetensors.torch import load_file, save_file
 
-from babies import edit_json, shard_files
-
-Check = Callable[..., str]
-
+from command_line import Refuse
 
 # --- recipes
 
@@ -53,12 +48,12 @@ Check = Callable[..., str]
 )
 def test_recipe_that_cannot_be_used(
     baby: Callable[..., Path],
-    refuse: Check,
+    refuse: Refuse,
     recipe: Callable[..., Path],
     onecard: Callable[..., Result],
     changes: dict[str, Any],
     needles: list[str],
-    refused: Check,
+    refused: Refuse,
 ) -> None:
     use = recipe(**changes)
     refuse(baby("llama4-text"), *needles, use=use)
@@ -70,7 +65,7 @@ def test_recipe_that_cannot_be_used(
     ["name: [", "", "- a\n- b\n", "!!python/object/apply:os.mkdir [{marker}]\n", "a: &a [*a]\n", "\x00"],
     ids=["cut", "empty", "list", "python tag", "loop", "NUL"],
 )
-def test_recipe_that_is_no_recipe(baby: Callable[..., Path], refuse: Check, tmp_path: Path, text: str) -> None:
+def test_recipe_that_is_no_recipe(baby: Callable[..., Path], refuse: Refuse, tmp_path: Path, text: str) -> None:
     path = tmp_path / "strange.yaml"
     path.write_text(text.replace("{marker}", str(tmp_path / "mark")))
     refuse(baby("llama4-text"), "strange.yaml", use=path)
@@ -78,7 +73,7 @@ def test_recipe_that_is_no_recipe(baby: Callable[..., Path], refuse: Check, tmp_
 
 
 def test_recipe_that_does_not_exist(
-    baby: Callable[..., Path], refuse: Check, onecard: Callable[..., Result], tmp_path: Path, refused: Check
+    baby: Callable[..., Path], refuse: Refuse, onecard: Callable[..., Result], tmp_path: Path, refused: Refuse
 ) -> None:
     refuse(baby("llama4-text"), "'scuot'", "llama4-scout-h100", "rtn-int4", use="scuot")
     refused(onecard("recipes", "scuot"), "'scuot'", "llama4-scout-h100")
@@ -89,7 +84,7 @@ def test_recipe_that_does_not_exist(
     refuse(baby("llama4-text"), "latin.yaml", use=tmp_path / "latin.yaml")
 
 
-def test_a_recipe_that_says_a_thing_twice(baby: Callable[..., Path], refuse: Check, tmp_path: Path) -> None:
+def test_a_recipe_that_says_a_thing_twice(baby: Callable[..., Path], refuse: Refuse, tmp_path: Path) -> None:
     twice = tmp_path / "twice.yaml"
     twice.write_text("name: twice\ndescription: of two minds\ngroup_size: 32\ngroup_size: 64\n")
     refuse(baby("llama4-text"), "group_size", "twice", use=twice)
@@ -101,7 +96,7 @@ def test_a_recipe_that_says_a_thing_twice(baby: Callable[..., Path], refuse: Che
 @pytest.mark.parametrize("where", ["inside MODEL", "MODEL itself", "a link into MODEL", "MODEL inside OUT"])
 @pytest.mark.parametrize("flags", [[], ["--overwrite"], ["--resume"]], ids=lambda f: "".join(f) or "fresh")
 def test_out_and_model_lie_in_each_other(
-    copied: Callable[..., Path], refuse: Check, tmp_path: Path, where: str, flags: list[str]
+    copied: Callable[..., Path], refuse: Refuse, tmp_path: Path, where: str, flags: list[str]
 ) -> None:
     model = copied()
     (tmp_path / "link").symlink_to(model)
@@ -114,7 +109,7 @@ def test_out_and_model_lie_in_each_other(
     refuse(model, out, model, out=out, arguments=flags)
 
 
-def test_out_is_not_empty(baby: Callable[..., Path], refuse: Check, tmp_path: Path) -> None:
+def test_out_is_not_empty(baby: Callable[..., Path], refuse: Refuse, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     refuse(baby("llama4-text"), tmp_path / "out", "empty it")
@@ -127,7 +122,7 @@ def test_overwrite_takes_away_what_a_run_put_there_and_nothing_else(
     baby: Callable[..., Path],
     onecard: Callable[..., Result],
     recipe: Callable[..., Path],
-    refuse: Check,
+    refuse: Refuse,
     texts: list[str],
     tmp_path: Path,
 ) -> None:
@@ -150,7 +145,7 @@ def test_overwrite_takes_away_what_a_run_put_there_and_nothing_else(
     "manifest", ["", "[]", "{}", '{"files": ["../precious"]}', '{"files": [3]}', '{"files": [".."]}']
 )
 def test_a_manifest_that_onecard_did_not_write(
-    manifest: str, baby: Callable[..., Path], refuse: Check, tmp_path: Path
+    manifest: str, baby: Callable[..., Path], refuse: Refuse, tmp_path: Path
 ) -> None:
     (tmp_path / "precious").write_text("mine")
     (tmp_path / "out").mkdir()
@@ -158,20 +153,20 @@ def test_a_manifest_that_onecard_did_not_write(
     refuse(baby("llama4-text"), "onecard.json", "empty", arguments=["--overwrite"])
 
 
-def test_an_output_that_is_a_link_to_nothing(baby: Callable[..., Path], refuse: Check, tmp_path: Path) -> None:
+def test_an_output_that_is_a_link_to_nothing(baby: Callable[..., Path], refuse: Refuse, tmp_path: Path) -> None:
     """Found before the first weight is read, not when the work of a night is to be moved there."""
     (tmp_path / "out").symlink_to(tmp_path / "nowhere")
     refuse(baby("llama4-text"), "link to nothing")
 
 
-def test_nothing_to_resume_in_a_foreign_folder(baby: Callable[..., Path], refuse: Check, tmp_path: Path) -> None:
+def test_nothing_to_resume_in_a_foreign_folder(baby: Callable[..., Path], refuse: Refuse, tmp_path: Path) -> None:
     """--resume goes on with a run of onecard's; a folder of somebody's that no run of ours made is not one."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text('{"model_type": "precious"}')
     refuse(baby("llama4-text"), tmp_path / "out", arguments=["--resume"])
 
 
-def test_out_or_work_is_a_file_or_under_one(baby: Callable[..., Path], refuse: Check, tmp_path: Path) -> None:
+def test_out_or_work_is_a_file_or_under_one(baby: Callable[..., Path], refuse: Refuse, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("x")
     refuse(baby("llama4-text"), file, out=file)
@@ -182,7 +177,7 @@ def test_out_or_work_is_a_file_or_under_one(baby: Callable[..., Path], refuse: C
 
 @pytest.mark.parametrize("out", [".", "/", ".."])
 def test_out_without_a_name(
-    baby: Callable[..., Path], refuse: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+    baby: Callable[..., Path], refuse: Refuse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
 ) -> None:
     """OUT.work has to lie somewhere: such a folder is refused in words (it is not empty, too)."""
     (tmp_path / "here").mkdir()
@@ -193,7 +188,7 @@ def test_out_without_a_name(
 
 @pytest.mark.parametrize("where", ["WORK is OUT", "OUT inside WORK", "WORK inside MODEL", "WORK is MODEL"])
 def test_work_lies_where_it_must_not(
-    copied: Callable[..., Path], refuse: Check, recipe: Callable[..., Path], tmp_path: Path, where: str
+    copied: Callable[..., Path], refuse: Refuse, recipe: Callable[..., Path], tmp_path: Path, where: str
 ) -> None:
     """WORK is removed when a run ends, with all that lies in it; and nothing may be written into MODEL."""
     model, work = copied(), tmp_path / "work"
@@ -207,7 +202,7 @@ def test_work_lies_where_it_must_not(
 
 
 def test_a_model_that_is_not_there(
-    baby: Callable[..., Path], refuse: Check, onecard: Callable[..., Result], tmp_path: Path, refused: Check
+    baby: Callable[..., Path], refuse: Refuse, onecard: Callable[..., Result], tmp_path: Path, refused: Refuse
 ) -> None:
     refuse(tmp_path / "no" / "such" / "model", tmp_path / "no", "demo", "hub id")
     refuse(baby("llama4-text") / "model.safetensors", "model.safetensors", "folder")
@@ -216,14 +211,14 @@ def test_a_model_that_is_not_there(
     refused(onecard("verify", baby("llama4-text"), tmp_path / "no"), tmp_path / "no")
 
 
-def test_hub_id_on_an_offline_machine(refuse: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_id_on_an_offline_machine(refuse: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     refuse("someone/who-is-not-here", "someone/who-is-not-here", "network", "folder", code=4)
 
 
 @pytest.mark.parametrize("device", ["tpu9", "meta", "mps", "", "cpu:x", "cuda:99"])
-def test_unknown_device(baby: Callable[..., Path], refuse: Check, device: str) -> None:
+def test_unknown_device(baby: Callable[..., Path], refuse: Refuse, device: str) -> None:
     refuse(baby("llama4-text"), "device", "cpu", arguments=["--device", device])
 
 
@@ -240,163 +235,3 @@ def test_stdout_that_takes_nothing(tmp_path: Path) -> None:
         assert "standard output" in done.stderr
         assert "Traceback" not in done.stderr
         assert "Exception" not in done.stderr
-
-
-# --- checkpoints that are quantized already
-
-
-def test_quantized_already(
-    emitted: Callable[..., Any],
-    refuse: Check,
-    onecard: Callable[..., Result],
-    recipe: Callable[..., Path],
-    refused: Check,
-) -> None:
-    checkpoint, _ = emitted("qwen3")
-    refuse(checkpoint, checkpoint, "quantized already", "original")
-    refused(onecard("plan", checkpoint, "--recipe", recipe()), checkpoint, "quantized already")
-
-
-def _drop_scales(tensors: dict[str, torch.Tensor], modules: list[str]) -> None:
-    for module in modules:
-        del tensors[f"{module}.weight_scale"]
-
-
-def _cut_scales(tensors: dict[str, torch.Tensor], modules: list[str]) -> None:
-    for module in modules:
-        tensors[f"{module}.weight_scale"] = tensors[f"{module}.weight_scale"][:5].contiguous()
-
-
-def _no_groups(tensors: dict[str, torch.Tensor], modules: list[str]) -> None:
-    for module in modules:
-        tensors[f"{module}.weight_scale"] = tensors[f"{module}.weight_scale"][:, :0].contiguous()
-
-
-def _flat_codes(tensors: dict[str, torch.Tensor], modules: list[str]) -> None:
-    for module in modules:
-        tensors[f"{module}.weight_packed"] = tensors[f"{module}.weight_packed"].flatten()
-
-
-def _narrow_codes(tensors: dict[str, torch.Tensor], modules: list[str]) -> None:
-    for module in modules:
-        tensors[f"{module}.weight_packed"] = tensors[f"{module}.weight_packed"][:, :2].contiguous()
-
-
-def _no_module(tensors: dict[str, torch.Tensor], modules: list[str]) -> None:
-    for name in [n for n in tensors if n.rpartition(".")[0] in modules]:
-        del tensors[name]
-
-
-@pytest.mark.parametrize("spoil", [_drop_scales, _cut_scales, _no_groups, _flat_codes, _narrow_codes, _no_module])
-def test_damaged_quantized_checkpoint(
-    baby: Callable[..., Path],
-    emitted: Callable[..., Any],
-    onecard: Callable[..., Result],
-    texts: list[str],
-    tmp_path: Path,
-    spoil: Callable[[dict[str, torch.Tensor], list[str]], None],
-    refused: Check,
-) -> None:
-    """Two modules of an emitted checkpoint are spoilt: `verify` and `inspect` name both and compute nothing."""
-    checkpoint = Path(shutil.copytree(emitted("qwen3")[0], tmp_path / "checkpoint"))
-    stem = "model.layers.0.mlp.experts"
-    modules = [f"{stem}.2.down_proj", f"{stem}.5.gate_proj"]
-    for shard in shard_files(checkpoint):
-        tensors = load_file(shard)
-        if f"{modules[0]}.weight_packed" in tensors:
-            spoil(tensors, modules)
-            save_file(tensors, shard, metadata={"format": "pt"})
-    if spoil in (_drop_scales, _no_module):  # the index then names too much: it is not what is tested here
-        edit_json(
-            checkpoint / "model.safetensors.index.json",
-            lambda index: [
-                index["weight_map"].pop(f"{m}.{s}")
-                for m in modules
-                for s in (
-                    ["weight_scale"] if spoil is _drop_scales else ["weight_packed", "weight_scale", "weight_shape"]
-                )
-            ],
-        )
-    refused(onecard("inspect", checkpoint), *modules)
-    refused(onecard("verify", baby("qwen3"), checkpoint, *texts[2:]), *modules)
-
-
-def test_verify_refuses_scales_that_are_no_numbers(
-    baby: Callable[..., Path],
-    emitted: Callable[..., Any],
-    onecard: Callable[..., Result],
-    texts: list[str],
-    tmp_path: Path,
-    refused: Check,
-) -> None:
-    checkpoint = Path(shutil.copytree(emitted("qwen3")[0], tmp_path / "checkpoint"))
-    name = "model.layers.0.mlp.experts.2.down_proj.weight_scale"
-    for shard in shard_files(checkpoint):
-        tensors = load_file(shard)
-        if name in tensors:
-            tensors[name][3, 0] = float("nan")
-            save_file(tensors, shard, metadata={"format": "pt"})
-    refused(onecard("verify", baby("qwen3"), checkpoint, *texts[2:]), name, "NaN")
-
-
-def test_verify_with_swapped_arguments(
-    emitted: Callable[..., tuple[Path, Result]],
-    baby: Callable[..., Path],
-    onecard: Callable[..., Result],
-    refused: Check,
-    texts: list[str],
-) -> None:
-    checkpoint, _ = emitted("qwen3")
-    refused(onecard("verify", checkpoint, baby("qwen3"), *texts[2:]), checkpoint, baby("qwen3"), "original first")
-
-
-def test_a_stored_shape_that_contradicts_the_codes(
-    emitted: Callable[..., tuple[Path, Result]],
-    baby: Callable[..., Path],
-    onecard: Callable[..., Result],
-    refused: Check,
-    texts: list[str],
-    tmp_path: Path,
-) -> None:
-    broken = Path(shutil.copytree(emitted("qwen3")[0], tmp_path / "broken"))
-    for file in broken.glob("*.safetensors"):
-        tensors = load_file(file)
-        for name in tensors:
-            if name.endswith(".weight_shape"):
-                tensors[name] = torch.tensor([1, 2])
-        save_file(tensors, file, metadata={"format": "pt"})
-    refused(onecard("verify", baby("qwen3"), broken, *texts[2:]), "weight_shape", "[1, 2]")
-
-
-def test_verify_refuses_a_checkpoint_of_another_model(
-    baby: Callable[..., Path],
-    emitted: Callable[..., Any],
-    onecard: Callable[..., Result],
-    texts: list[str],
-    refused: Check,
-) -> None:
-    checkpoint, _ = emitted("qwen3")
-    refused(onecard("verify", baby("llama4-text"), checkpoint, *texts[2:]), checkpoint, baby("llama4-text"))
-    # One family, as many blocks and as wide: Scout and Maverick.
-    checkpoint, _ = emitted("scout")
-    refused(onecard("verify", baby("maverick"), checkpoint, *texts[2:]), checkpoint, baby("maverick"))
-
-
-def test_generate_refuses_a_picture_that_is_not_there(
-    baby: Callable[..., Path], onecard: Callable[..., Result], tmp_path: Path, refused: Check
-) -> None:
-    picture = tmp_path / "cat.png"
-    refused(onecard("generate", baby("scout"), "what?", "--image", picture), picture)
-    picture.write_bytes(b"no picture")
-    refused(onecard("generate", baby("scout"), "what?", "--image", picture), picture)
-    refused(onecard("generate", baby("qwen3"), "what?", "--image", picture), "vision")
-
-
-def test_a_mistyped_path_is_no_hub_id(onecard: Callable[..., Result], refused: Check, tmp_path: Path) -> None:
-    """Two parts look like owner/name; of a folder that is here, the second is a name that is not."""
-    (tmp_path / "models").mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path)
-        for verb in ("plan", "inspect", "export"):
-            more = ("--format", "bf16", "-o", "out") if verb == "export" else ()
-            refused(onecard(verb, "models/nosuch", *more), "models", "nosuch", "mistyped")

@@ -14,21 +14,19 @@ import torch
 from click.testing import Result
 
 from babies import edit_json
-
-Check = Callable[..., str]
-
+from command_line import Refuse
 
 # --- config.json
 
 
-def test_unknown_model_type(copied: Callable[..., Path], refuse_model: Check) -> None:
+def test_unknown_model_type(copied: Callable[..., Path], refuse_model: Refuse) -> None:
     model = copied()
     edit_json(model / "config.json", lambda c: c.update(model_type="mamba"))
     refuse_model(model, "mamba", "deepseek_v3", "llama4", "mixtral", "qwen3_moe")
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "null", b"\xff"])
-def test_config_that_is_no_config(copied: Callable[..., Path], refuse_model: Check, content: str | bytes) -> None:
+def test_config_that_is_no_config(copied: Callable[..., Path], refuse_model: Refuse, content: str | bytes) -> None:
     model = copied()
     if content is None:
         (model / "config.json").unlink()
@@ -60,7 +58,7 @@ def test_config_that_is_no_config(copied: Callable[..., Path], refuse_model: Che
     ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()),
 )
 def test_config_with_a_senseless_value(
-    copied: Callable[..., Path], refuse_model: Check, changes: dict[str, Any]
+    copied: Callable[..., Path], refuse_model: Refuse, changes: dict[str, Any]
 ) -> None:
     model = copied()
     edit_json(model / "config.json", lambda c: c.update(changes))
@@ -81,7 +79,7 @@ class Evil:
 
 
 def test_pickles_are_named_and_never_unpickled(
-    copied: Callable[..., Path], refuse_model: Check, tmp_path: Path
+    copied: Callable[..., Path], refuse_model: Refuse, tmp_path: Path
 ) -> None:
     model = copied()
     shutil.rmtree(tmp_path / "mark", ignore_errors=True)
@@ -122,7 +120,7 @@ def evil_code(tmp_path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("model_type", ["llama4_text", "evil"])
 def test_remote_code_of_the_model_is_never_run(
-    copied: Callable[..., Path], refuse_model: Check, evil_code: str, model_type: str
+    copied: Callable[..., Path], refuse_model: Refuse, evil_code: str, model_type: str
 ) -> None:
     model = copied()
     (model / "modeling_evil.py").write_text(evil_code)
@@ -138,7 +136,7 @@ def test_remote_code_of_the_tokenizer_is_never_run(
     texts: list[str],
     evil_code: str,
     tmp_path: Path,
-    refused: Check,
+    refused: Refuse,
 ) -> None:
     """It is refused, or the plain tokenizer.json is used in its stead; the code does not run and is not carried."""
     model = copied()
@@ -157,7 +155,7 @@ def test_remote_code_of_the_tokenizer_is_never_run(
 @pytest.mark.parametrize(
     ("key", "value"), [("attention_chunk_size", 0), ("num_experts_per_tok", 0), ("hidden_size", 0), ("head_dim", -8)]
 )
-def test_sizes_that_are_none(copied: Callable[..., Path], refuse_model: Check, key: str, value: int) -> None:
+def test_sizes_that_are_none(copied: Callable[..., Path], refuse_model: Refuse, key: str, value: int) -> None:
     model = copied()
     edit_json(model / "config.json", lambda c: c.get("text_config", c).update({key: value}))
     refuse_model(model, model / "config.json", key)
@@ -201,7 +199,7 @@ def test_early_scout_configs_are_read_warned_of_and_mended(
 # --- tokenizers
 
 
-def test_tokenizer_that_is_missing_or_damaged(copied: Callable[..., Path], refuse: Check) -> None:
+def test_tokenizer_that_is_missing_or_damaged(copied: Callable[..., Path], refuse: Refuse) -> None:
     model = copied()
     (model / "tokenizer.json").write_text('{"version": "1.0", "model"')
     refuse(model, model, "tokenizer")
@@ -210,7 +208,7 @@ def test_tokenizer_that_is_missing_or_damaged(copied: Callable[..., Path], refus
     refuse(model, model, "tokenizer")
 
 
-def test_tokenizer_of_another_model(copied: Callable[..., Path], refuse: Check) -> None:
+def test_tokenizer_of_another_model(copied: Callable[..., Path], refuse: Refuse) -> None:
     model = copied()
 
     def shift(tokenizer: Any) -> None:

@@ -16,10 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from babies import edit_json, shard_files
+from command_line import Refuse
 from onecard.checkpoint.source import open_folder
 from onecard.core.errors import InputError
-
-Check = Callable[..., str]
 
 
 def header_of(path: Path) -> tuple[dict[str, Any], bytes]:
@@ -37,7 +36,7 @@ def with_header(header: Any, data: bytes) -> bytes:
 # --- weights on disk
 
 
-def test_missing_shards_are_all_named(copied: Callable[..., Path], refuse_model: Check) -> None:
+def test_missing_shards_are_all_named(copied: Callable[..., Path], refuse_model: Refuse) -> None:
     model = copied(shards=3)
     gone = shard_files(model)[1:]
     for shard in gone:
@@ -45,7 +44,7 @@ def test_missing_shards_are_all_named(copied: Callable[..., Path], refuse_model:
     refuse_model(model, *(f"{shard.name} is missing" for shard in gone), "Fetch")
 
 
-def test_truncated_shards_are_all_named(copied: Callable[..., Path], refuse_model: Check) -> None:
+def test_truncated_shards_are_all_named(copied: Callable[..., Path], refuse_model: Refuse) -> None:
     model = copied(shards=3)
     first, second, third = shard_files(model)
     first.write_bytes(first.read_bytes()[:-10])
@@ -95,14 +94,14 @@ HEADERS: dict[str, Callable[[dict[str, Any], bytes], tuple[Any, bytes]]] = {
 
 
 @pytest.mark.parametrize("kind", HEADERS)
-def test_damaged_header(copied: Callable[..., Path], refuse_model: Check, kind: str) -> None:
+def test_damaged_header(copied: Callable[..., Path], refuse_model: Refuse, kind: str) -> None:
     model = copied()
     (file,) = shard_files(model)
     file.write_bytes(with_header(*HEADERS[kind](*header_of(file))))
     refuse_model(model, file.name)
 
 
-def test_header_longer_than_the_file(copied: Callable[..., Path], refuse_model: Check) -> None:
+def test_header_longer_than_the_file(copied: Callable[..., Path], refuse_model: Refuse) -> None:
     model = copied()
     (file,) = shard_files(model)
     file.write_bytes(struct.pack("<Q", 2**63) + file.read_bytes()[8:])
@@ -155,7 +154,7 @@ def test_what_is_accepted_reads_as_the_safetensors_library_reads_it(tmp_path: Pa
 # --- the index
 
 
-def test_index_that_leaves_the_folder(copied: Callable[..., Path], refuse_model: Check, tmp_path: Path) -> None:
+def test_index_that_leaves_the_folder(copied: Callable[..., Path], refuse_model: Refuse, tmp_path: Path) -> None:
     model = copied(shards=4)
     files = shard_files(model)
     outside = tmp_path / "outside"
@@ -176,7 +175,7 @@ def test_index_that_leaves_the_folder(copied: Callable[..., Path], refuse_model:
 
 
 def test_single_file_that_is_a_link_out_of_the_folder(
-    copied: Callable[..., Path], refuse_model: Check, tmp_path: Path
+    copied: Callable[..., Path], refuse_model: Refuse, tmp_path: Path
 ) -> None:
     model = copied()
     (file,) = shard_files(model)
@@ -186,7 +185,7 @@ def test_single_file_that_is_a_link_out_of_the_folder(
 
 
 def test_hub_snapshot_links_are_no_offence(
-    baby: Callable[..., Path], onecard: Callable[..., Result], tmp_path: Path, refused: Check
+    baby: Callable[..., Path], onecard: Callable[..., Result], tmp_path: Path, refused: Refuse
 ) -> None:
     """The hub's cache keeps blobs beside its snapshots: those links must be followed, and no others."""
     repository = tmp_path / "models--someone--baby"
@@ -218,27 +217,27 @@ INDICES = {
 
 
 @pytest.mark.parametrize("kind", INDICES)
-def test_damaged_index(copied: Callable[..., Path], refuse_model: Check, kind: str) -> None:
+def test_damaged_index(copied: Callable[..., Path], refuse_model: Refuse, kind: str) -> None:
     model = copied(shards=2)
     (model / "model.safetensors.index.json").write_bytes(INDICES[kind].encode(errors="surrogateescape"))
     refuse_model(model, model)
 
 
-def test_index_promises_what_no_shard_holds(copied: Callable[..., Path], refuse_model: Check) -> None:
+def test_index_promises_what_no_shard_holds(copied: Callable[..., Path], refuse_model: Refuse) -> None:
     model = copied(shards=2)
     more = {"model.first.weight": shard_files(model)[0].name, "model.second.weight": shard_files(model)[1].name}
     edit_json(model / "model.safetensors.index.json", lambda index: index["weight_map"].update(more))
     refuse_model(model, *more)
 
 
-def test_two_sets_of_weights(copied: Callable[..., Path], refuse_model: Check) -> None:
+def test_two_sets_of_weights(copied: Callable[..., Path], refuse_model: Refuse) -> None:
     """transformers takes model.safetensors and others the index: nobody may guess which was meant."""
     model = copied(shards=2)
     shutil.copy(shard_files(model)[0], model / "model.safetensors")
     refuse_model(model, "model.safetensors", "model.safetensors.index.json", "two sets")
 
 
-def test_shards_without_an_index(copied: Callable[..., Path], refuse_model: Check) -> None:
+def test_shards_without_an_index(copied: Callable[..., Path], refuse_model: Refuse) -> None:
     model = copied(shards=2)
     (model / "model.safetensors.index.json").unlink()
     refuse_model(model, "model.safetensors.index.json", "fetch")
@@ -247,7 +246,7 @@ def test_shards_without_an_index(copied: Callable[..., Path], refuse_model: Chec
 # --- weights against config.json
 
 
-def test_shapes_that_contradict_the_config_are_all_named(copied: Callable[..., Path], refuse_model: Check) -> None:
+def test_shapes_that_contradict_the_config_are_all_named(copied: Callable[..., Path], refuse_model: Refuse) -> None:
     model = copied()
     (file,) = shard_files(model)
     tensors = load_file(file)
@@ -272,13 +271,13 @@ def test_shapes_that_contradict_the_config_are_all_named(copied: Callable[..., P
     )
 
 
-def test_config_of_another_size(copied: Callable[..., Path], refuse_model: Check) -> None:
+def test_config_of_another_size(copied: Callable[..., Path], refuse_model: Refuse) -> None:
     model = copied("qwen3")
     edit_json(model / "config.json", lambda c: c.update(moe_intermediate_size=64))
     refuse_model(model, "model.layers.0.mlp.experts.0.down_proj.weight", [64, 32], [64, 64], "config.json")
 
 
-def test_weights_that_are_no_floating_point(copied: Callable[..., Path], refuse_model: Check) -> None:
+def test_weights_that_are_no_floating_point(copied: Callable[..., Path], refuse_model: Refuse) -> None:
     model = copied()
     (file,) = shard_files(model)
     tensors = load_file(file)
@@ -301,7 +300,7 @@ def not_finite(copied: Callable[..., Path]) -> Path:
 
 
 @pytest.mark.parametrize("method", ["best", "rtn"])
-def test_nan_and_inf_are_all_named(not_finite: Path, refuse: Check, recipe: Callable[..., Path], method: str) -> None:
+def test_nan_and_inf_are_all_named(not_finite: Path, refuse: Refuse, recipe: Callable[..., Path], method: str) -> None:
     said = refuse(not_finite, use=recipe(method=method))
     named = {line.split()[1]: line for line in said.splitlines() if line.startswith("  - ")}
     assert named.keys() == {
@@ -312,7 +311,7 @@ def test_nan_and_inf_are_all_named(not_finite: Path, refuse: Check, recipe: Call
     assert "2 Inf" in named["vision_model.patch_embedding.linear.weight"]
 
 
-def test_nan_leaves_what_should_have_been_overwritten(not_finite: Path, refuse: Check, tmp_path: Path) -> None:
+def test_nan_leaves_what_should_have_been_overwritten(not_finite: Path, refuse: Refuse, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text("the last good run")
     (tmp_path / "out" / "onecard.json").write_text('{"files": ["config.json", "onecard.json"]}')

@@ -28,7 +28,7 @@ from transformers import (
 
 import babies
 from onecard.checkpoint.assign import plan_for
-from onecard.checkpoint.formats.bitsandbytes import dense_4bit, dense_8bit
+from onecard.checkpoint.formats.bitsandbytes_read import dense_4bit, dense_8bit
 from onecard.checkpoint.formats.bitsandbytes_write import STATE_PART, layout, quantization_config, quantize
 from onecard.checkpoint.inspect import inspect
 from onecard.checkpoint.loading import load_with_transformers

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Silence
 
 from babies import changed_copy, noise
 from onecard.checkpoint.loading import load_with_transformers
@@ -21,6 +20,7 @@ from onecard.core.rows import Row
 from onecard.eval.choice import LENGTHS, Request, Scored, ask, scores
 from onecard.eval.kl import TokenResults
 from onecard.eval.twin import Asked, Side, Twin, twin_walk
+from walking import Silence
 
 CPU = torch.device("cpu")
 

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import foreign
-from onecard.checkpoint.formats import compressed_tensors as ct
+from onecard.checkpoint.formats import compressed_tensors_write as ct
 from onecard.checkpoint.packed import PackedSource, open_packed
 from onecard.checkpoint.source import open_folder
 from onecard.core.errors import InputError
-from onecard.core.scheme import BY_ROW, QuantizedWeight, Scheme
+from onecard.core.quantized_weight import QuantizedWeight
+from onecard.core.scheme import BY_ROW, Scheme
 
 Block = dict[str, Any]
 Place = Callable[[], Path]

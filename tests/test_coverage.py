@@ -9,19 +9,18 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
-from conftest import Silence
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from command_line import Refuse
 from onecard.calibration.routes import count_routes
 from onecard.checkpoint.loading import load_with_transformers
 from onecard.checkpoint.model import open_model
 from onecard.checkpoint.workdir import Activations
 from onecard.core.rows import Row
 from onecard.report.heatmap import BARS, NONE, STEPS, draw_coverage, least_line, step_of, svg
-
-Check = Callable[..., str]
+from walking import Silence
 
 
 @pytest.mark.parametrize("family", ["llama4-text", "maverick", "qwen3", "deepseek", "mixtral"])
@@ -134,7 +133,7 @@ def test_a_pool_that_holds_no_more_than_is_wanted(
 def test_bad_pictures_and_records(
     baby: Callable[..., Path],
     onecard: Callable[..., Result],
-    refused: Check,
+    refused: Refuse,
     recipe: Callable[..., Path],
     tmp_path: Path,
 ) -> None:

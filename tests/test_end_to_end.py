@@ -17,9 +17,10 @@ from onecard.calibration.packing import document_rows
 from onecard.calibration.sources import read_jsonl
 from onecard.calibration.tokens import Encoder
 from onecard.checkpoint.loading import load_with_transformers
-from onecard.checkpoint.model import demo_folder, open_model
+from onecard.checkpoint.model import open_model
 from onecard.cli import main
 from onecard.core.rows import Row
+from onecard.models.known import demo_folder
 from onecard.recipe import load_recipe
 
 DATA = demo_folder() / "data"

@@ -15,17 +15,17 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
-from engine_breaks import ALONG, ATTENTION, BROKEN, QK, shared_wider
-from engine_views import drafted, gptq, group_of, packed
+from compressed_tensors.compressors.pack_quantized import pack_to_int32
 from safetensors.torch import load_file, save_file
 
 import foreign
 import onecard
 from babies import edit_json
+from engine_breaks import ALONG, ATTENTION, BROKEN, QK, shared_wider
+from engine_views import drafted, gptq, group_of, packed
 from onecard.checkpoint.engines.llama_cpp import GgufView
 from onecard.checkpoint.engines.rules import hold
 from onecard.checkpoint.engines.table import ENGINES
-from onecard.checkpoint.formats.compressed_tensors import pack_words
 from onecard.models.adapter import Adapter
 from onecard.models.families import load_adapter
 
@@ -222,7 +222,7 @@ def files(baby: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -
             weight = tensors.pop(f"{module}.weight").float().unflatten(1, (inputs // 32, 32))
             scale = (weight.abs().amax(-1) / 7).to(torch.bfloat16)
             codes = (weight / scale.unsqueeze(-1).float()).round().clamp(-8, 7).to(torch.int8).flatten(1)
-            tensors[f"{module}.weight_packed"] = pack_words(codes, 4)
+            tensors[f"{module}.weight_packed"] = pack_to_int32(codes, 4)
             tensors[f"{module}.weight_scale"] = scale
             tensors[f"{module}.weight_shape"] = torch.tensor(codes.shape)
     return foreign.write_like(source, out, tensors, draft.block)
@@ -296,7 +296,7 @@ def test_mixed_widths_inside_what_is_fused(files: Path, tmp_path: Path, onecard:
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
         codes = torch.ones(96, 64, dtype=torch.int8)
-        tensors[f"{module}.weight_packed"] = pack_words(codes, 8)
+        tensors[f"{module}.weight_packed"] = pack_to_int32(codes, 8)
 
     out = changed(files, tmp_path / "mixed", change)
     edit_json(

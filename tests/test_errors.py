@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Silence
 
 from babies import changed_copy, noise
 from onecard.checkpoint.loading import load_with_transformers
@@ -23,6 +22,7 @@ from onecard.eval import errors
 from onecard.eval.errors import WORST_EXPERTS, places_of
 from onecard.eval.twin import Side, twin_walk
 from onecard.models.adapter import read
+from walking import Silence
 
 FAMILIES = ["scout", "maverick", "llama4-text", "qwen3"]
 Found = dict[str, Any]

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import Result
-from conftest import listing, run_onecard, write_recipe
 
+from command_line import listing, run_onecard
+from inputs import write_recipe
 from onecard.checkpoint import files
-from onecard.checkpoint.formats import compressed_tensors as ct
+from onecard.checkpoint.formats import compressed_tensors_config as ct_config
 from onecard.checkpoint.loading import load_with_transformers
 from onecard.checkpoint.model import Model, open_model
 from onecard.checkpoint.packed import PackedSource
@@ -157,7 +158,7 @@ def test_mixed_widths_go_through_every_format(
     assert first.keys() >= last.keys()
     assert all(torch.equal(a, b) for module in last for a, b in zip(first[module], last[module], strict=True))
     blocks = [json.loads((folder / "config.json").read_text())["quantization_config"] for folder in (source, back)]
-    schemes = [set(ct.read_schemes(block).values()) for block in blocks]
+    schemes = [set(ct_config.read_schemes(block).values()) for block in blocks]
     assert schemes[0] == schemes[1]
     assert len(schemes[0]) == {"scout": 2, "qwen3": 3}[family]
 

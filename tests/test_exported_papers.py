@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
-from conftest import run_onecard, write_recipe
 
+from command_line import run_onecard
+from inputs import write_recipe
 from onecard.checkpoint.source import open_folder
 from onecard.conversion import export
 from onecard.report.engines import engines

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
-from hollow import DEEPSEEK, MIXTRAL, published, write_hollow
 from safetensors.torch import load_file, save_file
 
 import babies
 import foreign
+from hollow import DEEPSEEK, MIXTRAL, published, write_hollow
 from onecard.checkpoint.model import open_model
 from onecard.core.tensors import TensorInfo
 from onecard.models.adapter import Adapter, Half, Role

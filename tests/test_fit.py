@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import Result
-from hollow import MAVERICK, QWEN3, SCOUT, published, write_hollow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
 import foreign
+from hollow import MAVERICK, QWEN3, SCOUT, published, write_hollow
 from onecard.checkpoint.assign import plan_for
 from onecard.checkpoint.model import Model, open_model
 from onecard.core.errors import InputError

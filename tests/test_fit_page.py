@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hollow import SCOUT, published, write_hollow
 
+from hollow import SCOUT, published, write_hollow
 from onecard.checkpoint.model import open_model
 from onecard.core.errors import InputError
 from onecard.planner.cards import GIB, find_card

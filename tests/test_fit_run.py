@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 from click.testing import Result
-from conftest import run_onecard, write_recipe
-from hollow import QWEN3, SCOUT, published, write_hollow
 from rich.console import Console
-from test_workdir import Stopped, contents, differences
 
+from command_line import run_onecard
+from hollow import QWEN3, SCOUT, published, write_hollow
+from inputs import write_recipe
 from onecard.bits.fitting import bytes_of_units, fit_to, menu_of, priced_units
 from onecard.bits.prices import Priced, UnitPrices
 from onecard.bits.pricing import Prices
@@ -28,6 +28,7 @@ from onecard.planner.cards import find_card
 from onecard.planner.fit import Needs, Request, weight_budget_bytes
 from onecard.recipe import Recipe, load_recipe, recorded_recipe
 from onecard.report.pareto_card import draw_pareto
+from runs import Stopped, contents, differences
 
 FIT: dict[str, Any] = {
     "bits": "fit",

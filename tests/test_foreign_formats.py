@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import Result
 from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.pack_quantized import unpack_from_int32
 from compressed_tensors.quantization import QuantizationConfig
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,7 +22,6 @@ from safetensors.torch import save_file
 
 import foreign
 from onecard.checkpoint import source as source_module
-from onecard.checkpoint.formats.stored import unpack_fields
 from onecard.checkpoint.packed import PackedSource, open_packed
 from onecard.checkpoint.source import open_folder
 from onecard.core.tensors import DTYPE_NAMES
@@ -79,7 +79,8 @@ def test_fields_are_cut_out_of_words_wherever_they_lie(bits: int, count: int, ro
     generator = torch.Generator().manual_seed(seed)
     fields = torch.randint(0, 2**bits, (rows, count), generator=generator)
     words = torch.tensor([foreign.words_of(row, bits) for row in fields.tolist()], dtype=torch.int32)
-    assert torch.equal(unpack_fields(words, bits, count).long(), fields)
+    codes = unpack_from_int32(words, bits, torch.Size((rows, count)))
+    assert torch.equal(codes.long() + 2 ** (bits - 1), fields)
 
 
 @pytest.mark.parametrize(

@@ -7,15 +7,23 @@ import math
 
 import pytest
 import torch
-from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor, unpack_from_int32
+from compressed_tensors.compressors.pack_quantized import (
+    PackedQuantizationCompressor,
+    pack_to_int32,
+    unpack_from_int32,
+)
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from compressed_tensors.quantization.lifecycle.apply import apply_quantization_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onecard.checkpoint.formats import compressed_tensors as ct
-from onecard.checkpoint.formats.compressed_tensors_read import read_groups
-from onecard.core.scheme import BY_ROW, QuantizedWeight, Scheme
+from onecard.checkpoint.formats import compressed_tensors_config as ct_config
+from onecard.checkpoint.formats import compressed_tensors_read as ct_read
+from onecard.checkpoint.formats import compressed_tensors_write as ct
+from onecard.checkpoint.formats.compressed_tensors_config import read_groups
+from onecard.checkpoint.formats.packing import unpack_columns
+from onecard.core.quantized_weight import QuantizedWeight
+from onecard.core.scheme import BY_ROW, Scheme
 from onecard.core.tensors import DTYPE_NAMES
 
 
@@ -45,7 +53,7 @@ def same_bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
 
 @given(weights())
 def test_unpack_of_pack_is_the_weight_bit_for_bit(weight: QuantizedWeight) -> None:
-    back = ct.unpack(ct.pack(weight), weight.scheme)
+    back = ct_read.unpack(ct.pack(weight), weight.scheme)
     assert same_bits(back.codes, weight.codes)
     assert torch.equal(back.scales.view(torch.uint8), weight.scales.view(torch.uint8))
     assert back.scales.dtype == weight.scales.dtype
@@ -86,6 +94,27 @@ def test_words_are_those_of_the_specification(weight: QuantizedWeight) -> None:
                 part = column[n * per_word : (n + 1) * per_word]
                 mask = (1 << (bits * len(part))) - 1  # bits past the last output are nobody's
                 assert got & mask == word(part, bits) & mask
+
+
+@settings(deadline=None)
+@given(st.sampled_from([4, 8]), st.integers(1, 21), st.integers(1, 77), st.sampled_from([0, 1]), st.integers(0, 2**31))
+def test_the_packages_words_are_those_of_the_twin(bits: int, rows: int, columns: int, along: int, seed: int) -> None:
+    """Whatever the shape: the last word of a row is filled up with zero bits, and unpacking leaves them out."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (rows, columns), generator=generator, dtype=torch.int8)
+    per_word = 32 // bits
+    lines = (codes.T if along == 0 else codes).tolist()
+    fill = -len(lines[0]) % per_word  # the least code is a field of zero bits
+    expected = [
+        [word((line + [-(2 ** (bits - 1))] * fill)[i : i + per_word], bits) for i in range(0, len(line), per_word)]
+        for line in lines
+    ]
+    packed = pack_to_int32(codes, bits, packed_dim=along)
+    assert (packed.T if along == 0 else packed).tolist() == expected
+    if along == 0:
+        assert same_bits(unpack_columns(packed, bits, rows), codes)
+    else:
+        assert same_bits(unpack_from_int32(packed, bits, codes.shape).contiguous(), codes)
 
 
 def their_scheme(scheme: Scheme) -> QuantizationScheme:
@@ -155,7 +184,7 @@ def test_one_matrix_of_a_batch_is_its_rows() -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_config_block_is_the_packages_own(bits: int, group: int, symmetric: bool) -> None:
     scheme, ignore = Scheme(bits, group, symmetric), ["lm_head", "model.layers.0.mlp.gate"]
-    block = ct.quantization_config({"a.b": scheme}, {"a.b": "a.b"}, {"a.b": 1}, ignore)
+    block = ct_config.quantization_config({"a.b": scheme}, {"a.b": "a.b"}, {"a.b": 1}, ignore)
     config = QuantizationConfig.model_validate(block)
     assert config.model_dump(mode="json", exclude_none=True) == block
     assert (block["quant_method"], block["format"], block["quantization_status"]) == (
@@ -182,12 +211,12 @@ def test_several_schemes_are_groups_of_which_the_largest_is_the_class() -> None:
         f"m.{b}.experts.{e}.{p}_proj": f"m.{b}.experts" for b in (0, 1, 10) for e in (0, 11) for p in ("up", "down")
     }
     schemes = {m: {"m.0.qkv_proj": some, "m.0.o_proj": few, "m.1.experts": some}.get(u, most) for m, u in units.items()}
-    block = ct.quantization_config(schemes, units, dict.fromkeys(units, 64), ["lm_head"])
+    block = ct_config.quantization_config(schemes, units, dict.fromkeys(units, 64), ["lm_head"])
     config = QuantizationConfig.model_validate(block)
     assert config.config_groups["group_0"].targets == ["Linear"]
-    assert ct.announced(block, [*units, "lm_head"]) == schemes
+    assert ct_config.announced(block, [*units, "lm_head"]) == schemes
     # As vLLM asks: a fused module by its own name first, the experts of a layer by their first expert's projections.
-    fused = ct.announced(block, ["m.0.qkv_proj", "m.1.experts.0.gate_proj", "m.10.experts.0.gate_proj"])
+    fused = ct_config.announced(block, ["m.0.qkv_proj", "m.1.experts.0.gate_proj", "m.10.experts.0.gate_proj"])
     assert fused == {"m.0.qkv_proj": some, "m.1.experts.0.gate_proj": some, "m.10.experts.0.gate_proj": most}
     # As the package itself asks, over a model with modules of these names.
     model = torch.nn.Module()

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import run_onecard
 from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFReader, get_tensor_name_map
 from gguf.quants import dequantize
-from gguf_files import SPECIAL, TEXTS, export, make, quantize, write_bpe
 from test_walk import make_rows, walk_logits
 from tokenizers import Tokenizer
 
 import foreign
 from babies import edit_json
+from command_line import run_onecard
+from gguf_files import SPECIAL, TEXTS, export, make, quantize, write_bpe
 from onecard.checkpoint.gguf import tokenizer as tokenizers
 from onecard.checkpoint.gguf import write as gguf_write
 from onecard.checkpoint.model import Model, open_model

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from onecard.checkpoint.gguf import blocks
 from onecard.checkpoint.gguf import file as gguf_file
-from onecard.core.scheme import BY_ROW, QuantizedWeight, Scheme
+from onecard.core.quantized_weight import QuantizedWeight
+from onecard.core.scheme import BY_ROW, Scheme
 
 GROUPS = st.sampled_from([32, 64, 128, BY_ROW])
 four = st.builds(Scheme, st.just(4), GROUPS, st.booleans())

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import refused, run_onecard
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from gguf.quants import quantize as by_gguf
-from gguf_files import export, make, quantize
 from hypothesis import given
 from hypothesis import strategies as st
 
 from babies import edit_json
+from command_line import refused, run_onecard
+from gguf_files import export, make, quantize
 from onecard.checkpoint.gguf import file as gguf_file
 from onecard.checkpoint.gguf import write as gguf_write
 from onecard.checkpoint.model import open_model

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import foreign
-from onecard.checkpoint.formats import gptq, gptq_write
-from onecard.core.scheme import BY_ROW, QuantizedWeight, Scheme
+from onecard.checkpoint.formats import gptq_read, gptq_write
+from onecard.core.quantized_weight import QuantizedWeight
+from onecard.core.scheme import BY_ROW, Scheme
 from onecard.core.tensors import DTYPE_NAMES
 
 
@@ -36,7 +37,7 @@ def weights(draw: st.DrawFn) -> tuple[QuantizedWeight, int]:
 def test_unpack_of_pack_is_the_weight_bit_for_bit(given_weight: tuple[QuantizedWeight, int]) -> None:
     weight, version = given_weight
     stored = gptq_write.pack(weight, version)
-    back = gptq.quantized(stored, scheme=weight.scheme, version=version)
+    back = gptq_read.quantized(stored, scheme=weight.scheme, version=version)
     assert torch.equal(back.codes, weight.codes)
     assert back.scales.dtype == torch.float16
     assert torch.equal(back.scales.to(torch.bfloat16), weight.scales)  # exact: bf16 in fp16's range has fewer bits

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from hollow import MAVERICK, QWEN3, SCOUT, published, write_hollow
 from safetensors import safe_open
 
+from hollow import MAVERICK, QWEN3, SCOUT, published, write_hollow
 from onecard.checkpoint.inspect import inspect
 from onecard.models.families import load_adapter
 

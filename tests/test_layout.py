@@ -1,4 +1,4 @@
-"""Predicted bytes equal the bytes that safetensors writes (invariant 3), and shards keep order, limit and stages."""
+"""Predicted bytes equal the bytes that safetensors writes (invariant 3), and shards keep order, limit and parts."""
 
 import random
 from itertools import chain, zip_longest
@@ -58,15 +58,15 @@ ATOMS = st.lists(st.lists(st.integers(0, 400), min_size=1, max_size=4), max_size
 
 @settings(deadline=None)
 @given(st.lists(ATOMS, max_size=5), st.integers(300, 3000))
-def test_shards_keep_order_limit_and_stages(sizes: list[list[list[int]]], limit: int) -> None:
-    """`sizes[stage][atom]` are the lengths of the tensors that stay together."""
-    stages = [
+def test_shards_keep_order_limit_and_parts(sizes: list[list[list[int]]], limit: int) -> None:
+    """`sizes[part][atom]` are the lengths of the tensors that stay together."""
+    parts = [
         [[StoredTensor(f"{s}.{a}.{t}", "U8", (n,)) for t, n in enumerate(atom)] for a, atom in enumerate(atoms)]
         for s, atoms in enumerate(sizes)
     ]
-    shards = split_shards(stages, limit)
-    for stage, atoms in enumerate(stages):
-        mine = [tensors for s, tensors in shards if s == stage]
+    shards = split_shards(parts, limit)
+    for part, atoms in enumerate(parts):
+        mine = [tensors for s, tensors in shards if s == part]
         assert list(chain(*mine)) == list(chain(*atoms)), "every tensor once, in order"
         starts = {id(atom[0]): atom for atom in atoms}
         for tensors, following in zip_longest(mine, mine[1:]):
@@ -75,7 +75,7 @@ def test_shards_keep_order_limit_and_stages(sizes: list[list[list[int]]], limit:
             assert file_bytes(tensors) <= limit or tensors == starts[id(tensors[0])], "over the limit only if one atom"
             if following is not None:
                 assert file_bytes(tensors + starts[id(following[0])]) > limit, "the next atom would not have fitted"
-    assert [stage for stage, _ in shards] == sorted(stage for stage, _ in shards)
+    assert [part for part, _ in shards] == sorted(part for part, _ in shards)
 
 
 @pytest.mark.parametrize(
@@ -88,17 +88,17 @@ def test_shards_are_numbered_from_one_as_hugging_face_does(index: int, total: in
 
 def test_a_whole_plan_of_scouts_size_is_summed_without_weights() -> None:
     """48 blocks of 16 experts, three matrices each: headers and data, from shapes alone."""
-    stages = []
+    parts = []
     for block in range(48):
         shape = {"gate_proj": (8192, 5120), "up_proj": (8192, 5120), "down_proj": (5120, 8192)}
-        stages.append(
+        parts.append(
             [
                 [StoredTensor(f"layers.{block}.experts.{e}.{p}.weight_packed", "I32", (o, i // 8))]
                 for e in range(16)
                 for p, (o, i) in shape.items()
             ]
         )
-    shards = split_shards(stages, 5_000_000_000)
+    shards = split_shards(parts, 5_000_000_000)
     data = sum(prod(t.shape) * 4 for _, tensors in shards for t in tensors)
     assert data == 48 * 16 * 3 * 8192 * 5120 // 2
     headers = sum(file_bytes(tensors) for _, tensors in shards) - data

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 from onecard.calibration.moments import SiteMoments
 from onecard.core.method import Method
-from onecard.core.scheme import QuantizedWeight, Scheme
+from onecard.core.quantized_weight import QuantizedWeight
+from onecard.core.scheme import Scheme
 from onecard.quantize.gptq import prepare
 from onecard.quantize.metric import METRIC_DAMPING, quantize_by_row_blocks, swiglu_metric, swiglu_slopes
 from onecard.quantize.site import quantize_batch

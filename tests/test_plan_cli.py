@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from click.testing import Result
-from hollow import MAVERICK, SCOUT, published, write_hollow
 from rich.console import Console
 
 from babies import edit_json
+from hollow import MAVERICK, SCOUT, published, write_hollow
 from onecard.checkpoint.source import Folder
 from onecard.planner.cards import CARDS, GIB
 from onecard.report.fit_card import draw_fit

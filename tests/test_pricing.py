@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RECIPE, Silence
 from hypothesis import given
 from hypothesis import strategies as st
 
 from babies import make_model
+from inputs import RECIPE
 from onecard.bits import pricing
 from onecard.bits.fitting import menu_of, price_model, priced_units, resolved
 from onecard.bits.pricing import Prices, identity_of, priced_rows
@@ -22,6 +22,7 @@ from onecard.core.rows import Row
 from onecard.core.scheme import Scheme
 from onecard.models.walk import weight_view
 from onecard.recipe import KEEP, Recipe
+from walking import Silence
 
 CPU = torch.device("cpu")
 FIT = {

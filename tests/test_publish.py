@@ -6,7 +6,6 @@ No test here leaves the machine: the hub is a thread on 127.0.0.1.
 import json
 import logging
 import os
-import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,9 +13,9 @@ from typing import Any
 
 import pytest
 from click.testing import Result
-from conftest import listing
 from huggingface_hub import constants
 
+from command_line import listing
 from hub_standin import Hub, serve
 from onecard.checkpoint.checksums import SUMS_NAME
 from onecard.report.licence import EU_RESTRICTION, NOTICE_LINE
@@ -39,11 +38,6 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         hub.token = TOKEN
         yield hub
-
-
-@pytest.fixture
-def folder(emitted: Callable[..., tuple[Path, Result]], tmp_path: Path) -> Path:
-    return Path(shutil.copytree(emitted("scout")[0], tmp_path / "checkpoint"))
 
 
 def shards(folder: Path) -> list[Path]:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import Result
-from conftest import refused
 
+from command_line import refused
 from onecard import forecast
 from onecard.core import rates as rates_module
 from onecard.core.rates import Rates, keep_rates, kept_rates, rates_file, uniform

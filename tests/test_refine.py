@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from onecard.calibration.moments import SiteMoments
 from onecard.core.method import Method
-from onecard.core.scheme import QuantizedWeight, Scheme
+from onecard.core.quantized_weight import QuantizedWeight
+from onecard.core.scheme import Scheme
 from onecard.quantize.correction import corrected
 from onecard.quantize.gptq import Prepared, factor, gptq, prepare
 from onecard.quantize.grid import absmax_scales, round_to_nearest

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
-from conftest import listing, refused
-from hollow import QWEN3, published, write_hollow
 from huggingface_hub import constants
 
 import foreign
+from command_line import listing, refused
+from hollow import QWEN3, published, write_hollow
 from hub_standin import Hub, serve
 from onecard.checkpoint import remote
 from onecard.checkpoint.model import open_headers, resolve_model

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 from click.testing import Result
-from conftest import run_onecard
 from playwright.sync_api import Browser, Page, sync_playwright
-from test_report import HOSTILE, poisoned
 
+from command_line import run_onecard
+from pages import HOSTILE, poisoned
 from records import full_record
 
 CHARTS = 13

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
-from conftest import write_jsonl, write_recipe
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Llama4ForConditionalGeneration
+
+from inputs import write_jsonl, write_recipe
 
 TEXTS = ["the quick brown fox jumps over", "a lazy dog sleeps all day in the", "sun and nobody minds it, not at all"]
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Silence
 from transformers import AutoModelForCausalLM, Llama4ForConditionalGeneration
 
 from onecard.calibration.sensitivity import NEAR_SHARE, RESIDUAL, sensitivities
@@ -15,6 +14,7 @@ from onecard.checkpoint.workdir import Activations
 from onecard.core.rows import Row, rows_at_once
 from onecard.models.adapter import Half
 from onecard.models.walk import Calls
+from walking import Silence
 
 CPU = torch.device("cpu")
 

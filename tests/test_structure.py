@@ -1,18 +1,18 @@
-"""The house keeps its floors: imports run down only, and the command line answers before torch is loaded.
+"""The layout of the house: imports run down only, and the command line answers before torch is loaded.
 
-A room is a folder of the package, or a Python file in its root. Rooms on one floor do not import each other. Nobody
-imports demo/ or benchmarks/.
+rooms.py says what a room is and measures it. Rooms on one floor do not import each other.
 """
 
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
-import onecard
+import pytest
 
-ROOT = Path(onecard.__file__).parent
+import rooms
+from rooms import Module
+
+# From the ground up: each room imports only rooms on the floors before it.
 FLOORS = [
     ["core"],
     ["models", "quantize", "recipe", "report"],
@@ -24,69 +24,82 @@ FLOORS = [
     ["commands"],
     ["cli"],
     ["__main__"],
-    ["demo"],
-    ["benchmarks"],
 ]
-FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-OUTSIDE = {".venv", "build", "tests", "docs", "recipes", "out"}  # no code of the package
+MOST_FLOORS = 10
+MOST_ROOT_FILES = 8
+FLOOR = {room: floor for floor, row in enumerate(FLOORS) for room in row}
 
 
-def sources(pattern: str = "*.py") -> list[Path]:
-    """Python files of the package, but the top __init__.py; folders that are no code are not even entered."""
-    folders = [p for p in ROOT.iterdir() if p.is_dir() and p.name not in OUTSIDE and not p.name.startswith(".")]
-    found = [p for p in ROOT.glob(pattern) if p.name != "__init__.py"] + [p for f in folders for p in f.rglob(pattern)]
-    return sorted(found)
+@pytest.fixture(scope="module")
+def modules() -> list[Module]:
+    return rooms.working_tree()
 
 
-def room(path: Path) -> str:
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+def test_every_room_has_a_floor_and_imports_only_from_below(modules: list[Module]) -> None:
+    assert len(FLOORS) <= MOST_FLOORS
+    arrows = rooms.arrows(modules)
+    assert arrows.keys() == FLOOR.keys()
+    wrong = [
+        f"{module.path}:{line} imports {name}"
+        for module in modules
+        if module.in_package and module.name != "onecard"
+        for line, name in module.imports()
+        if (below := name.split(".")[1]) != module.room and FLOOR.get(below, MOST_FLOORS) >= FLOOR[module.room]
+    ]
+    assert wrong == []
 
 
-def own_imports(path: Path, tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """(line, room) of every import of our own code; the version in onecard itself is nobody's room."""
-    package = ["onecard", *path.relative_to(ROOT).parts[:-1]]
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            stem = base + (node.module.split(".") if node.module else [])
-            names = [[*stem, alias.name] for alias in node.names]
-        elif isinstance(node, ast.Import):
-            names = [alias.name.split(".") for alias in node.names]
-        else:
-            continue
-        for name in names:
-            if name[0] == "onecard" and name[1:2] != ["__version__"]:
-                yield node.lineno, name[1]
+def test_no_circle_and_few_files_in_the_root(modules: list[Module]) -> None:
+    assert rooms.circles(rooms.arrows(modules)) == []
+    assert rooms.circles(rooms.module_arrows(modules)) == []
+    assert len(rooms.root_files(modules)) <= MOST_ROOT_FILES
 
 
-def test_imports_run_one_way() -> None:
-    found = set()
-    for path in sources():
-        for line, imported in own_imports(path, ast.parse(path.read_text())):
-            here = room(path)
-            found.add(here)
-            below = imported == here or FLOOR[imported] < FLOOR[here]
-            assert below, f"{path.relative_to(ROOT)}:{line} ({here}) imports {imported}"
-    assert {"cli", "pipeline", "blocks", "models", "eval"} <= found, "the test looks at the package"
+def test_rooms_are_measured_as_they_are() -> None:
+    """Three rooms: one imports the two others, in two spellings; then they import each other."""
+    texts = {
+        "__init__.py": "__version__ = '1'",
+        "core/x.py": "import json",
+        "eval/__init__.py": "",
+        "eval/y.py": "from ..core import x\nfrom .. import __version__\nfrom .z import a",
+        "eval/z.py": "a = 1",
+        "cli.py": "import onecard.core.x\ndef f():\n    from .eval import y",
+        "tests/test_x.py": "import onecard.cli",
+    }
+    made = [Module(rooms.PurePosixPath(path), text) for path, text in texts.items()]
+    assert rooms.arrows(made) == {"core": set(), "eval": {"core"}, "cli": {"core", "eval"}}
+    assert rooms.floors(rooms.arrows(made)) == [["core"], ["eval"], ["cli"]]
+    assert rooms.circles(rooms.module_arrows(made)) == []
+    made[1] = Module(made[1].path, "from ..eval.z import a")
+    assert rooms.circles(rooms.arrows(made)) == [{"core", "eval"}]
+    assert rooms.circles(rooms.module_arrows(made)) == []
 
 
-def test_no_import_of_our_own_inside_a_function_but_in_the_command_line() -> None:
-    inside = []
-    for path in sources():
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-                inside += [f"{path.relative_to(ROOT)}:{line}" for line, _ in own_imports(path, node)]
-    # A peer's script runs in the peer's environment, where onecard need not be.
+def test_only_verbs_import_our_own_code_inside_a_function(modules: list[Module]) -> None:
+    inside = [
+        f"{module.path}:{line}"
+        for module in modules
+        if module.room not in ("tests", "docs")
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for line, _ in module.imports(node)
+    ]
+    # A peer's script runs in the peer's environment, where onecard need not be installed.
     allowed = ("commands/", "benchmarks/peers/with_")
     assert [where for where in inside if not where.startswith(allowed)] == []
     assert inside, "the verbs import inside"
 
 
-def test_packages_have_empty_init_files_and_modules_say_what_they_do() -> None:
-    inits = [*sources("__init__.py"), ROOT / "recipes" / "__init__.py"]
+def test_packages_have_empty_init_files_and_modules_say_what_they_do(modules: list[Module]) -> None:
+    code = [m for m in modules if m.room not in ("tests", "docs") and m.name != "onecard"]
+    inits = [m for m in code if m.path.name == "__init__.py"]
     assert len(inits) > 8
-    assert [str(p) for p in inits if p.read_text()] == []
-    assert [str(p) for p in sources() if p.read_text() and not ast.get_docstring(ast.parse(p.read_text()))] == []
+    assert [str(m.path) for m in inits if m.text] == []
+    assert [str(m.path) for m in code if m.text and not ast.get_docstring(m.tree)] == []
+
+
+def test_the_formatter_decides(modules: list[Module]) -> None:
+    assert rooms.skips(modules) == 0
 
 
 def test_the_command_line_loads_no_torch_before_a_verb_needs_it() -> None:

@@ -8,16 +8,15 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
-from conftest import Silence
 
+from command_line import Refuse
 from onecard.calibration.decode import BlockDecoder
 from onecard.calibration.sources import read_jsonl
 from onecard.calibration.synthesis import pick
 from onecard.checkpoint.loading import load_with_transformers
 from onecard.checkpoint.model import open_model
 from onecard.core.rows import Row
-
-Check = Callable[..., str]
+from walking import Silence
 
 
 @pytest.mark.parametrize("family", ["llama4-text", "qwen3"])
@@ -110,7 +109,7 @@ def test_killed_and_resumed(
     write: Callable[..., Result],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    refused: Check,
+    refused: Refuse,
     way: list[str],
 ) -> None:
     from onecard.calibration import synthesis
@@ -144,7 +143,7 @@ def test_what_cannot_be_written(
     baby: Callable[..., Path],
     copied: Callable[..., Path],
     write: Callable[..., Result],
-    refused: Check,
+    refused: Refuse,
     tmp_path: Path,
     jsonl: Callable[..., Path],
 ) -> None:

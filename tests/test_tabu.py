@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_refine import problem, rows_objective
 
-from onecard.core.scheme import QuantizedWeight, Scheme
+from onecard.core.quantized_weight import QuantizedWeight
+from onecard.core.scheme import Scheme
 from onecard.quantize import tabu
 from onecard.quantize.grid import absmax_scales, round_to_nearest
 from onecard.quantize.refine import refine

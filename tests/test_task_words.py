@@ -15,10 +15,11 @@ from datasets import Dataset
 from transformers import Llama4ForConditionalGeneration
 
 from onecard.calibration.tokens import Encoder
-from onecard.checkpoint.model import demo_folder, open_model
+from onecard.checkpoint.model import open_model
 from onecard.core.errors import InputError, ResourceError
 from onecard.demo import measure, tokens
 from onecard.eval.tasks import Item, Task, load_task, requests_of
+from onecard.models.known import demo_folder
 
 Jsonl = Callable[..., Path]
 GOOD = {"question": "Which?", "choices": ["this", "that"], "answer": 1}

@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
-from conftest import Silence, refused
 
+from command_line import refused
 from onecard.blocks.streams import MIDDLE, QUANTIZED, REFERENCE, HalfJob
 from onecard.blocks.tuning import tune
 from onecard.checkpoint.model import open_model
 from onecard.checkpoint.workdir import Activations
 from onecard.models.adapter import Half
 from onecard.models.walk import Calls, expert_stacks, load_block, only, run_block
+from walking import Silence
 
 CPU = torch.device("cpu")
 GROUPS = [[0, 1], [2, 3], [4]]

@@ -1,6 +1,5 @@
-"""The verbs `verify` and `flips` by the command line: what their records hold, and what is refused before any work."""
+"""The verbs `verify` and `flips` by the command line: what their records hold."""
 
-import errno
 import json
 from collections import defaultdict
 from collections.abc import Callable
@@ -11,23 +10,14 @@ from typing import Any
 
 import pyarrow.parquet
 import pytest
-import torch
 from click.testing import Result
-from conftest import refused, run_onecard, write_jsonl, write_recipe
 
 from babies import changed_copy
+from command_line import run_onecard, strict
+from documents import ITEMS
+from inputs import write_jsonl, write_recipe
 from onecard.checkpoint.source import open_folder
 
-Check = Callable[..., str]
-ITEMS = [
-    {
-        "id": f"item-{n}",
-        "question": f"what is {'abcdefgh'[n % 8] * (n % 5 + 1)}?",
-        "choices": ["a", "b", "c d", "efg"],
-        "answer": n % 4,
-    }
-    for n in range(40)
-]
 KL = {
     "tokens",
     "documents",
@@ -101,18 +91,7 @@ FLIPS = {
     "margin_of_changed",
     "margin_of_all",
 }
-BROKEN_BLOCKS = [
-    {"blocks": [{"block": 0} | more]}
-    for more in ({}, {"expert_rows": [1]}, {"expert_rows": 7}, {"expert_rows": ["x"] * 8})
-]
 ANSWER = {"id", "right", "reference", "quantized", "margin_reference", "margin_quantized"}
-
-
-def strict(path: Path) -> Any:
-    def refuse(word: str) -> None:
-        raise AssertionError(f"{word} is no JSON")
-
-    return json.loads(path.read_text(), parse_constant=refuse)
 
 
 @dataclass(frozen=True)
@@ -151,7 +130,10 @@ def proof(
         folder / "tokens.parquet",
     )
     assert result.exit_code == 0, result.output + repr(result.exception)
-    record, tokens = strict(folder / "record.json"), pyarrow.parquet.read_table(folder / "tokens.parquet").to_pylist()
+    record, tokens = (
+        strict((folder / "record.json").read_text()),
+        pyarrow.parquet.read_table(folder / "tokens.parquet").to_pylist(),
+    )
     return Proof(baby("scout"), checkpoint, record, tokens, result, folder)
 
 
@@ -184,7 +166,7 @@ def test_the_record_says_what_was_measured_on_what(proof: Proof) -> None:
         "bytes": sum(f.stat().st_size for f in proof.checkpoint.glob("*.safetensors")),
     }
     assert record["model"]["digest"] == open_folder(proof.source).digest
-    made = strict(proof.checkpoint / "onecard.json")
+    made = strict((proof.checkpoint / "onecard.json").read_text())
     assert record["texts"]["evaluation"]["rows_digest"] == made["texts"]["evaluation"]["rows_digest"]
     assert record["plan"]["emitted_bytes"] == made["plan"]["emitted_bytes"]
     # A record is passed on: it tells of no machine's folders.
@@ -194,7 +176,7 @@ def test_the_record_says_what_was_measured_on_what(proof: Proof) -> None:
 
 def test_quantize_and_verify_record_the_same(proof: Proof) -> None:
     """The figures, every list and every error; what quantize recorded was of the same files."""
-    made = strict(proof.checkpoint / "onecard.json")
+    made = strict((proof.checkpoint / "onecard.json").read_text())
     assert made["kl"].keys() == KL
     for key in ("by_document", "by_kind", "histogram", "worst_tokens", "changed_routes_by_block"):
         assert made["kl"][key] == proof.record["kl"][key], key
@@ -271,14 +253,11 @@ def test_a_scale_of_one_expert_that_is_a_tenth_off_names_that_expert(
     spoilt = changed_copy(out, tmp_path / "spoilt", lambda n, t: (t.float() * 1.1).to(t.dtype) if n == name else t)
     result = onecard("verify", baby(family), spoilt, *texts[2:], "--record", tmp_path / "record.json")
     assert result.exit_code == 0, result.output
-    worst, second = strict(tmp_path / "record.json")["errors"]["worst_experts"][:2]
+    worst, second = strict((tmp_path / "record.json").read_text())["errors"]["worst_experts"][:2]
     assert (worst["block"], worst["expert"]) == (0, 3)
     assert worst["weight_gain"] == pytest.approx(1.1, abs=0.02)
     assert worst["score"] > 1.5 * second["score"]
     assert "block 0, expert 3" in result.stderr
-
-
-# flips
 
 
 def test_flips(proof: Proof, onecard: Callable[..., Result], tmp_path: Path) -> None:
@@ -297,7 +276,7 @@ def test_flips(proof: Proof, onecard: Callable[..., Result], tmp_path: Path) -> 
         tmp_path / "flips.json",
     )
     assert result.exit_code == 0, result.output
-    record = strict(tmp_path / "flips.json")
+    record = strict((tmp_path / "flips.json").read_text())
     assert (record["command"], record["schema_version"]) == ("flips", 2)
     assert record["kl"] == record["errors"] == record["texts"] == {}
     (task,), (before,) = record["flips"]["tasks"], proof.record["flips"]["tasks"]
@@ -321,144 +300,10 @@ def test_a_model_changes_none_of_its_own_answers(
     record = tmp_path / "record.json"
     result = onecard("flips", baby("qwen3"), baby("qwen3"), "--tasks", tasks, "--record", record)
     assert result.exit_code == 0, result.output
-    found = strict(record)["flips"]
+    found = strict((record).read_text())["flips"]
     assert [task["items"] for task in found["tasks"]] == [5, 7]
     told = found["all"]
     assert (told["items"], told["changed"]["count"], told["mcnemar_p"]) == (12, 0, 1.0)
     assert told["accuracy_reference"] == told["accuracy_quantized"]
     assert told["margin_of_changed"] is None
-    assert any("the same folder" in warning for warning in strict(record)["warnings"])
-
-
-# Refused before any work
-
-
-@pytest.mark.parametrize("option", ["--record", "--keep-tokens"])
-@pytest.mark.parametrize("place", ["missing/file", "a-folder"])
-def test_a_place_that_cannot_be_written_is_refused_at_once(
-    baby: Callable[..., Path],
-    onecard: Callable[..., Result],
-    texts: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    option: str,
-    place: str,
-) -> None:
-    (tmp_path / "a-folder").mkdir()
-
-    def walked(*args: object, **kwargs: object) -> None:
-        raise AssertionError("work has begun")
-
-    monkeypatch.setattr("onecard.eval.verify.twin_walk", walked)
-    result = onecard("verify", baby("qwen3"), baby("qwen3"), *texts[2:], option, tmp_path / place)
-    refused(result, tmp_path / place, "cannot be written")
-    if option == "--record":
-        refused(onecard("flips", baby("qwen3"), baby("qwen3"), option, tmp_path / place), "cannot be written")
-    assert not (tmp_path / "missing").exists()
-
-
-def test_a_read_only_folder_and_a_checkpoints_record_are_refused_at_once(
-    emitted: Callable[..., tuple[Path, Result]],
-    baby: Callable[..., Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    checkpoint = emitted("scout")[0]
-    own = checkpoint / "onecard.json"
-    before = own.read_bytes()
-    refused(run_onecard("flips", baby("scout"), checkpoint, "--record", own), own, "another file")
-    assert own.read_bytes() == before
-    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)  # root may write everywhere
-    refused(run_onecard("flips", baby("scout"), checkpoint, "--record", tmp_path / "x"), "read-only")
-
-
-def test_bad_tasks_and_pairs_are_refused(
-    baby: Callable[..., Path],
-    onecard: Callable[..., Result],
-    jsonl: Callable[..., Path],
-    recipe: Callable[..., Path],
-    texts: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    qwen, scout = baby("qwen3"), baby("scout")
-    good, bad = jsonl("good.jsonl", ITEMS), jsonl("bad.jsonl", [*ITEMS[:2], {"question": "?"}])
-    refused(onecard("flips", qwen, qwen, "--tasks", "mmul"), "mmul", "hellaswag")
-    refused(onecard("flips", qwen, qwen, "--tasks", f"{good},"), "there is no task ''")
-    refused(onecard("flips", qwen, qwen, "--tasks", bad), bad, "item 3", "choices, answer")
-    refused(onecard("flips", qwen, scout, "--tasks", good), "no version of")
-    refused(onecard("verify", qwen, qwen, "--recipe", recipe(tasks=[str(bad)]), *texts[2:]), bad, "item 3")
-    assert onecard("flips", qwen, qwen, "--shots", "-1").exit_code == 2
-    assert onecard("flips", qwen, qwen, "--items", "0").exit_code == 2
-
-    def unreachable(*args: object, **kwargs: object) -> None:
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr("datasets.load_dataset", unreachable)
-    refused(onecard("flips", qwen, qwen, "--tasks", "mmlu"), "cais/mmlu", ".jsonl", code=4)
-
-
-def test_a_disk_that_is_full_when_tokens_are_kept(
-    baby: Callable[..., Path],
-    onecard: Callable[..., Result],
-    texts: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def full(self: object, path: Path) -> None:
-        Path(path).write_bytes(b"PAR1 half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("datasets.Dataset.to_parquet", full)
-    place = tmp_path / "tokens.parquet"
-    result = onecard("verify", baby("qwen3"), baby("qwen3"), *texts[2:], "--keep-tokens", place)
-    refused(result, "tokens.parquet", "full", code=4)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_checkpoint_without_a_record_or_with_a_broken_one_is_verified_all_the_same(
-    baby: Callable[..., Path],
-    emitted: Callable[..., tuple[Path, Result]],
-    onecard: Callable[..., Result],
-    texts: list[str],
-    tmp_path: Path,
-) -> None:
-    """Other tools' checkpoints have none: then nothing is said of calibration rows."""
-    bare = changed_copy(emitted("qwen3")[0], tmp_path / "bare", lambda _, tensor: tensor)
-    for text in (None, "{broken", "[]", '{"blocks": 3}', *map(json.dumps, BROKEN_BLOCKS)):
-        (bare / "onecard.json").unlink() if text is None else (bare / "onecard.json").write_text(text)
-        result = onecard("verify", baby("qwen3"), bare, *texts[2:], "--record", tmp_path / "record.json")
-        assert result.exit_code == 0, (text, result.output)
-        experts = strict(tmp_path / "record.json")["errors"]["experts"]
-        assert {expert["calibration_rows"] for expert in experts} == {None}
-
-
-def test_tokens_that_are_kept_twice_are_compared_as_pairs(
-    baby: Callable[..., Path], onecard: Callable[..., Result], texts: list[str], tmp_path: Path
-) -> None:
-    """Two checkpoints on the same texts: line by line the same token of the same document."""
-
-    def softer(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor * 0.5 if name.endswith("lm_head.weight") else tensor
-
-    other = changed_copy(baby("qwen3"), tmp_path / "other", softer)
-    tables = []
-    for number, checkpoint in enumerate((baby("qwen3"), other)):
-        path = tmp_path / f"{number}.parquet"
-        assert onecard("verify", baby("qwen3"), checkpoint, *texts[2:], "--keep-tokens", path).exit_code == 0
-        tables.append(pyarrow.parquet.read_table(path))
-    for column in ("document", "document_digest", "kind", "source", "position", "token", "logp_reference"):
-        assert tables[0][column].equals(tables[1][column]), column
-    assert max(tables[0]["kl_nats"].to_pylist()) == 0 < min(tables[1]["kl_nats"].to_pylist())
-    assert tables[1]["same_top1"].to_pylist() == [True] * len(tables[1])
-
-
-def test_a_task_is_named_once_and_a_file_for_one_thing(
-    baby: Callable[..., Path], texts: list[str], tmp_path: Path
-) -> None:
-    """Two runs are paired by the names of tasks; and the record would take the place of the tokens."""
-    model = baby("llama4-text")
-    refused(run_onecard("flips", model, model, "--tasks", "demo,demo"), "demo: named twice")
-    both = tmp_path / "both"
-    given = ("--record", both, "--keep-tokens", both)
-    refused(run_onecard("verify", model, model, *texts[2:], *given), both, "named for two things")
-    assert not both.exists()
+    assert any("the same folder" in warning for warning in strict((record).read_text())["warnings"])

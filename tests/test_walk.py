@@ -15,12 +15,13 @@ from transformers import AutoModelForCausalLM, Llama4ForConditionalGeneration
 import babies
 from onecard.calibration.sources import read_jsonl
 from onecard.calibration.tokens import Encoder
-from onecard.checkpoint.model import demo_folder, open_model
+from onecard.checkpoint.model import open_model
 from onecard.checkpoint.source import open_folder
 from onecard.core.rows import Row, batches
 from onecard.core.tensors import Index, TensorInfo, TensorSource
 from onecard.models.adapter import Adapter, Site, read
 from onecard.models.families import load_adapter
+from onecard.models.known import demo_folder
 from onecard.models.walk import Calls, Embedder, expert_stacks, final_norm, load_block, observed, run_block
 
 CPU = torch.device("cpu")

@@ -19,13 +19,14 @@ from unittest import mock
 
 import torch
 import yaml
+from compressed_tensors.compressors.pack_quantized import pack_to_int32, unpack_from_int32
 from dense import onecard
 from safetensors.torch import load_file, save_file
 from vllm_environment import BUILD
 
-from onecard.checkpoint.formats import compressed_tensors as ct
-from onecard.checkpoint.model import demo_folder
+from onecard.checkpoint.formats import compressed_tensors_write as ct
 from onecard.conversion.export import export
+from onecard.models.known import demo_folder
 from onecard.models.llama4 import Llama4Adapter
 
 Tensors = dict[str, torch.Tensor]
@@ -77,8 +78,8 @@ def garbled(sound: Path, out: Path) -> None:
 def mixed(tensors: Tensors, config: dict[str, object]) -> None:
     """Expert 3's up projection in eight bits, and config.json says so."""
     module = f"{LAYER}feed_forward.experts.3.up_proj"
-    packed = tensors[f"{module}.{ct.PACKED}"]
-    tensors[f"{module}.{ct.PACKED}"] = ct.pack_words(ct.unpack_words(packed, 4, packed.shape[1] * 8), 8)
+    packed, shape = tensors[f"{module}.{ct.PACKED}"], tensors[f"{module}.{ct.SHAPE}"].tolist()
+    tensors[f"{module}.{ct.PACKED}"] = pack_to_int32(unpack_from_int32(packed, 4, torch.Size(shape)), 8)
     groups = config["quantization_config"]["config_groups"]  # type: ignore[index]
     eight = json.loads(json.dumps(next(iter(groups.values()))))
     eight["weights"]["num_bits"] = 8

@@ -29,10 +29,12 @@ from safetensors.torch import load_file, save_file
 from onecard.calibration.texts import prepare_texts
 from onecard.checkpoint.formats import gptq_write
 from onecard.checkpoint.loading import load_with_transformers
-from onecard.checkpoint.model import demo_folder, open_model
+from onecard.checkpoint.model import open_model
 from onecard.checkpoint.packed import PackedSource
 from onecard.core.method import Method
-from onecard.core.scheme import BY_ROW, QuantizedWeight, Scheme
+from onecard.core.quantized_weight import QuantizedWeight
+from onecard.core.scheme import BY_ROW, Scheme
+from onecard.models.known import demo_folder
 from onecard.quantize.gptq import gptq, prepare
 from onecard.quantize.site import quantize_batch, relative_output_error
 from onecard.recipe import load_recipe

@@ -36,10 +36,12 @@ from vllm_environment import BUILD, interpreter
 
 from onecard.calibration.documents import Document
 from onecard.calibration.tokens import Encoder
-from onecard.checkpoint.formats import compressed_tensors as ct
-from onecard.checkpoint.model import Model, demo_folder, open_model
+from onecard.checkpoint.formats import compressed_tensors_read as ct_read
+from onecard.checkpoint.formats import compressed_tensors_write as ct
+from onecard.checkpoint.model import Model, open_model
 from onecard.checkpoint.soundness import PARTS, stored_modules
 from onecard.models.adapter import Role
+from onecard.models.known import demo_folder
 
 HERE = Path(__file__).resolve().parent
 QWEN = Path("peers") / "models" / "qwen3-moe"  # beside BUILD
@@ -174,7 +176,7 @@ def compare(model: Model, out: Path) -> tuple[dict[str, Any], list[str]]:
     schemes = stored_modules(model.folder, model.adapter.expected())[0].schemes
     for module, scheme in schemes.items():
         parts = {part: stored[f"{module}.{part}"] for part in PARTS if f"{module}.{part}" in stored}
-        ours = ct.unpack(parts, scheme)
+        ours = ct_read.unpack(parts, scheme)
         theirs = unpack_from_int32(seen[f"{module}.{ct.PACKED}"], scheme.bits, torch.Size(ours.codes.shape))
         if not torch.equal(theirs, ours.codes):
             problems.append(f"{module} has other codes")

@@ -6,18 +6,19 @@ in the order of their points, with a thin line to each.
 """
 
 import math
-from typing import Any
 from xml.sax.saxutils import escape
+
+from rows import PeerRow
 
 LEFT, TOP, WIDTH, HEIGHT, NAMES, GAP = 70, 40, 480, 400, 300, 60
 LINE = 12  # between two names
 COLOURS = {"own": "#c0392b", "calibrated": "#2c5f8a", "plain": "#7f8c8d"}
 
 
-def _kind(row: dict[str, Any]) -> str:
-    if row["peer"].startswith("onecard"):
+def _kind(row: PeerRow) -> str:
+    if row.ours:
         return "own"
-    return "calibrated" if row["calibrated"] else "plain"
+    return "calibrated" if row.calibrated else "plain"
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -37,11 +38,11 @@ def _spread(wanted: list[float], low: float, high: float) -> list[float]:
     return out
 
 
-def _panel(rows: list[dict[str, Any]], model: str, top: float) -> list[str]:
-    sizes = [row["stored_bytes"] / 1e6 for row in rows]
-    lows = [max(row["kl"]["kl_low_nats"], row["kl"]["kl_mean_nats"] / 3) for row in rows]
+def _panel(rows: list[PeerRow], model: str, top: float) -> list[str]:
+    sizes = [row.stored_bytes / 1e6 for row in rows]
+    lows = [max(row.kl_low_nats, row.kl / 3) for row in rows]
     x_low, x_high = min(sizes) * 0.99, max(sizes) * 1.01
-    y_low, y_high = min(lows) * 0.9, max(row["kl"]["kl_high_nats"] for row in rows) * 1.1
+    y_low, y_high = min(lows) * 0.9, max(row.kl_high_nats for row in rows) * 1.1
 
     def x_of(size: float) -> float:
         return LEFT + (size - x_low) / (x_high - x_low) * WIDTH
@@ -51,7 +52,7 @@ def _panel(rows: list[dict[str, Any]], model: str, top: float) -> list[str]:
 
     out = [
         f'<text x="{LEFT}" y="{top - 12}" class="title">{escape(model)}: mean KL (nats) against stored MB, '
-        f"{escape(rows[0]['set'])} set</text>",
+        f"{escape(rows[0].set)} set</text>",
         f'<rect x="{LEFT}" y="{top}" width="{WIDTH}" height="{HEIGHT}" fill="none" stroke="#999"/>',
     ]
     for tick in _ticks(y_low, y_high):
@@ -62,12 +63,12 @@ def _panel(rows: list[dict[str, Any]], model: str, top: float) -> list[str]:
     for k in range(6):
         size = x_low + k * step
         out.append(f'<text x="{x_of(size):.1f}" y="{top + HEIGHT + 16}" text-anchor="middle">{size:.2f}</text>')
-    ordered = sorted(rows, key=lambda row: -row["kl"]["kl_mean_nats"])
-    heights = _spread([y_of(row["kl"]["kl_mean_nats"]) for row in ordered], top + 6, top + HEIGHT)
+    ordered = sorted(rows, key=lambda row: -row.kl)
+    heights = _spread([y_of(row.kl) for row in ordered], top + 6, top + HEIGHT)
     for row, height in zip(ordered, heights, strict=True):
-        kl, colour = row["kl"], COLOURS[_kind(row)]
-        x, y = x_of(row["stored_bytes"] / 1e6), y_of(kl["kl_mean_nats"])
-        ends = y_of(max(kl["kl_low_nats"], y_low)), y_of(kl["kl_high_nats"])
+        colour = COLOURS[_kind(row)]
+        x, y = x_of(row.stored_bytes / 1e6), y_of(row.kl)
+        ends = y_of(max(row.kl_low_nats, y_low)), y_of(row.kl_high_nats)
         out.append(
             f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{ends[0]:.1f}" y2="{ends[1]:.1f}" stroke="{colour}" opacity="0.5"/>'
         )
@@ -76,17 +77,17 @@ def _panel(rows: list[dict[str, Any]], model: str, top: float) -> list[str]:
             f'fill="none" stroke="{colour}" opacity="0.25"/>'
         )
         out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
-        name = f"{row['peer']} g{row['group']}  {kl['kl_mean_nats']:.4f}"
+        name = f"{row.peer} g{row.group}  {row.kl:.5f}"
         out.append(f'<text x="{LEFT + WIDTH + 15}" y="{height + 4:.1f}" style="fill:{colour}">{escape(name)}</text>')
     return out
 
 
-def svg(rows: list[dict[str, Any]]) -> str:
-    drawn = [row for row in rows if row["status"] == "ok" and row["kl"]["kl_mean_nats"] > 1e-6]
-    models = list(dict.fromkeys(row["model"] for row in drawn))
+def svg(rows: list[PeerRow]) -> str:
+    drawn = [row for row in rows if row.status == "ok" and row.kl > 1e-6]
+    models = list(dict.fromkeys(row.model for row in drawn))
     body = []
     for number, model in enumerate(models):
-        body += _panel([row for row in drawn if row["model"] == model], model, TOP + number * (HEIGHT + GAP))
+        body += _panel([row for row in drawn if row.model == model], model, TOP + number * (HEIGHT + GAP))
     width, height = LEFT + WIDTH + NAMES, TOP + max(1, len(models)) * (HEIGHT + GAP)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">'

@@ -19,11 +19,11 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(HERE))
 
-import inputs  # noqa: E402
 import judge  # noqa: E402
 from run import MODELS  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
+import inputs  # noqa: E402
 from onecard.checkpoint.loading import load_with_transformers  # noqa: E402
 from onecard.checkpoint.model import open_model  # noqa: E402
 from onecard.core.rows import Row  # noqa: E402

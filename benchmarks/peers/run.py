@@ -22,12 +22,13 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(HERE))
 
-import inputs  # noqa: E402
 import judge  # noqa: E402
 import process  # noqa: E402
+import rows as kept  # noqa: E402
 import table  # noqa: E402
 from field import PEERS, ROLES, Peer  # noqa: E402
 
+import inputs  # noqa: E402
 from onecard.checkpoint.source import open_folder  # noqa: E402
 
 MODELS = {"demo": inputs.DEMO / "model", "qwen3-moe": None}
@@ -138,6 +139,13 @@ def row(peer: Peer, name: str, group: int, build: Path, given: argparse.Namespac
     return found
 
 
+def weight_error(found: dict[str, Any]) -> str:
+    if "kl" not in found:
+        return ""
+    weights = found["weights"]
+    return f", weight error {weights['error_mean']:.3f} (most {weights['error_max']:.3f})"
+
+
 def merge(path: Path, new: dict[str, Any]) -> None:
     """Into the results, in place of an older row of the same peer, model and group."""
     rows = json.loads(path.read_text()) if path.exists() else []
@@ -177,8 +185,8 @@ def main() -> int:
                 found = row(peer, name, group, build, given)
                 found["machine"] = {"platform": platform.platform(), "cores": os.cpu_count(), "threads": given.threads}
                 merge(results, found)
-                print(table.line(found), flush=True)
-    table.write(results, results)
+                print(table.line(kept.row_of(found)) + weight_error(found), flush=True)
+    table.write(kept.rows_of(json.loads(results.read_text())), results)
     return 0
 
 

@@ -25,10 +25,10 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-import inputs  # noqa: E402
 import process  # noqa: E402
 from field import ROLES  # noqa: E402
 
+import inputs  # noqa: E402
 import synthetic  # noqa: E402
 from onecard.calibration.packing import pack_rows  # noqa: E402
 from onecard.calibration.sources import read_jsonl  # noqa: E402

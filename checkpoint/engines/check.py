@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import DamageError, InputError
-from ...models.families import load_adapter, read_config
+from ...models.families import load_adapter
+from ...models.known import read_config
 from ..model import quantization_block
 from ..source import open_folder
 from .llama_cpp import GgufView, look_gguf

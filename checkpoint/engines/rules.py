@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from ...models.adapter import Role
 from ...models.cache import Split
-from ..formats.stored import FLOATS
+from ..formats.stored_weight import FLOATS
 from .view import COMPRESSED_TENSORS, PARTS, Kept, Kind, View
 
 # So many offenders of one rule stand in a message; the JSON line has them all.

@@ -8,7 +8,7 @@ tensor it initialises at random, so that a breach of most rules loads and answer
 from collections.abc import Iterator
 
 from ...models.adapter import Role
-from ..formats.stored import FLOATS
+from ..formats.stored_weight import FLOATS
 from . import rules
 from .rules import Rule
 from .view import BITSANDBYTES, COMPRESSED_TENSORS, GPTQ, Kind, View

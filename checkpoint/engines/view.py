@@ -17,11 +17,11 @@ from typing import Any
 from ...core.tensors import TensorInfo
 from ...models.adapter import Adapter, Role
 from ...models.cache import Split
-from ..formats.compressed_tensors_read import Group, read_groups
-from ..formats.stored import FLOATS, words_for
+from ..formats.compressed_tensors_config import Group, read_groups
+from ..formats.packing import words_for
+from ..formats.stored_weight import FLOATS
 
 COMPRESSED_TENSORS, GPTQ, BITSANDBYTES = "compressed-tensors", "gptq", "bitsandbytes"
-LINEAR = "Linear"
 
 
 class Kind(StrEnum):

@@ -1,11 +1,10 @@
-"""bitsandbytes, written: NF4 in blocks of 64 with double quantization, and the int8 rows of LLM.int8(), by the
-package's own functions.
+"""bitsandbytes, written: NF4 in blocks of 64 with double quantization, and the int8 rows of LLM.int8().
 
-It is a quantizer and a format in one: a dense weight goes in and its stored parts come out, so no QuantizedWeight
-passes here, and no integer codes can be kept. Names, dtypes and contents are those that bitsandbytes' own modules save;
-`bitsandbytes.py` is the reader. One byte count is ours: the quant state is a JSON that holds a number of the data
-(`nested_offset`), so that its length would depend on the weights. It is filled up with spaces, which JSON allows behind
-a value, to a length that follows from the shape. Quantized on the CPU, so that no card changes a byte.
+The package's own functions quantize and store in one step: a dense weight goes in, its stored parts come out. There is
+no QuantizedWeight here, and existing integer codes cannot be kept. Names, dtypes and contents are those that
+bitsandbytes' own modules save. Only the length of the quant state is ours: it is JSON with a number from the data
+(`nested_offset`), so its length would depend on the weights. Spaces, which JSON allows after a value, pad it to a
+length that follows from the shape. Weights are quantized on the CPU, so the kind of GPU changes no byte.
 
 Specification: bitsandbytes `functional.quantize_4bit`, `QuantState.as_dict`, `nn.Linear8bitLt._save_to_state_dict`;
 Dettmers et al., arXiv 2305.14314 (NF4, double quantization) and 2208.07339 (LLM.int8()).
@@ -19,11 +18,11 @@ import torch
 
 from ...core.scheme import INT8_ROWS, NF4, Scheme
 from ...core.tensors import DTYPE_NAMES
-from .bitsandbytes import DTYPES, LEVELS, NAME, NESTED_LEVELS, STATE, dense_4bit
+from .bitsandbytes_read import DTYPES, LEVELS, NAME, NESTED_LEVELS, STATE, dense_4bit
 
-# What double quantization takes together: the package gives no choice.
+# Scales that double quantization groups; the package fixes it.
 NESTED_BLOCK = 256
-# The longest that Python writes a float: -1.7976931348623157e+308.
+# Length of the longest float that Python prints: -1.7976931348623157e+308.
 MOST_FLOAT_CHARS = 24
 TORCH_NAMES = {stored: name for name, stored in DTYPES.items()}
 STATE_PART = f"weight{STATE}nf4"
@@ -46,7 +45,7 @@ def layout(scheme: Scheme, outputs: int, inputs: int, model_dtype: str) -> dict[
 
 
 def _state_bytes(scheme: Scheme, outputs: int, inputs: int, model_dtype: str) -> int:
-    """The most bytes that the quant state of such a weight can have."""
+    """The most bytes that the quant state of a weight of that shape can have."""
     without_offset = {
         "quant_type": "nf4",
         "blocksize": scheme.group_size,
@@ -60,8 +59,8 @@ def _state_bytes(scheme: Scheme, outputs: int, inputs: int, model_dtype: str) ->
 
 
 def quantize(weight_OI: torch.Tensor, scheme: Scheme) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """A dense weight [O, I] in the dtype that it is stored in -> its parts by suffix, and the weight that they are:
-    for NF4 in that dtype, for int8 fp32."""
+    """Quantize a dense weight [O, I] in the model's dtype -> its stored parts by suffix, and the weight [O, I] that
+    they decode to: in the model's dtype for NF4, in fp32 for int8."""
     if scheme.grid == INT8_ROWS:
         return _int8_rows(weight_OI)
     assert scheme.grid == NF4, scheme
@@ -89,16 +88,16 @@ def _nf4(weight_OI: torch.Tensor, scheme: Scheme) -> tuple[dict[str, torch.Tenso
 def _int8_rows(weight_OI: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     from bitsandbytes.functional import int8_vectorwise_dequant, int8_vectorwise_quant
 
-    # Its function takes fp16 alone, and its Linear8bitLt hands it that.
+    # The function takes fp16 only, which is what bitsandbytes' Linear8bitLt passes to it.
     codes, scales, _ = int8_vectorwise_quant(weight_OI.contiguous().to(torch.float16))
-    # 0 is `row`, the one order that it still writes.
+    # 0 means `row`, the only order that bitsandbytes still writes.
     parts = {"weight": codes, "SCB": scales, "weight_format": torch.tensor(0, dtype=torch.uint8)}
     return parts, int8_vectorwise_dequant(codes, scales)
 
 
 def quantization_config(schemes: Mapping[str, Scheme], keep: list[str]) -> dict[str, Any]:
-    """The `quantization_config` block of config.json, of the one scheme that all modules have. `keep` names every
-    Linear module that stays as it was: transformers makes all others into bitsandbytes' own."""
+    """The `quantization_config` block of config.json. All modules must share one scheme. `keep` names every Linear
+    module that is not quantized: transformers replaces all others by bitsandbytes' own."""
     (scheme,) = set(schemes.values())
     return {
         "quant_method": NAME,

@@ -1,48 +1,38 @@
-"""compressed-tensors as anybody writes it: what llm-compressor and its like leave in a folder, read as dense weights.
+"""compressed-tensors, read: folders that llm-compressor and other tools write, as dense weights.
 
-`compressed_tensors.py` writes one scheme, packed int in groups. Others mix config groups and widths, give a scale to a
-whole row or tensor, order columns by `weight_g_idx`, have zero points, or store codes plainly: int8 or fp8 under the
-weight's own name (`int-quantized`, `float-quantized`, `naive-quantized`), with a scale a tensor, row, group or block.
+`compressed_tensors_write` writes one scheme, packed integers in groups. Other tools mix config groups and widths. They
+use one scale for a whole row or tensor, order columns by `weight_g_idx`, add zero points, or store codes one by one:
+int8 or fp8 under the weight's own name (`int-quantized`, `float-quantized`, `naive-quantized`), with one scale per
+tensor, row, group or block.
 
-The config block is validated by the package's own classes; which of its groups a module belongs to is asked of its
-targets, and settled by the shapes that are stored. Refused: layouts that are not these (nvfp4, mxfp4, 2:4 sparse,
-marlin), weights that were rotated, and folders saved uncompressed, whose rounding happens when they run.
+A module belongs to a config group whose targets match it and whose layout the stored shapes agree with. Refused:
+other layouts (nvfp4, mxfp4, 2:4 sparse, marlin), rotated weights, and folders saved uncompressed, which are rounded
+only when they run.
 
 Specification: compressed-tensors, `compressors/pack_quantized` and `naive_quantized`, `quantization/lifecycle`.
+Shape legend: O outputs, I inputs, G groups along I.
 """
 
-import re
 from collections.abc import Mapping
-from copy import deepcopy
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.compressors.pack_quantized import unpack_from_int32
 
-from ...core.scheme import BY_ROW, QuantizedWeight, Scheme
+from ...core.quantized_weight import QuantizedWeight
+from ...core.scheme import BY_ROW, Scheme
 from ...core.tensors import TensorInfo
 from ..source import Folder
-from .compressed_tensors import NAME, PACKED, SCALE, SHAPE, ZERO, unpack_words
-from .stored import (
-    FLOATS,
-    Reading,
-    StoredWeight,
-    integer_scheme,
-    missing,
-    scaled,
-    spread,
-    spreads,
-    unpack_fields,
-    words_for,
-)
+from .compressed_tensors_config import NAME, PACK, Group, read_groups
+from .compressed_tensors_write import PACKED, SCALE, SHAPE, ZERO
+from .packing import unpack_columns, words_for
+from .scales import scaled, spread, spreads
+from .stored_weight import FLOATS, Reading, StoredWeight, integer_scheme, missing
 
 ORDER, PLAIN = "weight_g_idx", "weight"
-PACK, NAIVE = "pack-quantized", ("int-quantized", "float-quantized", "naive-quantized")
-MIXED = "mixed-precision"
 PLAIN_DTYPES = {"int": ("I8",), "float": ("F8_E4M3", "F8_E5M2")}
-# Of activations and of the key-value cache.
+# Tensors of activations and of the key-value cache.
 ASIDE = (
     "input_scale",
     "input_zero_point",
@@ -57,52 +47,28 @@ ASIDE = (
 )
 
 
-@dataclass(frozen=True)
-class Group:
-    """One entry of config_groups. `block` is the rectangle of weights that share a scale where that is a block."""
-
-    name: str
-    targets: tuple[str, ...]
-    format: str
-    type: str
-    bits: int
-    symmetric: bool
-    strategy: str
-    group_size: int
-    block: tuple[int, int]
-
-    def aims_at(self, module: str) -> int:
-        """How narrowly a target means the module: 3 by name, 2 by expression, 1 by class, 0 not at all."""
-        best = 0
-        for target in self.targets:
-            if target == module:
-                return 3
-            if target.startswith("re:") and re.match(target[3:], module):
-                best = 2
-            elif target == "Linear":
-                best = max(best, 1)
-        return best
+def unpack(stored: Mapping[str, torch.Tensor], scheme: Scheme) -> QuantizedWeight:
+    """The inverse of compressed_tensors_write.pack, bit for bit."""
+    outputs, inputs = stored[SHAPE].tolist()
+    return quantized_packed(stored, scheme=scheme, shape=(outputs, inputs))
 
 
 def dense_packed(
     parts: Mapping[str, torch.Tensor], dtype: torch.dtype, *, bits: int, shape: tuple[int, int]
 ) -> torch.Tensor:
     """The weight [O, I] of packed codes. Raises ValueError when `weight_shape` or `weight_g_idx` contradicts them."""
-    if tuple(parts[SHAPE].tolist()) != shape:
-        raise ValueError(f"{SHAPE} says {parts[SHAPE].tolist()}, and the codes are {list(shape)}")
-    outputs, inputs = shape
-    half = 1 << (bits - 1)
-    codes = unpack_fields(parts[PACKED], bits, inputs) - half
+    _check_shape(parts, shape)
+    codes = unpack_from_int32(parts[PACKED], bits, torch.Size(shape))
     scales = parts[SCALE].view(-1, 1) if parts[SCALE].ndim < 2 else parts[SCALE]
     zeros = parts.get(ZERO)
     if zeros is not None and zeros.dtype is torch.int32:  # packed along the outputs
-        zeros = unpack_fields(zeros.T.contiguous(), bits, outputs).T - half
+        zeros = unpack_columns(zeros, bits, shape[0])
     elif zeros is not None:
         zeros = zeros.view(scales.shape)
     groups = scales.shape[1]
     order = parts.get(ORDER)
     group_of = None
-    if order is not None and not bool((order == -1).all()):  # -1 throughout: there is a place for it and no order
+    if order is not None and not bool((order == -1).all()):  # -1 throughout means that there is no order
         group_of = order.long()
         if int(group_of.min()) < 0 or int(group_of.max()) >= groups:
             raise ValueError(f"{ORDER} names groups {int(group_of.min())} to {int(group_of.max())} of {groups}")
@@ -110,20 +76,24 @@ def dense_packed(
 
 
 def quantized_packed(parts: Mapping[str, torch.Tensor], *, scheme: Scheme, shape: tuple[int, int]) -> QuantizedWeight:
-    """The codes [O, I], scales [O, G] and zero points of packed codes. Raises ValueError when
-    `weight_shape` contradicts them."""
-    if tuple(parts[SHAPE].tolist()) != shape:
-        raise ValueError(f"{SHAPE} says {parts[SHAPE].tolist()}, and the codes are {list(shape)}")
+    """Codes [O, I], scales [O, G] and zero points [O, G] of packed codes. Raises ValueError when `weight_shape`
+    contradicts them."""
+    _check_shape(parts, shape)
     outputs, inputs = shape
     groups = scheme.groups(inputs)
-    # One scale may stand for a row, or for all of them.
+    # The file may hold one scale for a row, or one for all rows.
     scales = parts[SCALE].reshape(-1, groups).expand(outputs, groups).contiguous()
     zeros = parts.get(ZERO)
-    if zeros is not None and zeros.dtype is torch.int32:
-        zeros = unpack_words(zeros.T.contiguous(), scheme.bits, outputs).T.contiguous()
+    if zeros is not None and zeros.dtype is torch.int32:  # packed along the outputs
+        zeros = unpack_columns(zeros, scheme.bits, outputs)
     elif zeros is not None:
         zeros = zeros.reshape(-1, groups).expand(outputs, groups).contiguous()
-    return QuantizedWeight(unpack_words(parts[PACKED], scheme.bits, inputs), scales, zeros, scheme)
+    return QuantizedWeight(unpack_from_int32(parts[PACKED], scheme.bits, torch.Size(shape)), scales, zeros, scheme)
+
+
+def _check_shape(parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> None:
+    if tuple(parts[SHAPE].tolist()) != shape:
+        raise ValueError(f"{SHAPE} says {parts[SHAPE].tolist()}, and the codes are {list(shape)}")
 
 
 def dense_plain(parts: Mapping[str, torch.Tensor], dtype: torch.dtype, *, block: tuple[int, int]) -> torch.Tensor:
@@ -139,67 +109,12 @@ def dense_plain(parts: Mapping[str, torch.Tensor], dtype: torch.dtype, *, block:
     return (codes * over(parts[SCALE])).to(dtype)
 
 
-def read_groups(block: Mapping[str, Any]) -> list[Group]:
-    """The block's groups, presets resolved. Raises ValueError, or what pydantic raises, for what is not understood."""
-    block = deepcopy(dict(block))
-    for scheme in (block.get("config_groups") or {}).values():
-        if isinstance(scheme, dict) and isinstance(scheme.get("weights"), dict):
-            # An order of columns is seen in the files; newer versions of the package refuse its old names.
-            scheme["weights"].pop("actorder", None)
-    config = QuantizationConfig.model_validate(block)
-    transform, sparsity = block.get("transform_config"), block.get("sparsity_config") or {}
-    if (transform or {}).get("config_groups"):
-        raise ValueError("its weights are rotated (transform_config), which is undone only when an engine runs them")
-    if sparsity.get("format") not in (None, "dense"):
-        raise ValueError(f"its weights are stored {sparsity['format']} (sparsity_config)")
-    for target in (target for scheme in config.config_groups.values() for target in scheme.targets):
-        try:
-            re.compile(target.removeprefix("re:") if target.startswith("re:") else "")
-        except re.error as error:
-            raise ValueError(f"the target {target!r} is no expression ({error})") from None
-    groups = []
-
-    def plain(value: Any) -> str:  # the package gives an enumeration or its value
-        return str(getattr(value, "value", value))
-
-    for name, scheme in config.config_groups.items():
-        args = scheme.weights
-        if args is None:
-            continue  # activations or the cache alone
-        stored_as = plain(scheme.format or config.format)
-        if stored_as == MIXED:
-            raise ValueError(f"group {name} says no format, and the folder is {MIXED}")
-        if stored_as != PACK and stored_as not in NAIVE:
-            raise ValueError(
-                f"group {name} is stored as {stored_as!r}; {', '.join((PACK, *NAIVE))} are read"
-                + (" (save it with save_compressed=True)" if stored_as in ("dense", "fakequant") else "")
-            )
-        strategy, kind = plain(args.strategy), plain(args.type)
-        if strategy not in ("tensor", "channel", "group", "block") or (stored_as == PACK and kind != "int"):
-            raise ValueError(f"group {name} is {kind}{args.num_bits} with a scale a {strategy}, which is not read")
-        rectangle = args.block_structure or (1, args.group_size if strategy == "group" else 1)
-        groups.append(
-            Group(
-                name,
-                tuple(scheme.targets),
-                stored_as,
-                kind,
-                args.num_bits,
-                args.symmetric,
-                strategy,
-                args.group_size or 0,
-                (rectangle[0], rectangle[1]),
-            )
-        )
-    return groups
-
-
 def find(folder: Folder, block: Mapping[str, Any]) -> Reading:
-    """Every packed weight, and every weight stored as int8 or fp8."""
+    """Every packed weight, and every weight that is stored as int8 or fp8."""
     reading = Reading(NAME)
     try:
         groups = read_groups(block)
-    except Exception as error:  # the package raises pydantic's and its own kinds
+    except Exception as error:  # pydantic's errors and the package's own
         reading.problems.append(f"config.json: its quantization_config is not understood: {error}")
         return reading
     reading.label = " and ".join([NAME, *sorted({group.format for group in groups})]).replace(" and ", " ", 1)
@@ -216,17 +131,17 @@ def find(folder: Folder, block: Mapping[str, Any]) -> Reading:
     schemes = [scheme for scheme in block["config_groups"].values() if isinstance(scheme, dict)]
     if any(scheme.get("input_activations") for scheme in schemes):
         reading.warnings.append(
-            "its activations are quantized too when an engine runs it: what is measured is the weights alone"
+            "an engine quantizes its activations too when it runs: the figures here measure the weights alone"
         )
     if block.get("kv_cache_scheme"):
         reading.warnings.append(
-            "its key-value cache is quantized when an engine runs it: what is measured is the weights alone"
+            "an engine quantizes its key-value cache when it runs: the figures here measure the weights alone"
         )
     return reading
 
 
 def _weight(stem: str, packed: bool, folder: Folder, groups: list[Group]) -> StoredWeight:
-    """By the first of the groups that aim at the module, narrowest first, that its tensors agree with."""
+    """Read the weight by the first matching group that its tensors agree with; the narrowest targets come first."""
     lacking = missing(stem, tuple(f".{leaf}" for leaf in ((SCALE, SHAPE) if packed else (SCALE,))), folder.infos)
     if lacking:
         raise ValueError(lacking)
@@ -238,8 +153,8 @@ def _weight(stem: str, packed: bool, folder: Folder, groups: list[Group]) -> Sto
             return (_packed if packed else _plain)(stem, folder, group)
         except ValueError as error:
             reasons.append(f"{group.name} ({error})")
-    told = "; ".join(reasons) or f"none is stored {'packed' if packed else 'plainly'}"
-    raise ValueError(f"is stored as no group of config.json announces: {told}")
+    detail = "; ".join(reasons) or f"none is stored {'packed' if packed else 'plainly'}"
+    raise ValueError(f"is not stored as any group of config.json says: {detail}")
 
 
 def _width(group: Group) -> str:
@@ -255,6 +170,24 @@ def _width(group: Group) -> str:
 def _packed(stem: str, folder: Folder, group: Group) -> StoredWeight:
     infos = folder.infos
     leaves = [leaf for leaf in (PACKED, SCALE, SHAPE, ZERO, ORDER) if f"{stem}.{leaf}" in infos]
+    shape = _packed_shape(stem, folder, group)
+    scale = infos[f"{stem}.{SCALE}"]
+    _check_companions(stem, infos, group, shape)
+    size = group.group_size if group.strategy == "group" else BY_ROW
+    scheme = integer_scheme(group.bits, size, group.symmetric) if ORDER not in leaves else None
+    return StoredWeight(
+        info=TensorInfo(shape, scale.dtype),
+        width=_width(group),
+        parts={leaf: f"{stem}.{leaf}" for leaf in leaves},
+        decode=partial(dense_packed, bits=group.bits, shape=shape),
+        scheme=scheme,
+        codes=None if scheme is None else partial(quantized_packed, scheme=scheme, shape=shape),
+    )
+
+
+def _packed_shape(stem: str, folder: Folder, group: Group) -> tuple[int, int]:
+    """(outputs, inputs) of a packed weight. Raises ValueError when codes and scales do not fit the group."""
+    infos = folder.infos
     codes, scale = infos[f"{stem}.{PACKED}"], infos[f"{stem}.{SCALE}"]
     if codes.dtype != "I32" or scale.dtype not in FLOATS:
         raise ValueError(f"has codes of {codes.dtype} and scales of {scale.dtype}")
@@ -265,36 +198,34 @@ def _packed(stem: str, folder: Folder, group: Group) -> StoredWeight:
     outputs = codes.shape[0]
     if group.strategy == "group":
         inputs = group.group_size * scale.shape[-1] if len(scale.shape) == 2 else 0
-        rows: set[tuple[int, ...]] = {(outputs, inputs // group.group_size)}
+        allowed: set[tuple[int, ...]] = {(outputs, inputs // group.group_size)}
     elif group.strategy == "block":
         raise ValueError("has blocks, which are not packed")
     else:
-        inputs = int(folder.get(f"{stem}.{SHAPE}")[1])  # a row of words does not tell where it ends
-        rows = {(outputs, 1), (outputs,)} if group.strategy == "channel" else {(1,), (1, 1), ()}
-    told = f"has codes {list(codes.shape)} and scales {list(scale.shape)}"
-    if scale.shape not in rows or inputs < 1 or codes.shape[1] != words_for(inputs, group.bits):
-        raise ValueError(told)
-    if group.symmetric == (ZERO in leaves):
-        raise ValueError(f"has {'a' if ZERO in leaves else 'no'} {ZERO}")
-    if ZERO in leaves:
-        zero = infos[f"{stem}.{ZERO}"]
-        along_outputs = TensorInfo(
-            (words_for(outputs, group.bits), scale.shape[-1] if len(scale.shape) == 2 else 1), "I32"
-        )
+        inputs = int(folder.get(f"{stem}.{SHAPE}")[1])  # the last word of a row may be partly empty
+        allowed = {(outputs, 1), (outputs,)} if group.strategy == "channel" else {(1,), (1, 1), ()}
+    if scale.shape not in allowed or inputs < 1 or codes.shape[1] != words_for(inputs, group.bits):
+        raise ValueError(f"has codes {list(codes.shape)} and scales {list(scale.shape)}")
+    return outputs, inputs
+
+
+def _check_companions(stem: str, infos: Mapping[str, TensorInfo], group: Group, shape: tuple[int, int]) -> None:
+    """Raises ValueError when zero points or an order of columns do not fit the group."""
+    outputs, inputs = shape
+    codes, scale = infos[f"{stem}.{PACKED}"], infos[f"{stem}.{SCALE}"]
+    zero, order = infos.get(f"{stem}.{ZERO}"), infos.get(f"{stem}.{ORDER}")
+    if group.symmetric == (zero is not None):
+        raise ValueError(f"has {'no' if zero is None else 'a'} {ZERO}")
+    if zero is not None:
+        columns = scale.shape[-1] if len(scale.shape) == 2 else 1
+        along_outputs = TensorInfo((words_for(outputs, group.bits), columns), "I32")
         if zero != along_outputs and zero != TensorInfo(scale.shape, "I8"):
-            raise ValueError(f"{told}, and {ZERO} {zero.dtype} {list(zero.shape)}")
-    if ORDER in leaves and (infos[f"{stem}.{ORDER}"] != TensorInfo((inputs,), "I32") or group.strategy != "group"):
-        raise ValueError(f"has {ORDER} {list(infos[f'{stem}.{ORDER}'].shape)} for {inputs} inputs")
-    size = group.group_size if group.strategy == "group" else BY_ROW
-    scheme = integer_scheme(group.bits, size, group.symmetric) if ORDER not in leaves else None
-    return StoredWeight(
-        TensorInfo((outputs, inputs), scale.dtype),
-        _width(group),
-        {leaf: f"{stem}.{leaf}" for leaf in leaves},
-        partial(dense_packed, bits=group.bits, shape=(outputs, inputs)),
-        scheme=scheme,
-        codes=None if scheme is None else partial(quantized_packed, scheme=scheme, shape=(outputs, inputs)),
-    )
+            raise ValueError(
+                f"has codes {list(codes.shape)} and scales {list(scale.shape)}, and {ZERO} {zero.dtype} "
+                f"{list(zero.shape)}"
+            )
+    if order is not None and (order != TensorInfo((inputs,), "I32") or group.strategy != "group"):
+        raise ValueError(f"has {ORDER} {list(order.shape)} for {inputs} inputs")
 
 
 def _plain(stem: str, folder: Folder, group: Group) -> StoredWeight:
@@ -319,8 +250,8 @@ def _plain(stem: str, folder: Folder, group: Group) -> StoredWeight:
         raise ValueError(f"has no {ZERO}")
     assert spreads((*scale.shape, *(1,) * (2 - len(scale.shape))), codes.shape, group.block)
     return StoredWeight(
-        TensorInfo(codes.shape, scale.dtype),
-        _width(group),
-        {leaf: f"{stem}.{leaf}" for leaf in leaves},
-        partial(dense_plain, block=group.block),
+        info=TensorInfo(codes.shape, scale.dtype),
+        width=_width(group),
+        parts={leaf: f"{stem}.{leaf}" for leaf in leaves},
+        decode=partial(dense_plain, block=group.block),
     )

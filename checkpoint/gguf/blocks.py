@@ -18,8 +18,9 @@ Shape legend: O outputs, I inputs, N blocks along I, G groups along I.
 
 import torch
 
-from ...core.scheme import QuantizedWeight, Scheme
-from ..formats.stored import fp16_scales
+from ...core.quantized_weight import QuantizedWeight
+from ...core.scheme import Scheme
+from ..formats.scales import fp16_scales
 
 BLOCK = 32
 HALF = BLOCK // 2

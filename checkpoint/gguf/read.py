@@ -18,11 +18,12 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from ...core.errors import InputError, input_error
-from ...core.scheme import QuantizedWeight, Scheme
+from ...core.quantized_weight import QuantizedWeight
+from ...core.scheme import Scheme
 from ...core.tensors import TensorInfo
 from ...models import gguf as words
 from ...models.adapter import Adapter
-from ..formats.stored import FLOATS, StoredWeight
+from ..formats.stored_weight import FLOATS, StoredWeight
 from ..packed import MOST_SHOWN, PackedSource
 from ..source import Folder, allowed_root, holds_safetensors
 from . import blocks as gguf_blocks

@@ -1,6 +1,6 @@
 """A checkpoint as one GGUF file: what cannot be written, what the file will be to the byte, and the writing.
 
-Codes pass as they are (formats/gguf_blocks.py): symmetric int4 becomes Q4_0, asymmetric int4 Q4_1, symmetric int8 Q8_0.
+Codes pass as they are (gguf/blocks.py): symmetric int4 becomes Q4_0, asymmetric int4 Q4_1, symmetric int8 Q8_0.
 Everything else keeps the dtype it has, but norms and routers, which become F32. An unquantized checkpoint gives an
 unquantized file. `floats` writes every weight, quantized ones too, in one float type instead: F32 holds the dequantized
 weights as they are, for comparing engines. The experts of a layer make one tensor, so they must share one scheme.
@@ -20,7 +20,7 @@ from ...core.rows import Step
 from ...core.tensors import TORCH_DTYPES
 from ...models import gguf as words
 from ...models.adapter import Adapter, read
-from ..formats.stored import FLOATS
+from ..formats.stored_weight import FLOATS
 from ..packed import PackedSource
 from ..source import Folder
 from . import blocks as gguf_blocks

@@ -1,13 +1,14 @@
-"""fp8 weights with scales: `quant_method: fp8` (DeepSeek's and Qwen's blocks, transformers) and `fbgemm_fp8` (Meta's).
+"""fp8 weights with scales, read: `quant_method: fp8` (blocks, from DeepSeek, Qwen and transformers) and `fbgemm_fp8`
+(Meta's).
 
-A weight is stored as F8_E4M3 (or E5M2) under its own name; beside it `X_scale_inv` or `X_scale`, by which it is
-multiplied whatever the name says: one value, one a row, or one for every block of `weight_block_size` (the last block
-of an axis may be cut). Fused experts `[experts, ., .]` have a scale with an axis of experts, so that one expert is
-read alone; fbgemm_fp8 keeps Llama 4's as `[experts, in, out]` with a scale an output, whose axes are
+A weight is stored as F8_E4M3 (or E5M2) under its own name. Beside it lies `X_scale_inv` or `X_scale`; either name means
+a factor to multiply by. The scale has one value, one per row, or one per block of `weight_block_size` (the last block
+of an axis may be cut). Scales of fused experts `[experts, ., .]` have an axis of experts, so one expert can be read
+alone. fbgemm_fp8 stores Llama 4's experts as `[experts, in, out]` with one scale per output, of shape
 `[experts, 1, out]` for gate and up and `[experts, out, 1]` for down.
 
-The dense weight is the product, rounded once to the dtype that the kept weights have (bf16), as the formats' own
-dequantizers do. An engine multiplies in fp8 and quantizes activations too: a warning says that this is not measured.
+The dense weight is the product, rounded once to the dtype of the unquantized weights (bf16), as the formats' own
+dequantizers do. An engine multiplies in fp8 and quantizes activations too; a warning says that this is not measured.
 
 Specification: DeepSeek-V3's `weights dequantization` notes; transformers `integrations/finegrained_fp8`, `fbgemm_fp8`.
 """
@@ -21,20 +22,21 @@ import torch
 
 from ...core.tensors import TensorInfo
 from ..source import Folder
-from .stored import FLOATS, Reading, StoredWeight, spread, spreads
+from .scales import spread, spreads
+from .stored_weight import FLOATS, Reading, StoredWeight
 
 FP8_BLOCKS, FBGEMM = "fp8", "fbgemm_fp8"
 NAMES = (FP8_BLOCKS, FBGEMM)
 FP8 = ("F8_E4M3", "F8_E5M2")
 SCALES = ("_scale_inv", "_scale")
-# Of activations and of the key-value cache.
+# Tensors of activations and of the key-value cache.
 ASIDE = ("input_scale", "activation_scale", "input_scale_ub", "output_scale", "k_scale", "v_scale")
 
 
 def dense(
     parts: Mapping[str, torch.Tensor], dtype: torch.dtype, *, block: tuple[int, int], by_last: bool
 ) -> torch.Tensor:
-    """weight [(E,) R, C] * scale in fp32, rounded once. `by_last`: one scale for each place of the last axis."""
+    """weight [(E,) R, C] * scale in fp32, rounded once to `dtype`. `by_last`: one scale per index of the last axis."""
     weight, scale = parts["weight"].to(torch.float32), parts["scale"].to(torch.float32)
     columns = (*weight.shape[:-2], 1, weight.shape[-1])
     shape = columns if by_last else aligned(tuple(scale.shape), tuple(weight.shape))
@@ -43,7 +45,8 @@ def dense(
 
 
 def aligned(scale: tuple[int, ...], weight: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The scale's shape with as many axes as the weight: a single value, one a row or expert, or as it is."""
+    """The scale's shape with as many axes as the weight, for one value, or one per row or expert; otherwise the shape
+    itself. None where the number of axes fits neither."""
     if torch.Size(scale).numel() == 1:
         return (1,) * len(weight)
     if len(scale) == 1 and scale[0] == weight[0]:
@@ -56,7 +59,7 @@ def _axes(axes: int, block: tuple[int, int]) -> tuple[int, ...]:
 
 
 def kept_dtype(folder: Folder) -> str:
-    """The dtype of most bytes that are weights as they were; F32 if there are none."""
+    """The dtype of most bytes of unquantized weights; F32 if there are none."""
     count: Counter[str] = Counter()
     for name, info in folder.infos.items():
         if info.dtype in FLOATS and not name.endswith((*SCALES, *ASIDE)):
@@ -71,7 +74,7 @@ def find(folder: Folder, block: Mapping[str, Any]) -> Reading:
     if size is not None and not (
         isinstance(size, list | tuple) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)
     ):
-        reading.problems.append(f"config.json has weight_block_size {size!r}: two whole numbers are wanted")
+        reading.problems.append(f"config.json has weight_block_size {size!r}: it must be two positive integers")
         return reading
     blocks = (size[0], size[1]) if size else (1, 1)
     dtype = kept_dtype(folder)
@@ -84,7 +87,7 @@ def find(folder: Folder, block: Mapping[str, Any]) -> Reading:
             except ValueError as error:
                 reading.problems.append(f"{name} {error}")
     reading.warnings.append(
-        "its activations are quantized to fp8 when an engine runs it: what is measured is the weights alone"
+        "an engine quantizes its activations to fp8 when it runs: the figures here measure the weights alone"
     )
     return reading
 
@@ -107,8 +110,8 @@ def _weight(
         shape = None
     if len(info.shape) not in (2, 3) or shape is None or not spreads(shape, info.shape, _axes(len(info.shape), block)):
         raise ValueError(
-            f"is {list(info.shape)} and its scale {list(of.shape)}: neither one value, nor one a row, nor one for each "
-            f"{block[0]} x {block[1]}"
+            f"is {list(info.shape)} and its scale {list(of.shape)}: neither one value, nor one per row, nor one per "
+            f"{block[0]} x {block[1]} block"
         )
     if max(shape) == 1:
         width = "one scale"

@@ -1,13 +1,15 @@
-"""bitsandbytes: NF4 and FP4 in blocks, with or without double quantization, and LLM.int8().
+"""bitsandbytes, read: NF4 and FP4 in blocks, with or without double quantization, and LLM.int8().
 
-Four bits: `X.weight` holds the codes, two a byte, of the flattened weight (bytes that may be stored as another dtype);
-beside it are `X.weight.absmax`, `X.weight.quant_map` (the 16 values of a code) and, JSON in bytes with shape, dtype and
-block, `X.weight.quant_state.bitsandbytes__nf4`. With double quantization absmax is a byte a block, looked up in
-`nested_quant_map`, times `nested_absmax` (one for 256 of them) plus `nested_offset`. Dequantized by the package's own
-`functional.dequantize_4bit`; all that it is handed is checked first, since it reads as many values as shapes promise.
+Four bits: `X.weight` holds the codes of the flattened weight, two per byte; the bytes may be stored as another dtype.
+Beside it lie `X.weight.absmax`, `X.weight.quant_map` (the 16 values of a code), and
+`X.weight.quant_state.bitsandbytes__nf4`, JSON in bytes with shape, dtype and block size. With double quantization
+absmax is one byte per block: `nested_quant_map[byte] * nested_absmax + nested_offset`, one `nested_absmax` for 256
+blocks. The package's own `functional.dequantize_4bit` dequantizes. It reads as many values as the shapes promise, so
+everything that it is given is checked first.
+
 Eight bits: `X.weight` int8 `[out, in]` and `X.SCB` `[out]`; the weight is `code * SCB / 127`.
 
-transformers quantizes Linear modules alone: fused experts stay as they were, and `onecard inspect` says so.
+transformers quantizes Linear modules only. Fused experts stay unquantized, and `onecard inspect` says so.
 
 Specification: bitsandbytes `functional.QuantState.as_dict`; transformers `quantizer_bnb_4bit`, `quantizer_bnb_8bit`.
 """
@@ -23,7 +25,7 @@ import torch
 
 from ...core.tensors import TensorInfo
 from ..source import Folder
-from .stored import Reading, StoredWeight, missing
+from .stored_weight import Reading, StoredWeight, missing
 
 NAME = "bitsandbytes"
 STATE = ".quant_state.bitsandbytes__"
@@ -31,13 +33,13 @@ TYPES = ("nf4", "fp4")
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 LEVELS, NESTED_LEVELS = 16, 256
-# A state is a JSON of less than 200 bytes; nothing of this size is one.
+# A quant state is JSON of less than 200 bytes. A longer tensor is not read.
 MAX_STATE_BYTES = 4096
 
 
 def dense_4bit(parts: Mapping[str, torch.Tensor], dtype: torch.dtype, *, state: Mapping[str, Any]) -> torch.Tensor:
     """The weight in the state's shape."""
-    # It says, on some processors, that a kernel for multiplying in four bits is not there; nobody multiplies here.
+    # On some processors it warns that a kernel for 4-bit products is missing. No product is computed here.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
@@ -51,8 +53,8 @@ def dense_4bit(parts: Mapping[str, torch.Tensor], dtype: torch.dtype, *, state: 
         )
     known = QuantState(
         parts["absmax"],
-        # Flat, as it was quantized: its CPU kernel (0.50.2) begins a new block with every row, and so gives weights
-        # whose rows are not whole blocks wrong scales. Those of CUDA do not.
+        # Flat, as it was quantized. The CPU kernel (0.50.2) starts a new block with every row, which gives wrong
+        # scales when a row is not a whole number of blocks. The CUDA kernels do not.
         shape=torch.Size([prod(state["shape"])]),
         code=parts["quant_map"],
         blocksize=state["blocksize"],
@@ -89,7 +91,7 @@ def find(folder: Folder, block: Mapping[str, Any]) -> Reading:
     reading.aside |= {name for name in folder.names if name.endswith(".weight_format")}
     if any(weight.width.startswith("int8") for weight in reading.weights.values()):
         reading.warnings.append(
-            "LLM.int8() quantizes activations too when it runs: what is measured is the weights alone"
+            "LLM.int8() quantizes activations too when it runs: the figures here measure the weights alone"
         )
     return reading
 
@@ -160,5 +162,5 @@ def _eight_bits(name: str, stem: str, infos: Mapping[str, TensorInfo]) -> Stored
     if len(info.shape) != 2 or of.shape != info.shape[:1] or of.dtype not in ("F32", "F16", "BF16"):
         raise ValueError(f"is {list(info.shape)} and its SCB {of.dtype} {list(of.shape)}")
     parts = {"codes": name, "scb": f"{stem}.SCB"}
-    # The package computes in fp16; nothing is lost by reading the product in the scale's own dtype.
+    # The package computes in fp16. The scale's own dtype loses nothing.
     return StoredWeight(TensorInfo(info.shape, of.dtype), "int8 by row", parts, dense_8bit)

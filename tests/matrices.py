@@ -1,0 +1,56 @@
+"""Weights with correlated inputs for tests of quantizers, and their errors computed slowly and plainly."""
+
+import math
+
+import pytest
+import torch
+
+from onecard.core.method import Method
+from onecard.core.quantized_weight import QuantizedWeight
+from onecard.core.scheme import Scheme
+
+SCHEMES = [Scheme(bits, 32, symmetric) for bits in (4, 8) for symmetric in (True, False)]
+NAMES = [f"{s.bits} bits, {'symmetric' if s.symmetric else 'asymmetric'}" for s in SCHEMES]
+schemes = pytest.mark.parametrize("scheme", SCHEMES, ids=NAMES)
+
+
+def correlated(batch: int, rows: int, inputs: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weights [B, 12, I], second moments [B, I, I]) in fp64; inputs share a few directions and differ in size."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    mix = normal(batch, inputs // 4, inputs) * torch.exp(normal(batch, 1, inputs))
+    x = normal(batch, rows, inputs // 4) @ mix + 0.1 * normal(batch, rows, inputs)
+    return 0.05 * normal(batch, 12, inputs) + 0.01, x.transpose(1, 2) @ x / rows
+
+
+def output_error(w_OI: torch.Tensor, q_OI: torch.Tensor, moment_II: torch.Tensor) -> float:
+    """Expected squared error of the output, row by row: sum of e H e^T."""
+    return math.fsum(float(e @ moment_II @ e) for e in (w_OI - q_OI).double())
+
+
+def dequantized(weight: QuantizedWeight) -> torch.Tensor:
+    """(code - zero) * scale in fp64, by columns and not by groups."""
+    size = weight.scheme.group_size
+    columns = []
+    for i in range(weight.codes.shape[-1]):
+        code, scale = weight.codes[..., i].double(), weight.scales[..., i // size].double()
+        zero = 0.0 if weight.zero_points is None else weight.zero_points[..., i // size].double()
+        columns.append((code - zero) * scale)
+    return torch.stack(columns, -1)
+
+
+def limits(scheme: Scheme) -> tuple[int, int]:
+    return (-8, 7) if scheme.bits == 4 else (-128, 127)
+
+
+METHODS = {
+    "absmax scales": Method(scale_search=False, refine_rounds=0),
+    "searched scales": Method(refine_rounds=0),
+    "refined": Method(refine_rounds=2),
+    "refined, restarted": Method(refine_rounds=1, restarts=3),
+    "refined, searched": Method(refine_rounds=1, tabu_moves=20),
+}
+methods = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)

@@ -1,0 +1,70 @@
+"""A report's page as a parser sees it, and records with hostile texts."""
+
+import json
+from html.parser import HTMLParser
+from typing import Any
+
+from onecard.report import html
+from onecard.report.reading import check_record
+
+# What nobody may run: as an element, as an attribute, as the end of a script or of a JSON block, as plotly's HTML.
+HOSTILE = (
+    "</script><img src=x onerror=hacked()>",
+    "'\"><svg/onload=hacked()>",
+    "]]><!--<script>hacked()</script>",
+    "<a href='https://example.com/'>b</a><b>%{x}</b>{{7*7}}",
+    "\u202eevil\u0000\u2028\x1b[31m\ud800",
+)
+
+
+class Elements(HTMLParser):
+    """Counts elements, keeps scripts and all text that is shown."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, tuple[str, ...]]] = []
+        self.shown: list[str] = []
+        self.scripts: list[tuple[dict[str, str | None], str]] = []
+        self.inside: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, tuple(name for name, _ in attrs)))
+        self.inside.append(tag)
+        if tag == "script":
+            self.scripts.append((dict(attrs), ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self.inside:
+            while self.inside.pop() != tag:
+                pass
+
+    def handle_data(self, data: str) -> None:
+        if "script" in self.inside:
+            self.scripts[-1] = (self.scripts[-1][0], self.scripts[-1][1] + data)
+        elif "style" not in self.inside:
+            self.shown.append(data)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.shown)
+
+    @property
+    def charts(self) -> list[dict[str, Any]]:
+        return [json.loads(text) for attrs, text in self.scripts if attrs.get("type") == "application/json"]
+
+
+def page_of(data: dict[str, Any]) -> Elements:
+    return Elements(html.render(check_record(data, "record")))
+
+
+def poisoned(value: Any, hostile: str, path: tuple[str, ...] = ()) -> Any:
+    """Every text of a record with something hostile at its end, but what the reader itself holds to be a number."""
+    if isinstance(value, dict):
+        return {
+            key + (hostile if path[-1:] == ("units",) else ""): poisoned(v, hostile, (*path, key))
+            for key, v in value.items()
+        }
+    if isinstance(value, list):
+        return [poisoned(entry, hostile, path) for entry in value]
+    return value + hostile if isinstance(value, str) else value

@@ -1,0 +1,121 @@
+"""One `quantize` command that tests stop, kill and resume, and what its folders hold.
+
+A run counts its steps as `WorkDir.commit` does: `STAGES` of them, the last two are the move to OUT and verification.
+"""
+
+import errno
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+
+from onecard.checkpoint.workdir import WorkDir
+
+Contents = dict[str, Any]
+FAMILY = "qwen3"  # the quickest baby
+
+
+def contents(folder: Path) -> Contents:
+    """Every file of a folder with its bytes; of the record all but `machine`, which may differ, and so may its line in
+    SHA256SUMS."""
+    found: Contents = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    if "onecard.json" in found:
+        found["onecard.json"] = {k: v for k, v in json.loads(found["onecard.json"]).items() if k != "machine"}
+    if "SHA256SUMS" in found:
+        found["SHA256SUMS"] = [line for line in found["SHA256SUMS"].splitlines() if not line.endswith(b"onecard.json")]
+    return found
+
+
+def differences(left: Contents, right: Contents) -> list[str]:
+    return sorted(name for name in left.keys() | right.keys() if left.get(name) != right.get(name))
+
+
+class Stopped(BaseException):
+    """Ends a run where a kill would; nothing may catch it."""
+
+
+class Run:
+    """One quantize command on a baby, to be broken off and resumed."""
+
+    def __init__(self, model: Path, out: Path, recipe: Path, texts: list[str], onecard: Callable[..., Result]) -> None:
+        self.model, self.out, self.recipe, self.texts, self._onecard = model, out, recipe, texts, onecard
+        self.work = out.with_name(out.name + ".work")
+
+    def __call__(self, *flags: object, recipe: Path | None = None, out: Path | None = None) -> Result:
+        return self._onecard(
+            "quantize", self.model, out or self.out, "--recipe", recipe or self.recipe, *self.texts, *flags
+        )
+
+    def stopped_at(self, stages: int, *flags: object, committed: bool = False) -> None:
+        """Run, and stop when `stages` stages are done: all their files are there, and the commit is made or is not."""
+        real = WorkDir.commit
+
+        def commit(workdir: WorkDir, done: int) -> None:
+            if done < stages or committed:
+                real(workdir, done)
+            if done == stages:
+                raise Stopped
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(WorkDir, "commit", commit)
+            with pytest.raises(Stopped):
+                self(*flags)
+
+    def resumed(self) -> Contents:
+        result = self("--resume")
+        assert result.exit_code == 0, result.output + repr(result.exception)
+        assert not self.work.exists()
+        return contents(self.out)
+
+
+def assert_whole_or_no_checkpoint(out: Path, *wholes: Contents) -> None:
+    """Invariant 9: a folder that is not finished cannot be loaded."""
+    if (out / "config.json").exists():
+        found = contents(out)
+        assert any(not differences(found, one) for one in wholes), [differences(found, one) for one in wholes]
+
+
+# --- killed and resumed
+
+
+STAGES = 6  # embed, two blocks, the rest, move, verify
+
+
+@contextmanager
+def stopped_after_removals(number: int) -> Iterator[list[str]]:
+    """Stop at the removal with this number, of a file or a folder: what a kill during rmtree leaves. The list that is
+    given holds a word when it came to that."""
+    seen, stopped = [0], []
+
+    def counted(real: Callable[..., None]) -> Callable[..., None]:
+        def remove(*args: Any, **kwargs: Any) -> None:
+            if seen[0] == number:
+                stopped.append("stopped")
+                raise Stopped
+            seen[0] += 1
+            real(*args, **kwargs)
+
+        return remove
+
+    with pytest.MonkeyPatch.context() as patch, suppress(Stopped):
+        patch.setattr(os, "unlink", counted(os.unlink))
+        patch.setattr(os, "rmdir", counted(os.rmdir))
+        yield stopped
+
+
+# --- Ctrl-C, and a full disk
+
+
+def no_space(*args: object, **kwargs: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def over_quota(self: Path, data: bytes) -> int:
+    with self.open("wb") as file:
+        file.write(data[:10])
+    raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))

@@ -1,0 +1,154 @@
+"""JSONL files of texts: what a line may hold, and every bad line is named."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from command_line import Refuse
+from documents import SAMPLE, conversation, draw_picture, picture, words
+from onecard.calibration.sources import read_jsonl
+from onecard.core.errors import InputError
+
+# --- reading JSONL
+
+
+def test_read_jsonl(tmp_path: Path, jsonl: Callable[..., Path]) -> None:
+    draw_picture(tmp_path / "cat.png")
+    said = {"role": "user", "content": "hello"}
+    path = jsonl(
+        "some.jsonl",
+        [
+            {"text": "one", "id": "first", "kind": "docs"},
+            "",
+            {"messages": [said]},
+            "  ",
+            conversation(picture("cat.png"), words("what?")),
+        ],
+    )
+    first, second, third = read_jsonl(path)
+    assert (first.id, first.kind, first.text, first.messages) == ("first", "docs", "one", None)
+    assert (second.id, second.text, second.messages, second.images) == ("some:3", None, [said], ())
+    assert third.images == (tmp_path / "cat.png",)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(st.characters(codec="utf-8"), min_size=1), separators=st.sampled_from([None, (",", ":")]))
+@example(text="a\u2028b\u0085c\x0bd\x1ce", separators=None)
+def test_every_text_that_json_can_hold_is_one_line(tmp_path: Path, text: str, separators: Any) -> None:
+    """A line ends with a line feed, and in no other way: JSON lets the line ends of Unicode stand in a string."""
+    line = json.dumps({"text": text}, ensure_ascii=False, separators=separators)
+    (tmp_path / "x.jsonl").write_bytes((line + "\n" + line + "\r\n").encode())
+    assert [document.text for document in read_jsonl(tmp_path / "x.jsonl")] == [text, text]
+
+
+BAD_LINES = {
+    "no JSON": "{text: 1}",
+    "cut off": '{"text": "on',
+    "a number": "5",
+    "a list": "[]",
+    "no text": '{"prompt": "x"}',
+    "empty text": '{"text": ""}',
+    "text is a number": '{"text": 5}',
+    "half a character": '{"text": "\\ud800"}',
+    "no messages": '{"messages": []}',
+    "message is a string": '{"messages": ["x"]}',
+    "no role": '{"messages": [{"content": "x"}]}',
+    "no content": '{"messages": [{"role": "user"}]}',
+    "content is a number": '{"messages": [{"role": "user", "content": 5}]}',
+    "unknown part": json.dumps(conversation({"type": "video", "path": "x"})),
+    "text part without text": json.dumps(conversation({"type": "text"})),
+    "text part is a number": json.dumps(conversation({"type": "text", "text": 5})),
+    "picture without path": json.dumps(conversation({"type": "image"})),
+    "missing picture": json.dumps(conversation(picture("none.png"))),
+    "picture outside": json.dumps(conversation(picture("../secret.png"))),
+    "absolute picture": json.dumps(conversation(picture("/etc/hostname"))),
+    "picture through a link": json.dumps(conversation(picture("link.png"))),
+    "picture is a folder": json.dumps(conversation(picture("."))),
+    "NUL in a path": json.dumps(conversation(picture("a\0b"))),
+    "deeply nested": "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("kind", BAD_LINES)
+def test_bad_line(tmp_path: Path, kind: str) -> None:
+    """One bad line among good ones is named by its number."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    draw_picture(tmp_path / "secret.png")
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    (folder / "x.jsonl").write_text('{"text": "good"}\n' + BAD_LINES[kind] + '\n{"text": "good"}\n')
+    with pytest.raises(InputError) as caught:
+        read_jsonl(folder / "x.jsonl")
+    named = [line for line in str(caught.value).splitlines() if line.startswith("  - ")]
+    assert [line.split()[:3] for line in named] == [["-", "line", "2"]]
+
+
+@pytest.mark.parametrize("which", ["--calibration", "--evaluation"])
+def test_all_bad_lines_are_named(
+    baby: Callable[..., Path], refuse: Refuse, jsonl: Callable[..., Path], which: str
+) -> None:
+    bad = [*list(BAD_LINES.values())[:7], *SAMPLE, '{"text": 5}']
+    numbers = [f"line {n} " for n in (1, 2, 3, 4, 5, 6, 7, 17)]
+    path = jsonl("bad.jsonl", bad)
+    said = refuse(baby("llama4-text"), path, *numbers, "messages", arguments=[which, path])
+    assert "line 8 " not in said
+
+
+@pytest.mark.parametrize("which", ["--calibration", "--evaluation"])
+def test_texts_that_cannot_be_read(
+    baby: Callable[..., Path], refuse: Refuse, jsonl: Callable[..., Path], tmp_path: Path, which: str
+) -> None:
+    missing, empty = tmp_path / "none.jsonl", jsonl("empty.jsonl", ["", " "])
+    (tmp_path / "latin.jsonl").write_bytes('{"text": "caf\u00e9"}'.encode("latin-1"))
+    for path in (missing, empty, tmp_path / "latin.jsonl", tmp_path):
+        refuse(baby("llama4-text"), path, arguments=[which, path])
+
+
+def test_a_file_that_is_named_must_exist_even_if_it_is_not_needed(
+    baby: Callable[..., Path], refuse: Refuse, recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Round-to-nearest reads no calibration texts; a misspelt name is a mistake all the same."""
+    path = tmp_path / "none.jsonl"
+    refuse(baby("llama4-text"), path, use=recipe(method="rtn"), arguments=["--calibration", path])
+
+
+def test_too_little_text(baby: Callable[..., Path], refuse: Refuse, jsonl: Callable[..., Path]) -> None:
+    short = jsonl("short.jsonl", [{"text": "hi"}])
+    refuse(baby("llama4-text"), "calibration", "3 tokens", "24", arguments=["--calibration", short])
+
+
+def test_data_set_on_an_offline_machine(
+    baby: Callable[..., Path],
+    refused: Refuse,
+    onecard: Callable[..., Result],
+    recipe: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A clear message that shows the way round it, and nothing written."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("huggingface_hub.constants.HF_HUB_OFFLINE", "datasets.config.HF_HUB_OFFLINE"):
+        monkeypatch.setattr(name, True)
+    use = recipe(evaluation={"source": "someone/texts", "split": "test"})
+    result = onecard("quantize", baby("llama4-text"), tmp_path / "out", "--recipe", use)
+    refused(result, "someone/texts", "--calibration", "--evaluation", code=4)
+    assert {path.name for path in tmp_path.iterdir()} == {use.name}
+
+
+# --- digests
+
+
+def test_byte_order_mark_and_text_of_another_type(jsonl: Callable[..., Path], tmp_path: Path) -> None:
+    marked = tmp_path / "marked.jsonl"
+    marked.write_bytes(b'\xef\xbb\xbf{"text": "from an editor of Windows"}\r\n')
+    assert [d.text for d in read_jsonl(marked)] == ["from an editor of Windows"]
+    with pytest.raises(InputError, match='"text" that is no string'):
+        read_jsonl(jsonl("numbers.jsonl", [{"text": 5}]))
+    with pytest.raises(InputError, match="JSONL file"):
+        read_jsonl(tmp_path)
