@@ -1,7 +1,8 @@
 # make demo: quantize and verify the embedded model. make test: lint, types, tests. Both install what they need.
-# make compat, compat-llamacpp, compat-vllm: other people's programs, each built here by itself, read what we write and
-# answer from it (benchmarks/compat; docs/formats.md has what they said). Not part of the tests.
-# make peers: the field's quantizers beside ours (benchmarks/peers/README.md); hours, and not part of the tests.
+# make docs: rewrite the generated parts of the documents.
+# make compat, compat-llamacpp, compat-vllm: other projects' programs read what we write and answer from it. Each is
+# built in an environment of its own (benchmarks/compat; results in docs/formats.md). Not part of the tests.
+# make peers: other quantizers beside ours (benchmarks/peers/README.md). It takes hours and is not part of the tests.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,11 +10,11 @@ STAMP := $(VENV)/.installed
 OUT := out
 QWEN := build/peers/models/qwen3-moe
 
-.PHONY: venv demo test chromium style quality peers peers-env compat compat-env compat-llamacpp compat-vllm clean
+.PHONY: venv demo test docs chromium style quality peers peers-env compat compat-env compat-llamacpp compat-vllm clean
 
 venv: $(STAMP)
 
-# constraints.txt is the exact set that was tested; with it torch is the pinned build.
+# constraints.txt pins the exact versions that were tested, torch's among them.
 $(STAMP): setup.cfg constraints.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "onecard needs Python 3.11 or later")'
 	$(PYTHON) -m venv $(VENV)
@@ -25,7 +26,7 @@ demo: venv
 	$(BIN)/onecard quantize demo $(OUT)/demo-int4 --recipe demo --overwrite
 	$(BIN)/onecard generate $(OUT)/demo-int4 "What do you see?" --image demo/data/images/caption-001.png
 
-# A browser for the tests of the report: Debian's, where there is none and root may install it. Else they are skipped.
+# The report's tests need a browser. Where there is none and root may install it, take Debian's; else they are skipped.
 chromium:
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
 	{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && { apt-get -qq update; \
@@ -35,13 +36,16 @@ chromium:
 test: venv quality chromium
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+docs: venv
+	$(BIN)/python benchmarks/update_docs.py
+
 peers-env: venv
 	$(BIN)/python benchmarks/peers/environments.py
 
 compat-env: venv
 	$(BIN)/python benchmarks/peers/environments.py autogptq gptqmodel --build build/compat
 
-# auto-gptq's and GPTQModel's own classes read what we write, and auto-gptq's GPTQ is held against ours.
+# auto-gptq's and GPTQModel's own classes read what we write, and auto-gptq's GPTQ is compared with ours.
 compat: compat-env
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compat/run.py
 

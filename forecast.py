@@ -1,6 +1,6 @@
 """The verbs that read headers only: what quantizing would emit and take, and what a checkpoint is."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,16 @@ from .checkpoint.model import Model, open_headers, unquantized
 from .checkpoint.plan import Plan
 from .conversion.export import Files, planned_files, weight_bytes
 from .core.device import choose_device, choose_dtype, site_budget
-from .core.errors import ResourceError
+from .core.errors import InputError, ResourceError
 from .core.rates import Rates, keep_rates, kept_rates, measure_flops, uniform
+from .core.recipe_groups import Serving
 from .eval.machine_rates import measure_rates, rates_key
 from .models.adapter import Adapter
+from .planner.cards import find_card
 from .planner.cost import Cost, estimate, work_of
+from .planner.fit import Needs, Request
 from .planner.pricing_cost import PricingCost, pricing_cost
+from .planner.sizing import Sizing, size_up
 from .recipe import Recipe
 
 
@@ -59,6 +63,82 @@ class PlanResult:
             "estimated_disk_bytes": self.cost.disk_bytes,
             **(self.pricing.facts() if self.pricing is not None else {}),
         }
+
+
+@dataclass(frozen=True)
+class CardWish:
+    """A card and what it has to hold. None: what the recipe says, or else its default (recipe.Serving)."""
+
+    # As planner/cards.py has them, e.g. h100-80gb or 2xl40s. None, and no recipe's: all cards are tabled.
+    gpu: str | None = None
+    # Tokens of each sequence.
+    context: int | None = None
+    sequences: int | None = None
+    # bf16, fp8, or llama.cpp's q8_0.
+    kv_dtype: str | None = None
+    # vllm, transformers or llama.cpp.
+    engine: str | None = None
+    # Cards that share the model. None: those of `gpu`.
+    tensor_parallel: int | None = None
+    vision: bool = True
+    # Images of one request.
+    images: int = 0
+    # Tokens of one pass over prompts. None: the engine's own.
+    batch_tokens: int | None = None
+    # Share of the card that the engine takes. None: the engine's own.
+    memory_share: float | None = None
+    # Sliding and chunked layers keep every token, as without vLLM's hybrid KV cache manager.
+    keep_local: bool = False
+
+    def request(self, recipe: Recipe | None, cards: int) -> Request:
+        """The question for the planner, about `cards` cards of one kind."""
+        served = Serving() if recipe is None else recipe.card
+        return Request(
+            context=self.context or served.context,
+            sequences=self.sequences or served.sequences,
+            kv_dtype=self.kv_dtype or served.kv_dtype,
+            engine=self.engine or served.engine,
+            tensor_parallel=self.tensor_parallel or cards,
+            vision=self.vision and served.vision,
+            images=self.images,
+            batch_tokens=self.batch_tokens or served.engine_batch_tokens,
+            memory_share=self.memory_share,
+            frees=False if self.keep_local else None,
+        )
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Whether a model fits a card; and with a recipe, what quantizing emits and takes."""
+
+    sizing: Sizing
+    quantizing: PlanResult | None
+
+    @property
+    def fits(self) -> bool | None:
+        """None where no card was named."""
+        return self.sizing.fits
+
+    def line(self) -> dict[str, Any]:
+        """The JSON line for scripts."""
+        return self.sizing.facts() | (self.quantizing.line() if self.quantizing is not None else {})
+
+
+def plan_on_card(
+    model_name: str, recipe: Recipe | None, wish: CardWish, device_name: str = "auto", measure: bool = False
+) -> Forecast:
+    """Does the model fit the card that is wished for, or that of the recipe; reads headers only. Raises InputError."""
+    gpu = wish.gpu or (recipe.card.gpu if recipe is not None else None)
+    many, card = find_card(gpu) if gpu else (1, None)
+    parallel = wish.tensor_parallel
+    if parallel is not None and many > 1 and parallel != many:
+        raise InputError(f"--gpu {gpu} names {many} cards and --tensor-parallel {parallel}: give one of them")
+    asked = wish.request(recipe, many)
+    quantizing = plan(model_name, recipe, device_name, measure) if recipe is not None else None
+    opened = quantizing.model if quantizing is not None else open_headers(model_name)
+    if wish.context is None and (recipe is None or recipe.card.gpu is None):
+        asked = replace(asked, context=min(asked.context, Needs.of(opened.adapter).most_context))
+    return Forecast(size_up(opened, asked, card, quantizing.recipe if quantizing is not None else None), quantizing)
 
 
 def plan(model_name: str, recipe: Recipe, device_name: str = "auto", measure: bool = False) -> PlanResult:

@@ -30,14 +30,15 @@ from .checkpoint.paths import check_paths, check_space, occupied
 from .checkpoint.source import refuse_nonfinite
 from .checkpoint.workdir import WorkDir, has_run, read_json, refuse_resumed
 from .conversion.export import config_of_run, planned_files, weight_bytes
-from .core.device import choose_device, choose_dtype, site_budget
+from .core.device import Compute, choose_compute, site_budget
 from .core.errors import InputError
-from .core.layout import RECORD_NAME, json_bytes
+from .core.file_names import RECORD_NAME
+from .core.layout import json_bytes
 from .core.rates import uniform
 from .core.rows import Row
 from .eval.gate import refuse_too_large
 from .eval.verify import tasks_of
-from .models.walk import Calls
+from .models.walk import Walk
 from .planner.cost import estimate, work_of
 from .recipe import Recipe
 from .report.progress import Progress
@@ -80,7 +81,7 @@ def quantize(
     run, work = _prepared(model_name, out, recipe, options)
     given = None
     if options.prices is not None:
-        given = load_prices(options.prices, run.model, recipe, run.texts.calibration, run.device, run.dtype)
+        given = load_prices(options.prices, run.model, recipe, run.texts.calibration, run.compute)
     begun = options.resume and has_run(work)
     finished = _finished(run) if options.resume and not begun else None
     if finished is None and not begun:
@@ -89,9 +90,10 @@ def quantize(
         if finished is None:
             _refuse_other_out(workdir, out)
             with Progress(f"onecard quantize {model_name}", run.adapter.n_blocks, console, quiet) as progress:
+                walk = Walk.over(run.adapter, run.model.source, run.compute, progress)
                 if recipe.widths.bits == "fit":
-                    run = _fitted(run, workdir, progress, given)
-                finished = _carried_out(run, workdir, progress)
+                    run = _fitted(run, walk, workdir, given)
+                finished = _carried_out(run, walk, workdir, progress)
         workdir.remove()
     return finished
 
@@ -100,7 +102,7 @@ def _prepared(model_name: str, out: Path, recipe: Recipe, options: Options) -> t
     """The run and its work directory. Whatever can be refused before a weight is read is refused here. The plan of a
     recipe that is yet to be fitted is about the smallest there can be."""
     began = time.monotonic()
-    device = choose_device(options.device_name)
+    compute = choose_compute(options.device_name, recipe.compute_dtype, recipe.batch_tokens)
     model = open_source(model_name)
     plan = plan_for(model, recipe)
     planned = planned_files(model, plan, recipe.format)
@@ -115,7 +117,6 @@ def _prepared(model_name: str, out: Path, recipe: Recipe, options: Options) -> t
     texts = prepare_texts(model, recipe, options.calibration, options.evaluation, calibrates)
     if fits:
         priced_rows(texts.calibration, recipe)  # refuses too few
-    dtype = choose_dtype(recipe.compute_dtype, device)
     run = Run(
         model=model,
         plan=plan,
@@ -124,25 +125,23 @@ def _prepared(model_name: str, out: Path, recipe: Recipe, options: Options) -> t
         texts=texts,
         tasks=tasks_of(recipe),
         out=out,
-        device=device,
-        dtype=dtype,
+        compute=compute,
         began=began,
-        identity=_identity(model, recipe, texts, device, dtype),
+        identity=_identity(model, recipe, texts, compute),
         card=card,
     )
     return run, work
 
 
-def _identity(
-    model: Model, recipe: Recipe, texts: RunTexts, device: torch.device, dtype: torch.dtype
-) -> dict[str, str]:
+def _identity(model: Model, recipe: Recipe, texts: RunTexts, compute: Compute) -> dict[str, str]:
+    device = compute.device
     identity = {
         "onecard": __version__,
         "source": model.folder.digest,
         "tokenizer and other files beside the weights": side_files_digest(model.path),
         # Another card has other kernels, and memory for other batches.
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "compute dtype": str(dtype).removeprefix("torch."),
+        "compute dtype": str(compute.dtype).removeprefix("torch."),
         # Sums over another number of threads round differently.
         "threads (OMP_NUM_THREADS)": str(torch.get_num_threads()),
     }
@@ -178,13 +177,13 @@ def _refuse_full_disk(run: Run, work: Path) -> None:
         work_of(run.recipe),
         wanted,
         _tokens(rows.evaluation),
-        run.dtype.itemsize,
+        run.compute.dtype.itemsize,
         uniform(1.0),
-        run.device,
-        site_budget(run.device),
+        run.compute.device,
+        site_budget(run.compute.device),
     )
     # While the pool's rows are counted, the disk holds their hidden rows before and after a block, and nothing else.
-    pool_bytes = 2 * _tokens(rows.calibration) * hidden_size * run.dtype.itemsize if rows.is_pool else 0
+    pool_bytes = 2 * _tokens(rows.calibration) * hidden_size * run.compute.dtype.itemsize if rows.is_pool else 0
     # The work directory's own formats are moved to OUT, others are written there a second time.
     written_again = 0 if run.recipe.format in SHARD_FORMATS else weight_bytes(run.planned)
     check_space(work, max(cost.disk_bytes, pool_bytes) + written_again)
@@ -211,13 +210,11 @@ def _refuse_other_out(workdir: WorkDir, out: Path) -> None:
 # --- going through the stages
 
 
-def _fitted(run: Run, workdir: WorkDir, progress: Progress, given: Prices | None) -> Run:
+def _fitted(run: Run, walk: Walk, workdir: WorkDir, given: Prices | None) -> Run:
     """The run with the widths that its prices and its budget choose. The prices stay in the work directory."""
     kept = workdir.path / PRICES
     if not kept.exists():
-        found = given or price_model(
-            run.model, run.recipe, run.texts.calibration, workdir.folder("price"), run.device, run.dtype, progress
-        )
+        found = given or price_model(walk, run.model, run.recipe, run.texts.calibration, workdir.folder("price"))
         files.write_json(kept, found.facts())
         shutil.rmtree(workdir.path / "price", ignore_errors=True)
     prices = Prices.from_facts(read_json(kept))
@@ -230,7 +227,7 @@ def _fitted(run: Run, workdir: WorkDir, progress: Progress, given: Prices | None
     return replace(run, recipe=fitted.recipe, plan=plan, planned=planned, card=card, allocation=allocation)
 
 
-def _carried_out(run: Run, workdir: WorkDir, progress: Progress) -> RunRecord:
+def _carried_out(run: Run, walk: Walk, workdir: WorkDir, progress: Progress) -> RunRecord:
     """Every stage that is not finished yet; then OUT is closed."""
     for warning in run.new_record().warnings:
         progress.warn(warning)
@@ -243,9 +240,8 @@ def _carried_out(run: Run, workdir: WorkDir, progress: Progress) -> RunRecord:
             workdir.remove()
             raise
     workdir.refuse_damaged(finished_shards(run.plan, stages[: workdir.done]), run.out)
-    texts = balanced(run.texts, run.model, run.recipe, workdir.path, (run.device, run.dtype), progress)
-    run = replace(run, texts=texts)
-    job = StageJob(run, workdir, progress, Calls(run.adapter, run.device, run.dtype))
+    run = replace(run, texts=balanced(run.texts, walk, run.recipe, workdir.path))
+    job = StageJob(run, walk, workdir, progress)
     for number, stage in list(enumerate(stages, 1))[workdir.done :]:
         refuse_passed(finished_blocks(job, stages[: workdir.done]), run.recipe.limits, workdir.path)
         stage.do(job)

@@ -11,8 +11,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from . import __version__
 from .blocks.limits import coverage_facts, coverage_warning
 from .blocks.quantize import BlockJob, quantize_block
@@ -27,16 +25,14 @@ from .checkpoint.plan import Plan
 from .checkpoint.workdir import Activations, WorkDir, read_json
 from .conversion.export import FORMATS, Files, config_of_run, matrices, planned_run, weight_bytes
 from .conversion.move import move_to_out
-from .core.device import site_budget
-from .core.layout import RECORD_NAME
+from .core.device import Compute
+from .core.file_names import RECORD_NAME
 from .core.method import Method
-from .core.rows import batches
 from .eval.gate import gate_of_run
 from .eval.tasks import Task
-from .eval.twin import Side
 from .eval.verify import WITHOUT_VISION, close_machine, measure, rows_of_experts
 from .models.adapter import Adapter
-from .models.walk import Calls, embed
+from .models.walk import HiddenRows, Walk
 from .recipe import Recipe
 from .report.progress import Progress
 from .report.record import RunRecord
@@ -56,8 +52,7 @@ class Run:
     texts: RunTexts
     tasks: list[Task]
     out: Path
-    device: torch.device
-    dtype: torch.dtype
+    compute: Compute
     began: float
     # All that the bytes of a run depend on. A resumed run must find every one of them again.
     identity: dict[str, str]
@@ -99,9 +94,9 @@ class StageJob:
     """All that a stage needs to know."""
 
     run: Run
+    walk: Walk
     workdir: WorkDir
     progress: Progress
-    calls: Calls
 
     @cached_property
     def store(self) -> Activations:
@@ -109,9 +104,9 @@ class StageJob:
         return Activations(self.workdir.path / "acts")
 
     @cached_property
-    def groups(self) -> list[list[int]]:
-        """The calibration rows in batches, by number."""
-        return batches(self.run.texts.calibration, self.run.recipe.batch_tokens)
+    def hidden(self) -> HiddenRows:
+        """The calibration rows in batches."""
+        return self.walk.hidden_rows(self.run.texts.calibration, self.store)
 
     @property
     def shards(self) -> Path:
@@ -161,48 +156,25 @@ def finished_blocks(job: StageJob, finished: list[Stage]) -> list[dict[str, Any]
 
 def embed_rows(job: StageJob) -> None:
     """Token rows become the hidden rows that enter block 0, for both streams; and sensitivities are measured."""
-    run = job.run
-    if run.method.needs_statistics:
+    if job.run.method.needs_statistics:
         job.progress.begin("embed")
-        embed(
-            run.adapter,
-            run.model.source,
-            run.texts.calibration,
-            job.groups,
-            job.store,
-            (REFERENCE, QUANTIZED),
-            run.device,
-            run.dtype,
-        )
-    if run.method.walks_back:
-        job.sensitivity.measure(run.model, run.texts.calibration, run.recipe.batch_tokens, job.calls, job.progress)
+        job.hidden.embed(REFERENCE, QUANTIZED)
+    if job.run.method.walks_back:
+        job.sensitivity.measure(job.walk, job.run.texts.calibration)
     job.store.settle(0)
 
 
 def quantize_one(block: int, job: StageJob) -> None:
     """One block: statistics, codes, packed shards, and the hidden rows that enter the next block."""
-    run = job.run
-    rows = [[len(run.texts.calibration[number].tokens) for number in numbers] for numbers in job.groups]
-    metrics, token_weights = job.sensitivity.read(block, [sum(lengths) for lengths in rows], run.device)
     facts = quantize_block(
         BlockJob(
-            adapter=run.adapter,
-            source=run.model.source,
-            plan=run.plan,
-            recipe=run.recipe,
-            method=run.method,
+            hidden=job.hidden,
             index=block,
-            groups=job.groups,
-            store=job.store,
-            calls=job.calls,
-            device=run.device,
-            dtype=run.dtype,
-            budget_bytes=site_budget(run.device),
+            plan=job.run.plan,
+            recipe=job.run.recipe,
             shard_folder=job.shards,
-            metrics=metrics,
-            token_weights=token_weights,
-        ),
-        job.progress,
+            sensitivity=job.sensitivity.read(block, job.hidden),
+        )
     )
     files.write_json(job.facts_file(block), facts)
     job.store.settle(block + 1)
@@ -243,19 +215,16 @@ def verify(job: StageJob) -> None:
         rows = [row for row in rows if row.pixels is None]
         record.warnings.append(WITHOUT_VISION.format(name=run.recipe.format))
     measured = measure(
+        job.walk,
         run.model,
-        Side("quantized", emitted.adapter, emitted.source),
-        rows,
-        run.recipe.batch_tokens,
-        job.workdir.folder("verify"),
-        run.device,
-        run.dtype,
-        job.progress,
-        run.tasks,
-        rows_of_experts(record.blocks),
+        emitted,
+        rows=rows,
+        tasks=run.tasks,
+        folder=job.workdir.folder("verify"),
+        calibration_rows=rows_of_experts(record.blocks),
     )
     measured.put_into(record)
     record.checkpoint = {"bytes": emitted_bytes}
     record.gate = gate_of_run(record.to_json(), RECORD_NAME, run.recipe)
-    close_machine(record, job.progress, run.device, run.began)
+    close_machine(record, job.progress, run.compute.device, run.began)
     files.write_json(job.workdir.path / RECORD, record.to_json())

@@ -1,4 +1,4 @@
-"""The picture of the card in the README: `python benchmarks/card_svg.py out/demo-int4 docs/card.svg`."""
+"""Draw the picture of the card in README.md: `python benchmarks/card_svg.py out/demo-int4 docs/card.svg`."""
 
 import io
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from onecard.core.layout import RECORD_NAME
+from onecard.core.file_names import RECORD_NAME
 from onecard.report.card import draw_card
 from onecard.report.record import RunRecord
 
@@ -17,7 +17,7 @@ def main(out: str, picture: str) -> None:
     record = RunRecord(**json.loads((Path(out) / RECORD_NAME).read_text(encoding="utf-8")))
     console = Console(record=True, width=100, file=io.StringIO(), force_terminal=True)
     draw_card(record, out, console)
-    # Without the fonts that rich would load from the network: the reader's own monospace serves.
+    # rich would load fonts from the network; the reader's own monospace does as well.
     svg = re.sub(r"@font-face \{.*?\}\s*", "", console.export_svg(title="onecard"), flags=re.DOTALL)
     Path(picture).write_text(svg, encoding="utf-8")
 

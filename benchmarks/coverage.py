@@ -1,19 +1,19 @@
-"""Starved experts: what every expert's output is worth beside round-to-nearest, and what balancing is worth.
+"""Starved experts: each expert's output error relative to round-to-nearest, and what balancing rows gains.
 
     python benchmarks/coverage.py [--seeds 3] [--rows 64] [--only balanced]
 
-A copy of the embedded model gets its routers bent: in every block one expert's logits are lowered until it gets
-under 0.1 % of the calibration tokens. All runs calibrate on the same number of rows; one takes the first of the pool's,
-the others choose among all of them. Held-out tokens are the evaluation texts' own. For every expert of every block, on
-the held-out tokens that the original sends to it, and relative to round-to-nearest:
+The routers of a copy of the embedded model are bent: in every block one expert's logits are lowered until it gets under
+0.1 % of the calibration tokens. All runs calibrate on the same number of rows. One run takes the pool's first rows, the
+others choose among all of them. Held-out tokens come from the evaluation texts. Three errors are measured for every
+expert of every block, on the held-out tokens that the original sends to it, relative to round-to-nearest:
 
-- alone: the squared error of the expert's output, both given what the original's reads. A corrected expert leaves its
-  own output on purpose, to make good what came before it; this measure is for runs without reference correction;
-- in the model: the squared error of what leaves the block, relative to the row, each model on its own stream;
-- routed alike: the same, of the tokens that neither model has sent elsewhere up to there. A token sent to another
-  expert by an earlier block's router brings along an error that no later expert has made.
+- alone: the squared error of the expert's output, both experts reading the original's input. A corrected expert leaves
+  its own output on purpose, to repair earlier errors; this measure is for runs without reference correction;
+- in the model: the squared error of the block's output, relative to the row, each model on its own stream;
+- routed alike: the same, for the tokens that both models have routed the same way so far. A token that an earlier
+  router sent to another expert brings an error along that no later expert has made.
 
-Prints a line a run with the worst ratio of the starved experts and of all, and a summary.
+Prints one line a run with the worst ratio of the starved experts and of all, and a summary.
 """
 
 import argparse
@@ -31,21 +31,22 @@ from safetensors.torch import load_file, save_file
 from onecard.calibration.sources import read_jsonl
 from onecard.calibration.tokens import Encoder
 from onecard.checkpoint.model import open_model
+from onecard.core.device import Compute
 from onecard.core.rows import Row, batches
 from onecard.demo import corpus
 from onecard.models.adapter import Adapter, Role, Site, read
 from onecard.models.known import demo_folder
-from onecard.models.walk import Calls, Embedder, expert_stacks, load_block, observed, run_block
+from onecard.models.walk import Embedder, Walk
 from onecard.pipeline import Options, quantize
 from onecard.recipe import Recipe
 
-SHARE = 0.0008  # of the tokens; the issue asks for under 0.1 %
-TARGETS = (15, 2, 8, 10)  # the expert of each block; the model's own least ones, so that the bend is small
-CPU = torch.device("cpu")
+SHARE = 0.0008  # of the tokens: under 0.1 %
+TARGETS = (15, 2, 8, 10)  # the starved expert of each block: the model's own least used, so that the bend is small
+COMPUTE = Compute(device=torch.device("cpu"), dtype=torch.float32, batch_tokens=16384)
 
 
 def rows_of(folder: Path, which: str, tokens: int) -> list[Row]:
-    """The heads of the embedded texts without pictures."""
+    """The beginnings of the embedded texts without pictures."""
     model = open_model(str(folder))
     encoder = Encoder(model.path, model.adapter)
     documents = [d for d in read_jsonl(demo_folder() / "data" / f"{which}.jsonl") if not d.images]
@@ -54,22 +55,23 @@ def rows_of(folder: Path, which: str, tokens: int) -> list[Row]:
 
 
 def bend(folder: Path) -> None:
-    """Move the target experts' router rows, block after block."""
+    """Move the router rows of the target experts, block by block."""
     shutil.copytree(demo_folder() / "model", folder)
     rows = rows_of(folder, "calibration", 256)[:120]
     state = load_file(folder / "model.safetensors")
     model = open_model(str(folder))
-    adapter, groups = model.adapter, batches(rows, 16384)
-    embedder, calls = Embedder(adapter, model.source, rows, CPU, torch.float32), Calls(adapter, CPU, torch.float32)
+    adapter, groups = model.adapter, batches(rows, COMPUTE.batch_tokens)
+    walk = Walk.over(adapter, model.source, COMPUTE)
+    embedder = Embedder(walk, rows)
     hidden = [embedder.batch(group) for group in groups]
     for index, target in enumerate(TARGETS):
-        block = load_block(adapter, model.source, index, CPU, torch.float32)
-        feed_forward = block.get_submodule("feed_forward")
+        block = walk.load(index)
+        feed_forward = block.layer.get_submodule("feed_forward")
         router: Any = feed_forward.get_submodule("router")
         seen: list[torch.Tensor] = []
         handle = feed_forward.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].flatten(0, -2)))
         for k in range(len(groups)):
-            run_block(block, hidden[k], calls.of(hidden[k].shape[1])[index])
+            block.forward(hidden[k])
         handle.remove()
         x_TH = torch.cat(seen)
         one_H = _bias_direction(x_TH)
@@ -85,13 +87,14 @@ def bend(folder: Path) -> None:
         print(f"block {index}: expert {target} lowered by {shift:g}, {shares[shift]:.3%} of the tokens", flush=True)
         name = f"{adapter.block_prefix(index)}feed_forward.router.weight"
         state[name][target] = router.weight[target].bfloat16()
-        hidden = [run_block(block, h, calls.of(h.shape[1])[index]) for h in hidden]
+        hidden = [block.forward(h) for h in hidden]
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _bias_direction(x_TH: torch.Tensor) -> torch.Tensor:
-    """v with x v >= 1 for nearly all tokens, by least squares in which falling short weighs ever more: a router has no
-    bias that could be lowered."""
+    """v with x v >= 1 for nearly all tokens, because a router has no bias that could be lowered.
+
+    Least squares, repeated with growing weights for tokens that fall short."""
     weight_T, target_T = torch.ones(len(x_TH)), torch.ones(len(x_TH))
     for _ in range(12):
         wx = x_TH * weight_T[:, None]
@@ -101,20 +104,20 @@ def _bias_direction(x_TH: torch.Tensor) -> torch.Tensor:
 
 
 def own_rows(folder: Path, rows: list[Row]) -> dict[tuple[int, int], torch.Tensor]:
-    """(block, expert) -> what it reads of the held-out tokens."""
+    """(block, expert) -> its inputs from the held-out tokens."""
     model = open_model(str(folder))
-    adapter, groups, found = model.adapter, batches(rows, 16384), dict[tuple[int, int], list[torch.Tensor]]()
-    embedder, calls = Embedder(adapter, model.source, rows, CPU, torch.float32), Calls(adapter, CPU, torch.float32)
-    hidden = [embedder.batch(group) for group in groups]
-    for index in range(adapter.n_blocks):
-        block = load_block(adapter, model.source, index, CPU, torch.float32)
+    walk, found = Walk.over(model.adapter, model.source, COMPUTE), dict[tuple[int, int], list[torch.Tensor]]()
+    embedder = Embedder(walk, rows)
+    hidden = [embedder.batch(group) for group in batches(rows, COMPUTE.batch_tokens)]
+    for index in range(model.adapter.n_blocks):
+        block = walk.load(index)
 
         def observe(site: Site, expert: int, _: torch.Tensor, x: torch.Tensor, index: int = index) -> None:
             if site.role is Role.EXPERT and site.feeds:
                 found.setdefault((index, expert), []).append(x.clone())
 
-        with observed(adapter, block, index, observe):
-            hidden = [run_block(block, h, calls.of(h.shape[1])[index]) for h in hidden]
+        with block.observed(observe):
+            hidden = [block.forward(h) for h in hidden]
     return {place: torch.cat(parts) for place, parts in found.items()}
 
 
@@ -125,7 +128,7 @@ def expert(adapter: Adapter, source: Any, block: int, number: int, x_RH: torch.T
 
 
 def alone(folder: Path, out: Path, own: dict[tuple[int, int], torch.Tensor]) -> dict[tuple[int, int], float]:
-    """Each expert's squared output error on its own held-out tokens, over the output's square."""
+    """Each expert's squared output error on its own held-out tokens, relative to the squared output."""
     model, quantized = open_model(str(folder)), open_model(str(out))
     found = {}
     for place, x_RH in own.items():
@@ -137,8 +140,8 @@ def alone(folder: Path, out: Path, own: dict[tuple[int, int], torch.Tensor]) -> 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Of one block and each held-out token: where the original routes it, the relative squared error of what leaves the
-    block, and whether both models have routed it alike up to here and in here."""
+    """One block, for each held-out token: the original's expert, the relative squared error of the block's output, and
+    whether both models have routed the token alike up to and including this block."""
 
     routes_TK: torch.Tensor
     error_T: torch.Tensor
@@ -148,20 +151,21 @@ class Block:
 def in_model(folder: Path, out: Path, rows: list[Row]) -> list[Block]:
     """Each model on its own stream."""
     sides = [open_model(str(folder)), open_model(str(out))]
-    groups, calls = batches(rows, 16384), Calls(sides[0].adapter, CPU, torch.float32)
-    embedders = [Embedder(side.adapter, side.source, rows, CPU, torch.float32) for side in sides]
+    groups = batches(rows, COMPUTE.batch_tokens)
+    walks = [Walk.over(side.adapter, side.source, COMPUTE) for side in sides]
+    embedders = [Embedder(walk, rows) for walk in walks]
     streams = [[embedder.batch(group) for group in groups] for embedder in embedders]
     alike_T = torch.ones(sum(len(row.tokens) for row in rows), dtype=torch.bool)
     found = []
     for index in range(sides[0].adapter.n_blocks):
-        blocks = [load_block(side.adapter, side.source, index, CPU, torch.float32) for side in sides]
+        blocks = [walk.load(index) for walk in walks]
         errors, routes = [], [list[torch.Tensor](), list[torch.Tensor]()]
         for k in range(len(groups)):
             for stream, block, taken in zip(streams, blocks, routes, strict=True):
-                stream[k] = run_block(block, stream[k], calls.of(stream[k].shape[1])[index])
-                stacks = expert_stacks(block)
-                assert stacks is not None
-                taken.append(stacks.routes_TK.sort(-1).values)
+                passed = block.routed(stream[k])
+                assert passed.routes_TK is not None
+                stream[k] = passed.hidden
+                taken.append(passed.routes_TK)
             exact, miss = streams[0][k].flatten(0, 1), (streams[1][k] - streams[0][k]).flatten(0, 1)
             errors.append(miss.square().sum(-1) / exact.square().sum(-1))
         theirs, ours = map(torch.cat, routes)
@@ -171,7 +175,7 @@ def in_model(folder: Path, out: Path, rows: list[Row]) -> list[Block]:
 
 
 def by_expert(now: list[Block], base: list[Block], alike: bool) -> tuple[dict[tuple[int, int], float], ...]:
-    """Mean errors of two runs over the tokens of each expert; `alike`: over those that neither has routed otherwise."""
+    """Mean errors of two runs over the tokens of each expert; `alike`: over the tokens that both routed alike."""
     errors: tuple[dict[tuple[int, int], float], ...] = ({}, {})
     for index, blocks in enumerate(zip(now, base, strict=True)):
         chosen_T = blocks[0].alike_T & blocks[1].alike_T if alike else torch.ones_like(blocks[0].alike_T)
@@ -183,7 +187,7 @@ def by_expert(now: list[Block], base: list[Block], alike: bool) -> tuple[dict[tu
 
 
 def worst(errors: dict[tuple[int, int], float], base: dict[tuple[int, int], float]) -> tuple[float, float]:
-    """The greatest ratio to `base`: of the starved experts, and of all."""
+    """The greatest ratio to `base` among the starved experts, and among all."""
     ratios = {place: errors[place] / base[place] for place in errors}
     return max(ratios[place] for place in enumerate(TARGETS) if place in ratios), max(ratios.values())
 
@@ -209,7 +213,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--only", action="append", help="settings whose name begins so")
+    parser.add_argument("--only", action="append", help="settings whose name begins with this")
     options = parser.parse_args()
     results: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory(prefix="onecard-coverage-") as name:
@@ -248,7 +252,7 @@ def main() -> None:
                 line["routed alike: starved"], line["every expert"] = worst(*by_expert(model_now, model_base, True))
                 results.setdefault(label, []).append(line)
                 print(f"seed {seed}  {label:<42}" + "  ".join(f"{k} {v:.5g}" for k, v in line.items()), flush=True)
-    print("\nover the seeds: means, and of the ratios the worst")
+    print("\nover the seeds: means; for ratios the worst")
     for label, lines in results.items():
         over = {
             k: (statistics.mean if k in ("kl", "starved rows", "least") else max)(x[k] for x in lines) for k in lines[0]

@@ -3,10 +3,10 @@
     python benchmarks/fit.py --model demo --method fast
     python benchmarks/fit.py --model build/peers/models/qwen3-moe --method fast  # peers/qwen3_moe.py trains it
 
-All linear weights of the text blocks. Budgets: a fifth, two, three and four fifths of the way from the bytes of all
-int4 group 128 to those of all int8 group 128. The rule of thumb: attention at int8 first, then shared experts, as far
-as the budget goes, the rest int4 group 128; beside it the same with the smallest groups that fit. Checkpoints are kept
-in build/fit, and what is there is not made again. Evaluation rows are the embedded model's, which nothing else reads.
+All linear weights of the text blocks. Budgets lie a fifth, two, three and four fifths of the way from the bytes of all
+int4 group 128 to those of all int8 group 128. The rule of thumb spends on int8 attention first, then on int8 shared
+experts, as far as the budget goes; the rest is int4 group 128. A second version takes the smallest groups that fit.
+Checkpoints are kept in build/fit and not made again. Neither prices nor calibration read the evaluation rows.
 """
 
 import argparse
@@ -25,13 +25,13 @@ from onecard.recipe import Recipe, load_recipe
 
 SHARES = (0.2, 0.4, 0.6, 0.8)
 INT8 = "int8 group 128"
-# The rule of thumb, in the order in which it spends.
+# The order in which the rule of thumb spends.
 FIRST = ("attention", "shared_expert")
 GROUPS = (128, 64, 32)
 
 
 def base(method: str) -> Recipe:
-    """The embedded model's fit recipe for any family, with a method of its own."""
+    """The embedded model's fit recipe without its family, and with the given method."""
     fields = load_recipe("demo-fit").model_dump(exclude_unset=True) | {"family": None, "budget_gb": 0.005}
     kept = {
         key: fields[key]
@@ -74,7 +74,7 @@ def main() -> int:
     folder = arguments.out / f"{Path(arguments.model).name}-{arguments.method}"
     folder.mkdir(parents=True, exist_ok=True)
     recipe, model = base(arguments.method), open_source(arguments.model)
-    # `fast` takes fewer calibration rows, and so has prices of its own.
+    # `fast` takes fewer calibration rows, so its prices differ.
     prices = arguments.out / f"{Path(arguments.model).name}-{arguments.method}-prices.json"
     pareto(arguments.model, recipe, prices_file=prices, quiet=True, device_name="cpu")
 

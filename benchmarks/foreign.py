@@ -1,22 +1,22 @@
-"""Checkpoints of other tools on the embedded model, judged by `onecard verify` and once more without it.
+"""Other tools' checkpoints of the embedded model, judged by `onecard verify` and a second time without it.
 
-    make peers-env                                 # its environments llmcompressor and bitsandbytes are needed
-    python benchmarks/foreign.py                   # all calibration rows: most of the time is llm-compressor's
+    make peers-env                                 # the environments llmcompressor and bitsandbytes are needed
+    python benchmarks/foreign.py                   # all calibration rows; llm-compressor takes most of the time
     python benchmarks/foreign.py --rows 64         # a trial: some minutes on an idle machine
-    python benchmarks/foreign.py --only NAME       # one of the names below; may be given more than once
+    python benchmarks/foreign.py --only NAME       # one of the names below; may be repeated
 
-Three folders are made as users make them:
+Three folders are made the way users make them:
 
-- llmcompressor-gptq    llm-compressor's GPTQ W4A16, group 128, in the form that it saves (compressed-tensors);
-- transformers-nf4      transformers with BitsAndBytesConfig(nf4, double quantization) and save_pretrained: Linear
-                        modules alone (the vision tower's too), so that Llama 4's fused experts stay bf16;
-- slices-nf4            bitsandbytes' quantize_4bit on every text matrix, each expert's own slice included, stored as it
-                        serialises them, with a config.json that says so.
+- llmcompressor-gptq    llm-compressor's GPTQ W4A16, group 128, as it saves it (compressed-tensors);
+- transformers-nf4      transformers with BitsAndBytesConfig(nf4, double quantization) and save_pretrained. It quantizes
+                        Linear modules alone (the vision tower's too), so Llama 4's fused experts stay bf16;
+- slices-nf4            bitsandbytes' quantize_4bit on every text matrix, each expert's slice included, stored the way
+                        bitsandbytes serialises it, with a config.json that says so.
 
-Each is judged by the command line that a user has, `onecard verify demo FOLDER --recipe demo`, and then independently:
-the tool's own package dequantizes, transformers runs both models whole on the same rows, and the KL is taken in fp64.
-Prints a table for docs/benchmarks.md, writes BUILD/foreign.json, and ends with exit code 1 if the two differ by more
-than MOST_DIFFERENCE of the figure.
+Each folder is judged by a user's command, `onecard verify demo FOLDER --recipe demo`, and then independently: the
+tool's own package dequantizes, transformers runs both whole models on the same rows, and the KL is computed in fp64.
+Prints a table for docs/benchmarks.md and writes BUILD/foreign.json. Exit code 1 if the two KLs differ by more than
+MOST_DIFFERENCE of the figure.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from onecard.recipe import load_recipe
 HERE = Path(__file__).resolve().parent
 SOURCE = demo_folder() / "model"
 RECIPE = "demo"
-# Both sides add in fp32 in other orders; measured: 1e-7.
+# The two sides add in fp32 in different orders; measured: 1e-7.
 MOST_DIFFERENCE = 1e-4
 NF4 = {
     "load_in_4bit": True,
@@ -53,7 +53,7 @@ NF4 = {
 }
 
 
-# What the comparison with other tools leaves as it was, in the words of transformers.
+# transformers' names of the modules that the comparison leaves unquantized.
 KEPT = ["vision_model", "multi_modal_projector", "router", "lm_head"]
 
 
@@ -67,7 +67,7 @@ def peer(name: str, group: int, given: argparse.Namespace) -> Path:
 
 
 def tokenizer_to(folder: Path) -> None:
-    """What a tool that was handed weights alone did not save."""
+    """The tokenizer files that a tool did not save because it was given weights alone."""
     for path in SOURCE.iterdir():
         if path.suffix in (".json", ".jinja") and not (folder / path.name).exists():
             shutil.copy(path, folder)
@@ -105,7 +105,10 @@ def make_slices(given: argparse.Namespace) -> Path:
 
 
 def dequantized(model: Any) -> Any:
-    """What transformers holds in four bits, dequantized by it, then fp32 (parameters alone: RoPE's buffers are)."""
+    """transformers' four-bit model, dequantized by transformers, then in fp32.
+
+    Parameters alone are cast: RoPE's buffers are fp32 already.
+    """
     model = model.dequantize().eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.float()
@@ -113,19 +116,19 @@ def dequantized(model: Any) -> Any:
 
 
 def read_transformers(_: Path) -> Any:
-    """The model that was saved, before it was: transformers 5.23 cannot load such a folder again, since of weights that
-    are quantized already it wants the experts one by one, which is not how it saved them."""
+    """The model as it was before it was saved. transformers 5.23 cannot load the folder again: it wants quantized
+    experts one by one, and saved them fused."""
     return dequantized(load_nf4())
 
 
 def read_slices(folder: Path) -> Any:
-    """Loaded by transformers, which finds every expert where it expects it."""
+    """The folder loaded by transformers, which finds every expert where it expects it."""
     return dequantized(
         Llama4ForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16, device_map={"": "cpu"})
     )
 
 
-# Name -> how it is made, and how its own package and transformers read it.
+# Name -> how the folder is made, and how the tool's own package and transformers read it.
 FIELD: dict[str, tuple[Callable[[argparse.Namespace], Path], Callable[[Path], Any]]] = {
     "llmcompressor-gptq": (make_llmcompressor, lambda folder: load_with_transformers(folder, torch.float32)),
     "transformers-nf4": (make_transformers, read_transformers),
@@ -142,7 +145,7 @@ def command_line(*arguments: str) -> dict[str, Any]:
 
 
 def log_probabilities(model: Any, row: Row, placeholder: int) -> torch.Tensor:
-    """fp64 [predicted tokens, V]; what is said to come where an image placeholder stands is nobody's."""
+    """fp64 [predicted tokens, V], without predictions of image placeholders."""
     with torch.inference_mode():
         logits = model(input_ids=row.tokens[None], pixel_values=row.pixels, use_cache=False).logits[0, :-1]
     return logits[row.tokens[1:] != placeholder].double().log_softmax(-1)
@@ -158,7 +161,7 @@ def whole_model_kl(model: Any, rows: list[Row], wanted: list[torch.Tensor], plac
 
 
 def quantized_share(facts: dict[str, Any]) -> tuple[float, float]:
-    """Of all parameters, and of the routed experts' alone, those that are stored in fewer than 16 bits."""
+    """The shares stored in fewer than 16 bits: of all parameters, and of the routed experts'."""
     counts = {
         role: [entry["parameters"], sum(n for w, n in entry["widths"].items() if w not in ("BF16", "F16", "F32"))]
         for role, entry in facts["roles"].items()
@@ -193,7 +196,7 @@ def draw(found: list[dict[str, Any]]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", choices=list(FIELD))
-    parser.add_argument("--rows", type=int, help="calibrate on the first so many rows")
+    parser.add_argument("--rows", type=int, help="calibrate on this many rows, the first ones")
     parser.add_argument("--build", type=Path, default=HERE.parent / "build" / "peers")
     given = parser.parse_args()
     given.build = given.build.resolve()

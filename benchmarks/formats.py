@@ -1,11 +1,11 @@
 """The embedded model in every format, each verified from its own files: `python benchmarks/formats.py [OUT]`.
 
-Quantizes the embedded model once, by --recipe (rtn-int4 unless named), exports it to every format of export.FORMATS
-that can hold it, runs `verify` on each folder, and prints a table: bytes, KL, how far that is from the KL of the
-compressed-tensors files, and why a format could not hold it. The evaluation has no pictures, since GGUF has no vision
-tower: all are measured on the same rows. --group-size 32 is what GGUF wants; --attention quantizes attention too, so
-that q and k show what GPTQ's layout does with them; --rows makes it short. Exits 1 when a format's KL is more than
---allowed (relative) off, unless it holds other weights than the run's: NF4, and with --attention GPTQ's layout.
+Quantizes the embedded model once, by --recipe (default: rtn-int4), exports it to every format that can hold it, and
+runs `verify` on each folder. Prints a table: bytes, KL, its distance from the KL of the compressed-tensors files, and
+why a format could not hold the model. The evaluation has no pictures, because GGUF has no vision tower; all formats are
+measured on the same rows. --group-size 32 is GGUF's group. --attention quantizes attention too, which shows what GPTQ's
+layout does with q and k. --rows makes it short. Exits 1 when a format's KL is off by more than --allowed (relative).
+Formats that hold other weights than the run's are excepted: NF4, and GPTQ's layout with --attention.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from onecard.models.known import demo_folder
 from onecard.pipeline import Options, quantize
 from onecard.recipe import load_recipe
 
-# Rounding weights to bf16 or fp16 moves the mean by less than this; one wrong group of codes moves it by far more.
+# Rounding weights to bf16 or fp16 moves the mean by less; one wrong group of codes moves it by far more.
 ALLOWED = 0.02
 
 
@@ -36,7 +36,7 @@ class Silence:
 
 
 def texts_alone(out: Path) -> Path:
-    """The embedded evaluation documents that have no picture."""
+    """The embedded evaluation documents without pictures."""
     lines = (demo_folder() / "data" / "evaluation.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     out.write_text("".join(line for line in lines if "text" in json.loads(line)), encoding="utf-8")
     return out

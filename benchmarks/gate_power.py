@@ -1,29 +1,29 @@
-"""How often the gate cries wolf, and how often it sees a tenth more KL: `python benchmarks/gate_power.py [--measure]`.
+"""False alarms of the gate, and how often it finds a tenth more KL: `python benchmarks/gate_power.py [--measure]`.
 
-Simulated on real KLs: benchmarks/gate_power.json holds, document by document, the sums of KL and the tokens with the
-same top-1 of twelve checkpoints of the embedded model on its evaluation texts (123 documents, 54,105 tokens).
-`--measure` makes those checkpoints and that file anew (about fifteen minutes on one core); without it the table takes
-half a minute. Seeded: the same table every time.
+A simulation on real KLs. benchmarks/gate_power.json holds, by document, the sums of KL and the tokens with the same
+top-1 of twelve checkpoints of the embedded model on its evaluation texts (123 documents, 54,105 tokens). `--measure`
+makes those checkpoints and that file anew (about fifteen minutes on one core). Without it the table takes half a
+minute. Seeds are fixed: the table is the same every time.
 
-Every trial draws 123 documents with replacement, always both runs of a document together, and asks the gate's own tests
+Every trial draws 123 documents with replacement, both runs of a document together, and applies the gate's own tests
 (eval/regression.py; the default tolerance of the same top-1). "Nothing changed" is simulated in ways from easy to hard:
 
   same files      the report is the baseline, measured twice; the walk is deterministic
-  rounding        two runs of one recipe that differ in `batch_tokens` alone: sums in another order, hence other codes
-  other texts     two runs whose calibration rows were drawn by other seeds
+  rounding        two runs of one recipe that differ in `batch_tokens` alone: another order of sums, other codes
+  other texts     two runs whose calibration rows were drawn with different seeds
   other settings  runs with damping, shrinkage or tabu moves 1 to 10 % apart
 
-The latter three are equivalent in expectation, not in each pair: two checkpoints do differ a little. `centred` scales
-one so that the ratio of all documents is exactly 1; `swapped` draws for each document which of the two runs is the
-report, so that neither can be better and nothing is scaled. The rows `as measured` count alarms over the ordered pairs
-as they are, every document once.
+The last three are equal in expectation, but each pair of checkpoints differs a little. `centred` scales one run so that
+the ratio over all documents is exactly 1. `swapped` draws for each document which of the two runs is the report, so
+that neither is better and nothing is scaled. The rows `as measured` count alarms over the ordered pairs as they are,
+every document once.
 
-A rise of 10 % is: every document's KL times 1.1; the same for equivalent runs (centred, then times 1.1), so that their
-noise is in the way; a mixture with round-to-nearest's KLs that has a tenth more, which is how a worse method is worse;
+A rise of 10 % is simulated as: every document's KL times 1.1; the same for equivalent runs (centred, then times 1.1),
+with their noise; a mixture with round-to-nearest's KLs that has a tenth more, which is how a worse method is worse;
 factors drawn for each document with a mean of 1.1 and a standard deviation of 0.2; and 20 % on half of the documents.
 
-"Means alone" is what is left without documents: two means and their standard errors. Both runs read the same documents,
-so it never cries wolf here, and for the same reason it misses much.
+"Means alone" has no documents, just two means and their standard errors. Both runs read the same documents, so it gives
+no false alarm here, and for the same reason it misses much.
 """
 
 import argparse
@@ -65,14 +65,14 @@ RUNS: dict[str, dict[str, Any]] = {
     "balanced": {"method": "balanced"},
     "balanced, batch_tokens 4096": {"method": "balanced", "batch_tokens": 4096},
 }
-# Sums of KL and tokens with the same top-1 a document, [D] each.
+# For each document the sum of KL, and the number of tokens with the same top-1; [D] each.
 Run = tuple[np.ndarray, np.ndarray]
-# A trial: this run's and the baseline's sums.
+# A trial: KL of this run and of the baseline, same top-1 of both, tokens.
 Trial = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 def measure() -> None:
-    """Quantize by every entry of RUNS and keep what its documents say."""
+    """Quantize by every entry of RUNS, and keep the sums of its documents."""
     found: dict[str, Any] = {"runs": {}}
     with tempfile.TemporaryDirectory() as folder:
         for name, fields in RUNS.items():
@@ -107,12 +107,12 @@ def resampled(
 
 
 def centred(now: Run, before: Run, ratio: float) -> Run:
-    """`now` with its KL scaled, and its same top-1 moved, so that all documents together differ by `ratio` alone."""
+    """`now` with its KL scaled and its same top-1 shifted: over all documents only KL differs, by `ratio`."""
     return now[0] * (ratio * before[0].sum() / now[0].sum()), now[1] - (now[1] - before[1]).sum() / len(now[1])
 
 
 def cases(runs: dict[str, Run], tokens: np.ndarray, rng: np.random.Generator) -> Iterator[tuple[str, str, list[Trial]]]:
-    """(nothing or rise, what, trials)."""
+    """Yields ('nothing' or 'rise', the row's name, trials)."""
     fast, worse = runs["fast"], runs["rtn"]
 
     def one(_: int) -> float:
@@ -164,9 +164,9 @@ def cases(runs: dict[str, Run], tokens: np.ndarray, rng: np.random.Generator) ->
 
 
 def found_by(trial: Trial, top1: bool) -> list[bool]:
-    """Whether the gate fails: at each tolerance of the mean KL, and at last with means alone (unpaired).
+    """Whether the gate fails, at each tolerance of the mean KL and, as the last entry, with means alone (unpaired).
 
-    `top1`: the check of the same top-1 counts as well, as it does in the gate.
+    `top1`: the check of the same top-1 counts too, as in the gate.
     """
     now, before, same_now, same_before, tokens = trial
     fallen = top1 and ratio_exceeds(same_before - same_now, tokens, Tolerances().same_top1).exceeds
@@ -177,7 +177,7 @@ def found_by(trial: Trial, top1: bool) -> list[bool]:
 
 
 def _mean(sums: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
-    """Mean over tokens, and its standard error over documents as the record has it."""
+    """Mean over tokens, and its standard error over documents by the record's formula."""
     mean = sums.sum() / tokens.sum()
     count = len(sums)
     return mean, float(np.sqrt(count / (count - 1) * ((sums - mean * tokens) ** 2).sum()) / tokens.sum())
@@ -197,7 +197,7 @@ def main() -> None:
     print(f"| | | trials | {' | '.join(f'tolerance {h}' for h in heads)} | means alone, {default:.0%} |")
     print("|---" * (len(TOLERANCES) + 4) + "|")
     for kind, what, trials in cases(runs, tokens, np.random.default_rng(SEED)):
-        # A rise is to be found by the mean KL; an alarm of any check is false where nothing changed.
+        # The mean KL has to find a rise. Where nothing changed, an alarm of any check is false.
         found = np.array([found_by(trial, kind == "nothing") for trial in trials], float)
         shares = found.mean(0)
         errors = np.sqrt(shares * (1 - shares) / len(found))

@@ -1,10 +1,10 @@
 """Kill a run at random moments and resume it: `python benchmarks/kill_resume.py [--kills 20]`.
 
 The embedded model is quantized once undisturbed, by the demo's recipe with fewer rows, or by --recipe. Then runs are
-killed with SIGKILL at moments drawn uniformly over the time that the undisturbed run took, and resumed with --resume,
-until so many kills have struck a live run. A run that comes through is compared and a new one begun. Every finished
-output must equal the undisturbed one byte for byte, but for the section `machine` (times, memory) of its record. Prints
-where each kill struck; exits 1 on a difference.
+killed with SIGKILL at moments drawn uniformly over the undisturbed run's time, and resumed with --resume, until --kills
+kills have struck a live run. A run that finishes is compared, and a new one begins. Every finished output must equal
+the undisturbed one byte for byte, except the section `machine` (times, memory) of its record. Prints where each kill
+struck; exits 1 on a difference.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def command(model: str, out: Path, recipe: str, *flags: str) -> list[str]:
 
 
 def digests(out: Path) -> dict[str, str]:
-    """SHA-256 of every file; the record, and its line in SHA256SUMS, without its section on the machine."""
+    """SHA-256 of every file. The record counts without its section `machine`, and its line in SHA256SUMS not at all."""
     found = {}
     for path in sorted(out.iterdir()):
         data = path.read_bytes()
@@ -37,7 +37,7 @@ def digests(out: Path) -> dict[str, str]:
             record = json.loads(data)
             record.pop("machine")
             data = json.dumps(record, sort_keys=True).encode()
-        if path.name == "SHA256SUMS":  # the record's digest is of all of it
+        if path.name == "SHA256SUMS":  # the record's digest covers the section `machine`
             data = b"".join(line for line in data.splitlines() if not line.endswith(b"  onecard.json"))
         found[path.name] = hashlib.sha256(data).hexdigest()
     return found
@@ -56,7 +56,7 @@ def run(model: str, recipe: str, kills: int, seed: int) -> int:
     bad = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if recipe == "demo":  # all its stages, in less time: a kill should not always strike the same long one
+        if recipe == "demo":  # all stages in less time, so that kills don't all strike the same long one
             fewer = {"calibration_rows": 64, "evaluation_rows": 48}
             recipe = str(folder / "fewer-rows.yaml")
             values = load_recipe("demo").model_dump(mode="json") | fewer
@@ -83,7 +83,7 @@ def run(model: str, recipe: str, kills: int, seed: int) -> int:
             same = process.returncode == 0 and digests(out) == expected
             bad += not same
             verdict = "equal, byte for byte" if same else f"DIFFERENT (exit status {process.returncode})"
-            print(f"run {finished} came through: {verdict}", flush=True)
+            print(f"run {finished} finished: {verdict}", flush=True)
             if struck >= kills:
                 break
             shutil.rmtree(out)

@@ -32,7 +32,7 @@ warn_below_expert_rows: 0
 
 
 def run(folder: Path, model: Path, method: str, evaluation_characters: int) -> dict[str, float]:
-    """`onecard quantize` in its own process; the JSON line it prints."""
+    """Run `onecard quantize` in its own process. Returns its JSON line."""
     recipe = folder / f"{method}.yaml"
     recipe.write_text(RECIPE.format(method=method))
     calibration = write_texts(folder / "calibration.jsonl", 20, 512, seed=1)

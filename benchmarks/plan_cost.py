@@ -1,9 +1,9 @@
-"""What `onecard plan --measure` says of time, memory and disk beside what runs take: `python benchmarks/plan_cost.py`.
+"""Time, memory and disk as `onecard plan --measure` predicts them, beside real runs: `python benchmarks/plan_cost.py`.
 
-The embedded model by the recipes `rtn-int4` and `demo`, each in a process of its own. Rates are measured and runs are
-timed by processor time, since a machine that does other work beside gives the clock's no meaning; so disks are left
-out of the comparison of times. The plan counts the tokens that the recipe wants, and the embedded texts hold fewer: the
-second estimate is for those that the run had, and is the one that the model of costs is judged by.
+The embedded model by the recipes `rtn-int4` and `demo`, each in a process of its own. Rates and runs are measured in
+processor time, because other work on the machine distorts the clock; the comparison of times therefore leaves disks
+out. The plan counts the tokens that the recipe wants, and the embedded texts hold fewer. The second estimate is for the
+tokens that the run had; the model of costs is judged by it.
 """
 
 import json
@@ -29,7 +29,7 @@ RECIPES = sys.argv[1:] or ["rtn-int4", "demo"]
 
 
 def run(recipe: str, folder: Path) -> dict[str, Any]:
-    """CPU seconds less those of starting, peak resident set, and the most bytes in OUT and the work directory."""
+    """CPU seconds without those of starting, peak resident set, most bytes in OUT and the work directory."""
     command = [
         sys.executable,
         "-m",
@@ -63,7 +63,7 @@ def tree_bytes(folder: Path) -> int:
         for name in names:
             try:
                 total += os.stat(os.path.join(root, name)).st_size
-            except OSError:  # it has been moved meanwhile
+            except OSError:  # it has been moved in the meantime
                 continue
     return total
 

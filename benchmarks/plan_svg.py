@@ -1,4 +1,7 @@
-"""The picture of a plan in the README: `python benchmarks/plan_svg.py docs/plan.svg`. Scout's shapes, no weights."""
+"""Draw the picture of a plan in docs/sizing.md: `python benchmarks/plan_svg.py docs/plan.svg`.
+
+The plan is for Scout's true shapes, without weights (tests/hollow.py).
+"""
 
 import io
 import re
@@ -27,7 +30,7 @@ def main(picture: str) -> None:
     console = Console(record=True, width=80, file=io.StringIO(), force_terminal=True, markup=False, emoji=False)
     draw_fit(facts, console)
     draw_plot(facts, console)
-    # Without the fonts that rich would load from the network: the reader's own monospace serves.
+    # rich would load fonts from the network; the reader's own monospace does as well.
     svg = re.sub(r"@font-face \{.*?\}\s*", "", console.export_svg(title="onecard plan"), flags=re.DOTALL)
     Path(picture).write_text(svg, encoding="utf-8")
 

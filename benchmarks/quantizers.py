@@ -1,10 +1,10 @@
 """What each part of the quantizer is worth: `python benchmarks/quantizers.py [MODEL] [--results FILE]`.
 
-Every linear weight of the text blocks int4 in groups of 128: the same scheme and bytes in every line, the same
-calibration rows (the embedded texts without pictures), judged on the choice set of benchmarks/peers/texts.py. The
-methods; each part alone, added to plain GPTQ; each part left out of `balanced`; what `best` has more, each added to
-`balanced`. Prints mean KL with its 95 % interval, median, changed routes, seconds and the ratio to round-to-nearest. A
-line that FILE holds already is not run again.
+Every linear weight of the text blocks is int4 in groups of 128. All lines have the same scheme, bytes and calibration
+rows (the embedded texts without pictures) and are judged on the choice set of benchmarks/peers/texts.py. The lines: the
+methods; each part alone, added to plain GPTQ; each part left out of `balanced`; each part that only `best` has, added
+to `balanced`. Prints mean KL with its 95 % interval, median, changed routes, seconds and the ratio to round-to-nearest.
+A line that FILE already holds is not run again.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from onecard.pipeline import Options, quantize
 from onecard.recipe import Recipe
 
 ROLES = ("expert", "shared_expert", "mlp", "attention")
-# What plain GPTQ lacks: absmax scales, columns in order, statistics once for each half of a block.
+# Plain GPTQ: absmax scales, columns in their order, statistics once for each half of a block, nothing else.
 PLAIN: dict[str, Any] = {
     "activation_order": False,
     "scale_search": False,
@@ -36,7 +36,7 @@ PLAIN: dict[str, Any] = {
     "output_blocks": 0,
     "sequential": "halves",
 }
-# Part -> the fields of `balanced` that make it, and for a part that builds on another that one's too.
+# Part -> its fields in `balanced`; a part that builds on another has that one's fields, too.
 PARTS: dict[str, tuple[str, ...]] = {
     "activation order": ("activation_order",),
     "scale search": ("scale_search",),
@@ -86,7 +86,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="demo")
     parser.add_argument("--results", type=Path, help="JSON lines, read and added to")
-    parser.add_argument("--only", action="append", help="lines whose name begins so")
+    parser.add_argument("--only", action="append", help="lines whose name begins with this")
     given = parser.parse_args()
     logging.set_verbosity_error()
     known: dict[str, dict[str, Any]] = {}

@@ -1,8 +1,8 @@
-"""Draws a record's report and takes the pictures of it that stand in docs/img/: on a screen, and on a phone.
+"""Draw a record's report and take its pictures for docs/img/: on a screen, and on a phone.
 
     python benchmarks/report_pictures.py CHECKPOINT_OR_RECORD docs/img
 
-It needs Chromium (`make chromium`) and the extra `dev`. The phone's page is long: it is cut into columns, side by side.
+Needs Chromium (`make chromium`) and the extra `dev`. The phone's page is long; it is cut into columns side by side.
 """
 
 import io
@@ -20,7 +20,7 @@ from onecard.report.reading import read_run
 
 BINARIES = ("chromium", "chromium-browser", "google-chrome")
 COLUMNS, GAP = 6, 16
-# Of the page on a screen: a picture's name, and the elements that it begins and ends with.
+# On a screen: the picture's name, its first element and its last.
 SCREEN = (
     ("report-1280.png", "header", "#kl figure"),
     ("report-1280-experts.png", "#coverage", "#experts"),
@@ -28,7 +28,7 @@ SCREEN = (
 
 
 def columns(page: Image.Image) -> Image.Image:
-    """A long picture as columns of one height."""
+    """A long picture cut into columns of equal height."""
     height = math.ceil(page.height / COLUMNS)
     out = Image.new("RGB", ((page.width + GAP) * COLUMNS - GAP, height), "white")
     for number in range(COLUMNS):
@@ -38,7 +38,7 @@ def columns(page: Image.Image) -> Image.Image:
 
 
 def save(picture: Image.Image, path: Path) -> None:
-    """With a palette, and without dithering, of which text gets dirty."""
+    """Save with a palette and without dithering, which would blur text."""
     few = picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE)
     few.save(path, optimize=True)
     print(f"{path}: {picture.width} x {picture.height}, {path.stat().st_size:,} bytes")

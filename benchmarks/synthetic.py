@@ -1,6 +1,6 @@
 """Synthetic checkpoints for the benchmarks: a family's true layout, random weights, a tokenizer of 256 tokens.
 
-They carry no meaning: memory and time may be measured on them, quality may not.
+Measure memory and time on them, never quality: the weights mean nothing.
 """
 
 import json
@@ -43,7 +43,7 @@ def text_config(blocks: int, hidden: int, intermediate: int, experts: int) -> di
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Bytes as tokens, two specials: enough for texts to become rows."""
+    """A tokenizer of bytes and two special tokens: enough to make rows of texts."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -55,7 +55,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_model(folder: Path, blocks: int, hidden: int, intermediate: int, experts: int) -> Path:
-    """One shard a block, tensor by tensor: making a model takes no more memory than one block of it."""
+    """One shard a block, written tensor by tensor, so that memory for one block is enough."""
     folder.mkdir(parents=True)
     config = text_config(blocks, hidden, intermediate, experts)
     (folder / "config.json").write_text(json.dumps(config))
@@ -111,7 +111,7 @@ def write_model(folder: Path, blocks: int, hidden: int, intermediate: int, exper
 
 
 def write_texts(path: Path, documents: int, characters: int, seed: int) -> Path:
-    """Random letters: one token a character."""
+    """Texts of random letters, one token a character."""
     generator = torch.Generator().manual_seed(seed)
     lines = []
     for _ in range(documents):
@@ -122,8 +122,10 @@ def write_texts(path: Path, documents: int, characters: int, seed: int) -> Path:
 
 
 def peaks_by_blocks(measure: Callable[[Path, Path], dict[str, float]]) -> int:
-    """Peak resident set against the number of blocks: a table, and 1 when the largest of models of 4, 8 and 16 blocks
-    is more than 10 % above the smallest, else 0. `measure(folder, model)` gives the JSON line of a command of its own.
+    """Print the peak resident set against the number of blocks, 4, 8 and 16.
+
+    Returns 1 when the largest peak is more than 10 % above the smallest, else 0. `measure(folder, model)` runs a
+    command in its own process and gives its JSON line.
     """
     peaks = {}
     print("blocks  source GB  peak RSS GB  seconds")

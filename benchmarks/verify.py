@@ -1,12 +1,13 @@
 """What `onecard verify` costs: `python benchmarks/verify.py time`, `memory` or `head`.
 
-time    `verify` of the embedded model, all of it but the imports, against the two forward walks that it is made of
-        (each model alone over the same rows, block by block, to the log-likelihood of the texts), in alternating
-        rounds; by the clock, and by processor time, which other work on the machine disturbs less. Exits 1 above 1.3.
+time    `verify` of the embedded model without imports, against its two forward walks (each model alone over the same
+        rows, block by block, to the log-likelihood of the texts), in alternating rounds. Measured by the clock, and in
+        processor time, which other work on the machine disturbs less. Exits 1 above 1.3.
 memory  peak resident set of `onecard verify` on synthetic models of 4, 8 and 16 blocks, each in a process of its
         own. Exits 1 when the largest is more than 10 % above the smallest.
-head    peak memory that the comparison of logits takes, beside the two heads, at Scout's vocabulary of 202,048, for one
-        and for four thousand tokens. Exits 1 above 1 GiB.
+head    peak memory of the comparison of logits, beside the two heads, at Scout's vocabulary of 202,048, for one token
+and
+        for four thousand. Exits 1 above 1 GiB.
 
 Quality is not measured here: synthetic weights are random.
 """
@@ -27,11 +28,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from onecard.calibration.texts import prepare_texts
 from onecard.checkpoint.model import Model, open_model
 from onecard.checkpoint.workdir import Activations
-from onecard.core.rows import Row, batches
+from onecard.core.device import Compute
+from onecard.core.rows import Row
 from onecard.eval.kl import COLUMNS_PER_SLICE, TOKENS_PER_SLICE, compare
 from onecard.eval.verify import verify
-from onecard.models.adapter import read
-from onecard.models.walk import Calls, embed, final_norm, load_block, run_block
+from onecard.models.walk import Walk
 from onecard.pipeline import Options, quantize
 from onecard.recipe import load_recipe
 from onecard.report.resources import peak_rss_bytes
@@ -39,40 +40,26 @@ from synthetic import peaks_by_blocks, write_texts
 
 GIB = 2**30
 SCOUT_VOCABULARY = 202_048
-NARROW = 256  # hidden size: what is compared are logits, and their number does not depend on it
+NARROW = 256  # hidden size: the number of compared logits does not depend on it
 CPU = torch.device("cpu")
 MOST_TIME, MOST_HEAD_BYTES = 1.3, GIB
 
 
-class Silence:
-    """A Step that shows nothing."""
-
-    def begin(self, stage: str, block: int | None = None) -> None: ...
-
-    def advance(self, tokens: int) -> None: ...
-
-
 def forward(model: Model, rows: list[Row], batch_tokens: int) -> float:
-    """One model alone over all rows; mean negative log-likelihood of the texts, in nats a token."""
-    adapter, source = model.adapter, model.source
-    groups = batches(rows, batch_tokens)
-    total, tokens = 0.0, 0
+    """Walk one model alone over all rows. Returns the mean negative log-likelihood of the texts, nats a token."""
+    walk = Walk.over(model.adapter, model.source, Compute(device=CPU, dtype=torch.float32, batch_tokens=batch_tokens))
+    last, total, tokens = model.adapter.n_blocks, 0.0, 0
     with tempfile.TemporaryDirectory(prefix="onecard-forward-") as folder:
-        store = Activations(Path(folder))
-        embed(adapter, source, rows, groups, store, ("only",), CPU, torch.float32)
-        calls = Calls(adapter, CPU, torch.float32)
-        for index in range(adapter.n_blocks):
-            block = load_block(adapter, source, index, CPU, torch.float32)
-            for k in range(len(groups)):
-                hidden = store.get(index, "only", k)
-                store.put(index + 1, "only", k, run_block(block, hidden, calls.of(hidden.shape[1])[index]))
-            store.drop(index)
-        norm = final_norm(adapter, source, CPU, torch.float32)
-        head = read(adapter, source, adapter.head_name).float()
-        for k, numbers in enumerate(groups):
+        rows_within = walk.hidden_rows(rows, Activations(Path(folder)))
+        rows_within.embed("only")
+        for index in range(last):
+            rows_within.forward(walk.load(index), "only")
+            rows_within.store.drop(index)
+        norm, head = walk.final_norm(), walk.head().float()
+        for k, numbers in enumerate(rows_within.groups):
             targets = torch.stack([rows[n].tokens for n in numbers])[:, 1:].flatten()
             with torch.inference_mode():
-                hidden = norm(store.get(adapter.n_blocks, "only", k))[:, :-1].flatten(0, 1)
+                hidden = norm(rows_within.get(last, "only", k))[:, :-1].flatten(0, 1)
                 for start in range(0, len(targets), TOKENS_PER_SLICE):
                     part = slice(start, start + TOKENS_PER_SLICE)
                     loss = torch.nn.functional.cross_entropy(hidden[part] @ head.T, targets[part], reduction="sum")
@@ -110,7 +97,7 @@ def take_time(rounds: int) -> int:
 
 
 def verified(folder: Path, model: Path) -> dict[str, float]:
-    """`onecard verify` in its own process, of the model rounded to nearest; the JSON line it prints."""
+    """Run `onecard verify` of the model rounded to nearest in its own process. Returns its JSON line."""
     texts = write_texts(folder / "evaluation.jsonl", 24, 512, seed=2)
     given = ["--evaluation", str(texts), "--device", "cpu"]
     tool = [sys.executable, "-m", "onecard"]

@@ -12,24 +12,25 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..checkpoint.assign import plan_for, schemes_of
 from ..checkpoint.files import write_json
 from ..checkpoint.model import Model, said_name
 from ..checkpoint.paths import check_space
 from ..checkpoint.workdir import refuse_changed
+from ..core.device import Compute
 from ..core.errors import FitError, InputError, input_error
-from ..core.rows import Row, Step
+from ..core.recipe_groups import KEEP
+from ..core.rows import Row
 from ..core.scheme import Scheme
 from ..models.adapter import Adapter
+from ..models.walk import Walk
 from ..planner.candidates import Entry, bytes_at, entries_of, recipe_candidate
 from ..planner.cards import Card, find_card
 from ..planner.fit import Needs, Request, weight_budget_bytes
 from ..planner.pricing_cost import hidden_bytes, stream_count
 from ..planner.sizing import size_up
 from ..planner.weights import cut_problems, device_weights
-from ..recipe import KEEP, Recipe, matches
+from ..recipe import Recipe, matches
 from ..report.fit_card import misfit
 from .allocate import Choice, allocate, chosen
 from .prices import Priced, UnitPrices
@@ -289,28 +290,25 @@ def _resolved_to(
     return resolved(recipe, modules, {unit.unit: width.scheme for unit, width in zip(units, widths, strict=True)})
 
 
-def price_model(
-    model: Model, recipe: Recipe, rows: list[Row], folder: Path, device: torch.device, dtype: torch.dtype, step: Step
-) -> Prices:
+def price_model(walk: Walk, model: Model, recipe: Recipe, rows: list[Row], folder: Path) -> Prices:
     """Prices of all units that the recipe leaves open. Raises ResourceError where the disk cannot hold the streams."""
     units, menu = priced_units(model.adapter, recipe), menu_of(recipe)
     if not is_begun(folder):
         read_by_variants, others = priced_rows(rows, recipe)
         tokens, other_tokens = (sum(len(row.tokens) for row in part) for part in (read_by_variants, others))
         streams = stream_count(len(units), len(menu))
-        check_space(folder, hidden_bytes(model.adapter.hidden_size, streams, tokens, other_tokens, dtype.itemsize))
-    return price(model, recipe, rows, units, menu, bytes_of_units(model, units, menu), folder, device, dtype, step)
+        check_space(
+            folder, hidden_bytes(model.adapter.hidden_size, streams, tokens, other_tokens, walk.compute.dtype.itemsize)
+        )
+    bytes_of = bytes_of_units(model, units, menu)
+    return price(walk, recipe, rows, units=units, menu=menu, bytes_of=bytes_of, folder=folder)
 
 
-def save_prices(
-    path: Path, prices: Prices, model: Model, recipe: Recipe, rows: list[Row], device: torch.device, dtype: torch.dtype
-) -> None:
-    write_json(path, {"identity": identity_of(model, recipe, rows, device, dtype), "prices": prices.facts()})
+def save_prices(path: Path, prices: Prices, model: Model, recipe: Recipe, rows: list[Row], compute: Compute) -> None:
+    write_json(path, {"identity": identity_of(model, recipe, rows, compute), "prices": prices.facts()})
 
 
-def load_prices(
-    path: Path, model: Model, recipe: Recipe, rows: list[Row], device: torch.device, dtype: torch.dtype
-) -> Prices:
+def load_prices(path: Path, model: Model, recipe: Recipe, rows: list[Row], compute: Compute) -> Prices:
     """Prices that were taken before. Raises InputError for a file that is not one, or is of something else."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -319,7 +317,7 @@ def load_prices(
         raise InputError(f"the prices {path} cannot be read: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{path} holds no prices: `onecard pareto MODEL --prices FILE` writes them") from None
-    new = identity_of(model, recipe, rows, device, dtype)
+    new = identity_of(model, recipe, rows, compute)
     refuse_changed(old, new, f"the prices {path} are of something else:", "Take them anew, in another file.")
     return prices
 

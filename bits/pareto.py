@@ -12,10 +12,12 @@ from rich.console import Console
 from ..calibration.texts import prepare_texts
 from ..checkpoint.assign import plan_for
 from ..checkpoint.model import Model, open_source, said_name
-from ..core.device import choose_device, choose_dtype
+from ..core.device import choose_compute
+from ..core.recipe_groups import KEEP
 from ..core.scheme import Scheme
 from ..models.adapter import Role
-from ..recipe import KEEP, Recipe
+from ..models.walk import Walk
+from ..recipe import Recipe
 from ..report.progress import Progress
 from .allocate import allocate, chosen
 from .fitting import (
@@ -104,8 +106,7 @@ def pareto(
     quiet: bool = False,
 ) -> Pareto:
     """Prices (read from `prices_file` if it is there, else measured and written to it), and what they buy."""
-    device = choose_device(device_name)
-    dtype = choose_dtype(recipe.compute_dtype, device)
+    compute = choose_compute(device_name, recipe.compute_dtype, recipe.batch_tokens)
     model = open_source(model_name)
     priced_units(model.adapter, recipe)  # refuses at once what could not be chosen
     if recipe.widths.bits == "fit":
@@ -113,7 +114,7 @@ def pareto(
     rows = prepare_texts(model, recipe, calibration, None, needs_calibration=True).calibration
     priced_rows(rows, recipe)  # refuses too few
     if prices_file is not None and prices_file.exists():
-        prices = load_prices(prices_file, model, recipe, rows, device, dtype)
+        prices = load_prices(prices_file, model, recipe, rows, compute)
     else:
         with (
             # Beside the prices, which the user has put where there is room, and not in a small /tmp.
@@ -122,9 +123,10 @@ def pareto(
             ) as folder,
             Progress(f"onecard pareto {model_name}", model.adapter.n_blocks, console, quiet) as progress,
         ):
-            prices = price_model(model, recipe, rows, Path(folder), device, dtype, progress)
+            walk = Walk.over(model.adapter, model.source, compute, progress)
+            prices = price_model(walk, model, recipe, rows, Path(folder))
         if prices_file is not None:
-            save_prices(prices_file, prices, model, recipe, rows, device, dtype)
+            save_prices(prices_file, prices, model, recipe, rows, compute)
     return drawn_from(model, recipe, prices)
 
 

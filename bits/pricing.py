@@ -1,16 +1,15 @@
-"""What each unit of a model costs at each width: measured in KL at the head, in one pass that reads the model once.
+"""What each unit of a model costs at each width: the KL at the head, measured in one pass that reads the model once.
 
-The reference stream and, beside it, one variant stream a unit and width: from its unit's block on it goes through the
-same blocks as the reference, and is only itself since that unit was rounded. All of them go through a block while its
-weights are there. What rounds is the run's own quantizer without its searches, on the reference stream's moments of
-rows that the variants do not read; the last streams have every unit at one width, and hold the sum of the prices
-(planner/prices.py) against the truth.
+Beside the reference stream there is one variant stream per unit and width. It leaves the reference in its unit's
+block, where that unit is rounded, and goes through the unrounded later blocks. All streams go through a block while its
+weights are in memory. Units are rounded by the run's own quantizer without its searches, with moments of the reference
+stream on rows that no variant reads. Further streams have every unit at one width; they test the sum of the prices
+(bits/prices.py).
 
-Cost: rows x (1 + units x widths / 2) forward passes, as many hidden rows on disk at the end, and the statistics of one
-pass over the other rows. After every block what is known is committed: a stopped pass goes on at its block.
+Cost: rows x (1 + units x widths / 2) forward passes, (1 + units x widths) streams on disk at the end, and one pass with
+statistics over the other rows. The state is committed after every block, and a stopped pass goes on there.
 """
 
-import copy
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,51 +17,49 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from .. import __version__
-from ..blocks.streams import QUANTIZED, HalfJob, HalfStatistics, by_module, stacked
+from ..blocks.streams import QUANTIZED, REFERENCE, HalfJob, Known, by_module, propagate, take_statistics
 from ..calibration.moments import SiteMoments
 from ..checkpoint import files
 from ..checkpoint.model import Model
 from ..checkpoint.workdir import Activations, read_json
-from ..core.device import site_budget
+from ..core.device import Compute, site_budget
 from ..core.errors import InputError
 from ..core.method import Method
-from ..core.rows import Row, Step, batches
+from ..core.recipe_groups import KEEP
+from ..core.rows import Row
 from ..core.scheme import Scheme
 from ..eval.kl import compare_rows
-from ..models.adapter import Adapter, Half, Site, read, stored_dtype
-from ..models.walk import Calls, embed, exchanged, final_norm, load_block, run_block, weight_view
+from ..models.adapter import Half, Role, Site
+from ..models.block import Block
+from ..models.walk import HiddenRows, Walk
 from ..quantize.site import cuts, quantize_batch
-from ..recipe import KEEP, Recipe
+from ..recipe import Recipe
 from .prices import Priced, UnitPrices, together
 
-REFERENCE = "reference"
-# What a pass has done, in its folder.
+# The file, in the pass's folder, that says how far it is.
 STATE = "state.json"
 
 
 @dataclass(frozen=True)
 class Prices:
-    """`units`, in the order of the blocks. `together_nats`: width -> (KL measured with every unit at it, KL that the
-    units' prices predict). rows, tokens: what the variants read."""
+    """The result of a pricing pass."""
 
-    units: tuple[UnitPrices, ...]
-    together_nats: dict[str, tuple[float, float]]
-    rows: int
+    units: tuple[UnitPrices, ...]  # in the order of the blocks
+    together_nats: dict[str, tuple[float, float]]  # width -> KL with every unit at it: (measured, predicted by prices)
+    rows: int  # read by the variants
     tokens: int
 
     @property
     def scale(self) -> float:
-        """What the streams with every unit at one width measured over what the units' prices predict for them: the
-        geometric mean over widths."""
+        """Measured over predicted KL with every unit at one width: the geometric mean over widths."""
         ratios = [measured / predicted for measured, predicted in self.together_nats.values() if measured and predicted]
         return float(np.exp(np.mean(np.log(ratios)))) if ratios else 1.0
 
     @property
     def held(self) -> tuple[UnitPrices, ...]:
-        """The units, their prices scaled to what was measured of all of them together."""
+        """The units, their prices scaled so that they predict the KL measured with all units at one width."""
         scale = self.scale
         return tuple(replace(u, smooth=u.smooth * scale, flip=u.flip * scale) for u in self.units)
 
@@ -113,8 +110,8 @@ def _scheme(words: str) -> Scheme | None:
 
 
 def priced_rows(rows: list[Row], recipe: Recipe) -> tuple[list[Row], list[Row]]:
-    """(rows that the variants read, cut to the recipe's length; rows that give the statistics): every so many-th of
-    those without pictures, half of them at most. Raises InputError for less than two."""
+    """(rows that the variants read, cut to the recipe's length; all other rows, which give the statistics). The first
+    are every n-th row without images, half of those at most. Raises InputError for fewer than two without images."""
     plain = [number for number, row in enumerate(rows) if row.pixels is None]
     count = min(recipe.fit.price_rows, len(plain) // 2)
     if not count:
@@ -127,10 +124,8 @@ def priced_rows(rows: list[Row], recipe: Recipe) -> tuple[list[Row], list[Row]]:
     return read_by_variants, [row for number, row in enumerate(rows) if number not in taken]
 
 
-def identity_of(
-    model: Model, recipe: Recipe, rows: list[Row], device: torch.device, dtype: torch.dtype
-) -> dict[str, str]:
-    """All that prices depend on, so that one pass serves many budgets, and no other model's."""
+def identity_of(model: Model, recipe: Recipe, rows: list[Row], compute: Compute) -> dict[str, str]:
+    """All that prices depend on. Prices serve every budget of the same model, and no other model."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(row.tokens.numpy().tobytes() + (b"" if row.pixels is None else row.pixels.numpy().tobytes()))
@@ -143,42 +138,34 @@ def identity_of(
         "method": str(pricing_method(recipe)),
         "token weighting": _weighting(recipe),
         "widths": ", ".join(words for words in recipe.fit.fit_schemes if words != KEEP),
-        "device": device.type,
-        "compute dtype": str(dtype).removeprefix("torch."),
+        "device": compute.device.type,
+        "compute dtype": str(compute.dtype).removeprefix("torch."),
         **{f"recipe's {key}": str(flat[key]) for key in fields},
     }
 
 
 @dataclass(frozen=True)
 class _Pass:
-    """What the pass over the blocks needs everywhere."""
+    """What the pass needs in every block."""
 
-    adapter: Adapter
-    model: Model
     recipe: Recipe
     method: Method
     menu: tuple[Scheme, ...]
-    variants: Activations
-    groups: list[list[int]]
-    statistics: Activations
-    statistics_groups: list[list[int]]
-    calls: Calls
-    device: torch.device
-    dtype: torch.dtype
-    step: Step
+    units: dict[str, list[str]]  # unit -> its modules
+    variants: HiddenRows  # the reference and all variant streams
+    statistics: HiddenRows
 
-    def forward(self, block: nn.Module, index: int, stream: str, into: str) -> None:
-        """One stream through a block."""
-        for k in range(len(self.groups)):
-            hidden = self.variants.get(index, stream, k).to(self.device)
-            self.variants.put(index + 1, into, k, run_block(block, hidden, self.calls.of(hidden.shape[1])[index]))
-            self.step.advance(hidden.shape[0] * hidden.shape[1])
+    @property
+    def walk(self) -> Walk:
+        return self.variants.walk
 
 
 def pricing_method(recipe: Recipe) -> Method:
-    """The recipe's method without searches and output metric: prices tell units apart, they are not shipped."""
+    """The recipe's method without searches and output metric. Its codes are never emitted; they only price units."""
     own = recipe.quantizer
     return Method(
+        # One name for all methods with statistics, since they share prices.
+        method="best" if own.needs_statistics else own.method,
         scale_search=own.scale_search,
         signed_scales=own.signed_scales,
         activation_order=own.activation_order,
@@ -189,109 +176,111 @@ def pricing_method(recipe: Recipe) -> Method:
 
 
 def _weighting(recipe: Recipe) -> str:
-    """Gradients would want a walk back: tokens count by their residual rows in their place."""
+    """The recipe's token weighting, but 'residual' for 'gradient', which would need a walk back."""
     return "none" if recipe.quantizer.token_weighting == "none" else "residual"
 
 
 def is_begun(folder: Path) -> bool:
-    """Whether a pass was stopped there, and would go on."""
+    """Whether a pass was stopped in this folder, and would go on."""
     return (folder / STATE).exists()
 
 
 def price(
-    model: Model,
+    walk: Walk,
     recipe: Recipe,
     rows: list[Row],
+    *,
     units: dict[str, list[str]],
     menu: tuple[Scheme, ...],
     bytes_of: dict[tuple[str, Scheme | None], int],
     folder: Path,
-    device: torch.device,
-    dtype: torch.dtype,
-    step: Step,
 ) -> Prices:
-    """Prices of `units` (unit -> modules) at every scheme of `menu`, and as they are. `rows`: calibration rows;
-    `bytes_of`: (unit, width) -> what the plan says it takes. `folder` is the pass's own, and is resumed."""
-    adapter = model.adapter
+    """Prices of `units` (unit -> modules) at every scheme of `menu`, and unquantized. `rows`: calibration rows;
+    `bytes_of`: (unit, width) -> its bytes in the plan. `folder` belongs to the pass; a stopped one is resumed there."""
     read_by_variants, others = priced_rows(rows, recipe)
-    groups, statistics_groups = (batches(part, recipe.batch_tokens) for part in (read_by_variants, others))
-    walk = _Pass(
-        adapter,
-        model,
-        recipe,
-        pricing_method(recipe),
-        menu,
-        Activations(folder / "variants"),
-        groups,
-        Activations(folder / "statistics"),
-        statistics_groups,
-        Calls(adapter, device, dtype),
-        device,
-        dtype,
-        step,
+    stores = Activations(folder / "variants"), Activations(folder / "statistics")
+    task = _Pass(
+        recipe=recipe,
+        method=pricing_method(recipe),
+        menu=menu,
+        units=units,
+        variants=walk.hidden_rows(read_by_variants, stores[0]),
+        statistics=walk.hidden_rows(others, stores[1]),
     )
     state_file = folder / STATE
     if state_file.exists():
         state = read_json(state_file)
     else:
-        step.begin("price: embed")
-        embed(adapter, model.source, read_by_variants, groups, walk.variants, (REFERENCE,), device, dtype)
-        embed(adapter, model.source, others, statistics_groups, walk.statistics, (QUANTIZED,), device, dtype)
-        walk.variants.settle(0)
-        walk.statistics.settle(0)
+        walk.step.begin("price: embed")
+        task.variants.embed(REFERENCE)
+        task.statistics.embed(QUANTIZED)
+        for store in stores:
+            store.settle(0)
         state = {"blocks": 0, "streams": [], "errors": {}}
         files.write_json(state_file, state)
-    for index in range(state["blocks"], adapter.n_blocks):
-        _price_block(walk, index, units, state)
-        walk.variants.settle(index + 1)
-        walk.statistics.settle(index + 1)
+    for index in range(state["blocks"], walk.adapter.n_blocks):
+        _price_block(task, index, state)
+        for store in stores:
+            store.settle(index + 1)
         state["blocks"] = index + 1
         files.write_json(state_file, state)
-        walk.variants.drop(index)
-        walk.statistics.drop(index)
+        for store in stores:
+            store.drop(index)
     streams = {name: _file(number) for number, name in enumerate(state["streams"])}
     streams |= {str(scheme): _together(scheme) for scheme in menu}
-    kl = _at_the_head(walk, read_by_variants, streams)
-    found = []
-    roles = {m: (s.role.value, o * i) for b in range(adapter.n_blocks) for s, m, o, i in adapter.modules(b)}
-    for unit, modules in units.items():
-        widths = [
-            Priced(s, bytes_of[unit, s], float(state["errors"][f"{unit}|{s}"]) ** 0.5, kl[f"{unit}|{s}"]) for s in menu
-        ]
-        widths.append(Priced(None, bytes_of[unit, None], 0.0, 0.0))
-        count = sum(roles[module][1] for module in modules)
-        found.append(UnitPrices.fitted(unit, roles[modules[0]][0], count, widths))
+    kl = _at_the_head(task, streams)
+    sizes = {m: (s.role, o * i) for b in range(walk.adapter.n_blocks) for s, m, o, i in walk.adapter.modules(b)}
+    found = [_unit_prices(task, unit, sizes, bytes_of, state["errors"], kl) for unit in units]
     both = {str(s): (kl[str(s)], together(unit.parts(unit.at(s)) for unit in found)) for s in menu}
-    return Prices(tuple(found), both, len(read_by_variants), sum(len(row.tokens) for row in read_by_variants))
+    tokens = sum(len(row.tokens) for row in read_by_variants)
+    return Prices(units=tuple(found), together_nats=both, rows=len(read_by_variants), tokens=tokens)
 
 
-def _price_block(walk: _Pass, index: int, units: dict[str, list[str]], state: dict[str, Any]) -> None:
-    """All streams through one block, and its own units' streams begin."""
-    adapter = walk.adapter
+def _unit_prices(
+    task: _Pass,
+    unit: str,
+    sizes: dict[str, tuple[Role, int]],
+    bytes_of: dict[tuple[str, Scheme | None], int],
+    errors: dict[str, float],
+    kl: dict[str, float],
+) -> UnitPrices:
+    """One unit's prices. `sizes`: (role, weights) of each module; squared errors and KL are by `unit|width`."""
+    modules = task.units[unit]
+    widths = [
+        Priced(scheme, bytes_of[unit, scheme], float(errors[f"{unit}|{scheme}"]) ** 0.5, kl[f"{unit}|{scheme}"])
+        for scheme in task.menu
+    ]
+    widths.append(Priced(None, bytes_of[unit, None], 0.0, 0.0))
+    parameters = sum(sizes[module][1] for module in modules)
+    return UnitPrices.fitted(unit, sizes[modules[0]][0].value, parameters, widths)
+
+
+def _price_block(task: _Pass, index: int, state: dict[str, Any]) -> None:
+    """All streams through one block; the streams of its own units begin."""
+    adapter, step = task.walk.adapter, task.walk.step
     modules = {m for _, m, _, _ in adapter.modules(index)}
-    own = {unit: names for unit, names in units.items() if names[0] in modules}
-    block = load_block(adapter, walk.model.source, index, walk.device, walk.dtype)
-    walk.step.begin("price: streams", index)
+    own = {unit: names for unit, names in task.units.items() if names[0] in modules}
+    block = task.walk.load(index)
+    step.begin("price: streams", index)
     for number, _ in enumerate(state["streams"]):
-        walk.forward(block, index, _file(number), _file(number))
-    walk.forward(block, index, REFERENCE, REFERENCE)
-    moments = _moments(walk, block, index, {name for names in own.values() for name in names})
-    target = copy.deepcopy(block)
+        task.variants.forward(block, _file(number))
+    task.variants.forward(block, REFERENCE)
+    moments = _moments(task, block, {name for names in own.values() for name in names})
+    target = block.copy()
     streams, errors = list(state["streams"]), dict(state["errors"])
-    for scheme in walk.menu:
-        walk.step.begin("price: round", index)
+    for scheme in task.menu:
+        step.begin("price: round", index)
         for site, found in moments:
-            errors_of = _round_site(walk, site, index, block, target, found, scheme)
-            unit = adapter.unit(site.members[0][0])
-            errors.setdefault(f"{unit}|{scheme}", []).append(errors_of)
-        walk.step.begin("price: streams", index)
+            errors_of = _round_site(task, site, block, target, found, scheme)
+            errors.setdefault(f"{adapter.unit(site.first_module)}|{scheme}", []).append(errors_of)
+        step.begin("price: streams", index)
         for unit, names in own.items():
-            with exchanged(adapter, block, target, index, names):
-                walk.forward(block, index, REFERENCE, _file(len(streams)))
+            with block.exchanged(target, names):
+                task.variants.forward(block, REFERENCE, into=_file(len(streams)))
             streams.append(f"{unit}|{scheme}")
         everything = _together(scheme)
-        walk.forward(target, index, everything if index else REFERENCE, everything)
-    # Of a unit of several sites the error is the mean over its weights.
+        task.variants.forward(target, everything if index else REFERENCE, into=everything)
+    # The error of a unit of several sites is the mean over its weights.
     for key, parts in errors.items():
         if isinstance(parts, list):
             errors[key] = sum(error * count for error, count in parts) / sum(count for _, count in parts)
@@ -299,85 +288,67 @@ def _price_block(walk: _Pass, index: int, units: dict[str, list[str]], state: di
 
 
 def _file(number: int) -> str:
-    """What the stream of a unit at a width is called in the store."""
+    """The name in the store of the stream with this number (one unit at one width)."""
     return f"v{number:05d}"
 
 
 def _together(scheme: Scheme) -> str:
-    """The stream that has every unit at this width."""
+    """The name in the store of the stream with every unit at this width."""
     return f"all-{scheme}".replace(" ", "-")
 
 
-def _moments(walk: _Pass, block: nn.Module, index: int, wanted: set[str]) -> list[tuple[Site, SiteMoments | None]]:
-    """Every site that is priced, with the moments that the reference stream gives it; None where the method asks for
-    none. The statistics' rows go on to the next block."""
-    sites = [site for site in walk.adapter.sites(index) if site.members[0][0] in wanted]
-    walk.step.begin("price: statistics", index)
+def _moments(task: _Pass, block: Block, wanted: set[str]) -> list[tuple[Site, SiteMoments | None]]:
+    """Every priced site with its moments, by the rows for statistics; None where the method needs none. Those rows go
+    on to the next block."""
+    sites = [site for site in block.sites if site.first_module in wanted]
+    task.walk.step.begin("price: statistics", block.index)
     found: dict[str, SiteMoments] = {}
     for half in Half:
-        job = HalfJob(
-            walk.adapter,
-            index,
-            half,
-            walk.statistics_groups,
-            walk.statistics,
-            walk.calls,
-            walk.device,
-            False,
-            _weighting(walk.recipe),
-            {},
-            False,
-        )
-        statistics = HalfStatistics(job, block, block, walk.step)
-        here = [site for site in sites if site.half is half]
-        if walk.method.needs_statistics and here:
-            found |= statistics.of(here)
-        statistics.propagate()
+        weighting = _weighting(task.recipe)
+        job = HalfJob(hidden=task.statistics, original=block, target=block, half=half, weighting=weighting)
+        here, known = [site for site in sites if site.half is half], Known()
+        if task.method.needs_statistics and here:
+            moments, known = take_statistics(job, here, known)
+            found |= moments
+        propagate(job, known)
     return [(site, found.get(site.key)) for site in sites]
 
 
 def _round_site(
-    walk: _Pass,
-    site: Site,
-    index: int,
-    block: nn.Module,
-    target: nn.Module,
-    moments: SiteMoments | None,
-    scheme: Scheme,
+    task: _Pass, site: Site, block: Block, target: Block, moments: SiteMoments | None, scheme: Scheme
 ) -> tuple[float, int]:
-    """The site of `target` rounded; (relative output error, weights)."""
+    """Rounds the site of `target`; returns (relative output error, weights)."""
     outputs = sum(site.out_features)
-    stored = stored_dtype(walk.adapter, walk.model.source, f"{site.members[0][0]}.weight")
+    stored = task.walk.stored_dtype(f"{site.first_module}.weight")
     total = 0.0
-    for cut in cuts(len(site.members), outputs, site.in_features, site_budget(walk.device), walk.method):
+    for cut in cuts(len(site.members), outputs, site.in_features, site_budget(task.walk.device), task.method):
         members = site.members[cut]
-        w_BOI = torch.stack([stacked(walk.adapter, block, index, member) for member in members])
-        moment = None if moments is None else moments.shrunk(walk.recipe.quantizer.shrinkage, cut)
-        result = quantize_batch(w_BOI, moment, scheme, walk.method, stored)
+        w_BOI = torch.stack([block.stacked(member) for member in members])
+        moment = None if moments is None else moments.shrunk(task.recipe.quantizer.shrinkage, cut)
+        result = quantize_batch(w_BOI, moment, scheme, task.method, stored)
         total += sum(result.output_error)
         for i, member in enumerate(members):
             for name, weight in by_module(result.weight, i, member, site):
-                weight_view(walk.adapter, target, index, name).copy_(weight.dequantize(stored))
+                target.weight(name).copy_(weight.dequantize(stored))
     return total / len(site.members), len(site.members) * outputs * site.in_features
 
 
-def _at_the_head(walk: _Pass, rows: list[Row], streams: dict[str, str]) -> dict[str, float]:
-    """Mean KL over all predicted tokens, of streams by their names in the store."""
+def _at_the_head(task: _Pass, streams: dict[str, str]) -> dict[str, float]:
+    """The mean KL in nats over all predicted tokens, for every stream (key -> name in the store)."""
+    walk, variants = task.walk, task.variants
     walk.step.begin("price: head")
-    adapter = walk.adapter
-    norm = final_norm(adapter, walk.model.source, walk.device, walk.dtype)
-    head = read(adapter, walk.model.source, adapter.head_name).to(walk.device)
+    norm, head = walk.final_norm(), walk.head()
 
     def normed(stream: str, batch: int) -> torch.Tensor:
         with torch.inference_mode():
-            hidden = norm(walk.variants.get(adapter.n_blocks, stream, batch).to(walk.device))
+            hidden = norm(variants.get(walk.adapter.n_blocks, stream, batch))
         return hidden[:, :-1].flatten(0, 1)
 
     totals = dict.fromkeys(streams, 0.0)
     tokens = 0
-    for k, numbers in enumerate(walk.groups):
+    for k, numbers in enumerate(variants.groups):
         reference = normed(REFERENCE, k)
-        targets = torch.cat([rows[number].tokens[1:] for number in numbers]).to(walk.device)
+        targets = torch.cat([variants.rows[number].tokens[1:] for number in numbers]).to(walk.device)
         tokens += len(targets)
         place = torch.arange(len(targets))
         for stream, name in streams.items():

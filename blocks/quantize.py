@@ -1,232 +1,246 @@
 """One block's way through: statistics on the quantized stream, codes, packed tensors, and the next block's inputs.
 
-    for each stage of the block (q/k/v, o, gate and up, down):
+    for each turn of the block (q, k and v; o; gates and ups; downs):
         quantized stream h' -> target block    -> second moments of what its sites read
         reference stream h  -> original block  -> what the quantized stream misses of it
         codes, scales       -> packed into shards, and written into the target block as a reader will see them
     reference stream h  -> original block -> h of the next block
     quantized stream h' -> target block   -> h' of the next block
 
-Round-to-nearest, and formats that quantize by themselves, need no statistics: then no block is loaded and weights are
+Round-to-nearest, and formats that quantize by themselves, need no statistics: then no block is loaded, and weights are
 read expert by expert.
+
 Shape legend: B experts, O outputs, I inputs.
 """
 
-import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..calibration.moments import SiteMoments
-from ..calibration.sensitivity import RESIDUAL
+from ..calibration.sensitivity import RESIDUAL, Sensitivity
 from ..checkpoint.emit import ShardWriter
 from ..checkpoint.formats.shard_formats import ShardFormat, shard_format
 from ..checkpoint.plan import Plan
+from ..core.device import site_budget
 from ..core.errors import InputError
 from ..core.method import Method
-from ..core.rows import RowStore, Step
-from ..core.tensors import TensorSource
-from ..models.adapter import Adapter, Half, Role, Site, read, stored_dtype
-from ..models.walk import Calls, load_block, weight_view
+from ..models.adapter import Half, Role, Site
+from ..models.block import Block
+from ..models.walk import HiddenRows, Walk
 from ..quantize.correction import corrected
 from ..quantize.metric import swiglu_metric
 from ..quantize.site import cuts, quantize_batch, relative_output_error
 from ..recipe import Recipe, matches
-from .streams import HalfJob, HalfStatistics, by_module, stacked
+from .streams import HalfJob, Known, by_module, pass_reference, propagate, take_statistics
 from .tuning import tune
+
+WHOLE = slice(None)
 
 
 @dataclass(frozen=True)
 class BlockJob:
     """All that one block needs to know."""
 
-    adapter: Adapter
-    source: TensorSource
+    hidden: HiddenRows
+    index: int
     plan: Plan
     recipe: Recipe
-    method: Method
-    index: int
-    groups: list[list[int]]
-    store: RowStore
-    calls: Calls
-    device: torch.device
-    dtype: torch.dtype
-    budget_bytes: int
     shard_folder: Path
-    metrics: dict[str, torch.Tensor]  # by site key or RESIDUAL; empty: every output counts alike
-    token_weights: dict[str, list[torch.Tensor]]  # likewise, fp32 [tokens] a batch; empty: not by gradients
+    sensitivity: Sensitivity
+
+    @property
+    def walk(self) -> Walk:
+        return self.hidden.walk
+
+    @property
+    def method(self) -> Method:
+        return self.recipe.quantizer
 
     @property
     def format(self) -> ShardFormat:
         return shard_format(self.recipe.format)
 
     def quantized_sites(self) -> list[Site]:
-        return [site for site in self.adapter.sites(self.index) if site.members[0][0] in self.plan.schemes]
+        return [site for site in self.walk.adapter.sites(self.index) if site.first_module in self.plan.schemes]
 
     def sites(self) -> list[Site]:
-        """What the statistics are for: what is quantized, and what is aimed at the reference stream as it stays."""
-        if not (self.recipe.quantizer.reference_correction and self.recipe.quantizer.aim_kept):
+        """The sites that need statistics: those to be quantized, and those that are only aimed at the reference."""
+        if not (self.method.reference_correction and self.method.aim_kept):
             return self.quantized_sites()
-        kept = [site for site in self.adapter.sites(self.index) if site.role is Role.ATTENTION]
-        router = self.adapter.router_site(self.index)
+        kept = [site for site in self.walk.adapter.sites(self.index) if site.role is Role.ATTENTION]
+        router = self.walk.adapter.router_site(self.index)
         aimed = [*kept, *([router] if router is not None else [])]
-        return self.quantized_sites() + [site for site in aimed if not any(map(self._stays, site.members[0]))]
+        return self.quantized_sites() + [site for site in aimed if not any(map(self._not_aimed, site.members[0]))]
 
-    def _stays(self, module: str) -> bool:
-        """Whether a module is quantized, or is to stay as it is by the recipe."""
+    def _not_aimed(self, module: str) -> bool:
+        """Whether a module is quantized, or the recipe keeps it as it is."""
         return module in self.plan.schemes or any(
             matches(pattern, module) for pattern in self.recipe.widths.keep_modules
         )
 
 
-def quantize_block(job: BlockJob, step: Step) -> dict[str, Any]:
-    """Do the block and return what the record says of it. All its shards are on disk afterwards."""
-    facts: dict[str, Any] = {
-        "block": job.index,
-        "damping_raised": 0,
-        "diagonal_fallbacks": 0,
-        "output_error": {},
-        "aimed": [],
-        "tuning": [],
-    }
-    writer = ShardWriter([s for s in job.plan.shards if s.part == job.index], job.shard_folder)
+@dataclass(frozen=True)
+class _Output:
+    """What comes of a block: its tensors, and its entry in the record."""
+
+    writer: ShardWriter
+    facts: dict[str, Any] = field(
+        default_factory=lambda: {
+            "damping_raised": 0,
+            "diagonal_fallbacks": 0,
+            "output_error": {},
+            "aimed": [],
+            "tuning": [],
+        }
+    )
+
+    def add_errors(self, site: Site, errors: list[float]) -> None:
+        self.facts["output_error"].setdefault(site.key, []).extend(errors)
+
+
+def quantize_block(job: BlockJob) -> dict[str, Any]:
+    """Quantize the block and return its entry in the record. All its shards are on disk afterwards."""
+    shards = [shard for shard in job.plan.shards if shard.part == job.index]
+    output, step = _Output(ShardWriter(shards, job.shard_folder)), job.walk.step
+    writer = output.writer
     if job.method.needs_statistics:
-        _with_statistics(job, writer, facts, step)
+        _with_statistics(job, output)
     else:
         step.begin("quantize", job.index)
         for site in job.quantized_sites():
             if job.format.quantize is not None:
-                _hand_over(job, site, writer, facts)
+                _hand_over(job, site, output)
             else:
-                _quantize_site(job, site, None, None, writer, facts)
+                _quantize_site(job, site, None, None, output)
             step.advance(0)
     for name in writer.names():
         if not writer.has(name):
-            writer.put(name, read(job.adapter, job.source, name))
+            writer.put(name, job.walk.read(name))
     writer.check_complete()
-    return facts
+    return {"block": job.index} | output.facts
 
 
-def _with_statistics(job: BlockJob, writer: ShardWriter, facts: dict[str, Any], step: Step) -> None:
-    """Half by half, and stage by stage: what a later stage reads is what the quantized earlier ones leave."""
-    original = load_block(job.adapter, job.source, job.index, job.device, job.dtype)
-    target = copy.deepcopy(original)
-    facts["expert_rows"] = []
-    last = job.index + 1 == job.adapter.n_blocks
+def _with_statistics(job: BlockJob, output: _Output) -> None:
+    """Half by half, and turn by turn: later turns read what the quantized earlier ones give."""
+    original = job.walk.load(job.index)
+    target = original.copy()
+    output.facts["expert_rows"] = []
+    last = job.index + 1 == job.walk.adapter.n_blocks
     for half in Half:
         sites = [site for site in job.sites() if site.half is half]
-        walk = HalfJob(
-            job.adapter,
-            job.index,
-            half,
-            job.groups,
-            job.store,
-            job.calls,
-            job.device,
-            job.method.reference_correction,
-            job.method.token_weighting,
-            job.token_weights,
-            bool(job.metrics),
+        half_job = HalfJob(
+            hidden=job.hidden,
+            original=original,
+            target=target,
+            half=half,
+            weighting=job.method.token_weighting,
+            token_weights=job.sensitivity.token_weights,
+            correct=job.method.reference_correction,
+            slopes=bool(job.sensitivity.metrics),
         )
-        statistics = HalfStatistics(walk, original, target, step)
-        for present in _stages(sites, job.method.sequential == "sites"):
-            tuned = _to_tune(job, present, sites)
-            if tuned:
-                step.begin("tune", job.index)
-                statistics.reference_rows()
-                losses = tune(walk, target, tuned, job.metrics.get(RESIDUAL), job.method.tune_epochs, step)
-                facts["tuning"].append({"sites": [site.key for site in tuned], "losses": losses})
-            step.begin("statistics", job.index)
-            moments = statistics.of(present)
-            step.begin("quantize", job.index)
-            for site in present:
-                if site.role is Role.EXPERT:
-                    facts["expert_rows"] = moments[site.key].rows
-                if site.members[0][0] in job.plan.schemes:
-                    aimed = site.adds_to_residual or not tuned
-                    _quantize_site(job, site, target, moments.pop(site.key), writer, facts, aimed)
-                else:
-                    _aim_site(job, site, target, moments.pop(site.key), writer, facts)
-                step.advance(0)
+        known = Known()
+        for present in _turns(sites, job.method.sequential == "sites"):
+            known = _quantize_turn(job, half_job, present, sites, known, output)
         if not (last and half is Half.FEED_FORWARD):
-            step.begin("propagate", job.index)
-            statistics.propagate()
+            job.walk.step.begin("propagate", job.index)
+            propagate(half_job, known)
     if last:
-        job.store.drop(job.index + 1)
+        job.hidden.store.drop(job.index + 1)
+
+
+def _quantize_turn(
+    job: BlockJob, half_job: HalfJob, present: list[Site], sites: list[Site], known: Known, output: _Output
+) -> Known:
+    """The sites that are `present`, out of all `sites` of the half."""
+    step, target = job.walk.step, half_job.target
+    tuned = _to_tune(job, present, sites)
+    if tuned:
+        step.begin("tune", job.index)
+        known = pass_reference(half_job, known)
+        losses = tune(half_job, tuned, job.sensitivity.metrics.get(RESIDUAL), job.method.tune_epochs)
+        output.facts["tuning"].append({"sites": [site.key for site in tuned], "losses": losses})
+    step.begin("statistics", job.index)
+    moments, known = take_statistics(half_job, present, known)
+    step.begin("quantize", job.index)
+    for site in present:
+        if site.role is Role.EXPERT:
+            output.facts["expert_rows"] = moments[site.key].rows
+        if site.first_module in job.plan.schemes:
+            aimed = site.adds_to_residual or not tuned
+            _quantize_site(job, site, target, moments.pop(site.key), output, aimed)
+        else:
+            _aim_site(job, site, target, moments.pop(site.key), output)
+        step.advance(0)
+    return known
 
 
 def _to_tune(job: BlockJob, present: list[Site], sites: list[Site]) -> list[Site]:
-    """What is tuned before the sites that are `present` are quantized: all that is still to be quantized of the
-    feed-forward half. Not before matrices that write to the residual stream: they are solved for what the block misses.
-    """
-    left = [site for site in sites if site.half is Half.FEED_FORWARD and site.members[0][0] in job.plan.schemes]
+    """The sites to tune before those that are `present` are quantized: all unquantized ones of the feed-forward half.
+    None before sites that add to the residual stream: those are solved for what the block misses."""
+    left = [site for site in sites if site.half is Half.FEED_FORWARD and site.first_module in job.plan.schemes]
     if not job.method.tune_epochs or all(site.adds_to_residual for site in present if site in left):
         return []
-    return [site for site in left if site.stage >= min(other.stage for other in present)]
+    return [site for site in left if site.turn >= min(other.turn for other in present)]
 
 
-def _stages(sites: list[Site], one_by_one: bool) -> list[list[Site]]:
-    """Sites whose statistics are taken together, in order; of a half without sites none. In the attention half one
-    after the other costs little: what reads a norm needs no run, and o's run is the last that there is."""
+def _turns(sites: list[Site], one_by_one: bool) -> list[list[Site]]:
+    """Sites whose statistics are taken together, in order. The attention half always goes turn by turn, for little:
+    sites that read a norm need no run, and o needs the only one."""
     if not (one_by_one or all(site.half is Half.ATTENTION for site in sites)):
         return [sites]
-    return [[site for site in sites if site.stage == number] for number in sorted({site.stage for site in sites})]
+    return [[site for site in sites if site.turn == turn] for turn in sorted({site.turn for site in sites})]
 
 
-def _aim_site(
-    job: BlockJob, site: Site, block: nn.Module, moments: SiteMoments, writer: ShardWriter, facts: dict[str, Any]
-) -> None:
-    """A site that stays in the source's dtype: aimed at the reference stream, rounded to that dtype, and no more."""
+def _aim_site(job: BlockJob, site: Site, block: Block, moments: SiteMoments, output: _Output) -> None:
+    """A site that is not quantized: aimed at the reference stream, and rounded to the source's dtype."""
     (member,) = site.members
-    whole = slice(None)
-    w_BOI = torch.stack([_stacked(job, block, member)]).to(job.device)
-    w_OI = _corrected(job, site, w_BOI, moments.shrunk(job.method.shrinkage, whole), moments, whole)[0]
+    w_BOI = block.stacked(member)[None].to(job.walk.device)
+    w_OI = _corrected(job, site, w_BOI, moments.shrunk(job.method.shrinkage, WHOLE), moments, WHOLE)[0]
     start = 0
     for name, out in zip(member, site.out_features, strict=True):
-        stored = stored_dtype(job.adapter, job.source, f"{name}.weight")
+        stored = job.walk.stored_dtype(f"{name}.weight")
         weight = w_OI[start : start + out].to(stored)
         start += out
-        held = weight_view(job.adapter, block, job.index, name)
-        if not torch.equal(held.to(stored), weight):  # nothing has been missed before the first quantized weight
-            facts["aimed"].append(name)
+        held = block.weight(name)
+        if not torch.equal(held.to(stored), weight):  # nothing is missed before the first quantized weight
+            output.facts["aimed"].append(name)
         held.copy_(weight)
-        writer.put(f"{name}.weight", weight.cpu().contiguous())
+        output.writer.put(f"{name}.weight", weight.cpu().contiguous())
 
 
 def _corrected(
     job: BlockJob, site: Site, w_BOI: torch.Tensor, moment_BII: torch.Tensor, moments: SiteMoments, cut: slice
 ) -> torch.Tensor:
-    """The weights aimed at the reference stream, if the recipe says so."""
+    """The weights aimed at the reference stream, or as they are where the misses were not taken."""
     miss = moments.miss(job.method.shrinkage, cut)
     if miss is None:
         return w_BOI
-    rows = torch.tensor(moments.rows[cut], device=job.device).clamp_min(1)
+    rows = torch.tensor(moments.rows[cut], device=job.walk.device).clamp_min(1)
     ridge = job.method.correction_strength * site.in_features / rows
     return corrected(w_BOI, moment_BII, miss if site.adds_to_residual else w_BOI @ miss, ridge)
 
 
-def _stacked(job: BlockJob, block: nn.Module | None, member: tuple[str, ...]) -> torch.Tensor:
-    """The weights of one entry of a site, stacked along the outputs, as the block holds them, or where no block is
-    loaded as the source does; fp32 [O, I]."""
+def _stacked(job: BlockJob, block: Block | None, member: tuple[str, ...]) -> torch.Tensor:
+    """The weights of one entry of a site, stacked along the outputs; fp32 [O, I]. From the source without a block."""
     if block is None:
-        return torch.cat([read(job.adapter, job.source, f"{name}.weight").float() for name in member])
-    return stacked(job.adapter, block, job.index, member)
+        return torch.cat([job.walk.read(f"{name}.weight").float() for name in member])
+    return block.stacked(member)
 
 
-def _output_metric(
-    job: BlockJob, site: Site, block: nn.Module, moments: SiteMoments, cut: slice
-) -> torch.Tensor | None:
-    """[B, O, O] of the experts in `cut`: the site's own, or that of the residual stream which its outputs reach."""
-    if not job.metrics:
+def _output_metric(job: BlockJob, site: Site, block: Block, moments: SiteMoments, cut: slice) -> torch.Tensor | None:
+    """[B, O, O] for the experts in `cut`: the site's own, or what the residual stream's says of its outputs. None where
+    every output counts alike."""
+    metrics = job.sensitivity.metrics
+    if not metrics:
         return None
-    residual_HH = job.metrics[RESIDUAL]
-    if site.key in job.metrics:
-        return job.metrics[site.key].expand(len(site.members[cut]), -1, -1)
+    residual_HH = metrics[RESIDUAL]
+    if site.key in metrics:
+        return metrics[site.key].expand(len(site.members[cut]), -1, -1)
     if site.feeds:
-        down = torch.stack([_stacked(job, block, (name,)) for name in site.feeds[cut]])
+        down = torch.stack([block.stacked((name,)) for name in site.feeds[cut]])
         return swiglu_metric(moments.slopes(job.method.shrinkage, cut), down, residual_HH)
     if site.reaches_residual:
         return residual_HH.expand(len(site.members[cut]), -1, -1)
@@ -236,23 +250,22 @@ def _output_metric(
 def _quantize_site(
     job: BlockJob,
     site: Site,
-    block: nn.Module | None,
+    block: Block | None,
     moments: SiteMoments | None,
-    writer: ShardWriter,
-    facts: dict[str, Any],
+    output: _Output,
     aimed: bool = True,
 ) -> None:
-    """All experts of one site, cut to the memory budget. `aimed`: at the reference stream, if the recipe says so."""
+    """All experts of one site, cut to the memory budget. `aimed`: at the reference stream, if misses were taken."""
     assert job.format.pack is not None
-    scheme = job.plan.schemes[site.members[0][0]]
-    stored = stored_dtype(job.adapter, job.source, f"{site.members[0][0]}.weight")
-    outputs = sum(site.out_features)
-    measured = bool(job.metrics) and moments is not None
-    for cut in cuts(len(site.members), outputs, site.in_features, job.budget_bytes, job.method, measured):
+    scheme = job.plan.schemes[site.first_module]
+    stored = job.walk.stored_dtype(f"{site.first_module}.weight")
+    outputs, budget_bytes = sum(site.out_features), site_budget(job.walk.device)
+    measured = bool(job.sensitivity.metrics) and moments is not None
+    for cut in cuts(len(site.members), outputs, site.in_features, budget_bytes, job.method, measured):
         members = site.members[cut]
-        # A block computed with in bf16 has rounded what was stored wider.
-        exact = block if job.dtype == torch.float32 or stored == torch.bfloat16 else None
-        w_BOI = torch.stack([_stacked(job, exact, member) for member in members]).to(job.device)
+        # A block held in bf16 has rounded weights that are stored wider.
+        exact = block if job.walk.compute.dtype == torch.float32 or stored == torch.bfloat16 else None
+        w_BOI = torch.stack([_stacked(job, exact, member) for member in members]).to(job.walk.device)
         moment = metric = None
         if moments is not None and block is not None:
             metric = _output_metric(job, site, block, moments, cut)
@@ -260,26 +273,26 @@ def _quantize_site(
             if aimed:
                 w_BOI = _corrected(job, site, w_BOI, moment, moments, cut)
         result = quantize_batch(w_BOI, moment, scheme, job.method, stored, metric)
-        facts["damping_raised"] += result.damping_raised
-        facts["diagonal_fallbacks"] += result.diagonal_fallbacks
-        facts["output_error"].setdefault(site.key, []).extend(result.output_error)
+        output.facts["damping_raised"] += result.damping_raised
+        output.facts["diagonal_fallbacks"] += result.diagonal_fallbacks
+        output.add_errors(site, result.output_error)
         for i, member in enumerate(members):
             for name, weight in by_module(result.weight, i, member, site):
-                assert torch.isfinite(weight.scales).all(), f"{name} got a scale that is no number"
+                assert torch.isfinite(weight.scales).all(), f"{name} got a non-finite scale"
                 for suffix, tensor in job.format.pack(weight).items():
-                    writer.put(f"{name}.{suffix}", tensor)
+                    output.writer.put(f"{name}.{suffix}", tensor)
                 if block is not None:
-                    # What a reader will see: the product rounded to the model's dtype.
-                    weight_view(job.adapter, block, job.index, name).copy_(weight.dequantize(stored))
+                    # As a reader will see it: the product rounded to the model's dtype.
+                    block.weight(name).copy_(weight.dequantize(stored))
 
 
-def _hand_over(job: BlockJob, site: Site, writer: ShardWriter, facts: dict[str, Any]) -> None:
-    """A site whose format is the quantizer: weight after weight goes in as the source stores it."""
+def _hand_over(job: BlockJob, site: Site, output: _Output) -> None:
+    """A site in a format that quantizes by itself: it gets each weight as the source stores it."""
     assert job.format.quantize is not None
     for member in site.members:
         before, after = [], []
         for name in member:
-            weight = read(job.adapter, job.source, f"{name}.weight")
+            weight = job.walk.read(f"{name}.weight")
             parts, stored = job.format.quantize(weight, job.plan.schemes[name])
             if not torch.isfinite(stored).all():  # bitsandbytes rounds to fp16 before it quantizes to int8
                 raise InputError(
@@ -287,8 +300,7 @@ def _hand_over(job: BlockJob, site: Site, writer: ShardWriter, facts: dict[str, 
                     "choose another method"
                 )
             for suffix, tensor in parts.items():
-                writer.put(f"{name}.{suffix}", tensor)
+                output.writer.put(f"{name}.{suffix}", tensor)
             before.append(weight.float())
             after.append(stored.float())
-        errors = relative_output_error(torch.cat(before)[None], torch.cat(after)[None], None)
-        facts["output_error"].setdefault(site.key, []).extend(errors)
+        output.add_errors(site, relative_output_error(torch.cat(before)[None], torch.cat(after)[None], None))

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import torch
 
-from ..calibration.sensitivity import sensitivities
+from ..calibration.sensitivity import Sensitivity, sensitivities
 from ..checkpoint import files
-from ..checkpoint.model import Model
 from ..checkpoint.workdir import Activations, read_tensors
 from ..core.method import Method
-from ..core.rows import Row, Step
-from ..models.walk import Calls
+from ..core.rows import Row
+from ..models.walk import HiddenRows, Walk
 
 METRIC, WEIGHT = "metric:", "weight:"
 
@@ -29,7 +28,7 @@ class SensitivityFiles:
     def _file(self, block: int) -> Path:
         return self.folder / f"{block:04d}.safetensors"
 
-    def measure(self, model: Model, rows: list[Row], batch_tokens: int, calls: Calls, step: Step) -> None:
+    def measure(self, walk: Walk, rows: list[Row]) -> None:
         """Walk the original model over the calibration rows, forward and back, and write every block's file."""
 
         def keep(block: int, metrics: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> None:
@@ -39,20 +38,16 @@ class SensitivityFiles:
             files.write_tensors(self._file(block), found)
 
         files.make_folder(self.folder)
-        store = Activations(self.folder / "acts")
-        weighting = self.method.token_weighting
-        sensitivities(model.adapter, model.source, rows, batch_tokens, store, calls, keep, step, weighting)
+        hidden = walk.hidden_rows(rows, Activations(self.folder / "acts"))
+        sensitivities(hidden, keep, self.method.token_weighting)
 
-    def read(
-        self, block: int, batch_tokens: list[int], device: torch.device
-    ) -> tuple[dict[str, torch.Tensor], dict[str, list[torch.Tensor]]]:
-        """(metrics [O, O] on `device`, token weights [tokens] batch by batch) by site; empty where the method wants
-        none. `batch_tokens`: the tokens of each batch. Raises InputError for a damaged file."""
+    def read(self, block: int, hidden: HiddenRows) -> Sensitivity:
+        """One block's, empty where the method wants none. Raises InputError for a damaged file."""
         if not self.method.walks_back:
-            return {}, {}
+            return Sensitivity()
         found = read_tensors(self._file(block))
+        sizes = [sum(len(hidden.rows[number].tokens) for number in numbers) for numbers in hidden.groups]
+        device = hidden.walk.device
         metrics = {key.removeprefix(METRIC): x.to(device) for key, x in found.items() if key.startswith(METRIC)}
-        weights = {
-            key.removeprefix(WEIGHT): list(x.split(batch_tokens)) for key, x in found.items() if key.startswith(WEIGHT)
-        }
-        return metrics, weights
+        weights = {key.removeprefix(WEIGHT): list(x.split(sizes)) for key, x in found.items() if key.startswith(WEIGHT)}
+        return Sensitivity(metrics=metrics, token_weights=weights)

@@ -1,230 +1,286 @@
-"""The two streams through one half of a block, and what they tell: second moments, misses, slopes, routes.
+"""The two streams through one half of a block: what they bring to each site, and what the quantized one misses.
 
-A block is walked in its halves (models/walk.only): what attention adds does not change while the feed-forward half is
-quantized stage by stage, so only that half is run again. What leaves the attention half lies in the store under the
-block's own number with MIDDLE after the stream's name.
+A block is walked in its halves. The output of the attention half does not change while the feed-forward half is
+quantized turn by turn, so only the latter is run again. What leaves the attention half lies in the store under the
+block's own number, with MIDDLE after the stream's name.
 
-Shape legend: N rows, T tokens in a batch, H hidden size, R rows of one expert, I inputs of a site.
+`take_statistics`, `pass_reference` and `propagate` each return or take a `Known`: what earlier passes through the half
+have found. It is a value that the caller hands on.
+
+Shape legend: N rows, T tokens in a batch, H hidden size, K top-k, R rows of one expert, I inputs of a site.
 """
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from ..calibration.moments import SiteMoments
 from ..calibration.sensitivity import RESIDUAL, token_weights
 from ..core.quantized_weight import QuantizedWeight
-from ..core.rows import RowStore, Step
-from ..models.adapter import Adapter, Half, Site
-from ..models.walk import Calls, expert_stacks, observed, only, run_block, weight_view
+from ..models.adapter import Half, Site
+from ..models.block import Block
+from ..models.walk import HiddenRows
 from ..quantize.metric import swiglu_slopes
 
 REFERENCE, QUANTIZED = "reference", "quantized"
 MIDDLE = "-middle"
-# What the quantized stream's attention gives its output projection.
+# The stream of the rows that o reads in the quantized stream.
 BEFORE_O = "quantized-before-o"
+
+# (site key, expert) -> (token numbers [R] rising, rows [R, I])
+SiteRows = dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class HalfJob:
-    """One half of one block: where its rows come from and go to, and which statistics are wanted of it."""
+    """One half of one block: its rows, the block as it was and as it becomes, and which statistics are wanted."""
 
-    adapter: Adapter
-    index: int
+    hidden: HiddenRows
+    original: Block
+    target: Block
     half: Half
-    groups: list[list[int]]
-    store: RowStore
-    calls: Calls
-    device: torch.device
-    correct: bool
-    weighting: str  # the recipe's `token_weighting`
-    token_weights: dict[str, list[torch.Tensor]]  # 'gradient': by site key or RESIDUAL, fp32 [tokens] a batch
-    slopes: bool
+    # How tokens are weighted: the recipe's `token_weighting`.
+    weighting: str
+    # For 'gradient': by site key or RESIDUAL, fp32 [tokens] for each batch.
+    token_weights: Mapping[str, Sequence[torch.Tensor]] = field(default_factory=dict)
+    # Whether the reference stream runs beside the quantized one, so that misses are known.
+    correct: bool = False
+    # Whether the slopes of gates and ups are wanted.
+    slopes: bool = False
+
+    @property
+    def index(self) -> int:
+        return self.target.index
 
     def rows_in(self, stream: str, batch: int) -> torch.Tensor:
+        """What enters the half, [N, T, H]."""
         suffix = MIDDLE if self.half is Half.FEED_FORWARD else ""
-        return self.store.get(self.index, stream + suffix, batch).to(self.device)
+        return self.hidden.get(self.index, stream + suffix, batch)
+
+    def rows_out(self, stream: str, batch: int) -> torch.Tensor:
+        """What left the half, [N, T, H]."""
+        block, name = self._place(stream)
+        return self.hidden.get(block, name, batch)
+
+    def put(self, stream: str, batch: int, hidden: torch.Tensor) -> None:
+        """Store what leaves the half."""
+        block, name = self._place(stream)
+        self.hidden.store.put(block, name, batch, hidden)
 
     def _place(self, stream: str) -> tuple[int, str]:
         return (self.index, stream + MIDDLE) if self.half is Half.ATTENTION else (self.index + 1, stream)
 
-    def rows_out(self, stream: str, batch: int) -> torch.Tensor:
-        block, name = self._place(stream)
-        return self.store.get(block, name, batch).to(self.device)
-
     def weight(self, key: str, batch: int, out_TH: torch.Tensor) -> torch.Tensor:
-        """How much a batch's tokens count in a site's statistics, fp32 [tokens]; `out_TH` is what leaves the half. Of a
-        site whose gradients are not known it is those of the residual stream, which it reaches."""
+        """How much each token counts in a site's statistics, fp32 [T]; `out_TH` leaves the half. A site without
+        gradients of its own takes those of the residual stream, which it reaches."""
         if self.weighting == "gradient":
-            return self.token_weights.get(key, self.token_weights[RESIDUAL])[batch].to(self.device)
+            weights = self.token_weights.get(key, self.token_weights[RESIDUAL])[batch]
+            return weights.to(self.hidden.walk.device)
         return token_weights(None, out_TH, self.weighting)
 
-    def put(self, stream: str, batch: int, hidden: torch.Tensor) -> None:
-        block, name = self._place(stream)
-        self.store.put(block, name, batch, hidden)
+
+@dataclass(frozen=True)
+class Known:
+    """What earlier passes through a half have found."""
+
+    # The reference stream's routes, [T, K] for each batch, once its rows lie in the store where the half ends.
+    routes: tuple[torch.Tensor, ...] | None = None
+    # The site o, once what it reads lies in the store.
+    before_o: Site | None = None
 
 
+@dataclass(frozen=True)
 class Seen:
-    """One batch of one stream through a half: what chosen sites read, where tokens went, what left the half.
+    """One batch of one stream in a half: what the chosen sites read, each token's route, and what leaves the half."""
 
-    Sites that read a norm's output need no more than that norm: where all of `sites` do, and `run` does not ask for
-    the rest, the half is not run, and there is no `hidden`.
-    """
-
-    def __init__(
-        self, job: HalfJob, block: nn.Module, stream: str, batch: int, sites: Collection[Site], run: bool = True
-    ) -> None:
-        hidden = job.rows_in(stream, batch)
-        self.tokens = hidden.shape[0] * hidden.shape[1]
-        self.rows: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
-        self.hidden: torch.Tensor | None = None
-        # Without experts all tokens go the same way.
-        self.routes = torch.zeros(self.tokens, 1, device=job.device)
-        everywhere = torch.arange(self.tokens, device=job.device)
-        normed: dict[str, torch.Tensor] = {}
-        for site in sites:
-            if site.reads_norm is not None:
-                if site.reads_norm not in normed:
-                    with torch.inference_mode():
-                        rows = block.get_submodule(site.reads_norm)(hidden).reshape(self.tokens, -1)
-                    normed[site.reads_norm] = rows
-                self.rows[site.key, 0] = (everywhere, normed[site.reads_norm])
-        inner = {site.key for site in sites if site.reads_norm is None}
-        if not (inner or run):
-            return
-
-        def observe(site: Site, expert: int, tokens: torch.Tensor, rows: torch.Tensor) -> None:
-            if site.key in inner:
-                self.rows[site.key, expert] = (tokens, rows)
-
-        with observed(job.adapter, block, job.index, observe), only(job.adapter, block, job.half):
-            self.hidden = run_block(block, hidden, job.calls.of(hidden.shape[1])[job.index])
-        stacks = expert_stacks(block) if job.half is Half.FEED_FORWARD else None
-        if stacks is not None:
-            self.routes = stacks.routes_TK
+    tokens: int
+    rows: SiteRows
+    routes: torch.Tensor
+    hidden: torch.Tensor | None  # None where the half was not run
 
     @property
     def out(self) -> torch.Tensor:
-        """What left the half, fp32 [tokens, H]."""
+        """What leaves the half, fp32 [T, H]."""
         assert self.hidden is not None
         return self.hidden.reshape(self.tokens, -1).float()
 
 
-class HalfStatistics:
-    """Statistics of a half's sites, stage by stage, on the quantized stream; the reference stream passes as often as
-    its inputs are wanted, and leaves its rows and its routes behind when it first does."""
+def _pass(job: HalfJob, stream: str, batch: int, sites: Collection[Site], run: bool = True) -> Seen:
+    """One batch of the reference stream through the original half, or of the quantized stream through the target.
 
-    def __init__(self, job: HalfJob, original: nn.Module, target: nn.Module, step: Step) -> None:
-        self.job, self.original, self.target, self.step = job, original, target, step
-        self.routes: dict[int, torch.Tensor] = {}
-        self.before_o: Site | None = None  # once what it reads lies in the store
-
-    def of(self, sites: list[Site]) -> dict[str, SiteMoments]:
-        """Second moments of what the quantized stream brings to `sites` of the half-quantized block, and what it
-        misses of the reference stream: at the sites' inputs, or for sites that write to the residual stream there."""
-        job = self.job
-        # Where a site's gradients do not weight the tokens, those that read one norm have their statistics in common.
-        first = {site.key: site.key for site in sites}
-        if not job.token_weights:
-            reading = {site.reads_norm: site.key for site in reversed(sites)}
-            first = {site.key: reading[site.reads_norm] if site.reads_norm else site.key for site in sites}
-        sites = [site for site in sites if first[site.key] == site.key]
-        by_key = {site.key: site for site in sites}
-        moments = {}
-        for site in sites:
-            outputs = sum(site.out_features)
-            miss_rows = (outputs if site.adds_to_residual else site.in_features) if job.correct else 0
-            slopes = outputs if site.feeds and job.slopes else 0
-            moments[site.key] = SiteMoments(len(site.members), site.in_features, job.device, miss_rows, slopes)
-        inner = [site for site in sites if not site.adds_to_residual]
-        # What the misses are measured against is known before the half is run, and so are the weights.
-        whole = not job.correct or len(inner) < len(sites)
-        # Attention need not be computed again once o is quantized: its inputs are all that o adds to.
-        last = next((site for site in sites if site.half is Half.ATTENTION and site.reaches_residual), None)
-        for k in range(len(job.groups)):
-            theirs: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
-            if job.correct and (inner or k not in self.routes):
-                theirs = self._reference(k, inner)
-            seen = Seen(job, self.target, QUANTIZED, k, sites, whole)
-            self.step.advance(seen.tokens)
-            if last is not None and all(site.stage >= last.stage for site in sites):
-                job.store.put(job.index, BEFORE_O, k, seen.rows[last.key, 0][1])
-                self.before_o = last
-            against = job.rows_out(REFERENCE, k).flatten(0, 1).float() if job.correct else seen.out
-            weight = {key: job.weight(key, k, against) for key in moments}
-            for (key, expert), (tokens, rows) in seen.rows.items():
-                moments[key].add(expert, rows, weight[key][tokens])
-                if moments[key].slope_EPP is not None:
-                    gate_up = stacked(job.adapter, self.target, job.index, by_key[key].members[expert])
-                    moments[key].add_slopes(expert, swiglu_slopes(rows.float(), gate_up), weight[key][tokens])
-            if not job.correct:
-                continue
-            alike = (seen.routes == self.routes[k]).all(-1)
-            # Once for all experts of the site.
-            missed = against - seen.out if len(inner) < len(sites) else None
-            for (key, expert), (tokens, x) in seen.rows.items():
-                # The router decides the routes: it is shown all tokens, as is whatever comes before it.
-                everywhere = by_key[key].reads_norm is not None
-                kept = slice(None) if everywhere else alike[tokens]
-                if by_key[key].adds_to_residual:
-                    assert missed is not None
-                    miss = missed[tokens[kept]]
-                elif (key, expert) in theirs:
-                    their_tokens, their_x = theirs[key, expert]
-                    miss = their_x[slice(None) if everywhere else alike[their_tokens]].float() - x[kept].float()
-                else:
-                    continue
-                moments[key].add_miss(expert, x[kept], miss, weight[key][tokens[kept]])
-        return {key: moments[found] for key, found in first.items()}
-
-    def _reference(self, batch: int, sites: list[Site]) -> dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]]:
-        """One batch of the reference stream through the original half."""
-        first = batch not in self.routes
-        reference = Seen(self.job, self.original, REFERENCE, batch, sites, run=first)
-        self.step.advance(reference.tokens)
-        if first:
-            assert reference.hidden is not None
-            self.routes[batch] = reference.routes
-            self.job.put(REFERENCE, batch, reference.hidden)
-        return reference.rows
-
-    def reference_rows(self) -> None:
-        """The reference stream on to where the half ends."""
-        for k in range(len(self.job.groups)):
-            if k not in self.routes:
-                self._reference(k, [])
-
-    def propagate(self) -> None:
-        """Both streams on to where the half ends."""
-        job = self.job
-        if job.correct:
-            self.reference_rows()
-        for k, numbers in enumerate(job.groups):
-            hidden = job.rows_in(QUANTIZED, k)
-            if self.before_o is not None:
-                (name,) = self.before_o.members[0]
-                rows = job.store.get(job.index, BEFORE_O, k).to(job.device).view(*hidden.shape[:2], -1)
+    Sites that read a norm's output need only that norm. Where all of `sites` do, and `run` is False, the half is not
+    run, and the result has no `hidden` and no true routes.
+    """
+    block = job.original if stream == REFERENCE else job.target
+    hidden = job.rows_in(stream, batch)
+    tokens = hidden.shape[0] * hidden.shape[1]
+    everywhere = torch.arange(tokens, device=hidden.device)
+    rows: SiteRows = {}
+    normed: dict[str, torch.Tensor] = {}
+    for site in sites:
+        if site.reads_norm is not None:
+            if site.reads_norm not in normed:
                 with torch.inference_mode():
-                    out = hidden + F.linear(rows, weight_view(job.adapter, self.target, job.index, name))
-            else:
-                with only(job.adapter, self.target, job.half):
-                    out = run_block(self.target, hidden, job.calls.of(hidden.shape[1])[job.index])
-            job.put(QUANTIZED, k, out)
-            self.step.advance(len(numbers) * hidden.shape[1])
+                    normed[site.reads_norm] = block.norm(site.reads_norm)(hidden).reshape(tokens, -1)
+            rows[site.key, 0] = (everywhere, normed[site.reads_norm])
+    inner = {site.key for site in sites if site.reads_norm is None}
+    # Without experts all tokens take the same route.
+    alike = torch.zeros(tokens, 1, device=hidden.device)
+    if not (inner or run):
+        return Seen(tokens=tokens, rows=rows, routes=alike, hidden=None)
+
+    def observe(site: Site, expert: int, of_tokens: torch.Tensor, read: torch.Tensor) -> None:
+        if site.key in inner:
+            rows[site.key, expert] = (of_tokens, read)
+
+    with block.observed(observe):
+        passed = block.routed(hidden, job.half)
+    routes = alike if passed.routes_TK is None else passed.routes_TK
+    return Seen(tokens=tokens, rows=rows, routes=routes, hidden=passed.hidden)
 
 
-def stacked(adapter: Adapter, block: nn.Module, index: int, member: tuple[str, ...]) -> torch.Tensor:
-    """The weights of one entry of a site as the block holds them, stacked along the outputs; fp32 [O, I]."""
-    return torch.cat([weight_view(adapter, block, index, name).float() for name in member])
+def _pass_reference(job: HalfJob, batch: int, sites: Collection[Site], known: Known) -> tuple[SiteRows, torch.Tensor]:
+    """One batch of the reference stream: what it brings to `sites`, and its routes [T, K]. Its first pass runs the half
+    and stores what leaves it; later ones run only what the sites want."""
+    if known.routes is not None and not sites:
+        return {}, known.routes[batch]
+    seen = _pass(job, REFERENCE, batch, sites, run=known.routes is None)
+    job.hidden.walk.step.advance(seen.tokens)
+    if known.routes is not None:
+        return seen.rows, known.routes[batch]
+    assert seen.hidden is not None
+    job.put(REFERENCE, batch, seen.hidden)
+    return seen.rows, seen.routes
+
+
+def pass_reference(job: HalfJob, known: Known) -> Known:
+    """The reference stream to where the half ends, if it is not there yet."""
+    if known.routes is not None:
+        return known
+    batches = range(len(job.hidden.groups))
+    return replace(known, routes=tuple(_pass_reference(job, k, [], known)[1] for k in batches))
+
+
+def take_statistics(job: HalfJob, sites: Sequence[Site], known: Known) -> tuple[dict[str, SiteMoments], Known]:
+    """By site key, the second moments of what the quantized stream brings to the sites of the half-quantized block.
+    With `correct` also what it misses of the reference stream: at the inputs, or for sites that add to the residual
+    stream at its end."""
+    shared = _shared(job, sites)
+    own = [site for site in sites if shared[site.key] == site.key]
+    moments = {site.key: _empty(job, site) for site in own}
+    inner = [site for site in own if not site.adds_to_residual]
+    # With `correct` and inner sites only, what the misses and weights need lies in the store: no run is needed for it.
+    run = not job.correct or len(inner) < len(own)
+    # Once o is quantized, attention is not computed again: o's inputs are kept, and only o differs.
+    last = next((site for site in own if site.half is Half.ATTENTION and site.reaches_residual), None)
+    keep = last if last is not None and all(site.turn >= last.turn for site in own) else None
+    routes = []
+    for k in range(len(job.hidden.groups)):
+        theirs: SiteRows = {}
+        if job.correct:
+            theirs, routes_TK = _pass_reference(job, k, inner, known)
+            routes.append(routes_TK)
+        seen = _pass(job, QUANTIZED, k, own, run)
+        job.hidden.walk.step.advance(seen.tokens)
+        if keep is not None:
+            job.hidden.store.put(job.index, BEFORE_O, k, seen.rows[keep.key, 0][1])
+        against = job.rows_out(REFERENCE, k).flatten(0, 1).float() if job.correct else seen.out
+        weights = {key: job.weight(key, k, against) for key in moments}
+        _add_rows(job, own, moments, seen, weights)
+        if job.correct:
+            alike = (seen.routes == routes[k]).all(-1)
+            missed = against - seen.out if len(inner) < len(own) else None
+            _add_misses(own, moments, seen, weights, alike, theirs, missed)
+    found = {key: moments[source] for key, source in shared.items()}
+    return found, Known(routes=tuple(routes) if job.correct else None, before_o=keep or known.before_o)
+
+
+def _shared(job: HalfJob, sites: Sequence[Site]) -> dict[str, str]:
+    """Site key -> the key of the site whose statistics it takes. Sites that read one norm share them, unless each
+    site's gradients weight the tokens."""
+    if job.token_weights:
+        return {site.key: site.key for site in sites}
+    reading = {site.reads_norm: site.key for site in reversed(sites)}
+    return {site.key: reading[site.reads_norm] if site.reads_norm else site.key for site in sites}
+
+
+def _empty(job: HalfJob, site: Site) -> SiteMoments:
+    outputs = sum(site.out_features)
+    miss_rows = outputs if site.adds_to_residual else site.in_features
+    return SiteMoments(
+        experts=len(site.members),
+        inputs=site.in_features,
+        device=job.hidden.walk.device,
+        miss_rows=miss_rows if job.correct else 0,
+        slopes=outputs if site.feeds and job.slopes else 0,
+    )
+
+
+def _add_rows(
+    job: HalfJob,
+    sites: Sequence[Site],
+    moments: dict[str, SiteMoments],
+    seen: Seen,
+    weights: Mapping[str, torch.Tensor],
+) -> None:
+    """What the quantized stream brings, and its slopes where they are wanted."""
+    by_key = {site.key: site for site in sites}
+    for (key, expert), (tokens, rows) in seen.rows.items():
+        moments[key].add(expert, rows, weights[key][tokens])
+        if moments[key].slope_EPP is not None:
+            gate_up = job.target.stacked(by_key[key].members[expert])
+            moments[key].add_slopes(expert, swiglu_slopes(rows.float(), gate_up), weights[key][tokens])
+
+
+def _add_misses(
+    sites: Sequence[Site],
+    moments: dict[str, SiteMoments],
+    seen: Seen,
+    weights: Mapping[str, torch.Tensor],
+    alike: torch.Tensor,
+    theirs: SiteRows,
+    missed: torch.Tensor | None,
+) -> None:
+    """What the quantized stream misses. `alike` bool [T]: tokens with the same route in both streams; `theirs`: what
+    the reference stream brings to inner sites; `missed` [T, H]: what it has more where the half ends."""
+    by_key = {site.key: site for site in sites}
+    for (key, expert), (tokens, x) in seen.rows.items():
+        # The router decides the routes. So it gets all tokens, as does whatever comes before it.
+        everywhere = by_key[key].reads_norm is not None
+        kept = slice(None) if everywhere else alike[tokens]
+        if by_key[key].adds_to_residual:
+            assert missed is not None
+            miss = missed[tokens[kept]]
+        elif (key, expert) in theirs:
+            their_tokens, their_x = theirs[key, expert]
+            miss = their_x[slice(None) if everywhere else alike[their_tokens]].float() - x[kept].float()
+        else:
+            continue
+        moments[key].add_miss(expert, x[kept], miss, weights[key][tokens[kept]])
+
+
+def propagate(job: HalfJob, known: Known) -> None:
+    """Both streams to where the half ends; the reference stream only with `correct`."""
+    if job.correct:
+        pass_reference(job, known)
+    for k, numbers in enumerate(job.hidden.groups):
+        hidden = job.rows_in(QUANTIZED, k)
+        if known.before_o is not None:
+            rows = job.hidden.get(job.index, BEFORE_O, k).view(*hidden.shape[:2], -1)
+            with torch.inference_mode():
+                out = hidden + F.linear(rows, job.target.weight(known.before_o.first_module))
+        else:
+            out = job.target.forward(hidden, job.half)
+        job.put(QUANTIZED, k, out)
+        job.hidden.walk.step.advance(len(numbers) * hidden.shape[1])
 
 
 def by_module(
     weight: QuantizedWeight, index: int, member: tuple[str, ...], site: Site
 ) -> Iterator[tuple[str, QuantizedWeight]]:
-    """One entry of a site's quantized batch, module by module: the inverse of `stacked`."""
+    """Entry `index` of a site's quantized batch, module by module: the inverse of Block.stacked."""
     start = 0
     for name, out in zip(member, site.out_features, strict=True):
         yield name, weight.item(index, slice(start, start + out))

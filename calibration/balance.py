@@ -1,18 +1,18 @@
-"""Balancing: which rows of a larger pool to calibrate on, so that the starved experts get rows too.
+"""Balancing: chooses the calibration rows from a larger pool, so that starved experts get rows too.
 
-A token goes where its router sends it, in calibration as in use: no row is pushed into an expert that would not see it.
-What can be chosen is which rows are read. With n the rows of an expert in the choice, the worth of a choice is
+A token goes where its router sends it, in calibration as in use: no expert is fed a row that it would not see. Only
+the choice of the rows is free. With n the tokens of an expert in a choice, the worth of the choice is
 
     f = sum over layers and experts of log(1 + n / enough),
 
-concave in every n: the next row of an expert that has few is worth more than that of one with many, and past `enough`
-little. f is monotone and submodular, so taking the row with the largest gain again and again reaches at least 1 - 1/e
-of the best choice (Nemhauser, Wolsey and Fisher 1978); with quotas for several strata of rows, half of it (Fisher,
-Nemhauser and Wolsey 1978). Gains only fall while rows are taken, so a stale gain is a bound and most need not be
-computed again (Minoux 1978: the lazy greedy).
+concave in every n: the next token is worth more to an expert with few than to one with many, and little past `enough`.
+f is monotone and submodular, so the greedy choice, which always takes the row with the largest gain, reaches at least
+1 - 1/e of the best (Nemhauser, Wolsey and Fisher 1978), or half of it with quotas for several strata of rows (Fisher,
+Nemhauser and Wolsey 1978). Gains only fall while rows are taken. So an old gain is an upper bound, and most gains need
+not be computed again (Minoux 1978: the lazy greedy).
 
-A share of each stratum is drawn as if there were no choice, since statistics of rows chosen for their routes alone
-would be those of unusual texts. The pool comes shuffled, so its first rows are that draw.
+A share of each stratum is drawn at random: rows chosen for their routes alone would be unusual texts. The pool comes
+shuffled, so its first rows are that draw.
 
 Shape legend: R rows, L layers with experts, E experts.
 """
@@ -26,7 +26,7 @@ import torch
 
 @dataclass(frozen=True)
 class Choice:
-    """Row numbers, rising, and the worth of the choice beside that of the plain draw."""
+    """Row numbers, rising; the worth of the choice, and that of the plain draw."""
 
     rows: list[int]
     worth: float
@@ -34,11 +34,12 @@ class Choice:
 
 
 def worth(counts_LE: torch.Tensor, enough: float) -> float:
+    """f of a choice with these counts [L, E]."""
     return float(torch.log1p(counts_LE.double() / enough).sum())
 
 
 def draw(strata: Sequence[Hashable], quotas: dict[Hashable, int]) -> list[int]:
-    """The first rows of every stratum: what would be used if there were no choice."""
+    """The plain draw: the first rows of every stratum, up to its quota."""
     left, rows = dict(quotas), []
     for row, stratum in enumerate(strata):
         if left.get(stratum, 0) > 0:
@@ -54,7 +55,7 @@ def choose(
     random_share: float,
     enough: float,
 ) -> Choice:
-    """`quotas[s]` rows of every stratum s, or all that it has. Never worth less than the plain draw."""
+    """`quotas[s]` rows of every stratum s, or all of a smaller one. Never worth less than the plain draw."""
     drawn = draw(strata, quotas)
     taken = draw(strata, {stratum: round(count * random_share) for stratum, count in quotas.items()})
     left = {
@@ -67,7 +68,7 @@ def choose(
     def gain(row: int) -> float:
         return float(torch.log1p(counts[row] / total).sum())
 
-    # A heap of (-bound, row): equal gains go to the lower number, so that the choice is the same every time.
+    # A heap of (-bound, row). Of equal gains the lower row number wins, so the choice is always the same.
     heap = [(-gain(row), row) for row in range(len(strata)) if row not in chosen]
     heapq.heapify(heap)
     while heap and any(left.values()):

@@ -1,4 +1,4 @@
-"""Which columns of a data set's row hold what, and the document that they make.
+"""Makes a document from a data set's row: which column holds the text, the conversation or the pictures.
 
     a text                          `column` holds a string
     a conversation                  `column` holds a list of messages, {role, content} under any names (`role_key`,
@@ -6,8 +6,8 @@
     a question and its answer       `prompt_column` and `response_column`
     pictures                        `image_column` holds one or a list: a file's bytes, {bytes, path}, a decoded image
 
-A picture stands where the content has an image part or the word <image>; where it has neither, before the first words
-of the user. A text with pictures is read as their caption: the user shows them, the assistant says it.
+A picture goes where the content has an image part or the word <image>, otherwise before the user's first words. A text
+with pictures is read as their caption: the user shows the pictures and the assistant says the text.
 """
 
 import io
@@ -19,16 +19,16 @@ from PIL import Image
 
 from .documents import Document, document_of
 
-# Looked for, in this order, when no column is named.
+# The names that are tried, in this order, when the recipe names no column.
 CONVERSATIONS = ("messages", "conversations", "conversation")
-# What other data sets call the two who speak.
+# Other names for the two roles.
 SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant"}
 MARK = "<image>"
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The mapping that a recipe gives; None: found by the usual names."""
+    """The column names that a recipe gives. None: the usual names are tried."""
 
     column: str | None = None
     prompt_column: str | None = None
@@ -38,7 +38,7 @@ class Columns:
     image_column: str | None = None
 
     def missing(self, present: set[str]) -> list[str]:
-        """The named columns that a data set with the columns `present` lacks."""
+        """The columns that are needed and not among `present`."""
         named = (self.column, self.prompt_column, self.response_column, self.image_column)
         lacking = [name for name in named if name is not None and name not in present]
         if not any(getattr(self, field.name) for field in fields(self) if field.name.endswith("column")):
@@ -50,7 +50,10 @@ class Columns:
 def document_from(
     row: dict[str, Any], columns: Columns, name: str, folder: Path | None, source: str, kind: str | None
 ) -> Document:
-    """Raises ValueError that says what is wrong with the row."""
+    """The document of a row. `name` is its id if the row has none; pictures named by a path must lie in `folder`.
+
+    Raises ValueError that says what is wrong with the row.
+    """
     images = _pictures(row.get(columns.image_column), folder) if columns.image_column else []
     if columns.prompt_column and columns.response_column:
         words = [row.get(columns.prompt_column), row.get(columns.response_column)]
@@ -76,7 +79,7 @@ def document_from(
 
 
 def _messages(item: Any, columns: Columns) -> list[dict[str, Any]]:
-    """One message, or a turn of two."""
+    """The message of one list item, or the two messages of a {user, assistant} turn."""
     if not isinstance(item, dict):
         raise ValueError("has a message that is no object")
     role_key = columns.role_key or ("from" if "role" not in item and "from" in item else "role")
@@ -87,13 +90,13 @@ def _messages(item: Any, columns: Columns) -> list[dict[str, Any]]:
     if absent:
         raise ValueError(f"has a message without {' and '.join(map(repr, absent))}: it has {', '.join(sorted(item))}")
     role, content = item[role_key], item[content_key]
-    if isinstance(content, list):  # columns of one type hold every key in every part, the others' as null
+    if isinstance(content, list):  # a typed column has every key in every part, unused ones as null
         content = [{k: v for k, v in p.items() if v is not None} if isinstance(p, dict) else p for p in content]
     return [{"role": SPEAKERS.get(role, role) if isinstance(role, str) else role, "content": content}]
 
 
 def _pictures(value: Any, folder: Path | None) -> list[bytes]:
-    """Each picture as the bytes of a file."""
+    """Each picture as the bytes of an image file."""
     found = []
     for item in value if isinstance(value, list | tuple) else [value]:
         if item is None:
@@ -106,7 +109,7 @@ def _pictures(value: Any, folder: Path | None) -> list[bytes]:
             if folder is None or path is None or not path.is_relative_to(folder.resolve()) or not path.is_file():
                 raise ValueError(f"names the image {content!r}, which is no file in the folder of the texts")
             content = path.read_bytes()
-        elif isinstance(content, Image.Image):  # a decoded image; PNG keeps every pixel
+        elif isinstance(content, Image.Image):  # decoded already; PNG keeps every pixel
             buffer = io.BytesIO()
             content.convert("RGB").save(buffer, "PNG")
             content = buffer.getvalue()
@@ -117,7 +120,7 @@ def _pictures(value: Any, folder: Path | None) -> list[bytes]:
 
 
 def _placed(messages: list[dict[str, Any]], images: list[bytes]) -> list[dict[str, Any]]:
-    """The messages with the pictures in them."""
+    """The messages with the pictures at their places. Raises ValueError when places and pictures do not match."""
     rest = list(images)
     out = []
     for message in messages:

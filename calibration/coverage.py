@@ -1,7 +1,7 @@
 """The passes that count routes: the verb `calibration coverage`, and the balancing of a run's rows.
 
-Both walk the model as it is, once. A run keeps its choice of rows in the work directory: it depends on nothing but
-what the run's identity holds, and a resumed run reads it and does not walk again.
+Both walk the unquantized model once. A run keeps its choice of rows in the work directory. The choice depends only on
+what the run's identity holds, so a resumed run reads it and does not walk again.
 """
 
 import hashlib
@@ -14,33 +14,34 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from ..checkpoint import files
-from ..checkpoint.model import Model, open_source
+from ..checkpoint.model import open_source
 from ..checkpoint.source import refuse_nonfinite
 from ..checkpoint.workdir import Activations, read_json
-from ..core.device import choose_device, choose_dtype
+from ..core.device import choose_compute
 from ..core.errors import InputError
-from ..core.layout import RECORD_NAME
-from ..core.rows import Row, Step
+from ..core.file_names import RECORD_NAME
+from ..core.rows import Row
+from ..models.walk import Walk
 from ..recipe import Recipe
 from ..report.progress import Progress
 from .balance import Choice, choose, draw
 from .routes import Routes, blocks_with_experts, count_routes
-from .texts import RunTexts, prepare_texts, row_facts
+from .text_facts import row_facts
+from .texts import RunTexts, prepare_texts
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """Rows (tokens) by expert: `counts` has a list an entry of `blocks`. `facts` is what scripts get besides."""
+    """How many rows (tokens) each expert gets."""
 
     title: str
     blocks: list[int]
-    counts: list[list[int]]
-    enough: int
-    facts: dict[str, Any]
+    counts: list[list[int]]  # by entry of `blocks`, then by expert
+    enough: int  # an expert with fewer rows is starved
+    facts: dict[str, Any]  # what scripts get besides
 
     def line(self) -> dict[str, Any]:
         """The JSON line for scripts."""
@@ -57,7 +58,7 @@ class Coverage:
 
 
 def _strata(rows: list[Row], wanted: dict[int, int]) -> tuple[list[Hashable], dict[Hashable, int]]:
-    """Rows by length and whether they hold pictures, and how many of each are wanted: as many as the pool's shares."""
+    """Each row's stratum, (length, whether it has images), and the wanted rows of each: the pool's own shares."""
     strata: list[Hashable] = [(len(row.tokens), row.pixels is not None) for row in rows]
     have, quotas = Counter(strata), dict[Hashable, int]()
     for length, count in wanted.items():
@@ -74,7 +75,7 @@ def choice_of(texts: RunTexts, routes: Routes, recipe: Recipe) -> Choice:
 
 
 def _chosen(texts: RunTexts, rows: list[int], facts: dict[str, Any]) -> RunTexts:
-    """The texts with the chosen rows alone, and what the record says of the choice."""
+    """The texts with only the chosen rows, and the choice in their facts."""
     kept = [texts.calibration[row] for row in rows]
     told = texts.facts["calibration"] | row_facts(kept) | {"balance": facts}
     return replace(texts, calibration=kept, facts=texts.facts | {"calibration": told}, wanted={})
@@ -82,23 +83,21 @@ def _chosen(texts: RunTexts, rows: list[int], facts: dict[str, Any]) -> RunTexts
 
 def balanced(
     texts: RunTexts,
-    model: Model,
+    walk: Walk,
     recipe: Recipe,
     work: Path,
-    batch: tuple[torch.device, torch.dtype],
-    step: Step,
 ) -> RunTexts:
-    """The pool's best rows, or the texts as they are where there is no pool. `work` keeps the choice."""
+    """The best rows of the pool, or the texts unchanged where there is no pool. The choice is kept in `work`."""
     if not texts.calibration or not texts.wanted or recipe.texts.calibration_pool == 1:
         return texts
-    if not texts.is_pool or not blocks_with_experts(model.adapter):
+    if not texts.is_pool or not blocks_with_experts(walk.adapter):
         told = "the texts fill no more rows than are wanted" if not texts.is_pool else "the model has no experts"
         return replace(texts, warnings=[*texts.warnings, f"calibration_pool has nothing to choose from: {told}"])
     path = work / "balance.json"
     if not path.exists():
         folder = work / "pool"
         shutil.rmtree(folder, ignore_errors=True)
-        routes = _count(texts.calibration, model, recipe, folder, batch, step)
+        routes = _count(texts.calibration, walk, folder)
         choice = choice_of(texts, routes, recipe)
         drawn = draw(*_strata(texts.calibration, texts.wanted))
         facts = {
@@ -115,11 +114,9 @@ def balanced(
     return _chosen(texts, kept["rows"], kept["facts"])
 
 
-def _count(
-    rows: list[Row], model: Model, recipe: Recipe, folder: Path, batch: tuple[torch.device, torch.dtype], step: Step
-) -> Routes:
+def _count(rows: list[Row], walk: Walk, folder: Path) -> Routes:
     try:
-        return count_routes(model.adapter, model.source, rows, recipe.batch_tokens, Activations(folder), *batch, step)
+        return count_routes(walk.hidden_rows(rows, Activations(folder)))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -134,12 +131,12 @@ def coverage(
     console: Console | None = None,
     quiet: bool = False,
 ) -> Coverage:
-    """What a run of `recipe` would feed to every expert, balancing included. One pass; nothing is quantized."""
+    """The rows that a run of `recipe` would feed to every expert, balancing included. One pass; nothing is quantized.
+    For the OUT of a finished run, the counts in its record. Raises InputError for a model without experts."""
     recorded = _recorded(Path(model_name))
     if recorded is not None:
         return recorded
-    device = choose_device(device_name)
-    dtype = choose_dtype(recipe.compute_dtype, device)
+    compute = choose_compute(device_name, recipe.compute_dtype, recipe.batch_tokens)
     model = open_source(model_name)
     if not blocks_with_experts(model.adapter):
         raise InputError(f"{model_name} has no experts: there is nothing to cover")
@@ -153,7 +150,8 @@ def coverage(
         progress.begin("check weights")
         refuse_nonfinite(model.folder, model.name)
         work = Path(folder)
-        routes = _count(texts.calibration, model, recipe, work / "acts", (device, dtype), progress)
+        walk = Walk.over(model.adapter, model.source, compute, progress)
+        routes = _count(texts.calibration, walk, work / "acts")
         facts: dict[str, Any] = {"model": model_name, "recipe": recipe.name, "pool_rows": len(texts.calibration)}
         rows = list(range(len(texts.calibration)))
         if texts.is_pool:
@@ -168,7 +166,7 @@ def coverage(
 
 
 def _recorded(folder: Path) -> Coverage | None:
-    """The counts of a finished run, if `folder` is its OUT."""
+    """The counts in a finished run's record, if `folder` is its OUT. Raises InputError if the run took none."""
     path = folder / RECORD_NAME
     if not path.is_file():
         return None

@@ -1,4 +1,4 @@
-"""Document: one text or conversation, what makes two of them the same, and the JSON object that spells one.
+"""Document: one text or conversation, when two of them count as the same, and its form as a JSON object.
 
 The object is {"text": ...} or {"messages": [...]}. A message's content is a string, or a list of parts: {"type":
 "text", "text": ...}, {"type": "image", "path": ...} with the path inside the texts' own folder, or {"type": "image",
@@ -15,29 +15,31 @@ from typing import Any
 
 from ..core.errors import input_error
 
-# A picture: the file it lies in, or that file's bytes.
+# The path of an image file, or its bytes.
 Picture = Path | bytes
 
 
 @dataclass(frozen=True)
 class Document:
-    """`images` are the pictures of its image parts, in order; `source` names what it was read from."""
+    """A text or a conversation: exactly one of `text` and `messages` is set."""
 
     id: str
     kind: str
     text: str | None
     messages: list[dict[str, Any]] | None
+    # The pictures of the image parts, in order.
     images: tuple[Picture, ...] = ()
+    # The label of the source that it was read from.
     source: str = ""
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what a model would see."""
+        """SHA-256 of all that a model would see."""
         return self._digest(_unplaced([self.text, self.messages]))
 
     @property
     def likeness(self) -> str:
-        """SHA-256 that forgives case and white space: calibration and evaluation may share none."""
+        """SHA-256 that ignores case and white space. Calibration and evaluation may share none."""
         return self._digest(_folded(_unplaced([self.text, self.messages])))
 
     def _digest(self, content: Any) -> str:
@@ -50,7 +52,7 @@ class Document:
 
 
 def _unplaced(value: Any) -> Any:
-    """Without the places of its pictures: the bytes are what a model sees."""
+    """The content without the paths of its pictures: a model sees their bytes, which are digested apart."""
     match value:
         case list():
             return [_unplaced(item) for item in value]
@@ -62,6 +64,7 @@ def _unplaced(value: Any) -> Any:
 
 
 def _folded(value: Any) -> Any:
+    """The content in one case, with single spaces."""
     match value:
         case str():
             return " ".join(value.casefold().split())
@@ -73,9 +76,9 @@ def _folded(value: Any) -> Any:
 
 
 def document_of(row: Any, default_id: str, folder: Path | None, source: str = "", kind: str | None = None) -> Document:
-    """The document that a JSON object spells. Pictures named by a path must lie in `folder`; None: none may be named.
+    """The document of a JSON object. Pictures named by a path must lie in `folder`; None allows no paths.
 
-    Raises ValueError that says what is wrong, worded to follow the name of the row.
+    Raises ValueError whose text continues a sentence that begins with the row's name.
     """
     if not isinstance(row, dict):
         raise ValueError("is no JSON object")
@@ -111,7 +114,7 @@ def document_of(row: Any, default_id: str, folder: Path | None, source: str = ""
 
 
 def _refuse_half_characters(text: str) -> None:
-    """JSON can spell half of a surrogate pair; no tokenizer can read it."""
+    """JSON can hold half of a surrogate pair, which no tokenizer can read."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -137,7 +140,7 @@ def _picture(part: dict[str, Any], folder: Path | None) -> Picture:
 
 
 def spelled(document: Document) -> dict[str, Any]:
-    """The JSON object of a document, its pictures in it: `document_of` gives the same document back."""
+    """The JSON object of a document, with its pictures in base64. `document_of` reads it back."""
     row: dict[str, Any] = {"id": document.id, "kind": document.kind}
     if document.messages is None:
         return row | {"text": document.text}
@@ -159,7 +162,7 @@ def spelled(document: Document) -> dict[str, Any]:
 
 
 def refuse_shared(calibration: list[Document], evaluation: list[Document]) -> None:
-    """Calibration and evaluation may share no document: a KL measured on calibration rows flatters the result."""
+    """Raises InputError for documents that are in both sets: KL on calibration rows would look too good."""
     seen = {document.likeness: document.id for document in calibration}
     shared = [f"{d.id} is {seen[d.likeness]} of the calibration texts" for d in evaluation if d.likeness in seen]
     if shared:

@@ -1,22 +1,22 @@
-"""Second moments of what each site really reads, per expert, and what an expert with few rows borrows.
+"""Second moments of a site's real inputs, per expert; an expert with few rows borrows from its layer.
 
     S_e  = sum of w x x^T / sum of w over the n_e rows that expert e got        (fp32)
     S    = the same over all experts of the layer                               (the pooled moment)
     S_e* = (n_e S_e + tau S) / (n_e + tau),   tau = shrinkage * inputs
 
-So an expert with many rows keeps its own statistics, one with none takes the layer's, and none has a singular matrix
-while its layer has not. A row never feeds an expert that would not get it. The weights w are 1 unless the caller knows
-which tokens an error hurts more.
+So an expert with many rows keeps its own statistics, and one with none takes the layer's. An expert's matrix is
+singular only if the layer's is. No expert is fed a row that its router does not send to it. The weights w are 1 unless
+the caller knows which tokens an error hurts more.
 
-The x are the quantized stream's. Beside them goes the miss of the reference stream,
+The x are the quantized stream's. A second sum takes what they miss of the reference stream,
 
     M_e* = n_e / (n_e + tau) * sum of w m x^T / sum of w,
 
-where the sum of m x^T runs over the tokens that both streams route alike, with m what the reference stream has more
-than the quantized one: at a site's input or at the block's output. quantize/correction.py says what for.
+where the sum of m x^T runs over the tokens with the same route in both streams. m is the reference stream minus the
+quantized one, at the site's input or at the block's output. quantize/correction.py uses it.
 
-Sites of gates and ups keep a third sum, K = sum of w v v^T of the slopes v that quantize/metric.py defines, averaged
-and shrunk as S is, with tau = shrinkage * size of K.
+Sites of gates and ups keep a third sum, K = sum of w v v^T over the slopes v that quantize/metric.py defines. It is
+averaged and shrunk like S, with tau = shrinkage * size of K.
 
 Shape legend: E experts, I inputs, X rows of the miss, P slopes, R rows.
 """
@@ -25,7 +25,7 @@ import torch
 
 
 class SiteMoments:
-    """Running sums for one site; kept on the device that computes them."""
+    """Running sums for one site, fp32 on `device`. `miss_rows`, `slopes`: sizes of the other sums, 0 for none."""
 
     def __init__(self, experts: int, inputs: int, device: torch.device, miss_rows: int = 0, slopes: int = 0) -> None:
         self.sum_EII = torch.zeros(experts, inputs, inputs, dtype=torch.float32, device=device)
@@ -35,7 +35,7 @@ class SiteMoments:
         self.rows: list[int] = [0] * experts
 
     def add(self, expert: int, x_RI: torch.Tensor, weight_R: torch.Tensor | None = None) -> None:
-        """Rows that `expert` reads; `weight_R` fp32, positive, or None for ones."""
+        """Adds rows that `expert` reads; `weight_R` fp32, positive, or None for ones."""
         x = x_RI.float()
         self.sum_EII[expert].addmm_(x.T if weight_R is None else (x * weight_R[:, None]).T, x)
         self.weight_E[expert] += len(x) if weight_R is None else weight_R.sum(dtype=torch.float64)
@@ -44,13 +44,13 @@ class SiteMoments:
     def add_miss(
         self, expert: int, x_RI: torch.Tensor, miss_RX: torch.Tensor, weight_R: torch.Tensor | None = None
     ) -> None:
-        """Rows that both streams send to `expert`, with the reference's miss for the same tokens in the same order."""
+        """Adds rows that both streams send to `expert`; `miss_RX` has the same tokens in the same order."""
         assert self.miss_EXI is not None
         miss = miss_RX.float() if weight_R is None else miss_RX.float() * weight_R[:, None]
         self.miss_EXI[expert].addmm_(miss.T, x_RI.float())
 
     def add_slopes(self, expert: int, v_RP: torch.Tensor, weight_R: torch.Tensor | None = None) -> None:
-        """Slopes at rows that were given to `add`, with the same weights."""
+        """Adds the slopes of rows that `add` got, with the same weights."""
         assert self.slope_EPP is not None
         self.slope_EPP[expert].addmm_(v_RP.T if weight_R is None else (v_RP * weight_R[:, None]).T, v_RP)
 
@@ -61,12 +61,12 @@ class SiteMoments:
         return torch.tensor(self.rows[experts], dtype=torch.float32, device=self.sum_EII.device)[:, None, None]
 
     def _mean(self, sums: torch.Tensor, experts: slice) -> torch.Tensor:
-        """Sums over the sum of the weights; zero for an expert without rows."""
+        """Sums divided by the sum of the weights; zero for an expert without rows."""
         weight = self.weight_E[experts].float()[:, None, None]
         return torch.where(weight > 0, sums / weight, 0.0)
 
     def shrunk(self, shrinkage: float, experts: slice) -> torch.Tensor:
-        """S_e* [E', I, I] of the given experts, by the formula at the head of this file."""
+        """S_e* [E', I, I] of the given experts."""
         return self._shrunk(self.sum_EII, shrinkage, experts)
 
     def slopes(self, shrinkage: float, experts: slice) -> torch.Tensor:
@@ -76,7 +76,7 @@ class SiteMoments:
 
     def _shrunk(self, sums_ENN: torch.Tensor, shrinkage: float, experts: slice) -> torch.Tensor:
         size = sums_ENN.shape[-1]
-        if sum(self.rows) == 0:  # the layer saw nothing: white inputs, for which GPTQ is round-to-nearest
+        if sum(self.rows) == 0:  # no rows in the layer: the identity, with which GPTQ is round-to-nearest
             eye = torch.eye(size, device=sums_ENN.device)
             return eye.expand(len(self.rows[experts]), size, size).clone()
         own, tau = self._mean(sums_ENN[experts], experts), self._tau(shrinkage, size)
@@ -86,7 +86,7 @@ class SiteMoments:
         return (rows * own + tau * pooled) / (rows + tau)
 
     def miss(self, shrinkage: float, experts: slice) -> torch.Tensor | None:
-        """M_e* [E', X, I] of the given experts."""
+        """M_e* [E', X, I] of the given experts; None where misses were not taken."""
         if self.miss_EXI is None:
             return None
         rows = self._rows(experts)

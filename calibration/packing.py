@@ -1,9 +1,9 @@
-"""Encoded documents -> the rows of a run.
+"""Makes the rows of a run from encoded documents.
 
-Calibration rows are packed: documents follow each other and are cut at a fixed length, so that no row is padded. Of a
-mixture each source gives its share of the tokens; a source that has less gives all it has, and the others fill up. A
-share of the tokens goes into long rows, filled with the longest documents first, for attention that reaches far is
-only seen in text that hangs together. Evaluation rows are one document each, cut at the length; position 0 predicts
+Calibration rows are packed: documents follow one another and are cut at a fixed length, so no row is padded. Each
+source of a mixture gives its share of the tokens. A source that is too short gives all it has, and the others fill the
+gap. A share of the tokens goes into long rows, which take the longest documents first, because only connected text
+shows attention over a long distance. An evaluation row is one document, cut at the row length; position 0 predicts
 token 1.
 """
 
@@ -18,14 +18,16 @@ from ..core.rows import Part, Row
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What is wanted: `rows` rows of `row_tokens` tokens, but `long_share` of those tokens in rows of
-    `long_row_tokens`. `pool` times as many rows are packed, for a balancing pass to choose from."""
+class RowLayout:
+    """How many rows of which length are wanted."""
 
+    # The size of the whole: this many rows of this many tokens.
     rows: int
     row_tokens: int
+    # This share of those tokens goes into rows of this length instead.
     long_share: float = 0.0
     long_row_tokens: int = 0
+    # Pack this many times the rows, for a balancing pass to choose from.
     pool: float = 1.0
 
     @property
@@ -33,14 +35,14 @@ class Layout:
         return self.rows * self.row_tokens
 
     def counts(self, available_tokens: int, pool: float = 1.0) -> tuple[int, int]:
-        """(short rows, long rows) of so many tokens at most. Texts that are too few keep the share of long rows."""
+        """(short rows, long rows) out of at most `available_tokens`. Short texts keep the share of long rows."""
         tokens = min(round(self.tokens * pool), available_tokens)
         long = round(self.long_share * tokens / self.long_row_tokens) if self.long_share else 0
         return round(self.rows * pool) - long * self.long_row_tokens // self.row_tokens, long
 
 
 def cut(row: Row, start: int, stop: int) -> Row:
-    """Tokens start to stop of a row without pixels."""
+    """The tokens from `start` to `stop` of a row without pictures."""
     parts, begin = [], 0
     for part in row.parts:
         inside = min(stop, begin + part.tokens) - max(start, begin)
@@ -51,7 +53,7 @@ def cut(row: Row, start: int, stop: int) -> Row:
 
 
 def quotas(available: Sequence[int], weights: Sequence[float], wanted: int) -> list[int]:
-    """Tokens that each source gives: its weight's share of `wanted`, and what others lack in proportion."""
+    """How many tokens each source gives: its weight's share of `wanted`, plus its share of what short sources lack."""
     given = [0] * len(available)
     open_ = [i for i in range(len(available)) if available[i]]
     left = min(wanted, sum(available))
@@ -71,8 +73,10 @@ def quotas(available: Sequence[int], weights: Sequence[float], wanted: int) -> l
 
 
 def mixed(encoded: Sequence[Sequence[Row]], weights: Sequence[float], wanted: int, seed: int) -> list[Row]:
-    """Documents of every source, drawn in a seeded order until its share of `wanted` tokens is full. The last text is
-    cut there; documents with pictures are taken whole. A single source is taken whole."""
+    """Documents of every source in a seeded order, until the source's share of `wanted` tokens is full.
+
+    The last text is cut there; a document with pictures is never cut. A single source is taken whole.
+    """
     if len(encoded) == 1:
         return list(encoded[0])
     shares = quotas([sum(len(row.tokens) for row in rows) for rows in encoded], weights, wanted)
@@ -88,8 +92,11 @@ def mixed(encoded: Sequence[Sequence[Row]], weights: Sequence[float], wanted: in
     return out
 
 
-def pack(encoded: list[Row], layout: Layout, seed: int) -> list[Row]:
-    """Rows of both lengths, the pool's number of them, long ones last. Raises InputError when none can be filled."""
+def pack(encoded: list[Row], layout: RowLayout, seed: int) -> list[Row]:
+    """The rows of both lengths, `layout.pool` times as many as wanted, long rows last.
+
+    Raises InputError when the texts fill no row.
+    """
     available = sum(len(row.tokens) for row in encoded)
     short_count, long_count = layout.counts(available, layout.pool)
     rest, long_rows = encoded, list[Row]()
@@ -103,13 +110,13 @@ def pack(encoded: list[Row], layout: Layout, seed: int) -> list[Row]:
             )
     if short_count < 1:
         return long_rows
-    if layout.pool > 1:  # a pool that the texts do not fill has its pictures in all rows, too
+    if layout.pool > 1:  # pictures are spread over the rows that the texts can fill
         short_count = max(1, min(short_count, sum(len(row.tokens) for row in rest) // layout.row_tokens))
     return pack_rows(rest, layout.row_tokens, short_count, seed) + long_rows
 
 
 def _long_rows(encoded: list[Row], row_tokens: int, count: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """(long rows, what is left of the documents). A document gives one long row at most; its rest is left."""
+    """(long rows, the rest of the documents). A document gives one long row at most."""
     order = list(encoded)
     random.Random(seed).shuffle(order)
     rest = [row for row in order if row.pixels is not None]
@@ -129,6 +136,7 @@ def _long_rows(encoded: list[Row], row_tokens: int, count: int, seed: int) -> tu
 
 
 def _joined(name: str, pieces: list[Row]) -> Row:
+    """The pieces one after another as one row."""
     pixels = [piece.pixels for piece in pieces if piece.pixels is not None]
     parts: list[Part] = []
     for part in (part for piece in pieces for part in piece.parts):
@@ -140,10 +148,10 @@ def _joined(name: str, pieces: list[Row]) -> Row:
 
 
 def pack_rows(encoded: list[Row], row_tokens: int, max_rows: int, seed: int) -> list[Row]:
-    """Shuffle documents and cut their tokens into rows of exactly `row_tokens`.
+    """Shuffles the documents and cuts their tokens into rows of exactly `row_tokens`.
 
-    A document with images is never cut: it is put whole at the start of a later row (one longer than a row is left
-    out). What does not fill a last row is dropped. Raises InputError when not one row can be filled.
+    A document with pictures is never cut: it goes whole to the start of a row, and is left out if it is longer than a
+    row. A last row that is not full is dropped. Raises InputError when no row can be filled.
     """
     order = list(encoded)
     random.Random(seed).shuffle(order)
@@ -153,7 +161,7 @@ def pack_rows(encoded: list[Row], row_tokens: int, max_rows: int, seed: int) -> 
     spans = _Spans(texts)
     rows: list[Row] = []
     offset = 0
-    per_row = -(-len(pictures) // max(1, max_rows))  # spread the pictures over the rows that are wanted
+    per_row = -(-len(pictures) // max(1, max_rows))  # spread the pictures over the wanted rows
     while len(rows) < max_rows:
         pieces: list[Row] = []
         room = row_tokens
@@ -176,14 +184,14 @@ def pack_rows(encoded: list[Row], row_tokens: int, max_rows: int, seed: int) -> 
 
 
 class _Spans:
-    """The documents of a stream, stretch after stretch."""
+    """Tells which documents the next tokens of a stream come from."""
 
     def __init__(self, rows: list[Row]) -> None:
         self._parts = [part for row in rows for part in row.parts]
         self._next, self._used = 0, 0
 
     def of(self, wanted: int) -> tuple[Part, ...]:
-        """Of the next `wanted` tokens."""
+        """The parts that the next `wanted` tokens come from."""
         out = []
         while wanted and self._next < len(self._parts):
             part = self._parts[self._next]
@@ -197,7 +205,7 @@ class _Spans:
 
 
 def distinct(encoded: list[Row]) -> list[Row]:
-    """The first of all rows with the same tokens and pictures: a text that stands there twice is one draw, not two."""
+    """The rows without repetitions: a document is one draw of the evaluation, however often it is given."""
     first: dict[bytes, Row] = {}
     for row in encoded:
         pixels = b"" if row.pixels is None else row.pixels.numpy().tobytes()
@@ -206,9 +214,10 @@ def distinct(encoded: list[Row]) -> list[Row]:
 
 
 def document_rows(encoded: list[Row], row_tokens: int, max_rows: int) -> list[Row]:
-    """One row a document, cut at `row_tokens`; documents under two tokens, or whose images would be cut, are left out.
+    """One row for each document, cut at `row_tokens`, at most `max_rows`.
 
-    Raises InputError when none is left.
+    Documents of fewer than two tokens are left out, and those whose pictures would be cut. Raises InputError when none
+    remains.
     """
     rows = []
     for row in encoded:

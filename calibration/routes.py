@@ -1,7 +1,7 @@
-"""Coverage: how many tokens of each row go to each expert of each layer, from one pass of the model as it is.
+"""Coverage: how many tokens of each row go to each expert of each layer, from one pass of the unquantized model.
 
-No statistics, no quantization: every block is read once and all rows go through it, so the pass costs a reading of the
-checkpoint and one forward pass. Hidden rows live in the store, so memory holds one block and one batch.
+The pass takes no statistics and quantizes nothing. It costs one reading of the checkpoint and one forward pass. Hidden
+rows lie in the store, so memory holds one block and one batch.
 
 Shape legend: R rows, L layers with experts, E experts.
 """
@@ -10,62 +10,50 @@ from dataclasses import dataclass
 
 import torch
 
-from ..core.rows import Row, RowStore, Step, batches
-from ..core.tensors import TensorSource
-from ..models.adapter import Adapter, Role
-from ..models.walk import Calls, embed, expert_stacks, load_block, run_block
+from ..models.adapter import Adapter
+from ..models.walk import HiddenRows
+
+STREAM = "coverage"
 
 
 @dataclass(frozen=True)
 class Routes:
-    """`counts_RLE` int32; `blocks` are the numbers of the L blocks that have experts."""
+    """`counts_RLE` int32 tokens; `blocks` has the numbers of the L blocks with experts."""
 
     blocks: list[int]
     counts_RLE: torch.Tensor
 
     def of(self, rows: list[int]) -> torch.Tensor:
-        """Counts [L, E] of these rows together."""
+        """Counts [L, E] summed over these rows."""
         return self.counts_RLE[rows].sum(0)
 
 
 def blocks_with_experts(adapter: Adapter) -> list[int]:
-    return [b for b in range(adapter.n_blocks) if any(site.role is Role.EXPERT for site in adapter.sites(b))]
+    return [block for block in range(adapter.n_blocks) if adapter.is_moe(block)]
 
 
-def count_routes(
-    adapter: Adapter,
-    source: TensorSource,
-    rows: list[Row],
-    batch_tokens: int,
-    store: RowStore,
-    device: torch.device,
-    dtype: torch.dtype,
-    step: Step,
-) -> Routes:
-    """Walk `rows` through the model up to its last block with experts. Leaves the store empty."""
+def count_routes(hidden: HiddenRows) -> Routes:
+    """Walk the rows through the model up to its last block with experts. Leaves the store empty."""
+    walk, adapter = hidden.walk, hidden.walk.adapter
     blocks = blocks_with_experts(adapter)
-    counts_RLE = torch.zeros(len(rows), len(blocks), adapter.n_experts, dtype=torch.int32)
-    groups = batches(rows, batch_tokens)
-    step.begin("coverage: embed")
-    embed(adapter, source, rows, groups, store, ("coverage",), device, dtype)
-    calls = Calls(adapter, device, dtype)
+    counts_RLE = torch.zeros(len(hidden.rows), len(blocks), adapter.n_experts, dtype=torch.int32)
+    walk.step.begin("coverage: embed")
+    hidden.embed(STREAM)
     last = max(blocks, default=-1)
     for index in range(last + 1):
-        step.begin("coverage: count", index)
-        block = load_block(adapter, source, index, device, dtype)
-        stacks = expert_stacks(block)
-        for k, numbers in enumerate(groups):
-            hidden = store.get(index, "coverage", k).to(device)
-            length = hidden.shape[1]
-            out = run_block(block, hidden, calls.of(length)[index])
-            if stacks is not None:
-                chosen = stacks.routes_TK.view(len(numbers), -1)
-                by_row = torch.zeros(len(numbers), adapter.n_experts, dtype=torch.int32, device=device)
+        walk.step.begin("coverage: count", index)
+        block = walk.load(index)
+        for k, numbers in enumerate(hidden.groups):
+            rows = hidden.get(index, STREAM, k)
+            passed = block.routed(rows)
+            if passed.routes_TK is not None:
+                chosen = passed.routes_TK.view(len(numbers), -1)
+                by_row = torch.zeros(len(numbers), adapter.n_experts, dtype=torch.int32, device=walk.device)
                 by_row.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=torch.int32))
                 counts_RLE[numbers, blocks.index(index)] = by_row.cpu()
             if index < last:
-                store.put(index + 1, "coverage", k, out)
-            step.advance(len(numbers) * length)
+                hidden.store.put(index + 1, STREAM, k, passed.hidden)
+            walk.step.advance(len(numbers) * rows.shape[1])
         del block
-        store.drop(index)
+        hidden.store.drop(index)
     return Routes(blocks, counts_RLE)

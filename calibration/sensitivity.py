@@ -1,68 +1,81 @@
-"""What an error at each place of the model costs at its end: Fisher metrics and the tokens' own weights, by one walk
-forward and one back.
+"""How much an error at each place of a model costs at its head: Fisher metrics and token weights.
+
+They come of one walk forward and one back.
 
 For labels y drawn from the model's own prediction p, and g_t the gradient of sum log p(y) at an output of token t,
-E[g g^T] is the Gauss-Newton matrix of KL(p || p') there: an error e of that output costs e^T E[g g^T] e / 2 nats, all
-layers, routers and the head that come after included. (The output side of the two-sided objective of Tseng et al.,
+E[g g^T] is the Gauss-Newton matrix of KL(p || p') there: an error e of that output costs e^T E[g g^T] e / 2 nats, with
+all later layers, routers and the head taken into account. (The output side of the two-sided objective of Tseng et al.,
 Model-Preserving Adaptive Rounding, arXiv 2505.22988, here taken block by block.)
 
-A gradient knows nothing of a token that is sent to another expert, the worst error of all. So routers have a part of
-their own, of equal weight: with a and b the last expert that token t takes and the first that it does not, d_t the
-difference of their router rows (each times the slope of what it is ranked by: 1 for a logit), seen through the norm,
-and phi_t falling with the margin between the two,
+A gradient does not see that a token is sent to another expert, and that is the worst error. So routers add a part of
+their own, of equal weight. Let a and b be the last expert that token t takes and the first that it does not, d_t the
+difference of their router rows, seen through the norm (each row times the slope of its rank: 1 for a logit), and phi_t
+a factor that falls with the margin between the two. Then
 
     D = sum phi_t d_t d_t^T  over the tokens of a router's block,  averaged over the routers that are still to come,
 
-says which errors of the residual stream turn near ties over.
+measures which errors of the residual stream turn near ties over.
 
-Gradients of one site differ from token to token by orders of magnitude: of the squares of a value projection's, the
-largest hundredth of the tokens has a fifth to a half. The cost of an error is the sum over tokens of
-(g_t . E x_t)^2, which is cut in two as
+Gradients at one site differ between tokens by orders of magnitude: of the squares at a value projection, one hundredth
+of the tokens has a fifth to a half. The cost of an error is the sum over tokens of (g_t . E x_t)^2. It is split into
 
     sum_t w_t x_t x_t^T   (the statistics, in which a token counts w_t)   and   sum_t g_t g_t^T / w_t   (the metric)
 
-so that the product of the two is each token's own cost, whatever the weights w. `token_weights` says which they are.
+so that their product has each token's own cost, whatever the weights w. `token_weights` chooses them.
 
-The original model goes over the calibration rows. Hidden rows are stored at every so-manieth block; on the way back
-those between are computed again, and every block once more with gradients of its activations, none of its weights.
-Memory: one block, one batch and its activations.
+The original model walks over the calibration rows. On the way forward, hidden rows are stored before every n-th block;
+on the way back, those between are computed again, and each block once more with gradients of its activations (not of
+its weights). Memory holds one block, one batch and its activations.
 
 Shape legend: N rows, T tokens a row, H hidden size, V vocabulary, O outputs of a site, E experts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..core.rows import Row, RowStore, Step, batches, spacing
-from ..core.tensors import TensorSource
-from ..models.adapter import Adapter, Role, Site, read
-from ..models.walk import Calls, embed, final_norm, load_block, run_block, weight_view
+from ..core.rows import spacing
+from ..models.adapter import Role, Site
+from ..models.block import Block
+from ..models.walk import HiddenRows
 
 STREAM = "sensitivity"
-# The metric of errors that a block adds to the residual stream on its way out.
+# The key of errors that a block adds to the residual stream where it ends.
 RESIDUAL = "residual"
-# Margins count by exp(-m^2 / 2 s^2) with s the margin that this share of a block's tokens is below: about twice the
-# share that changes its route in four bits.
+# Margins count by exp(-m^2 / 2 s^2); this share of a block's tokens has a margin below s. It is about twice the share
+# that changes its route in four bits.
 NEAR_SHARE = 0.15
 # Logits of 1024 tokens at a time: 0.8 GB for a vocabulary of 202,048.
 TOKENS_PER_SLICE = 1024
 
-# Of near ties: margins [tokens], the two experts [tokens, 2], the slopes of their ranks [tokens, 2].
+# Near ties: margins [tokens], the two experts [tokens, 2], the slopes of their ranks [tokens, 2].
 Ties = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
-# By site key or RESIDUAL: what errors of the outputs cost, fp32 [O, O], of trace O without the routers' part; and how
-# much tokens count in the statistics, fp32 [tokens of all batches in a line].
+# Gets (block, metrics, token weights), both by site key or RESIDUAL. A metric is the cost of errors of the outputs,
+# fp32 [O, O], of trace O without the routers' part. The weights are fp32 [tokens of all batches in order].
 Keep = Callable[[int, dict[str, torch.Tensor], dict[str, torch.Tensor]], None]
 
 
+@dataclass(frozen=True)
+class Sensitivity:
+    """What one block's quantization uses of the walk back, by site key or RESIDUAL."""
+
+    # fp32 [O, O]. Empty: every output counts alike.
+    metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    # fp32 [tokens] for each batch. Empty: tokens are not weighted by gradients.
+    token_weights: Mapping[str, Sequence[torch.Tensor]] = field(default_factory=dict)
+
+
 def token_weights(g_TO: torch.Tensor | None, row_TH: torch.Tensor, weighting: str) -> torch.Tensor:
-    """How much tokens count in the statistics, fp32 [T], by the gradients at a site's outputs and the rows that leave
-    its half of the block. 'none': alike. 'residual': by 1 / mean square of the row, for whoever reads it normalises it.
-    'gradient': by that to the power of 1/4, times the square of the gradient to the power of 3/4; with the square alone
-    a few tokens would be all that is left of the statistics."""
+    """How much each token counts in the statistics, fp32 [T]. `g_TO`: gradients at a site's outputs; `row_TH`: the rows
+    that leave its half of the block.
+
+    'none': all alike. 'residual': 1 / mean square of the row, since every reader normalises it. 'gradient': that to the
+    power 1/4 times the squared gradient to the power 3/4; the squared gradient alone would leave few tokens that count.
+    """
     residual = 1.0 / row_TH.float().square().mean(-1).clamp_min(1e-12)
     match weighting:
         case "none":
@@ -75,71 +88,63 @@ def token_weights(g_TO: torch.Tensor | None, row_TH: torch.Tensor, weighting: st
     raise AssertionError(weighting)
 
 
-def sensitivities(
-    adapter: Adapter,
-    source: TensorSource,
-    rows: list[Row],
-    batch_tokens: int,
-    store: RowStore,
-    calls: Calls,
-    keep: Keep,
-    step: Step,
-    weighting: str,
-    seed: int = 0,
-) -> None:
-    """Metrics and weights of every block, last block first, each given to `keep`. Leaves the store empty."""
-    groups = batches(rows, batch_tokens)
-    apart = spacing(adapter.n_blocks)
-    step.begin("sensitivity")
-    embed(adapter, source, rows, groups, store, (STREAM,), calls.device, calls.dtype)
+def sensitivities(hidden: HiddenRows, keep: Keep, weighting: str, seed: int = 0) -> None:
+    """Metrics and token weights of every block, last block first; `keep` gets each. Leaves the store empty.
 
-    def forward(index: int, forget: bool) -> None:
-        """The rows that leave block `index`; what entered it is forgotten, or stays."""
-        block = load_block(adapter, source, index, calls.device, calls.dtype)
-        step.begin("sensitivity", index)
-        for k, numbers in enumerate(groups):
-            hidden = store.get(index, STREAM, k).to(calls.device)
-            store.put(index + 1, STREAM, k, run_block(block, hidden, calls.of(hidden.shape[1])[index]))
-            step.advance(len(numbers) * hidden.shape[1])
-        if forget:
-            store.drop(index)
-
-    last = (adapter.n_blocks - 1) // apart * apart  # where the last stretch begins: of it nothing is computed twice
-    for index in range(adapter.n_blocks):
-        forward(index, forget=index < last and index % apart != 0)
-    _from_head(adapter, source, len(groups), store, calls, seed)
+    `weighting`: the recipe's `token_weighting`; `seed`: of the labels that are drawn."""
+    walk, n_blocks = hidden.walk, hidden.walk.adapter.n_blocks
+    apart = spacing(n_blocks)
+    walk.step.begin("sensitivity")
+    hidden.embed(STREAM)
+    last = (n_blocks - 1) // apart * apart  # the last stretch begins here; nothing in it is computed twice
+    for index in range(n_blocks):
+        _forward(hidden, index)
+        if index < last and index % apart != 0:
+            hidden.store.drop(index)
+    _from_head(hidden, seed)
     later = _Routers()
-    for begin in reversed(range(0, adapter.n_blocks, apart)):
+    for begin in reversed(range(0, n_blocks, apart)):
         if begin < last:
             for index in range(begin, begin + apart - 1):
-                forward(index, forget=False)
-        for index in reversed(range(begin, min(begin + apart, adapter.n_blocks))):
-            block = load_block(adapter, source, index, calls.device, calls.dtype)
-            step.begin("sensitivity", index)
-            found = _Found(weighting)
-            ties: list[Ties] = []
-            for k, numbers in enumerate(groups):
-                hidden = store.get(index, STREAM, k).to(calls.device)
-                gradient = store.get(index + 1, STREAM, k).to(calls.device)
-                below, middle = _back(adapter, block, index, hidden, gradient, calls, found)
-                ties += near_ties(adapter, block, index, middle)
-                store.put(index, STREAM, k, below)  # the rows have done their work: their gradient takes their place
-                step.advance(len(numbers) * hidden.shape[1])
-            store.drop(index + 1)
-            metrics = found.metrics()
-            metrics[RESIDUAL] += later.mean(metrics[RESIDUAL])
-            if ties:
-                later.add(tie_metric(adapter, block, index, ties))
-            writes = next(
-                site.key for site in adapter.sites(index) if site.role is Role.ATTENTION and site.reaches_residual
-            )
-            metrics[writes] += later.mean(metrics[writes])
-            keep(index, metrics, found.token_weights())
-    store.drop(0)
+                _forward(hidden, index)
+        for index in reversed(range(begin, min(begin + apart, n_blocks))):
+            keep(index, *_back_through(hidden, index, later, weighting))
+    hidden.store.drop(0)
+
+
+def _forward(hidden: HiddenRows, index: int) -> None:
+    """The rows through block `index`."""
+    block = hidden.walk.load(index)
+    hidden.walk.step.begin("sensitivity", index)
+    hidden.forward(block, STREAM)
+
+
+def _back_through(
+    hidden: HiddenRows, index: int, later: "_Routers", weighting: str
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The gradients back through block `index`: its metrics and token weights. `later` gets its router's metric."""
+    block, step = hidden.walk.load(index), hidden.walk.step
+    step.begin("sensitivity", index)
+    found = _Found(weighting)
+    ties: list[Ties] = []
+    for k, numbers in enumerate(hidden.groups):
+        rows, gradient = hidden.get(index, STREAM, k), hidden.get(index + 1, STREAM, k)
+        below, middle = _back(block, rows, gradient, found)
+        ties += near_ties(block, middle)
+        hidden.store.put(index, STREAM, k, below)  # the rows are not needed again: their gradient replaces them
+        step.advance(len(numbers) * rows.shape[1])
+    hidden.store.drop(index + 1)
+    metrics = found.metrics()
+    metrics[RESIDUAL] += later.mean(metrics[RESIDUAL])
+    if ties:
+        later.add(tie_metric(block, ties))
+    writes = next(site.key for site in block.sites if site.role is Role.ATTENTION and site.reaches_residual)
+    metrics[writes] += later.mean(metrics[writes])
+    return metrics, found.token_weights()
 
 
 class _Found:
-    """Of one block, batch by batch: outer products of gradients, and the tokens' weights."""
+    """Sums over the batches of one block: outer products of gradients, and token weights."""
 
     def __init__(self, weighting: str) -> None:
         self.weighting = weighting
@@ -149,13 +154,13 @@ class _Found:
     def add(self, key: str, g_TO: torch.Tensor, row_TH: torch.Tensor) -> None:
         weight = token_weights(g_TO, row_TH, self.weighting)
         self.weights.setdefault(key, []).append(weight)
-        # A token without gradient costs nothing and counts for nothing.
+        # A token with no gradient costs nothing and counts for nothing.
         scaled = g_TO.float() * weight.clamp_min(torch.finfo(weight.dtype).tiny).rsqrt()[:, None]
         known = self.totals.get(key)
         self.totals[key] = scaled.T @ scaled if known is None else known.addmm_(scaled.T, scaled)
 
     def metrics(self) -> dict[str, torch.Tensor]:
-        """Where nothing has a gradient every output counts alike."""
+        """Scaled to trace O. The identity where all gradients are zero: every output counts alike."""
         traces = {key: float(total.trace()) for key, total in self.totals.items()}
         return {
             key: total * (len(total) / traces[key]) if traces[key] else torch.eye(len(total), device=total.device)
@@ -166,56 +171,44 @@ class _Found:
         return {key: torch.cat(parts) for key, parts in self.weights.items()}
 
 
-def _from_head(
-    adapter: Adapter, source: TensorSource, n_batches: int, store: RowStore, calls: Calls, seed: int
-) -> None:
-    """Turns what leaves the last block into its gradient of sum log p(y), y drawn from p."""
-    norm = final_norm(adapter, source, calls.device, calls.dtype)
-    head_VH = read(adapter, source, adapter.head_name).to(calls.device)
-    generator = torch.Generator(device=calls.device).manual_seed(seed)
-    last = adapter.n_blocks
-    for k in range(n_batches):
-        hidden = store.get(last, STREAM, k).to(calls.device).requires_grad_()
+def _from_head(hidden: HiddenRows, seed: int) -> None:
+    """Replaces what leaves the last block by its gradient of sum log p(y), y drawn from p."""
+    walk = hidden.walk
+    norm, head_VH = walk.final_norm(), walk.head()
+    generator = torch.Generator(device=walk.device).manual_seed(seed)
+    last = walk.adapter.n_blocks
+    for k in range(len(hidden.groups)):
+        rows = hidden.get(last, STREAM, k).requires_grad_()
         with torch.enable_grad():
-            normed = norm(hidden)
+            normed = norm(rows)
         flat = normed.detach().flatten(0, 1)
         gradient = torch.empty_like(flat)
-        for part in range(0, len(flat), TOKENS_PER_SLICE):
-            rows = slice(part, part + TOKENS_PER_SLICE)
-            p_TV = torch.softmax(flat[rows].float() @ head_VH.float().T, dim=-1)
+        for start in range(0, len(flat), TOKENS_PER_SLICE):
+            part = slice(start, start + TOKENS_PER_SLICE)
+            p_TV = torch.softmax(flat[part].float() @ head_VH.float().T, dim=-1)
             drawn_T = torch.multinomial(p_TV, 1, generator=generator)
             p_TV.scatter_add_(1, drawn_T, torch.full_like(drawn_T, -1, dtype=p_TV.dtype))
-            gradient[rows] = -(p_TV @ head_VH.float()).to(gradient.dtype)
+            gradient[part] = -(p_TV @ head_VH.float()).to(gradient.dtype)
         normed.backward(gradient.view_as(normed))
-        assert hidden.grad is not None
-        store.put(last, STREAM, k, hidden.grad)
+        assert rows.grad is not None
+        hidden.store.put(last, STREAM, k, rows.grad)
 
 
 def _back(
-    adapter: Adapter,
-    block: nn.Module,
-    index: int,
-    hidden_NTH: torch.Tensor,
-    gradient_NTH: torch.Tensor,
-    calls: Calls,
-    found: _Found,
+    block: Block, hidden_NTH: torch.Tensor, gradient_NTH: torch.Tensor, found: _Found
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradient of what entered the block, and the rows between its halves; adds the batch to `found`."""
+    """One batch back through a block: (the gradient at its input, the rows between its halves). Adds to `found`."""
     outputs: dict[str, list[torch.Tensor]] = {}
     middle: list[torch.Tensor] = []
-    norm = block.get_submodule(adapter.middle_norm)
+    norm = block.norm(block.adapter.middle_norm)
     handles = [norm.register_forward_pre_hook(lambda _module, args: middle.append(args[0]))]
-    for site in adapter.sites(index):
-        if site.role is not Role.ATTENTION:
-            continue  # their metrics come of RESIDUAL, through the down projection where there is one
-        for name in site.members[0]:
-            module = block.get_submodule(name.removeprefix(adapter.block_prefix(index)))
-            handles.append(module.register_forward_hook(_keeper(outputs, site)))
+    for site in block.sites:
+        # The metrics of the other half come of RESIDUAL, for gates and ups through the down projection.
+        if site.role is Role.ATTENTION:
+            for name in site.members[0]:
+                handles.append(block.module(name).register_forward_hook(_keeper(outputs, site)))
     try:
-        with torch.enable_grad():
-            hidden_NTH.requires_grad_()
-            out = block(hidden_NTH, **calls.of(hidden_NTH.shape[1])[index])
-            out = out[0] if isinstance(out, tuple) else out
+        out = block.differentiable(hidden_NTH.requires_grad_()).hidden
         wanted = [hidden_NTH, *(y for parts in outputs.values() for y in parts)]
         below, *gradients = torch.autograd.grad(out, wanted, gradient_NTH)
     finally:
@@ -229,8 +222,15 @@ def _back(
     return below.detach(), middle[0].detach()
 
 
+def _keeper(outputs: dict[str, list[torch.Tensor]], site: Site) -> Callable[[nn.Module, Any, torch.Tensor], None]:
+    def keep(_module: nn.Module, _args: Any, out: torch.Tensor) -> None:
+        outputs.setdefault(site.key, []).append(out)
+
+    return keep
+
+
 class _Routers:
-    """Metrics of the routers that read the residual stream after a place, walking from the last block to the first."""
+    """The mean metric of the routers met so far, on the way from the last block to the first."""
 
     def __init__(self) -> None:
         self.total: torch.Tensor | None = None
@@ -244,19 +244,20 @@ class _Routers:
         return torch.zeros_like(like) if self.total is None else self.total / self.count
 
 
-def near_ties(adapter: Adapter, block: nn.Module, index: int, middle_NTH: torch.Tensor) -> list[Ties]:
-    """Of a block with experts: [(margins fp32 [tokens] in what the router ranks by, the two experts of each int64
-    [tokens, 2], how much what they are ranked by grows with their logits, fp32 [tokens, 2])]; else nothing. Of experts
-    in groups, those of the chosen groups; that the groups themselves may change is not counted."""
-    router = adapter.router_site(index)
+def near_ties(block: Block, middle_NTH: torch.Tensor) -> list[Ties]:
+    """One entry for a block with experts, none for others: margins fp32 [tokens] in what the router ranks by, the two
+    experts int64 [tokens, 2], and the slopes of their ranks over their logits, fp32 [tokens, 2]. For experts in groups
+    only the chosen groups count; a change of the groups themselves is not seen."""
+    adapter = block.adapter
+    router = adapter.router_site(block.index)
     if router is None or adapter.top_k >= adapter.n_experts:
         return []
-    weight_EH = weight_view(adapter, block, index, router.members[0][0]).float()
+    weight_EH = block.weight(router.first_module).float()
     with torch.no_grad():
-        rows = block.get_submodule(adapter.middle_norm)(middle_NTH).flatten(0, 1).float()
+        rows = block.norm(adapter.middle_norm)(middle_NTH).flatten(0, 1).float()
         logits_TE = rows @ weight_EH.T
     with torch.enable_grad():
-        rank_TE = adapter.ranking(block, logits_TE.requires_grad_())
+        rank_TE = adapter.ranking(block.layer, logits_TE.requires_grad_())
     (slope_TE,) = torch.autograd.grad(rank_TE.sum(), logits_TE)
     top = rank_TE.detach().topk(adapter.top_k + 1, dim=-1)
     last, first = adapter.top_k - 1, adapter.top_k
@@ -267,15 +268,14 @@ def near_ties(adapter: Adapter, block: nn.Module, index: int, middle_NTH: torch.
     return [(margin_T, pair_T2, slope_TE.gather(1, pair_T2))]
 
 
-def tie_metric(adapter: Adapter, block: nn.Module, index: int, ties: list[Ties]) -> torch.Tensor:
-    """D [H, H] of trace H: W^T L W with L the sum over ties of phi u u^T, u the slopes of the two experts, one of them
-    negative. Where slopes are 1 that is the Laplacian of the graph of experts whose edges are the weighted ties."""
-    router = adapter.router_site(index)
+def tie_metric(block: Block, ties: list[Ties]) -> torch.Tensor:
+    """D [H, H] of trace H: W^T L W, with L the sum over ties of phi u u^T, and u the slopes of the two experts, one of
+    them negated. For slopes of 1, L is the Laplacian of a graph of experts whose edges are the weighted ties."""
+    router = block.adapter.router_site(block.index)
     assert router is not None
-    norm = block.get_submodule(adapter.middle_norm)
-    gain_H = norm.weight
+    gain_H = block.norm(block.adapter.middle_norm).weight
     assert isinstance(gain_H, torch.Tensor)
-    weight_EH = weight_view(adapter, block, index, router.members[0][0]).float() * gain_H.float()
+    weight_EH = block.weight(router.first_module).float() * gain_H.float()
     margin_T, pair_T2, slope_T2 = (torch.cat(parts) for parts in zip(*ties, strict=True))
     near = margin_T.kthvalue(max(1, int(NEAR_SHARE * len(margin_T)))).values.clamp_min(1e-12)
     experts = len(weight_EH)
@@ -284,15 +284,8 @@ def tie_metric(adapter: Adapter, block: nn.Module, index: int, ties: list[Ties])
     edges = torch.zeros(experts * experts, device=margin_T.device)
     edges.index_add_(0, pair_T2[:, 0] * experts + pair_T2[:, 1], phi_T * product_T)
     edges_EE = edges.view(experts, experts) + edges.view(experts, experts).T
-    # What the squares of the slopes are more than their product: nothing where both are alike.
+    # The squares of the slopes minus their product: zero where both slopes are alike.
     more_E = torch.zeros(experts, device=margin_T.device)
     more_E.index_add_(0, pair_T2.flatten(), (phi_T[:, None] * (slope_T2.square() - product_T[:, None])).flatten())
     metric = weight_EH.T @ (torch.diag(edges_EE.sum(1) + more_E) - edges_EE) @ weight_EH
     return metric * (len(metric) / metric.trace().clamp_min(torch.finfo(metric.dtype).tiny))
-
-
-def _keeper(outputs: dict[str, list[torch.Tensor]], site: Site) -> Callable[[nn.Module, Any, torch.Tensor], None]:
-    def keep(_module: nn.Module, _args: Any, out: torch.Tensor) -> None:
-        outputs.setdefault(site.key, []).append(out)
-
-    return keep

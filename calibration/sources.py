@@ -1,8 +1,8 @@
-"""Where documents come from: JSONL, Parquet and plain text, a file or a folder of them, or a Hugging Face data set.
+"""Reads documents from JSONL, Parquet or plain text, from a folder of such files, or from a Hugging Face data set.
 
-Files are the user's own: JSONL is read whole and every bad line is named. Parquet and data sets are often other
-people's: a row that cannot be used is left out and counted, and no more is read than is wanted. A plain text is one
-document; a folder holds as many as it has files. Nothing that is read is ever executed.
+JSONL is usually the user's own, so it is read whole and every bad line is named. Parquet files and data sets are often
+other people's, so a row that cannot be used is left out and counted, and reading stops when there is enough. A plain
+text file is one document. Nothing that is read is ever executed.
 """
 
 import json
@@ -17,47 +17,53 @@ from .documents import Document, document_of
 
 JSON_LINES, PARQUET, PLAIN = (".jsonl", ".ndjson", ".json"), (".parquet",), (".txt", ".md")
 SUFFIXES = (*JSON_LINES, *PARQUET, *PLAIN)
-# Rows of a data set that are held back to be drawn from: enough to mix what is sorted, little to download.
+# The shuffle buffer for a data set, in rows: enough to mix sorted data, and little to download.
 SHUFFLE_ROWS = 1000
-# So many bad rows in a row, and the mapping is wrong, not the data.
+# After this many bad rows at the start, the mapping of columns is wrong, not the data.
 GIVE_UP_ROWS = 1000
 
 
 @dataclass(frozen=True)
 class Source:
-    """`path`, or else the data set `name`. `label` is what messages and the record call it. `kind` None: the rows'."""
+    """A file or folder, or a data set of the hub."""
 
+    # What messages and the record call it.
     label: str
+    # None: the data set `name`.
     path: Path | None = None
     name: str = ""
     config: str | None = None
     split: str = "train"
     columns: Columns = field(default_factory=Columns)
+    # What the record calls its texts. None: each row's own kind.
     kind: str | None = None
+    # Its share of a mixture's tokens, relative to the other sources.
     weight: float = 1.0
 
     @property
     def place(self) -> tuple[str, ...]:
-        """Two sources of one place give the same documents."""
+        """Sources with the same place give the same documents."""
         return (str(self.path.resolve()),) if self.path else (self.name, self.config or "", self.split)
 
     @property
     def lenient(self) -> bool:
-        """Whether rows that the model cannot take are left out, not refused."""
+        """Whether rows that the model cannot take are left out instead of refused."""
         return self.path is None or self.path.is_dir() or self.path.suffix.lower() in PARQUET
 
 
 @dataclass(frozen=True)
-class Limit:
-    """Read no more than this of Parquet and data sets; JSONL and texts are read whole. Of a text of a data set no more
-    than `longest_characters` are taken, so that ten books give ten long rows, not one the ten."""
+class ReadLimit:
+    """How much of Parquet files and data sets is read. None: no limit. JSONL and plain texts are read whole."""
 
     documents: int | None = None
     characters: int | None = None
-    picture_characters: int = 0  # what a picture counts as
+    # A picture counts as this many characters.
+    picture_characters: int = 0
+    # A text is cut here, so that ten books give a long row each and one book does not give all ten.
     longest_characters: int | None = None
 
     def take(self, documents: Iterable[Document]) -> Iterator[Document]:
+        """Documents until the limit is reached; the one that reaches it is the last."""
         characters = 0
         for count, document in enumerate(documents, 1):
             if document.text is not None and self.longest_characters:
@@ -69,7 +75,7 @@ class Limit:
 
 
 def _length(document: Document) -> int:
-    """Characters of words."""
+    """The document's characters, pictures aside."""
     words = len(document.text or "")
     for message in document.messages or []:
         content = message["content"]
@@ -79,16 +85,19 @@ def _length(document: Document) -> int:
 
 
 @dataclass(frozen=True)
-class Found:
-    """The documents of a source, and how many of its rows were left out, with the first one's reason."""
+class SourceDocuments:
+    """The documents that a source gave; how many of its rows were left out, and why the first one was."""
 
     documents: list[Document]
     left_out: int = 0
     reason: str = ""
 
 
-def read_source(source: Source, limit: Limit, seed: int | None) -> Found:
-    """Every document of a source within the limit. `seed` mixes a data set's rows. Raises InputError, ResourceError."""
+def read_source(source: Source, limit: ReadLimit, seed: int | None) -> SourceDocuments:
+    """The documents of a source, up to the limit. `seed` shuffles a data set; None keeps its order.
+
+    Raises InputError for unusable texts, ResourceError when a data set cannot be fetched.
+    """
     if source.path is None:
         return _read_dataset(source, limit, seed)
     if source.path.is_dir():
@@ -105,20 +114,20 @@ def read_source(source: Source, limit: Limit, seed: int | None) -> Found:
         files = [source.path]
     found = [_read_file(path, source, limit) for path in files]
     reason = next((part.reason for part in found if part.reason), "")
-    return Found([d for part in found for d in part.documents], sum(part.left_out for part in found), reason)
+    return SourceDocuments([d for part in found for d in part.documents], sum(part.left_out for part in found), reason)
 
 
-def _read_file(path: Path, source: Source, limit: Limit) -> Found:
+def _read_file(path: Path, source: Source, limit: ReadLimit) -> SourceDocuments:
     suffix = path.suffix.lower()
     if not path.exists():
         raise InputError(f"the texts {path} do not exist")
     if suffix in PARQUET:
         return _read_parquet(path, source, limit)
     if suffix in PLAIN:
-        return Found([_read_plain(path, source)])
+        return SourceDocuments([_read_plain(path, source)])
     if suffix in JSON_LINES:
-        return Found(read_jsonl(path, source))
-    raise InputError(f"the texts {path} are of no known kind: name a file that ends in {', '.join(SUFFIXES)}")
+        return SourceDocuments(read_jsonl(path, source))
+    raise InputError(f"the texts {path} are of no known kind: give a file that ends in {', '.join(SUFFIXES)}")
 
 
 def _read_text(path: Path) -> str:
@@ -131,7 +140,7 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise InputError(f"the texts {path} are not UTF-8 ({error}): convert them") from None
     if "\0" in text:
-        raise InputError(f"the texts {path} hold NUL characters: this is no text")
+        raise InputError(f"the texts {path} hold NUL characters: this is not a text file")
     return text
 
 
@@ -143,9 +152,9 @@ def _read_plain(path: Path, source: Source) -> Document:
 
 
 def read_jsonl(path: Path, source: Source | None = None) -> list[Document]:
-    """Every document of a JSONL file. Raises InputError listing the bad lines."""
+    """The documents of a JSONL file, one a line. Raises InputError listing the bad lines."""
     source = source or Source(path.name, path)
-    # Not splitlines: JSON may hold the characters that Unicode counts as line ends.
+    # Not splitlines: JSON strings may hold characters that Unicode counts as line ends.
     lines = _read_text(path).split("\n")
     documents, problems = [], []
     for number, line in enumerate(lines, 1):
@@ -176,7 +185,7 @@ def read_jsonl(path: Path, source: Source | None = None) -> list[Document]:
     return documents
 
 
-def _read_parquet(path: Path, source: Source, limit: Limit) -> Found:
+def _read_parquet(path: Path, source: Source, limit: ReadLimit) -> SourceDocuments:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
@@ -189,8 +198,8 @@ def _read_parquet(path: Path, source: Source, limit: Limit) -> Found:
         raise InputError(f"the texts {path} cannot be read as Parquet ({first}): fetch them again") from None
 
 
-def _read_dataset(source: Source, limit: Limit, seed: int | None) -> Found:
-    """Streamed. The library runs no code of a data set's since its version 4."""
+def _read_dataset(source: Source, limit: ReadLimit, seed: int | None) -> SourceDocuments:
+    """Streams the data set. `datasets` 4 and later never run a data set's code."""
     from datasets import load_dataset
 
     try:
@@ -199,7 +208,7 @@ def _read_dataset(source: Source, limit: Limit, seed: int | None) -> Found:
             stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS)
         rows = iter(stream)
         first = next(rows, None)
-    except Exception as error:  # the library raises whatever its file systems and hub client raise
+    except Exception as error:  # `datasets` passes on what its file systems and the hub client raise
         raise _not_fetched(source, error) from error
     if first is None:
         raise InputError(f"the data set {source.label} ({source.split}) is empty: name another split")
@@ -208,21 +217,21 @@ def _read_dataset(source: Source, limit: Limit, seed: int | None) -> Found:
         return _documents(chained, set(first), source, limit, f"{source.name}:{source.split}", None)
     except InputError:
         raise
-    except Exception as error:  # the network goes away in the middle, too
+    except Exception as error:  # the network may fail in the middle
         raise _not_fetched(source, error) from error
 
 
 def _not_fetched(source: Source, error: Exception) -> ResourceError:
     return ResourceError(
         f"the data set {source.label} ({source.split}) cannot be fetched ({type(error).__name__}: {error}). On a "
-        "machine without the hub give your own texts: --evaluation FILE, and for quantize --calibration FILE too"
+        "machine without network give your own texts: --evaluation FILE, and for quantize --calibration FILE too"
     )
 
 
 def _documents(
-    rows: Iterable[dict[str, Any]], present: set[str], source: Source, limit: Limit, stem: str, folder: Path | None
-) -> Found:
-    """The usable rows. Raises InputError when the mapping does not fit the columns, or no row is usable."""
+    rows: Iterable[dict[str, Any]], present: set[str], source: Source, limit: ReadLimit, stem: str, folder: Path | None
+) -> SourceDocuments:
+    """Documents of the usable rows. Raises InputError when a named column is missing or no row is usable."""
     lacking = source.columns.missing(present)
     if lacking:
         raise InputError(
@@ -251,10 +260,13 @@ def _documents(
             bad[:3] or ["it is empty"],
             "Name its columns in the recipe (column, role_key and content_key, prompt_column and response_column).",
         )
-    return Found(documents, len(bad), bad[0] if bad else "")
+    return SourceDocuments(documents, len(bad), bad[0] if bad else "")
 
 
 def split_by_digest(documents: list[Document], evaluated: bool) -> list[Document]:
-    """One side of texts that serve for calibration and evaluation both: one document in eight is evaluated, by the
-    digest that forgives case and white space, so that which one does not depend on the order or on other documents."""
+    """The evaluated or the calibrating part of texts that serve as both: one document in eight is evaluated.
+
+    The digest decides, with case and white space ignored, so the choice depends neither on the order nor on the other
+    documents.
+    """
     return [d for d in documents if (int(d.likeness[:8], 16) % 8 == 0) == evaluated]

@@ -1,6 +1,6 @@
-"""Documents -> token rows, in the model's own chat template and with its own image placeholders.
+"""Encodes documents as token rows, with the model's own chat template and image placeholders.
 
-A document becomes one row, uncut; calibration/packing.py makes the rows of a run of them.
+Each document becomes one uncut row. packing.py makes the rows of a run from them.
 """
 
 import io
@@ -16,12 +16,12 @@ from ..core.rows import Part, Row
 from ..models.adapter import Adapter
 from .documents import Document, Picture
 
-# Pillow's numbers for resampling, as preprocessor_config.json stores them; 2 (bilinear) is Llama 4's.
+# Pillow's number for bilinear resampling, as preprocessor_config.json stores it; Llama 4's choice.
 _BILINEAR = 2
 
 
 class Encoder:
-    """Tokenizer, chat template and image preprocessing of one checkpoint folder. Runs no code of the checkpoint."""
+    """The tokenizer, chat template and image preprocessing of a checkpoint folder. Runs none of its code."""
 
     def __init__(self, folder: Path, adapter: Adapter) -> None:
         from transformers import AutoTokenizer
@@ -32,14 +32,16 @@ class Encoder:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(
                 str(folder), config=adapter.config, local_files_only=True, trust_remote_code=False
             )
-        except Exception as error:  # transformers raises many kinds for a missing or damaged tokenizer
+        except Exception as error:  # transformers raises many exception types for a missing or damaged tokenizer
             raise InputError(
                 f"{folder} has no tokenizer that transformers can load ({type(error).__name__}: {error})"
             ) from error
 
     def encode_all(self, documents: list[Document], skip_unusable: bool = False) -> list[Row]:
-        """Every document's row. Raises one InputError that names all documents that this model cannot take;
-        `skip_unusable` leaves them out, as long as others remain."""
+        """One row for each document. `skip_unusable` leaves out those that this model cannot take, if others remain.
+
+        Otherwise raises one InputError that names them all.
+        """
         rows, problems = [], []
         for document in documents:
             try:
@@ -52,14 +54,17 @@ class Encoder:
         return rows
 
     def encode(self, document: Document, ask: bool = False) -> Row:
-        """Token ids and pixels of one document, uncut; `ask` ends it where an answer begins. Raises InputError."""
+        """The uncut row of a document: token ids int64 [T], pixels fp32 [images, 3, S, S] or None.
+
+        `ask` ends it where the assistant's answer begins. Raises InputError.
+        """
         try:
             return self._encode(document, ask)
         except ValueError as error:
             raise InputError(f"{document.id} {error}") from None
 
     def _encode(self, document: Document, ask: bool) -> Row:
-        """Raises ValueError with what is wrong with the document, InputError for what is wrong with the model."""
+        """Raises ValueError about the document, InputError about the checkpoint."""
         if document.images and not self.adapter.has_vision:
             raise ValueError("has images, and this model has no vision tower")
         if document.text is not None:
@@ -69,7 +74,7 @@ class Encoder:
                 raise ValueError(f"is a conversation, and {self.folder} has no chat template")
             try:
                 text = self.tokenizer.apply_chat_template(document.messages, tokenize=False, add_generation_prompt=ask)
-            except Exception as error:  # the template is a program of the checkpoint's, run in jinja2's sandbox
+            except Exception as error:  # the template comes with the checkpoint and runs in jinja2's sandbox
                 raise ValueError(f"is refused by the chat template ({error})") from None
             if document.images:
                 text = text.replace("<|image|>", self.adapter.image_text())
@@ -87,6 +92,7 @@ class Encoder:
         return Row(document.id, document.kind, torch.tensor(ids, dtype=torch.int64), pixels, parts)
 
     def _settings(self) -> dict[str, Any]:
+        """What preprocessor_config.json says of pictures; empty where there is none."""
         path = self.folder / "preprocessor_config.json"
         if not path.exists():
             return {}
@@ -101,7 +107,7 @@ class Encoder:
             raise InputError(f"{path} is damaged ({error}): fetch the checkpoint again") from None
 
     def _pixels(self, picture: Picture) -> torch.Tensor:
-        """One image as one tile: fp32 [3, S, S], resized, rescaled and normalised as preprocessor_config.json says."""
+        """A picture as one tile, fp32 [3, S, S]: resized, rescaled and normalised by preprocessor_config.json."""
         settings = self._settings()
         side = int(self.adapter.config.vision_config.image_size)
         try:

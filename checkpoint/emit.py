@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from ..core.errors import InputError
-from ..core.layout import CARD_MARK, CARD_NAME, RECORD_NAME, ShardPlan
+from ..core.file_names import RECORD_NAME
+from ..core.layout import CARD_MARK, CARD_NAME, ShardPlan
 from ..core.tensors import DTYPE_NAMES
 from . import files
 from .checksums import SUMS_NAME

@@ -1,17 +1,55 @@
 """`onecard inspect`: what a checkpoint is, from its config.json and headers alone."""
 
-from typing import Any
+from typing import TypedDict
 
 from ..models.adapter import Role
 from .model import open_headers, stored_widths
 from .packed import PackedSource
 
 
-def inspect(model_name: str) -> dict[str, Any]:
-    """Facts of a checkpoint, original or quantized, from config.json and headers alone."""
+class RoleFacts(TypedDict):
+    """All tensors of one role together."""
+
+    parameters: int
+    bytes: int
+    # Width, as recipes spell it, or dtype -> parameters that are stored in it.
+    widths: dict[str, int]
+
+
+class Inspection(TypedDict):
+    """What a checkpoint is. Sizes in bytes."""
+
+    model: str
+    path: str
+    family: str
+    blocks: int
+    moe_blocks: int
+    # Routed experts of one MoE block, and how many of them a token visits.
+    experts: int
+    experts_per_token: int
+    hidden_size: int
+    vocab_size: int
+    # Whether there is a vision tower.
+    vision: bool
+    quantized: bool
+    # The format of a quantized checkpoint. None: it is dense.
+    format: str | None
+    parameters: int
+    # All safetensors files, headers included.
+    file_bytes: int
+    shards: int
+    bits_per_weight: float
+    roles: dict[str, RoleFacts]
+    # What the published config.json has wrong, and onecard mends.
+    config_faults: list[str]
+    warnings: list[str]
+
+
+def inspect(model_name: str) -> Inspection:
+    """Facts of a checkpoint, original or quantized, from config.json and headers alone. Raises InputError."""
     model = open_headers(model_name)
     adapter, folder = model.adapter, model.folder
-    roles: dict[str, dict[str, Any]] = {}
+    roles: dict[str, RoleFacts] = {}
     for entry in stored_widths(model):
         role = roles.setdefault(entry.role, {"parameters": 0, "bytes": 0, "widths": {}})
         role["parameters"] += entry.parameters

@@ -1,4 +1,4 @@
-"""The verbs of `onecard calibration`: look at the rows, see which experts they feed, let the model write some."""
+"""The verbs of `onecard calibration`: show rows, count the rows of every expert, let the model write answers."""
 
 import json
 import sys
@@ -7,11 +7,12 @@ from typing import Any
 
 import click
 
-from .shared import DEVICE_HELP, RECIPE_HELP, TEXTS_HELP, make_console, print_line, verb
+from .options import ModelOrRun, device_option, model_argument, recipe_option, texts_option
+from .shared import make_console, print_line, verb
 
 
 class _Verbs(click.Group):
-    """A group whose verbs may be spelled as flags too: `onecard calibration --show` is `onecard calibration show`."""
+    """A group whose verbs can also be written as flags: `onecard calibration --show` is `onecard calibration show`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         flags = [arg for arg in args if arg in ("--show", "--coverage")]
@@ -24,7 +25,7 @@ class _Verbs(click.Group):
 @click.option("--show", is_flag=True, help="Another spelling of the verb.")
 @click.option("--coverage", is_flag=True, help="Another spelling of the verb.")
 def calibration(show: bool, coverage: bool) -> None:
-    """Look at calibration texts, see which experts they feed, or let the model write the answers.
+    """Look at calibration texts, count the rows of every expert, or let the model write the answers.
 
     \b
     Example:
@@ -35,6 +36,7 @@ def calibration(show: bool, coverage: bool) -> None:
 
 
 def _recipe(model: str, name: str | None) -> Any:
+    """The named recipe; the demo has one of its own. Raises InputError."""
     from ..core.errors import InputError
     from ..recipe import load_recipe
 
@@ -43,40 +45,38 @@ def _recipe(model: str, name: str | None) -> Any:
     return load_recipe(name or "demo")
 
 
-def _texts_options(function: Any) -> Any:
-    for which in ("evaluation", "calibration"):
-        told = f"{TEXTS_HELP}, in place of the recipe's."
-        function = click.option(f"--{which}", type=click.Path(path_type=Path), help=told)(function)
-    return click.option("--recipe", help=RECIPE_HELP)(function)
+def _rows_options(function: Any) -> Any:
+    """Which rows: --recipe and the user's own texts."""
+    return recipe_option()(texts_option("calibration")(texts_option("evaluation")(function)))
 
 
 @calibration.command()
-@click.argument("model", default="demo")
-@_texts_options
+@model_argument(default="demo")
+@_rows_options
 @click.option("--rows", default=3, show_default=True, type=click.IntRange(1), help="How many rows to print.")
-@click.option("--whole", is_flag=True, help="Print long rows whole, not their heads and ends.")
+@click.option("--whole", is_flag=True, help="Do not shorten long rows.")
 @verb
 def show(
     model: str, recipe: str | None, calibration: Path | None, evaluation: Path | None, rows: int, whole: bool
 ) -> None:
-    """Print sample rows as MODEL sees them, special tokens visible, and what the rows are made of. Reads no weights.
+    """Print example rows as MODEL sees them, special tokens included, and what all rows are made of. Reads no weights.
 
     \b
     Example:
       onecard calibration show ./Llama-4-Scout-17B-16E-Instruct --recipe llama4-scout-h100 --rows 5
     """
-    from ..calibration.samples import samples
+    from ..calibration.show import example_rows
 
-    found = samples(model, _recipe(model, recipe), rows, calibration, evaluation)
+    found = example_rows(model, _recipe(model, recipe), rows, calibration, evaluation)
     found.draw(whole, make_console())
     print_line(json.dumps(found.line()))
 
 
 @calibration.command()
-@click.argument("model", default="demo")
-@_texts_options
-@click.option("--device", default="auto", show_default=True, help=DEVICE_HELP)
-@click.option("--svg", type=click.Path(path_type=Path), help="Draw the heat map into this file as well.")
+@click.argument("model", type=ModelOrRun(), default="demo")
+@_rows_options
+@device_option()
+@click.option("--svg", type=click.Path(path_type=Path), help="Also write the heat map to this file.")
 @verb
 def coverage(
     model: str,
@@ -86,9 +86,9 @@ def coverage(
     device: str,
     svg: Path | None,
 ) -> None:
-    """Count the rows that every expert of MODEL gets: a table and a heat map, from one pass without quantizing.
+    """Count the calibration rows that every expert of MODEL gets, in one pass without quantizing; draw a heat map.
 
-    MODEL may also be the OUT of a finished run: then its own counts are drawn, and nothing is read but its record.
+    MODEL may also be the OUT of a finished run: then the counts in its record are drawn.
 
     \b
     Example:
@@ -97,7 +97,7 @@ def coverage(
     from ..calibration.coverage import coverage as run
     from ..checkpoint import files
     from ..core.errors import InputError
-    from ..core.layout import RECORD_NAME
+    from ..core.file_names import RECORD_NAME
     from ..report import heatmap
 
     if svg is not None and (svg.suffix != ".svg" or not svg.parent.is_dir()):
@@ -112,18 +112,20 @@ def coverage(
 
 
 @calibration.command()
-@click.argument("model")
+@model_argument()
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--recipe", help=RECIPE_HELP)
-@click.option("--calibration", type=click.Path(path_type=Path), help=f"{TEXTS_HELP}, in place of the recipe's.")
-@click.option("--rows", default=512, show_default=True, type=click.IntRange(1), help="Conversations, at most.")
-@click.option("--max-new-tokens", default=256, show_default=True, type=click.IntRange(1), help="Of one answer.")
-@click.option("--temperature", default=0.7, show_default=True, type=click.FloatRange(0, 10), help="0: greedy.")
-@click.option("--turns", default=4, show_default=True, type=click.IntRange(1), help="Of a conversation, at most.")
+@recipe_option()
+@texts_option("calibration")
+@click.option("--rows", default=512, show_default=True, type=click.IntRange(1), help="Most conversations.")
+@click.option(
+    "--max-new-tokens", default=256, show_default=True, type=click.IntRange(1), help="Most tokens of an answer."
+)
+@click.option("--temperature", default=0.7, show_default=True, type=click.FloatRange(0, 10), help="0: greedy decoding.")
+@click.option("--turns", default=4, show_default=True, type=click.IntRange(1), help="Most answers of a conversation.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--device", default="auto", show_default=True, help=DEVICE_HELP)
-@click.option("--block-by-block", is_flag=True, help="Never load the whole model. [default: when it does not fit]")
-@click.option("--overwrite", is_flag=True, help="Replace OUT, and what a stopped run left beside it.")
+@device_option()
+@click.option("--block-by-block", is_flag=True, help="Never load the whole model. [default: if it does not fit]")
+@click.option("--overwrite", is_flag=True, help="Replace OUT and what a stopped run left beside it.")
 @verb
 def synthesize(
     model: str,
@@ -139,16 +141,17 @@ def synthesize(
     block_by_block: bool,
     overwrite: bool,
 ) -> None:
-    """Let MODEL write the answers of the recipe's calibration conversations into OUT, a JSONL for --calibration.
+    """Let MODEL answer the recipe's calibration conversations; OUT is a JSONL file for --calibration.
 
-    Stopped? The same line goes on where it was.
+    Stopped? The same command goes on where it was.
 
     \b
     Example:
       onecard calibration synthesize ./Llama-4-Scout-17B-16E-Instruct own.jsonl --recipe llama4-scout-h100
       onecard quantize ./Llama-4-Scout-17B-16E-Instruct ./scout-int4 --recipe llama4-scout-h100 --calibration own.jsonl
     """
-    from ..calibration.synthesis import Settings
+    from ..calibration.conversations import SynthesisSettings
+    from ..calibration.synthesis import Where
     from ..calibration.synthesis import synthesize as run
 
     try:
@@ -156,14 +159,15 @@ def synthesize(
             model,
             out,
             _recipe(model, recipe),
-            Settings(rows, max_new_tokens, temperature, seed, turns),
+            SynthesisSettings(
+                rows=rows, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, turns=turns
+            ),
+            Where(device, block_by_block),
             calibration=calibration,
-            device_name=device,
-            block_by_block=block_by_block,
             overwrite=overwrite,
             console=make_console(),
         )
     except KeyboardInterrupt:
-        click.echo(f"stopped: what is finished lies in {out}.unfinished. Go on with the same command.", err=True)
+        click.echo(f"stopped: what is finished is in {out}.unfinished. Go on with the same command.", err=True)
         sys.exit(130)
     print_line(json.dumps(line))

@@ -1,4 +1,4 @@
-"""The verb that writes a checkpoint anew in another format: `onecard export`."""
+"""`onecard export`: writes a checkpoint in another format."""
 
 import json
 import sys
@@ -6,25 +6,29 @@ from pathlib import Path
 
 import click
 
+from ..conversion.names import FORMAT_NAMES
+from .options import FormatName, model_argument
 from .shared import make_console, print_line, verb
 
 
 @click.command()
-@click.argument("checkpoint")
+@model_argument("checkpoint")
 @click.option(
     "--format",
     "format_name",
+    type=FormatName(),
     required=True,
-    help="What to write: compressed-tensors, gptq, gptq-v2, bnb-nf4, gguf or bf16.",
+    help=f"One of {', '.join(FORMAT_NAMES)}.",
 )
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The folder to write.")
-@click.option("--overwrite", is_flag=True, help="Replace what onecard put into OUT.")
-@click.option("--dry-run", is_flag=True, help="Say which files there would be, to the byte, and write nothing.")
+@click.option("--overwrite", is_flag=True, help="Replace what onecard wrote to OUT before.")
+@click.option("--dry-run", is_flag=True, help="List the files with their exact sizes, and write nothing.")
 @verb
 def export(checkpoint: str, format_name: str, out: Path, overwrite: bool, dry_run: bool) -> None:
-    """Write CHECKPOINT anew in another format, from its own integer codes: nothing is quantized again.
+    """Write CHECKPOINT in another format, with the same integer codes: nothing is quantized again.
 
-    CHECKPOINT may be another tool's. A format that cannot hold it says why, before anything is written.
+    CHECKPOINT may come from another tool. A format that cannot hold it is refused with the reasons, before anything is
+    written.
 
     \b
     Examples:
@@ -40,7 +44,7 @@ def export(checkpoint: str, format_name: str, out: Path, overwrite: bool, dry_ru
         with Progress(f"onecard export {checkpoint}", 1, console) as progress:
             done = run(checkpoint, format_name, out, progress, overwrite=overwrite, dry_run=dry_run)
     except KeyboardInterrupt:
-        click.echo(f"stopped: {out} is no checkpoint yet. The same command with --overwrite starts anew.", err=True)
+        click.echo(f"stopped: {out} is not a checkpoint yet. The same command with --overwrite starts again.", err=True)
         sys.exit(130)
     draw_export(done.line(), console)
     print_line(json.dumps(done.line()))

@@ -1,18 +1,19 @@
-"""The verbs that look: `onecard inspect`, `onecard generate` and `onecard recipes`."""
+"""The verbs that show something: `onecard inspect`, `onecard generate` and `onecard recipes`."""
 
 import json
 from pathlib import Path
 
 import click
 
+from .options import model_argument
 from .shared import make_console, print_line, verb
 
 
 @click.command()
-@click.argument("model")
+@model_argument()
 @verb
 def inspect(model: str) -> None:
-    """Show what MODEL (an original or a quantized checkpoint) is: family, layers, experts, widths, sizes, faults.
+    """Show family, layers, experts, widths, sizes and config faults of MODEL, an original or a quantized checkpoint.
 
     \b
     Example:
@@ -27,15 +28,15 @@ def inspect(model: str) -> None:
 
 
 @click.command()
-@click.argument("checkpoint")
+@model_argument("checkpoint")
 @click.argument("prompt")
-@click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(1))
-@click.option("--image", type=click.Path(path_type=Path), help="A picture to ask about, for models that can see.")
+@click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(1), help="Length of the answer.")
+@click.option("--image", type=click.Path(path_type=Path), help="A picture to ask about, if the model sees.")
 @verb
 def generate(checkpoint: str, prompt: str, max_new_tokens: int, image: Path | None) -> None:
-    """Load CHECKPOINT with transformers and answer PROMPT: the smoke test that other people's software reads the files.
+    """Load CHECKPOINT with transformers and answer PROMPT: a smoke test that other programs can read the files.
 
-    The whole model is loaded, dequantized, into memory.
+    The whole dequantized model is loaded into memory.
 
     \b
     Example:
@@ -53,7 +54,7 @@ def recipes(name: str | None) -> None:
     """List the shipped recipes, or print the one called NAME.
 
     \b
-    Example: take one as the start of your own
+    Example, a recipe to start your own from:
       onecard recipes llama4-scout-h100 > mine.yaml
     """
     from ..recipe import load_recipe, recipe_names, recipe_text

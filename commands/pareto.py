@@ -5,18 +5,19 @@ from pathlib import Path
 
 import click
 
-from .shared import DEVICE_HELP, RECIPE_HELP, TEXTS_HELP, make_console, print_line, verb
+from .options import budget_option, device_option, model_argument, recipe_option, texts_option
+from .shared import make_console, print_line, verb
 
 PRICES_HELP = "Where the measured prices are kept: read if it is there, else written."
 
 
 @click.command()
-@click.argument("model")
-@click.option("--recipe", required=True, help=RECIPE_HELP)
+@model_argument()
+@recipe_option(required=True)
 @click.option("--prices", type=click.Path(path_type=Path), help=PRICES_HELP)
-@click.option("--budget-gb", type=click.FloatRange(0, min_open=True), help="Mark the best choice within so many GB.")
-@click.option("--calibration", type=click.Path(path_type=Path), help=f"Your own calibration texts: {TEXTS_HELP}.")
-@click.option("--device", default="auto", show_default=True, help=DEVICE_HELP)
+@budget_option("Mark the best choice within so many GB.")
+@texts_option("calibration")
+@device_option()
 @verb
 def pareto(
     model: str, recipe: str, prices: Path | None, budget_gb: float | None, calibration: Path | None, device: str
@@ -37,7 +38,7 @@ def pareto(
 
     loaded = load_recipe(recipe)
     if budget_gb is not None:
-        loaded = loaded.changed(bits="fit", budget_gb=budget_gb, gpu=None)
+        loaded = loaded.within(budget_gb)
     console = make_console()
     facts = run(model, loaded, prices_file=prices, calibration=calibration, device_name=device, console=console).facts()
     draw_pareto(facts, console)

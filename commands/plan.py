@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import click
 
-from .shared import DEVICE_HELP, RECIPE_HELP, make_console, print_line, verb
+from .options import device_option, gpu_option, model_argument, recipe_option
+from .shared import make_console, print_line, verb
 
 GPU_HELP = "The card, e.g. h100-80gb, or several of a kind, 2xl40s; without it all cards are tabled."
 KV_HELP = "What the cache is kept in. [default: bf16; llama.cpp has q8_0 too]"
@@ -15,9 +16,9 @@ SHARE_HELP = "Share of the card that the engine takes. [default: vllm 0.9, other
 
 
 @click.command()
-@click.argument("model")
-@click.option("--recipe", help=f"{RECIPE_HELP} [default: whichever shipped one keeps most and fits]")
-@click.option("--gpu", help=GPU_HELP)
+@model_argument()
+@recipe_option(more="[default: whichever shipped one keeps most and fits]")
+@gpu_option(GPU_HELP)
 @click.option("--context", type=click.IntRange(1), help="Tokens of each sequence. [default: the recipe's, or 32768]")
 @click.option("--sequences", type=click.IntRange(1), help="Sequences at once. [default: the recipe's, or 1]")
 @click.option("--kv-dtype", type=click.Choice(["bf16", "fp8", "q8_0"]), help=KV_HELP)
@@ -32,7 +33,7 @@ SHARE_HELP = "Share of the card that the engine takes. [default: vllm 0.9, other
 @click.option("--tensors", is_flag=True, help="List every tensor that the recipe will emit.")
 @click.option("--measure", is_flag=True, help="Measure this machine for half a minute, and keep its rates for later.")
 @click.option("--json", "only_json", is_flag=True, help="The JSON line alone, without the card.")
-@click.option("--device", default="auto", show_default=True, help=f"Where it would be quantized: {DEVICE_HELP}")
+@device_option("Where it would be quantized:")
 @verb
 def plan(
     model: str,
@@ -65,12 +66,8 @@ def plan(
       onecard plan ./scout-int4 --gpu 2xl40s --plot
       onecard plan ./Llama-4-Scout-17B-16E-Instruct --recipe llama4-scout-h100 --tensors
     """
-    from ..checkpoint.model import open_headers
     from ..core.errors import FitError, InputError
-    from ..forecast import plan as plan_run
-    from ..planner.cards import find_card
-    from ..planner.fit import Needs, Request
-    from ..planner.sizing import size_up
+    from ..forecast import CardWish, plan_on_card
     from ..recipe import load_recipe
     from ..report.fit_card import draw_fit, misfit
     from ..report.plan_card import draw_plan
@@ -81,40 +78,32 @@ def plan(
     if measure and recipe is None:
         raise InputError("--measure measures what a recipe will do here: give --recipe as well")
     loaded = load_recipe(recipe) if recipe is not None else None
-    # The recipe's own card and what it is to hold, where the command does not say otherwise.
-    gpu = gpu or (loaded.card.gpu if loaded is not None else None)
-    if plot and gpu is None:
+    if plot and gpu is None and (loaded is None or loaded.card.gpu is None):
         raise InputError("--plot draws memory against a card's: give --gpu as well")
-    many, card = find_card(gpu) if gpu else (1, None)
-    if tensor_parallel is not None and many > 1 and tensor_parallel != many:
-        raise InputError(f"--gpu {gpu} names {many} cards and --tensor-parallel {tensor_parallel}: give one of them")
-    asked = Request(
-        context=context or (loaded.card.context if loaded is not None else 32_768),
-        sequences=sequences or (loaded.card.sequences if loaded is not None else 1),
-        kv_dtype=kv_dtype or (loaded.card.kv_dtype if loaded is not None else "bf16"),
-        engine=engine or (loaded.card.engine if loaded is not None else "vllm"),
-        tensor_parallel=tensor_parallel or many,
-        vision=not no_vision and (loaded is None or loaded.card.vision),
+    wish = CardWish(
+        gpu=gpu,
+        context=context,
+        sequences=sequences,
+        kv_dtype=kv_dtype,
+        engine=engine,
+        tensor_parallel=tensor_parallel,
+        vision=not no_vision,
         images=images,
-        batch_tokens=batch_tokens or (loaded.card.engine_batch_tokens if loaded is not None else None),
+        batch_tokens=batch_tokens,
         memory_share=memory_share,
-        frees=False if keep_local else None,
+        keep_local=keep_local,
     )
     console = make_console()
-    quantizing = plan_run(model, loaded, device, measure) if loaded is not None else None
-    opened = quantizing.model if quantizing is not None else open_headers(model)
-    if context is None and (loaded is None or loaded.card.gpu is None):
-        asked = replace(asked, context=min(asked.context, Needs.of(opened.adapter).most_context))
-    sizing = size_up(opened, asked, card, quantizing.recipe if quantizing is not None else None)
-    facts = sizing.facts()
+    found = plan_on_card(model, loaded, wish, device, measure)
+    facts = found.sizing.facts()
     if not only_json:
-        if quantizing is not None:
+        if found.quantizing is not None:
             # What the memory's card says is not said twice.
-            own = [warning for warning in quantizing.warnings if warning not in facts["fit_warnings"]]
-            draw_plan(replace(quantizing, warnings=own), tensors, console)
+            own = [warning for warning in found.quantizing.warnings if warning not in facts["fit_warnings"]]
+            draw_plan(replace(found.quantizing, warnings=own), tensors, console)
         draw_fit(facts, console)
         if plot:
             draw_plot(facts, console)
-    print_line(json.dumps(facts | (quantizing.line() if quantizing is not None else {})))
-    if facts["fits"] is False:
+    print_line(json.dumps(found.line()))
+    if found.fits is False:
         raise FitError(misfit(facts))

@@ -6,21 +6,22 @@ from pathlib import Path
 
 import click
 
-from .shared import DEVICE_HELP, RECIPE_HELP, TEXTS_HELP, make_console, print_line, verb
+from .options import budget_option, device_option, model_argument, recipe_option, texts_option
+from .shared import make_console, print_line, verb
 
 
 @click.command()
-@click.argument("model")
+@model_argument()
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--recipe", required=True, help=RECIPE_HELP)
-@click.option("--device", default="auto", show_default=True, help=DEVICE_HELP)
-@click.option("--work", type=click.Path(path_type=Path), help="Where a run keeps what is finished. [default: OUT.work]")
-@click.option("--resume", is_flag=True, help="Go on with a stopped run; it ends in the same bytes.")
-@click.option("--overwrite", is_flag=True, help="Replace what a run put into OUT and the work directory.")
-@click.option("--calibration", type=click.Path(path_type=Path), help=f"Your own calibration texts: {TEXTS_HELP}.")
-@click.option("--evaluation", type=click.Path(path_type=Path), help=f"Your own evaluation texts: {TEXTS_HELP}.")
-@click.option("--prices", type=click.Path(path_type=Path), help="Prices that `onecard pareto` wrote, for bits: fit.")
-@click.option("--budget-gb", type=click.FloatRange(0, min_open=True), help="bits: fit, to so many GB of files.")
+@recipe_option(required=True)
+@device_option()
+@click.option("--work", type=click.Path(path_type=Path), help="Where the run keeps finished work. [default: OUT.work]")
+@click.option("--resume", is_flag=True, help="Continue a stopped run. It ends in the same bytes.")
+@click.option("--overwrite", is_flag=True, help="Replace what an earlier run put into OUT and the work directory.")
+@texts_option("calibration")
+@texts_option("evaluation")
+@click.option("--prices", type=click.Path(path_type=Path), help="Prices measured by `onecard pareto`, for bits: fit.")
+@budget_option("bits: fit, with this budget of files in decimal GB.")
 @verb
 def quantize(
     model: str,
@@ -37,16 +38,16 @@ def quantize(
 ) -> None:
     """Calibrate, quantize, emit and verify MODEL into the folder OUT.
 
-    MODEL is a local safetensors folder, a hub id, or `demo`. Texts are JSONL (a line {"text": ...} or {"messages":
-    [...]}), Parquet, plain text, or a folder of them; they take the place of the recipe's.
+    MODEL is a local safetensors folder, a hub id, or `demo`. A line of JSONL texts is {"text": ...} or {"messages":
+    [...]}.
 
     \b
     Example, Llama 4 Scout on one H100 with your own texts:
       onecard quantize ./Llama-4-Scout-17B-16E-Instruct ./scout-int4 \\
           --recipe llama4-scout-h100 --device cuda \\
           --calibration chats.jsonl --evaluation held-out.jsonl
-    Stopped? The same line with --resume goes on where it was and ends in the same bytes (of the record, all but times
-    and memory). It must find the same number of threads.
+    Stopped? The same command with --resume continues and writes the same bytes (in the record, times and memory
+    differ). The number of threads must be the same.
     """
     from ..checkpoint.paths import work_folder
     from ..core.errors import InputError
@@ -60,7 +61,7 @@ def quantize(
     console = make_console()
     loaded = load_recipe(recipe)
     if budget_gb is not None:
-        loaded = loaded.changed(bits="fit", budget_gb=budget_gb, gpu=None)
+        loaded = loaded.within(budget_gb)
     if prices is not None and loaded.widths.bits != "fit":
         raise InputError(f"--prices is for recipes with bits: fit, and {recipe} has bits: {loaded.widths.bits}")
     try:
@@ -81,8 +82,8 @@ def quantize(
         )
     except KeyboardInterrupt:
         click.echo(
-            f"stopped: what is finished lies in {work_folder(out, work)}. Go on with the same command and --resume, or "
-            "remove it.",
+            f"stopped: finished work is kept in {work_folder(out, work)}. Continue with the same command and --resume, "
+            "or remove it.",
             err=True,
         )
         sys.exit(130)

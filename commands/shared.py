@@ -1,4 +1,4 @@
-"""What every verb shares: errors to exit codes, the two voices, and words of the options."""
+"""What every verb shares: errors become exit codes, and the two voices: a card on stderr, a JSON line on stdout."""
 
 import os
 import re
@@ -12,20 +12,8 @@ from typing import Any
 import click
 
 from ..core.errors import OnecardError, ResourceError
-
-RECIPE_HELP = "A shipped recipe (see `onecard recipes`) or the path of a .yaml file."
-DEVICE_HELP = "cpu, cuda, or auto: a GPU when there is one."
-TEXTS_HELP = "JSONL, Parquet, plain text, or a folder of them"
-
-
-def _quiet_libraries() -> None:
-    """Other libraries' warnings and bars would bury ours; their errors still come through."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+from ..core.libraries import quiet_libraries
+from .options import refuse_early
 
 
 def _stop(*_: object) -> None:
@@ -33,26 +21,27 @@ def _stop(*_: object) -> None:
 
 
 def print_line(text: str) -> None:
-    """A line on stdout."""
+    """Prints a line on stdout. Raises ResourceError when it cannot be written."""
     try:
         click.echo(text)
     except OSError as error:
-        # Nothing more is tried when the interpreter ends.
+        # The interpreter flushes stdout once more when it ends; that must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise ResourceError(
-            f"standard output could not be written ({error.strerror}). What the command put into files is whole"
+            f"standard output could not be written ({error.strerror}). The files that the command wrote are complete"
         ) from error
 
 
 def verb(function: Callable[..., None]) -> Callable[..., None]:
-    """Errors of the user's become one message and their exit code; anything else is a bug and keeps its traceback."""
+    """Turns an OnecardError into a message and its exit code. Any other exception is a bug and keeps its traceback."""
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, _stop)  # a scheduler's way to say Ctrl-C
-            _quiet_libraries()
+                signal.signal(signal.SIGTERM, _stop)  # schedulers send it in place of Ctrl-C
+            quiet_libraries()
+            refuse_early(click.get_current_context())
             function(*args, **kwargs)
         except OnecardError as error:
             click.echo(f"error: {error}", err=True)
@@ -60,14 +49,14 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             click.echo("stopped.", err=True)
             sys.exit(130)
-        except (MemoryError, RuntimeError) as error:  # torch's own kinds are RuntimeErrors
+        except (MemoryError, RuntimeError) as error:  # torch raises its own as RuntimeErrors
             if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
                 raise
             first = str(error).partition("\n")[0]
             click.echo(
-                f"error: memory ran out ({first}). What is finished is kept. A recipe with `output_blocks: 0` or a "
-                "smaller `batch_tokens` needs less (it is another recipe: --overwrite); with more memory go on with "
-                "--resume",
+                f"error: memory ran out ({first}). Finished work is kept: with more memory, continue with --resume. A "
+                "recipe with `output_blocks: 0` or a smaller `batch_tokens` needs less memory, but is another "
+                "recipe: start it with --overwrite",
                 err=True,
             )
             sys.exit(ResourceError.exit_code)
@@ -76,9 +65,10 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def make_console() -> Any:
+    """The console for people, on stderr."""
     from rich.console import Console
 
-    # Names of folders and recipes are no markup.
+    # A name of a folder may hold brackets: rich must not read them as markup.
     console = Console(file=sys.stderr, markup=False, emoji=False)
-    # A log or a pipe has no width of its own: 110 columns hold every line of the card.
+    # A log or a pipe has no width; 110 columns hold every line of the card.
     return console if console.is_terminal else Console(file=sys.stderr, width=110, markup=False, emoji=False)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from .shared import DEVICE_HELP, RECIPE_HELP, TEXTS_HELP, make_console, print_line, verb
+from .options import device_option, model_argument, recipe_option, texts_option
+from .shared import make_console, print_line, verb
 
 RECORD_HELP = "Write the whole record, every figure of the run, as JSON to this file."
 
@@ -14,7 +15,7 @@ RECORD_HELP = "Write the whole record, every figure of the run, as JSON to this 
 def _check_files(*paths: Path | None) -> None:
     """What is to be written at the end can be: refused before hours of work."""
     from ..core.errors import InputError
-    from ..core.layout import RECORD_NAME
+    from ..core.file_names import RECORD_NAME
 
     for path in paths:
         if path is None:
@@ -32,13 +33,13 @@ def _check_files(*paths: Path | None) -> None:
 
 
 @click.command()
-@click.argument("source")
-@click.argument("checkpoint")
-@click.option("--recipe", help=f"{RECIPE_HELP} Its evaluation texts, row lengths and tasks. [default: rtn-int4]")
-@click.option("--evaluation", type=click.Path(path_type=Path), help=f"Your own evaluation texts: {TEXTS_HELP}.")
+@model_argument("source")
+@model_argument("checkpoint")
+@recipe_option(more="Its evaluation texts, row lengths and tasks. [default: rtn-int4]")
+@texts_option("evaluation")
 @click.option("--record", type=click.Path(path_type=Path), help=RECORD_HELP)
 @click.option("--keep-tokens", type=click.Path(path_type=Path), help="Keep every token's results in a Parquet file.")
-@click.option("--device", default="auto", show_default=True, help=DEVICE_HELP)
+@device_option()
 @verb
 def verify(
     source: str,
@@ -82,8 +83,8 @@ def verify(
 
 
 @click.command()
-@click.argument("source")
-@click.argument("checkpoint")
+@model_argument("source")
+@model_argument("checkpoint")
 @click.option(
     "--tasks",
     default="demo",
@@ -95,7 +96,7 @@ def verify(
 @click.option("--shots", default=0, show_default=True, type=click.IntRange(0, 32), help="Examples before a question.")
 @click.option("--items", type=click.IntRange(1), help="Of each task so many, drawn by a seed. [default: all]")
 @click.option("--record", type=click.Path(path_type=Path), help=RECORD_HELP)
-@click.option("--device", default="auto", show_default=True, help=DEVICE_HELP)
+@device_option()
 @verb
 def flips(
     source: str, checkpoint: str, tasks: str, shots: int, items: int | None, record: Path | None, device: str

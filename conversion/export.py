@@ -36,7 +36,8 @@ from ..checkpoint.paths import check_paths, check_space
 from ..checkpoint.plan import Plan
 from ..checkpoint.source import INDEX_NAME, Folder, open_folder
 from ..core.errors import InputError, input_error
-from ..core.layout import RECORD_NAME, index_json, json_bytes
+from ..core.file_names import RECORD_NAME
+from ..core.layout import index_json, json_bytes
 from ..core.rows import Step
 from ..core.tensors import TensorInfo
 from ..report.reading import check_record
@@ -61,6 +62,7 @@ from .layout import (
     plain_config,
     write,
 )
+from .names import refuse_unknown_format
 
 # What holds weights; beside it lie indices and configs.
 WEIGHTS = (".safetensors", ".gguf")
@@ -142,8 +144,7 @@ FORMATS: dict[str, Exporter] = {
 
 def exporter_of(name: str) -> Exporter:
     """Raises InputError for a format that is not known."""
-    if name not in FORMATS:
-        raise InputError(f"the format {name!r} is not known: {', '.join(FORMATS)}")
+    refuse_unknown_format(name)
     return FORMATS[name]
 
 

@@ -13,7 +13,8 @@ from ..checkpoint.model import Model
 from ..checkpoint.plan import Plan
 from ..checkpoint.source import INDEX_NAME
 from ..checkpoint.workdir import WorkDir
-from ..core.layout import RECORD_NAME, index_json
+from ..core.file_names import RECORD_NAME
+from ..core.layout import index_json
 from ..core.rows import Step
 from .export import FORMATS, finished_run
 

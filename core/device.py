@@ -1,12 +1,23 @@
-"""The device that a run computes on, the dtype it computes in, and the working memory of one step there."""
+"""How a run computes: its device, its dtype, its batches, and the working memory of one step."""
+
+from dataclasses import dataclass
 
 import torch
 
 from .errors import InputError
 
 
+@dataclass(frozen=True)
+class Compute:
+    """The device, the dtype of rows and dense weights there, and the most tokens that go through a block at once."""
+
+    device: torch.device
+    dtype: torch.dtype
+    batch_tokens: int
+
+
 def choose_device(name: str) -> torch.device:
-    """'auto' takes a GPU when there is one. Raises InputError for a device that is not there."""
+    """The torch device for cpu, cuda, cuda:N or auto (a GPU if there is one). Raises InputError for a missing one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -23,14 +34,20 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(compute_dtype: str, device: torch.device) -> torch.dtype:
-    """A recipe's `compute_dtype` on this device: 'auto' is float32 on a CPU and bfloat16 on a GPU."""
+    """The dtype for a recipe's `compute_dtype`: auto is float32 on a CPU and bfloat16 on a GPU."""
     if compute_dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     return torch.float32 if compute_dtype == "float32" else torch.bfloat16
 
 
+def choose_compute(device_name: str, compute_dtype: str, batch_tokens: int) -> Compute:
+    """A recipe's `compute_dtype` and `batch_tokens` on the device of this name. Raises InputError for the device."""
+    device = choose_device(device_name)
+    return Compute(device=device, dtype=choose_dtype(compute_dtype, device), batch_tokens=batch_tokens)
+
+
 def site_budget(device: torch.device) -> int:
-    """Working memory for one cut of a site: 256 MB of RAM, or an eighth of the card."""
+    """Bytes that quantizing one part of a site may take: 256 MB of RAM, or an eighth of the GPU's memory."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory // 8
     return 256_000_000

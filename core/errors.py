@@ -1,49 +1,49 @@
-"""Errors that are the user's to mend, each with its exit code.
+"""Errors that the user can mend, each with its exit code.
 
-An OnecardError ends a command with one clean message and its exit code; anything else that escapes is a bug of ours
-and keeps its traceback. The codes are part of the interface (README, 'Exit codes').
+An OnecardError ends a command with one message and its exit code. Any other exception is a bug and keeps its traceback.
+The codes are part of the interface (cli.py lists them).
 """
 
 from collections.abc import Iterable
 
 
 class OnecardError(Exception):
-    """A failure that the user can act upon. `exit_code` ends the process."""
+    """A failure that the user can mend. A command ends with `exit_code`."""
 
     exit_code = 1
 
 
 class LimitError(OnecardError):
-    """A limit of the recipe was exceeded (coverage, fallbacks, KL): the run was sound, its result is not wanted."""
+    """The run worked, but its result breaks a limit of the recipe (KL, flips, size, coverage, fallbacks)."""
 
     exit_code = 1
 
 
 class DamageError(OnecardError):
-    """A checkpoint is not what its own papers say: its digests, its record, its config, or its numbers."""
+    """A checkpoint contradicts its own digests, record or config, or holds numbers that are not finite."""
 
     exit_code = 1
 
 
 class InputError(OnecardError):
-    """What was given cannot be used: model, recipe, texts or paths. Nothing was written."""
+    """The model, recipe, texts or paths that were given cannot be used. Nothing was written."""
 
     exit_code = 2
 
 
 class FitError(OnecardError):
-    """The plan does not fit the card. The plan itself was made and printed; the message says what would fit."""
+    """The checkpoint would not fit the card. `onecard plan` still prints the plan; the message says what fits."""
 
     exit_code = 3
 
 
 class ResourceError(OnecardError):
-    """The machine gave out (disk, memory, network). What was finished is kept; the message says how to go on."""
+    """Disk, memory or network failed. What is finished is kept; the message says how to go on."""
 
     exit_code = 4
 
 
 def input_error(headline: str, problems: Iterable[str], way_out: str) -> InputError:
-    """One message that lists every offender and ends with the way out."""
+    """One message: the headline, every problem on its line, and what the user can do."""
     lines = [headline, *(f"  - {problem}" for problem in problems), way_out]
     return InputError("\n".join(lines))

@@ -39,8 +39,6 @@ _RANK = {
 METADATA = {"format": "pt"}
 # Suffix of a file's name until the file is complete.
 TEMPORARY = ".partial"
-# The run's record, beside the weights.
-RECORD_NAME = "onecard.json"
 # The model card. A card that onecard drew ends in this mark and the first digits of its record's SHA-256.
 CARD_NAME = "README.md"
 CARD_MARK = "<!-- drawn by onecard from the record "

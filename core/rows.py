@@ -1,4 +1,4 @@
-"""Row: token ids of one document (or one packed stretch of several) on the way through a model, with its images."""
+"""Row: the token ids of one document, or of several packed ones, with its images; and what a walk over rows needs."""
 
 from dataclasses import dataclass
 from math import isqrt
@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of a row that came from one document of one source."""
+    """A stretch of a row, taken from one document of one source."""
 
     document: str
     kind: str
@@ -19,8 +19,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Row:
-    """tokens int64 [T]; pixels fp32 [images, 3, S, S] or None; `document` names what the row was cut from, `parts`
-    the stretches it is made of, in order."""
+    """tokens int64 [T]; pixels fp32 [images, 3, S, S] or None; `document` names the text that the row was cut from;
+    `parts` are its stretches, in order."""
 
     document: str
     kind: str
@@ -30,9 +30,9 @@ class Row:
 
 
 def batches(rows: list[Row], tokens_per_batch: int) -> list[list[int]]:
-    """Row numbers grouped so that every batch holds rows of one length: nothing is ever padded.
+    """Row numbers of each batch. All rows of a batch have one length, so nothing is padded.
 
-    A batch has at most `tokens_per_batch` tokens (one row at least). The order is fixed by the rows alone.
+    A batch has at most `tokens_per_batch` tokens, but one row at least. The order depends on the rows alone.
     """
     by_length: dict[int, list[int]] = {}
     for number, row in enumerate(rows):
@@ -46,7 +46,7 @@ def batches(rows: list[Row], tokens_per_batch: int) -> list[list[int]]:
 
 
 class RowStore(Protocol):
-    """Hidden rows between blocks, by (block that they enter, stream, batch)."""
+    """Holds hidden rows between blocks, by (block that they enter, stream, batch)."""
 
     def put(self, block: int, stream: str, batch: int, hidden: torch.Tensor) -> None: ...
 
@@ -56,18 +56,26 @@ class RowStore(Protocol):
 
 
 class Step(Protocol):
-    """Tells a watcher what a long walk is doing."""
+    """Is told what a long walk is doing: its present task, and the tokens that went through a block."""
 
-    def begin(self, stage: str, block: int | None = None) -> None: ...
+    def begin(self, task: str, block: int | None = None) -> None: ...
+
+    def advance(self, tokens: int) -> None: ...
+
+
+class Unwatched:
+    """A Step that tells nobody."""
+
+    def begin(self, task: str, block: int | None = None) -> None: ...
 
     def advance(self, tokens: int) -> None: ...
 
 
 def spacing(n_blocks: int) -> int:
-    """Hidden rows are stored before every so-manieth block on the way forward: about as many as lie between two."""
+    """The n of a walk forward that stores hidden rows before every n-th block. It makes about n places of n blocks."""
     return max(1, isqrt(n_blocks))
 
 
 def rows_at_once(n_blocks: int) -> int:
-    """At how many places of the model hidden rows or gradients lie in the store at the same time, at most."""
+    """The most places of the model whose hidden rows or gradients lie in the store at the same time."""
     return -(-n_blocks // spacing(n_blocks)) + spacing(n_blocks) + 1

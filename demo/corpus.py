@@ -29,7 +29,7 @@ SKIPPED_FOLDERS = frozenset(
 HELD_OUT_PARTS = 16  # one part in 16 of the module names for evaluation, one for calibration, the rest for training
 BYTES_LEAST, BYTES_MOST = 900, 2300  # a document's aim: 300 to 700 tokens at about 3 bytes a token
 
-Row = dict[str, Any]
+JsonRow = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ def split_of(name: str) -> str:
     return "evaluation" if part == 0 else "calibration" if part == 1 else "train"
 
 
-def digest(row: Row, folder: Path | None = None) -> str:
+def digest(row: JsonRow, folder: Path | None = None) -> str:
     """A row's content without its id: text or messages, with the bytes of its images in place of their paths."""
-    content: Row = {"text": row.get("text"), "messages": []}
+    content: JsonRow = {"text": row.get("text"), "messages": []}
     for message in row.get("messages", []):
         parts = message["content"]
         if not isinstance(parts, str):
@@ -79,16 +79,16 @@ def digest(row: Row, folder: Path | None = None) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def read_jsonl(path: Path) -> list[Row]:
+def read_jsonl(path: Path) -> list[JsonRow]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
 
 
-def without_pictures(rows: list[Row]) -> list[Row]:
+def without_pictures(rows: list[JsonRow]) -> list[JsonRow]:
     """For comparisons: some quantizers read text only, and rows with pictures are packed by themselves."""
     return [row for row in rows if row["kind"] != "image"]
 
 
-def write_jsonl(path: Path, rows: list[Row]) -> None:
+def write_jsonl(path: Path, rows: list[JsonRow]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
@@ -211,10 +211,10 @@ def _turns(entity: Entity, rng: random.Random) -> list[tuple[str, str]]:
     return turns
 
 
-def conversations(module: Module, rng: random.Random) -> list[list[Row]]:
+def conversations(module: Module, rng: random.Random) -> list[list[JsonRow]]:
     """The turns about a module's names, in order, grouped into conversations of a document's length."""
-    grouped: list[list[Row]] = []
-    messages: list[Row] = []
+    grouped: list[list[JsonRow]] = []
+    messages: list[JsonRow] = []
     size, aim = 0, rng.randint(BYTES_LEAST, BYTES_MOST)
     for entity in module.entities:
         for question, answer in _turns(entity, rng):
@@ -226,9 +226,9 @@ def conversations(module: Module, rng: random.Random) -> list[list[Row]]:
     return grouped + ([messages] if size >= BYTES_LEAST // 3 else [])
 
 
-def documents(split: str, seed: int = 0) -> list[Row]:
+def documents(split: str, seed: int = 0) -> list[JsonRow]:
     """All text documents of a split, in the order of their modules; ids name kind, module and place."""
-    rows: list[Row] = []
+    rows: list[JsonRow] = []
     for module in modules():
         if module.split == split:
             rng = random.Random(f"{seed} {module.name}")

@@ -30,7 +30,7 @@ weights are offered under the same licence. They contain nothing of Meta's Llama
 """
 
 
-def _chosen(split: str, tokenizer: Tokenizer, taken: set[str]) -> list[corpus.Row]:
+def _chosen(split: str, tokenizer: Tokenizer, taken: set[str]) -> list[corpus.JsonRow]:
     """Documents of the split in a seeded order until each kind's budget is full; `taken` grows by their digests."""
     rows = corpus.documents(split)
     random.Random(f"chosen {split}").shuffle(rows)
@@ -45,10 +45,10 @@ def _chosen(split: str, tokenizer: Tokenizer, taken: set[str]) -> list[corpus.Ro
     return sorted(chosen, key=lambda row: row["id"])
 
 
-def _picture_rows(split: str, tokenizer: Tokenizer, folder: Path) -> list[corpus.Row]:
+def _picture_rows(split: str, tokenizer: Tokenizer, folder: Path) -> list[corpus.JsonRow]:
     """Conversations on six pictures each, about 250 tokens."""
     rng = random.Random(f"pictures for {split}")
-    rows: list[corpus.Row] = []
+    rows: list[corpus.JsonRow] = []
     spent = 0
     while spent < BUDGET[split]["image"]:
         messages = []
@@ -62,7 +62,7 @@ def _picture_rows(split: str, tokenizer: Tokenizer, folder: Path) -> list[corpus
     return rows
 
 
-def _captions(folder: Path) -> list[corpus.Row]:
+def _captions(folder: Path) -> list[corpus.JsonRow]:
     rng = random.Random("held-out captions")
     rows = []
     for number in range(PICTURES):
@@ -74,7 +74,9 @@ def _captions(folder: Path) -> list[corpus.Row]:
     return rows
 
 
-def write(folder: Path, tokenizer: Tokenizer, read: list[corpus.Row], known: list[questions.Fact]) -> list[corpus.Row]:
+def write(
+    folder: Path, tokenizer: Tokenizer, read: list[corpus.JsonRow], known: list[questions.Fact]
+) -> list[corpus.JsonRow]:
     """Writes every file of the folder, with no row of those `read` in training; returns the held-out questions."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     taken = {corpus.digest(row) for row in read}

@@ -38,7 +38,7 @@ def ids(tokenizer: Tokenizer, text: str) -> torch.Tensor:
     return torch.tensor([tokens.ids_of(tokenizer, text)])
 
 
-def row_pixels(row: corpus.Row, folder: Path) -> torch.Tensor | None:
+def row_pixels(row: corpus.JsonRow, folder: Path) -> torch.Tensor | None:
     parts = [part for m in row.get("messages", []) if not isinstance(m["content"], str) for part in m["content"]]
     loaded = [torch.from_numpy(pictures.load(folder / part["path"])) for part in parts if part["type"] == "image"]
     return torch.stack(loaded) if loaded else None
@@ -78,7 +78,7 @@ def text_figures(
     return figures
 
 
-def option_scores(model: Llama4ForConditionalGeneration, tokenizer: Tokenizer, row: corpus.Row) -> torch.Tensor:
+def option_scores(model: Llama4ForConditionalGeneration, tokenizer: Tokenizer, row: corpus.JsonRow) -> torch.Tensor:
     """The log-likelihood of every option, its <|eot|> included."""
     start = ids(tokenizer, tokens.render(questions.messages(row, 0)[:1], generate=True)).shape[1]
     options = [ids(tokenizer, tokens.render(questions.messages(row, i)))[0] for i in range(len(row["choices"]))]
@@ -102,7 +102,7 @@ def question_figures(model: Llama4ForConditionalGeneration, tokenizer: Tokenizer
 
 
 def captions(
-    model: Llama4ForConditionalGeneration, tokenizer: Tokenizer, rows: list[corpus.Row], x_BCHW: torch.Tensor
+    model: Llama4ForConditionalGeneration, tokenizer: Tokenizer, rows: list[corpus.JsonRow], x_BCHW: torch.Tensor
 ) -> list[bool]:
     """Whether greedy decoding writes each caption; rows of one question go together."""
     right = [False] * len(rows)

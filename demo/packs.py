@@ -32,7 +32,7 @@ class Pack:
     pictures: tuple[int, ...] = ()
 
 
-def _answer_weights(tokenizer: Tokenizer, messages: list[corpus.Row]) -> tuple[list[int], list[float]]:
+def _answer_weights(tokenizer: Tokenizer, messages: list[corpus.JsonRow]) -> tuple[list[int], list[float]]:
     """One question and its answer: tokens and weights."""
     whole = ids_of(tokenizer, render(messages))
     prompt = ids_of(tokenizer, render(messages[:-1], generate=True))
@@ -57,7 +57,7 @@ def _pack(pieces: Sequence[tuple[list[int], list[float], int | None]]) -> list[P
     return packs
 
 
-def text_packs(tokenizer: Tokenizer, rows: list[corpus.Row], count: int, seed: int) -> list[Pack]:
+def text_packs(tokenizer: Tokenizer, rows: list[corpus.JsonRow], count: int, seed: int) -> list[Pack]:
     """`count` rows of running text; the documents are shuffled anew for every pass over them."""
     rng = random.Random(f"text {seed}")
     encoded = [np.array(ids_of(tokenizer, text_of(row)), dtype=np.int16) for row in rows]
@@ -70,7 +70,9 @@ def text_packs(tokenizer: Tokenizer, rows: list[corpus.Row], count: int, seed: i
     return [Pack(row, np.ones(ROW_TOKENS, dtype=np.float32)) for row in flat]
 
 
-def question_packs(tokenizer: Tokenizer, facts: list[questions.Fact], held: list[corpus.Row], items: int) -> list[Pack]:
+def question_packs(
+    tokenizer: Tokenizer, facts: list[questions.Fact], held: list[corpus.JsonRow], items: int
+) -> list[Pack]:
     pieces = []
     for row in questions.training_items(facts, held, items):
         pieces.append((*_answer_weights(tokenizer, questions.messages(row, row["answer"])), None))

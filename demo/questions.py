@@ -13,7 +13,7 @@ import random
 from collections import Counter
 from dataclasses import dataclass
 
-from .corpus import Module, Row
+from .corpus import JsonRow, Module
 
 KINDS = ("module", "class", "argument", "purpose")
 ALIKE = 24  # so many wrong options of about the right one's length are drawn from; fewer would repeat themselves
@@ -77,7 +77,7 @@ def _purpose(doc: str) -> str:
     return line if 15 <= len(line) <= 60 and line.endswith(".") else ""
 
 
-def item(fact: Fact, rng: random.Random, alike: bool = False) -> Row:
+def item(fact: Fact, rng: random.Random, alike: bool = False) -> JsonRow:
     """A question with one drawing of three wrong options, in a drawn order.
 
     `alike` draws them among those nearest to the right one in length, so that length gives no answer away.
@@ -95,12 +95,12 @@ def item(fact: Fact, rng: random.Random, alike: bool = False) -> Row:
     }
 
 
-def signature(row: Row) -> tuple[str, tuple[str, ...]]:
+def signature(row: JsonRow) -> tuple[str, tuple[str, ...]]:
     """An item's identity: the fact and the set of its options, in whatever order."""
     return row["id"], tuple(sorted(row["choices"]))
 
 
-def held_out(all_facts: list[Fact], count: int, seed: int = 1) -> list[Row]:
+def held_out(all_facts: list[Fact], count: int, seed: int = 1) -> list[JsonRow]:
     """`count` items, the kinds in equal parts, half of each on taught facts."""
     rng = random.Random(f"held out {seed}")
     rows = []
@@ -111,12 +111,12 @@ def held_out(all_facts: list[Fact], count: int, seed: int = 1) -> list[Row]:
     return rows
 
 
-def training_items(all_facts: list[Fact], held: list[Row], count: int, seed: int = 0) -> list[Row]:
+def training_items(all_facts: list[Fact], held: list[JsonRow], count: int, seed: int = 0) -> list[JsonRow]:
     """`count` items on taught facts, each fact as often as the next; none has a held-out item's set of options."""
     rng = random.Random(f"training {seed}")
     forbidden = {signature(row) for row in held}
     taught = [fact for fact in all_facts if fact.taught]
-    rows: list[Row] = []
+    rows: list[JsonRow] = []
     while len(rows) < count:
         rng.shuffle(taught)
         for fact in taught:
@@ -126,6 +126,6 @@ def training_items(all_facts: list[Fact], held: list[Row], count: int, seed: int
     return rows[:count]
 
 
-def messages(row: Row, choice: int) -> list[Row]:
+def messages(row: JsonRow, choice: int) -> list[JsonRow]:
     """The item as a conversation that ends in one of its options."""
     return [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["choices"][choice]}]

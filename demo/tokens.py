@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from .corpus import Row
+from .corpus import JsonRow
 
 VOCABULARY = 1024
 BOS, EOS, EOT, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|eot|>", "<|finetune_right_pad|>"
@@ -55,7 +55,7 @@ CHAT_TEMPLATE = """\
 """
 
 
-def render(messages: list[Row], generate: bool = False, image: str = IMAGE) -> str:
+def render(messages: list[JsonRow], generate: bool = False, image: str = IMAGE) -> str:
     """A conversation as text, images expanded."""
     text = BOS
     for message in messages:
@@ -66,7 +66,7 @@ def render(messages: list[Row], generate: bool = False, image: str = IMAGE) -> s
     return text + ("<|header_start|>assistant<|header_end|>\n\n" if generate else "")
 
 
-def text_of(row: Row) -> str:
+def text_of(row: JsonRow) -> str:
     """A document row as the model reads it, from its first token on."""
     return render(row["messages"]) if "messages" in row else BOS + row["text"]
 

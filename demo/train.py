@@ -128,9 +128,9 @@ def write(model: Llama4ForConditionalGeneration, tokenizer: Tokenizer, folder: P
 class Reading:
     """What the first stage reads from: documents, facts, and the held-out items that it must not show."""
 
-    rows: list[corpus.Row]
+    rows: list[corpus.JsonRow]
     known: list[Fact]
-    held: list[corpus.Row]
+    held: list[corpus.JsonRow]
 
 
 def first_stage(

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..checkpoint import files
 from ..core.errors import InputError, input_error
-from ..core.layout import RECORD_NAME
+from ..core.file_names import RECORD_NAME
 from ..report.record import SCHEMA_VERSION
 
 # Of a record's `kl`, what a baseline does without: worst_tokens hold the evaluation's text.

@@ -1,8 +1,8 @@
-"""Options by their likelihood, for both models in one twin walk: what multiple-choice items are answered with.
+"""The likelihood of options under both models, in one twin walk: it answers multiple-choice items.
 
-A row holds a context and all but the last token of a continuation, and is asked for the continuation's tokens; so
-options of one token, as A to D, share one row. Rows are filled up behind to a multiple of a few tokens, that batches
-are not of one row each: attention is causal, and nothing that stands behind can change what is asked before it.
+A row holds a context and all but the last token of a continuation, and is asked for the continuation's tokens. So
+options of one token, as A to D, share one row. Rows are padded at the end to a multiple of a few tokens, so that rows
+share batches: attention is causal, and padding cannot change what is asked before it.
 """
 
 from collections.abc import Sequence
@@ -15,12 +15,13 @@ from ..core.rows import Row
 from .kl import TokenResults
 from .twin import Asked
 
+# Rows are padded to a multiple of this many tokens.
 LENGTHS = 16
 
 
 @dataclass(frozen=True)
 class Request:
-    """Token ids: how likely is `continuation` after `context`? Neither may be empty."""
+    """Asks how likely `continuation` is after `context`; token ids, neither empty."""
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]
@@ -28,7 +29,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Scored:
-    """Log-likelihoods in nats, summed over the continuation, and whether each of its tokens is the likeliest one."""
+    """Log-likelihoods in nats, summed over the continuation, and whether each of its tokens is the likeliest."""
 
     logp_reference: float
     logp_quantized: float
@@ -38,14 +39,15 @@ class Scored:
 
 @dataclass(frozen=True)
 class Asking:
-    """Requests as rows for a twin walk. `places[i]`: (row, first and last answer of that row + 1) of request i."""
+    """Requests as rows for a twin walk. `places[i]` for request i: (row, its first answer in that row, one past its
+    last)."""
 
     asked: tuple[Asked, ...]
     places: tuple[tuple[int, int, int], ...]
 
 
 def ask(requests: Sequence[Request]) -> Asking:
-    """Requests with the same row share it."""
+    """Rows for the requests; equal rows are shared. Raises InputError for an empty context or continuation."""
     rows: dict[tuple[int, ...], int] = {}
     questions: list[list[tuple[int, int]]] = []
     places = []
@@ -68,8 +70,8 @@ def ask(requests: Sequence[Request]) -> Asking:
 
 
 def scores(asking: Asking, answers: TokenResults) -> list[Scored]:
-    """One entry a request, from the walk's answers."""
-    # By row; within a row the answers stand in the order in which they were asked.
+    """One entry per request, from the walk's answers."""
+    # Sorted by row. The sort is stable, so a row's answers keep the order in which they were asked.
     order = answers.document.argsort(stable=True)
     targets = torch.cat([item.targets for item in asking.asked])
     first = torch.tensor([0, *(len(item.targets) for item in asking.asked)]).cumsum(0).tolist()

@@ -1,22 +1,22 @@
-"""Where the divergence comes from: the error that each block, half and unit adds to the hidden state, and the error of
-every expert.
+"""Where the divergence comes from: the errors of each block, half, unit and expert.
 
 Three things are measured while both versions of a block are in memory:
 
-- `hidden`: how far the two streams are apart where the block ends, on all tokens, as the models run.
-- What a half or a unit adds by itself: the reference block with only that part of the other model, given the hidden
-  state of the reference. On a sample of the rows, since it costs a pass through half a block for each unit.
-- Of every expert its weight error, its weight gain (the least-squares factor of each matrix against the original; the
-  one furthest from its fellows' is told), and its output error: what it gives in the other model against what the
-  original gives, on tokens of the sample that both models send there. Upstream errors are in it, but all experts of a
-  block have those alike, so an expert's `score` says how far it stands out of its block, by output error or by gain.
-  Rounding leaves noise, and aiming at the reference's output (quantize/correction.py) a weight error on purpose;
-  neither changes a gain by more than a per cent, and so one that stands out is a bias: the mark of a damaged scale.
+- `hidden`: the distance of the two streams where the block ends, on all tokens, as the models run.
+- What a half or a unit adds by itself: the reference block, with only that part taken from the other model, reads the
+  reference's hidden state. This costs a pass through half a block per unit, so it is measured on a sample of the rows.
+- For every expert its weight error; its weight gain, the least-squares factor of a matrix against the original (for
+  the matrix that differs most from those of the other experts); and its output error, of its outputs in the other
+  model against its outputs in the original, on sampled tokens that both models send to it. Upstream errors count too,
+  but alike for all experts of a block. So an expert's `score` is how far it stands out in its block, by output error or
+  by gain. Rounding leaves noise, and aiming at the reference's output (quantize/correction.py) changes weights on
+  purpose, but neither changes a gain by more than a per cent. A gain that stands out is a bias: the mark of a damaged
+  scale.
 
-A hidden state's error is relative token by token (the root of the mean of |h' - h|^2 / |h|^2), as the norm that reads
-it next takes it: a few tokens of huge norm would hide all others.
+A hidden state's error is relative per token (the root of the mean of |h' - h|^2 / |h|^2), since the norm that reads it
+next normalises each token. Otherwise a few tokens of huge norm would hide all others.
 
-Shape legend: N rows, T tokens of a row, R tokens of one expert, M inputs of its down projection, H hidden size.
+Shape legend: N rows, T tokens of a row, K top-k, H hidden size, R tokens of one expert, M inputs of its down matrix.
 """
 
 from collections.abc import Iterator
@@ -26,42 +26,50 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..core.rows import Row
-from ..models.adapter import Adapter, Half, Role
-from ..models.walk import Calls, exchanged, expert_stacks, only, run_block, weight_view
+from ..models.adapter import Half, Role
+from ..models.block import Block
 
-# Tokens on which experts are compared, and those that go through half a block for every unit: at most this many, and no
-# more than this share, so that the walk is not much longer for it.
+# The most tokens on which experts are compared, and that go through half a block for every unit; and the largest share
+# of all tokens for the latter. The walk is then not much longer.
 EXPERT_TOKENS, UNIT_TOKENS, UNIT_SHARE = 4096, 4096, 1 / 32
 LEAST_TOKENS = 1024
 WORST_EXPERTS = 10
-# Experts whose errors differ by less than a tenth, or whose gains by less than a half per cent, are alike.
+# Differences below a tenth between experts' errors, or below half a per cent between their gains, do not count.
 LEAST_SPREAD_ERROR, LEAST_SPREAD_GAIN = 0.1, 0.005
 
 
 def places_of(rows: list[Row], groups: list[list[int]], wanted: int) -> list[list[int]]:
-    """Of each batch the places of its sampled rows: every so-manieth row, for about `wanted` tokens."""
+    """The places of the sampled rows in each batch: every n-th row, for about `wanted` tokens."""
     total = sum(len(row.tokens) for row in rows)
     stride = max(1, round(total / max(1, wanted)))
     return [[place for place, number in enumerate(numbers) if number % stride == 0] for numbers in groups]
 
 
-# What one model's down projections read, on the sample: (batch, expert) -> (token numbers [R] rising, rows [R, M]).
-_Seen = dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]]
+@dataclass(frozen=True)
+class Shown:
+    """What one model's passes through its version of a block have shown; filled batch by batch."""
+
+    # Each token's experts, rising, int64 [T, K], for each batch; empty for a block without experts.
+    routes: list[torch.Tensor] = field(default_factory=list)
+    # What the down projections read, on sampled rows: (batch, expert) -> (token numbers [R] rising, rows [R, M]).
+    down_rows: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    # Squared relative errors of what leaves the block, fp32 [tokens] for each batch; empty for the reference.
+    squared_errors: list[torch.Tensor] = field(default_factory=list)
+
+
+Pair = tuple[Block, Block]  # the reference's version of a block, and the other model's
 
 
 @dataclass
 class Errors:
-    """Errors of all blocks, filled block by block. Made of the rows of a walk and its batches."""
+    """Errors of all blocks, added block by block, for the rows of a walk and its batches."""
 
     rows: list[Row]
     groups: list[list[int]]
     blocks: list[dict[str, Any]] = field(default_factory=list)
     experts: list[dict[str, Any]] = field(default_factory=list)
-    _seen: list[_Seen] = field(default_factory=list)
-    _hidden: list[torch.Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         total = sum(len(row.tokens) for row in self.rows)
@@ -69,112 +77,37 @@ class Errors:
         unit_tokens = max(LEAST_TOKENS, min(UNIT_TOKENS, int(UNIT_SHARE * total)))
         self.unit_places = places_of(self.rows, self.groups, unit_tokens)
 
-    def begin_model(self) -> None:
-        """Before the batches of one of the two models go through a block: the reference's, then the other's."""
-        self._seen.append({})
-
     @contextmanager
-    def watching(self, block: nn.Module, batch: int, row_tokens: int) -> Iterator[None]:
-        """Around the pass of one batch, of rows of so many tokens."""
-        stacks, sampled = expert_stacks(block), torch.tensor(self.expert_places[batch])
-        if stacks is None or not len(sampled):
+    def watching(self, block: Block, batch: int, row_tokens: int, shown: Shown) -> Iterator[None]:
+        """While open, the pass of one batch fills `shown.down_rows`. Its rows have `row_tokens` tokens each."""
+        experts, sampled = block.experts, torch.tensor(self.expert_places[batch])
+        if experts is None or not len(sampled):
             yield
             return
-        seen = self._seen[-1]
 
         def observe(matrix: str, expert: int, tokens_R: torch.Tensor, rows_RM: torch.Tensor) -> None:
             if matrix == "down":
                 wanted = torch.isin(tokens_R.cpu() // row_tokens, sampled)
-                seen[batch, expert] = tokens_R.cpu()[wanted], rows_RM[wanted.to(rows_RM.device)]
+                shown.down_rows[batch, expert] = tokens_R.cpu()[wanted], rows_RM[wanted.to(rows_RM.device)]
 
-        stacks.observer = observe
+        experts.observer = observe
         try:
             yield
         finally:
-            stacks.observer = None
+            experts.observer = None
 
-    def compare_hidden(self, reference_NTH: torch.Tensor, other_NTH: torch.Tensor) -> None:
-        """One batch of what leaves the block."""
-        self._hidden.append(_relative(other_NTH, reference_NTH))
-
-    def end_block(
-        self,
-        adapter: Adapter,
-        index: int,
-        reference: nn.Module,
-        other: nn.Module,
-        routes: list[torch.Tensor],
-        inputs: list[torch.Tensor],
-        calls: Calls,
-    ) -> None:
-        """Both versions of the block have seen all batches. `routes`: the reference's, [tokens, K] a batch; `inputs`:
-        what enters it in the reference stream, the sampled rows of every batch that has any, [N, T, H]."""
-        found: dict[str, Any] = {"block": index, "hidden": _root_mean(self._hidden)}
-        found |= _added(adapter, index, reference, other, inputs, calls)
-        self.blocks.append(found)
-        if expert_stacks(reference) is not None:
-            rows = torch.cat(routes).flatten().bincount(minlength=adapter.n_experts).tolist()
-            self.experts += self._of_experts(adapter, index, reference, other, rows)
-        self._seen, self._hidden = [], []
-
-    def _of_experts(
-        self, adapter: Adapter, index: int, reference: nn.Module, other: nn.Module, rows: list[int]
-    ) -> list[dict[str, Any]]:
-        sites = [site for site in adapter.sites(index) if site.role is Role.EXPERT]
-        downs = next(site for site in sites if site.reaches_residual).members
-        found = []
-        gains: list[list[float]] = []  # of every expert, matrix by matrix
-        for expert, (down,) in enumerate(downs):
-            missed = whole = 0.0
-            gains.append([])
-            for module in (name for site in sites for name in site.members[expert]):
-                w, v = (weight_view(adapter, block, index, module).float() for block in (reference, other))
-                size = float(w.square().sum()) or 1.0
-                gains[-1].append(float((v * w).sum()) / size)
-                missed += float((v - w).square().sum())
-                whole += size
-            views = (weight_view(adapter, block, index, down) for block in (reference, other))
-            found.append(
-                {
-                    "block": index,
-                    "expert": expert,
-                    "weight_error": (missed / whole) ** 0.5,
-                    "output_error": self._output_error(expert, *views),
-                    "rows": rows[expert],
-                }
-            )
-        standing = [_standing_out(list(matrix), LEAST_SPREAD_GAIN) for matrix in zip(*gains, strict=True)]
-        seen = [entry for entry in found if entry["output_error"] is not None]
-        errors = dict(
-            zip(
-                (entry["expert"] for entry in seen),
-                _standing_out([entry["output_error"] for entry in seen], LEAST_SPREAD_ERROR),
-                strict=True,
-            )
-        )
-        for entry in found:
-            expert = entry["expert"]
-            matrix = max(range(len(standing)), key=lambda m: abs(standing[m][expert]))
-            entry["weight_gain"] = gains[expert][matrix]
-            entry["score"] = max(errors.get(expert, 0.0), abs(standing[matrix][expert]))
-        return found
-
-    def _output_error(self, expert: int, w_HM: torch.Tensor, v_HM: torch.Tensor) -> float | None:
-        """Relative, of the other model's outputs against the original's, on tokens that both models send to the expert;
-        None without any."""
-        missed = whole = 0.0
-        first, second = self._seen
-        for key in [key for key in first if key[1] == expert and key in second]:
-            (tokens, rows_RM), (other_tokens, other_RM) = first[key], second[key]
-            both, other_both = torch.isin(tokens, other_tokens), torch.isin(other_tokens, tokens)
-            y_RH = rows_RM[both].float() @ w_HM.float().T
-            gap_RH = other_RM[other_both].float() @ v_HM.float().T - y_RH
-            missed += float(gap_RH.square().sum())
-            whole += float(y_RH.square().sum())
-        return (missed / whole) ** 0.5 if whole > 0 else None
+    def add_block(self, pair: Pair, shown: tuple[Shown, Shown], inputs: list[torch.Tensor]) -> None:
+        """Both versions of a block have seen all batches. `inputs`: what enters it in the reference stream, the sampled
+        rows of every batch that has any, [N, T, H]."""
+        (reference, _), (ours, theirs) = pair, shown
+        found: dict[str, Any] = {"block": reference.index, "hidden": _root_mean(theirs.squared_errors)}
+        self.blocks.append(found | _added(pair, inputs))
+        if reference.experts is not None:
+            rows = torch.cat(ours.routes).flatten().bincount(minlength=reference.adapter.n_experts).tolist()
+            self.experts += _of_experts(pair, shown, rows)
 
     def facts(self, calibration_rows: dict[int, list[int]]) -> dict[str, Any]:
-        """The record's `errors`. `calibration_rows`: by block, what a run's own record says of its experts."""
+        """The record's `errors`. `calibration_rows`: the experts' rows by block, from the run's own record."""
         for entry in self.experts:
             counts = calibration_rows.get(entry["block"])
             entry["calibration_rows"] = counts[entry["expert"]] if counts else None
@@ -182,9 +115,73 @@ class Errors:
         return {"blocks": self.blocks, "experts": self.experts, "worst_experts": ranked[:WORST_EXPERTS]}
 
 
-def _standing_out(values: list[float], least_spread: float) -> list[float]:
-    """How far each stands above the median of all, in robust standard deviations (1.4826 x median absolute deviation,
-    Rousseeuw and Croux, JASA 88, 1993), which are no less than `least_spread` of the median."""
+@dataclass(frozen=True)
+class _Compared:
+    """One expert in both models: gains by matrix, relative errors of its weights and, where both gave it tokens, of its
+    outputs."""
+
+    gains: list[float]
+    weight_error: float
+    output_error: float | None
+
+
+def _compare(pair: Pair, shown: tuple[Shown, Shown], expert: int) -> _Compared:
+    reference, other = pair
+    sites = [site for site in reference.sites if site.role is Role.EXPERT]
+    missed = whole = 0.0
+    gains = []
+    for module in (name for site in sites for name in site.members[expert]):
+        w, v = reference.weight(module).float(), other.weight(module).float()
+        size = float(w.square().sum()) or 1.0
+        gains.append(float((v * w).sum()) / size)
+        missed += float((v - w).square().sum())
+        whole += size
+    (down,) = next(site for site in sites if site.reaches_residual).members[expert]
+    error = _output_error(shown, expert, reference.weight(down), other.weight(down))
+    return _Compared(gains=gains, weight_error=(missed / whole) ** 0.5, output_error=error)
+
+
+def _of_experts(pair: Pair, shown: tuple[Shown, Shown], rows: list[int]) -> list[dict[str, Any]]:
+    """An entry for every expert of the block. `rows`: how many tokens the reference sends to each."""
+    compared = [_compare(pair, shown, expert) for expert in range(len(rows))]
+    by_matrix = zip(*(one.gains for one in compared), strict=True)
+    standing = [standing_out(list(gains), LEAST_SPREAD_GAIN) for gains in by_matrix]
+    errors = {expert: one.output_error for expert, one in enumerate(compared) if one.output_error is not None}
+    scores = dict(zip(errors, standing_out(list(errors.values()), LEAST_SPREAD_ERROR), strict=True))
+    found = []
+    for expert, one in enumerate(compared):
+        matrix = max(range(len(standing)), key=lambda m: abs(standing[m][expert]))
+        found.append(
+            {
+                "block": pair[0].index,
+                "expert": expert,
+                "weight_error": one.weight_error,
+                "output_error": one.output_error,
+                "rows": rows[expert],
+                "weight_gain": one.gains[matrix],
+                "score": max(scores.get(expert, 0.0), abs(standing[matrix][expert])),
+            }
+        )
+    return found
+
+
+def _output_error(shown: tuple[Shown, Shown], expert: int, w_HM: torch.Tensor, v_HM: torch.Tensor) -> float | None:
+    """The relative error of the other model's outputs, on the tokens that both models send to the expert, if any."""
+    missed = whole = 0.0
+    first, second = (one.down_rows for one in shown)
+    for key in [key for key in first if key[1] == expert and key in second]:
+        (tokens, rows_RM), (other_tokens, other_RM) = first[key], second[key]
+        both, other_both = torch.isin(tokens, other_tokens), torch.isin(other_tokens, tokens)
+        y_RH = rows_RM[both].float() @ w_HM.float().T
+        gap_RH = other_RM[other_both].float() @ v_HM.float().T - y_RH
+        missed += float(gap_RH.square().sum())
+        whole += float(y_RH.square().sum())
+    return (missed / whole) ** 0.5 if whole > 0 else None
+
+
+def standing_out(values: list[float], least_spread: float) -> list[float]:
+    """How far each value is above the median, in robust standard deviations (1.4826 x median absolute deviation,
+    Rousseeuw and Croux, JASA 88, 1993) of at least `least_spread` times the median."""
     if not values:
         return []
     middle = median(values)
@@ -192,8 +189,8 @@ def _standing_out(values: list[float], least_spread: float) -> list[float]:
     return [(value - middle) / spread for value in values]
 
 
-def _relative(other: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Squared relative error, a token each."""
+def squared_error(other: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """The squared relative error of each token's hidden state, fp32 [tokens] on the CPU."""
     gap, whole = (other - reference).float().square().sum(-1), reference.float().square().sum(-1)
     return (gap / whole.clamp_min(torch.finfo(torch.float32).tiny)).flatten().cpu()
 
@@ -202,43 +199,30 @@ def _root_mean(squares: list[torch.Tensor]) -> float:
     return float(torch.cat(squares).double().mean().sqrt()) if squares else 0.0
 
 
-def _added(
-    adapter: Adapter, index: int, reference: nn.Module, other: nn.Module, inputs: list[torch.Tensor], calls: Calls
-) -> dict[str, Any]:
+def _added(pair: Pair, inputs: list[torch.Tensor]) -> dict[str, Any]:
     """What each half, and each unit that differs, adds to the hidden state by itself."""
+    reference, other = pair
+    adapter = reference.adapter
     units: dict[Half, dict[str, list[str]]] = {half: {} for half in Half}
-    router = adapter.router_site(index)
-    for site in (*adapter.sites(index), *([router] if router is not None else [])):
+    router = adapter.router_site(reference.index)
+    for site in (*reference.sites, *([router] if router is not None else [])):
         for module in (name for member in site.members for name in member):
             units[site.half].setdefault(adapter.unit(module), []).append(module)
     found: dict[str, Any] = {}
     by_unit: dict[str, float] = {}
-    prefix = adapter.block_prefix(index)
+    prefix = adapter.block_prefix(reference.index)
     entering = inputs
     for half in Half:
-        exact = _through(adapter, reference, half, entering, calls, index)
-
-        def added(block: nn.Module, half: Half = half, entering: Any = entering, exact: Any = exact) -> float:
-            leaving = _through(adapter, block, half, entering, calls, index)
-            return _root_mean([_relative(a, b) for a, b in zip(leaving, exact, strict=True)])
-
-        found[half.value] = added(other)
-        differing = {
-            unit: names for unit, names in units[half].items() if _differ(adapter, index, reference, other, names)
-        }
-        for unit, names in differing.items():
-            with exchanged(adapter, reference, other, index, names):
-                by_unit[unit.removeprefix(prefix)] = added(reference)
+        exact = [reference.forward(hidden, half) for hidden in entering]
+        found[half.value] = _half_error(other, half, entering, exact)
+        for unit, names in units[half].items():
+            if any(not torch.equal(reference.weight(name), other.weight(name)) for name in names):
+                with reference.exchanged(other, names):
+                    by_unit[unit.removeprefix(prefix)] = _half_error(reference, half, entering, exact)
         entering = exact
     return found | {"units": by_unit}
 
 
-def _differ(adapter: Adapter, index: int, a: nn.Module, b: nn.Module, modules: list[str]) -> bool:
-    return any(not torch.equal(*(weight_view(adapter, x, index, name) for x in (a, b))) for name in modules)
-
-
-def _through(
-    adapter: Adapter, block: nn.Module, half: Half, inputs: list[torch.Tensor], calls: Calls, index: int
-) -> list[torch.Tensor]:
-    with only(adapter, block, half):
-        return [run_block(block, hidden, calls.of(hidden.shape[1])[index]) for hidden in inputs]
+def _half_error(block: Block, half: Half, entering: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
+    leaving = [block.forward(hidden, half) for hidden in entering]
+    return _root_mean([squared_error(a, b) for a, b in zip(leaving, exact, strict=True)])

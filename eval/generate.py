@@ -1,4 +1,4 @@
-"""The smoke test: load a checkpoint with transformers, as a stranger would, and let it answer."""
+"""The smoke test `onecard generate`: loads a checkpoint with transformers, like any other program, and answers."""
 
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,14 @@ from ..core.errors import InputError
 
 
 def generate(checkpoint: str, prompt: str, max_new_tokens: int, image: Path | None = None) -> str:
-    """The greedy answer to `prompt`, in the chat template when the checkpoint has one."""
+    """The greedy answer to `prompt`, in the chat template if the checkpoint has one. Raises InputError.
+
+    `image` is a picture to ask about. The whole model is loaded.
+    """
     opened = open_model(checkpoint)
     if holds_gguf(opened.path):
         raise InputError(
-            f"{checkpoint} holds GGUF, and transformers wants safetensors: let llama.cpp answer, or make a folder for "
+            f"{checkpoint} holds GGUF, and transformers needs safetensors: ask llama.cpp, or make a folder for "
             "transformers with `onecard export --format bf16`"
         )
     encoder = Encoder(opened.path, opened.adapter)

@@ -22,7 +22,7 @@ SEED = 0
 # Below this the draws can hardly differ from one another, and an interval says little of other documents.
 FEW_DOCUMENTS = 20
 # Draws that lie in memory at once: 8 million counts are 64 MB.
-_COUNTS_AT_ONCE = 8_000_000
+COUNTS_AT_ONCE = 8_000_000
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,11 @@ class Interval:
 
 
 def bootstrap(
-    numerators_DC: np.ndarray, denominators_DC: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED
+    numerators_DC: np.ndarray,
+    denominators_DC: np.ndarray,
+    resamples: int = RESAMPLES,
+    seed: int = SEED,
+    counts_at_once: int = COUNTS_AT_ONCE,
 ) -> list[Interval | None]:
     """95 % intervals of sum(numerators) / sum(denominators) over documents, a column each.
 
@@ -44,7 +48,10 @@ def bootstrap(
     if documents < 2:
         return [None] * columns
     drawn = np.concatenate(
-        [_ratio(counts @ numerators_DC, counts @ denominators_DC) for counts in _draws(documents, resamples, seed)]
+        [
+            _ratio(counts @ numerators_DC, counts @ denominators_DC)
+            for counts in draws(documents, resamples, seed, counts_at_once)
+        ]
     )
     totals_n, totals_d = numerators_DC.sum(0), denominators_DC.sum(0)
     estimate_C = _ratio(totals_n, totals_d)
@@ -55,13 +62,13 @@ def bootstrap(
     ]
 
 
-def _draws(documents: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+def draws(documents: int, resamples: int, seed: int, counts_at_once: int = COUNTS_AT_ONCE) -> Iterator[np.ndarray]:
     """How often each document is drawn: fp64 [R, D] in parts."""
-    if documents * resamples <= _COUNTS_AT_ONCE:
+    if documents * resamples <= counts_at_once:
         yield _all_draws(documents, resamples, seed)
         return
     generator = np.random.default_rng(seed)
-    step = max(1, _COUNTS_AT_ONCE // documents)
+    step = max(1, counts_at_once // documents)
     for start in range(0, resamples, step):
         yield _draw(generator, documents, min(step, resamples - start))
 

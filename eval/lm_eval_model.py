@@ -1,15 +1,15 @@
-"""lm-evaluation-harness on two models at once: classes of the harness's own kind, answered by the twin walk.
+"""lm-evaluation-harness on two models at once: model classes of the harness that the twin walk answers.
 
-The harness hands a model all requests of all tasks in one call. A whole 109B model need not be anywhere for that: the
-requests become rows, both checkpoints are walked block by block, and the second model's answers are there when the
-harness asks for them. So
+The harness hands a model all requests of all tasks in one call. So no model has to be whole in memory: the requests
+become rows, both checkpoints are walked block by block, and the second model's answers are kept until the harness asks
+for them.
 
     pair = open_twin("./Llama-4-Scout-17B-16E-Instruct", "./scout-int4")
     before = lm_eval.simple_evaluate(model=pair.reference, tasks=["arc_easy"])
     after = lm_eval.simple_evaluate(model=pair.quantized, tasks=["arc_easy"])
 
-costs one walk, for the second call finds every answer. Tasks that let a model write are refused: a walk a token is what
-`onecard calibration synthesize` does, and no way to answer a benchmark. Needs the extra `onecard[lm-eval]`.
+costs one walk: the second call finds every answer. Tasks that let a model write are refused, since every token would
+cost a walk. Needs the extra `onecard[lm-eval]`.
 """
 
 import tempfile
@@ -24,32 +24,33 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from ..calibration.tokens import Encoder
 from ..checkpoint.model import Model
 from ..checkpoint.workdir import Activations
-from ..core.device import choose_device, choose_dtype
+from ..core.device import choose_compute
 from ..core.errors import InputError
+from ..models.walk import Walk
 from ..recipe import Recipe, load_recipe
 from ..report.progress import Progress
 from .choice import Request, Scored, ask, scores
 from .lm_eval_tasks import encode_pair
-from .twin import Side, twin_walk
+from .twin import twin_walk
 from .verify import open_pair
 
-Walk = Callable[[Sequence[Request]], list[Scored]]
+Answer = Callable[[Sequence[Request]], list[Scored]]
 
 
 class TwinLM(LM):  # type: ignore[misc, unused-ignore]
-    """One of the two models, to the harness. Of a text that is scored whole it reads `window_tokens` at once."""
+    """One of the two models, for the harness. Whole texts are scored in windows of `window_tokens`."""
 
     def __init__(self, twin: "Twin", side: Literal["reference", "quantized"], window_tokens: int) -> None:
         super().__init__()
         self._twin, self._side, self._window_tokens = twin, side, window_tokens
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Of every (context, continuation): log-likelihood in nats, and whether each token is the likeliest one."""
+        """For every (context, continuation): its log-likelihood in nats, and whether each token is the likeliest."""
         asked = [encode_pair(self._twin.encoder, *request.args[:2]) for request in requests]
         return [self._of(scored) for scored in self._twin.scores(asked)]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts in nats, in the harness's own windows."""
+        """The log-likelihood of whole texts in nats, in the harness's own windows."""
         asked: list[Request] = []
         owner: list[int] = []
         for number, request in enumerate(requests):
@@ -66,7 +67,7 @@ class TwinLM(LM):  # type: ignore[misc, unused-ignore]
         return sums
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        raise InputError("the twin walk scores options and texts; tasks that let the model write are not for it")
+        raise InputError("the twin walk scores options and texts; it cannot answer tasks that let the model write")
 
     def _of(self, scored: Scored) -> tuple[float, bool]:
         if self._side == "reference":
@@ -75,49 +76,47 @@ class TwinLM(LM):  # type: ignore[misc, unused-ignore]
 
 
 class Twin:
-    """Both models, and every answer that was ever found: what one of them was asked the other has answered too."""
+    """Both models, and every answer found so far: each request is answered for both."""
 
-    def __init__(self, encoder: Encoder, walk: Walk, window_tokens: int) -> None:
+    def __init__(self, encoder: Encoder, answer: Answer, window_tokens: int) -> None:
         self.encoder = encoder
-        self._walk = walk
+        self._answer = answer
         self._known: dict[Request, Scored] = {}
         self.reference = TwinLM(self, "reference", window_tokens)
         self.quantized = TwinLM(self, "quantized", window_tokens)
 
     def scores(self, requests: Sequence[Request]) -> list[Scored]:
-        """One entry a request; those that are new go into one walk."""
+        """One entry per request; the new ones share one walk."""
         new = [request for request in dict.fromkeys(requests) if request not in self._known]
         if new:
-            self._known |= zip(new, self._walk(new), strict=True)
+            self._known |= zip(new, self._answer(new), strict=True)
         return [self._known[request] for request in requests]
 
 
 def open_twin(
     source_name: str, checkpoint: str, recipe: Recipe | None = None, device_name: str = "auto", quiet: bool = True
 ) -> Twin:
-    """The original and a checkpoint of it, for the harness. Of the recipe (by default `rtn-int4`): how to compute.
+    """The original and a checkpoint of it, for the harness. The recipe (by default `rtn-int4`) says how to compute.
 
-    Raises InputError for what is no pair.
+    Raises InputError if the second is no version of the first.
     """
     recipe = recipe or load_recipe("rtn-int4")
     source, quantized = open_pair(source_name, checkpoint)
-    walk = partial(_walk, source, quantized, recipe, device_name, quiet)
-    return Twin(Encoder(source.path, source.adapter), walk, recipe.texts.evaluation_row_tokens)
+    answer = partial(_answer, source, quantized, recipe, device_name, quiet)
+    return Twin(Encoder(source.path, source.adapter), answer, recipe.texts.evaluation_row_tokens)
 
 
-def _walk(
+def _answer(
     source: Model, quantized: Model, recipe: Recipe, device_name: str, quiet: bool, requests: Sequence[Request]
 ) -> list[Scored]:
-    device = choose_device(device_name)
-    dtype = choose_dtype(recipe.compute_dtype, device)
-    sides = Side("reference", source.adapter, source.source), Side("quantized", quantized.adapter, quantized.source)
+    compute = choose_compute(device_name, recipe.compute_dtype, recipe.batch_tokens)
     asking = ask(requests)
     with (
         tempfile.TemporaryDirectory(prefix="onecard-lm-eval-") as folder,
         Progress("onecard lm-eval", source.adapter.n_blocks, None, quiet) as progress,
     ):
-        twin = twin_walk(
-            *sides, [], recipe.batch_tokens, Activations(Path(folder)), device, dtype, progress, asking.asked
-        )
+        reference = Walk.over(source.adapter, source.source, compute, progress)
+        other = reference.beside(quantized.adapter, quantized.source)
+        twin = twin_walk(reference, other, [], Activations(Path(folder)), asked=asking.asked)
     assert twin.answers is not None
     return scores(asking, twin.answers)

@@ -1,11 +1,11 @@
-"""Multiple-choice tasks of lm-evaluation-harness, by name: their items as pairs of texts, and pairs as token ids.
+"""Multiple-choice tasks of lm-evaluation-harness: their items as pairs of texts, and pairs as token ids.
 
-`lm-eval:arc_easy` names a task or a group of the harness, `lm-eval:mine/task.yaml` a task of one's own. The harness
-makes contexts and options as it always does (its prompts, its few-shot examples, its seed); what it would ask a model
-goes into the same twin walk as everything else, all at once. A task's YAML may name Python, and the harness runs it: it
-is the user's own or the harness's, and never the checkpoint's.
+`lm-eval:arc_easy` names a task or group of the harness, `lm-eval:mine/task.yaml` a task of the user's own. The harness
+makes the contexts and options with its own prompts, few-shot examples and seed; the twin walk scores them together with
+all other requests. A task's YAML may name Python code, which the harness runs: it comes from the user or the harness,
+never from a checkpoint. lm_eval_model.py is the other way round: the harness runs and asks both models.
 
-Only the extra `onecard[lm-eval]` installs the harness, so it is imported where it is asked for.
+The harness is imported only when one of its tasks is named: the extra `onecard[lm-eval]` installs it.
 """
 
 import io
@@ -20,37 +20,41 @@ from ..core.errors import InputError, ResourceError, input_error
 from .choice import Request
 
 PREFIX = "lm-eval:"
-# The harness's own default for few-shot examples: a run of it shows the same ones.
+# The harness's own default seed for few-shot examples, so that both show the same ones.
 FEWSHOT_SEED = 1234
-# Whose errors say that data could not be had.
+# Packages whose exceptions mean that data could not be fetched.
 _FETCHERS = ("datasets", "huggingface_hub", "httpx", "requests", "fsspec")
 
 
 @dataclass(frozen=True)
 class Question:
-    """`pairs[i]` is (context, continuation) of option i; `choices` the options as the task spells them."""
+    """One item."""
 
     id: str
+    # (context, continuation) of each option.
     pairs: tuple[tuple[str, str], ...]
+    # The options as the task spells them, and the index of the right one.
     choices: tuple[str, ...]
     right: int
 
 
 @dataclass(frozen=True)
 class Questions:
-    """All of a task or group. `name` holds no path, so that runs of two machines are one task. `normalized`: the task
-    reports accuracy by length as well, and so options are compared by it. `shots` is what the task was built with."""
+    """All items of a task or group."""
 
+    # Without a path, so that runs on two machines can be compared.
     name: str
     items: tuple[Question, ...]
+    # The number of examples that the contexts hold.
     shots: int
+    # Whether the task reports accuracy normalized by length; options are then compared that way.
     normalized: bool
 
 
 def load_questions(spec: str, shots: int) -> Questions:
-    """The task or group `spec`, without its prefix; `shots` of 0 leaves the task's own number of examples.
+    """The task or group `spec` (without the prefix). With `shots` 0 the task's own number of examples is used.
 
-    Raises InputError for what is no multiple-choice task, ResourceError where its data cannot be had.
+    Raises InputError for anything but multiple choice, ResourceError when the data cannot be fetched.
     """
     try:
         from lm_eval.tasks import TaskManager
@@ -63,21 +67,23 @@ def load_questions(spec: str, shots: int) -> Questions:
     if path.suffix in (".yaml", ".yml") and not path.is_file():
         raise InputError(f"there is no file {spec}: name a task of lm-evaluation-harness, or its YAML file")
     try:
-        with redirect_stderr(io.StringIO()):  # progress bars of two libraries
-            # The harness's own tasks are thousands of files: they are not read for one that is named by its file.
+        with redirect_stderr(io.StringIO()):  # hides progress bars of two libraries
+            # The harness's own tasks are thousands of files, which a task named by its file does not need.
             tasks = TaskManager(include_defaults=not path.is_file()).load([spec])["tasks"]
     except KeyError:
         raise InputError(f"lm-evaluation-harness has no task {spec!r}: list them with `lm-eval ls tasks`") from None
-    except Exception as error:  # the harness's, the data sets' and the hub's kinds
+    except Exception as error:  # the harness passes on errors of `datasets`, the hub and YAML
         said = f"the task {PREFIX}{spec} could not be loaded ({type(error).__name__}: {error})"
         if isinstance(error, OSError) or type(error).__module__.split(".")[0] in _FETCHERS:
             raise ResourceError(
-                f"{said}. On a machine without network name a task whose data lie in local files"
+                f"{said}. On a machine without network name a task whose data are in local files"
             ) from error
         raise InputError(f"{said}: mend its YAML file") from error
     wrong = [f"{name} has {task.OUTPUT_TYPE}" for name, task in tasks.items() if task.OUTPUT_TYPE != "multiple_choice"]
     if wrong or not tasks:
-        raise input_error(f"{spec} cannot be asked as multiple choice:", wrong, "Name tasks of options, as arc_easy.")
+        raise input_error(
+            f"{spec} cannot be asked as multiple choice:", wrong, "Name multiple-choice tasks, like arc_easy."
+        )
     items: list[Question] = []
     for name, task in tasks.items():
         if shots:
@@ -87,13 +93,13 @@ def load_questions(spec: str, shots: int) -> Questions:
     metrics = [set(task.aggregation()) for task in tasks.values()]
     used = {int(task.get_config("num_fewshot") or 0) for task in tasks.values()}
     if len(used) > 1:
-        raise InputError(f"the tasks of {spec} show {sorted(used)} examples: name one number with --shots")
+        raise InputError(f"the tasks of {spec} show {sorted(used)} examples: give one number with --shots")
     name = next(iter(tasks)) if path.suffix else spec
     return Questions(f"{PREFIX}{name}", tuple(items), used.pop(), all("acc_norm" in own for own in metrics))
 
 
 def _questions(prefix: str, task: Any) -> list[Question]:
-    """Items of one task, each with the requests that the harness would make of it."""
+    """The items of one task, with the requests that the harness makes of them."""
     with redirect_stderr(io.StringIO()):
         task.build_all_requests()
     by_document: dict[int, list[Any]] = {}
@@ -103,7 +109,7 @@ def _questions(prefix: str, task: Any) -> list[Question]:
     for number, instances in by_document.items():
         doc = instances[0].doc
         choices = tuple(str(choice) for choice in task.doc_to_choice(doc))
-        # Behind the options, tasks that measure mutual information ask for each of them without its context.
+        # Tasks that measure mutual information append each option without its context: those requests are not needed.
         pairs = tuple((str(i.args[0]), str(i.args[1])) for i in sorted(instances, key=lambda i: i.idx)[: len(choices)])
         gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
         right = choices.index(gold) if isinstance(gold, str) and gold in choices else gold
@@ -115,18 +121,20 @@ def _questions(prefix: str, task: Any) -> list[Question]:
         raise input_error(
             f"the task {task.config.task} holds items that cannot be asked:",
             problems[:20],
-            "Flips need one right option an item.",
+            "Flips need exactly one right option in each item.",
         )
     return found
 
 
 def encode_pair(encoder: Encoder, context: str, continuation: str) -> Request:
-    """Token ids of a pair, by the harness's rules: spaces that end the context belong to the continuation, and both are
-    tokenized as one text. An empty context is the token that begins (or else ends) a text.
+    """Token ids of a pair by the harness's rules. Raises InputError when nothing stands before the continuation.
 
-    Special tokens are put as the tokenizer puts them by itself, the one that begins a text included; the harness leaves
-    that one out of Llama's unless told otherwise, and then measures a model on what it was never trained on. Where
-    tokens are merged over the bound, the context is what both texts have in common.
+    Spaces at the end of the context belong to the continuation, and both are tokenized as one text. An empty context
+    becomes the token that begins a text, or the one that ends it if there is none.
+
+    The tokenizer adds its special tokens, the one that begins a text included. The harness leaves that one out for
+    Llama models by default, and so measures them on input that they were never trained on. Where tokens merge across
+    the boundary, the common beginning is the context.
     """
     tokenizer = encoder.tokenizer
     kept = context.rstrip()

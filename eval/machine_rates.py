@@ -20,12 +20,13 @@ import torch
 from torch import nn
 
 from ..checkpoint.plan import Plan
-from ..core.device import site_budget
+from ..core.device import Compute, site_budget
 from ..core.method import Method
 from ..core.rates import Rates
 from ..core.scheme import Scheme
 from ..models.adapter import Adapter, Role, Site
-from ..models.walk import Calls, expert_stacks, run_block
+from ..models.block import Block
+from ..models.calls import Calls
 from ..planner.cost import HEAD_COLUMNS, HEAD_TOKENS
 from ..quantize.site import cuts, matrix_flops, quantize_batch
 from ..recipe import Recipe
@@ -121,19 +122,18 @@ def _forward(
             random(each, site.in_features).to(dtype),
         )
         return 2.0 * w_IO.numel() * each / timed(lambda: x_TI @ w_IO)
-    block = adapter.build_block(index)
-    stacks = expert_stacks(block)
-    experts = {id(parameter) for parameter in stacks.parameters()} if stacks else set()
-    for name, parameter in list(block.named_parameters()):
+    compute = Compute(device=device, dtype=dtype, batch_tokens=recipe.batch_tokens)
+    block = Block(adapter, index, adapter.build_block(index), Calls(adapter, compute))
+    experts = {id(parameter) for parameter in block.experts.parameters()} if block.experts else set()
+    for name, parameter in list(block.layer.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         value = torch.ones(parameter.shape, device=device) if parameter.dim() < 2 else random(*parameter.shape)
         value = value / (parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 1.0)
         # Experts are held as they are stored, and widened when they are used.
         kept = torch.bfloat16 if id(parameter) in experts else dtype
-        setattr(block.get_submodule(owner), leaf, nn.Parameter(value.to(kept), requires_grad=False))
-    call = Calls(adapter, device, dtype).of(length)[index]
+        setattr(block.layer.get_submodule(owner), leaf, nn.Parameter(value.to(kept), requires_grad=False))
     hidden_NTH = random(rows, length, adapter.hidden_size).to(dtype)
-    return a_token * rows * length / timed(lambda: run_block(block, hidden_NTH, call))
+    return a_token * rows * length / timed(lambda: block.forward(hidden_NTH))
 
 
 def _products(adapter: Adapter, recipe: Recipe, device: torch.device, random: Random, timed: Timed) -> float:
@@ -153,10 +153,10 @@ def _solve(adapter: Adapter, plan: Plan, method: Method, device: torch.device, r
     def flops(site: Site) -> float:
         return len(site.members) * matrix_flops(sum(site.out_features), site.in_features, metric(site), method)
 
-    quantized = [s for b in range(adapter.n_blocks) for s in adapter.sites(b) if s.members[0][0] in plan.schemes]
+    quantized = [s for b in range(adapter.n_blocks) for s in adapter.sites(b) if s.first_module in plan.schemes]
     site = max(quantized, key=flops)
     outputs, inputs, measured = sum(site.out_features), site.in_features, metric(site)
-    scheme: Scheme = plan.schemes[site.members[0][0]]
+    scheme: Scheme = plan.schemes[site.first_module]
     most = SOLVE_FLOPS[device.type]
     while outputs > 256 and matrix_flops(outputs, inputs, measured, method) > most:
         outputs //= 2

@@ -21,10 +21,11 @@ from ..checkpoint.files import disk_errors
 from ..checkpoint.model import Model, open_model, said_name, stored_facts
 from ..checkpoint.source import refuse_nonfinite
 from ..checkpoint.workdir import Activations
-from ..core.device import choose_device, choose_dtype
+from ..core.device import choose_compute
 from ..core.errors import InputError
-from ..core.layout import RECORD_NAME
+from ..core.file_names import RECORD_NAME
 from ..core.rows import Row
+from ..models.walk import Walk
 from ..recipe import Recipe
 from ..report.progress import Progress
 from ..report.record import RunRecord
@@ -33,9 +34,10 @@ from .choice import ask, scores
 from .intervals import FEW_DOCUMENTS
 from .kept import write_tokens
 from .summary import summarize
-from .tasks import Task, flips_facts, load_tasks, requests_of
+from .task_requests import requests_of
+from .tasks import Task, flips_facts, load_tasks
 from .told import tell
-from .twin import Side, twin_walk
+from .twin import twin_walk
 
 SAME_FOLDER = (
     "source and checkpoint are the same folder: nothing can differ (`demo` is the embedded model, a folder of that "
@@ -61,39 +63,26 @@ class Measured:
 
 
 def measure(
+    walk: Walk,
     model: Model,
-    quantized: Side,
+    quantized: Model,
+    *,
     rows: list[Row],
-    batch_tokens: int,
-    folder: Path,
-    device: torch.device,
-    dtype: torch.dtype,
-    progress: Progress,
     tasks: Sequence[Task],
+    folder: Path,
     calibration_rows: dict[int, list[int]],
     keep_tokens: Path | None = None,
 ) -> Measured:
-    """Walk both models once, over `rows` and the items of `tasks`; either may be empty. Hidden rows live in `folder`
-    meanwhile. `calibration_rows`: of every block's experts, for the record. `keep_tokens`: a Parquet file for the
-    results of every token."""
-    reference = Side("reference", model.adapter, model.source)
+    """Walk both models once, over `rows` and the items of `tasks`; either may be empty. `walk` is over `model`. Hidden
+    rows live in `folder` meanwhile. `calibration_rows`: of every block's experts, for the record. `keep_tokens`: a
+    Parquet file for the results of every token."""
     shutil.rmtree(folder, ignore_errors=True)
     encoder = Encoder(model.path, model.adapter)
     requests = [requests_of(task, encoder) for task in tasks]
     asking = ask([request for own in requests for request in own])
-    twin = twin_walk(
-        reference,
-        quantized,
-        rows,
-        batch_tokens,
-        Activations(folder),
-        device,
-        dtype,
-        progress,
-        asking.asked,
-        with_errors=bool(rows),
-    )
-    progress.begin("verify: figures")
+    other = walk.beside(quantized.adapter, quantized.source)
+    twin = twin_walk(walk, other, rows, Activations(folder), asked=asking.asked, with_errors=bool(rows))
+    walk.step.begin("verify: figures")
     kl: dict[str, Any] = {}
     errors: dict[str, Any] = {}
     flips: dict[str, Any] = {}
@@ -248,8 +237,7 @@ def _measured_pair(
     quiet: bool,
 ) -> RunRecord:
     began = time.monotonic()
-    device = choose_device(device_name)
-    dtype = choose_dtype(recipe.compute_dtype, device)
+    compute = choose_compute(device_name, recipe.compute_dtype, recipe.batch_tokens)
     source, quantized = open_pair(source_name, checkpoint)
     record = pair_record(command, source, quantized)
     rows: list[Row] = []
@@ -269,18 +257,15 @@ def _measured_pair(
         for model in (source, quantized):
             refuse_nonfinite(model.folder, model.name)
         measured = measure(
+            Walk.over(source.adapter, source.source, compute, progress),
             source,
-            Side("quantized", quantized.adapter, quantized.source),
-            rows,
-            recipe.batch_tokens,
-            Path(folder) / "acts",
-            device,
-            dtype,
-            progress,
-            tasks,
-            recorded_rows(quantized),
-            keep_tokens,
+            quantized,
+            rows=rows,
+            tasks=tasks,
+            folder=Path(folder) / "acts",
+            calibration_rows=recorded_rows(quantized),
+            keep_tokens=keep_tokens,
         )
         measured.put_into(record)
-        close_machine(record, progress, device, began)
+        close_machine(record, progress, compute.device, began)
     return record

@@ -1,15 +1,15 @@
-"""The adapter contract: everything that is known of one family of checkpoints, in one place.
+"""The adapter contract: one class holds everything that is known of one family of checkpoints.
 
 Canonical names. Checkpoints of one family spell the same weight differently: Llama 4's experts are one fused 3-D
-tensor on disk and one 2-D Linear an expert in the file that an engine loads. Every weight therefore has one canonical
-name, the unfused one with a 2-D weight `[out, in]`, and `locate` says where a given checkpoint keeps it. Reading an
-original and reading an emitted checkpoint are then the same call.
+tensor in the original and one 2-D Linear per expert in a file that an engine loads. Every weight therefore has one
+canonical name, that of the unfused 2-D weight `[out, in]`, and `locate` says where a checkpoint keeps it. An original
+and an emitted checkpoint are then read by the same call.
 
 Nobody outside models/ may test a tensor name.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar
@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ..core.device import Compute
 from ..core.tensors import TORCH_DTYPES, Index, TensorSource
 from .cache import SPLITS, CacheLayer, Split, attention_caches
 
@@ -35,12 +36,12 @@ class Role(StrEnum):
     VISION = "vision"
 
 
-# Roles whose weights are Linear matrices of the text blocks: the only ones that may be quantized.
+# The roles that may be quantized: their weights are the Linear matrices of the text blocks.
 QUANTIZABLE = (Role.EXPERT, Role.SHARED, Role.MLP, Role.ATTENTION)
 
 
 class Half(StrEnum):
-    """A decoder layer is two halves, each of which adds what it computes to the residual stream."""
+    """A decoder layer has two halves. Each adds its output to the residual stream."""
 
     ATTENTION = "attention"
     FEED_FORWARD = "feed_forward"
@@ -48,7 +49,7 @@ class Half(StrEnum):
 
 @dataclass(frozen=True)
 class Location:
-    """Where one canonical weight lies in a checkpoint: a tensor, a part of it, and whether it is stored `[in, out]`."""
+    """Where a checkpoint keeps one canonical weight: a stored tensor or a part of it, perhaps as `[in, out]`."""
 
     tensor: str
     index: Index = ()
@@ -59,12 +60,8 @@ class Location:
 class Site:
     """Weights of one block that read the same input, and so share one second moment.
 
-    `members[e]` are the canonical module names whose weights, stacked along the outputs, are quantized as one matrix:
-    gate and up of expert e. A site that is no expert site has one entry. All entries have equal shapes. Sites of one
-    `stage` are quantized together, after those of earlier stages. `adds_to_residual`: the outputs are added to the
-    residual stream as they are, unscaled. `reaches_residual`: so they are, or after a routing weight. `feeds`, of a
-    site of gates and ups: the module that reads silu(gate) * up of each entry. `reads_norm`: the norm that the half
-    begins with, by its name in the block, where every row of the site is its output; a norm inside a half is not named.
+    `members[e]` are the canonical names of the modules whose weights, stacked along the outputs, are quantized as one
+    matrix: gate and up of expert e. A site without experts has one entry. All entries have equal shapes.
     """
 
     key: str
@@ -72,19 +69,33 @@ class Site:
     members: tuple[tuple[str, ...], ...]
     out_features: tuple[int, ...]
     in_features: int
-    stage: int
+    # Sites of one turn are quantized together, after those of lower turns.
+    turn: int
+    # The outputs are added to the residual stream unscaled.
     adds_to_residual: bool = False
+    # The outputs are added to the residual stream, unscaled or multiplied by a routing weight.
     reaches_residual: bool = False
+    # For gates and ups: the module that reads silu(gate) * up, for each entry.
     feeds: tuple[str, ...] = ()
+    # The norm whose output every row of the site is, by its name in the block. Only a norm that begins a half counts.
     reads_norm: str | None = None
+
+    @property
+    def first_module(self) -> str:
+        """Stands for the site where all its modules agree: in their scheme, their stored dtype, their unit."""
+        return self.members[0][0]
 
     @property
     def half(self) -> Half:
         return Half.ATTENTION if self.role is Role.ATTENTION else Half.FEED_FORWARD
 
 
+FUSED_QKV = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj")
+FUSED_GATE_UP = dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj")
+
+
 class Adapter(ABC):
-    """One family, bound to one config. `config` is the transformers config object of the whole model."""
+    """One family with one config, the transformers config object of the whole model."""
 
     family: str
     n_blocks: int
@@ -95,19 +106,27 @@ class Adapter(ABC):
     tied_head: bool
     image_token_id: int | None = None
     has_vision: bool = False
-    image_tiles: int = 1  # at most, of one image
+    image_tiles: int = 1  # the most tiles that one image is cut into
     embedding_name: str
     head_name: str
     norm_name: str
-    # Names inside a decoder layer: the module of each half, and the norm that each half begins with.
+    # Names inside a decoder layer: the module of each half, and the norm that begins each half.
     half_modules: ClassVar[dict[Half, str]]
     first_norm = "input_layernorm"
     middle_norm = "post_attention_layernorm"
-    # Leaf name -> what tensor parallelism does with it; a leaf that is not here is copied to every card.
+    # The router, by its name in a decoder layer.
+    router_name: ClassVar[str]
+    # The leaf names of gate, up and down.
+    projections: ClassVar = ("gate_proj", "up_proj", "down_proj")
+    # Whether the routing weight multiplies an expert's input, not its output.
+    routing_scales_input: ClassVar = False
+    # Leaf name -> the module into which engines fuse it with others. Any other module is a unit of its own.
+    fused_leaves: ClassVar[dict[str, str]] = FUSED_QKV | FUSED_GATE_UP
+    # Leaf name -> what tensor parallelism does with it. Any other leaf is copied to every card.
     splits: ClassVar[dict[str, Split]] = SPLITS
-    # Whether fp8 is what the family's makers published, so that a copy in fp8 is an original.
+    # Whether the family's makers publish fp8, so that an fp8 checkpoint is an original.
     published_in_fp8 = False
-    # What an `auto_map` may name that transformers' own class computes too. It is never run.
+    # Classes that an `auto_map` may name because transformers' own class computes the same. They are never run.
     known_code: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, config: Any) -> None:
@@ -116,10 +135,10 @@ class Adapter(ABC):
     @property
     @abstractmethod
     def text_config(self) -> Any:
-        """The config of the text model: what the decoder layers are built from."""
+        """The config of the text model, from which the decoder layers are built."""
 
     def text_only(self) -> "Adapter":
-        """The same model without its vision tower, as some formats hold it; names lose the multimodal prefix."""
+        """The same model without its vision tower, for formats that hold none. Names lose the multimodal prefix."""
         assert not self.has_vision
         return self
 
@@ -133,30 +152,87 @@ class Adapter(ABC):
 
     @abstractmethod
     def disk_shapes(self, available: Collection[str]) -> dict[str, tuple[int, ...]]:
-        """Stored name -> shape of every tensor, in the layout (fused or not) that the checkpoint uses."""
+        """Stored name -> shape of every tensor, in the checkpoint's own layout (fused or not)."""
 
     @abstractmethod
     def role(self, name: str) -> Role:
-        """The role of a tensor, by its canonical or its stored name."""
+        """The role of a tensor, given its canonical or its stored name."""
 
     @abstractmethod
     def block_prefix(self, block: int) -> str: ...
 
     @abstractmethod
+    def is_moe(self, block: int) -> bool:
+        """Whether the block has routed experts."""
+
+    @abstractmethod
     def sites(self, block: int) -> tuple[Site, ...]:
-        """Every site of a block, in the order of the computation."""
+        """Every site of a block, in the order of computation."""
 
     def attention_sites(self, prefix: str, q: int, kv: int, hidden: int) -> list[Site]:
-        """q, k and v each by itself: which tokens an error matters at differs between them by orders of magnitude."""
+        """q, k, v and o, given the widths. q, k and v are three sites although they read the same rows: which tokens
+        their errors matter at differs by orders of magnitude."""
 
-        def site(name: str, outputs: int, inputs: int, stage: int, **more: Any) -> Site:
-            module = ((f"{prefix}self_attn.{name}_proj",),)
-            return Site(f"self_attn.{name}", Role.ATTENTION, module, (outputs,), inputs, stage, **more)
+        def site(name: str, outputs: int, inputs: int, turn: int, **more: Any) -> Site:
+            return Site(
+                key=f"self_attn.{name}",
+                role=Role.ATTENTION,
+                members=((f"{prefix}self_attn.{name}_proj",),),
+                out_features=(outputs,),
+                in_features=inputs,
+                turn=turn,
+                **more,
+            )
 
         return [
             *(site(n, width, hidden, 0, reads_norm=self.first_norm) for n, width in (("q", q), ("k", kv), ("v", kv))),
             site("o", hidden, q, 1, adds_to_residual=True, reaches_residual=True),
         ]
+
+    def swiglu_sites(self, key: str, role: Role, prefixes: Sequence[str], width: int) -> list[Site]:
+        """Gates with ups, and downs, of one SwiGLU or of all experts: one module prefix each. `width`: of one of them.
+
+        A shared expert's down projection takes the last turn: it sees every token and mends what the others left. The
+        downs of experts add to the residual stream as they are only where no routing weight multiplies them and each
+        token has one expert: several experts would each make good the whole of what the block misses."""
+        gate, up, down = self.projections
+        downs = tuple(f"{prefix}{down}" for prefix in prefixes)
+        unscaled = role is not Role.EXPERT or (self.routing_scales_input and self.top_k == 1)
+        return [
+            Site(
+                key=f"{key}gate_up",
+                role=role,
+                members=tuple((f"{prefix}{gate}", f"{prefix}{up}") for prefix in prefixes),
+                out_features=(width, width),
+                in_features=self.hidden_size,
+                turn=3,
+                feeds=downs,
+            ),
+            Site(
+                key=f"{key}down",
+                role=role,
+                members=tuple((name,) for name in downs),
+                out_features=(self.hidden_size,),
+                in_features=width,
+                turn=5 if role is Role.SHARED else 4,
+                adds_to_residual=unscaled,
+                reaches_residual=True,
+            ),
+        ]
+
+    def router_site(self, block: int) -> Site | None:
+        """The router of a block with experts, as a site that is never quantized. It reads `middle_norm`'s output."""
+        if not self.is_moe(block):
+            return None
+        return Site(
+            key=self.router_name,
+            role=Role.ROUTER,
+            members=((f"{self.block_prefix(block)}{self.router_name}",),),
+            out_features=(self.n_experts,),
+            in_features=self.hidden_size,
+            turn=2,
+            reads_norm=self.middle_norm,
+        )
 
     @abstractmethod
     def build_block(self, block: int) -> nn.Module:
@@ -164,26 +240,25 @@ class Adapter(ABC):
 
     @abstractmethod
     def text_skeleton(self) -> nn.Module:
-        """The family's text model on the meta device: used to record what a layer is called with."""
+        """The family's text model on the meta device; models/calls.py records with it what a layer is called with."""
 
-    @abstractmethod
-    def router_site(self, block: int) -> Site | None:
-        """The router of a block with experts, as a site that is never quantized; it reads what `middle_norm` gives."""
-
-    def ranking(self, block: nn.Module, logits_TE: torch.Tensor) -> torch.Tensor:
-        """What the router of a loaded block ranks experts by, given its logits: a function of each expert's own, or
-        -inf where it cannot be chosen."""
+    def ranking(self, layer: nn.Module, logits_TE: torch.Tensor) -> torch.Tensor:
+        """What the router of a loaded layer ranks experts by, given its logits. Each value depends on its own logit
+        alone; it is -inf for an expert that cannot be chosen."""
         return logits_TE
 
-    @abstractmethod
     def unit(self, module_name: str) -> str:
         """The unit of a canonical module, by the engine's name for it (`...self_attn.qkv_proj`,
-        `...feed_forward.experts`): what the engine fuses, and so what must share one scheme. A module that is fused
-        with no other is its own."""
+        `...feed_forward.experts`). An engine fuses the modules of a unit, so they must share one scheme. All experts of
+        a layer are one unit."""
+        head, _, leaf = module_name.rpartition(".")
+        if ".experts." in module_name:
+            return head.rpartition(".")[0]
+        return f"{head}.{self.fused_leaves[leaf]}" if leaf in self.fused_leaves else module_name
 
     def fused_tensor(self, module_name: str) -> str | None:
-        """Where a tool that does not take experts apart leaves an expert's matrix: the 3-D tensor of all experts of the
-        layer. None for a module that is no expert's."""
+        """The 3-D tensor of all experts in which a tool that keeps experts fused leaves this expert's matrix. None for
+        a module outside the experts."""
         stem, _, rest = module_name.partition(".experts.")
         if not rest:
             return None
@@ -191,51 +266,48 @@ class Adapter(ABC):
         return f"{stem}.experts.{projection if projection == 'down_proj' else 'gate_up_proj'}"
 
     def permuted_at_load(self, module_name: str) -> bool:
-        """Whether an engine that rotates the halves of a head reorders this module's rows as it loads it, since the
-        family's own RoPE rotates neighbours: all that a row has (codes, scales, zero points) must move along."""
+        """Whether an engine reorders this module's rows as it loads them: it rotates the two halves of a head, and the
+        family's own RoPE rotates neighbours. All that belongs to a row (codes, scales, zero points) must move along."""
         return False
 
     def cache_layers(self) -> tuple[CacheLayer, ...]:
-        """What each decoder layer caches, in order."""
+        """The cache of each decoder layer, in order."""
         return attention_caches(self.text_config)
 
     def split(self, name: str) -> Split:
-        """What tensor parallelism does with the canonical tensor `name`; the vision tower is planned as copied, which
-        errs high."""
+        """What tensor parallelism does with the canonical tensor `name`. The vision tower counts as copied to every
+        card, which errs high."""
         leaf = name.removesuffix(".weight").rpartition(".")[2]
         return Split.COPIED if self.role(name) is Role.VISION else self.splits.get(leaf, Split.COPIED)
 
-    def image_features(
-        self, source: TensorSource, pixels: torch.Tensor, device: torch.device, dtype: torch.dtype
-    ) -> torch.Tensor:
-        """Vision tower and projector: pixels fp32 [N, 3, S, S] -> features [N * tokens an image, hidden]."""
+    def image_features(self, source: TensorSource, pixels: torch.Tensor, compute: Compute) -> torch.Tensor:
+        """Vision tower and projector: pixels fp32 [N, 3, S, S] -> features [N * tokens per tile, H] on the CPU."""
         raise AssertionError(f"{self.family} has no vision tower")
 
     def image_token_count(self) -> int:
-        """Placeholder tokens that one image tile takes in a row."""
+        """Placeholder tokens of one image tile in a row."""
         raise AssertionError(f"{self.family} has no vision tower")
 
     def image_text(self) -> str:
-        """What the chat template's image marker becomes in a row: markers and placeholders of one tile."""
+        """The text that replaces the chat template's image marker: markers and placeholders of one tile."""
         raise AssertionError(f"{self.family} has no vision tower")
 
     def left_aside(self, name: str) -> bool:
-        """Whether a stored tensor is of the family and no part of the model: neither read nor emitted, and `faults`
-        says so."""
+        """Whether a stored tensor of the family is neither read nor emitted; `faults` says so."""
         return False
 
     @staticmethod
     def mended(raw_config: dict[str, Any]) -> dict[str, Any]:
-        """config.json with published values that transformers refuses by now written as it wants them; what is emitted
-        has them so. `faults` warns of each."""
+        """config.json with the published values that today's transformers refuses written in its present form. The
+        emitted config has them in that form too. `faults` warns of each."""
         return raw_config
 
     def emitted(self, raw_config: dict[str, Any]) -> dict[str, Any]:
-        """config.json as it goes beside the emitted weights, the quantization's own block apart."""
+        """config.json as it is emitted, without the quantization block."""
         return self.mended(raw_config)
 
     def faults(self, raw_config: dict[str, Any]) -> list[str]:
-        """Known published faults found in config.json, each with what it should be. Warned of, not refused."""
+        """The known faults of published files in this config.json, each with the right value. They are warnings."""
         return []
 
     def modules(self, block: int) -> Iterator[tuple[Site, str, int, int]]:
@@ -247,12 +319,12 @@ class Adapter(ABC):
 
 
 def read(adapter: Adapter, source: TensorSource, name: str) -> torch.Tensor:
-    """The canonical tensor `name`, 2-D weights as `[out, in]`, whatever the checkpoint's layout."""
+    """The canonical tensor `name`; 2-D weights are `[out, in]` in every checkpoint layout."""
     where = adapter.locate(name, source.names)
     tensor = source.get(where.tensor, where.index)
     return tensor.T.contiguous() if where.transposed else tensor
 
 
 def stored_dtype(adapter: Adapter, source: TensorSource, name: str) -> torch.dtype:
-    """What the checkpoint keeps the canonical tensor `name` in."""
+    """The dtype in which the checkpoint stores the canonical tensor `name`."""
     return TORCH_DTYPES[source.info(adapter.locate(name, source.names).tensor).dtype]

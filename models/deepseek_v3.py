@@ -1,16 +1,17 @@
 """DeepSeek-V3: multi-head latent attention, dense layers first, then many small experts and a shared one.
 
 Attention (MLA, arXiv 2405.04434, section 2.1) goes through two narrow latents with a norm each: q_a and kv_a read the
-residual stream, q_b and kv_b the normed latents. An engine caches the latent of keys and values alone, for which it
-multiplies kv_b into its neighbours: vLLM unpacks kv_b when it loads and keeps the product in bf16 beside it, so kv_b
-may be quantized, and saves bytes of the file rather than of the card.
+residual stream, q_b and kv_b the normed latents. An engine caches only the latent of keys and values, and therefore
+multiplies kv_b into its neighbours: vLLM unpacks kv_b at load and keeps the product in bf16. So kv_b may be quantized;
+that saves bytes in the file, not on the card.
 
-The router (arXiv 2412.19437, section 2.1.2) ranks by sigmoid(logit) plus a bias that was learnt to balance the load, in
-the best groups of experts alone; the bias has no part in the routing weights. It is transformers' own module.
+The router (arXiv 2412.19437, section 2.1.2) ranks experts by sigmoid(logit) plus a bias, within the best groups of
+experts only. The bias was learnt to balance the load and has no part in the routing weights. The router is
+transformers' own module.
 
-Published files hold one tensor a matrix and expert, in fp8 with a scale a block of 128 x 128, and after the last layer
-those of multi-token prediction: a layer that drafts tokens for the others. It is no part of the model whose answers are
-measured here: it is neither read nor emitted, and the emitted config.json says that there is none.
+Published files hold one fp8 tensor per expert matrix, with a scale for each block of 128 x 128. After the last layer
+they hold the layers of multi-token prediction, which draft tokens. Those are no part of the model that is measured
+here: they are neither read nor emitted, and the emitted config.json says that there are none.
 """
 
 from typing import Any, ClassVar
@@ -19,19 +20,19 @@ import torch
 from torch import nn
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as hf
 
-from .adapter import Half, Role, Site
+from .adapter import FUSED_GATE_UP, Half, Role, Site
 from .cache import SPLITS, CacheLayer, Split
 from .experts import RoutedExperts
 from .meta import meta_module
 from .unfused import UnfusedAdapter
 
-# What transformers' class computes, whatever config.json says: another value is another model.
+# transformers' class computes this, whatever config.json says. A config with another value is another model.
 ONLY = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1, "attention_bias": False}
 MTP = "num_nextn_predict_layers"
 
 
 class DeepseekV3Moe(nn.Module):
-    """The sparse half with RoutedExperts."""
+    """The feed-forward half with RoutedExperts."""
 
     def __init__(self, block: Any, config: Any) -> None:
         super().__init__()
@@ -48,14 +49,15 @@ class DeepseekV3Moe(nn.Module):
 
 
 class DeepseekV3Adapter(UnfusedAdapter):
-    """`config` is a DeepseekV3Config. Raises ValueError for what this architecture has never been published with."""
+    """`config` is a DeepseekV3Config. Raises ValueError for settings with which no DeepSeek-V3 was published."""
 
     family = "deepseek_v3"
     half_modules: ClassVar = {Half.ATTENTION: "self_attn", Half.FEED_FORWARD: "mlp"}
     experts_key = "n_routed_experts"
     causal_class = hf.DeepseekV3ForCausalLM
     shared = ".shared_experts."
-    router = ".mlp.gate."
+    router_name: ClassVar = "mlp.gate"
+    fused_leaves: ClassVar = FUSED_GATE_UP | dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa"), "fused_qkv_a_proj")
     splits: ClassVar = SPLITS | {"q_b_proj": Split.OUTPUTS, "kv_b_proj": Split.OUTPUTS}
     published_in_fp8 = True
     known_code: ClassVar = frozenset(
@@ -80,63 +82,47 @@ class DeepseekV3Adapter(UnfusedAdapter):
 
     def sites(self, block: int) -> tuple[Site, ...]:
         c, p = self.config, self.block_prefix(block)
-        sites = self._attention(p)
-
-        def mlp(key: str, role: Role, names: list[str], width: int, last_stage: int) -> None:
-            gate_up = tuple((f"{n}gate_proj", f"{n}up_proj") for n in names)
-            down = tuple((f"{n}down_proj",) for n in names)
-            feeds = tuple(name for (name,) in down)
-            sites.append(Site(f"{key}gate_up", role, gate_up, (width, width), c.hidden_size, stage=3, feeds=feeds))
-            # Experts' outputs are multiplied with their routing weights first.
-            alone = role is not Role.EXPERT
-            sites.append(Site(f"{key}down", role, down, (c.hidden_size,), width, last_stage, alone, True))
-
-        if self.is_moe(block):
-            # The shared expert's down projection comes last: it sees every token and mends what the others left.
-            shared = c.moe_intermediate_size * c.n_shared_experts
-            mlp("mlp.shared_experts.", Role.SHARED, [f"{p}mlp.shared_experts."], shared, 5)
-            experts = [f"{p}mlp.experts.{e}." for e in range(self.n_experts)]
-            mlp("mlp.experts.", Role.EXPERT, experts, c.moe_intermediate_size, 4)
-        else:
-            mlp("mlp.", Role.MLP, [f"{p}mlp."], c.intermediate_size, 4)
-        return tuple(sites)
+        attention = self._attention(p)
+        if not self.is_moe(block):
+            return (*attention, *self.swiglu_sites("mlp.", Role.MLP, [f"{p}mlp."], c.intermediate_size))
+        experts, shared = [f"{p}mlp.experts.{e}." for e in range(self.n_experts)], [f"{p}mlp.shared_experts."]
+        shared_width = c.moe_intermediate_size * c.n_shared_experts
+        return (
+            *attention,
+            *self.swiglu_sites("mlp.shared_experts.", Role.SHARED, shared, shared_width),
+            *self.swiglu_sites("mlp.experts.", Role.EXPERT, experts, c.moe_intermediate_size),
+        )
 
     def _attention(self, prefix: str) -> list[Site]:
-        """What reads the residual stream, then what reads the normed latents, then o."""
+        """The readers of the residual stream, then the readers of the normed latents, then o."""
         c = self.config
         q, latent = c.num_attention_heads * c.qk_head_dim, c.kv_lora_rank + c.qk_rope_head_dim
         kv = c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim)
+        values = c.num_attention_heads * c.v_head_dim
 
-        def site(key: str, leaf: str, outputs: int, inputs: int, stage: int, **more: Any) -> Site:
-            module = ((f"{prefix}self_attn.{leaf}",),)
-            return Site(f"self_attn.{key}", Role.ATTENTION, module, (outputs,), inputs, stage, **more)
+        def site(key: str, leaf: str, outputs: int, inputs: int, turn: int, **more: Any) -> Site:
+            return Site(
+                key=f"self_attn.{key}",
+                role=Role.ATTENTION,
+                members=((f"{prefix}self_attn.{leaf}",),),
+                out_features=(outputs,),
+                in_features=inputs,
+                turn=turn,
+                **more,
+            )
 
-        first: dict[str, Any] = {"stage": 0, "reads_norm": self.first_norm}
+        first: dict[str, Any] = {"turn": 0, "reads_norm": self.first_norm}
         kv_a = site("kv_a", "kv_a_proj_with_mqa", latent, c.hidden_size, **first)
         kv_b = site("kv_b", "kv_b_proj", kv, c.kv_lora_rank, 1)
-        o = site(
-            "o",
-            "o_proj",
-            c.hidden_size,
-            c.num_attention_heads * c.v_head_dim,
-            2,
-            adds_to_residual=True,
-            reaches_residual=True,
-        )
+        o = site("o", "o_proj", c.hidden_size, values, 2, adds_to_residual=True, reaches_residual=True)
         if c.q_lora_rank is None:
             return [site("q", "q_proj", q, c.hidden_size, **first), kv_a, kv_b, o]
         q_a = site("q_a", "q_a_proj", c.q_lora_rank, c.hidden_size, **first)
         return [q_a, kv_a, site("q_b", "q_b_proj", q, c.q_lora_rank, 1), kv_b, o]
 
-    def router_site(self, block: int) -> Site | None:
-        c, name = self.config, f"{self.block_prefix(block)}mlp.gate"
-        experts, norm = (c.n_routed_experts,), self.middle_norm
-        site = Site("mlp.gate", Role.ROUTER, ((name,),), experts, c.hidden_size, stage=2, reads_norm=norm)
-        return site if self.is_moe(block) else None
-
-    def ranking(self, block: nn.Module, logits_TE: torch.Tensor) -> torch.Tensor:
+    def ranking(self, layer: nn.Module, logits_TE: torch.Tensor) -> torch.Tensor:
         c = self.config
-        bias_E = block.get_submodule("mlp.gate").e_score_correction_bias
+        bias_E = layer.get_submodule(self.router_name).e_score_correction_bias
         assert isinstance(bias_E, torch.Tensor)
         scores = logits_TE.sigmoid() + bias_E
         by_group = scores.unflatten(-1, (c.n_group, -1))
@@ -145,12 +131,9 @@ class DeepseekV3Adapter(UnfusedAdapter):
         return by_group.masked_fill(~open_TG[..., None], -torch.inf).flatten(-2)
 
     def unit(self, module_name: str) -> str:
-        head, _, leaf = module_name.rpartition(".")
-        if ".experts." in module_name:
-            return head.rpartition(".")[0]
-        if leaf in ("q_a_proj", "kv_a_proj_with_mqa") and self.config.q_lora_rank is not None:
-            return f"{head}.fused_qkv_a_proj"
-        return f"{head}.gate_up_proj" if leaf in ("gate_proj", "up_proj") else module_name
+        # Without a latent of queries, kv_a has nothing to be fused with.
+        alone = self.config.q_lora_rank is None and module_name.endswith(".kv_a_proj_with_mqa")
+        return module_name if alone else super().unit(module_name)
 
     def cache_layers(self) -> tuple[CacheLayer, ...]:
         c = self.config
@@ -171,7 +154,7 @@ class DeepseekV3Adapter(UnfusedAdapter):
         return meta_module(hf.DeepseekV3Model, self.config)
 
     def emitted(self, raw_config: dict[str, Any]) -> dict[str, Any]:
-        # Its code is not carried along, and no engine needs it.
+        # The remote code is not carried along, and no engine needs it.
         kept = {key: value for key, value in raw_config.items() if key != "auto_map"}
         return kept | ({MTP: 0} if kept.get(MTP) else {})
 
@@ -181,12 +164,12 @@ class DeepseekV3Adapter(UnfusedAdapter):
             first = f"{self.block_prefix(self.n_blocks)}*"
             found.append(
                 f"{MTP} is {raw_config[MTP]}: the layers of multi-token prediction (from {first} on) are neither "
-                "measured nor emitted, so that an engine cannot draft tokens with the result"
+                "measured nor emitted, so an engine cannot draft tokens with the result"
             )
         unsaid = [key for key in ("scoring_func", "topk_method") if key not in raw_config]
         if unsaid:
             found.append(
-                f"config.json says no {' and no '.join(unsaid)}: transformers takes DeepSeek-V3's own "
-                f"({', '.join(str(ONLY[key]) for key in unsaid)}), vLLM a softmax, or leaves out the router's bias"
+                f"config.json has no {' and no '.join(unsaid)}: transformers then takes DeepSeek-V3's own "
+                f"({', '.join(str(ONLY[key]) for key in unsaid)}), vLLM a softmax, or no bias for the router"
             )
         return found

@@ -1,9 +1,9 @@
-"""RoutedExperts: every expert sees its own rows and no others.
+"""RoutedExperts: every expert computes its own rows and no others.
 
 transformers computes all experts on all rows (Llama 4) or loops with a boolean mask. Here tokens are sorted by expert
-once and each expert multiplies its own slice, so the work of a layer grows with tokens x top-k. Weights are kept in one
-stack `[E, out, in]` for gate and up and one for down, whatever the checkpoint's layout, and may be narrower than the
-rows they multiply.
+once and each expert multiplies its own slice, so the work of a layer grows with tokens x top-k. Whatever the
+checkpoint's layout, weights lie in two stacks `[E, out, in]`: one of gates and ups, one of downs. Their dtype may be
+narrower than that of the rows; an expert is widened while it computes.
 
 Shape legend: T tokens, K top-k, E experts, H hidden size, M expert intermediate size, R rows routed to one expert.
 """
@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# What an expert's matrices really get: ('gate_up' or 'down', expert, token numbers [R] rising, rows [R, in]).
+# Gets the input of an expert's matrix: ('gate_up' or 'down', expert, token numbers [R] rising, rows [R, in]).
 Observer = Callable[[str, int, torch.Tensor, torch.Tensor], None]
 
 
 class RoutedExperts(nn.Module):
-    """SwiGLU experts. `scale_input` multiplies the routing weight into the expert's input (Llama 4), which is another
-    function than scaling its output (Qwen3 and most others), since SwiGLU is not homogeneous."""
+    """SwiGLU experts. `scale_input`: the routing weight multiplies the expert's input (Llama 4), not its output (Qwen3
+    and most others). The two differ, since SwiGLU is not homogeneous."""
 
     def __init__(self, n_experts: int, hidden: int, intermediate: int, scale_input: bool) -> None:
         super().__init__()
@@ -29,7 +29,9 @@ class RoutedExperts(nn.Module):
         self.intermediate = intermediate
         self.scale_input = scale_input
         self.observer: Observer | None = None
-        self.routes_TK = torch.empty(0, 0, dtype=torch.int64)  # the last call's choice: each token's experts, rising
+        self.tell_routes: Callable[[torch.Tensor], None] | None = (
+            None  # gets each token's experts, rising, int64 [T, K]
+        )
 
     def weight(self, expert: int, projection: str) -> torch.Tensor:
         """A view `[out, in]` of one expert's 'gate_proj', 'up_proj' or 'down_proj' (Mixtral's 'w1', 'w3' and 'w2')."""
@@ -43,11 +45,12 @@ class RoutedExperts(nn.Module):
         raise AssertionError(projection)
 
     def forward(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-        """Sum over the chosen experts [T, H]; `experts_TK` int64 and `weights_TK` are the router's choice."""
+        """Sum of the chosen experts' outputs [T, H]; `experts_TK` int64 and `weights_TK` are the router's choice."""
         top_k = experts_TK.shape[1]
-        self.routes_TK = experts_TK.sort(-1).values
+        if self.tell_routes is not None:
+            self.tell_routes(experts_TK.sort(-1).values)
         flat_experts = experts_TK.reshape(-1)
-        # Stable: equal inputs give equal bytes, whatever the sort's algorithm.
+        # A stable sort: equal inputs give equal bytes, whatever the sort's algorithm.
         order = torch.argsort(flat_experts, stable=True)
         counts = torch.bincount(flat_experts, minlength=self.gate_up.shape[0]).tolist()
         token = order // top_k
@@ -70,7 +73,7 @@ class RoutedExperts(nn.Module):
                 self.observer("down", expert, token[rows], h_RM)
             y_RH = F.linear(h_RM, self.down[expert].to(h_RM.dtype))
             if not self.scale_input:
-                # Some families weigh in fp32, whatever the rows are.
+                # Some families have fp32 routing weights, whatever the rows are.
                 y_RH = (y_RH * weight[rows]).to(out_TH.dtype)
             out_TH.index_add_(0, token[rows], y_RH)
         return out_TH

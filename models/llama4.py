@@ -1,8 +1,8 @@
 """Llama 4: Scout's and Maverick's structure, text with or without the vision tower.
 
-On disk the experts are fused 3-D tensors `[experts, in, out]`, gate the first half of the last axis of gate_up_proj and
-up the second; an engine wants one 2-D Linear `[out, in]` an expert. The router's score multiplies the expert's INPUT.
-Maverick interleaves dense layers. The multimodal class puts everything of the text model under `language_model.`.
+On disk the experts are fused 3-D tensors `[experts, in, out]`; the last axis of gate_up_proj holds the gate, then the
+up. An engine wants one 2-D Linear `[out, in]` per expert. The router's score multiplies the expert's INPUT. Maverick
+interleaves dense layers. The multimodal class puts the whole text model under `language_model.`.
 """
 
 from collections.abc import Collection
@@ -13,20 +13,20 @@ import torch
 from torch import nn
 from transformers.models.llama4 import modeling_llama4 as hf
 
+from ..core.device import Compute
 from ..core.tensors import TensorSource
 from .adapter import Adapter, Half, Location, Role, Site
 from .experts import RoutedExperts
-from .meta import cast_floating, meta_module, meta_shapes
+from .meta import meta_module, meta_shapes
 
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-# A number in early published configs (transformers 4.51), a switch now.
+# Early published configs have a number here (transformers 4.51). It is a switch now.
 TUNING = "attn_temperature_tuning"
 
 
 class Llama4Moe(nn.Module):
-    """The MoE feed-forward with RoutedExperts in place of transformers' all-experts-on-all-rows."""
+    """The MoE feed-forward with RoutedExperts; transformers' own computes all experts on all rows."""
 
-    gives_logits = True  # beside the hidden rows, as transformers' does
+    gives_logits = True  # forward returns them beside the hidden rows, as transformers' own does
 
     def __init__(self, block: Any, config: Any) -> None:
         super().__init__()
@@ -49,8 +49,10 @@ class Llama4Adapter(Adapter):
     """`config` is a Llama4Config (multimodal) or a Llama4TextConfig."""
 
     family = "llama4"
-    image_tiles = 17  # sixteen, and the whole picture once more (transformers' Llama4ImageProcessor, max_patches)
+    image_tiles = 17  # sixteen, and the whole image once more (transformers' Llama4ImageProcessor, max_patches)
     half_modules: ClassVar = {Half.ATTENTION: "self_attn", Half.FEED_FORWARD: "feed_forward"}
+    router_name: ClassVar = "feed_forward.router"
+    routing_scales_input: ClassVar = True
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -84,43 +86,19 @@ class Llama4Adapter(Adapter):
     def sites(self, block: int) -> tuple[Site, ...]:
         c, p = self.text_config, self.block_prefix(block)
         q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        ff = f"{p}feed_forward."
-        sites = self.attention_sites(p, q, kv, c.hidden_size)
-
-        def mlp(key: str, role: Role, names: list[str], width: int, last_stage: int) -> None:
-            gate_up = tuple((f"{n}gate_proj", f"{n}up_proj") for n in names)
-            down = tuple((f"{n}down_proj",) for n in names)
-            feeds = tuple(name for (name,) in down)
-            sites.append(Site(f"{key}gate_up", role, gate_up, (width, width), c.hidden_size, stage=3, feeds=feeds))
-            # Several experts a token would each make good the whole of what the block misses.
-            alone = role is not Role.EXPERT or self.top_k == 1
-            sites.append(Site(f"{key}down", role, down, (c.hidden_size,), width, last_stage, alone, True))
-
-        if self.is_moe(block):
-            # The shared expert's down projection comes last: it sees every token and mends what the others left.
-            mlp("feed_forward.shared_expert.", Role.SHARED, [f"{ff}shared_expert."], c.intermediate_size, 5)
-            experts = [f"{ff}experts.{e}." for e in range(self.n_experts)]
-            mlp("feed_forward.experts.", Role.EXPERT, experts, c.intermediate_size, 4)
-        else:
-            mlp("feed_forward.", Role.MLP, [ff], c.intermediate_size_mlp, 4)
-        return tuple(sites)
-
-    def router_site(self, block: int) -> Site | None:
-        c, name = self.text_config, f"{self.block_prefix(block)}feed_forward.router"
-        experts, norm = (c.num_local_experts,), self.middle_norm
-        site = Site("feed_forward.router", Role.ROUTER, ((name,),), experts, c.hidden_size, stage=2, reads_norm=norm)
-        return site if self.is_moe(block) else None
-
-    def unit(self, module_name: str) -> str:
-        head, _, leaf = module_name.rpartition(".")
-        if ".experts." in module_name:
-            return head.rpartition(".")[0]  # all experts of a layer
-        return head + {"q_proj": ".qkv_proj", "k_proj": ".qkv_proj", "v_proj": ".qkv_proj"}.get(
-            leaf, ".gate_up_proj" if leaf in ("gate_proj", "up_proj") else f".{leaf}"
+        ff, width = "feed_forward.", c.intermediate_size
+        attention = self.attention_sites(p, q, kv, c.hidden_size)
+        if not self.is_moe(block):
+            return (*attention, *self.swiglu_sites(ff, Role.MLP, [f"{p}{ff}"], c.intermediate_size_mlp))
+        experts = [f"{p}{ff}experts.{e}." for e in range(self.n_experts)]
+        return (
+            *attention,
+            *self.swiglu_sites(f"{ff}shared_expert.", Role.SHARED, [f"{p}{ff}shared_expert."], width),
+            *self.swiglu_sites(f"{ff}experts.", Role.EXPERT, experts, width),
         )
 
     def permuted_at_load(self, module_name: str) -> bool:
-        # For RoPE; vLLM, models/llama4.py `permute_qk_weight_for_rotary`, does so for every q and k of the text model.
+        # For RoPE: vLLM permutes every q and k of the text model (models/llama4.py, `permute_qk_weight_for_rotary`).
         return self.role(f"{module_name}.weight") is Role.ATTENTION and module_name.endswith((".q_proj", ".k_proj"))
 
     def expected(self) -> dict[str, tuple[int, ...]]:
@@ -140,14 +118,15 @@ class Llama4Adapter(Adapter):
     def disk_shapes(self, available: Collection[str]) -> dict[str, tuple[int, ...]]:
         shapes = dict(self._fused_shapes)
         for block in range(self.n_blocks):
-            # Block by block: a tool that takes experts apart may have left some of them fused.
-            if any(f"{self.block_prefix(block)}feed_forward.experts.0.{p}.weight" in available for p in PROJECTIONS):
+            # Asked of each block: a tool that takes experts apart may have left some blocks fused.
+            first = f"{self.block_prefix(block)}feed_forward.experts.0."
+            if any(f"{first}{projection}.weight" in available for projection in self.projections):
                 self._unfuse(shapes, block)
         return shapes
 
     @cached_property
     def _fused_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Building the whole model on the meta device takes a second for Scout; it is asked for several times a run."""
+        """Cached: building Scout on the meta device takes a second, and a run asks several times."""
         cls = hf.Llama4ForConditionalGeneration if self.has_vision else hf.Llama4ForCausalLM
         shapes = meta_shapes(cls, self.config)
         if self.tied_head:
@@ -197,23 +176,21 @@ class Llama4Adapter(Adapter):
         return int((v.image_size // v.patch_size) ** 2 * v.pixel_shuffle_ratio**2)
 
     def image_text(self) -> str:
-        # What transformers' Llama4Processor writes for an image of one tile.
+        # As transformers' Llama4Processor writes an image of one tile.
         return "<|image_start|><|image|>" + "<|patch|>" * self.image_token_count() + "<|image_end|>"
 
-    def image_features(
-        self, source: TensorSource, pixels: torch.Tensor, device: torch.device, dtype: torch.dtype
-    ) -> torch.Tensor:
+    def image_features(self, source: TensorSource, pixels: torch.Tensor, compute: Compute) -> torch.Tensor:
         tower = meta_module(hf.Llama4VisionModel, self.config.vision_config)
         projector = meta_module(hf.Llama4MultiModalProjector, self.config)
         for module, prefix in ((tower, "vision_model."), (projector, "multi_modal_projector.")):
-            state = {name: source.get(prefix + name).to(device, dtype) for name in module.state_dict()}
+            state = {name: source.get(prefix + name).to(compute.device, compute.dtype) for name in module.state_dict()}
             module.load_state_dict(state, assign=True)
-        # A complex buffer that is computed, not stored: casting it to bf16 would drop its imaginary part.
-        tower.rotary_embedding = hf.Llama4VisionRotaryEmbedding(self.config.vision_config).to(device)
+        # This buffer is complex, and computed, not stored. Casting it to bf16 would drop its imaginary part.
+        tower.rotary_embedding = hf.Llama4VisionRotaryEmbedding(self.config.vision_config).to(compute.device)
         out = []
         with torch.inference_mode():
-            for chunk in pixels.split(16):  # 16 tiles at a time: Scout's tower needs about 0.2 GB for them
-                features = tower(cast_floating(chunk, device, dtype)).last_hidden_state
+            for chunk in pixels.split(16):  # Scout's tower needs about 0.2 GB for 16 tiles
+                features = tower(chunk.to(compute.device, compute.dtype)).last_hidden_state
                 out.append(projector(features.reshape(-1, features.shape[-1])).cpu())
         return torch.cat(out)
 
@@ -231,17 +208,17 @@ class Llama4Adapter(Adapter):
         found = []
         if type(text.get(TUNING)) is int:
             found.append(
-                f"{TUNING} is {text[TUNING]}, as early copies of config.json had: it is a switch, read and emitted "
+                f"{TUNING} is {text[TUNING]}, as in early copies of config.json: it is a switch, read and emitted "
                 f"as {str(bool(text[TUNING])).lower()}"
             )
         rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
         if rope.get("rope_type") == "llama3" and (rope.get("factor"), rope.get("high_freq_factor")) == (8.0, 4.0):
             found.append(
-                "rope scaling has factor 8 and high_freq_factor 4, as early copies of config.json had: Scout's are "
+                "rope scaling has factor 8 and high_freq_factor 4, as in early copies of config.json: Scout has "
                 "factor 16, low_freq_factor 1, high_freq_factor 1"
             )
         if text.get("rms_norm_eps") == 1e-6:
-            found.append("rms_norm_eps is 1e-06 (it is the QK-norm's eps too): Llama 4 was trained with 1e-05")
+            found.append("rms_norm_eps is 1e-06 (the QK norm uses it too): Llama 4 was trained with 1e-05")
         wrong = {
             "num_hidden_layers": (80, 48),
             "hidden_size": (8192, 5120),
@@ -250,5 +227,5 @@ class Llama4Adapter(Adapter):
         }
         for key, (published, true) in wrong.items():
             if text.get(key) == published:
-                found.append(f"{key} is {published}, a figure of public model cards that is wrong: Llama 4 has {true}")
+                found.append(f"{key} is {published}, a wrong figure of public model cards: Llama 4 has {true}")
         return found

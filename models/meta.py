@@ -1,4 +1,4 @@
-"""transformers modules without weights: built on the meta device, so that shapes cost no memory."""
+"""transformers modules on the meta device: they have shapes and need no memory."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import nn
 
 
 def meta_module(cls: Any, config: Any, *args: Any) -> Any:
-    """`cls(config, ...)` on the meta device, in eval mode. Attention is sdpa: exact, and linear in memory."""
+    """`cls(config, ...)` on the meta device, in eval mode. Attention is sdpa: exact, its memory linear in tokens."""
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
         return cls(config, *args).eval().requires_grad_(False)
@@ -18,12 +18,8 @@ def meta_shapes(cls: Any, config: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in meta_module(cls, config).state_dict().items()}
 
 
-def cast_floating(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
-
-
 def materialize_buffers(module: nn.Module, fresh: nn.Module) -> None:
-    """Give `module` (on meta) the computed, unstored buffers of `fresh`, an equal module built for real."""
+    """Give `module`, which is on meta, the buffers of `fresh`, the same module built on a real device."""
     for name, buffer in fresh.named_buffers():
         owner, _, leaf = name.rpartition(".")
         module.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)

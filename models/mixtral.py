@@ -1,7 +1,7 @@
-"""Mixtral: every layer sparse, the two best of a few large experts, a sliding window in some versions.
+"""Mixtral: every layer is sparse and takes the two best of a few large experts; some versions have a sliding window.
 
-The published names (`block_sparse_moe`, and w1, w3 and w2 for gate, up and down) are what vLLM loads, and so the
-canonical ones; transformers 5 has other names in memory. Routing weights are a softmax over the chosen experts, on the
+The canonical names are the published ones (`block_sparse_moe`, and w1, w3 and w2 for gate, up and down), which vLLM
+loads; transformers 5 has other names in memory. Routing weights are a softmax over the chosen experts and multiply the
 expert's output (arXiv 2401.04088, section 2.1). The router is transformers' own module.
 """
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.models.mixtral import modeling_mixtral as hf
 
-from .adapter import Half, Role, Site
+from .adapter import FUSED_QKV, Half, Role, Site
 from .cache import SPLITS, Split
 from .experts import RoutedExperts
 from .meta import meta_module
@@ -19,7 +19,7 @@ from .unfused import UnfusedAdapter
 
 
 class MixtralMoe(nn.Module):
-    """The sparse half with RoutedExperts."""
+    """The feed-forward half with RoutedExperts."""
 
     def __init__(self, block: Any, config: Any) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class MixtralMoe(nn.Module):
 
 
 class MixtralLayer(hf.MixtralDecoderLayer):
-    """transformers' decoder layer, its feed-forward half under the name that the files give it."""
+    """transformers' decoder layer with its feed-forward half under its published name."""
 
     def __init__(self, config: Any, index: int) -> None:
         super().__init__(config, index)
@@ -53,33 +53,23 @@ class MixtralAdapter(UnfusedAdapter):
     half_modules: ClassVar = {Half.ATTENTION: "self_attn", Half.FEED_FORWARD: "block_sparse_moe"}
     experts_key = "num_local_experts"
     causal_class = hf.MixtralForCausalLM
-    router = ".block_sparse_moe.gate."
+    router_name: ClassVar = "block_sparse_moe.gate"
+    projections: ClassVar = ("w1", "w3", "w2")
+    fused_leaves: ClassVar = FUSED_QKV
     splits: ClassVar = SPLITS | {"w1": Split.OUTPUTS, "w3": Split.OUTPUTS, "w2": Split.INPUTS}
+
+    def is_moe(self, block: int) -> bool:
+        return True
 
     def sites(self, block: int) -> tuple[Site, ...]:
         c, p, key = self.config, self.block_prefix(block), "block_sparse_moe.experts."
         head_dim = c.head_dim or c.hidden_size // c.num_attention_heads
-        width, role = c.intermediate_size, Role.EXPERT
-        names = [f"{p}{key}{e}." for e in range(self.n_experts)]
-        gate_up = tuple((f"{n}w1", f"{n}w3") for n in names)
-        down = tuple((f"{n}w2",) for n in names)
+        q, kv = c.num_attention_heads * head_dim, c.num_key_value_heads * head_dim
+        experts = [f"{p}{key}{e}." for e in range(self.n_experts)]
         return (
-            *self.attention_sites(p, c.num_attention_heads * head_dim, c.num_key_value_heads * head_dim, c.hidden_size),
-            Site(f"{key}gate_up", role, gate_up, (width, width), c.hidden_size, 3, feeds=tuple(n for (n,) in down)),
-            # Experts' outputs are multiplied with their routing weights first.
-            Site(f"{key}down", role, down, (c.hidden_size,), width, 4, False, True),
+            *self.attention_sites(p, q, kv, c.hidden_size),
+            *self.swiglu_sites(key, Role.EXPERT, experts, c.intermediate_size),
         )
-
-    def router_site(self, block: int) -> Site | None:
-        c, key, norm = self.config, "block_sparse_moe.gate", self.middle_norm
-        module, experts = ((f"{self.block_prefix(block)}{key}",),), (c.num_local_experts,)
-        return Site(key, Role.ROUTER, module, experts, c.hidden_size, stage=2, reads_norm=norm)
-
-    def unit(self, module_name: str) -> str:
-        head, _, leaf = module_name.rpartition(".")
-        if ".experts." in module_name:
-            return head.rpartition(".")[0]
-        return f"{head}.qkv_proj" if leaf in ("q_proj", "k_proj", "v_proj") else module_name
 
     def published_name(self, name: str) -> str:
         return name.replace(".mlp.gate.", ".block_sparse_moe.gate.")

@@ -1,4 +1,4 @@
-"""Qwen3-MoE: one 2-D tensor an expert on disk, top-k routing, routing weights on the expert's output."""
+"""Qwen3-MoE: one 2-D tensor per expert matrix on disk, top-k routing, routing weights on the expert's output."""
 
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ from .unfused import UnfusedAdapter
 
 
 class Qwen3Moe(nn.Module):
-    """The sparse block with RoutedExperts; the softmax is taken in fp32 as the family does."""
+    """The feed-forward half with RoutedExperts; the softmax is in fp32, as in the family's own code."""
 
     def __init__(self, block: Any, config: Any) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Qwen3MoeAdapter(UnfusedAdapter):
     half_modules: ClassVar = {Half.ATTENTION: "self_attn", Half.FEED_FORWARD: "mlp"}
     experts_key = "num_experts"
     causal_class = hf.Qwen3MoeForCausalLM
-    router = ".mlp.gate."
+    router_name: ClassVar = "mlp.gate"
 
     def is_moe(self, block: int) -> bool:
         c = self.config
@@ -50,32 +50,11 @@ class Qwen3MoeAdapter(UnfusedAdapter):
         c, p = self.config, self.block_prefix(block)
         q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         if self.is_moe(block):
-            key, role, width = "mlp.experts.", Role.EXPERT, c.moe_intermediate_size
-            names = [f"{p}mlp.experts.{e}." for e in range(self.n_experts)]
+            experts = [f"{p}mlp.experts.{e}." for e in range(self.n_experts)]
+            feed_forward = self.swiglu_sites("mlp.experts.", Role.EXPERT, experts, c.moe_intermediate_size)
         else:
-            key, role, width, names = "mlp.", Role.MLP, c.intermediate_size, [f"{p}mlp."]
-        gate_up = tuple((f"{n}gate_proj", f"{n}up_proj") for n in names)
-        down = tuple((f"{n}down_proj",) for n in names)
-        return (
-            *self.attention_sites(p, q, kv, c.hidden_size),
-            Site(f"{key}gate_up", role, gate_up, (width, width), c.hidden_size, 3, feeds=tuple(n for (n,) in down)),
-            # Experts' outputs are multiplied with their routing weights first.
-            Site(f"{key}down", role, down, (c.hidden_size,), width, 4, role is Role.MLP, True),
-        )
-
-    def router_site(self, block: int) -> Site | None:
-        c, name = self.config, f"{self.block_prefix(block)}mlp.gate"
-        experts, norm = (c.num_experts,), self.middle_norm
-        site = Site("mlp.gate", Role.ROUTER, ((name,),), experts, c.hidden_size, stage=2, reads_norm=norm)
-        return site if self.is_moe(block) else None
-
-    def unit(self, module_name: str) -> str:
-        head, _, leaf = module_name.rpartition(".")
-        if ".experts." in module_name:
-            return head.rpartition(".")[0]
-        if leaf in ("q_proj", "k_proj", "v_proj"):
-            return f"{head}.qkv_proj"
-        return f"{head}.gate_up_proj" if leaf in ("gate_proj", "up_proj") else module_name
+            feed_forward = self.swiglu_sites("mlp.", Role.MLP, [f"{p}mlp."], c.intermediate_size)
+        return (*self.attention_sites(p, q, kv, c.hidden_size), *feed_forward)
 
     def build_block(self, block: int) -> nn.Module:
         layer = meta_module(hf.Qwen3MoeDecoderLayer, self.config, block)

@@ -1,5 +1,5 @@
-"""What text models have in common whose files hold every expert by itself, under `model.`: Qwen3-MoE, DeepSeek-V3 and
-Mixtral. transformers 5 fuses the experts in its modules; the checkpoint on disk never does."""
+"""The common part of the text models whose files hold one tensor per expert matrix, under `model.`: Qwen3-MoE,
+DeepSeek-V3 and Mixtral. transformers 5 fuses the experts in memory; these files never do."""
 
 from collections.abc import Collection
 from functools import cached_property
@@ -10,13 +10,14 @@ from .meta import meta_shapes
 
 
 class UnfusedAdapter(Adapter):
-    """`experts_key`: what the config calls the number of experts. `causal_class`: transformers' class of the whole
-    model. `shared`, `router`: what of a name tells a shared expert and a router; None where there is none."""
+    """A family with unfused experts; `config` is that of the text model, which is the whole model."""
 
+    # The config's name for the number of experts.
     experts_key: ClassVar[str]
+    # transformers' class of the whole model.
     causal_class: ClassVar[Any]
+    # The part of a tensor's name that marks a shared expert; None for families without one.
     shared: ClassVar[str | None] = None
-    router: ClassVar[str]
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -38,7 +39,7 @@ class UnfusedAdapter(Adapter):
         return f"model.layers.{block}."
 
     def published_name(self, name: str) -> str:
-        """What the files call a tensor of transformers' module."""
+        """The name in the files of a tensor of transformers' module."""
         return name
 
     def expected(self) -> dict[str, tuple[int, ...]]:
@@ -72,6 +73,6 @@ class UnfusedAdapter(Adapter):
             return Role.EXPERT
         if self.shared is not None and self.shared in name:
             return Role.SHARED
-        if self.router in name:
+        if f".{self.router_name}." in name:
             return Role.ROUTER
         return Role.ATTENTION if ".self_attn." in name else Role.MLP

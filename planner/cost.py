@@ -106,9 +106,9 @@ def estimate(
             share = adapter.top_k if site.role is Role.EXPERT else 1
             block_forward += 2.0 * outputs * inputs * share
             half_forward[site.half] += 2.0 * outputs * inputs * share
-            stage = (site.half, site.stage if work.one_by_one else 0)
+            stage = (site.half, site.turn if work.one_by_one else 0)
             block_params += outputs * inputs * count
-            if site.members[0][0] in plan.schemes:
+            if site.first_module in plan.schemes:
                 common = site.reads_norm in norms and not work.token_gradients
                 norms |= {site.reads_norm} if site.reads_norm else set()
                 measured = work.output_metric and (bool(site.feeds) or site.reaches_residual)
@@ -122,7 +122,7 @@ def estimate(
                 matrix_bytes = max(matrix_bytes, work.matrix_bytes(outputs, inputs, measured))
                 if not site.adds_to_residual:
                     inner.add(stage)
-                    inside |= {site.stage} if site.half is Half.ATTENTION and site.reads_norm is None else set()
+                    inside |= {site.turn} if site.half is Half.ATTENTION and site.reads_norm is None else set()
                 if work.tune_epochs and site.half is Half.FEED_FORWARD:
                     tuned_params += outputs * inputs * count
                     tuned_stages |= set() if site.adds_to_residual else {stage[1]}

@@ -76,7 +76,7 @@ def cut_problems(adapter: Adapter, tensor_parallel: int, groups: Mapping[str, in
     said = set()
     for block in range(adapter.n_blocks):
         for site in adapter.sites(block):
-            module = site.members[0][0]
+            module = site.first_module
             if (site.key, site.in_features) in said or adapter.split(f"{module}.weight") is not Split.INPUTS:
                 continue
             said.add((site.key, site.in_features))

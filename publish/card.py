@@ -12,7 +12,8 @@ from ..checkpoint import files
 from ..checkpoint.inspect import inspect
 from ..checkpoint.source import open_folder
 from ..core.errors import InputError, input_error
-from ..core.layout import CARD_MARK, CARD_NAME, RECORD_NAME
+from ..core.file_names import RECORD_NAME
+from ..core.layout import CARD_MARK, CARD_NAME
 from ..report.licence import NOTICE_LINE, NOTICE_NAME, Licence, has_notice, is_licence_file, licence_of
 from ..report.model_card import CardFacts, digest_of, render
 from ..report.reading import check_record

@@ -25,7 +25,7 @@ from ..checkpoint.packed import READERS, PackedSource, open_packed
 from ..checkpoint.soundness import Stored, index_problems, shape_problems, stored_modules, value_problems
 from ..checkpoint.source import PICKLES, Folder, open_folder
 from ..core.errors import DamageError, InputError
-from ..core.layout import RECORD_NAME
+from ..core.file_names import RECORD_NAME
 from ..core.scheme import BY_ROW, INT8_ROWS, NF4, NF4_BLOCK, Scheme
 from ..models.adapter import Adapter, Role
 from ..models.families import load_adapter

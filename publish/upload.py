@@ -21,7 +21,8 @@ from .. import __version__
 from ..checkpoint.checksums import SUMS_NAME, read_sums
 from ..checkpoint.provenance import front_matter
 from ..core.errors import InputError, OnecardError, ResourceError, input_error
-from ..core.layout import CARD_MARK, CARD_NAME, RECORD_NAME
+from ..core.file_names import RECORD_NAME
+from ..core.layout import CARD_MARK, CARD_NAME
 from ..report.licence import Licence, holds_llama4, is_llama4_id, unmet_terms
 from ..report.model_card import FAILED_GATE, card_problems, digest_of, mark, parent_of
 from .card import Drawn, Wishes, draw, finished_record, terms, write

@@ -7,6 +7,7 @@ metadata are built and read back by huggingface_hub's own classes, without netwo
 
 import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -66,7 +67,7 @@ class CardFacts:
     name: str
     record: dict[str, Any]
     record_digest: str
-    roles: dict[str, dict[str, Any]]
+    roles: Mapping[str, Any]
     vision: bool
     base_model: str | None
     licence: Licence | None

@@ -1,5 +1,6 @@
 """`onecard plan` and `onecard inspect`, drawn for people."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich import box
@@ -65,7 +66,7 @@ def draw_plan(result: Any, tensors: bool, console: Console) -> None:
     console.print(Panel(grid, title="onecard plan", box=box.ROUNDED, expand=False))
 
 
-def draw_inspection(facts: dict[str, Any], console: Console) -> None:
+def draw_inspection(facts: Mapping[str, Any], console: Console) -> None:
     """`facts` is what inspection.inspect returns."""
     grid = labelled()
     grid.add_row("model", Text(f"{facts['model']} ({facts['family']})"))

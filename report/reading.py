@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ..core.errors import InputError, input_error
-from ..core.layout import RECORD_NAME
+from ..core.file_names import RECORD_NAME
 from .reading_sizes import PART, Allocation, Fit
 
 READABLE_VERSIONS = (1, 2)

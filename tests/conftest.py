@@ -158,9 +158,8 @@ def run(
     tmp_path: Path,
     recipe: Callable[..., Path],
     texts: list[str],
-    onecard: Callable[..., Result],
 ) -> Run:
-    return Run(baby(FAMILY), tmp_path / "out", recipe(), texts, onecard)
+    return Run(baby(FAMILY), tmp_path / "out", recipe(), texts)
 
 
 @pytest.fixture(scope="session")

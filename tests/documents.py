@@ -9,7 +9,7 @@ import pyarrow.parquet
 from PIL import Image
 
 from onecard.calibration.documents import Document
-from onecard.calibration.sources import Limit, Source, read_source
+from onecard.calibration.sources import ReadLimit, Source, read_source
 
 SAMPLE = [{"text": f"a text of many words, number {n}, to be read"} for n in range(9)]
 
@@ -55,4 +55,4 @@ ITEMS = [
 
 def read_documents(path: Path, **changes: Any) -> list[Document]:
     """The documents of one file or folder; `changes` are further fields of Source."""
-    return read_source(Source(path.name, path, **changes), Limit(), None).documents
+    return read_source(Source(path.name, path, **changes), ReadLimit(), None).documents

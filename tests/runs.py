@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from click.testing import Result
 
+from command_line import run_onecard
 from onecard.checkpoint.workdir import WorkDir
 
 Contents = dict[str, Any]
@@ -42,12 +43,12 @@ class Stopped(BaseException):
 class Run:
     """One quantize command on a baby, to be broken off and resumed."""
 
-    def __init__(self, model: Path, out: Path, recipe: Path, texts: list[str], onecard: Callable[..., Result]) -> None:
-        self.model, self.out, self.recipe, self.texts, self._onecard = model, out, recipe, texts, onecard
+    def __init__(self, model: Path, out: Path, recipe: Path, texts: list[str]) -> None:
+        self.model, self.out, self.recipe, self.texts = model, out, recipe, texts
         self.work = out.with_name(out.name + ".work")
 
     def __call__(self, *flags: object, recipe: Path | None = None, out: Path | None = None) -> Result:
-        return self._onecard(
+        return run_onecard(
             "quantize", self.model, out or self.out, "--recipe", recipe or self.recipe, *self.texts, *flags
         )
 

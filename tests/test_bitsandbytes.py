@@ -113,7 +113,7 @@ def test_int8_rows_are_what_bitsandbytes_linear_holds(shape: tuple[int, int], dt
     linear.weight.data = weight
     saved = linear.to("cpu").state_dict()
     if "SCB" not in saved:  # before it is moved to a device the module has not quantized
-        linear.weight._quantize("cpu")
+        linear.weight = linear.weight.to("cpu")
         saved = linear.state_dict()
     assert {name: (t.dtype, t.shape) for name, t in saved.items()} == {n: (t.dtype, t.shape) for n, t in parts.items()}
     assert all(torch.equal(saved[name], parts[name]) for name in saved)
@@ -157,7 +157,7 @@ def test_transformers_reads_the_config_block_as_it_is_meant(method: str) -> None
         ({"method": "bnb-nf4", "format": "compressed-tensors"}, "contradict each other"),
         ({"method": "rtn", "format": "bitsandbytes"}, "bnb-nf4 and bnb-int8 are the methods"),
         ({"method": "rtn", "group_size": 0}, "positive multiple of 8"),
-        ({"method": "bnb-nf4", "schemes": {"attention": "int8 by row"}}, "knows one width"),
+        ({"method": "bnb-nf4", "schemes": {"attention": "int8 by row"}}, "has one width"),
     ],
 )
 def test_contradictions_are_refused(keys: dict[str, Any], told: str, tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from onecard.core.errors import InputError
 from onecard.core.rows import Row
 from onecard.eval.choice import LENGTHS, Request, Scored, ask, scores
 from onecard.eval.kl import TokenResults
-from onecard.eval.twin import Asked, Side, Twin, twin_walk
-from walking import Silence
+from onecard.eval.twin import Asked, Twin, twin_walk
+from walking import cpu_walk
 
 CPU = torch.device("cpu")
 
@@ -35,11 +35,9 @@ class Pair:
     def walk(
         self, folder: Path, rows: list[Row], asked: tuple[Asked, ...] = (), batch_tokens: int = 96, **more: Any
     ) -> Twin:
-        sides = []
-        for name, path in (("reference", self.reference), ("quantized", self.quantized)):
-            model = open_model(str(path))
-            sides.append(Side(name, model.adapter, model.source))
-        found = twin_walk(*sides, rows, batch_tokens, Activations(folder), CPU, torch.float32, Silence(), asked, **more)
+        walk, other = cpu_walk(open_model(str(self.reference)), batch_tokens), open_model(str(self.quantized))
+        quantized = walk.beside(other.adapter, other.source)
+        found = twin_walk(walk, quantized, rows, Activations(folder), asked=asked, **more)
         assert not any(path.is_file() for path in folder.rglob("*")), "the store is empty again"
         return found
 

@@ -20,7 +20,7 @@ from onecard.checkpoint.model import open_model
 from onecard.checkpoint.workdir import Activations
 from onecard.core.rows import Row
 from onecard.report.heatmap import BARS, NONE, STEPS, draw_coverage, least_line, step_of, svg
-from walking import Silence
+from walking import cpu_walk
 
 
 @pytest.mark.parametrize("family", ["llama4-text", "maverick", "qwen3", "deepseek", "mixtral"])
@@ -32,16 +32,7 @@ def test_counts_are_the_routes_of_transformers(baby: Callable[..., Path], tmp_pa
         Row(str(n), "text", torch.randint(4, 200, (length,), generator=generator))
         for n, length in enumerate([20, 9, 20, 9, 20])
     ]
-    routes = count_routes(
-        model.adapter,
-        model.source,
-        rows,
-        40,
-        Activations(tmp_path / "acts"),
-        torch.device("cpu"),
-        torch.float32,
-        Silence(),
-    )
+    routes = count_routes(cpu_walk(model, 40).hidden_rows(rows, Activations(tmp_path / "acts")))
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
     network = load_with_transformers(model.path, torch.float32)
     top = model.adapter.top_k
@@ -95,7 +86,7 @@ def test_a_run_calibrates_on_the_chosen_rows(
     from onecard import stages  # the run is killed after its first block
 
     whole = stages.quantize_block
-    monkeypatch.setattr(stages, "quantize_block", lambda job, step: _stop() if job.index else whole(job, step))
+    monkeypatch.setattr(stages, "quantize_block", lambda job: _stop() if job.index else whole(job))
     assert onecard("quantize", baby("llama4-text"), out, *arguments).exit_code == 130
     monkeypatch.setattr(stages, "quantize_block", whole)
     from onecard.calibration import coverage

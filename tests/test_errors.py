@@ -19,10 +19,10 @@ from onecard.checkpoint.model import open_model
 from onecard.checkpoint.workdir import Activations
 from onecard.core.rows import Row, batches
 from onecard.eval import errors
-from onecard.eval.errors import WORST_EXPERTS, places_of
-from onecard.eval.twin import Side, twin_walk
+from onecard.eval.errors import WORST_EXPERTS, places_of, standing_out
+from onecard.eval.twin import twin_walk
 from onecard.models.adapter import read
-from walking import Silence
+from walking import cpu_walk
 
 FAMILIES = ["scout", "maverick", "llama4-text", "qwen3"]
 Found = dict[str, Any]
@@ -37,20 +37,9 @@ ROWS = make_rows([40, 24, 40, 9, 24, 31, 40, 24])
 
 
 def errors_of(reference: Path, other: Path, folder: Path, rows: list[Row] = ROWS, batch_tokens: int = 90) -> Found:
-    sides = []
-    for name, path in (("reference", reference), ("quantized", other)):
-        model = open_model(str(path))
-        sides.append(Side(name, model.adapter, model.source))
-    twin = twin_walk(
-        *sides,
-        rows,
-        batch_tokens,
-        Activations(folder),
-        torch.device("cpu"),
-        torch.float32,
-        Silence(),
-        with_errors=True,
-    )
+    walk, opened = cpu_walk(open_model(str(reference)), batch_tokens), open_model(str(other))
+    quantized = walk.beside(opened.adapter, opened.source)
+    twin = twin_walk(walk, quantized, rows, Activations(folder), with_errors=True)
     assert twin.errors is not None
     return twin.errors.facts({})
 
@@ -358,21 +347,10 @@ def test_an_expert_without_tokens_has_no_output_error_and_its_weights_are_still_
 def test_the_worst_are_ten_and_in_order_and_say_what_they_were_calibrated_on(
     baby: Callable[..., Path], tmp_path: Path
 ) -> None:
-    model = open_model(str(baby("scout")))
-    other = changed_copy(baby("scout"), tmp_path / "other", noise(0.1))
-    side = Side("reference", model.adapter, model.source)
-    opened = open_model(str(other))
-    twin = twin_walk(
-        side,
-        Side("quantized", opened.adapter, opened.source),
-        ROWS,
-        90,
-        Activations(tmp_path / "acts"),
-        torch.device("cpu"),
-        torch.float32,
-        Silence(),
-        with_errors=True,
-    )
+    walk = cpu_walk(open_model(str(baby("scout"))), 90)
+    opened = open_model(str(changed_copy(baby("scout"), tmp_path / "other", noise(0.1))))
+    quantized = walk.beside(opened.adapter, opened.source)
+    twin = twin_walk(walk, quantized, ROWS, Activations(tmp_path / "acts"), with_errors=True)
     assert twin.errors is not None
     facts = twin.errors.facts({1: [100 + e for e in range(8)]})
     assert {e["calibration_rows"] for e in facts["experts"] if e["block"] == 0} == {None}
@@ -387,10 +365,10 @@ def test_standing_out_is_counted_in_robust_deviations() -> None:
     values = [1.0, 1.1, 0.9, 1.2, 0.8, 3.0]
     middle = median(values)
     spread = 1.4826 * median([abs(v - middle) for v in values])
-    got = errors._standing_out(values, 0.1)
+    got = standing_out(values, 0.1)
     assert got == pytest.approx([(v - middle) / spread for v in values])
     # One far outlier moves neither the middle nor the spread: it stands out the more.
-    assert errors._standing_out([*values[:-1], 30.0], 0.1)[-1] > 10 * got[-1]
-    assert errors._standing_out([1.0, 1.0, 1.0, 1.01], 0.1) == pytest.approx([0, 0, 0, 0.1])
-    assert errors._standing_out([0.0] * 4, 0.1) == [0.0] * 4
-    assert errors._standing_out([], 0.1) == []
+    assert standing_out([*values[:-1], 30.0], 0.1)[-1] > 10 * got[-1]
+    assert standing_out([1.0, 1.0, 1.0, 1.01], 0.1) == pytest.approx([0, 0, 0, 0.1])
+    assert standing_out([0.0] * 4, 0.1) == [0.0] * 4
+    assert standing_out([], 0.1) == []

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import Result
+from safetensors.torch import load_file
 
 from command_line import listing, run_onecard
 from inputs import write_recipe
@@ -20,6 +21,7 @@ from onecard.checkpoint.packed import PackedSource
 from onecard.checkpoint.source import open_folder
 from onecard.conversion import export
 from onecard.conversion import layout as conversion
+from onecard.core.quantized_weight import QuantizedWeight
 
 # Maverick has blocks with experts and blocks without; Scout is the same with experts in all.
 FAMILIES = ("maverick", "llama4-text", "qwen3")
@@ -251,21 +253,16 @@ def test_an_interrupted_export_is_no_checkpoint_and_a_second_one_ends_in_the_sam
     assert onecard("export", source, "--format", "gptq", "-o", whole).exit_code == 0
     shards = sorted(whole.glob("*.safetensors"))
     assert len(shards) > 3
-    made = conversion._as_codes
+    last = next(name.removesuffix(".qweight") for name in load_file(shards[2]) if name.endswith(".qweight"))
+    codes = conversion.codes
 
-    def stops(*args: object) -> conversion.Conversion:
-        full = made(*args)  # type: ignore[arg-type]
-        last = full.shards[2].tensors[0].name
-
-        def make(name: str) -> dict[str, torch.Tensor]:
-            if name == full.made_of[last]:
-                raise KeyboardInterrupt
-            return full.make(name)
-
-        return conversion.Conversion(full.shards, full.schemes, full.made_of, make)
+    def stops(model: Model, module: str) -> QuantizedWeight:
+        if module == last:
+            raise KeyboardInterrupt
+        return codes(model, module)
 
     with monkeypatch.context() as patch:
-        patch.setattr(conversion, "_as_codes", stops)
+        patch.setattr(conversion, "codes", stops)
         assert onecard("export", source, "--format", "gptq", "-o", out).exit_code == 130
     assert len(list(out.glob("*.safetensors"))) == 2
     assert not (out / "config.json").exists()

@@ -20,7 +20,7 @@ from onecard.core.tensors import TensorInfo
 from onecard.models.adapter import Adapter, Half, Role
 from onecard.models.cache import CacheLayer, Split
 from onecard.models.families import ADAPTERS, load_adapter
-from onecard.models.walk import Calls, load_block, observed, only, run_block
+from walking import cpu_walk
 
 FAMILIES = ["scout", "qwen3", "deepseek", "mixtral"]
 CPU = torch.device("cpu")
@@ -235,15 +235,14 @@ def test_a_site_reads_the_norm_that_it_names_and_no_other_does(family: str, baby
     model = open_model(str(baby(family)))
     adapter = model.adapter
     hidden = torch.randn(2, 9, adapter.hidden_size, generator=torch.Generator().manual_seed(1))
-    calls = Calls(adapter, CPU, torch.float32).of(9)
+    walk = cpu_walk(model)
     for index in range(adapter.n_blocks):
-        block = load_block(adapter, model.source, index, CPU, torch.float32)
+        block = walk.load(index)
         for half, norm in ((Half.ATTENTION, adapter.first_norm), (Half.FEED_FORWARD, adapter.middle_norm)):
-            normed = block.get_submodule(norm)(hidden).flatten(0, 1)
+            normed = block.norm(norm)(hidden).flatten(0, 1)
             seen: dict[str, torch.Tensor] = {}
-            watch = observed(adapter, block, index, lambda site, e, t, rows: seen.update({site.key: rows}))  # noqa: B023
-            with watch, only(adapter, block, half):
-                run_block(block, hidden, calls[index])
+            with block.observed(lambda site, e, t, rows: seen.update({site.key: rows})):  # noqa: B023
+                block.forward(hidden, half)
             for site in adapter.sites(index):
                 if site.half is not half or site.role is Role.EXPERT:
                     continue

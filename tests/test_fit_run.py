@@ -126,7 +126,7 @@ def test_prices_of_pareto_serve_quantize(
 
 
 @pytest.mark.parametrize(
-    "where", ["onecard.bits.pricing._at_the_head", "onecard.pipeline.fit_to", "onecard.stages.embed"]
+    "where", ["onecard.bits.pricing._at_the_head", "onecard.pipeline.fit_to", "onecard.pipeline.balanced"]
 )
 def test_stopped_between_pricing_and_quantizing(
     whole: Path, baby: Callable[..., Path], texts: list[str], use: Path, tmp_path: Path, where: str
@@ -228,7 +228,7 @@ def test_too_few_rows_are_refused(
 @pytest.mark.parametrize(
     ("fields", "needle"),
     [
-        ({"budget_gb": 1.0, "gpu": "h100-80gb"}, "one of them"),
+        ({"budget_gb": 1.0, "gpu": "h100-80gb"}, "needs one budget"),
         ({}, "needs a budget"),
         ({"budget_gb": 1.0, "engine": "transformers"}, "engine is transformers"),
         ({"budget_gb": 1.0, "format": "gptq"}, "format is gptq"),

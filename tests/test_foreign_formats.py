@@ -5,6 +5,7 @@ has, on the real command line, the KL of the folder that holds the dequantized w
 refused in one message.
 """
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,6 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import foreign
-from onecard.checkpoint import source as source_module
 from onecard.checkpoint.packed import PackedSource, open_packed
 from onecard.checkpoint.source import open_folder
 from onecard.core.tensors import DTYPE_NAMES
@@ -234,9 +234,14 @@ def test_one_expert_of_a_fused_tensor_is_read_without_the_others(
         for suffix in ("", "_scale_inv")
     }
     source = opened(tmp_path, stored, FP8)
-    read_bytes = []
-    original = source_module._read_into
-    monkeypatch.setattr(source_module, "_read_into", lambda *a: (read_bytes.append(len(a[2])), original(*a)))
+    read_bytes: list[int] = []
+
+    class Counted(io.FileIO):
+        def readinto(self, buffer: Any) -> int:
+            read_bytes.append(super().readinto(buffer) or 0)
+            return read_bytes[-1]
+
+    monkeypatch.setattr(Path, "open", lambda path, mode, buffering: Counted(path, mode))
     got = source.dense("m.experts.down_proj", torch.float64, (2, slice(None), slice(16, 48)))
     assert torch.allclose(got, experts[2][1][:, 16:48], rtol=1e-6)
     assert sum(read_bytes) == 96 * 64 + 4 * 3 * 2

@@ -18,7 +18,8 @@ from onecard.core.errors import InputError
 from onecard.eval import twin
 from onecard.eval.choice import Request
 from onecard.eval.lm_eval_tasks import encode_pair
-from onecard.eval.tasks import load_task, requests_of
+from onecard.eval.task_requests import requests_of
+from onecard.eval.tasks import load_task
 
 Run = Callable[..., Result]
 BOS = 0
@@ -181,14 +182,21 @@ def test_texts_scored_whole_are_cut_into_windows(
 
     source = baby("qwen3")
     pair = twin_lm.open_twin(str(source), str(source), device_name="cpu")
-    pair.reference._window_tokens = 6
+    walked: dict[Any, Any] = {}
+
+    def walk(requests: Any) -> Any:
+        scores = pair.scores(requests)
+        walked.update(zip(requests, scores, strict=True))
+        return scores
+
+    reference = twin_lm.Twin(pair.encoder, walk, window_tokens=6).reference
     text = "abcdefghijklm"
-    found = pair.reference.loglikelihood_rolling([SimpleNamespace(args=(text,)), SimpleNamespace(args=("ab",))])
-    assert sum(len(request.continuation) for request in pair._known) == len(text) + 2
-    windows = [request for request in pair._known if request.continuation != ids(encoder, "ab")]
-    assert found[0] == pytest.approx(sum(pair._known[request].logp_reference for request in windows))
+    found = reference.loglikelihood_rolling([SimpleNamespace(args=(text,)), SimpleNamespace(args=("ab",))])
+    assert sum(len(request.continuation) for request in walked) == len(text) + 2
+    windows = [request for request in walked if request.continuation != ids(encoder, "ab")]
+    assert found[0] == pytest.approx(sum(walked[request].logp_reference for request in windows))
     with pytest.raises(InputError, match="write"):
-        pair.reference.generate_until([])
+        reference.generate_until([])
 
 
 def test_options_in_the_context_and_unconditional_ones(task: Callable[..., Path], encoder: Encoder) -> None:

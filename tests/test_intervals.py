@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from onecard.eval import intervals
-from onecard.eval.intervals import Interval, bootstrap, mcnemar, wilson
+from onecard.eval.intervals import Interval, bootstrap, draws, mcnemar, wilson
 
 NORMAL_975 = 1.959963984540054
 
@@ -97,16 +96,15 @@ def test_every_column_is_as_if_it_stood_alone() -> None:
     assert together[1].high == pytest.approx(alone.high, abs=0.15 * width)
 
 
-def test_draws_in_parts_have_the_law_of_draws_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_draws_in_parts_have_the_law_of_draws_at_once() -> None:
     """Of very many documents the counts of all draws would not fit into memory: they are made one part at a time."""
     sums, sizes = skewed(50, 5)
     whole = one(sums, sizes)
-    assert [len(part) for part in intervals._draws(50, 1000, 0)] == [1000]
-    monkeypatch.setattr(intervals, "_COUNTS_AT_ONCE", 50 * 333)
-    parts = intervals._draws(50, 1000, 0)
+    assert [len(part) for part in draws(50, 1000, 0)] == [1000]
+    parts = draws(50, 1000, 0, 50 * 333)
     assert isinstance(parts, Iterator)
     assert [len(part) for part in parts] == [333, 333, 333, 1]
-    parted = one(sums, sizes)
+    parted = one(sums, sizes, counts_at_once=50 * 333)
     assert (parted.low, parted.high) == pytest.approx((whole.low, whole.high), rel=1e-9)
 
 

@@ -69,9 +69,9 @@ def kill_in_write(number: int) -> None:
     files.save_file = save_file
 
 
-def test_killed_with_sigkill_anywhere(run: Run, tmp_path: Path, onecard: Callable[..., Result]) -> None:
+def test_killed_with_sigkill_anywhere(run: Run, tmp_path: Path) -> None:
     """The short form of benchmarks/kill_resume.py: kill -9 of a real process that holds the lock, again and again."""
-    reference = Run(run.model, tmp_path / "reference", run.recipe, run.texts, onecard)
+    reference = Run(run.model, tmp_path / "reference", run.recipe, run.texts)
     assert in_child(reference) == 0
     whole = contents(reference.out)
     kills: list[Callable[[], None]] = [lambda n=n: kill_at_rename(n, bool(n % 4 > 1)) for n in range(2, 200, 6)]  # type: ignore[misc]
@@ -96,9 +96,9 @@ def test_killed_with_sigkill_anywhere(run: Run, tmp_path: Path, onecard: Callabl
     assert killed >= 5
 
 
-def test_killed_again_and_again_in_one_run(run: Run, tmp_path: Path, onecard: Callable[..., Result]) -> None:
+def test_killed_again_and_again_in_one_run(run: Run, tmp_path: Path) -> None:
     """Every resume gets a little further, is killed in turn, and the last one ends in the same bytes."""
-    reference = Run(run.model, tmp_path / "reference", run.recipe, run.texts, onecard)
+    reference = Run(run.model, tmp_path / "reference", run.recipe, run.texts)
     assert in_child(reference) == 0
     flags: list[str] = []
     for _ in range(12):
@@ -128,7 +128,7 @@ def test_ctrl_c_says_how_to_go_on(run: Run, refused: Refuse, whole: Contents, wo
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("onecard.blocks.quantize._quantize_site", interrupted)
+        patch.setattr("onecard.blocks.quantize.quantize_batch", interrupted)
         result = run(*flags)
     assert result.exit_code == 130
     assert result.stdout == ""
@@ -150,7 +150,7 @@ def test_sigterm_is_ctrl_c(run: Run, whole: Contents) -> None:
 
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("onecard.blocks.quantize._quantize_site", terminated)
+            patch.setattr("onecard.blocks.quantize.quantize_batch", terminated)
             result = run()
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -182,6 +182,6 @@ def test_memory_that_runs_out(run: Run, refused: Refuse, whole: Contents, monkey
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     with monkeypatch.context() as patch:
-        patch.setattr("onecard.blocks.quantize._quantize_site", out_of_memory)
+        patch.setattr("onecard.blocks.quantize.quantize_batch", out_of_memory)
         refused(run(), "memory", "output_blocks", "--resume", code=4)
     assert differences(run.resumed(), whole) == []

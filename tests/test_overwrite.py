@@ -29,7 +29,7 @@ def test_overwrite_that_is_killed_and_resumed(
     run: Run, whole: Contents, recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     """OUT holds the old checkpoint, or none that loads, or the new one; and at the end not one file of the old."""
-    older = Run(run.model, run.out, recipe(method="rtn", max_shard_bytes=20_000), run.texts, run._onecard)
+    older = Run(run.model, run.out, recipe(method="rtn", max_shard_bytes=20_000), run.texts)
     assert older().exit_code == 0
     (run.out / "tokenizer.model").write_text("of the older run")
     edit_json(run.out / "onecard.json", lambda record: record["files"].append("tokenizer.model"))
@@ -51,7 +51,7 @@ def test_overwrite_that_is_killed_while_it_moves(
     run: Run, whole: Contents, recipe: Callable[..., Path], number: int
 ) -> None:
     """Old and new shards in one folder make no checkpoint: not before the kill, not when a resumed run moves on."""
-    older = Run(run.model, run.out, recipe(method="rtn"), run.texts, run._onecard)
+    older = Run(run.model, run.out, recipe(method="rtn"), run.texts)
     assert older().exit_code == 0
     old = contents(run.out)
     assert len([name for name in whole if name.endswith(".safetensors")]) == 3
@@ -74,7 +74,7 @@ def test_overwrite_that_is_killed_while_it_moves(
 
 def test_overwrite_starts_anew(run: Run, whole: Contents, recipe: Callable[..., Path]) -> None:
     """--overwrite over an unfinished run of another recipe: nothing of it shows."""
-    Run(run.model, run.out, recipe(method="rtn"), run.texts, run._onecard).stopped_at(4)
+    Run(run.model, run.out, recipe(method="rtn"), run.texts).stopped_at(4)
     assert run("--overwrite").exit_code == 0
     assert differences(contents(run.out), whole) == []
     assert not run.work.exists()

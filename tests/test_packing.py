@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onecard.calibration.documents import Document
-from onecard.calibration.packing import Layout, document_rows, mixed, pack, pack_rows, quotas
+from onecard.calibration.packing import RowLayout, document_rows, mixed, pack, pack_rows, quotas
 from onecard.calibration.sources import split_by_digest
 from onecard.core.errors import InputError
 from onecard.core.rows import Part, Row, batches
@@ -134,7 +134,7 @@ def documents(lengths: list[int], source: str = "s", start: int = 0) -> list[Row
 
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=20), st.integers(1, 8), st.integers(2, 40), st.integers(0, 3))
 def test_long_rows_use_no_token_twice(lengths: list[int], rows: int, long: int, seed: int) -> None:
-    layout = Layout(rows, 8, 0.5, long)
+    layout = RowLayout(rows, 8, 0.5, long)
     encoded = documents(lengths)
     try:
         packed = pack(encoded, layout, seed)
@@ -151,7 +151,7 @@ def test_long_rows_use_no_token_twice(lengths: list[int], rows: int, long: int, 
 
 def test_the_longest_documents_fill_the_long_rows() -> None:
     encoded = documents([5] * 40 + [70, 30, 64])
-    packed = pack(encoded, Layout(20, 8, 0.75, 64), 0)
+    packed = pack(encoded, RowLayout(20, 8, 0.75, 64), 0)
     long = [row for row in packed if len(row.tokens) == 64]
     assert [row.parts[0].document for row in long] == ["s40", "s42"]
     assert [part.tokens for part in long[0].parts] == [64]

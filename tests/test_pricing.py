@@ -17,12 +17,15 @@ from onecard.bits.fitting import menu_of, price_model, priced_units, resolved
 from onecard.bits.pricing import Prices, identity_of, priced_rows
 from onecard.checkpoint.assign import plan_for
 from onecard.checkpoint.model import Model, open_source
+from onecard.core.device import Compute
 from onecard.core.errors import InputError
+from onecard.core.recipe_groups import KEEP
 from onecard.core.rows import Row
 from onecard.core.scheme import Scheme
-from onecard.models.walk import weight_view
-from onecard.recipe import KEEP, Recipe
-from walking import Silence
+from onecard.models.block import Block
+from onecard.models.walk import HiddenRows
+from onecard.recipe import Recipe
+from walking import cpu_walk
 
 CPU = torch.device("cpu")
 FIT = {
@@ -47,7 +50,7 @@ def some_rows(count: int = 6, length: int = 24) -> list[Row]:
 
 
 def taken(model: Model, recipe: Recipe, folder: Path) -> Prices:
-    return price_model(model, recipe, some_rows(), folder, CPU, torch.float32, Silence())
+    return price_model(cpu_walk(model, recipe.batch_tokens), model, recipe, some_rows(), folder)
 
 
 def stored(whole: Any, module: str) -> torch.Tensor:
@@ -86,20 +89,20 @@ def test_prices_are_those_of_the_whole_model(
     model, recipe = open_source(str(baby(family))), made(method=method)
     codes: dict[tuple[str, Scheme], torch.Tensor] = {}
     read: dict[str, list[Row]] = {}
-    real, real_embed = pricing._round_site, pricing.embed
+    real, real_embed = pricing._round_site, HiddenRows.embed
 
-    def round_site(walk: Any, site: Any, index: int, block: Any, target: Any, moments: Any, scheme: Scheme) -> Any:
-        error = real(walk, site, index, block, target, moments, scheme)
+    def round_site(task: Any, site: Any, block: Block, target: Block, moments: Any, scheme: Scheme) -> Any:
+        error = real(task, site, block, target, moments, scheme)
         for name in (name for member in site.members for name in member):
-            codes[name, scheme] = weight_view(model.adapter, target, index, name).clone()
+            codes[name, scheme] = target.weight(name).clone()
         return error
 
-    def embed(adapter: Any, source: Any, rows: list[Row], groups: Any, store: Any, streams: Any, *more: Any) -> None:
-        read[streams[0]] = rows
-        real_embed(adapter, source, rows, groups, store, streams, *more)
+    def embed(hidden: HiddenRows, *streams: str) -> None:
+        read[streams[0]] = hidden.rows
+        real_embed(hidden, *streams)
 
     monkeypatch.setattr(pricing, "_round_site", round_site)
-    monkeypatch.setattr(pricing, "embed", embed)
+    monkeypatch.setattr(HiddenRows, "embed", embed)
     prices = taken(model, recipe, tmp_path)
 
     # Nobody is priced on the rows that it was rounded with.
@@ -166,7 +169,7 @@ def test_a_pass_that_was_stopped_goes_on(baby: Callable[..., Path], tmp_path: Pa
     real, walked = getattr(pricing, where), []
 
     def stopped(*args: Any) -> Any:
-        if (args[1] if where == "_price_block" else args[2] if where == "_round_site" else 1) == 1:
+        if (args[1] if where == "_price_block" else args[2].index if where == "_round_site" else 1) == 1:
             raise KeyboardInterrupt
         return real(*args)
 
@@ -210,7 +213,7 @@ def test_prices_are_of_one_model_recipe_and_texts(baby: Callable[..., Path]) -> 
     model, rows = open_source(str(baby("qwen3"))), some_rows()
 
     def of(recipe: Recipe, source: Model = model, texts: list[Row] = rows) -> dict[str, str]:
-        return identity_of(source, recipe, texts, CPU, torch.float32)
+        return identity_of(source, recipe, texts, Compute(CPU, torch.float32, recipe.batch_tokens))
 
     same = of(made())
     for changes in ({"budget_gb": 2.0}, {"tabu_moves": 7, "restarts": 1}, {"evaluation_rows": 3}):

@@ -2,6 +2,8 @@
 
 What a browser shows of it: test_report_browser.py."""
 
+import base64
+import hashlib
 import json
 import math
 import re
@@ -217,6 +219,10 @@ def test_any_text_can_be_shown(text: str) -> None:
     assert page_of(data).tags == plain
 
 
+def sha256_of(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
 def test_no_text_escapes_the_policy() -> None:
     """The scripts that the policy allows by digest are the two of the page, and no others."""
     page = html.render(check_record(poisoned(full_record(), HOSTILE[0]), "record"))
@@ -224,7 +230,7 @@ def test_no_text_escapes_the_policy() -> None:
     policy = policy.replace("&#39;", "'")
     assert policy.startswith("default-src 'none';")
     scripts = [text for attrs, text in Elements(page).scripts if not attrs]
-    assert re.findall(r"'sha256-([^']+)'", policy) == [html._digest(text) for text in scripts]
+    assert re.findall(r"'sha256-([^']+)'", policy) == [sha256_of(text) for text in scripts]
     assert len(scripts) == 2
 
 

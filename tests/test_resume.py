@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from click.testing import Result
 
 from onecard.checkpoint.workdir import WorkDir
 from runs import STAGES, Contents, Run, assert_whole_or_no_checkpoint, contents, differences, stopped_after_removals
@@ -69,12 +68,10 @@ def test_there_are_no_more_stages(run: Run) -> None:
     assert seen == list(range(1, STAGES + 1))
 
 
-def test_round_to_nearest_resumes_too(
-    run: Run, recipe: Callable[..., Path], tmp_path: Path, onecard: Callable[..., Result]
-) -> None:
+def test_round_to_nearest_resumes_too(run: Run, recipe: Callable[..., Path], tmp_path: Path) -> None:
     """It has no activations to go on from."""
     run.recipe = recipe(method="rtn")
-    reference = Run(run.model, tmp_path / "reference", run.recipe, run.texts, onecard)
+    reference = Run(run.model, tmp_path / "reference", run.recipe, run.texts)
     assert reference().exit_code == 0
     run.stopped_at(3)
     assert differences(run.resumed(), contents(reference.out)) == []

@@ -13,8 +13,9 @@ from onecard.checkpoint.model import open_model
 from onecard.checkpoint.workdir import Activations
 from onecard.core.rows import Row, rows_at_once
 from onecard.models.adapter import Half
-from onecard.models.walk import Calls
-from walking import Silence
+from onecard.models.block import Block, Passed
+from onecard.models.walk import Walk
+from walking import cpu_walk
 
 CPU = torch.device("cpu")
 
@@ -127,10 +128,7 @@ def walked(
         metrics.update({(block, key): metric for key, metric in some.items()})
         weights.update({(block, key): weight for key, weight in others.items()})
 
-    calls = Calls(model.adapter, CPU, torch.float32)
-    sensitivities(
-        model.adapter, model.source, rows, batch_tokens, Activations(acts), calls, keep, Silence(), weighting, seed
-    )
+    sensitivities(cpu_walk(model, batch_tokens).hidden_rows(rows, Activations(acts)), keep, weighting, seed)
     assert not list(acts.rglob("*.safetensors")), "the store is left empty"
     return metrics, weights
 
@@ -190,49 +188,43 @@ def test_the_walk_back_needs_far_fewer_places_than_blocks(
             held.discard(block)
 
     gone: list[int] = []
+    walk, first = cpu_walk(model, 10), cpu_walk(model, 10).load(0)
 
-    def back(_adapter: Any, _block: Any, index: int, hidden: Any, *_: Any) -> tuple[Any, Any]:
-        gone.append(index)
-        _[-1].add(RESIDUAL, hidden[0], hidden[0])
-        _[-1].add("self_attn.o", hidden[0], hidden[0])
-        return hidden, hidden
+    class Again(Block):
+        """The baby's first block, under another number."""
 
-    nothing = {name: lambda *_, **__: None for name in ("load_block", "_from_head")}
-    for name, fake in (nothing | {"_back": back, "near_ties": lambda *_: [], "run_block": lambda _, x, __: x}).items():
-        monkeypatch.setattr(f"onecard.calibration.sensitivity.{name}", fake)
-    adapter = model.adapter
-    first = adapter.sites(0)
-    monkeypatch.setattr(adapter, "n_blocks", n_blocks)
-    monkeypatch.setattr(adapter, "sites", lambda _: first)
-    calls: Any = type("Calls", (), {"device": CPU, "dtype": torch.float32, "of": lambda *_: [{}] * n_blocks})()
-    sensitivities(
-        adapter,
-        model.source,
-        [Row("r", "text", torch.tensor([5, 6, 7]))],
-        10,
-        Store(),
-        calls,
-        lambda *_: None,
-        Silence(),
-        "residual",
-    )
+        def forward(self, hidden_NTH: torch.Tensor, half: Half | None = None) -> torch.Tensor:
+            return first.forward(hidden_NTH, half)
+
+        def differentiable(self, hidden_NTH: torch.Tensor, half: Half | None = None) -> Passed:
+            gone.append(self.index)
+            return first.differentiable(hidden_NTH, half)
+
+    class Deep(Walk):
+        def load(self, index: int) -> Block:
+            return Again(self.adapter, index, first.layer, first.calls)
+
+    sites, prefix = model.adapter.sites(0), model.adapter.block_prefix(0)
+    monkeypatch.setattr(model.adapter, "n_blocks", n_blocks)
+    monkeypatch.setattr(model.adapter, "sites", lambda _: sites)
+    monkeypatch.setattr(model.adapter, "block_prefix", lambda _: prefix)
+    deep = Deep(adapter=walk.adapter, source=walk.source, compute=walk.compute, step=walk.step, calls=walk.calls)
+    rows = deep.hidden_rows([Row("r", "text", torch.tensor([5, 6, 7]))], Store())
+    sensitivities(rows, lambda *_: None, "residual")
     assert gone == list(reversed(range(n_blocks)))
     assert not held
     assert most <= rows_at_once(n_blocks) <= 3 * n_blocks**0.5 + 2
 
 
 def test_the_two_halves_are_the_block(baby: Callable[..., Path]) -> None:
-    from onecard.models.walk import load_block, only, run_block
-
     for family in ("scout", "maverick", "qwen3", "deepseek", "mixtral"):
         model = open_model(str(baby(family)))
         hidden = torch.randn(2, 9, model.adapter.hidden_size, generator=torch.Generator().manual_seed(1))
-        calls = Calls(model.adapter, CPU, torch.float32).of(9)
+        walk = cpu_walk(model)
         for index in range(model.adapter.n_blocks):
-            block = load_block(model.adapter, model.source, index, CPU, torch.float32)
-            whole = run_block(block, hidden, calls[index])
+            block = walk.load(index)
+            whole = block.forward(hidden)
             halves = hidden
             for half in Half:
-                with only(model.adapter, block, half):
-                    halves = run_block(block, halves, calls[index])
+                halves = block.forward(halves, half)
             assert torch.equal(whole, halves)

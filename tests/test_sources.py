@@ -13,7 +13,7 @@ from click.testing import Result
 
 from command_line import Refuse
 from documents import parquet, png, read_documents
-from onecard.calibration.sources import Limit, Source, read_source
+from onecard.calibration.sources import ReadLimit, Source, read_source
 from onecard.calibration.texts import prepare_texts
 from onecard.checkpoint.model import open_model
 from onecard.core.errors import InputError
@@ -32,7 +32,7 @@ def test_every_kind_of_file_and_a_folder_of_them(tmp_path: Path) -> None:
     (folder / "b.md").write_text("# A page")
     (folder / "c.jsonl").write_text('{"text": "a line"}\n{"text": "another"}\n')
     parquet(folder / "deep" / "d.parquet", [{"text": "a cell"}, {"text": None}, {"text": "a third"}])
-    found = read_source(Source("mine", folder), Limit(), None)
+    found = read_source(Source("mine", folder), ReadLimit(), None)
     assert [d.text for d in found.documents] == [
         "one long text\n\nof two paragraphs\n",
         "# A page",
@@ -244,7 +244,7 @@ def test_show(
         assert "<|patch|> x 4" in result.stderr
         assert "<|user|>" in result.stderr
         assert "[bold]this[/bold]" in result.stderr
-        assert "will be chosen" in result.stderr
+        assert "will choose" in result.stderr
         line = json.loads(result.stdout)
         assert (line["rows_with_images"], line["rows"]) == (1, 16)
 

@@ -21,7 +21,7 @@ FLOORS = [
     ["blocks", "eval"],
     ["bits", "stages"],
     ["forecast", "pipeline"],
-    ["commands"],
+    ["api", "commands"],
     ["cli"],
     ["__main__"],
 ]

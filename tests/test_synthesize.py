@@ -10,13 +10,13 @@ import torch
 from click.testing import Result
 
 from command_line import Refuse
+from onecard.calibration.conversations import pick
 from onecard.calibration.decode import BlockDecoder
 from onecard.calibration.sources import read_jsonl
-from onecard.calibration.synthesis import pick
 from onecard.checkpoint.loading import load_with_transformers
 from onecard.checkpoint.model import open_model
 from onecard.core.rows import Row
-from walking import Silence
+from walking import cpu_walk
 
 
 @pytest.mark.parametrize("family", ["llama4-text", "qwen3"])
@@ -27,10 +27,10 @@ def test_logits_of_texts_that_grow_are_those_of_transformers(baby: Callable[...,
     rows = [
         Row(str(n), "t", torch.randint(4, 200, (length,), generator=generator)) for n, length in enumerate([5, 64, 17])
     ]
-    decoder = BlockDecoder(model.adapter, model.source, rows, 128, torch.device("cpu"), torch.float32)
+    decoder = BlockDecoder(cpu_walk(model, 128), rows)
     network = load_with_transformers(model.path, torch.float32)
     for numbers in ([0, 1, 2], [2, 1]):
-        logits = decoder.next_logits(numbers, Silence())
+        logits = decoder.next_logits(numbers)
         for number, found in zip(numbers, logits, strict=True):
             with torch.inference_mode():
                 expected = network(input_ids=torch.tensor([decoder.tokens[number]])).logits[0, -1]
@@ -112,11 +112,11 @@ def test_killed_and_resumed(
     refused: Refuse,
     way: list[str],
 ) -> None:
-    from onecard.calibration import synthesis
+    from onecard.calibration import conversations
 
     model = baby("llama4-text")
     assert write(model, tmp_path / "whole.jsonl", *way).exit_code == 0
-    out, count, whole = tmp_path / "out.jsonl", 0, synthesis.Journal.keep
+    out, count, whole = tmp_path / "out.jsonl", 0, conversations.Journal.keep
 
     def dies(self: Any, talks: Any, now: bool = False) -> None:
         nonlocal count
@@ -125,10 +125,10 @@ def test_killed_and_resumed(
         if count == 5:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(synthesis.Journal, "keep", dies)
+    monkeypatch.setattr(conversations.Journal, "keep", dies)
     assert write(model, out, *way).exit_code == 130
     assert not out.exists()
-    monkeypatch.setattr(synthesis.Journal, "keep", whole)
+    monkeypatch.setattr(conversations.Journal, "keep", whole)
     refused(write(model, out, *way, "--seed", 5), "settings was", "--overwrite")
     result = write(model, out, *way)
     assert result.exit_code == 0, result.stderr

@@ -18,7 +18,9 @@ from onecard.calibration.tokens import Encoder
 from onecard.checkpoint.model import open_model
 from onecard.core.errors import InputError, ResourceError
 from onecard.demo import measure, tokens
-from onecard.eval.tasks import Item, Task, load_task, requests_of
+from onecard.eval.task_items import Item
+from onecard.eval.task_requests import requests_of
+from onecard.eval.tasks import Task, load_task
 from onecard.models.known import demo_folder
 
 Jsonl = Callable[..., Path]

@@ -10,7 +10,8 @@ import pytest
 
 from onecard.core.errors import InputError
 from onecard.eval.choice import Scored
-from onecard.eval.tasks import Item, Task, answered, flips_facts, item_of, load_task
+from onecard.eval.task_items import Item, item_of
+from onecard.eval.tasks import Task, answered, flips_facts, load_task
 
 Jsonl = Callable[..., Path]
 GOOD = {"question": "Which?", "choices": ["this", "that"], "answer": 1}

@@ -15,8 +15,8 @@ from onecard.blocks.tuning import tune
 from onecard.checkpoint.model import open_model
 from onecard.checkpoint.workdir import Activations
 from onecard.models.adapter import Half
-from onecard.models.walk import Calls, expert_stacks, load_block, only, run_block
-from walking import Silence
+from onecard.models.walk import HiddenRows
+from walking import cpu_walk
 
 CPU = torch.device("cpu")
 GROUPS = [[0, 1], [2, 3], [4]]
@@ -29,11 +29,15 @@ class Half0:
     def __init__(self, folder: Path, store: Path, noise: float, groups: list[list[int]] = GROUPS) -> None:
         model = open_model(str(folder))
         self.adapter = model.adapter
-        self.original = load_block(model.adapter, model.source, 0, CPU, torch.float32)
-        self.target = load_block(model.adapter, model.source, 0, CPU, torch.float32)
-        calls = Calls(model.adapter, CPU, torch.float32)
+        walk = cpu_walk(model)
+        self.original, self.target = walk.load(0), walk.load(0)
         self.job = HalfJob(
-            model.adapter, 0, Half.FEED_FORWARD, groups, Activations(store), calls, CPU, True, "residual", {}, False
+            hidden=HiddenRows(walk=walk, rows=[], groups=groups, store=Activations(store)),
+            original=self.original,
+            target=self.target,
+            half=Half.FEED_FORWARD,
+            weighting="residual",
+            correct=True,
         )
         generator = torch.Generator().manual_seed(3)
         # Not noise alone, which nothing could make good: a fifth more of one direction in whatever has some of it.
@@ -42,10 +46,9 @@ class Half0:
         for k, numbers in enumerate(groups):
             x = torch.randn(len(numbers), TOKENS, model.adapter.hidden_size, generator=generator)
             moved = x + noise * (x @ direction)[..., None] * direction / direction.square().sum()
-            with only(model.adapter, self.original, Half.FEED_FORWARD):
-                out = run_block(self.original, x, calls.of(TOKENS)[0])
-            self.job.store.put(0, REFERENCE + MIDDLE, k, x)
-            self.job.store.put(0, QUANTIZED + MIDDLE, k, moved)
+            out = self.original.forward(x, Half.FEED_FORWARD)
+            self.job.hidden.store.put(0, REFERENCE + MIDDLE, k, x)
+            self.job.hidden.store.put(0, QUANTIZED + MIDDLE, k, moved)
             self.job.put(REFERENCE, k, out)
             self.quantized.append(moved)
             self.wanted.append(out)
@@ -54,14 +57,13 @@ class Half0:
         return [site for site in self.adapter.sites(0) if site.half is Half.FEED_FORWARD]
 
     def tuned(self, epochs: int, metric: torch.Tensor | None = None) -> list[float]:
-        return tune(self.job, self.target, self.sites(), metric, epochs, Silence())
+        return tune(self.job, self.sites(), metric, epochs)
 
     def rows(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(what the half gives, what it is to give), each token, fp64."""
         pairs = []
         for x, wanted in zip(self.quantized, self.wanted, strict=True):
-            with only(self.adapter, self.target, Half.FEED_FORWARD):
-                out = run_block(self.target, x, self.job.calls.of(TOKENS)[0])
+            out = self.target.forward(x, Half.FEED_FORWARD)
             pairs += list(zip(out.flatten(0, 1).double(), wanted.flatten(0, 1).double(), strict=True))
         return pairs
 
@@ -110,24 +112,24 @@ def test_the_metric_says_what_is_learned(half: Callable[..., Half0], monkeypatch
 
 def test_where_nothing_is_missed_nothing_moves(half: Callable[..., Half0]) -> None:
     one = half(0.0)
-    before = {name: p.detach().clone() for name, p in one.target.named_parameters()}
+    before = {name: p.detach().clone() for name, p in one.target.layer.named_parameters()}
     one.tuned(2)
-    assert all(torch.equal(p, before[name]) for name, p in one.target.named_parameters())
+    assert all(torch.equal(p, before[name]) for name, p in one.target.layer.named_parameters())
 
 
 def test_only_the_sites_given_move_and_nothing_keeps_a_gradient(half: Callable[..., Half0]) -> None:
     one = half(0.2)
-    before = {name: p.detach().clone() for name, p in one.target.named_parameters()}
+    before = {name: p.detach().clone() for name, p in one.target.layer.named_parameters()}
     (*_, last) = one.sites()
-    tune(one.job, one.target, [last], None, 2, Silence())
-    moved = {name for name, p in one.target.named_parameters() if not torch.equal(p, before[name])}
-    stacks = expert_stacks(one.target)
-    local = last.members[0][0].removeprefix(one.adapter.block_prefix(0))
+    tune(one.job, [last], None, 2)
+    moved = {name for name, p in one.target.layer.named_parameters() if not torch.equal(p, before[name])}
+    stacks = one.target.experts
+    local = last.first_module.removeprefix(one.adapter.block_prefix(0))
     expected = "experts.down" if ".experts." in local else f"{local}.weight"
     assert stacks is not None or ".experts." not in local
     assert len(moved) == 1
     assert moved.pop().endswith(expected)
-    assert not any(p.requires_grad for p in one.target.parameters())
+    assert not any(p.requires_grad for p in one.target.layer.parameters())
 
 
 def test_experts_move_by_their_rows(baby: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,12 +138,12 @@ def test_experts_move_by_their_rows(baby: Callable[..., Path], tmp_path: Path, m
     def moved(name: str) -> tuple[torch.Tensor, torch.Tensor, int]:
         """By expert: how far the down projection has gone, and its rows; and its inputs."""
         one = Half0(baby("scout"), tmp_path / name, 0.2, [[0]])
-        stacks = expert_stacks(one.target)
+        stacks = one.target.experts
         assert stacks is not None
         before = stacks.down.detach().float().clone()
-        with only(one.adapter, one.target, Half.FEED_FORWARD):
-            run_block(one.target, one.quantized[0], one.job.calls.of(TOKENS)[0])
-        rows = torch.bincount(stacks.routes_TK.flatten(), minlength=len(before))
+        routes_TK = one.target.routed(one.quantized[0], Half.FEED_FORWARD).routes_TK
+        assert routes_TK is not None
+        rows = torch.bincount(routes_TK.flatten(), minlength=len(before))
         one.tuned(40)
         return (stacks.down.detach().float() - before).flatten(1).norm(dim=1), rows, before.shape[-1]
 

@@ -17,12 +17,14 @@ from onecard.calibration.sources import read_jsonl
 from onecard.calibration.tokens import Encoder
 from onecard.checkpoint.model import open_model
 from onecard.checkpoint.source import open_folder
+from onecard.core.device import Compute
 from onecard.core.rows import Row, batches
 from onecard.core.tensors import Index, TensorInfo, TensorSource
-from onecard.models.adapter import Adapter, Site, read
+from onecard.models.adapter import Adapter, Site
+from onecard.models.block import find_experts
 from onecard.models.families import load_adapter
 from onecard.models.known import demo_folder
-from onecard.models.walk import Calls, Embedder, expert_stacks, final_norm, load_block, observed, run_block
+from onecard.models.walk import Embedder, Walk
 
 CPU = torch.device("cpu")
 FAMILIES = (
@@ -94,13 +96,13 @@ def walk_logits(
 ) -> list[torch.Tensor]:
     """Logits [T, V] of each row, by the walk's own pieces."""
     groups = batches(rows, batch_tokens)
-    embedder = Embedder(adapter, source, rows, CPU, dtype)
+    walk = Walk.over(adapter, source, Compute(CPU, dtype, batch_tokens))
+    embedder = Embedder(walk, rows)
     hidden = [embedder.batch(numbers) for numbers in groups]
-    calls = Calls(adapter, CPU, dtype)
     for index in range(adapter.n_blocks):
-        block = load_block(adapter, source, index, CPU, dtype)
-        hidden = [run_block(block, h, calls.of(h.shape[1])[index]) for h in hidden]
-    norm, head = final_norm(adapter, source, CPU, dtype), read(adapter, source, adapter.head_name).to(dtype)
+        block = walk.load(index)
+        hidden = [block.forward(h) for h in hidden]
+    norm, head = walk.final_norm(), walk.head().to(dtype)
     logits: dict[int, torch.Tensor] = {}
     with torch.inference_mode():
         for numbers, h in zip(groups, hidden, strict=True):
@@ -133,6 +135,10 @@ class Pair:
     adapter: Adapter
     source: TensorSource
     rows: list[Row] = field(default_factory=list)
+
+
+def walk_over(pair: Pair, dtype: torch.dtype = torch.float32, source: TensorSource | None = None) -> Walk:
+    return Walk.over(pair.adapter, source or pair.source, Compute(CPU, dtype, 1000))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -223,7 +229,7 @@ class Spy:
 def test_a_block_reads_its_own_tensors_and_experts_one_by_one(pair: Pair) -> None:
     for index in range(pair.adapter.n_blocks):
         spy = Spy(pair.source)
-        load_block(pair.adapter, spy, index, CPU, torch.float32)
+        walk_over(pair, source=spy).load(index)
         prefix = pair.adapter.block_prefix(index)
         assert {name for name, _ in spy.reads} == {n for n in pair.source.names if n.startswith(prefix)}
         assert len(set(map(str, spy.reads))) == len(spy.reads), "nothing is read twice"
@@ -234,10 +240,10 @@ def test_a_block_reads_its_own_tensors_and_experts_one_by_one(pair: Pair) -> Non
 
 def test_loaded_blocks_hold_no_gradients_and_nothing_on_meta(pair: Pair) -> None:
     for index in range(pair.adapter.n_blocks):
-        block = load_block(pair.adapter, pair.source, index, CPU, torch.bfloat16)
-        for name, parameter in block.named_parameters():
+        layer = walk_over(pair, torch.bfloat16).load(index).layer
+        for name, parameter in layer.named_parameters():
             assert (parameter.device, parameter.dtype, parameter.requires_grad) == (CPU, torch.bfloat16, False), name
-        assert not [name for name, buffer in block.named_buffers() if buffer.is_meta]
+        assert not [name for name, buffer in layer.named_buffers() if buffer.is_meta]
 
 
 # Observing
@@ -245,8 +251,10 @@ def test_loaded_blocks_hold_no_gradients_and_nothing_on_meta(pair: Pair) -> None
 
 def hooks_left(module: torch.nn.Module) -> list[str]:
     found = [n for n, m in module.named_modules() if m._forward_pre_hooks or m._forward_hooks]
-    stacks = expert_stacks(module)
-    return found + (["observer"] if stacks is not None and stacks.observer is not None else [])
+    stacks = find_experts(module)
+    if stacks is None:
+        return found
+    return found + [name for name in ("observer", "tell_routes") if getattr(stacks, name) is not None]
 
 
 Seen = tuple[torch.Tensor, torch.Tensor]  # token numbers [R], rows [R, in]
@@ -255,18 +263,18 @@ Seen = tuple[torch.Tensor, torch.Tensor]  # token numbers [R], rows [R, in]
 def observe_all(pair: Pair, row: Row) -> dict[tuple[int, str, int], Seen]:
     """(block, site key, expert) -> what the walk's observer is told."""
     seen: dict[tuple[int, str, int], Seen] = {}
-    hidden = Embedder(pair.adapter, pair.source, [row], CPU, torch.float32).batch([0])
-    calls = Calls(pair.adapter, CPU, torch.float32)
+    walk = walk_over(pair)
+    hidden = Embedder(walk, [row]).batch([0])
     for index in range(pair.adapter.n_blocks):
-        block = load_block(pair.adapter, pair.source, index, CPU, torch.float32)
+        block = walk.load(index)
 
         def observe(site: Site, expert: int, tokens: torch.Tensor, rows: torch.Tensor, index: int = index) -> None:
             assert (index, site.key, expert) not in seen
             seen[index, site.key, expert] = tokens, rows
 
-        with observed(pair.adapter, block, index, observe):
-            hidden = run_block(block, hidden, calls.of(hidden.shape[1])[index])
-        assert hooks_left(block) == []
+        with block.observed(observe):
+            hidden = block.forward(hidden)
+        assert hooks_left(block.layer) == []
     return seen
 
 
@@ -310,7 +318,7 @@ def test_observers_see_what_transformers_feeds_each_weight(pair: Pair) -> None:
         site = sites[block, key]
         assert rows.shape[1] == site.in_features
         if ".experts." not in key:
-            path = site.members[0][0].removeprefix(pair.adapter.block_prefix(block))
+            path = site.first_module.removeprefix(pair.adapter.block_prefix(block))
             assert expert == 0
             twin = caught[block, path][0].flatten(0, -2)
             their_tokens = torch.arange(len(row.tokens))
@@ -327,18 +335,16 @@ def test_observers_see_what_transformers_feeds_each_weight(pair: Pair) -> None:
 
 
 def test_nothing_is_left_hooked_even_after_a_failure(pair: Pair) -> None:
-    block = load_block(pair.adapter, pair.source, 0, CPU, torch.float32)
+    block = walk_over(pair).load(0)
     hidden = torch.randn(2, 9, pair.adapter.hidden_size)
-    call = Calls(pair.adapter, CPU, torch.float32).of(9)[0]
 
     def fail(site: Site, expert: int, tokens: torch.Tensor, rows: torch.Tensor) -> None:
         raise RuntimeError(site.key)
 
-    watch = observed(pair.adapter, block, 0, fail)
-    with pytest.raises(RuntimeError, match=r"^self_attn\.q(_a)?$"), watch:
-        run_block(block, hidden, call)
-    assert hooks_left(block) == []
-    before = run_block(block, hidden, call)
-    with observed(pair.adapter, block, 0, lambda *_: None):
-        during = run_block(block, hidden, call)
+    with pytest.raises(RuntimeError, match=r"^self_attn\.q(_a)?$"), block.observed(fail):
+        block.routed(hidden)
+    assert hooks_left(block.layer) == []
+    before = block.forward(hidden)
+    with block.observed(lambda *_: None):
+        during = block.forward(hidden)
     assert torch.equal(before, during), "watching changes nothing"

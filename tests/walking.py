@@ -1,9 +1,13 @@
-"""What a walk wants besides models and texts."""
+"""A walk over a small model, for tests."""
+
+import torch
+
+from onecard.checkpoint.model import Model
+from onecard.core.device import Compute
+from onecard.models.walk import Walk
 
 
-class Silence:
-    """A Step that shows nothing."""
-
-    def begin(self, stage: str, block: int | None = None) -> None: ...
-
-    def advance(self, tokens: int) -> None: ...
+def cpu_walk(model: Model, batch_tokens: int = 1000, dtype: torch.dtype = torch.float32) -> Walk:
+    """A walk on the CPU that nobody watches."""
+    compute = Compute(device=torch.device("cpu"), dtype=dtype, batch_tokens=batch_tokens)
+    return Walk.over(model.adapter, model.source, compute)

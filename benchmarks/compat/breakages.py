@@ -1,10 +1,11 @@
-"""Checkpoints broken on purpose, as users report them, and what `onecard check --engine vllm` says of each.
+"""Checkpoints broken in the ways that users report, and what `onecard check --engine vllm` says about each.
 
     python benchmarks/compat/breakages.py                 # quantizes the embedded model; a minute
-    python benchmarks/compat/breakages.py --sound FOLDER  # or breaks copies of this one: compressed-tensors int4 g32
+    python benchmarks/compat/breakages.py --sound FOLDER  # breaks copies of this folder: compressed-tensors int4 g32
 
-Takes sound int4 files of the embedded model, breaks a copy in one way, and runs the command on it: the transcript for
-docs/engines.md. vllm_breaks.py hands the same copies to vLLM itself. Exit code 1 when one of them passes.
+Takes sound int4 files of the embedded model, breaks a copy in one way, and runs the command on it. Prints the
+transcript for docs/engines.md. vllm_breaks.py hands the same copies to vLLM itself. Exit code 1 when a broken copy
+passes.
 """
 
 import argparse
@@ -44,7 +45,7 @@ RECIPE = {
 
 @dataclass(frozen=True)
 class Breakage:
-    """`change` alters the tensors and the config of a copy, or `write` makes it of the sound folder."""
+    """`change` alters the tensors and the config of a copy; `write` makes the broken folder from the sound one."""
 
     name: str
     folder: str
@@ -61,7 +62,7 @@ class Silence:
 
 
 def fused(tensors: Tensors, config: dict[str, object]) -> None:
-    """Layer 0's experts as they were published."""
+    """Fuses layer 0's experts again, as they were published."""
     original = load_file(demo_folder() / "model" / "model.safetensors")
     stem = f"{LAYER}feed_forward.experts."
     for name in [n for n in tensors if n.startswith(stem)]:
@@ -70,13 +71,13 @@ def fused(tensors: Tensors, config: dict[str, object]) -> None:
 
 
 def garbled(sound: Path, out: Path) -> None:
-    """GPTQ's layout with q and k in it, as a tool writes it that knows nothing of their permutation."""
+    """GPTQ's layout with q and k in it, as a tool writes it that does not know of their permutation."""
     with mock.patch.object(Llama4Adapter, "permuted_at_load", return_value=False):
         export(str(sound), "gptq", out, Silence())
 
 
 def mixed(tensors: Tensors, config: dict[str, object]) -> None:
-    """Expert 3's up projection in eight bits, and config.json says so."""
+    """Expert 3's up projection in eight bits, announced in config.json."""
     module = f"{LAYER}feed_forward.experts.3.up_proj"
     packed, shape = tensors[f"{module}.{ct.PACKED}"], tensors[f"{module}.{ct.SHAPE}"].tolist()
     tensors[f"{module}.{ct.PACKED}"] = pack_to_int32(unpack_from_int32(packed, 4, torch.Size(shape)), 8)
@@ -91,7 +92,7 @@ def without_scales(tensors: Tensors, config: dict[str, object]) -> None:
 
 
 def half_ignored(tensors: Tensors, config: dict[str, object]) -> None:
-    """q alone stays whole."""
+    """q alone stays bf16."""
     module = f"{LAYER}self_attn.q_proj"
     original = load_file(demo_folder() / "model" / "model.safetensors")
     for leaf in (ct.PACKED, ct.SCALE, ct.SHAPE):
@@ -100,7 +101,7 @@ def half_ignored(tensors: Tensors, config: dict[str, object]) -> None:
     config["quantization_config"]["ignore"].append(module)  # type: ignore[index]
 
 
-# The three that are reported most come first (docs/engines.md).
+# The three most reported come first (docs/engines.md).
 BREAKAGES = (
     Breakage("experts of layer 0 never taken apart", "fused-experts", fused),
     Breakage("q and k in GPTQ's layout", "garbled-qk", write=garbled),
@@ -111,7 +112,7 @@ BREAKAGES = (
 
 
 def broken(sound: Path, breakage: Breakage, home: Path) -> Path:
-    """A folder in `home` that is `sound` but for one thing."""
+    """A copy of `sound` in `home` with one breakage."""
     out = home / breakage.folder
     shutil.rmtree(out, ignore_errors=True)
     home.mkdir(parents=True, exist_ok=True)

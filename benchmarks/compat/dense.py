@@ -1,8 +1,8 @@
-"""The weights that codes stand for, as an engine without int4 gets them: `onecard export --format bf16`.
+"""Exports in bf16 for engines without int4 (`onecard export --format bf16`), and the text model of such an export.
 
-vLLM's multimodal Llama 4 wants a whole image processor before it answers anything, so `text_model` makes of an export
-with a vision tower a folder of the text model alone: the same tensors under the names of `Llama4ForCausalLM`, and the
-config's own `text_config`. Any other export is served as it lies there.
+vLLM's multimodal Llama 4 wants a whole image processor before it answers anything. `text_model` therefore makes a
+folder of the text model alone from an export with a vision tower: the same tensors under the names of
+`Llama4ForCausalLM`, and the config's own `text_config`. Any other export is served as it is.
 """
 
 import json
@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from onecard.checkpoint.model import open_model
 from onecard.models.adapter import Role
 
-# Of the text model's folder: neither the tower's, nor papers of files that are not there.
+# Files that the text model's folder goes without: those of the tower, and digests and records of missing files.
 LEFT_OUT = ("config.json", "model.safetensors.index.json", "onecard.json")
 
 
 def run(*command: object, ours: bool) -> None:
-    """One command, quiet unless it fails. Other people's environments see nothing of this package."""
+    """Run one command, quietly unless it fails, with a PYTHONPATH that hides this package."""
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     if not ours:
         env.pop("PYTHONPATH", None)
@@ -41,7 +41,7 @@ def exported(checkpoint: Path, out: Path) -> Path:
 
 
 def text_model(folder: Path, out: Path) -> Path:
-    """`folder`, a bf16 export, or what is left of it in `out` when its vision tower is taken away."""
+    """A bf16 export without vision tower: `folder` itself, or its text model written to `out`."""
     model = open_model(str(folder))
     adapter = model.adapter
     if not adapter.has_vision:

@@ -1,13 +1,13 @@
-"""Run in another tool's environment: does its own QuantLinear read our GPTQ layout? `gptq_reads.py FOLDER`.
+"""Does a tool's own QuantLinear read our GPTQ layout? Runs in that tool's environment: `gptq_reads.py FOLDER`.
 
-FOLDER holds `cases.json` (name -> bits, group_size, sym, version, in_features, out_features) and `cases.safetensors`:
-of each case the four tensors as they are stored (`NAME.qweight`, ...), and what we say they are: `NAME.codes` and
-`NAME.zeros` (unsigned) and `NAME.dense` [out, in], fp32. No code of ours is used here but what wrote that folder.
+FOLDER holds `cases.json` (name -> bits, group_size, sym, version, in_features, out_features) and `cases.safetensors`.
+For each case the latter has the four stored tensors (`NAME.qweight`, ...) and our own reading of them: `NAME.codes` and
+`NAME.zeros` (unsigned) and `NAME.dense` [out, in], fp32. None of our code runs here; it only wrote that folder.
 
-auto-gptq 0.7.1: `qlinear_cuda_old.QuantLinear`, which knows version 1 alone. GPTQModel 7.7: `TorchLinear`, with its own
-conversion of version 1. Held: codes and zero points that their unpacking gives are ours, exactly; their weight is ours,
-exactly where they multiply in fp32, within fp16 where in fp16; their forward is a product with it. Prints one JSON line
-a case; ends with exit code 1 if any is wrong.
+auto-gptq 0.7.1 has `qlinear_cuda_old.QuantLinear`, which knows version 1 alone. GPTQModel 7.7 has `TorchLinear`, with
+its own conversion of version 1. Codes and zero points that they unpack must equal ours. Their weight must equal ours,
+exactly where they multiply in fp32 and within fp16 where they multiply in fp16. Their forward must be a product with
+it. Prints one JSON line a case. Exit code 1 if any case is wrong.
 """
 
 import json
@@ -20,12 +20,12 @@ from safetensors.torch import load_file
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 ROWS = 16
-# A product of code and scale in fp16 against one in fp32: half a step of fp16; the difference of codes is exact.
+# Code times scale in fp16 differs from fp32 by half a step of fp16; the difference of codes is exact.
 FP16 = 2.0**-10
 
 
 def fields(words: torch.Tensor, bits: int, axis: int) -> torch.Tensor:
-    """Unsigned fields of int32 words along an axis, by arithmetic on Python's integers: nobody's bit tricks."""
+    """Unsigned fields of int32 words along an axis, by plain arithmetic on Python's integers."""
     per_word = 32 // bits
     wide = words.to(torch.int64) & 0xFFFFFFFF
     parts = [torch.div(wide, 2 ** (bits * j), rounding_mode="floor") % 2**bits for j in range(per_word)]
@@ -33,7 +33,7 @@ def fields(words: torch.Tensor, bits: int, axis: int) -> torch.Tensor:
 
 
 def auto_gptq(case: dict[str, Any], stored: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any, float]:
-    """(weight [out, in], forward, how exactly it is to agree)."""
+    """Returns (weight [out, in], forward, tolerance)."""
     from auto_gptq.nn_modules.qlinear.qlinear_cuda_old import QuantLinear
 
     layer = QuantLinear(case["bits"], case["group_size"], case["in_features"], case["out_features"], bias=False)
@@ -70,7 +70,7 @@ def gptqmodel(case: dict[str, Any], stored: dict[str, torch.Tensor]) -> tuple[to
     if case["version"] == 1:
         convert_gptq_v1_to_v2_format_module(layer, bits=case["bits"], pack_dtype=torch.int32)
     layer.eval()
-    layer.optimized = True  # or it would compile each case
+    layer.optimized = True  # else it compiles each case
     layer.post_init()
     return layer.dequantize_weight().T.float(), lambda x: layer(x.half()).float(), FP16
 

@@ -1,8 +1,8 @@
-"""Run in auto-gptq's environment: its `GPTQ` class on given weights and rows. `gptq_reference.py FOLDER`.
+"""auto-gptq's `GPTQ` class on given weights and rows. Runs in auto-gptq's environment: `gptq_reference.py FOLDER`.
 
-FOLDER holds `problems.safetensors`: `NAME.weight` [out, in] and `NAME.rows` [n, in], fp32; `settings.json`: a list of
-group_size, damping, act_order, static_groups. Writes `reference.safetensors`: for problem NAME and setting number I
-`NAME.I.weight`, what it makes of the weight, and `NAME.I.scales` [out, groups]; symmetric, 4 bits, its own class from
+FOLDER holds `problems.safetensors`, with `NAME.weight` [out, in] and `NAME.rows` [n, in] in fp32, and `settings.json`,
+a list of group_size, damping, act_order, static_groups. Writes `reference.safetensors`: for problem NAME and setting
+number I, the quantized weight `NAME.I.weight` and `NAME.I.scales` [out, groups]. Symmetric, 4 bits, their class from
 end to end.
 """
 

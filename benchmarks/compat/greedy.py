@@ -1,9 +1,9 @@
-"""Greedy texts of several engines from the same weights, held against transformers'.
+"""Greedy texts of several engines from the same weights, compared with transformers'.
 
-transformers is the twin: every token with the whole text read anew, in fp32, no cache. An engine's text is the same
-token for token, or parts somewhere; where it parts, the margin between transformers' two best logits says how near the
-choice was, and `nearest_choice` how near the nearest of all choices was: an engine whose logits are off by less than
-half of that cannot part from it.
+transformers is the twin: it reads the whole text anew for every token, in fp32, without a cache. An engine's text is
+the same token for token, or differs from some token on. The margin between transformers' two best logits there says how
+near the choice was. `nearest_choice` is the smallest margin of all: an engine whose logits are off by less than half of
+it cannot choose differently.
 """
 
 import json
@@ -21,19 +21,19 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Told:
-    """What transformers says: a prompt's greedy tokens, and the logits that they were chosen by, fp32 [tokens, V]."""
+    """transformers' greedy tokens for a prompt, and the logits behind each choice, fp32 [tokens, V]."""
 
     tokens: list[int]
     logits: torch.Tensor
 
     def margins(self) -> torch.Tensor:
-        """Between the two best logits of each token [tokens]."""
+        """The margin between the two best logits of each token [tokens]."""
         best = self.logits.topk(2).values
         return best[:, 0] - best[:, 1]
 
 
 def by_transformers(folder: Path, prompts: list[list[int]], ends: set[int], new_tokens: int) -> list[Told]:
-    """Up to `new_tokens`, ended by the first of `ends`, as the other engines are told to."""
+    """Up to `new_tokens`, ended by the first of `ends`, with the same limits as the other engines."""
     model = load_with_transformers(folder, torch.float32)
     told = []
     for prompt in prompts:
@@ -70,8 +70,9 @@ def by_vllm(python: Path, folder: Path, prompts: list[list[int]], work: Path, ne
 
 
 def compare(found: list[list[int]], wanted: list[Told]) -> dict[str, Any]:
-    """How many texts are the same, and of the others the margin where they part. A text that goes on past the end of
-    transformers' is the same."""
+    """How many texts are the same, and the margins where the others begin to differ.
+
+    A text that goes on past the end of transformers' counts as the same."""
     margins, same_tokens = [], 0
     for ours, told in zip(found, wanted, strict=True):
         pairs = enumerate(zip(ours, told.tokens, strict=False))

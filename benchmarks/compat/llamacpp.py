@@ -5,25 +5,25 @@
     python benchmarks/compat/llamacpp.py --checkpoint FOLDER    # a quantized version of --model, group 32, 64 or 128
 
 llama.cpp is built from the llama-cpp-python source package (benchmarks/peers/environments.py, ten minutes the first
-time, under --peers), and a small program of ours, llama_ask.cpp, against it. Files are written: the original as it is,
-the quantized checkpoint with its codes (Q4_0), and both in F32, the quantized one dequantized. Each is read by
-llama.cpp and by our walk, on held-out rows of at most the context in which llama.cpp computes the model (its chunk is
-fixed).
+time, under --peers), and our small program llama_ask.cpp against it. Four files are written: the original as it is, the
+quantized checkpoint with its codes (Q4_0), and both in F32, the quantized one dequantized. llama.cpp and our walk read
+each, on held-out rows no longer than the context in which llama.cpp computes the model (its chunk is fixed).
 
 llama.cpp rounds activations to the type that a weight's kernel wants: to 8-bit blocks (Q8_0) for Q4_0 and Q8_0, to bf16
-for BF16, not at all for F32. So each file is walked twice: exactly, and with activations rounded by the gguf package
-just so. In F32 nothing is rounded, and the two must be one; of the others the second walk shows how much of the
-difference is this rounding. (Not to the last bit: a sum in another order falls on the other side of a step, now and
-then.)
+for BF16, not at all for F32. So each file is walked twice, exactly and with activations rounded the same way by the
+gguf package. In F32 nothing is rounded, and llama.cpp and our walk must agree. For the other files the second walk
+shows how much of the difference is this rounding. (Not to the last bit: another order of sums now and then falls on the
+other side of a step.)
 
-Then texts (greedy.py), each engine's against transformers' from the same codes: the checkpoint itself, which
-compressed-tensors dequantizes, each weight rounded to bf16. llama.cpp answers from the Q4_0 file, from the codes in F32
-(not rounded to bf16), and from an F32 file of the bf16 export, which holds the very weights that transformers
-multiplies: that text must be the same. vLLM answers from the bf16 export where `make compat-vllm` has built it.
+Then texts (greedy.py): each engine's beside transformers' from the same codes. transformers reads the checkpoint
+itself; compressed-tensors dequantizes it and rounds each weight to bf16. llama.cpp answers from the Q4_0 file, from the
+codes in F32 (not rounded to bf16), and from an F32 file of the bf16 export. That last file holds the very weights that
+transformers multiplies, so its text must be the same. vLLM answers from the bf16 export where `make compat-vllm` has
+built it.
 
-Exit code 1 when a mean KL is past MOST_KL, an F32 file's past MOST_EXACT_KL, less than LEAST_EXPLAINED of a KL is
-explained, a text of the same weights is another, or one of rounded activations leaves transformers' where the two best
-logits are further apart than MOST_MARGIN.
+Exit code 1 when a mean KL exceeds MOST_KL, an F32 file's KL exceeds MOST_EXACT_KL, less than LEAST_EXPLAINED of a KL is
+explained, a text from the same weights differs, or a text from rounded activations leaves transformers' where the two
+best logits are further apart than MOST_MARGIN.
 """
 
 import argparse
@@ -55,11 +55,12 @@ from vllm_environment import BUILD, interpreter
 from onecard.calibration.texts import prepare_texts
 from onecard.checkpoint.gguf import write as gguf_write
 from onecard.checkpoint.model import Model, open_model
+from onecard.core.device import Compute
 from onecard.core.rows import Row
 from onecard.models import gguf as words
-from onecard.models.adapter import Adapter, read
+from onecard.models.adapter import Adapter
 from onecard.models.experts import RoutedExperts
-from onecard.models.walk import Calls, Embedder, final_norm, load_block, run_block
+from onecard.models.walk import Embedder, Walk
 from onecard.recipe import load_recipe
 
 HERE = Path(__file__).resolve().parent
@@ -68,14 +69,14 @@ sys.path.insert(0, str(HERE.parent / "peers"))
 from environments import LLAMA, llama_cpp  # noqa: E402 - the peers' script is in a folder of its own
 
 PACKAGES = ("gguf", "transformers", "compressed-tensors", "torch")
-# The bf16 export, and who answers from it: the weights that transformers multiplies.
+# The bf16 export holds the weights that transformers multiplies. Who answers from it.
 SAME, VLLM = "bf16 export, F32", "vLLM, bf16 export"
 CPU = torch.device("cpu")
-# The issue's bound for llama.cpp against our walk; and where nothing is rounded, sums in another order leave 1e-9.
+# Bounds for llama.cpp against our walk. Where nothing is rounded, another order of sums leaves 1e-9.
 MOST_KL, MOST_EXACT_KL = 1e-3, 1e-6
-# Of the mean KL this share, at least, is gone when the walk rounds activations too (measured: 88 to 93 %).
+# Rounding activations in the walk removes at least this share of the mean KL (measured: 88 to 93 %).
 LEAST_EXPLAINED = 0.5
-# Where greedy texts part: two best logits that rounding of activations may swap.
+# The largest margin of two best logits that rounding of activations may swap.
 MOST_MARGIN = 0.5
 ROW_TOKENS, PROMPT_TOKENS, NEW_TOKENS = 127, 24, 64
 RECIPE = {
@@ -94,7 +95,7 @@ FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def rounded(x: torch.Tensor, kind: str) -> torch.Tensor:
-    """fp32 activations as a kernel of llama.cpp sees them."""
+    """fp32 activations rounded as a kernel of llama.cpp rounds them."""
     if kind in FLOATS:
         return x.to(FLOATS[kind]).to(torch.float32)
     type_ = GGMLQuantizationType[kind]
@@ -104,7 +105,7 @@ def rounded(x: torch.Tensor, kind: str) -> torch.Tensor:
 
 @contextmanager
 def rounding(kinds: dict[int, str]) -> Iterator[None]:
-    """While open, what a weight multiplies is rounded first; `kinds`: by the address of the weight's storage."""
+    """While open, the inputs of a weight are rounded first. `kinds`: address of the weight's storage -> rounding."""
     linear = nn.functional.linear
 
     def with_rounding(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -116,13 +117,13 @@ def rounding(kinds: dict[int, str]) -> Iterator[None]:
 
 
 def stored_kind(model: Model, module: str) -> str:
-    """What the file keeps a module in."""
+    """The type in which the file stores a module."""
     weight = model.packed.get(f"{module}.weight")
     return weight.width if weight is not None else model.source.info(f"{module}.weight").dtype
 
 
 def rounding_of(model: Model, block: nn.Module, index: int) -> dict[int, str]:
-    """By the address of each weight's storage, what llama.cpp rounds its inputs to."""
+    """Address of each weight's storage -> the type to which llama.cpp rounds its inputs."""
     kinds = {}
     for _, module, _, _ in model.adapter.modules(index):
         kind = ACTIVATIONS.get(stored_kind(model, module))
@@ -138,18 +139,18 @@ def rounding_of(model: Model, block: nn.Module, index: int) -> dict[int, str]:
 
 
 def walk(model: Model, rows: list[Row], as_llamacpp: bool) -> torch.Tensor:
-    """Logits [N, T, V] of rows of one length by our own walk in fp32; `as_llamacpp` with activations rounded."""
-    adapter, source = model.adapter, model.source
-    numbers = list(range(len(rows)))
-    hidden = Embedder(adapter, source, rows, CPU, torch.float32).batch(numbers)
-    call = Calls(adapter, CPU, torch.float32).of(hidden.shape[1])
+    """Logits [N, T, V] of rows of one length by our walk in fp32; `as_llamacpp`: with rounded activations."""
+    adapter = model.adapter
+    tokens = sum(len(row.tokens) for row in rows)
+    ours = Walk.over(adapter, model.source, Compute(device=CPU, dtype=torch.float32, batch_tokens=tokens))
+    hidden = Embedder(ours, rows).batch(list(range(len(rows))))
     for index in range(adapter.n_blocks):
-        block = load_block(adapter, source, index, CPU, torch.float32)
-        for part in block.parameters():  # widened at once, so that a weight is known by its storage
+        block = ours.load(index)
+        for part in block.layer.parameters():  # widened at once, so that its storage identifies a weight
             part.data = part.data.to(torch.float32)
-        with rounding(rounding_of(model, block, index) if as_llamacpp else {}):
-            hidden = run_block(block, hidden, call[index])
-    norm, head = final_norm(adapter, source, CPU, torch.float32), read(adapter, source, adapter.head_name)
+        with rounding(rounding_of(model, block.layer, index) if as_llamacpp else {}):
+            hidden = block.forward(hidden)
+    norm, head = ours.final_norm(), ours.head()
     kind = ACTIVATIONS.get(stored_kind(model, adapter.head_name.removesuffix(".weight")))
     with torch.inference_mode():
         last = norm(hidden)
@@ -158,7 +159,7 @@ def walk(model: Model, rows: list[Row], as_llamacpp: bool) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Llama:
-    """llama_ask, built."""
+    """The built program llama_ask."""
 
     program: Path
     build: Path
@@ -190,7 +191,7 @@ class Llama:
 
 
 def build_llama(peers: Path, build: Path) -> Llama:
-    """llama.cpp's libraries by the peers' script, and our program against them."""
+    """Build llama.cpp's libraries with the peers' script, and our program against them."""
     llama_cpp(peers)
     home, program = peers / "llama.cpp", build / "llama_ask"
     libraries = [
@@ -209,7 +210,7 @@ def build_llama(peers: Path, build: Path) -> Llama:
 
 
 def quantized(name: str, build: Path) -> Path:
-    """A checkpoint of ours of group 32, by the command line."""
+    """Quantize to groups of 32, by the command line."""
     folder, recipe = build / "checkpoint", build / "llamacpp.yaml"
     shutil.rmtree(folder, ignore_errors=True)
     recipe.write_text(yaml.safe_dump(RECIPE | {"evaluation_rows": 4}))
@@ -218,7 +219,7 @@ def quantized(name: str, build: Path) -> Path:
 
 
 def to_gguf(model: Model, out: Path, floats: str | None) -> Model:
-    """A folder with the GGUF file, as a model of its own."""
+    """Write the GGUF file into a folder of its own, and open that."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     planned = gguf_write.plan(model.adapter, model.source, model.path, out.name, floats)
@@ -229,7 +230,7 @@ def to_gguf(model: Model, out: Path, floats: str | None) -> Model:
 
 
 def divergence(p: torch.Tensor, q: torch.Tensor) -> dict[str, float]:
-    """KL(p || q) a token, in nats and fp64, of logits [N, T, V]."""
+    """KL(p || q) of each token in nats, fp64, from logits [N, T, V]."""
     a, b = p.double().log_softmax(-1), q.double().log_softmax(-1)
     kl = (a.exp() * (a - b)).sum(-1)
     same = p.argmax(-1) == q.argmax(-1)
@@ -241,7 +242,7 @@ def row_tokens(adapter: Adapter) -> int:
 
 
 def held_out(source: Model, build: Path, count: int) -> list[Row]:
-    """Rows of the evaluation texts, whole ones without pictures."""
+    """Full rows of the evaluation texts without pictures."""
     path, length = build / "rows.yaml", row_tokens(source.adapter)
     path.write_text(yaml.safe_dump(RECIPE | {"evaluation_rows": 4 * count, "evaluation_row_tokens": length}))
     rows = prepare_texts(source, load_recipe(str(path)), None, None, needs_calibration=False).evaluation
@@ -249,7 +250,7 @@ def held_out(source: Model, build: Path, count: int) -> list[Row]:
 
 
 def compare_logits(llama: Llama, files: dict[str, Model], rows: list[Row]) -> dict[str, Any]:
-    """Every file by llama.cpp and by both walks, and how far the files are from each other."""
+    """Compare every file by llama.cpp and by both walks, and the files with each other."""
     ids = [row.tokens.tolist() for row in rows]
     said, walked, table = {}, {}, {}
     for name, model in files.items():
@@ -339,7 +340,7 @@ def main() -> int:
 
 
 def prepared_texts(source: Model, ids: list[list[int]]) -> list[str]:
-    """The rows as text again, special tokens written out, without the first token (which a tokenizer adds)."""
+    """The rows as text, special tokens written out, without the first token, which a tokenizer adds."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(source.path / "tokenizer.json"))

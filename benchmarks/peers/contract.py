@@ -1,11 +1,11 @@
-"""What a peer's script and run.py agree on. It runs in the peer's own environment and so imports nothing of onecard.
+"""The contract between run.py and a peer's script. It runs in the peer's environment, so it imports nothing of onecard.
 
     with_TOOL.py quantize JOB    timed: reads JOB/job.json, writes JOB/checkpoint as the tool stores it
     with_TOOL.py dense JOB       not timed: reads that folder back with the tool's own reader into JOB/dense
 
-JOB/dense holds every weight under its canonical (unfused) name: fp32 where the tool quantized, all else as it is
-stored. What a checkpoint does not hold is taken from the source. Calibration rows are int64 [rows, tokens], all of
-one length, and lie with an unfused copy of the source in the folder that job.json names `inputs`.
+JOB/dense holds every weight under its canonical (unfused) name: fp32 where the tool quantized, else as stored. What a
+checkpoint lacks is taken from the source. Calibration rows are int64 [rows, tokens], all of one length. They and an
+unfused copy of the source are in the folder that job.json calls `inputs`.
 """
 
 import json
@@ -23,7 +23,7 @@ from process import high_water
 
 @dataclass(frozen=True)
 class Job:
-    """`weights`: canonical names of the linear weights of the text blocks, which are to become int4, in order."""
+    """`weights`: canonical names of the text blocks' linear weights, in order; these are to become int4."""
 
     folder: Path
     model: Path
@@ -44,7 +44,7 @@ class Job:
         return load_file(self.inputs / "rows.safetensors")["rows"][: self.row_count]
 
     def source(self) -> dict[str, Any]:
-        """The unfused copy of the source, whole."""
+        """All tensors of the unfused copy of the source."""
         from safetensors.torch import load_file
 
         return load_file(self.inputs / "canonical" / "model.safetensors")
@@ -65,7 +65,7 @@ def read_job(folder: Path) -> Job:
 
 
 def alias(name: str) -> str | None:
-    """What a tensor is called whatever a tool put in front: from `layers.` on, or its last two parts elsewhere.
+    """A tensor's name without the prefix that a tool may add: from `layers.` on, elsewhere its last two parts.
 
     None for the vision tower and the projector, which have layers of their own.
     """
@@ -79,7 +79,7 @@ def alias(name: str) -> str | None:
 
 
 def stored(folder: Path) -> Iterator[tuple[str, Any]]:
-    """Every tensor in the safetensors files of a folder and those below it."""
+    """Every tensor in the safetensors files of a folder and its subfolders."""
     from safetensors import safe_open
 
     for path in sorted(folder.rglob("*.safetensors")):
@@ -89,7 +89,7 @@ def stored(folder: Path) -> Iterator[tuple[str, Any]]:
 
 
 def modules_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """Alias of a module -> its stored tensors by their last name: {"layers.0.self_attn.q_proj": {"qweight": ...}}."""
+    """Alias of a module -> last name -> stored tensor: {"layers.0.self_attn.q_proj": {"qweight": ...}}."""
     found: dict[str, dict[str, Any]] = {}
     for name, tensor in stored(folder):
         known = alias(name)
@@ -100,13 +100,15 @@ def modules_of(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def canonical_modules(job: Job) -> dict[str, str]:
-    """Alias of each module that is to be quantized -> its canonical weight."""
+    """Alias of each module to quantize -> its canonical weight."""
     return {str(alias(name)).removesuffix(".weight"): name for name in job.weights}
 
 
 def gptq_weight(parts: dict[str, Any], group: int, version: int) -> Any:
-    """The weight [out, in] in fp32 of a layer in the GPTQ layout: nibbles of an int32, lowest first, qweight packed
-    along the inputs and qzeros along the outputs; version 1 stores each zero point less 1."""
+    """The fp32 weight [out, in] of a layer in the GPTQ layout.
+
+    An int32 holds nibbles, lowest first. qweight is packed along the inputs, qzeros along the outputs. Version 1 stores
+    each zero point less 1."""
     import torch
 
     shifts = torch.arange(0, 32, 4)
@@ -118,7 +120,7 @@ def gptq_weight(parts: dict[str, Any], group: int, version: int) -> Any:
 
 
 def save_slices(job: Job, packed: dict[str, Any], source: dict[str, Any]) -> None:
-    """The checkpoint of a tool that was given slices: its own tensors, and every other tensor as it was."""
+    """Save the checkpoint of a tool that quantized slices: its tensors, and every other tensor as it was."""
     from safetensors.torch import save_file
 
     job.checkpoint.mkdir()
@@ -127,8 +129,9 @@ def save_slices(job: Job, packed: dict[str, Any], source: dict[str, Any]) -> Non
 
 
 def store_as_bf16(folder: Path) -> None:
-    """Rewrite fp32 tensors as bf16, which the source is: for tools that compute in fp32 and save what they hold. Scales
-    become fp16, which those tools store by default."""
+    """Rewrite fp32 tensors as bf16, the source's dtype, for tools that compute in fp32 and save fp32.
+
+    Scales become fp16, which those tools store by default."""
     import torch
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
@@ -144,7 +147,7 @@ def store_as_bf16(folder: Path) -> None:
 
 
 def _write_dense(job: Job, dense: dict[str, Any]) -> None:
-    """Fill up what `dense` lacks: from the checkpoint where it holds it under any prefix, else from the source."""
+    """Write `dense`, with what it lacks from the checkpoint (under any prefix), else from the source."""
     import torch
     from safetensors.torch import save_file
 
@@ -176,7 +179,7 @@ def versions(packages: tuple[str, ...]) -> dict[str, str]:
 
 
 def run(quantize: Callable[[Job], None], dense: Callable[[Job], dict[str, Any]], packages: tuple[str, ...]) -> None:
-    """A peer's script: its phase, and in PHASE.json what happened, an exception's own words included."""
+    """Run one phase of a peer's script. PHASE.json says what happened, an exception's words included."""
     phase, job = sys.argv[1], read_job(Path(sys.argv[2]))
     facts: dict[str, Any] = {"versions": versions(packages)}
     try:

@@ -3,10 +3,9 @@
     build/peers/env/NAME       a virtual environment each, from requirements/NAME.txt
     build/peers/llama.cpp      source (from the llama-cpp-python source package) and bin
 
-A requirements file is a full freeze that was tested, installed with --no-deps: some tools declare a torch that would
-bring gigabytes of CUDA, and run on the CPU build that all share. Packages that must be compiled against the installed
-torch, or whose declarations contradict what works, come after the rest. Nothing here is needed by onecard or its
-tests.
+A requirements file is a full, tested freeze, installed with --no-deps. Some tools declare a torch that would bring
+gigabytes of CUDA, but run on the CPU build that all share. Packages that are compiled against the installed torch, or
+whose declarations contradict what works, come last. onecard and its tests need nothing of this.
 """
 
 import argparse
@@ -30,7 +29,7 @@ OPTIONS = (
     "-DLLAMA_BUILD_EXAMPLES=OFF",
     "-DGGML_OPENMP=OFF",
 )
-# Built from source, against what the requirements file has put there.
+# Built from source, against the packages of the requirements file.
 AFTERWARDS = {"gptqmodel": ["gptqmodel==7.7.0"]}
 SWITCHES = {"BUILD_CUDA_EXT": "0"}
 
@@ -59,7 +58,7 @@ def llama_cpp(build: Path) -> None:
         return
     shutil.rmtree(home, ignore_errors=True)
     home.mkdir(parents=True)
-    # Without --no-deps pip would fetch what building the Python package needs.
+    # Without --no-deps pip would fetch the build requirements of the Python package.
     run(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", "--dest", home, LLAMA)
     with tarfile.open(next(home.glob("*.tar.gz"))) as archive:
         archive.extractall(home, filter="data")
@@ -83,7 +82,7 @@ def main() -> int:
             environment(name, build)
             if name == "llamacpp":
                 llama_cpp(build)
-        except subprocess.CalledProcessError as error:  # that peer's rows will say that it has no environment
+        except subprocess.CalledProcessError as error:  # the rows of that peer will say that its environment is missing
             print(f"{name} cannot be built: {error}", file=sys.stderr)
             failed.append(name)
     return int(bool(failed))

@@ -1,4 +1,4 @@
-"""The field: every peer with its environment, script, group sizes and what it is told; a row of the table each."""
+"""Every peer of the comparison: environment, script, group sizes and options. A peer and a group size make a row."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +11,9 @@ ROLES = {"llama4": ["expert", "shared_expert", "attention"], "qwen3_moe": ["expe
 
 @dataclass(frozen=True)
 class Peer:
-    """`environment`: a file of requirements/, or "onecard" for this very interpreter. `rescales`: moves scale between
-    matrices, so that a weight is compared up to one factor a row and one a column. `check_only`: run if named."""
+    """`environment`: a file of requirements/, or "onecard" for this interpreter. `rescales`: the peer moves scale
+    between matrices; a weight is then compared up to one factor a row and one a column. `check_only`: run only if
+    named."""
 
     name: str
     environment: str
@@ -29,7 +30,7 @@ def own(method: str) -> Peer:
 
 
 def attention_kept(method: str) -> Peer:
-    """As the Scout recipe has it; beside Q4_K_M, whose matrices are not all of four bits either."""
+    """Attention kept in bf16, as in the Scout recipe, to compare with Q4_K_M, which is not all four bits either."""
     options = {"method": method, "quantize_roles": ["expert", "shared_expert", "mlp"]}
     return Peer(f"onecard-{method}-bf16-attention", "onecard", "with_onecard.py", (32,), options)
 
@@ -55,7 +56,7 @@ PEERS = (
     Peer("llamacpp-q4_0-imatrix", "llamacpp", LLAMA_CPP, (32,), {"type": "Q4_0", "imatrix": True}),
     Peer("llamacpp-q4_k_m", "llamacpp", LLAMA_CPP, (32,), {"type": "Q4_K_M"}, calibrated=False),
     Peer("llamacpp-q4_k_m-imatrix", "llamacpp", LLAMA_CPP, (32,), {"type": "Q4_K_M", "imatrix": True}),
-    # As llama-quantize comes: the token embedding and the head are quantized too.
+    # llama-quantize's default: the token embedding and the head are quantized too.
     Peer("llamacpp-q4_0-default", "llamacpp", LLAMA_CPP, (32,), {"type": "Q4_0", "default": True}, calibrated=False),
     Peer(
         "llamacpp-q4_k_m-imatrix-default",
@@ -64,6 +65,6 @@ PEERS = (
         (32,),
         {"type": "Q4_K_M", "imatrix": True, "default": True},
     ),
-    # No quantization: the way there and back keeps every bit (run by name, not with the rest).
+    # No quantization: checks that conversion and reading back keep every bit. Runs only if named.
     Peer("llamacpp-bf16", "llamacpp", LLAMA_CPP, (32,), {"type": "BF16"}, calibrated=False, check_only=True),
 )

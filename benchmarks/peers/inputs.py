@@ -1,8 +1,8 @@
-"""What every peer is given, and what the judge measures on: prepared once a model by our own reader and encoder.
+"""The inputs of every peer and of the judge, prepared once for each model by our own reader and encoder.
 
 build/peers/inputs/MODEL/rows.safetensors      calibration rows, int64 [rows, 512]
 build/peers/inputs/MODEL/calibration.jsonl     the same documents as texts, for onecard's own command
-build/peers/inputs/MODEL/choice.jsonl          what onecard's own verification reads; the judge alone reads the test set
+build/peers/inputs/MODEL/choice.jsonl          for onecard's own verification; the judge alone reads the test set
 build/peers/inputs/MODEL/canonical/            the source, unfused, one 2-D tensor a weight
 build/peers/inputs/MODEL/inputs.json           names, sizes, digests
 """
@@ -29,7 +29,7 @@ from onecard.models.families import load_adapter
 ROW_TOKENS = 512
 EVALUATION_ROWS = 100_000  # all of them
 CALIBRATION_ROWS = 100_000  # as many as the texts fill
-SEED = 0  # the recipe's calibration_seed: onecard packs the same rows of the same texts
+SEED = 0  # the recipe's calibration_seed: onecard packs the same rows from the same texts
 
 
 def texts_of(which: str) -> Path:
@@ -41,7 +41,7 @@ def texts_of(which: str) -> Path:
 
 
 def prepare(model: Path, folder: Path, calibration: Path | None = None) -> dict[str, Any]:
-    """Write the inputs of `model` unless they are there for exactly this model and these texts."""
+    """Write the inputs of `model`, unless they exist for exactly this model and these texts."""
     adapter, source = load_adapter(model), open_folder(model)
     sets = {
         "calibration": corpus.without_pictures(corpus.read_jsonl(texts_of("calibration"))),
@@ -77,7 +77,7 @@ def prepare(model: Path, folder: Path, calibration: Path | None = None) -> dict[
 
 
 def evaluation_rows(model: Path, which: str, folder: Path) -> list[Row]:
-    """One row a document, cut at ROW_TOKENS: the choice set, or the test set that only the final run may read."""
+    """One row a document, cut at ROW_TOKENS, of the choice set or of the test set (for the final run only)."""
     path = HELD_OUT if which == "test" else folder / "choice.jsonl"
     encoded = Encoder(model, load_adapter(model)).encode_all(read_jsonl(path))
     return document_rows(distinct(encoded), ROW_TOKENS, EVALUATION_ROWS)

@@ -1,10 +1,10 @@
-"""The judge: are the weights that a peer stored int4 at all, and what is the KL of the model that they make.
+"""The judge: whether a peer's weights are int4 at all, and the KL of the model that they make.
 
-Weights first: an axis or a name mixed up gives a KL that looks like bad quantization. Four bits leave a relative
-error of 0.05 to 0.15 in a weight matrix; above MOST_ERROR the row is refused as stored wrong. A method that moves
-scale between matrices (AWQ) is compared after one factor a row and one a column, fitted by least squares.
+Weights come first, because a mixed-up axis or name gives a KL that looks like bad quantization. Four bits leave a
+relative error of 0.05 to 0.15 in a weight matrix; above MOST_ERROR the row is refused as stored wrong. A method that
+moves scale between matrices (AWQ) is compared after fitting one factor a row and one a column by least squares.
 
-KL is that of our twin walk (eval/twin.py) in fp32, the same for all.
+KL comes from our twin walk (eval/twin.py) in fp32, the same for all.
 """
 
 import tempfile
@@ -16,28 +16,22 @@ import torch
 
 from onecard.checkpoint.source import Folder, open_folder
 from onecard.checkpoint.workdir import Activations
+from onecard.core.device import Compute
 from onecard.core.rows import Row
 from onecard.core.tensors import TensorSource
 from onecard.eval.summary import summarize
-from onecard.eval.twin import Side, twin_walk
+from onecard.eval.twin import twin_walk
 from onecard.models.families import load_adapter
+from onecard.models.walk import Walk
 
 MOST_ERROR = 0.9
-LEVELS = 16  # of four bits
+LEVELS = 16  # the values of four bits
 BATCH_TOKENS = 16384
 FITTING_ROUNDS = 10
 
 
-class Quiet:
-    """A Step that shows nothing."""
-
-    def begin(self, stage: str, block: int | None = None) -> None: ...
-
-    def advance(self, tokens: int) -> None: ...
-
-
 def rescaled(reference_OI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
-    """The reference with one factor a row and one a column, the least squares fit to `weight_OI`, by turns."""
+    """The reference times one factor a row and one a column: the least squares fit to `weight_OI`, alternating."""
     fitted = reference_OI.clone()
     for turn in range(FITTING_ROUNDS):
         dim = turn % 2
@@ -48,7 +42,7 @@ def rescaled(reference_OI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tenso
 
 
 def levels(weight_OI: torch.Tensor, group: int) -> int:
-    """The most distinct values that one group of one row holds. Equal codes of a group are equal to the bit."""
+    """The greatest number of distinct values in a group of a row. Equal codes of a group give equal bits."""
     if weight_OI.shape[1] % group:
         return 1 << 30
     ordered = weight_OI.unflatten(1, (-1, group)).sort(dim=-1).values
@@ -66,7 +60,7 @@ def check_weights(
         if torch.equal(a, b):
             errors[name] = 0.0
             continue
-        if not b.any():  # an expert without rows, to some tools: theirs, and no mix-up of ours
+        if not b.any():  # some tools store an expert without rows as zeros; that is no mix-up of ours
             zeros.append(name)
             continue
         target = rescaled(a, b) if rescales else a
@@ -96,9 +90,8 @@ def check_weights(
 
 def kl(model: Path, quantized: TensorSource, rows: list[Row]) -> dict[str, Any]:
     adapter = load_adapter(model)
-    sides = Side("reference", adapter, open_folder(model)), Side("quantized", adapter, quantized)
+    compute = Compute(device=torch.device("cpu"), dtype=torch.float32, batch_tokens=BATCH_TOKENS)
+    reference = Walk.over(adapter, open_folder(model), compute)
     with tempfile.TemporaryDirectory(prefix="peers-judge-") as scratch:
-        twin = twin_walk(
-            *sides, rows, BATCH_TOKENS, Activations(Path(scratch)), torch.device("cpu"), torch.float32, Quiet()
-        )
+        twin = twin_walk(reference, reference.beside(adapter, quantized), rows, Activations(Path(scratch)))
     return asdict(summarize(twin.tokens)) | {"changed_routes": twin.mean_changed_routes}

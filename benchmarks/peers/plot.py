@@ -1,8 +1,7 @@
-"""Mean KL against stored bytes, a panel a model, as an SVG written by hand: no plotting library is needed to run the
-benchmark.
+"""Mean KL against stored bytes as an SVG, one panel for each model, written without a plotting library.
 
-The lower left is better. KL is on a logarithmic scale with its 95 % interval; names stand in a column at the right,
-in the order of their points, with a thin line to each.
+The lower left is better. KL has a logarithmic scale and its 95 % interval. Names stand in a column at the right, in the
+order of their points, with a thin line to each.
 """
 
 import math
@@ -28,7 +27,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _spread(wanted: list[float], low: float, high: float) -> list[float]:
-    """Heights at least LINE apart, in the same order, near those that are wanted."""
+    """Heights near the wanted ones, in the same order, at least LINE apart."""
     out: list[float] = []
     for y in wanted:
         out.append(max(y, out[-1] + LINE) if out else max(y, low))

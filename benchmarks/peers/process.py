@@ -1,4 +1,4 @@
-"""A program as a whole process: seconds on the wall, and the largest resident set that it or a child of it reached."""
+"""Measure a program as a whole process: wall time, and the largest resident set of it or of a child."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 POLL_SECONDS = 0.1
-# One thread: every tool here is faster so on matrices this small, and the figures mean the same on other machines.
+# Every tool here is faster on one thread with matrices this small, and other machines give comparable figures.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -21,7 +21,7 @@ class Measured:
 
 
 def environment(threads: int, ours: bool) -> dict[str, str]:
-    """This process's environment with the number of threads set; a peer's interpreter must not see our PYTHONPATH."""
+    """This process's environment with the number of threads set, and for a peer without our PYTHONPATH."""
     env = (
         os.environ
         | dict.fromkeys(THREAD_VARIABLES, str(threads))
@@ -33,7 +33,7 @@ def environment(threads: int, ours: bool) -> dict[str, str]:
 
 
 def _tree(pid: int) -> list[int]:
-    """A process and all that it started, as far as they still run."""
+    """A process and its descendants that still run."""
     found = [pid]
     for thread in Path(f"/proc/{pid}/task").glob("*"):
         try:
@@ -44,7 +44,7 @@ def _tree(pid: int) -> list[int]:
 
 
 def high_water(pid: int | str) -> int:
-    """VmHWM in bytes; 0 when the process is gone. Not ru_maxrss, into which Linux counts its parent's peak."""
+    """VmHWM in bytes; 0 when the process is gone. On Linux ru_maxrss would include the parent's peak."""
     try:
         found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
     except OSError:
@@ -53,8 +53,9 @@ def high_water(pid: int | str) -> int:
 
 
 def measure(command: list[str], env: dict[str, str], log: Path, timeout_seconds: float) -> Measured:
-    """Run it. VmHWM only grows, so polling misses no more than what the last POLL_SECONDS add (a peer's script writes
-    its own VmHWM at its end besides); ru_maxrss would count this process's own peak into its child's."""
+    """Run a command. VmHWM only grows, so polling misses only what the last POLL_SECONDS add.
+
+    A peer's script also writes its own VmHWM at its end. ru_maxrss would include this process's own peak."""
     began = time.monotonic()
     peak = 0
     over = threading.Event()

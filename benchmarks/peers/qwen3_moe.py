@@ -2,10 +2,10 @@
 
     python benchmarks/peers/qwen3_moe.py build/peers/models/qwen3-moe
 
-Structure as Qwen3-30B-A3B's (softmax router with top-k over 16 experts, routing weights on the experts' outputs,
-QK-norm with weights, no shared expert, untied head), size as the embedded model's; it reads the same training split of
-the standard library with the embedded model's tokenizer, so that both models share calibration, choice and test texts.
-Every input dimension is a multiple of 128 and no expert is square. Seeded: the same Python and torch give the same
+It has Qwen3-30B-A3B's structure (softmax router with top-k over 16 experts, routing weights on the experts' outputs,
+QK-norm with weights, no shared expert, untied head) and the embedded model's size. It reads the same training split of
+the standard library with the embedded model's tokenizer, so both models share calibration, choice and test texts. Every
+input dimension is a multiple of 128 and no expert is square. Seeds are fixed: the same Python and torch give the same
 steps.
 """
 
@@ -56,7 +56,7 @@ def config() -> Qwen3MoeConfig:
 
 
 def rate(step: int, steps: int) -> float:
-    """The share of the peak rate: linear warm-up, then a cosine to LAST_SHARE."""
+    """The learning rate as a share of its peak: linear warm-up, then a cosine to LAST_SHARE."""
     if step < WARM_UP_STEPS:
         return (step + 1) / WARM_UP_STEPS
     through = (step - WARM_UP_STEPS) / max(1, steps - WARM_UP_STEPS)
@@ -70,7 +70,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     torch.manual_seed(given.seed)
-    torch.set_num_threads(1)  # sums over another number of threads round differently
+    torch.set_num_threads(1)  # another number of threads rounds sums differently
     tokenizer = tokens.load(DEMO_MODEL)
     text = packs.text_packs(tokenizer, corpus.documents("train"), given.steps * ROWS, given.seed)
     model = Qwen3MoeForCausalLM(config()).float().train()

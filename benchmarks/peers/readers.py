@@ -1,10 +1,10 @@
-"""Every checkpoint of onecard's own rows, as transformers and compressed-tensors read it.
+"""Does transformers, through compressed-tensors, read every checkpoint of our rows as our walk does?
 
     python benchmarks/peers/readers.py [--rows 24]
 
-For each finished job of `make peers`: the mean KL between transformers' logits of the emitted folder and of the bf16
-model, both whole in transformers, is that of our own walk over the same files. Prints a line a checkpoint; exit code 1
-if one differs by more than MOST_DIFFERENCE.
+For each finished job of `make peers`, the mean KL between transformers' logits of the emitted folder and of the bf16
+model, both whole, must equal that of our own walk over the same files. Prints one line a checkpoint. Exit code 1 if a
+KL differs by more than MOST_DIFFERENCE.
 """
 
 import argparse
@@ -32,7 +32,7 @@ MOST_DIFFERENCE = 1e-3
 
 
 def log_probabilities(model: Any, row: Row) -> torch.Tensor:
-    """fp64 [T - 1, V]: of every token that is predicted."""
+    """fp64 [T - 1, V], one row for each predicted token."""
     with torch.inference_mode():
         logits = model(input_ids=row.tokens[None], use_cache=False).logits[0, :-1]
     return logits.double().log_softmax(-1)
@@ -40,7 +40,7 @@ def log_probabilities(model: Any, row: Row) -> torch.Tensor:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=24, help="of the choice set, its first ones")
+    parser.add_argument("--rows", type=int, default=24, help="this many rows of the choice set, the first ones")
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "peers")
     given = parser.parse_args()
     logging.set_verbosity_error()

@@ -1,12 +1,12 @@
-"""Run the field's quantizers on the same two models and rows, and judge them all alike: `make peers`.
+"""Run other quantizers and ours on the same two models and rows, under one judge: `make peers`.
 
     python benchmarks/peers/run.py                                       # everything, judged on the test set
     python benchmarks/peers/run.py --choice --peer llmcompressor-gptq --model demo --group 128
 
-Each job (peer, model, group) is a process in the peer's own environment; its wall time and peak RSS are those of the
-whole process, imports included. A job that is finished for the same inputs is not run again (`--again` does), only
-judged. Rows are merged into build/peers/results-SET.json, from which table.py draws. `--choice` judges on the texts
-that choices are made on; without it the test set is read, which is for the final run alone.
+Each job (peer, model, group) is a process in the peer's own environment. Wall time and peak RSS are those of the whole
+process, imports included. A job that is finished for the same inputs is judged and not run again, except with
+`--again`. Rows are merged into build/peers/results-SET.json; table.py and plot.py draw them. `--choice` judges on the
+texts that choices are made on. Without it the test set is read, which is for the final run alone.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def interpreter(build: Path, peer: Peer) -> Path:
 
 
 def last_words(job: Path, phase: str, code: int) -> str:
-    """Why a phase failed: the exception as the script caught it, or the last line that it wrote."""
+    """Why a phase failed: the exception that the script caught, or the last line that it wrote."""
     facts = job / f"{phase}.json"
     if facts.exists():
         return str(json.loads(facts.read_text()).get("error", f"exit code {code}"))
@@ -67,7 +67,7 @@ def quantized(
     build: Path,
     given: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Run both phases unless this job is finished. What is known of the run, with `error` if it failed."""
+    """Run both phases unless this job is finished. Returns the run's facts, with `error` if it failed."""
     wanted = {
         "model": str(model),
         "inputs": str(given_inputs),
@@ -147,7 +147,7 @@ def weight_error(found: dict[str, Any]) -> str:
 
 
 def merge(path: Path, new: dict[str, Any]) -> None:
-    """Into the results, in place of an older row of the same peer, model and group."""
+    """Put a row into the results, in place of an older row of the same peer, model and group."""
     rows = json.loads(path.read_text()) if path.exists() else []
     key = ("peer", "model", "group")
     rows = [r for r in rows if any(r[k] != new[k] for k in key)] + [new]
@@ -158,13 +158,13 @@ def merge(path: Path, new: dict[str, Any]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", action="append", help="only this one (may be given more than once)")
+    parser.add_argument("--peer", action="append", help="only this one; may be repeated")
     parser.add_argument("--model", action="append", choices=list(MODELS))
     parser.add_argument("--group", action="append", type=int)
     parser.add_argument("--choice", action="store_true", help="judge on the choice set, not on the test set")
     parser.add_argument("--again", action="store_true", help="run jobs that are finished once more")
     parser.add_argument(
-        "--rows", type=int, help="a trial on the first so many calibration rows, judged on the choice set"
+        "--rows", type=int, help="a trial on this many calibration rows, the first ones, judged on the choice set"
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--timeout", type=float, default=3 * 3600, help="seconds that one job may take")

@@ -1,13 +1,13 @@
-"""Time and memory of onecard's `fast` against llm-compressor's GPTQ: whole processes, the same rows, in alternating
-pairs.
+"""Time and memory of onecard's `fast` against llm-compressor's GPTQ, in alternating pairs of whole processes.
 
     python benchmarks/peers/speed.py                    # 8 blocks at hidden 1024, and the embedded model; 3 pairs each
     python benchmarks/peers/speed.py --blocks 1 --hidden 256 --pairs 1 --model synthetic     # a trial
 
-onecard's process emits, reads back and verifies what it emitted; llm-compressor's quantizes and saves. The synthetic
-model is the multimodal class with the embedded model's small vision tower, since llm-compressor takes the experts of
-no other apart; its experts are not square. Random weights: time and memory may be measured on them, quality may not.
-Prints each run, then medians and their ratios, and writes build/peers/speed.json. A quiet machine, please.
+Both get the same rows. onecard's process emits, reads back and verifies; llm-compressor's quantizes and saves. The
+synthetic model is the multimodal class with the embedded model's small vision tower, because llm-compressor takes the
+experts of no other class apart; its experts are not square. Its weights are random: measure time and memory on them,
+never quality. Prints each run, then medians and their ratios, and writes build/peers/speed.json. Run it on a quiet
+machine.
 """
 
 import argparse
@@ -40,14 +40,14 @@ GROUP = 128
 EXPERTS = 16
 SIDES = {
     "onecard-fast": ("onecard", "with_onecard.py", {"method": "fast"}),
-    # Its default: every expert computes on every row.
+    # llm-compressor's default: every expert computes on every row.
     "llmcompressor-gptq": ("llmcompressor", "with_llmcompressor.py", {"method": "gptq", "all_experts": True}),
     "llmcompressor-gptq-own-rows": ("llmcompressor", "with_llmcompressor.py", {"method": "gptq", "all_experts": False}),
 }
 
 
 def write_multimodal(folder: Path, blocks: int, hidden: int) -> Path:
-    """A synthetic Llama 4 with vision tower: names and shapes from our adapter, one shard a block."""
+    """Write a synthetic Llama 4 with vision tower: names and shapes from our adapter, one shard a block."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     demo = json.loads((inputs.DEMO / "model" / "config.json").read_text())

@@ -1,6 +1,6 @@
-"""Rows of the comparison -> what people read: a line a job while it runs, and one markdown table a model.
+"""Rows of the comparison in words: one line a job while it runs, and one markdown table a model.
 
-`python benchmarks/documents.py` puts the tables into docs/peers.md, docs/benchmarks.md and README.md, and draws
+`python benchmarks/update_docs.py` puts the tables into docs/peers.md, docs/benchmarks.md and README.md, and draws
 docs/peers.svg (plot.py). run.py writes the same beside its results.
 """
 
@@ -33,7 +33,7 @@ def _versions(row: PeerRow) -> str:
 
 
 def _note(row: PeerRow) -> str:
-    """What the reader must know of a row beside its figures."""
+    """Remarks on a row, in brackets."""
     notes = [] if row.status == "ok" else [f"{row.status}: {row.said}"]
     if row.weights and row.weights.zeros:
         notes.append(f"{row.weights.zeros} matrices stored as zeros")

@@ -1,10 +1,10 @@
-"""Three sets of texts for the comparison, none of which shares a row with another or with training.
+"""Three sets of texts for the comparison. None shares a row with another or with training.
 
 - calibration: demo/data/calibration.jsonl without its pictures (some peers read text only), packed into equal rows;
-- choice:      demo/data/evaluation.jsonl without its pictures: every choice of this project (methods, strengths,
-               rates) was made on these, so no figure of the comparison is measured on them;
-- test:        held-out.jsonl beside this file: documents of the same held-out modules that no recipe, test or
-               experiment had read before the comparison. Measured on, and used for nothing else.
+- choice:      demo/data/evaluation.jsonl without its pictures. Every choice of this project (methods, strengths, rates)
+               was made on these, so no figure of the comparison is measured on them;
+- test:        held-out.jsonl beside this file: documents of the same held-out modules. No recipe, test or experiment
+               had read them before the comparison, and they are used for nothing but measuring.
 
 `python benchmarks/peers/texts.py` wrote held-out.jsonl (Python 3.11.7; another Python has another library).
 """

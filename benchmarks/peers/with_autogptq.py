@@ -1,10 +1,9 @@
-"""auto-gptq's GPTQ class and its QuantLinear, in a loop of our own over transformers' blocks: its zoo knows neither
-model.
+"""auto-gptq's GPTQ class and QuantLinear, in our own loop over transformers' blocks, since it knows neither model.
 
-The loop is auto-gptq's: block by block, inside a block q/k/v, o, gates and ups, downs, each on inputs that passed
-what is quantized already; activation order with static groups, so that no order has to be stored. Llama 4's fused
-experts are first taken apart into Linears that see their own rows only. transformers 4.57 ignores
-`rope_parameters` and `num_local_experts` of newer configs, so that both are handed over by hand.
+The loop follows auto-gptq's: block by block, and inside a block q/k/v, o, gates and ups, downs, each on inputs that
+have passed the matrices quantized so far. Activation order has static groups, so no order has to be stored. Llama 4's
+fused experts are first taken apart into Linears that see their own rows only. transformers 4.57 ignores
+`rope_parameters` and `num_local_experts` of newer configs; both are set by hand.
 """
 
 import json
@@ -17,7 +16,7 @@ DAMPING = 0.01  # the class's default
 
 
 def _unfused(experts):  # type: ignore[no-untyped-def]
-    """Llama 4's fused experts as Linears. It gets every row once an expert; rows of other experts are zeros."""
+    """Llama 4's fused experts as Linears. Its input has every row once an expert; rows of other experts are zeros."""
     import torch
     from torch import nn
 
@@ -84,7 +83,7 @@ def quantize(job: Job) -> None:
     for layer in text.layers:
         layer.register_forward_pre_hook(lambda m, args, kwargs: calls.append((args[1:], kwargs)), with_kwargs=True)
     with torch.inference_mode():
-        text(input_ids=job.rows()[:1], use_cache=False)  # what each layer is called with: equal for rows of one length
+        text(input_ids=job.rows()[:1], use_cache=False)  # each layer's other arguments, equal for rows of one length
     hidden = [text.embed_tokens(row[None]).detach() for row in job.rows()]
     made = list(calls)
     for number, layer in enumerate(text.layers):
@@ -109,7 +108,9 @@ def quantize(job: Job) -> None:
             for hook in hooks:
                 hook.remove()
             for name, module in linears.items():
-                if not solvers[name].nsamples:  # the class divides by it; with H = 1 it rounds to nearest
+                if not solvers[
+                    name
+                ].nsamples:  # the class divides by the number of tokens; with H = 1 it rounds to nearest
                     solvers[name].nsamples = 1
                     solvers[name].H.fill_diagonal_(1)
                     print(f"layers.{number}.{name} saw no token: rounded to nearest")

@@ -1,9 +1,9 @@
 """auto-round: signed gradients on rounding and clipping, 200 steps a block, its default symmetric scheme.
 
-Given the model object, it replaces the experts of both families with one Linear an expert by itself and then
-quantizes the text blocks. Rows are handed over as its data set, one dictionary a row; for the multimodal class it
-insists on a processor, which rows of token ids never reach: the tokenizer stands in for it. Stored in its own format,
-whose tensors are those of the GPTQ layout, version 1.
+Given the model object, auto-round itself replaces the experts of both families with one Linear an expert, and then
+quantizes the text blocks. Rows are given as its data set, one dictionary a row. For the multimodal class it insists on
+a processor, though rows of token ids never reach one; the tokenizer stands in for it. It stores its own format, whose
+tensors have the GPTQ layout, version 1.
 """
 
 import json
@@ -44,7 +44,7 @@ def dense(job: Job) -> dict[str, object]:
     held, out = modules_of(job.checkpoint), {}
     for module, name in canonical_modules(job).items():
         parts = held.get(module)
-        if parts is None:  # left fused and as it was: the judge will count it as not quantized
+        if parts is None:  # left fused and unquantized; the judge counts it so
             continue
         out[name] = gptq_weight(parts, job.group, version=1) if "qweight" in parts else parts["weight"]
     return out

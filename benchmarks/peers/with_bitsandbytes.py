@@ -1,8 +1,8 @@
 """bitsandbytes NF4 (no calibration): blocks of 64, double quantization, `quantize_4bit` on every slice.
 
-Through transformers it replaces nn.Linear modules only, so that fused experts silently stay bf16. A block runs along
-the flattened weight; the job's group is the block. What is stored is what bitsandbytes serialises: codes and its
-packed quant state.
+Through transformers it replaces nn.Linear modules only, and fused experts silently stay bf16. A block runs along the
+flattened weight; the job's group is the block. The files hold bitsandbytes' own serialisation: codes and its packed
+quant state.
 """
 
 from contract import Job, run, save_slices, stored

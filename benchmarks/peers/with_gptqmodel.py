@@ -1,9 +1,8 @@
 """GPTQModel: GPTQ with its own defaults (group-aware activation order, round-to-nearest below its token threshold).
 
-It declares a torch that is newer than the CPU build that all share here, and runs on that one; its requirements file
-leaves the declaration aside. Fused experts are split by its package defuser, which reads their axis order from their
-shape: with square experts it would store each one transposed, and neither model here has such. Read back from the
-GPTQ layout.
+It declares a newer torch than the CPU build that all share here, but runs on that one; its requirements file ignores
+the declaration. Its package defuser splits fused experts and reads their axis order from their shape. It would store
+square experts transposed; neither model here has them. Read back from the GPTQ layout.
 """
 
 import json
@@ -32,7 +31,7 @@ def dense(job: Job) -> dict[str, object]:
     held, out = modules_of(job.checkpoint), {}
     for module, name in canonical_modules(job).items():
         parts = held.get(module)
-        if parts is None:  # left fused and as it was: the judge will count it as not quantized
+        if parts is None:  # left fused and unquantized; the judge counts it so
             continue
         out[name] = gptq_weight(parts, job.group, version) if "qweight" in parts else parts["weight"]
     return out

@@ -1,7 +1,7 @@
 """HQQ (half-quadratic quantization, no calibration): HQQLinear on every slice, asymmetric, its own solver's defaults.
 
-hqq's `quantize_model` replaces nn.Linear modules, which fused experts are not; so each weight is handed to HQQLinear
-as a Linear of its own. What is stored is HQQLinear's own state: packed codes, scales and zero points in fp16.
+hqq's `quantize_model` replaces nn.Linear modules, and fused experts are none. So each weight is given to HQQLinear as a
+Linear of its own. The files hold HQQLinear's state: packed codes, scales and zero points in fp16.
 """
 
 from contract import Job, run, save_slices, stored

@@ -1,10 +1,10 @@
 """llama.cpp: its converter, llama-imatrix and llama-quantize, built from the llama-cpp-python source package.
 
-An importance matrix is made from the calibration rows: their tokens written back as text, read with special tokens
-and no added BOS, in contexts of the row length, or of Llama 4's attention chunk where that is shorter (llama.cpp
-hard-codes the chunk of 8192, so a longer context would show it another model). An unknown tokenizer is refused by the
-converter, so its question is answered with Llama 3's split, which is the embedded tokenizer's. The token embedding
-and the head stay BF16 unless `default` says to take what llama-quantize does by itself.
+The importance matrix comes from the calibration rows. Their tokens are written back as text and read with special
+tokens and no added BOS, in contexts of the row length, or of Llama 4's attention chunk where that is shorter: llama.cpp
+hard-codes a chunk of 8192, so a longer context would be another model. The converter refuses an unknown tokenizer; its
+question is answered with Llama 3's split, which is the embedded tokenizer's. The token embedding and the head stay BF16
+unless `default` asks for llama-quantize's own choice.
 """
 
 import json
@@ -33,7 +33,7 @@ NAMES = {
 
 
 def convert(model: Path, out: Path) -> None:
-    """The converter as a program of its own, with its question for the tokenizer's name answered."""
+    """Run the converter as a program of its own, with the answer to its question for the tokenizer's name."""
     source = BUILD / "source"
     answer = (
         "import sys, runpy; sys.path.insert(0, sys.argv[1]); import conversion.base as b;"
@@ -102,7 +102,7 @@ def dense(job: Job) -> dict[str, object]:
         if known is not None:
             types[tensor.name] = tensor.tensor_type.name
             block = stem.removeprefix("blk.")
-            # The family's own word between: feed_forward or mlp.
+            # The family's own word in between: feed_forward or mlp.
             middle = "" if known.startswith("self_attn") else "feed_forward." if job.family == "llama4" else "mlp."
             for number, part in enumerate(values if "{}" in known else [values]):
                 out[canonical[f"layers.{block}.{middle}{known.format(number)}.weight"]] = part

@@ -1,10 +1,10 @@
 """llm-compressor: GPTQ (W4A16, symmetric, static activation order, as it recommends) and AWQ through its own `oneshot`.
 
-It computes in fp32, as onecard does on a CPU: bf16 is emulated on most, and took several times as long. The model is
-cast back to bf16 to be stored, which changes no code (a code moves by 0.03 of a step at most). What it needs on a CPU
-besides: the sequential targets named; for AWQ mappings that leave the vision tower out (its own match that too, and
-fail), and a cache that does not pin memory. `all_experts` is its `moe_calibrate_all_experts`. A fused checkpoint is
-unfused by llm-compressor itself; every tensor is stored under its unfused name.
+It computes in fp32, as onecard does on a CPU: most CPUs emulate bf16, which took several times as long. The model is
+cast back to bf16 to be stored, which changes no code (a code moves by 0.03 of a step at most). On a CPU it also needs
+the sequential targets by name and a cache that does not pin memory. AWQ needs mappings that leave the vision tower out;
+the default ones match it and fail. `all_experts` is its `moe_calibrate_all_experts`. llm-compressor unfuses a fused
+checkpoint itself; every tensor is stored under its unfused name.
 """
 
 import json
@@ -34,7 +34,7 @@ def _awq(job: Job) -> list[object]:
     from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
     from llmcompressor.pipelines.cache import IntermediatesCache
 
-    IntermediatesCache.pin_memory = lambda *args, **kwargs: None  # there is nothing to pin for
+    IntermediatesCache.pin_memory = lambda *args, **kwargs: None  # no GPU to pin memory for
     text = r"re:^(?!.*vision).*layers\.\d+\."
     router = "feed_forward.router" if job.family == "llama4" else "mlp.gate"
     mlp = "feed_forward" if job.family == "llama4" else "mlp"
@@ -86,12 +86,12 @@ def dense(job: Job) -> dict[str, object]:
     held, out = modules_of(job.checkpoint), {}
     for module, name in canonical_modules(job).items():
         parts = held.get(module)
-        if parts is None:  # left fused and as it was: the judge will count it as not quantized
+        if parts is None:  # left fused and unquantized; the judge counts it so
             continue
         if "weight_packed" not in parts:
             out[name] = parts["weight"]
             continue
-        # Scales as fp32, so that the product is not rounded to bf16 once more.
+        # Scales in fp32, so that the product is not rounded to bf16 again.
         parts = parts | {"weight_scale": parts["weight_scale"].to(torch.float32)}
         out[name] = PackedQuantizationCompressor.decompress(parts, scheme)["weight"]
     return out

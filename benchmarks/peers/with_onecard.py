@@ -1,4 +1,4 @@
-"""onecard itself, through its public pipeline in a process of its own: quantize, emit, and its own verification."""
+"""onecard itself, through its pipeline in a process of its own: quantize, emit, verify."""
 
 import json
 
@@ -48,7 +48,7 @@ def dense(job: Job) -> dict[str, object]:
     model = open_model(str(job.checkpoint))
     out = {}
     for name in job.weights:
-        # fp32, so that the product is not rounded to bf16 once more.
+        # fp32, so that the product is not rounded to bf16 again.
         out[name] = model.source.dense(name, torch.float32) if name in model.packed else model.source.get(name)
     return out
 

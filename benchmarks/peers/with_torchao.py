@@ -1,9 +1,9 @@
 """torchao int4 weight-only (no calibration): asymmetric, scales and zero points in bf16, one Linear a slice.
 
-Its stable formats want CUDA or XPU; the one that runs on a CPU is its prototype's (Int4OpaqueTensor, packed for the
-tinygemm kernel). 3-D experts are refused (`Expecting 2D tensor`), so `quantize_` is given each slice as an nn.Linear.
-HQQ chooses the scales, which torchao says is the more accurate of its two algorithms. Read back by sending the
-identity through its kernel in fp32, which multiplies each code with 1 and with 0.
+Its stable formats want CUDA or XPU. The format that runs on a CPU is a prototype (Int4OpaqueTensor, packed for the
+tinygemm kernel). It refuses 3-D experts (`Expecting 2D tensor`), so `quantize_` gets each slice as an nn.Linear. HQQ
+chooses the scales; torchao calls it the more accurate of its two algorithms. Read back by sending the identity through
+its kernel in fp32, which multiplies each code by 1 or by 0.
 """
 
 from contract import Job, run, save_slices, stored

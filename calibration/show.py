@@ -1,4 +1,4 @@
-"""The verb `calibration show`: the calibration rows of a recipe, as the model will read them."""
+"""The verb `calibration show`: example rows of a recipe's calibration texts, as the model will read them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,8 @@ from .tokens import Encoder
 
 
 @dataclass(frozen=True)
-class Samples:
-    """Rows to be shown, and what they were drawn from."""
+class ExampleRows:
+    """The rows to show, and all the texts that they were taken from."""
 
     texts: RunTexts
     rows: list[ShownRow]
@@ -28,20 +28,20 @@ class Samples:
         return self.texts.facts["calibration"]
 
     def draw(self, whole: bool, console: Console) -> None:
-        # Ids alone: what a tokenizer writes for them.
+        """Prints the rows, what all texts are made of, and warnings. `whole`: long rows are not shortened."""
         tokenizer = self.encoder.tokenizer
         special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
         draw_rows(self.rows, special, lambda ids: str(tokenizer.decode(ids)), whole, console)
         console.rule()
         draw_texts(self.texts.facts["calibration"], console)
         if self.texts.is_pool:
-            console.print(Text(f"a pool: {sum(self.texts.wanted.values()):,} of these rows will be chosen"))
+            console.print(Text(f"a pool: the run will choose {sum(self.texts.wanted.values()):,} of these rows"))
         for warning in self.texts.warnings:
             console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
 
 
-def _sampled(rows: list[Row], count: int) -> list[int]:
-    """Rows spread over all of them, with one long one and one with pictures where there are such."""
+def _spread(rows: list[Row], count: int) -> list[int]:
+    """Numbers of `count` rows, evenly spread; a long row and a row with pictures are among them if there are any."""
     chosen = {i * len(rows) // count for i in range(min(count, len(rows)))}
     longest = max(range(len(rows)), key=lambda i: len(rows[i].tokens))
     special = [longest] if len(rows[longest].tokens) > len(rows[0].tokens) else []
@@ -50,16 +50,16 @@ def _sampled(rows: list[Row], count: int) -> list[int]:
     return sorted([*sorted(chosen)[: count - len(wanted)], *wanted])
 
 
-def samples(
+def example_rows(
     model_name: str, recipe: Recipe, count: int, calibration: Path | None = None, evaluation: Path | None = None
-) -> Samples:
-    """Reads no weights."""
+) -> ExampleRows:
+    """`count` calibration rows of the recipe, or of the user's own texts. Reads no weights. Raises InputError."""
     model = open_model(model_name)
     texts = prepare_texts(model, recipe, calibration, evaluation, needs_calibration=True)
     shown = []
-    for number in _sampled(texts.calibration, count):
+    for number in _spread(texts.calibration, count):
         row = texts.calibration[number]
         parts = [(part.document, part.kind, part.source, part.tokens) for part in row.parts]
         images = 0 if row.pixels is None else len(row.pixels)
         shown.append(ShownRow(number, row.tokens.tolist(), images, parts))
-    return Samples(texts, shown, Encoder(model.path, model.adapter))
+    return ExampleRows(texts, shown, Encoder(model.path, model.adapter))

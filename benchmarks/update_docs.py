@@ -1,9 +1,9 @@
-"""The parts of the documents that a program writes: `python benchmarks/documents.py`, or `--check` to change nothing.
+"""Write the generated parts of the documents: `python benchmarks/update_docs.py`, or `--check` to change nothing.
 
 A part stands between `<!-- generated: NAME -->` and `<!-- end of generated -->`, and NAME is a key of PARTS. Figures of
 the comparison come from docs/results/peers.json; exact sizes from a plan of the published shapes, without weights
-(tests/hollow.py); methods, recipes and rules from the code. docs/peers.svg is drawn anew too. tests/test_documents.py
-fails when a document differs from what this would write.
+(tests/hollow.py); methods, recipes and rules from the code. docs/peers.svg is drawn, too.
+tests/test_documents.py fails when a document differs from what this would write.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def peers_all() -> str:
 
 
 def peers_short() -> str:
-    """The mean KL of a few tools at groups of 128, the best in bold."""
+    """README.md: mean KL of a few tools at groups of 128, the best in bold."""
     body = [[found(peer, model, 128).kl for model in MODELS] for peer in SHOWN]
     least = [min(column) for column in zip(*body, strict=True)]
     cells = [[f"**{x:.5f}**" if x == low else f"{x:.5f}" for x, low in zip(kl, least, strict=True)] for kl in body]
@@ -79,7 +79,7 @@ def peers_short() -> str:
 
 
 def peers_best() -> str:
-    """Ours beside the best other tool, a line a model and group size."""
+    """docs/benchmarks.md: ours beside the best other tool, a line for each model and group size."""
     body = []
     for model, title in MODELS.items():
         for group, suffix in ((128, ""), (64, ""), (32, ""), (32, "-bf16-attention")):
@@ -249,7 +249,7 @@ def documents() -> list[Path]:
 
 
 def rendered(text: str) -> str:
-    """A document with every generated part as it has to be. KeyError: no such part."""
+    """A document with current generated parts. Raises KeyError when it names a part that PARTS lacks."""
     return PART.sub(lambda m: m[1] + PARTS[m["name"]]() + m[3], text)
 
 

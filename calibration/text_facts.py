@@ -1,0 +1,105 @@
+"""What the record says of texts and rows, and the warnings about sources that gave too little."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from ..core.rows import Row
+from .documents import Document
+from .sources import Source
+
+# A source gets a warning when this share of its rows is unusable, or when it gives this much less than its weight's
+# share of the tokens.
+SHORT_BY = 0.1
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What one source gave."""
+
+    source: Source
+    documents: list[Document]
+    # The documents as the model reads them, uncut.
+    rows: list[Row]
+    # How many documents cannot be used, and why the first one cannot.
+    left_out: int
+    reason: str
+
+
+def facts_of(gathered: list[Gathered], rows: list[Row]) -> dict[str, Any]:
+    """The record's facts on texts: what the sources gave, and what the rows of the run hold of it."""
+    documents = [d for part in gathered for d in part.documents]
+    labels = list(dict.fromkeys(part.source.label for part in gathered))
+    return {
+        "source": ", ".join(labels),
+        "digest": _digest(d.digest.encode() for d in documents),
+        "documents": len(documents),
+        "tokens_given": sum(len(row.tokens) for part in gathered for row in part.rows),
+        "sources": [
+            {
+                "source": part.source.label,
+                "kind": part.source.kind,
+                "weight": part.source.weight,
+                "documents": len(part.documents),
+                "left_out": part.left_out,
+                "tokens_given": sum(len(row.tokens) for row in part.rows),
+                "digest": _digest(d.digest.encode() for d in part.documents),
+            }
+            for part in gathered
+        ],
+    } | row_facts(rows)
+
+
+def row_facts(rows: list[Row]) -> dict[str, Any]:
+    """The record's facts on rows as a model reads them."""
+    kinds: Counter[str] = Counter()
+    sources: Counter[str] = Counter()
+    for part in (part for row in rows for part in row.parts):
+        kinds[part.kind] += part.tokens
+        sources[part.source] += part.tokens
+    lengths = Counter(len(row.tokens) for row in rows)
+    return {
+        "rows": len(rows),
+        "tokens": sum(len(row.tokens) for row in rows),
+        "rows_digest": _digest(
+            row.tokens.numpy().tobytes() + (b"" if row.pixels is None else row.pixels.numpy().tobytes()) for row in rows
+        ),
+        "rows_with_images": sum(row.pixels is not None for row in rows),
+        "tokens_by_kind": dict(sorted(kinds.items())),
+        "tokens_by_source": dict(sorted(sources.items())),
+        "longest_row_tokens": max(lengths, default=0),
+        "long_rows": lengths[max(lengths)] if len(lengths) > 1 else 0,
+    }
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    """SHA-256 over the parts' own SHA-256, so that moving a boundary changes it."""
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(hashlib.sha256(part).digest())
+    return sha.hexdigest()
+
+
+def left_out_warnings(gathered: list[Gathered], which: str) -> list[str]:
+    """A warning for each source that lost many rows. `which`: calibration or evaluation."""
+    return [
+        f"{part.left_out} {which} rows of {part.source.label} cannot be used and are left out ({part.reason})"
+        for part in gathered
+        if part.left_out > SHORT_BY * (part.left_out + len(part.rows))
+    ]
+
+
+def short_share_warnings(gathered: list[Gathered], facts: dict[str, Any]) -> list[str]:
+    """A warning for each source of a mixture that is too short for its weight."""
+    total, warnings = sum(part.source.weight for part in gathered), []
+    for part in gathered:
+        wanted = part.source.weight / total
+        share = facts["tokens_by_source"].get(part.source.label, 0) / max(1, facts["tokens"])
+        if len(gathered) > 1 and share < (1 - SHORT_BY) * wanted:
+            warnings.append(
+                f"{part.source.label} gives {share:.0%} of the calibration tokens and its weight asks for {wanted:.0%}"
+                ": it holds too little text"
+            )
+    return warnings

@@ -1,0 +1,24 @@
+"""`onecard completion`: the script that lets a shell complete verbs, options and their values."""
+
+import click
+from click.shell_completion import get_completion_class
+
+from .shared import print_line, verb
+
+SHELLS = ("bash", "zsh", "fish")
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(SHELLS))
+@verb
+def completion(shell: str) -> None:
+    """Print the completion script for SHELL. docs/completion.md says where it goes.
+
+    \b
+    Example, for the bash that is running:
+      source <(onecard completion bash)
+    """
+    script = get_completion_class(shell)
+    assert script is not None, shell
+    root = click.get_current_context().find_root().command
+    print_line(script(root, {}, "onecard", "_ONECARD_COMPLETE").source().rstrip())

@@ -1,0 +1,180 @@
+"""One decoder layer with its weights: run whole or by halves, its inputs watched, its weights reached by name.
+
+The layer is transformers' own, with RoutedExperts for its experts. A Block knows its number, its adapter and the
+keyword arguments of its layer, so whoever has one needs nothing else to run it. Loading is models/walk.py's.
+
+Shape legend: N rows, T tokens a row (of routes: of the whole batch), H hidden size, K top-k, R rows of one expert.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .adapter import Adapter, Half, Site
+from .calls import Calls
+from .experts import RoutedExperts
+
+# (site, expert, token numbers [R] rising, rows [R, in]); the expert is 0 for a site without experts.
+Observe = Callable[[Site, int, torch.Tensor, torch.Tensor], None]
+
+
+def find_experts(layer: nn.Module) -> RoutedExperts | None:
+    """The layer's RoutedExperts, if it has experts."""
+    return next((m for m in layer.modules() if isinstance(m, RoutedExperts)), None)
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What a pass gives: the hidden rows [N, T, H] that leave it, and the experts of each token, rising, int64 [T, K];
+    None where no experts ran."""
+
+    hidden: torch.Tensor
+    routes_TK: torch.Tensor | None
+
+
+class _Silent(nn.Module):
+    """Takes the place of one half of a block and returns zeros, with a second value where the half returns one."""
+
+    def __init__(self, pair: bool) -> None:
+        super().__init__()
+        self.pair = pair
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor | tuple[torch.Tensor, None]:
+        zeros = torch.zeros_like(hidden_states)
+        return (zeros, None) if self.pair else zeros
+
+
+@dataclass(frozen=True)
+class Block:
+    """A loaded decoder layer. `layer` can be written to: its weights are tuned, rounded and exchanged in place."""
+
+    adapter: Adapter
+    index: int
+    layer: nn.Module
+    calls: Calls
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return self.adapter.sites(self.index)
+
+    @property
+    def experts(self) -> RoutedExperts | None:
+        return find_experts(self.layer)
+
+    def copy(self) -> "Block":
+        """The block with weights of its own."""
+        return replace(self, layer=copy.deepcopy(self.layer))
+
+    def module(self, name: str) -> nn.Module:
+        """The module with this canonical name; experts are none (see `weight`)."""
+        return self.layer.get_submodule(name.removeprefix(self.adapter.block_prefix(self.index)))
+
+    def norm(self, name: str) -> nn.Module:
+        """The norm with this name inside the layer (`Adapter.first_norm`, `middle_norm`)."""
+        return self.layer.get_submodule(name)
+
+    def weight(self, name: str) -> torch.Tensor:
+        """A view `[out, in]`, writable in place, of the weight of the module with this canonical name."""
+        if ".experts." in name:
+            assert self.experts is not None
+            expert, projection = name.rsplit(".", 2)[-2:]
+            return self.experts.weight(int(expert), projection)
+        weight = self.module(name).weight
+        assert isinstance(weight, torch.Tensor)
+        return weight
+
+    def stacked(self, member: tuple[str, ...]) -> torch.Tensor:
+        """The weights of one entry of a site, stacked along the outputs; fp32 [O, I]."""
+        return torch.cat([self.weight(name).float() for name in member])
+
+    def forward(self, hidden_NTH: torch.Tensor, half: Half | None = None) -> torch.Tensor:
+        """A batch through the block, or through one of its halves; in inference mode."""
+        with torch.inference_mode():
+            return self._call(hidden_NTH, half)
+
+    def routed(self, hidden_NTH: torch.Tensor, half: Half | None = None) -> Passed:
+        """As `forward`, with the routes."""
+        with torch.inference_mode():
+            return self._routed(hidden_NTH, half)
+
+    def differentiable(self, hidden_NTH: torch.Tensor, half: Half | None = None) -> Passed:
+        """As `routed`, with a graph for autograd."""
+        with torch.enable_grad():
+            return self._routed(hidden_NTH, half)
+
+    def _call(self, hidden_NTH: torch.Tensor, half: Half | None) -> torch.Tensor:
+        with self._only(half) if half is not None else nullcontext():
+            out = self.layer(hidden_NTH, **self.calls.of(self.index, hidden_NTH.shape[1]))
+        return out[0] if isinstance(out, tuple) else out
+
+    def _routed(self, hidden_NTH: torch.Tensor, half: Half | None) -> Passed:
+        experts, routes = self.experts, list[torch.Tensor]()
+        if experts is None:
+            return Passed(self._call(hidden_NTH, half), None)
+        experts.tell_routes = routes.append
+        try:
+            out = self._call(hidden_NTH, half)
+        finally:
+            experts.tell_routes = None
+        return Passed(out, routes[0] if routes else None)
+
+    @contextmanager
+    def _only(self, half: Half) -> Iterator[None]:
+        """While open, the layer computes one half. Both in turn give what the layer gives, to the bit: the other half
+        adds zeros, which changes no number."""
+        other = Half.FEED_FORWARD if half is Half.ATTENTION else Half.ATTENTION
+        name = self.adapter.half_modules[other]
+        module = self.layer.get_submodule(name)
+        setattr(self.layer, name, _Silent(other is Half.ATTENTION or getattr(module, "gives_logits", False)))
+        try:
+            yield
+        finally:
+            setattr(self.layer, name, module)
+
+    @contextmanager
+    def exchanged(self, other: "Block", modules: Iterable[str]) -> Iterator[None]:
+        """While open, this block computes with the named modules of `other`, the same block of another checkpoint.
+        Experts are exchanged all together, since they are one module."""
+        stacks = {name for name, module in self.layer.named_modules() if isinstance(module, RoutedExperts)}
+        prefix = self.adapter.block_prefix(self.index)
+        local = {name.removeprefix(prefix) for name in modules}
+        places = {next((stack for stack in stacks if name.startswith(f"{stack}.")), name) for name in local}
+        own = {place: self.layer.get_submodule(place) for place in places}
+        for place in places:
+            self.layer.set_submodule(place, other.layer.get_submodule(place))
+        try:
+            yield
+        finally:
+            for place, module in own.items():
+                self.layer.set_submodule(place, module)
+
+    @contextmanager
+    def observed(self, observe: Observe) -> Iterator[None]:
+        """While open, `observe(site, expert, tokens [R], rows [R, in])` gets the inputs of every site that runs."""
+        sites = {site.key: site for site in self.sites}
+        handles = []
+        for site in sites.values():
+            if ".experts." in site.key:
+                continue
+
+            def hook(_module: nn.Module, args: tuple[Any, ...], site: Site = site) -> None:
+                rows = args[0].reshape(-1, args[0].shape[-1])
+                observe(site, 0, torch.arange(len(rows), device=rows.device), rows)
+
+            handles.append(self.module(site.first_module).register_forward_pre_hook(hook))
+        experts = self.experts
+        if experts is not None:
+            by_input = {key.rpartition(".")[2]: site for key, site in sites.items() if ".experts." in key}
+            experts.observer = lambda name, expert, tokens, rows: observe(by_input[name], expert, tokens, rows)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            if experts is not None:
+                experts.observer = None
