@@ -15,7 +15,8 @@ from .conversion.export import Exported
 from .conversion.export import export as run_export
 from .core.errors import InputError
 from .core.libraries import quiet_libraries
-from .core.verdict import Verdict
+from .core.record.schema import Record
+from .core.record.verdict import Verdict
 from .eval.comparison import Tolerances
 from .eval.gate import run_gate
 from .eval.tasks import load_tasks
@@ -24,11 +25,10 @@ from .eval.verify import verify as run_verify
 from .forecast import CardWish, Forecast, plan_on_card
 from .pipeline import Options
 from .pipeline import quantize as run_quantize
-from .publish.check import Checked
 from .publish.check import check as run_check
+from .publish.findings import Checked
 from .recipe import Recipe, load_limits, load_recipe
 from .report.progress import Progress
-from .report.record import RunRecord
 
 AnyPath = str | Path
 AnyRecipe = str | Path | Recipe
@@ -76,7 +76,7 @@ class CardOptions(TypedDict, total=False):
     keep_local: bool
 
 
-def quantize(model: AnyPath, out: AnyPath, recipe: AnyRecipe, **options: Unpack[QuantizeOptions]) -> RunRecord:
+def quantize(model: AnyPath, out: AnyPath, recipe: AnyRecipe, **options: Unpack[QuantizeOptions]) -> Record:
     """Calibrate, quantize, emit and verify `model` into the folder `out`; returns the run's record.
 
     `model` is a local folder, a hub id, or "demo". A finished run that broke a limit of its recipe returns as well: its
@@ -139,7 +139,7 @@ def verify(
     keep_tokens: AnyPath | None = None,
     device: str = "auto",
     quiet: bool = True,
-) -> RunRecord:
+) -> Record:
     """KL(source || checkpoint) in nats a token and the recipe's tasks, measured on the files as they are read back.
 
     `recipe` gives evaluation texts, row lengths and tasks; `evaluation` replaces its texts. `keep_tokens` is a Parquet
@@ -165,7 +165,7 @@ def flips(
     items: int | None = None,
     device: str = "auto",
     quiet: bool = True,
-) -> RunRecord:
+) -> Record:
     """Both models answer multiple-choice items; the record's `flips` counts the answers that change.
 
     `tasks` are those of eval/tasks.py; `shots` examples precede each question; `items` limits each task, drawn by a

@@ -11,7 +11,8 @@ from .calibration.texts import calibration_rows
 from .checkpoint.assign import plan_for
 from .checkpoint.model import Model, open_headers, unquantized
 from .checkpoint.plan import Plan
-from .conversion.export import Files, planned_files, weight_bytes
+from .conversion.exporters import Files
+from .conversion.run_output import planned_files, weight_bytes
 from .core.device import choose_device, choose_dtype, site_budget
 from .core.errors import InputError, ResourceError
 from .core.rates import Rates, keep_rates, kept_rates, measure_flops, uniform

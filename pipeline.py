@@ -5,7 +5,6 @@ A run is prepared (everything that can be refused is refused before a weight is 
 committed after every stage, so a killed run goes on where it was.
 """
 
-import json
 import shutil
 import time
 from dataclasses import dataclass, replace
@@ -27,14 +26,16 @@ from .checkpoint.emit import emitted_before, side_files_digest
 from .checkpoint.formats.shard_formats import SHARD_FORMATS
 from .checkpoint.model import Model, open_source
 from .checkpoint.paths import check_paths, check_space, occupied
-from .checkpoint.source import refuse_nonfinite
+from .checkpoint.source_checks import refuse_nonfinite
 from .checkpoint.workdir import WorkDir, has_run, read_json, refuse_resumed
-from .conversion.export import config_of_run, planned_files, weight_bytes
+from .conversion.run_output import config_of_run, planned_files, weight_bytes
 from .core.device import Compute, choose_compute, site_budget
 from .core.errors import InputError
 from .core.file_names import RECORD_NAME
 from .core.layout import json_bytes
 from .core.rates import uniform
+from .core.record.reading import check_record, read_record
+from .core.record.schema import Record
 from .core.rows import Row
 from .eval.gate import refuse_too_large
 from .eval.verify import tasks_of
@@ -42,7 +43,6 @@ from .models.walk import Walk
 from .planner.cost import estimate, work_of
 from .recipe import Recipe
 from .report.progress import Progress
-from .report.record import RunRecord
 from .report.resources import package_versions
 from .stages import RECORD, Run, StageJob, finished_blocks, finished_shards, stages_of
 
@@ -71,7 +71,7 @@ def quantize(
     *,
     console: Console | None = None,
     quiet: bool = False,
-) -> RunRecord:
+) -> Record:
     """Run the whole job. Returns its record, which OUT holds as onecard.json.
 
     The recipe's limits on the finished checkpoint are judged in the record's `gate`. The checkpoint is finished even
@@ -150,7 +150,7 @@ def _identity(model: Model, recipe: Recipe, texts: RunTexts, compute: Compute) -
     return identity | {f"version of {name}": v for name, v in package_versions().items() if name != "datasets"}
 
 
-def _finished(run: Run) -> RunRecord | None:
+def _finished(run: Run) -> Record | None:
     """The record of the finished run in OUT; None when OUT is empty. Raises InputError when OUT holds something else
     than a result of this very run."""
     if not occupied(run.out):
@@ -160,8 +160,8 @@ def _finished(run: Run) -> RunRecord | None:
         way_out = "empty it" if emitted_before(run.out) is None else "replace it with --overwrite"
         raise InputError(f"{run.out} is not empty and there is no run to resume: {way_out}, or name another folder")
     try:
-        record = RunRecord(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
+        record = read_record(path)
+    except InputError:
         raise InputError(f"{path} is damaged: start anew with --overwrite") from None
     refuse_resumed(record.identity, run.identity, run.out)
     return record
@@ -227,7 +227,7 @@ def _fitted(run: Run, walk: Walk, workdir: WorkDir, given: Prices | None) -> Run
     return replace(run, recipe=fitted.recipe, plan=plan, planned=planned, card=card, allocation=allocation)
 
 
-def _carried_out(run: Run, walk: Walk, workdir: WorkDir, progress: Progress) -> RunRecord:
+def _carried_out(run: Run, walk: Walk, workdir: WorkDir, progress: Progress) -> Record:
     """Every stage that is not finished yet; then OUT is closed."""
     for warning in run.new_record().warnings:
         progress.warn(warning)
@@ -251,9 +251,9 @@ def _carried_out(run: Run, walk: Walk, workdir: WorkDir, progress: Progress) -> 
     return _closed(run, workdir, progress)
 
 
-def _closed(run: Run, workdir: WorkDir, progress: Progress) -> RunRecord:
+def _closed(run: Run, workdir: WorkDir, progress: Progress) -> Record:
     """The record, the checksums and, last of all, config.json go to OUT."""
-    record = RunRecord(**read_json(workdir.path / RECORD))
+    record = check_record(read_json(workdir.path / RECORD), str(workdir.path / RECORD))
     files.write_json(run.out / RECORD_NAME, record.to_json())
     progress.begin("checksums")
     config_bytes = json_bytes(config_of_run(run.model, run.plan, run.recipe.format))

@@ -20,14 +20,21 @@ from .calibration.texts import RunTexts
 from .checkpoint import files
 from .checkpoint.emit import ShardWriter, written_files
 from .checkpoint.formats.shard_formats import SHARD_FORMATS
-from .checkpoint.model import Model, open_written, stored_facts
+from .checkpoint.model import Model, open_written
 from .checkpoint.plan import Plan
+from .checkpoint.stored_widths import stored_facts
 from .checkpoint.workdir import Activations, WorkDir, read_json
-from .conversion.export import FORMATS, Files, config_of_run, matrices, planned_run, weight_bytes
+from .conversion.export import matrices
+from .conversion.exporters import FORMATS, Files
 from .conversion.move import move_to_out
+from .conversion.run_output import config_of_run, planned_run, weight_bytes
 from .core.device import Compute
 from .core.file_names import RECORD_NAME
 from .core.method import Method
+from .core.record.blocks import BlockFacts
+from .core.record.reading import validated
+from .core.record.schema import CheckpointFacts, ExportFacts, ModelFacts, PlanSummary, Record, TextFacts
+from .core.record.sizes import Allocation, FitSummary
 from .eval.gate import gate_of_run
 from .eval.tasks import Task
 from .eval.verify import WITHOUT_VISION, close_machine, measure, rows_of_experts
@@ -35,7 +42,6 @@ from .models.adapter import Adapter
 from .models.walk import HiddenRows, Walk
 from .recipe import Recipe
 from .report.progress import Progress
-from .report.record import RunRecord
 from .report.resources import package_versions
 
 RECORD = "record.json"
@@ -72,16 +78,16 @@ class Run:
         """All files that OUT will hold."""
         return written_files([name for name, _ in self.planned], self.model.path)
 
-    def new_record(self) -> RunRecord:
-        return RunRecord(
+    def new_record(self) -> Record:
+        return Record(
             command="quantize",
             onecard=__version__,
-            model=self.model.facts(),
+            model=ModelFacts(**self.model.facts()),
             recipe=self.recipe.model_dump(mode="json") | {"digest": self.recipe.digest},
-            texts=self.texts.facts,
-            plan=self.plan.facts() | {"emitted_bytes": weight_bytes(self.planned)},
-            fit=self.card,
-            allocation=self.allocation,
+            texts={which: TextFacts(**facts) for which, facts in self.texts.facts.items()},
+            plan=PlanSummary(**self.plan.facts() | {"emitted_bytes": weight_bytes(self.planned)}),
+            fit=FitSummary.model_validate(self.card) if self.card else None,
+            allocation=Allocation.model_validate(self.allocation) if self.allocation else None,
             versions=package_versions(),
             identity=self.identity,
             files=self.files,
@@ -148,10 +154,11 @@ def finished_shards(plan: Plan, finished: list[Stage]) -> dict[str, int]:
     return {shard.file: shard.file_bytes for shard in plan.shards if shard.part in parts}
 
 
-def finished_blocks(job: StageJob, finished: list[Stage]) -> list[dict[str, Any]]:
+def finished_blocks(job: StageJob, finished: list[Stage]) -> list[BlockFacts]:
     """What the record says of the blocks that these stages have quantized. Raises InputError for a damaged file."""
     parts = {stage.shard_part for stage in finished}
-    return [read_json(job.facts_file(block)) for block in range(job.run.adapter.n_blocks) if block in parts]
+    paths = [job.facts_file(block) for block in range(job.run.adapter.n_blocks) if block in parts]
+    return [validated(BlockFacts, read_json(path), str(path)) for path in paths]
 
 
 def embed_rows(job: StageJob) -> None:
@@ -207,8 +214,9 @@ def verify(job: StageJob) -> None:
     emitted_bytes = emitted.folder.file_bytes
     assert emitted_bytes == weight_bytes(run.planned), (emitted_bytes, run.planned)
     if run.recipe.format not in SHARD_FORMATS:
-        record.plan |= stored_facts(emitted)
-        record.export = {"format": run.recipe.format, "onecard": __version__, "matrices": matrices(emitted)}
+        assert record.plan is not None
+        record.plan = PlanSummary(**record.plan.to_json() | stored_facts(emitted))
+        record.export = ExportFacts(format=run.recipe.format, onecard=__version__, matrices=matrices(emitted))
         record.warnings += FORMATS[run.recipe.format].warnings(planned_run(run.model, run.plan))
     rows = run.texts.evaluation
     if run.adapter.has_vision and not emitted.adapter.has_vision:
@@ -224,7 +232,7 @@ def verify(job: StageJob) -> None:
         calibration_rows=rows_of_experts(record.blocks),
     )
     measured.put_into(record)
-    record.checkpoint = {"bytes": emitted_bytes}
-    record.gate = gate_of_run(record.to_json(), RECORD_NAME, run.recipe)
+    record.checkpoint = CheckpointFacts(bytes=emitted_bytes)
+    record.gate = gate_of_run(record, RECORD_NAME, run.recipe)
     close_machine(record, job.progress, run.compute.device, run.began)
     files.write_json(job.workdir.path / RECORD, record.to_json())

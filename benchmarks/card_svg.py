@@ -1,20 +1,18 @@
 """Draw the picture of the card in README.md: `python benchmarks/card_svg.py out/demo-int4 docs/card.svg`."""
 
 import io
-import json
 import re
 import sys
 from pathlib import Path
 
 from rich.console import Console
 
-from onecard.core.file_names import RECORD_NAME
+from onecard.core.record.reading import read_record
 from onecard.report.card import draw_card
-from onecard.report.record import RunRecord
 
 
 def main(out: str, picture: str) -> None:
-    record = RunRecord(**json.loads((Path(out) / RECORD_NAME).read_text(encoding="utf-8")))
+    record = read_record(Path(out))
     console = Console(record=True, width=100, file=io.StringIO(), force_terminal=True)
     draw_card(record, out, console)
     # rich would load fonts from the network; the reader's own monospace does as well.

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from onecard.checkpoint.files import make_folder
 from onecard.checkpoint.formats.compressed_tensors_config import NAME
-from onecard.conversion.export import FORMATS, export
+from onecard.conversion.export import export
+from onecard.conversion.exporters import FORMATS
 from onecard.core.errors import InputError
 from onecard.eval.verify import verify
 from onecard.models.known import demo_folder

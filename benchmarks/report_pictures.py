@@ -15,8 +15,8 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
+from onecard.core.record.reading import read_record
 from onecard.report.html import render
-from onecard.report.reading import read_run
 
 BINARIES = ("chromium", "chromium-browser", "google-chrome")
 COLUMNS, GAP = 6, 16
@@ -54,7 +54,7 @@ def main(run: Path, folder: Path) -> None:
         sys.exit("no Chromium here: make chromium")
     with tempfile.TemporaryDirectory() as scratch, sync_playwright() as playwright:
         file = Path(scratch) / "report.html"
-        file.write_text(render(read_run(run)), encoding="utf-8")
+        file.write_text(render(read_record(run)), encoding="utf-8")
         browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
         for width in (1280, 390):
             page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme="light")

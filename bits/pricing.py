@@ -34,7 +34,7 @@ from ..eval.kl import compare_rows
 from ..models.adapter import Half, Role, Site
 from ..models.block import Block
 from ..models.walk import HiddenRows, Walk
-from ..quantize.site import cuts, quantize_batch
+from ..quantize.site import batch_slices, quantize_batch
 from ..recipe import Recipe
 from .prices import Priced, UnitPrices, together
 
@@ -64,7 +64,7 @@ class Prices:
         return tuple(replace(u, smooth=u.smooth * scale, flip=u.flip * scale) for u in self.units)
 
     def facts(self) -> dict[str, Any]:
-        """For the record, and for a file that another run reads."""
+        """As data for JSON: for the record, and for a price file that another run reads."""
         units = [
             {
                 "unit": unit.unit,
@@ -321,7 +321,7 @@ def _round_site(
     outputs = sum(site.out_features)
     stored = task.walk.stored_dtype(f"{site.first_module}.weight")
     total = 0.0
-    for cut in cuts(len(site.members), outputs, site.in_features, site_budget(task.walk.device), task.method):
+    for cut in batch_slices(len(site.members), outputs, site.in_features, site_budget(task.walk.device), task.method):
         members = site.members[cut]
         w_BOI = torch.stack([block.stacked(member) for member in members])
         moment = None if moments is None else moments.shrunk(task.recipe.quantizer.shrinkage, cut)

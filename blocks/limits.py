@@ -4,26 +4,25 @@ A run stops at the block that passes a limit. Limits on the finished checkpoint 
 """
 
 from pathlib import Path
-from typing import Any
 
 from ..core.errors import LimitError
 from ..core.limits import Limits
+from ..core.record.blocks import BlockFacts
 
 
-def refuse_passed(blocks: list[dict[str, Any]], limits: Limits, work: Path) -> None:
+def refuse_passed(blocks: list[BlockFacts], limits: Limits, work: Path) -> None:
     """Raises LimitError when the last of these finished blocks passes a limit. What is finished stays in `work`."""
     if not blocks:
         return
     last = blocks[-1]
-    rows = last.get("expert_rows") or []
-    starved = [f"expert {e} got {n} rows" for e, n in enumerate(rows) if n < limits.fail_below_expert_rows]
+    starved = [f"expert {e} got {n} rows" for e, n in enumerate(last.expert_rows) if n < limits.fail_below_expert_rows]
     if starved:
         raise LimitError(
-            f"block {last['block']}: {', '.join(starved[:8])}, and the recipe fails below "
+            f"block {last.block}: {', '.join(starved[:8])}, and the recipe fails below "
             f"{limits.fail_below_expert_rows} (fail_below_expert_rows): give more or more varied calibration texts "
             f"and start anew with --overwrite. What is finished lies in {work}"
         )
-    fallbacks = sum(block["diagonal_fallbacks"] for block in blocks)
+    fallbacks = sum(block.diagonal_fallbacks for block in blocks)
     if fallbacks > limits.max_fallbacks:
         raise LimitError(
             f"the second moments of {fallbacks} matrices could not be factored, and the recipe allows "
@@ -32,10 +31,10 @@ def refuse_passed(blocks: list[dict[str, Any]], limits: Limits, work: Path) -> N
         )
 
 
-def coverage_facts(blocks: list[dict[str, Any]], enough: int) -> dict[str, int]:
+def coverage_facts(blocks: list[BlockFacts], enough: int) -> dict[str, int]:
     """The record's `fallbacks`; empty for a run without experts or statistics. An expert with fewer than `enough`
     calibration rows is starved."""
-    rows = [count for block in blocks for count in block.get("expert_rows") or []]
+    rows = [count for block in blocks for count in block.expert_rows]
     if not rows:
         return {}
     return {
@@ -43,8 +42,8 @@ def coverage_facts(blocks: list[dict[str, Any]], enough: int) -> dict[str, int]:
         "least_rows_of_an_expert": min(rows),
         "experts_without_rows": sum(count == 0 for count in rows),
         "experts_starved": sum(count < enough for count in rows),
-        "damping_raised": sum(block["damping_raised"] for block in blocks),
-        "diagonal_fallbacks": sum(block["diagonal_fallbacks"] for block in blocks),
+        "damping_raised": sum(block.damping_raised for block in blocks),
+        "diagonal_fallbacks": sum(block.diagonal_fallbacks for block in blocks),
     }
 
 

@@ -25,7 +25,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Choice:
+class RowChoice:
     """Row numbers, rising; the worth of the choice, and that of the plain draw."""
 
     rows: list[int]
@@ -54,7 +54,7 @@ def choose(
     quotas: dict[Hashable, int],
     random_share: float,
     enough: float,
-) -> Choice:
+) -> RowChoice:
     """`quotas[s]` rows of every stratum s, or all of a smaller one. Never worth less than the plain draw."""
     drawn = draw(strata, quotas)
     taken = draw(strata, {stratum: round(count * random_share) for stratum, count in quotas.items()})
@@ -84,4 +84,4 @@ def choose(
         total = total + counts[row]
     rows = sorted(chosen)
     found, before = (worth(counts_RLE[r].sum(0), enough) for r in (rows, drawn))
-    return Choice(rows, found, before) if found >= before else Choice(drawn, before, before)
+    return RowChoice(rows, found, before) if found >= before else RowChoice(drawn, before, before)

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from ..checkpoint import files
 from ..checkpoint.model import open_source
-from ..checkpoint.source import refuse_nonfinite
+from ..checkpoint.source_checks import refuse_nonfinite
 from ..checkpoint.workdir import Activations, read_json
 from ..core.device import choose_compute
 from ..core.errors import InputError
@@ -27,7 +27,7 @@ from ..core.rows import Row
 from ..models.walk import Walk
 from ..recipe import Recipe
 from ..report.progress import Progress
-from .balance import Choice, choose, draw
+from .balance import RowChoice, choose, draw
 from .routes import Routes, blocks_with_experts, count_routes
 from .text_facts import row_facts
 from .texts import RunTexts, prepare_texts
@@ -41,7 +41,7 @@ class Coverage:
     blocks: list[int]
     counts: list[list[int]]  # by entry of `blocks`, then by expert
     enough: int  # an expert with fewer rows is starved
-    facts: dict[str, Any]  # what scripts get besides
+    facts: dict[str, Any]  # further entries of the JSON line
 
     def line(self) -> dict[str, Any]:
         """The JSON line for scripts."""
@@ -68,7 +68,7 @@ def _strata(rows: list[Row], wanted: dict[int, int]) -> tuple[list[Hashable], di
     return strata, quotas
 
 
-def choice_of(texts: RunTexts, routes: Routes, recipe: Recipe) -> Choice:
+def choice_of(texts: RunTexts, routes: Routes, recipe: Recipe) -> RowChoice:
     strata, quotas = _strata(texts.calibration, texts.wanted)
     enough = max(1, recipe.texts.warn_below_expert_rows)
     return choose(routes.counts_RLE, strata, quotas, recipe.texts.calibration_random_share, enough)

@@ -24,7 +24,7 @@ from ..checkpoint import files
 from ..checkpoint.emit import side_files_digest
 from ..checkpoint.loading import load_with_transformers
 from ..checkpoint.model import Model, open_source
-from ..checkpoint.source import refuse_nonfinite
+from ..checkpoint.source_checks import refuse_nonfinite
 from ..core.device import Compute, choose_compute
 from ..core.errors import InputError
 from ..core.rates import DISK_BYTES_PER_SECOND, measure_flops

@@ -1,8 +1,8 @@
-"""SHA256SUMS: the digest of every file that a run put into OUT, in the format of coreutils' sha256sum.
+"""SHA256SUMS: the digest of every file that a run puts into OUT, in the format of coreutils' sha256sum.
 
-`sha256sum -c SHA256SUMS` checks a downloaded folder without this package. The file is written before config.json, whose
-digest is taken from the bytes that are about to be written: config.json stays the last file, so that a folder which is
-not finished cannot be loaded. It does not cover itself, nor README.md, which people edit on the hub.
+`sha256sum -c SHA256SUMS` checks a downloaded folder without this package. The file is written just before config.json,
+whose digest is taken from the bytes to come: config.json must stay the last file, so that an unfinished folder cannot
+be loaded. SHA256SUMS covers neither itself nor README.md, which people edit on the hub.
 """
 
 import hashlib
@@ -14,19 +14,19 @@ from ..core.errors import InputError, ResourceError, input_error
 from . import files
 
 SUMS_NAME = "SHA256SUMS"
-# A digest, then a blank and '*' (binary) or two blanks (text; the same to sha256sum on this side of Windows).
+# A digest, then a space and '*' (binary) or two spaces (text). Outside Windows the two mean the same.
 _LINE = re.compile(r"(\\?)([0-9a-f]{64}) [ *](.+)")
-# sha256sum writes a name with these so, and begins the line with a backslash.
+# How sha256sum escapes these characters in a name. Such a line begins with a backslash.
 _ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}
 
 
 def sha256_file(path: Path) -> str:
-    """The digest of a file, 64 hexadecimal digits. Raises ResourceError when it cannot be read."""
+    """A file's digest, 64 hexadecimal digits. Raises ResourceError when it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise ResourceError(f"{path} could not be read ({error}): mend that and run the same command again") from error
+        raise ResourceError(f"{path} could not be read ({error}): fix that and run the same command again") from error
 
 
 def sums_text(digests: Mapping[str, str]) -> str:
@@ -39,7 +39,7 @@ def sums_text(digests: Mapping[str, str]) -> str:
 
 
 def read_sums(path: Path) -> dict[str, str]:
-    """Name -> digest. Raises InputError listing every line that is none of sha256sum's or that leaves the folder."""
+    """Name -> digest. Raises InputError with every line that sha256sum did not write or that leaves the folder."""
     try:
         lines = path.read_bytes().decode("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -50,7 +50,7 @@ def read_sums(path: Path) -> dict[str, str]:
         found = _LINE.fullmatch(line)
         if not found:
             if line:
-                problems.append(f"line {number} is no line of sha256sum")
+                problems.append(f"line {number} is not in the format of sha256sum")
             continue
         name = found[3]
         if found[1]:
@@ -68,7 +68,7 @@ def read_sums(path: Path) -> dict[str, str]:
 
 
 def write_sums(folder: Path, names: Iterable[str], unwritten: Mapping[str, bytes]) -> None:
-    """SHA256SUMS of the files `names` in `folder`. `unwritten` holds the bytes of those that are still to come."""
+    """Write SHA256SUMS of the files `names` in `folder`. `unwritten`: the bytes of those that are not written yet."""
     digests = {}
     for name in set(names) - {SUMS_NAME}:
         given = unwritten.get(name)

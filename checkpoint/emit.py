@@ -1,7 +1,6 @@
-"""Emitting: shards that are written as soon as their last tensor is there, the index, and the files carried along."""
+"""Writing a checkpoint: shards, each as soon as its last tensor is there, and the side files copied from the source."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -10,23 +9,24 @@ import torch
 from ..core.errors import InputError
 from ..core.file_names import RECORD_NAME
 from ..core.layout import CARD_MARK, CARD_NAME, ShardPlan
+from ..core.record.reading import read_file_names
 from ..core.tensors import DTYPE_NAMES
 from . import files
 from .checksums import SUMS_NAME
 from .source import INDEX_NAME
 
-# Files that belong to a checkpoint and are no weights: tokenizer, processor, templates, generation config, licences.
+# A checkpoint's files other than weights: tokenizer, processor, templates, generation config, licences.
 CARRIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 WRITTEN = ("config.json", RECORD_NAME, SUMS_NAME)
-# GPTQ's own copy of what config.json says: beside weights of another format it would be wrong.
+# GPTQ's own copy of its config block, which would be wrong beside weights in another format.
 GPTQ_CONFIG = "quantize_config.json"
 NOT_CARRIED = (*WRITTEN, INDEX_NAME, GPTQ_CONFIG)
 
 
 class ShardWriter:
-    """Takes the tensors of some shards in any order; a shard is written, and its memory freed, when it is complete.
+    """Takes the tensors of some shards in any order. A complete shard is written and its memory freed.
 
-    A tensor of another name, shape or dtype than planned is a bug of ours and asserts.
+    A tensor with another name, shape or dtype than planned is a bug and fails an assertion.
     """
 
     def __init__(self, shards: Iterable[ShardPlan], folder: Path) -> None:
@@ -37,7 +37,7 @@ class ShardWriter:
         self._seen: set[str] = set()
 
     def names(self) -> Iterator[str]:
-        """Every planned name, in the order of the plan."""
+        """Every planned name, in the plan's order."""
         return iter(list(self._home))
 
     def has(self, name: str) -> bool:
@@ -65,13 +65,13 @@ def _side_files(source: Path) -> list[Path]:
 
 
 def carry_side_files(source: Path, out: Path) -> None:
-    """Copy what belongs to the checkpoint beside its weights."""
+    """Copy the source's side files."""
     for path in _side_files(source):
         files.write_bytes(out / path.name, path.read_bytes())
 
 
 def side_files_digest(source: Path) -> str:
-    """SHA-256 over the names and contents of what `carry_side_files` copies."""
+    """SHA-256 over names and contents of the files that `carry_side_files` copies."""
     sha = hashlib.sha256()
     for path in _side_files(source):
         sha.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
@@ -79,28 +79,28 @@ def side_files_digest(source: Path) -> str:
 
 
 def written_files(weights: Iterable[str], source: Path) -> list[str]:
-    """The names of all files of an OUT, given those that hold the weights and say where each lies."""
+    """The names of all files of an OUT. `weights`: the files of weights and their index."""
     return sorted({*WRITTEN, *weights, *(path.name for path in _side_files(source))})
 
 
 def emitted_before(out: Path) -> list[str] | None:
-    """The names of the files that an older run put into `out`, by its record; None where none did.
+    """The names of the files that an earlier run put into `out`, from its record; None without a record.
 
-    Raises InputError for a record that is not one of ours: nothing is removed on its word.
+    Raises InputError for a damaged record, so that nothing is removed because of it.
     """
     if not (out / RECORD_NAME).is_file():
         return None
     try:
-        names = json.loads((out / RECORD_NAME).read_text(encoding="utf-8"))["files"]
-        assert all(isinstance(name, str) and Path(name).name == name and name != ".." for name in names)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        return read_file_names(out / RECORD_NAME)
+    except InputError:
         raise InputError(f"{out / RECORD_NAME} is damaged: empty {out} yourself, or name another folder") from None
-    return list(names)
 
 
 def clear_checkpoint(out: Path) -> None:
-    """Remove the files that an older run put into `out`: config.json first, so that a half-cleared folder cannot be
-    loaded, and the record last; and the model card that was drawn from it. Whatever else lies there stays."""
+    """Remove the files that an earlier run put into `out`, and the model card drawn from its record.
+
+    config.json goes first, so that a half-cleared folder cannot be loaded; the record goes last. Other files stay.
+    """
     names = emitted_before(out)
     if names is None:
         return

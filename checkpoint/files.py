@@ -1,7 +1,7 @@
-"""Writing that survives a power cut: into a temporary name, fsynced, renamed, and the folder fsynced.
+"""Writing files that survive a power cut: write under a temporary name, fsync, rename, fsync the folder.
 
-A reader sees the old file, no file, or the whole new file. A full disk becomes one ResourceError
-that says how to go on.
+A reader sees the old file, no file, or the complete new file. A full disk becomes one ResourceError that says how to go
+on.
 """
 
 import errno
@@ -22,11 +22,11 @@ from ..core.layout import METADATA, TEMPORARY, json_bytes
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what a full or failing disk raises while writing `path` into a ResourceError."""
+    """Turn the errors of a full or failing disk, while writing `path`, into a ResourceError."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        # safetensors reports the system's error in its text only.
+        # safetensors gives the system's error only as text.
         text = str(error)
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in text
         with suppress(OSError):
@@ -37,13 +37,13 @@ def disk_errors(path: Path) -> Iterator[None]:
                 "same command again; quantize goes on with --resume, everything finished so far is kept"
             ) from error
         raise ResourceError(
-            f"{path} could not be written ({text}). Mend that and run the same command again; quantize goes on with "
+            f"{path} could not be written ({text}). Fix that and run the same command again; quantize goes on with "
             "--resume"
         ) from error
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` last."""
+    """Make renames inside `folder` durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -65,12 +65,12 @@ def _commit(temporary: Path, path: Path, lasting: bool = True) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], lasting: bool = True) -> None:
-    """A safetensors file, whole or not at all. Not `lasting`: a kill leaves it whole, and a machine that goes down
-    perhaps not."""
+    """Write a safetensors file, completely or not at all. Without `lasting` it survives a kill of the process, but
+    perhaps no power cut."""
     temporary = path.with_name(path.name + TEMPORARY)
     with disk_errors(path):
         save_file(tensors, temporary, metadata=METADATA)
-        # safetensors makes it readable for its owner alone; a server runs as somebody else.
+        # safetensors makes the file readable for its owner only, but a server may run as another user.
         mask = os.umask(0)
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
@@ -78,7 +78,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], lasting: bool = 
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """A file, whole or not at all."""
+    """Write a file, completely or not at all."""
     temporary = path.with_name(path.name + TEMPORARY)
     with disk_errors(path):
         temporary.write_bytes(data)
@@ -86,8 +86,8 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
-    """A file, whole or not at all, from pieces of which one is in memory at a time. A piece that cannot be made leaves
-    nothing behind."""
+    """Write a file, completely or not at all, with one piece in memory at a time. When making a piece fails, no file is
+    left behind."""
     temporary = path.with_name(path.name + TEMPORARY)
     with disk_errors(path):
         try:
@@ -105,13 +105,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """The folder and all above it."""
+    """Make the folder and all its parents."""
     with disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
 def move(path: Path, target: Path) -> None:
-    """Rename, or across file systems copy, fsync and remove; `target` appears whole."""
+    """Rename; across file systems copy, fsync and remove. `target` appears complete."""
     with disk_errors(target):
         try:
             os.replace(path, target)

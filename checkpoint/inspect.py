@@ -1,10 +1,11 @@
-"""`onecard inspect`: what a checkpoint is, from its config.json and headers alone."""
+"""`onecard inspect`: facts of a checkpoint, from config.json and headers alone."""
 
 from typing import TypedDict
 
 from ..models.adapter import Role
-from .model import open_headers, stored_widths
+from .model import open_headers
 from .packed import PackedSource
+from .stored_widths import stored_widths
 
 
 class RoleFacts(TypedDict):

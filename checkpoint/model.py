@@ -1,11 +1,10 @@
-"""A checkpoint that was opened: what it is, whether it is sound, and what of it is stored at which width.
+"""Model: an opened checkpoint, with config, adapter, and a source of dense weights.
 
-Only config.json and headers are read.
+Opening reads config.json and headers only, and refuses a checkpoint whose tensors contradict them.
 """
 
 import json
-from dataclasses import asdict, dataclass
-from math import prod
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from huggingface_hub import snapshot_download
 
 from ..core.errors import InputError, ResourceError
-from ..core.layout import StoredTensor
 from ..models.adapter import Adapter
 from ..models.families import load_adapter
 from ..models.known import demo_folder, on_hub, read_config
@@ -21,12 +19,12 @@ from .formats.fp8_read import FP8_BLOCKS
 from .formats.stored_weight import StoredWeight
 from .gguf.read import holds_gguf, open_gguf
 from .packed import PackedSource, open_packed
-from .plan import Width, tally
 from .provenance import hub_origin, source_card
 from .remote import hub_error, open_remote
-from .source import Folder, check_shapes, open_folder
+from .source import Folder, open_folder
+from .source_checks import check_shapes
 
-# What is fetched from the hub: never pickles, never code.
+# The files to fetch from the hub: no pickles, no code.
 HUB_PATTERNS = [
     "*.safetensors",
     "README.md",
@@ -43,13 +41,16 @@ HUB_PATTERNS = [
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint that has been opened and found sound. `source` gives dense weights, whatever is stored."""
+    """A checkpoint that was opened and found sound."""
 
+    # As the user gave it.
     name: str
     path: Path
     config: dict[str, Any]
     adapter: Adapter
+    # The tensors as stored.
     folder: Folder
+    # Dense weights, however they are stored.
     source: Folder | PackedSource
 
     @property
@@ -58,12 +59,12 @@ class Model:
 
     @property
     def packed(self) -> dict[str, StoredWeight]:
-        """Every weight that is stored in parts, by the name that the source gives it."""
+        """Every weight that is stored in parts, by its name in `source`."""
         return self.source.weights if isinstance(self.source, PackedSource) else {}
 
     @property
     def warnings(self) -> list[str]:
-        """What a measurement of these files leaves out."""
+        """What a measurement of these files does not cover."""
         found = self.source.warnings if isinstance(self.source, PackedSource) else ()
         return [f"{self.name}: {warning}" for warning in found]
 
@@ -73,11 +74,11 @@ class Model:
 
     @property
     def quantized_bytes(self) -> int:
-        """Bytes of all parts of those weights."""
+        """Bytes of all parts of quantized weights."""
         return sum(self.folder.infos[n].nbytes for w in self.packed.values() for n in w.parts.values())
 
     def facts(self) -> dict[str, Any]:
-        """What the record says of a model."""
+        """The record's section `model`."""
         return {
             "name": said_name(self.name),
             "family": self.adapter.family,
@@ -90,12 +91,13 @@ class Model:
 
 
 def said_name(name: str) -> str:
-    """`demo` or a hub id, and of a local folder its own name: a record is passed on, and tells no paths."""
+    """The model's name for records: `demo`, a hub id, or a folder's own name. Records are shared, so no path."""
     return Path(name).resolve().name if name != "demo" and Path(name).exists() else name
 
 
 def resolve_model(name: str) -> Path:
-    """`demo`, a local folder, or a hub id (downloaded). Raises InputError or ResourceError."""
+    """The folder of `demo`, of a local path, or of a hub id, which is downloaded. Raises InputError or
+    ResourceError."""
     if name == "demo":
         return demo_folder() / "model"
     if not on_hub(name):
@@ -107,8 +109,8 @@ def resolve_model(name: str) -> Path:
 
 
 def open_model(name: str) -> Model:
-    """Open and check a checkpoint: headers, names and shapes against config.json. Reads no weights (of a hub id, all
-    files are downloaded)."""
+    """Open a checkpoint and check its names and shapes against config.json. Reads no weights, but downloads all files
+    of a hub id. Raises InputError or ResourceError."""
     path = resolve_model(name)
     if not path.is_dir():
         raise InputError(f"{path} is a file: name the folder that holds it and its config.json")
@@ -117,8 +119,10 @@ def open_model(name: str) -> Model:
 
 
 def open_headers(name: str) -> Model:
-    """`open_model` for what looks at headers alone: of a hub id only config.json and headers are fetched. Its weights
-    cannot be read, nor has it a digest. Without network a model that was downloaded before is opened."""
+    """`open_model` for callers that need headers only: of a hub id, only config.json and headers are fetched.
+
+    The weights of such a model cannot be read, and it has no digest. Without network, an earlier download is opened.
+    """
     if not on_hub(name):
         return open_model(name)
     try:
@@ -126,19 +130,20 @@ def open_headers(name: str) -> Model:
     except ResourceError as error:
         try:
             folder = Path(snapshot_download(name, local_files_only=True))
-        except Exception:  # it was never downloaded, or in part
+        except Exception:  # it was never downloaded, or not completely
             raise error from None
     path = folder if isinstance(folder, Path) else folder.path
     return checked_model(name, read_config(path), load_adapter(path), folder)
 
 
 def open_written(model: Model, path: Path, config: dict[str, Any]) -> Model:
-    """What was made from `model` in the folder `path`, before its config.json, which is to say `config`, lies there."""
+    """Open what was made from `model` in the folder `path`, before its config.json, with content `config`, is
+    written."""
     return checked_model(str(path), config, model.adapter, path)
 
 
 def checked_model(name: str, config: dict[str, Any], adapter: Adapter, where: Folder | Path) -> Model:
-    """The Model of a folder, opened already or not, whose tensors are what its config.json says."""
+    """The Model of a folder, already opened or not. Raises InputError when its tensors contradict config.json."""
     path = where if isinstance(where, Path) else where.path
     if isinstance(where, Path) and holds_gguf(path):
         adapter = adapter.text_only()
@@ -152,8 +157,11 @@ def checked_model(name: str, config: dict[str, Any], adapter: Adapter, where: Fo
 
 
 def quantization_block(path: Path, config: dict[str, Any]) -> object | None:
-    """What config.json says of a quantized checkpoint, where the tools put it: at the top, in the text model's config,
-    under its first name (`compression_config`), or, of older GPTQ files, in a file of its own."""
+    """The quantization block of config.json, wherever a tool puts it.
+
+    It may lie at the top or in the text model's config, under its own or its older name (`compression_config`), or for
+    older GPTQ files in quantize_config.json.
+    """
     text = config.get("text_config")
     for place in (config, text if isinstance(text, dict) else {}):
         for key in ("quantization_config", "compression_config"):
@@ -170,12 +178,12 @@ def quantization_block(path: Path, config: dict[str, Any]) -> object | None:
 
 
 def open_source(name: str) -> Model:
-    """A model to be quantized: it must not be quantized already, other than by those who made it."""
+    """Open a model that will be quantized. Raises InputError when it is quantized already, except by its makers."""
     return unquantized(open_model(name))
 
 
 def is_original(model: Model) -> bool:
-    """Whether it can be quantized: not quantized already, other than by those who made it."""
+    """Whether a model can be quantized: it is not quantized yet, or only by its makers (published in fp8)."""
     adapter, source = model.adapter, model.source
     return not model.quantized or (
         adapter.published_in_fp8 and isinstance(source, PackedSource) and source.label == FP8_BLOCKS
@@ -187,42 +195,3 @@ def unquantized(model: Model) -> Model:
     if not is_original(model):
         raise InputError(f"{model.name} is quantized already: quantize the original checkpoint")
     return model
-
-
-def stored_widths(model: Model) -> tuple[Width, ...]:
-    """What of a checkpoint lies there at which width, by role, from its headers."""
-    return tally(stored_weights(model).values())
-
-
-def stored_weights(model: Model) -> dict[str, Width]:
-    """Canonical name -> how that tensor is stored, from the headers."""
-    adapter, source, packed = model.adapter, model.source, model.packed
-
-    def stored(name: str, shape: tuple[int, ...]) -> Width:
-        tensor = adapter.locate(name, source.names).tensor
-        weight = packed.get(tensor)
-        if weight is None:
-            dtype = source.info(tensor).dtype
-            return Width(adapter.role(name).value, dtype, prod(shape), StoredTensor(name, dtype, shape).nbytes)
-        # A fused tensor holds many weights: each has its share of it.
-        parts = sum(model.folder.infos[part].nbytes for part in weight.parts.values())
-        count = parts * prod(shape) // prod(weight.info.shape)
-        return Width(adapter.role(name).value, weight.width, prod(shape), count)
-
-    return {name: stored(name, shape) for name, shape in adapter.expected().items()}
-
-
-def stored_facts(model: Model) -> dict[str, Any]:
-    """What a record's `plan` says of files that lie there."""
-    parameters = sum(prod(shape) for shape in model.adapter.expected().values())
-    emitted_bytes = model.folder.file_bytes
-    return {
-        "emitted_bytes": emitted_bytes,
-        "parameters": parameters,
-        "quantized_parameters": model.quantized_parameters,
-        "quantized_share": model.quantized_parameters / parameters,
-        "bits_per_weight": emitted_bytes * 8 / parameters,
-        "quantized_bits_per_weight": model.quantized_bytes * 8 / max(1, model.quantized_parameters),
-        "shards": len(model.folder.shards),
-        "widths": [asdict(width) for width in stored_widths(model)],
-    }

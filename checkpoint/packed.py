@@ -1,8 +1,8 @@
 """PackedSource: a quantized checkpoint, ours or another tool's, as a TensorSource of dequantized weights.
 
-Wherever a folder holds a weight in parts, this source offers the weight itself under its own name, in the dtype that
-the format reads it as; every other tensor is passed through. What the verification walks over is therefore exactly what
-was written to disk. A weight is read and unpacked when it is asked for, and nothing is kept: an expert costs an expert.
+For each weight that a folder stores in parts, this source gives the dense weight under its own name; it passes every
+other tensor through. So verification runs on exactly what is on disk. A weight is read and unpacked on demand, and
+nothing is cached: reading one expert costs the memory of one expert.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -30,13 +30,16 @@ MOST_SHOWN = 40
 
 @dataclass(frozen=True)
 class PackedSource:
-    """`label`: the format in words. `weights`: every dense weight that is stored in parts. `virtual`: all names that
-    the source gives, with what they read as. `warnings`: what the numbers leave out."""
+    """A folder with the dense weights that its format's reader found."""
 
     folder: Folder
+    # The format in words.
     label: str
+    # Every dense weight that is stored in parts.
     weights: dict[str, StoredWeight]
+    # All names that this source gives, with shape and dtype.
     virtual: dict[str, TensorInfo]
+    # What a measurement of these files does not cover.
     warnings: tuple[str, ...] = ()
 
     @property
@@ -45,7 +48,7 @@ class PackedSource:
 
     @property
     def schemes(self) -> dict[str, str]:
-        """Module -> its width in words, for every module `X` whose `X.weight` is stored in parts."""
+        """Module `X` -> width in words, for every `X.weight` that is stored in parts."""
         return {n.removesuffix(".weight"): w.width for n, w in self.weights.items() if n.endswith(".weight")}
 
     def info(self, name: str) -> TensorInfo:
@@ -57,7 +60,8 @@ class PackedSource:
         return self.dense(name, TORCH_DTYPES[self.virtual[name].dtype], index)
 
     def dense(self, name: str, dtype: torch.dtype, index: Index = ()) -> torch.Tensor:
-        """A weight that is stored in parts, in any dtype; of fused experts one alone if `index` names it."""
+        """A weight that is stored in parts, in any dtype. When `index` names one of fused experts, only that expert is
+        read. Raises InputError when the parts contradict each other."""
         weight = self.weights[name]
         first = index[0] if index and weight.by_expert and isinstance(index[0], int) else None
         parts = {
@@ -65,7 +69,7 @@ class PackedSource:
             for part, stored in weight.parts.items()
         }
         if first is not None:
-            # What is not by expert is shared: its axis of experts has one place.
+            # A part that is not by expert is shared; its expert axis, if any, has length 1.
             parts = {
                 part: value if part in weight.by_expert or value.ndim < 3 else value[0] for part, value in parts.items()
             }
@@ -77,8 +81,8 @@ class PackedSource:
         return dense[index].contiguous() if index else dense
 
     def quantized(self, name: str) -> QuantizedWeight | None:
-        """A weight that is integer codes as those codes, bit for bit; None of every other. Raises InputError when its
-        parts contradict each other."""
+        """The integer codes of a weight, bit for bit; None for a weight that has none. Raises InputError when its parts
+        contradict each other."""
         weight = self.weights.get(name)
         if weight is None or weight.codes is None:
             return None
@@ -89,23 +93,25 @@ class PackedSource:
 
 
 def open_packed(folder: Folder, quantization_config: object) -> PackedSource:
-    """Read the config block and the headers (and the few bytes that say a weight's shape). Raises InputError for
-    formats or tensors that are not understood, with every offender."""
+    """Open a quantized folder from its config block, headers, and the few bytes that hold a weight's shape.
+
+    Raises InputError for an unknown format, or with every tensor that contradicts it.
+    """
     if not isinstance(quantization_config, dict):
         raise InputError(f"{folder.path / 'config.json'}: its quantization_config is no object")
     method = quantization_config.get("quant_method")
     if not isinstance(method, str) or method not in READERS:
         raise InputError(
-            f"{folder.path} is quantized by {method!r}; onecard reads {', '.join(READERS)}, and weights in bf16, "
-            "fp16 and fp32 that are not quantized"
+            f"{folder.path} is quantized by {method!r}; onecard reads {', '.join(READERS)}, and unquantized weights in "
+            "bf16, fp16 and fp32"
         )
     reading = READERS[method](folder, quantization_config)
     if not reading.weights and not reading.problems:
-        reading.problems.append(f"config.json says {method}, and not one weight is stored so")
+        reading.problems.append(f"config.json says {method}, and no weight is stored in that format")
     taken = {stored for weight in reading.weights.values() for stored in weight.parts.values()} | reading.aside
     virtual = {name: info for name, info in folder.infos.items() if name not in taken}
     reading.problems += [
-        f"{name} is stored twice, quantized and as it was" for name in reading.weights if name in virtual
+        f"{name} is stored twice, quantized and unquantized" for name in reading.weights if name in virtual
     ]
     if reading.problems:
         shown = reading.problems[:MOST_SHOWN]

@@ -1,4 +1,4 @@
-"""Where a run writes: OUT and the work folder, checked before anything is written there."""
+"""The folders that a run writes to, OUT and the work directory, checked before anything is written."""
 
 import shutil
 from pathlib import Path
@@ -14,7 +14,8 @@ def occupied(folder: Path) -> bool:
 
 
 def check_paths(out: Path, work: Path | None, model: Path, resume: bool, overwrite: bool) -> Path:
-    """OUT is free, or the user said what to do with it; OUT, WORK and MODEL do not touch. Returns the work folder."""
+    """Check that OUT is free, or that --resume or --overwrite was given, and that OUT, work directory and model are
+    not nested. Returns the work directory. Raises InputError."""
     if resume and overwrite:
         raise InputError("--resume and --overwrite contradict each other: give one of them")
     _refuse_nested("output", out, "model", model)
@@ -38,7 +39,9 @@ def check_paths(out: Path, work: Path | None, model: Path, resume: bool, overwri
 def _refuse_nested(what: str, path: Path, other_what: str, other: Path) -> None:
     a, b = path.resolve(), other.resolve()
     if a.is_relative_to(b) or b.is_relative_to(a):
-        raise InputError(f"the {what} {path} and the {other_what} {other} lie in each other: name two folders")
+        raise InputError(
+            f"the {what} {path} and the {other_what} {other} are the same or nested: name separate folders"
+        )
 
 
 def _refuse_file(what: str, path: Path) -> None:
@@ -50,7 +53,7 @@ def _refuse_file(what: str, path: Path) -> None:
 
 
 def check_space(folder: Path, needed_bytes: int) -> None:
-    """Refuse at once what the disk certainly cannot hold. Raises ResourceError."""
+    """Raises ResourceError when the disk has less than `needed_bytes` free."""
     existing = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
@@ -61,7 +64,7 @@ def check_space(folder: Path, needed_bytes: int) -> None:
 
 
 def work_folder(out: Path, work: Path | None) -> Path:
-    """Where the run keeps what is finished: beside OUT if the user named nothing."""
+    """The work directory that the user named, or OUT.work beside OUT."""
     if work is not None:
         return work
     named = out if out.name not in ("", "..") else out.resolve()

@@ -1,6 +1,6 @@
-"""Where a source comes from, as far as its folder tells: its hub id and revision, and what its README says of licences.
+"""Where a source comes from: its hub id and revision from its folder, and the licence from its README.
 
-Only a few keys of the README's front matter are taken, and only plain words: the rest is the publisher's own prose.
+Only a few keys of the README's front matter are taken, and only plain words. The rest is the publisher's own text.
 """
 
 import re
@@ -9,15 +9,15 @@ from typing import Any
 
 import yaml
 
-# Of a source's front matter, what a model card made from it carries on.
+# Keys of a source's front matter that the model card of a quantized copy repeats.
 CARRIED_KEYS = ("license", "license_name", "license_link", "language", "pipeline_tag")
 _FRONT = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
-# The hub's own rule for ids is stricter; this one only keeps other things out.
+# Looser than the hub's own rule for ids; it only keeps control characters and long texts out.
 _WORD = re.compile(r"[^\x00-\x1f\x7f]{1,200}")
 
 
 def front_matter(text: str) -> dict[str, Any]:
-    """The YAML between the first two lines of dashes; empty where there is none that can be read."""
+    """The YAML between the first two lines of dashes; empty if there is none or it cannot be read."""
     found = _FRONT.match(text)
     try:
         values = yaml.safe_load(found[1]) if found else {}
@@ -27,7 +27,7 @@ def front_matter(text: str) -> dict[str, Any]:
 
 
 def source_card(folder: Path) -> dict[str, Any]:
-    """What the README of a source says of itself: CARRIED_KEYS, where they are words or lists of words."""
+    """The CARRIED_KEYS of a source's README whose values are words or lists of words."""
     try:
         values = front_matter((folder / "README.md").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError):
@@ -44,7 +44,7 @@ def source_card(folder: Path) -> dict[str, Any]:
 
 
 def hub_origin(folder: Path) -> dict[str, str]:
-    """{"id", "revision"} of a folder in the hub's cache (models--owner--name/snapshots/revision); else empty."""
+    """{"id", "revision"} of a folder in the hub's cache (models--owner--name/snapshots/revision); otherwise empty."""
     resolved = folder.resolve()
     home, kind = resolved.parent.parent.name, resolved.parent.name
     if kind != "snapshots" or not home.startswith("models--"):

@@ -1,13 +1,13 @@
-"""A checkpoint on the hub as its headers alone: config.json, the index, and the beginning of every shard; no weights.
+"""A checkpoint on the hub, read as headers only: config.json, the index, and the beginning of every shard; no weights.
 
-huggingface_hub has the like (`get_safetensors_metadata`), but takes a shard whole when a server knows no ranges, reads
-no header over 25 MB, looks at no file's length, follows a branch that may move under it, and gives no offsets. So the
-ranges are read here, through its session (its endpoint, proxies, token, retries), all of one commit, and what a header
-says is checked as that of a file on disk is.
+huggingface_hub's own `get_safetensors_metadata` downloads a whole shard when a server does not support ranges, reads no
+header over 25 MB, does not check a file's length, follows a branch that may move meanwhile, and gives no offsets. So
+this module reads the byte ranges, all of one commit, through the hub client's session (endpoint, proxies, token,
+retries), and checks headers in the same way as those of files on disk.
 
-Some formats keep a weight's shape in a tensor of a few bytes beside it, thousands of them in a large model. Weights
-whose names differ in numbers alone (blocks, experts) share one reading of them; config.json's shapes, which every
-weight is held against afterwards, are what finds out the one that is not like the others.
+Some formats store a weight's shape in a small tensor beside it, thousands of them in a large model. Weights whose names
+differ only in numbers (blocks, experts) share one such read. A weight that is unlike the others is found later, when
+every shape is compared with config.json.
 """
 
 import re
@@ -24,39 +24,32 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_st
 
 from ..core.errors import InputError, OnecardError, ResourceError, input_error
 from ..core.tensors import TORCH_DTYPES, Index, TensorInfo
-from .source import (
-    INDEX_NAME,
-    LENGTH_BYTES,
-    Folder,
-    Header,
-    header_bytes,
-    join_headers,
-    leaves_folder,
-    parse_header,
-    shards_of,
-)
+from .safetensors_header import LENGTH_BYTES, Header, header_bytes, parse_header
+from .source import INDEX_NAME, Folder, join_headers, leaves_folder, shards_of
 
 SIDE_FILES = ("config.json", INDEX_NAME, "quantize_config.json")
-# Asked for at once of every shard: longer than most headers (Scout's fused shards: 10 kB), short beside any weights.
+# The first request for a shard: longer than most headers (Scout's fused shards: 10 kB), tiny compared with weights.
 FIRST_BYTES = 2**16
-# What may be read beside headers: a shape or a quant state. They have 16 to 200 bytes.
+# Tensors that are read besides headers: shapes and quant states, of 16 to 200 bytes.
 SMALL_BYTES, SMALL_DTYPES = 4096, ("I64", "U8")
-# Requests at a time. The hub allows a client some thousands in five minutes; a model has at most hundreds of shards.
+# Parallel requests. The hub allows thousands in five minutes, and a model has at most hundreds of shards.
 AT_ONCE = 16
 TIMEOUT_SECONDS, RETRIES = 20.0, 3
 
 
 @dataclass(frozen=True)
 class RemoteFolder(Folder):
-    """A Folder whose shards are on the hub. `path` holds SIDE_FILES alone; `sizes`: bytes of each shard; `small`: what
-    was read of small tensors, by what they are like. Any other tensor must not be asked for, nor a digest."""
+    """A Folder whose shards are on the hub; `path` holds SIDE_FILES only. Reading other than small tensors, or the
+    digest, fails an assertion."""
 
+    # Bytes of each shard.
     sizes: tuple[int, ...]
+    # Content of small tensors, one entry for all that `_like` treats as equal.
     small: dict[tuple[str, TensorInfo], bytes]
 
     def get(self, name: str, index: Index = ()) -> torch.Tensor:
         data = self.small.get(_like(name, self.infos[name]))
-        assert data is not None, f"{name}: what reads headers alone asked for a weight"
+        assert data is not None, f"{name}: a caller that reads headers only asked for a weight"
         info = self.infos[name]
         tensor = torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[info.dtype]).view(info.shape)
         return tensor[index] if index else tensor
@@ -67,18 +60,18 @@ class RemoteFolder(Folder):
 
     @cached_property
     def digest(self) -> str:
-        raise AssertionError("what reads headers alone asked for a digest of weights")
+        raise AssertionError("a caller that reads headers only asked for a digest of weights")
 
 
 def open_remote(name: str) -> RemoteFolder:
-    """The headers of the hub's model `name` (owner/name), of its newest commit. Raises InputError or ResourceError."""
+    """The headers of the hub model `name` (owner/name) at its newest commit. Raises InputError or ResourceError."""
     try:
         api = HfApi()
         found = api.model_info(name, timeout=TIMEOUT_SECONDS)
         present = {entry.rfilename for entry in found.siblings or ()}
         if "config.json" not in present:
             raise InputError(f"{name} on the hub has no config.json: name a checkpoint in the layout of transformers")
-        # Into the hub's cache, where a later download finds them.
+        # They land in the hub's cache, where a later download finds them.
         place, *_ = [
             Path(api.hf_hub_download(name, file, revision=found.sha)).parent for file in SIDE_FILES if file in present
         ]
@@ -102,7 +95,7 @@ def open_remote(name: str) -> RemoteFolder:
             small = dict(zip(wanted, pool.map(lambda span: read_range(*span)[0], spans), strict=True))
     except OnecardError:
         raise
-    except Exception as error:  # the hub client raises its own and its HTTP library's kinds
+    except Exception as error:  # the hub client raises its own errors and those of its HTTP library
         raise hub_error(name, error) from error
     return RemoteFolder(place, infos, offsets, shards, tuple(size for _, size in read.values()), small)
 
@@ -112,19 +105,18 @@ def _unsound(name: str, problems: Iterable[str]) -> InputError:
 
 
 def hub_error(name: str, error: Exception) -> OnecardError:
-    """What a failure of the hub client means to a user."""
-    # A gated repository is, to the client, one that was not found as well.
+    """The user's error for a failure of the hub client."""
+    # The client's GatedRepoError is a RepositoryNotFoundError, so it is tested first.
     if isinstance(error, GatedRepoError):
         return InputError(
-            f"{name} is gated, and the hub gives it to nobody whom it does not know: accept its terms on its page, and "
-            "log in with `hf auth login`; or name a local folder"
+            f"{name} is gated: accept its terms on its hub page and log in with `hf auth login`, or name a local folder"
         )
     if isinstance(error, RepositoryNotFoundError | HFValidationError):
         return InputError(
             f"{name} is no local folder, and the hub shows no such model: check the name; for a private model log in "
             "with `hf auth login`"
         )
-    # The client's own file that is not there (FileNotFoundError) means that there is no network.
+    # A FileNotFoundError is about the client's own cache and means that there is no network.
     if isinstance(error, EntryNotFoundError) and not isinstance(error, FileNotFoundError):
         return InputError(f"{name} on the hub lacks a file that it names ({error}): name another checkpoint")
     return ResourceError(
@@ -134,7 +126,7 @@ def hub_error(name: str, error: Exception) -> OnecardError:
 
 
 def _header(url: str) -> tuple[Header | str, int]:
-    """A shard's header, or what is wrong with it; and the shard's bytes."""
+    """A shard's header, or what is wrong with it; and the shard's size in bytes."""
     first, size = read_range(url, 0, FIRST_BYTES)
     try:
         length = header_bytes(first[:LENGTH_BYTES], size)
@@ -147,26 +139,29 @@ def _header(url: str) -> tuple[Header | str, int]:
 
 
 def read_range(url: str, begin: int, count: int) -> tuple[bytes, int]:
-    """At most `count` bytes of a file from `begin` on, and the whole file's length. Never takes more than it was asked
-    for: a server that knows no ranges is read to the end of the range, and not to the end of the file."""
-    # Compressed, a range would be one of other bytes.
+    """At most `count` bytes of a file from `begin` on, and the file's length.
+
+    It never downloads more: when a server ignores ranges, reading stops at the end of the range. Raises the hub
+    client's errors.
+    """
+    # A range of a compressed response would hold other bytes.
     headers = build_hf_headers() | {"Range": f"bytes={begin}-{begin + count - 1}", "Accept-Encoding": "identity"}
     with http_stream_backoff("GET", url, headers=headers, max_retries=RETRIES, timeout=TIMEOUT_SECONDS) as response:
         hf_raise_for_status(response)
         partial = response.status_code == 206
         if not partial and begin:
-            raise OSError("the server knows no byte ranges")
-        told = response.headers["Content-Range"].rpartition("/")[2] if partial else response.headers["Content-Length"]
+            raise OSError("the server does not support byte ranges")
+        length = response.headers["Content-Range"].rpartition("/")[2] if partial else response.headers["Content-Length"]
         data = b""
         for chunk in response.iter_raw():
             data += chunk
             if len(data) >= count:
                 break
-    return data[:count], int(told)
+    return data[:count], int(length)
 
 
 def _like(name: str, info: TensorInfo) -> tuple[str, TensorInfo]:
-    """The same for tensors whose names differ in numbers alone."""
+    """A key that is equal for tensors whose names differ only in numbers."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "#", name), info
 
 

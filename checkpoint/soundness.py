@@ -1,8 +1,8 @@
-"""What is wrong with the tensors of a checkpoint folder: their layout from the headers, then every value, read once.
+"""What is wrong with the tensors of a checkpoint folder: first their layout from headers, then every value, read once.
 
-A packed weight must have all its parts, in the shapes that its scheme and config.json ask for; what is stored plainly
-must have the promised shape; all floats must be numbers, and no matrix all zeros: an expert of zeros loads, runs and
-answers. Nothing is raised for a damaged tensor: each is one line, so that a report can list them all.
+A packed weight must have all its parts, in the shapes that its scheme and config.json require. A plain tensor must have
+the promised shape. All floats must be finite, and no matrix may be all zeros: an expert of zeros loads, runs and
+answers. A damaged tensor raises nothing; each problem is one line, so that a report can list them all.
 """
 
 import json
@@ -17,7 +17,8 @@ from ..core.tensors import TORCH_DTYPES, TensorInfo
 from .formats import compressed_tensors_read as ct_read
 from .formats import compressed_tensors_write as ct
 from .formats.packing import BITS_A_WORD
-from .source import INDEX_NAME, Folder, pieces
+from .source import INDEX_NAME, Folder
+from .source_checks import pieces
 
 PARTS = (ct.PACKED, ct.SCALE, ct.SHAPE, ct.ZERO)
 Shapes = Mapping[str, tuple[int, ...]]
@@ -25,16 +26,16 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass
 class Stored:
-    """The quantized modules of a folder with their schemes, and its plain tensors. `broken`: modules whose parts do not
-    fit together."""
+    """A folder's tensors, sorted into packed modules and plain tensors."""
 
     schemes: dict[str, Scheme] = field(default_factory=dict)
     plain: dict[str, TensorInfo] = field(default_factory=dict)
+    # Packed modules whose parts do not fit together.
     broken: set[str] = field(default_factory=set)
 
 
 def index_problems(folder: Folder) -> Iterator[str]:
-    """Where the index and the shards' headers disagree: a loader would miss the tensor."""
+    """Tensors for which index and headers disagree; a loader would not find them."""
     path = folder.path / INDEX_NAME
     if not path.exists():
         return
@@ -47,7 +48,8 @@ def index_problems(folder: Folder) -> Iterator[str]:
 
 
 def stored_modules(folder: Folder, expected: Shapes) -> tuple[Stored, list[str]]:
-    """Sort the tensors by their names; a packed weight's scheme follows from its parts and its promised shape."""
+    """Sort the tensors by name, with one line for each problem. A packed weight's scheme follows from its parts and its
+    promised shape."""
     found, problems = Stored(), []
     modules: dict[str, set[str]] = {}
     for name, info in folder.infos.items():
@@ -73,7 +75,7 @@ def _scheme(folder: Folder, module: str, parts: Collection[str], expected: Shape
     if weight not in expected or len(expected[weight]) != 2:
         problems.append(f"{module} is packed, and config.json knows no such matrix")
     if weight in folder.infos:
-        problems.append(f"{module} is stored twice, packed and as it was")
+        problems.append(f"{module} is stored twice, packed and unpacked")
     if problems:
         return problems
     (outputs, inputs), codes = expected[weight], folder.infos[f"{module}.{ct.PACKED}"].shape
@@ -100,7 +102,7 @@ def _scheme(folder: Folder, module: str, parts: Collection[str], expected: Shape
 
 
 def shape_problems(stored: Stored, expected: Shapes) -> Iterator[str]:
-    """Promised tensors that are missing or have another shape, and tensors that nobody promised."""
+    """Promised tensors that are missing or have another shape, and tensors that config.json does not promise."""
     packed = {f"{module}.weight" for module in (*stored.schemes, *stored.broken)}
     for name in sorted(expected):
         if name in packed:
@@ -114,7 +116,7 @@ def shape_problems(stored: Stored, expected: Shapes) -> Iterator[str]:
 
 
 def value_problems(folder: Folder, stored: Stored, expected: Shapes) -> Iterator[str]:
-    """Every tensor is read, in the order of the files."""
+    """Read every tensor, in the order of the files: non-finite values, zeros, and wrong stored shapes."""
     for name in sorted(folder.infos, key=lambda n: (folder.offsets[n][0].name, folder.offsets[n][1])):
         module, _, leaf = name.rpartition(".")
         if leaf == ct.SHAPE and module in stored.schemes:
@@ -129,17 +131,17 @@ def value_problems(folder: Folder, stored: Stored, expected: Shapes) -> Iterator
 
 
 def _float_problems(folder: Folder, name: str, is_scale: bool) -> Iterator[str]:
-    """NaN, Inf, and a matrix (each of a stack of them: fused experts) or scales without one value that is not zero."""
+    """NaN, Inf, and matrices or scales that are all zeros. Fused experts are a stack of matrices, tested one by one."""
     shape = folder.infos[name].shape
     stacked = len(shape) == 3
     nan = inf = seen = 0
     zero: list[int] = []
     for first, part in pieces(folder, name):
-        values = part.float() if part.dtype.itemsize == 1 else part  # fp8 knows no sums
+        values = part.float() if part.dtype.itemsize == 1 else part  # torch cannot sum fp8
         matrices = values if stacked else values[None]
         sums = matrices.flatten(1).sum(1, dtype=torch.float64)
         seen += len(matrices)
-        # A sum of finite bf16 values in fp64 is finite; most often it settles the zeros as well.
+        # A sum of finite bf16 values in fp64 is finite. A sum that is not zero also rules out a matrix of zeros.
         if not torch.isfinite(sums).all():
             nan += int(torch.isnan(values).sum())
             inf += int(torch.isinf(values).sum())
@@ -153,7 +155,7 @@ def _float_problems(folder: Folder, name: str, is_scale: bool) -> Iterator[str]:
 
 
 def _zero_codes(folder: Folder, module: str, scheme: Scheme) -> bool:
-    """Whether every code stands for zero, whatever its scale."""
+    """Whether every code is the one for zero; scales do not matter."""
     words = folder.get(f"{module}.{ct.PACKED}")
     if scheme.symmetric:
         zero_word = pack_to_int32(torch.zeros(1, BITS_A_WORD // scheme.bits, dtype=torch.int8), scheme.bits)

@@ -1,19 +1,18 @@
-"""Reading safetensors folders: headers once, tensors and slices on demand, and every refusal before the first read.
+"""Folder: a safetensors checkpoint on disk. Headers are read once, tensors and slices on demand.
 
-What is refused (one message with every offender): a missing or truncated shard, an index that names a file outside the
-folder, tensors the index promises and no shard holds, shapes that contradict config.json, pickle files. A hub
-snapshot's links lead to the blobs of the same repository; any other link that leaves the folder is refused.
+Opening a folder refuses, in one message that lists every offender: missing or truncated shards, an index that names a
+file outside the folder, tensors that the index promises and no shard holds, and pickle files. The links of a hub
+snapshot lead to blobs of the same repository; any other link that leaves the folder is refused.
 
-Tensors are read with plain reads at their offsets, not through the safetensors library's memory map: mapped pages
+Tensors are read with plain reads at their offsets. The safetensors library's memory map is not used: mapped pages
 count as the process's memory (4.7 GB for one 4.4 GB shard, where plain reads need 0.5 GB), and a file that shrinks
-under a map kills the process. A truncated file is found from its header, before the first read.
+under a map kills the process.
 """
 
 import hashlib
 import json
 import re
-import struct
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,27 +20,23 @@ from pathlib import Path
 import torch
 
 from ..core.errors import InputError, ResourceError, input_error
-from ..core.tensors import TORCH_DTYPES, Index, TensorInfo, TensorSource
+from ..core.tensors import TORCH_DTYPES, Index, TensorInfo
+from .safetensors_header import Header, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# A safetensors header may be 100 MB long; the library refuses longer ones too.
-MAX_HEADER_BYTES = 100_000_000
-# The digest of a source reads so many bytes at every stride of each tensor: 55 MB of Scout's 217 GB.
+# A source's digest samples this many bytes at every stride of each tensor: 55 MB of Scout's 217 GB.
 SAMPLE_BYTES, SAMPLE_STRIDE = 4096, 2**24
-# A safetensors file begins with its header's length.
-LENGTH_BYTES = 8
-# Of one file: each tensor with its first byte in the file.
-Header = dict[str, tuple[TensorInfo, int]]
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A safetensors folder. `offsets`: each tensor's shard and first byte there. Implements TensorSource."""
+    """A safetensors folder. Implements TensorSource."""
 
     path: Path
     infos: dict[str, TensorInfo]
+    # Tensor -> its shard, and the offset of its first byte in that file.
     offsets: dict[str, tuple[Path, int]]
     shards: tuple[Path, ...]
 
@@ -53,7 +48,7 @@ class Folder:
         return self.infos[name]
 
     def get(self, name: str, index: Index = ()) -> torch.Tensor:
-        """A fresh CPU tensor; of its first axis only what `index` selects is read. Raises ResourceError."""
+        """A fresh CPU tensor. Only the selected part of the first axis is read. Raises ResourceError."""
         info = self.infos[name]
         file, begin = self.offsets[name]
         shape = info.shape
@@ -64,7 +59,7 @@ class Folder:
             rows = range(first, first + 1)
         buffer = torch.empty(len(rows) * row, dtype=torch.uint8)
         if len(buffer):
-            _read_into(file, begin + rows.start * row, buffer)
+            read_into(file, begin + rows.start * row, buffer)
         part = (
             buffer.view(TORCH_DTYPES[info.dtype]).view(len(rows), *shape[1:])
             if shape
@@ -81,9 +76,12 @@ class Folder:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over config.json, the index, each shard's name, size and header, and samples of every tensor's bytes:
-        a run's source. Two models of one shape differ in their samples, and 217 GB need not be read to tell them apart.
-        Read when it is first asked for: a plan needs headers alone."""
+        """SHA-256 that identifies a run's source: over config.json, the index, each shard's name, size and header, and
+        samples of every tensor's bytes.
+
+        The samples tell two models of one shape apart without reading 217 GB. Computed on first use, because a plan
+        needs headers only.
+        """
         sha = hashlib.sha256()
         for name in ("config.json", INDEX_NAME):
             if (self.path / name).exists():
@@ -91,7 +89,7 @@ class Folder:
         for shard in self.shards:
             with shard.open("rb") as file:
                 names = sorted(name for name in self.infos if self.offsets[name][0] == shard)
-                # The header is all that lies before the first tensor.
+                # The header fills the file up to the first tensor.
                 header = min((self.offsets[name][1] for name in names), default=shard.stat().st_size)
                 sha.update(f"{shard.name}:{shard.stat().st_size}".encode() + file.read(header))
                 for name in names:
@@ -102,8 +100,8 @@ class Folder:
         return sha.hexdigest()
 
 
-def _read_into(file: Path, offset: int, buffer: torch.Tensor) -> None:
-    """Fill a uint8 tensor from a file."""
+def read_into(file: Path, offset: int, buffer: torch.Tensor) -> None:
+    """Fill a uint8 tensor with a file's bytes from `offset` on. Raises ResourceError."""
     try:
         with file.open("rb", buffering=0) as handle:
             handle.seek(offset)
@@ -117,71 +115,15 @@ def _read_into(file: Path, offset: int, buffer: torch.Tensor) -> None:
         raise ResourceError(f"{file} could not be read ({error}); what is finished is kept") from error
 
 
-def read_header(path: Path) -> Header:
-    """Each tensor of one safetensors file with its offset, from the header alone; the file must be as long as it says.
-
-    Raises ValueError with one line that says what is wrong.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        return parse_header(file.read(header_bytes(file.read(LENGTH_BYTES), size)), size)
-
-
-def header_bytes(first: bytes, size: int) -> int:
-    """How long the header of a file of `size` bytes is, by its first LENGTH_BYTES. Raises ValueError."""
-    length = struct.unpack("<Q", first)[0] if len(first) == LENGTH_BYTES else 0
-    if not 2 <= length <= min(MAX_HEADER_BYTES, size - LENGTH_BYTES):
-        raise ValueError("is no safetensors file, or its header is cut off")
-    return int(length)
-
-
-def parse_header(text: bytes, size: int) -> Header:
-    """What the header `text` of a file of `size` bytes says. Raises ValueError."""
-    try:
-        header = json.loads(text)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
-        raise ValueError("has a damaged header") from None
-    data = LENGTH_BYTES + len(text)
-    infos: Header = {}
-    spans = []
-    try:
-        for name, entry in header.items():
-            if name == "__metadata__":
-                if not all(isinstance(value, str) for value in entry.values()):
-                    raise ValueError("has a damaged header (__metadata__)")
-                continue
-            if entry["dtype"] not in TORCH_DTYPES:
-                raise ValueError(f"holds {name} in the dtype {entry['dtype']}, which onecard does not read")
-            begin, stop = entry["data_offsets"]
-            if any(type(n) is not int or n < 0 for n in (*entry["shape"], begin, stop)):
-                raise ValueError(f"has a damaged header (the numbers of {name})")
-            info = TensorInfo(tuple(entry["shape"]), entry["dtype"])
-            if stop - begin != info.nbytes:
-                raise ValueError(f"has a damaged header (the size of {name})")
-            infos[name] = (info, data + begin)
-            spans.append((begin, stop, name))
-    except (KeyError, TypeError, AttributeError):
-        raise ValueError("has a damaged header") from None
-    end = 0
-    for begin, stop, name in sorted(spans):
-        # The specification allows neither holes nor tensors that share bytes.
-        if begin != end:
-            raise ValueError(f"has a damaged header ({name} does not begin where the tensor before it ends)")
-        end = stop
-    if size != data + end:
-        raise ValueError(f"is truncated or damaged: {size:,} bytes, and its header promises {data + end:,}")
-    return infos
-
-
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except OSError:  # a name that no file system can hold
+    except OSError:  # no file system can hold this name
         return False
 
 
 def allowed_root(folder: Path) -> Path:
-    """Where links may lead: the folder, or for a hub snapshot the cache of its repository."""
+    """The folder that links may lead into: `folder` itself, or the repository's cache for a hub snapshot."""
     resolved = folder.resolve()
     if resolved.parent.name == "snapshots" and resolved.parent.parent.name.startswith("models--"):
         return resolved.parent.parent
@@ -193,7 +135,7 @@ def holds_safetensors(path: Path) -> bool:
 
 
 def open_folder(path: Path) -> Folder:
-    """Open a checkpoint folder, single file or sharded. Raises InputError listing every problem found."""
+    """Open a checkpoint folder, single file or sharded. Raises InputError with every problem."""
     if path.is_file():
         raise InputError(f"{path} is a file: name the folder that holds it and its config.json")
     if not path.is_dir():
@@ -221,8 +163,11 @@ def open_folder(path: Path) -> Folder:
 
 
 def shards_of(path: Path, present: Collection[str], said: str) -> tuple[list[str], dict[str, str] | None]:
-    """The names of a checkpoint's shards, and its index where it has one, which lies in `path`; `present` are the names
-    of all files of what messages call `said`. Raises InputError."""
+    """The names of a checkpoint's shards, and its index (tensor -> shard) if it has one.
+
+    `path`: where the index lies. `present`: the names of all files. `said`: the checkpoint's name in messages. Raises
+    InputError.
+    """
     if INDEX_NAME not in present:
         if SINGLE_NAME not in present:
             _refuse_without_safetensors(said, present)
@@ -242,14 +187,14 @@ def shards_of(path: Path, present: Collection[str], said: str) -> tuple[list[str
 
 
 def leaves_folder(name: str) -> bool:
-    """Whether an index's name of a shard is no name of a file beside it."""
+    """Whether a shard's name in an index is not the plain name of a file beside the index."""
     return bool(re.search(r"[/\\]", name)) or name in ("", ".", "..")
 
 
 def join_headers(
     path: Path, headers: dict[str, Header], weight_map: dict[str, str] | None, problems: list[str]
 ) -> tuple[dict[str, TensorInfo], dict[str, tuple[Path, int]], tuple[Path, ...]]:
-    """infos, offsets and shards of a Folder. Raises InputError with `problems` and those of the files together."""
+    """The infos, offsets and shards of a Folder. Raises InputError with `problems` and those found here."""
     infos: dict[str, TensorInfo] = {}
     offsets: dict[str, tuple[Path, int]] = {}
     for name, found in headers.items():
@@ -281,62 +226,3 @@ def _refuse_without_safetensors(said: str, present: Collection[str]) -> None:
             f"{said} has {len(stray)} safetensors files but neither {SINGLE_NAME} nor {INDEX_NAME}: fetch the index"
         )
     raise InputError(f"{said} holds no safetensors checkpoint ({SINGLE_NAME} or {INDEX_NAME})")
-
-
-def check_shapes(
-    path: Path, source: TensorSource, expected: dict[str, tuple[int, ...]], left_aside: Callable[[str], bool]
-) -> None:
-    """Every promised tensor is there, in the promised shape, in a dtype that is a weight, and nothing else but what may
-    be left aside. Raises InputError."""
-    problems = [f"{name} is missing" for name in expected if name not in source.names]
-    for name in expected.keys() & source.names:
-        info, shape = source.info(name), expected[name]
-        if info.shape != shape:
-            problems.append(f"{name} is {list(info.shape)}, and config.json says {list(shape)}")
-        if info.dtype not in ("BF16", "F16", "F32"):
-            problems.append(f"{name} is stored as {info.dtype}: onecard reads BF16, F16 and F32 weights")
-    unknown = [name for name in source.names if name not in expected and not left_aside(name)]
-    problems.sort()
-    problems += [f"{name} is in the checkpoint and config.json knows no such tensor" for name in unknown]
-    if problems:
-        shown = problems[:40] + ([f"... and {len(problems) - 40} more"] if len(problems) > 40 else [])
-        raise input_error(
-            f"{path} contradicts its config.json:",
-            shown,
-            "Fetch the original checkpoint, config.json and all weights of one revision, in bf16, fp16 or fp32.",
-        )
-
-
-def refuse_nonfinite(folder: Folder, name: str) -> None:
-    """Read every weight once: NaN or Inf would pass silently through all that follows. Raises InputError."""
-    found = {tensor: nonfinite(folder, tensor) for tensor in folder.names}
-    problems = [f"{tensor} holds {what}" for tensor, what in found.items() if what]
-    if problems:
-        raise input_error(
-            f"{name} holds values that are no numbers:", problems, "The checkpoint is damaged: fetch it again."
-        )
-
-
-def pieces(folder: Folder, name: str) -> Iterator[tuple[int, torch.Tensor]]:
-    """(first index, slice of the first axis) after slice, so that memory stays small; a scalar comes as one of [1]."""
-    shape = folder.infos[name].shape
-    if not shape:
-        yield 0, folder.get(name)[None]
-        return
-    # 64 Mi values at a time: 128 MB in bf16.
-    rows = max(1, 2**26 // max(1, int(torch.Size(shape[1:]).numel())))
-    for start in range(0, shape[0], rows):
-        yield start, folder.get(name, (slice(start, start + rows),))
-
-
-def nonfinite(folder: Folder, name: str) -> str | None:
-    """'3 NaN, 1 Inf' when the tensor holds such values."""
-    if not TORCH_DTYPES[folder.infos[name].dtype].is_floating_point:
-        return None
-    nan = inf = 0
-    for _, part in pieces(folder, name):
-        # One cheap pass decides: a sum of finite bf16 values in fp64 is finite.
-        if not torch.isfinite(part.sum(dtype=torch.float64)):
-            nan += int(torch.isnan(part).sum())
-            inf += int(torch.isinf(part).sum())
-    return f"{nan} NaN, {inf} Inf" if nan or inf else None

@@ -1,14 +1,14 @@
-"""The work directory: where a run keeps what is finished, so that a killed one goes on and ends in the same bytes.
+"""The work directory: finished parts of a run, so that a killed run can resume and end in the same bytes.
 
     state.json                identity of the run (recipe, source, texts, versions), the number of finished stages, the
                               OUT that may be cleared, and the OUT that files have begun to move to
     lock                      held with flock by the live run; the system frees it however the run ends
-    acts/NNNN/STREAM-KKKKK.safetensors   hidden rows that enter block NNNN, one file a batch
+    acts/NNNN/STREAM-KKKKK.safetensors   hidden rows that enter block NNNN, one file per batch
     shards/                   finished shards of the checkpoint
-    blocks/NNNN.json          what the record says of a finished block
+    blocks/NNNN.json          the record's entry for a finished block
 
-state.json is the only commit point: files of a stage are written and fsynced first, then the number in it grows.
-Whatever a killed stage left behind is written again. Nothing here is ever unpickled.
+state.json is the only commit point: the files of a stage are written and fsynced first, then its number grows. A
+resumed run writes the files of an unfinished stage again. Nothing here is ever unpickled.
 """
 
 import fcntl
@@ -27,7 +27,7 @@ from ..core.layout import TEMPORARY
 from . import files
 
 STATE = "state.json"
-# What a part of the identity is that only one of two runs has.
+# Shown in place of a part of the identity that only one of two runs has.
 NONE = "not given"
 
 
@@ -36,7 +36,7 @@ def _damaged(path: Path) -> InputError:
 
 
 def read_json(path: Path) -> Any:
-    """A file of ours. Raises InputError when something else changed it."""
+    """Read a file of the work directory. Raises InputError when it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -44,7 +44,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """A safetensors file of ours. Raises InputError when something else changed it."""
+    """Read a safetensors file of the work directory. Raises InputError when it is damaged."""
     try:
         return load_file(path)
     except (OSError, SafetensorError):
@@ -59,12 +59,12 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 def has_run(path: Path) -> bool:
-    """Whether `path` holds a run that is not over. Raises InputError when its state is damaged."""
+    """Whether `path` holds an unfinished run. Raises InputError when its state is damaged."""
     return (path / STATE).exists() and not _read_state(path).get("over")
 
 
 def refuse_changed(old: dict[str, str], new: dict[str, str], headline: str, way_out: str) -> None:
-    """Raises InputError that names every part of an identity that is not what it was."""
+    """Raises InputError that lists every part of the identity that changed."""
     changed = [
         f"{key} was {old.get(key, NONE)} and is {new.get(key, NONE)}"
         for key in sorted(old.keys() | new.keys())
@@ -75,7 +75,7 @@ def refuse_changed(old: dict[str, str], new: dict[str, str], headline: str, way_
 
 
 def refuse_resumed(old: dict[str, str], new: dict[str, str], where: Path) -> None:
-    """Raises InputError when a run is not the one that was begun in `where`."""
+    """Raises InputError when the new run is not the one that was begun in `where`."""
     headline = f"the run in {where} cannot be resumed, since it would not end in the same bytes:"
     refuse_changed(old, new, headline, "Put back what changed, or start anew with --overwrite.")
 
@@ -86,14 +86,14 @@ class WorkDir:
     def __init__(
         self, path: Path, identity: dict[str, str], resume: bool, overwrite: bool, out: Path | None = None
     ) -> None:
-        """Raises InputError when another run holds the folder, when it is not empty and neither flag was given, or
-        when a resumed run is not the run that was begun (saying what changed)."""
+        """Raises InputError when another run holds the folder, when it is not empty and neither flag was given, or when
+        the resumed run is not the one that was begun (saying what changed)."""
         self.path = path
         if path.exists() and not path.is_dir():
             raise InputError(f"the work directory {path} is a file: name another with --work")
         names = {p.name for p in path.iterdir()} if path.is_dir() else set()
         occupied = bool(names - {"lock"})
-        # The state is the first thing that is written and the last that is removed.
+        # The state is written first and removed last.
         foreign = occupied and not names >= {"lock", STATE} and names != {"lock", STATE + TEMPORARY}
         if foreign or ("lock" in names and (path / "lock").stat().st_size):
             raise InputError(f"{path} is not empty and is no work directory of onecard: name another with --work")
@@ -140,7 +140,7 @@ class WorkDir:
         return int(self.state["done"])
 
     def commit(self, done: int) -> None:
-        """`done` stages are finished: all their files are on disk."""
+        """Record that `done` stages are finished. All their files must be on disk."""
         self.state["done"] = done
         self._write_state()
 
@@ -158,8 +158,11 @@ class WorkDir:
         self._write_state()
 
     def clear(self) -> None:
-        """Empty the folder, but for the lock that is held. The state says first that the run is over, and goes last:
-        what a kill leaves is ours still, and no run."""
+        """Empty the folder, except for the lock.
+
+        The state is first marked as over, and removed last: whatever a kill leaves is recognised as a work directory
+        without a run.
+        """
         if (self.path / STATE).exists():
             files.write_json(self.path / STATE, {"identity": {}, "done": 0, "over": True})
         for item in self.path.iterdir():
@@ -169,7 +172,7 @@ class WorkDir:
         (self.path / STATE).unlink(missing_ok=True)
 
     def refuse_damaged(self, sizes: dict[str, int], out: Path) -> None:
-        """Raises InputError when a finished shard, in the folder or moved to `out`, has not its planned bytes."""
+        """Raises InputError when a finished shard, here or already moved to `out`, does not have its planned size."""
         for name, size in sizes.items():
             places = [place for place in (self.path / "shards" / name, out / name) if place.is_file()]
             if not places or places[0].stat().st_size != size:
@@ -181,10 +184,10 @@ class WorkDir:
         return folder
 
     def remove(self) -> None:
-        """The run is finished, or was refused: the folder goes."""
+        """Remove the folder of a run that is finished or was refused."""
         self.clear()
         (self.path / "lock").unlink()
-        with suppress(OSError):  # a link or a mount point stays, empty
+        with suppress(OSError):  # a link or a mount point stays, but empty
             self.path.rmdir()
         self._lock.close()
 
@@ -197,8 +200,10 @@ class WorkDir:
 
 
 class Activations:
-    """Hidden rows between blocks, one file a batch: memory does not grow with the number of rows. Most are read again
-    soon and dropped; what a committed stage rests on is to be settled first."""
+    """Hidden rows between blocks, one file per batch, so that memory does not grow with the number of rows.
+
+    Most files are soon read again and dropped. Call `settle` before committing a stage that depends on them.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -212,7 +217,7 @@ class Activations:
         files.write_tensors(path, {"hidden": hidden.cpu().contiguous()}, lasting=False)
 
     def settle(self, block: int) -> None:
-        """What enters `block` is on disk, whatever happens to the machine."""
+        """Make the rows that enter `block` durable."""
         folder = self.folder / f"{block:04d}"
         with files.disk_errors(folder):
             for path in sorted(folder.glob("*.safetensors")):
@@ -224,5 +229,5 @@ class Activations:
         return read_tensors(self._file(block, stream, batch))["hidden"]
 
     def drop(self, block: int) -> None:
-        """Forget what entered `block`: the next block's rows are committed."""
+        """Remove the rows that entered `block`, once the next block's rows are committed."""
         shutil.rmtree(self.folder / f"{block:04d}", ignore_errors=True)

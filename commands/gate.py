@@ -69,17 +69,15 @@ def gate(
       onecard gate ./scout-int4 --baseline baseline.json --junit gate.xml
     """
     from ..checkpoint import files
-    from ..core.errors import LimitError, input_error
+    from ..core.errors import LimitError
+    from ..core.outputs import refuse_unwritable
     from ..eval.comparison import Tolerances
     from ..eval.gate import run_gate
     from ..recipe import load_limits
     from ..report.gate_card import draw_verdict, markdown
     from ..report.junit import junit as as_junit
 
-    named = {"--junit": junit, "--summary": summary}
-    bad = [f"{option} {path}" for option, path in named.items() if path and (path.is_dir() or not path.parent.is_dir())]
-    if bad:
-        raise input_error("these files cannot be written:", bad, "Name files in folders that exist.")
+    refuse_unwritable({"--junit": junit, "--summary": summary})
     verdict = run_gate(
         report,
         baseline,

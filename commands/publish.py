@@ -45,7 +45,7 @@ def check(checkpoint: str, engines: tuple[str, ...], tensor_parallel: int | None
 
     console = make_console()
     with Progress(f"onecard check {checkpoint}", 1, console) as progress:
-        found = run(checkpoint, progress.begin)
+        found = run(checkpoint, progress)
     draw_check(found.line(), console)
     print_line(json.dumps(found.line()))
     found.refuse()
@@ -132,10 +132,10 @@ def publish(checkpoint: str, repo: str, dry_run: bool, private: bool, force: boo
 
     console = make_console()
     with Progress(f"onecard publish {checkpoint}", 1, console) as progress:
-        found = prepare(checkpoint, repo, Wishes(**wishes), force, progress.begin)
+        found = prepare(checkpoint, repo, Wishes(**wishes), force, progress)
         line = found.line() | {"dry_run": dry_run}
         if not dry_run and not found.refused:
-            line |= send(found, private, progress.begin)
+            line |= send(found, private, progress)
     draw_publication(line, dry_run, console)
     if dry_run or not found.refused:
         print_line(json.dumps(line))

@@ -56,7 +56,7 @@ def quantize(
     from ..pipeline import quantize as run
     from ..recipe import load_recipe
     from ..report.card import draw_card
-    from ..report.record import result_line
+    from ..report.line import result_line
 
     console = make_console()
     loaded = load_recipe(recipe)
@@ -89,4 +89,4 @@ def quantize(
         sys.exit(130)
     draw_card(record, str(out), console)
     print_line(json.dumps(result_line(record, str(out))))
-    refuse_failed(record.to_json(), str(out))
+    refuse_failed(record, str(out))

@@ -16,7 +16,8 @@ from ..checkpoint.workdir import WorkDir
 from ..core.file_names import RECORD_NAME
 from ..core.layout import index_json
 from ..core.rows import Step
-from .export import FORMATS, finished_run
+from .exporters import FORMATS
+from .run_output import finished_run
 
 
 def move_to_out(

@@ -1,28 +1,27 @@
-"""Scheme: how one weight matrix is stored. Knows no torch, so that a recipe can be read without loading it."""
+"""Scheme: how one weight matrix is stored. Does not import torch, so that a recipe can be read without loading it."""
 
 import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
-# In place of a group size: one scale a row, whatever the number of inputs.
+# The group size that means one scale per row, whatever the number of inputs.
 BY_ROW = -1
-# Grids that are not integers in groups: bitsandbytes' own, which its functions alone write (arXiv 2305.14314,
-# 2208.07339).
+# bitsandbytes' grids, which are not integers in groups. Only its functions write them (arXiv 2305.14314, 2208.07339).
 NF4: Literal["nf4"] = "nf4"
 INT8_ROWS: Literal["int8 rows"] = "int8 rows"
 NF4_BLOCK = 64
-# The methods that are those functions. All others give integers in groups.
+# The methods that call those functions -> their grid. All other methods give integers in groups.
 GRIDS: dict[str, Literal["nf4", "int8 rows"]] = {"bnb-nf4": NF4, "bnb-int8": INT8_ROWS}
 _WORDS = re.compile(r"int(?P<bits>[48]) (?:group (?P<group>\d+)|by row)(?P<asymmetric> asymmetric)?")
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How one weight matrix is stored: integer codes of `bits`, one scale a group of `group_size` inputs, or a row.
+    """How one weight matrix is stored: integer codes of `bits`, with one scale per `group_size` inputs or per row.
 
-    Or on a grid of bitsandbytes: `nf4`, 16 quantiles of a normal distribution, the flattened weight in blocks of
-    `group_size`, double quantized; `int8 rows`, one scale a row. Contradictions are refused at construction with a
-    ValueError (a recipe turns that into its own message).
+    bitsandbytes has two other grids: `nf4`, 16 quantiles of a normal distribution, the flattened weight in blocks of
+    `group_size`, double quantized; and `int8 rows`, one scale per row. Construction refuses contradictions with a
+    ValueError, which a recipe turns into its own message.
     """
 
     bits: int = 4
@@ -47,7 +46,7 @@ class Scheme:
             raise ValueError("; ".join(problems))
 
     def __str__(self) -> str:
-        """What recipes, records and cards call it: 'int4 group 128', 'int8 by row', 'int4 group 32 asymmetric'."""
+        """Its name in recipes, records and cards: 'int4 group 128', 'int8 by row', 'int4 group 32 asymmetric'."""
         if self.grid == NF4:
             return f"nf4 block {self.group_size}, double quantized"
         over = "by row" if self.group_size == BY_ROW else f"group {self.group_size}"
@@ -55,7 +54,7 @@ class Scheme:
 
     @classmethod
     def parse(cls, words: str) -> "Scheme":
-        """The inverse of str(), of integers. Raises ValueError."""
+        """The inverse of str() for integer schemes. Raises ValueError."""
         found = _WORDS.fullmatch(words)
         if found is None:
             raise ValueError(
@@ -66,7 +65,7 @@ class Scheme:
 
     @property
     def code_min(self) -> int:
-        """Least signed code: -8 for four bits. Asymmetric codes are kept signed too, shifted by their zero point."""
+        """The least code, e.g. -8 for four bits. Asymmetric codes are signed too, shifted by their zero point."""
         return -(2 ** (self.bits - 1))
 
     @property
@@ -74,19 +73,20 @@ class Scheme:
         return 2 ** (self.bits - 1) - 1
 
     def width(self, in_features: int) -> int:
-        """Inputs that share a scale."""
+        """Number of inputs that share a scale."""
         return in_features if self.group_size == BY_ROW else self.group_size
 
     def at(self, in_features: int) -> "Scheme":
-        """The same with its width as a number: what files tell, where a row of one group is a row."""
+        """The same scheme with a numeric group size, as files show it: there, one group per row is the same as by
+        row."""
         return replace(self, group_size=self.width(in_features)) if self.grid == "int" else self
 
     def divides(self, in_features: int) -> bool:
-        """Whether a matrix of so many inputs can be stored so. NF4's blocks could run across rows, but a kernel of
-        bitsandbytes then reads them wrongly (checkpoint/formats/bitsandbytes_read.py)."""
+        """Whether a matrix with that many inputs can be stored. NF4's blocks could run across rows, but then a kernel
+        of bitsandbytes reads them wrongly (checkpoint/formats/bitsandbytes_read.py)."""
         return in_features % self.width(in_features) == 0
 
     def groups(self, in_features: int) -> int:
-        """Number of groups along the inputs; the group size must divide them (checked before a run starts)."""
+        """Number of groups along the inputs. The group size must divide them; that is checked before a run starts."""
         assert self.divides(in_features), (in_features, self.group_size)
         return in_features // self.width(in_features)

@@ -1,4 +1,4 @@
-"""TensorSource: a checkpoint seen as names, shapes, dtypes and slices, without reading what is not asked for."""
+"""TensorSource: a checkpoint as names, shapes, dtypes and slices; only what a caller asks for is read."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-# The dtype names of the safetensors specification that a language model's weights and scales use.
+# safetensors' names of the dtypes that language models use for weights and scales.
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -24,13 +24,13 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
-# An index as Python would write it between brackets: whole numbers and slices only.
+# An index as between Python's brackets: integers and slices only.
 Index = tuple[int | slice, ...]
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor before it is read. `dtype` is the safetensors name, e.g. 'BF16'."""
+    """A tensor's shape and dtype, known before it is read. `dtype` is the safetensors name, e.g. 'BF16'."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -41,7 +41,7 @@ class TensorInfo:
 
 
 class TensorSource(Protocol):
-    """Anything that hands out named tensors. Reads are fresh copies on the CPU, never views of a file."""
+    """Anything that gives named tensors. Reads are fresh copies on the CPU, never views of a file."""
 
     @property
     def names(self) -> Collection[str]: ...
@@ -49,5 +49,5 @@ class TensorSource(Protocol):
     def info(self, name: str) -> TensorInfo: ...
 
     def get(self, name: str, index: Index = ()) -> torch.Tensor:
-        """The tensor `name`, or the part of it that `index` selects; only that part is read."""
+        """The tensor `name`, or the part that `index` selects; only that part is read."""
         ...

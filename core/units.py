@@ -1,4 +1,9 @@
-"""How sizes, times and counts are printed. Bytes are decimal units, and said as such."""
+"""How sizes, times, counts and shares are printed. Bytes are decimal units, and said as such."""
+
+from collections.abc import Callable
+
+# Printed in place of a figure that a record does not hold.
+ABSENT = "–"
 
 
 def size(count: float) -> str:
@@ -17,3 +22,15 @@ def clock(seconds: float) -> str:
 
 def gigabytes(count: float) -> str:
     return f"{count / 1e9:.2f} GB"
+
+
+def percent(share: float | None, digits: int = 2, absent: str = ABSENT) -> str:
+    """0.0831 as 8.31%; `absent` for None."""
+    return absent if share is None else f"{share:.{digits}%}"
+
+
+def between(
+    low: float | None, high: float | None, show: Callable[[float], str], absent: str = ABSENT, space: str = " "
+) -> str:
+    """`0.0133 to 0.0146`; `absent` where there is no interval. `space` may keep both ends on one line."""
+    return absent if low is None or high is None else space.join((show(low), "to", show(high)))

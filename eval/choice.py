@@ -20,7 +20,7 @@ LENGTHS = 16
 
 
 @dataclass(frozen=True)
-class Request:
+class OptionRequest:
     """Asks how likely `continuation` is after `context`; token ids, neither empty."""
 
     context: tuple[int, ...]
@@ -46,7 +46,7 @@ class Asking:
     places: tuple[tuple[int, int, int], ...]
 
 
-def ask(requests: Sequence[Request]) -> Asking:
+def ask(requests: Sequence[OptionRequest]) -> Asking:
     """Rows for the requests; equal rows are shared. Raises InputError for an empty context or continuation."""
     rows: dict[tuple[int, ...], int] = {}
     questions: list[list[tuple[int, int]]] = []

@@ -21,7 +21,7 @@ Shape legend: N rows, T tokens of a row, K top-k, H hidden size, R tokens of one
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -63,8 +63,8 @@ Pair = tuple[Block, Block]  # the reference's version of a block, and the other 
 
 
 @dataclass
-class Errors:
-    """Errors of all blocks, added block by block, for the rows of a walk and its batches."""
+class WalkErrors:
+    """WalkErrors of all blocks, added block by block, for the rows of a walk and its batches."""
 
     rows: list[Row]
     groups: list[list[int]]
@@ -99,7 +99,9 @@ class Errors:
     def add_block(self, pair: Pair, shown: tuple[Shown, Shown], inputs: list[torch.Tensor]) -> None:
         """Both versions of a block have seen all batches. `inputs`: what enters it in the reference stream, the sampled
         rows of every batch that has any, [N, T, H]."""
-        (reference, _), (ours, theirs) = pair, shown
+        (reference, other), (ours, theirs) = pair, shown
+        # Modules go by the reference's names: those of a format without the vision tower lack its prefix.
+        pair = reference, replace(other, adapter=reference.adapter)
         found: dict[str, Any] = {"block": reference.index, "hidden": _root_mean(theirs.squared_errors)}
         self.blocks.append(found | _added(pair, inputs))
         if reference.experts is not None:

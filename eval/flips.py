@@ -1,22 +1,22 @@
 """Answer flips: multiple-choice items that two models answer differently.
 
-"Accuracy is Not All You Need" (arXiv 2407.09141): of a compressed model's answers many change while its accuracy stays,
-since as many turn right as turn wrong. So beside both accuracies stand the changes, in each direction, with Wilson's
-intervals; McNemar's exact test, which asks whether one direction outweighs the other; and the reference's margin on
-what changed, since an answer that was nearly a tie tells of a coin, not of a loss.
+"Accuracy is Not All You Need" (arXiv 2407.09141): many answers of a compressed model change while its accuracy stays,
+because as many turn right as turn wrong. So the changes are counted in each direction, with Wilson's intervals.
+McNemar's exact test asks whether one direction outweighs the other. The reference's margin on changed answers tells a
+loss from a coin toss: an answer that was nearly a tie may flip by noise.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
+from ..core.record.flips import Answer, Share, TaskFlips
 from .intervals import mcnemar, wilson
 
 
 @dataclass(frozen=True)
 class Answered:
-    """One item: its options' scores (nats, by the task's normalisation) in both models, and which one is right."""
+    """One item: its options' scores (nats, normalised as the task says) in both models, and the right option."""
 
     id: str
     right: int
@@ -45,45 +45,46 @@ def _best(scores: tuple[float, ...]) -> int:
 
 
 def _margin(scores: tuple[float, ...]) -> float:
-    """The best option's score less the second best's."""
+    """The best option's score minus the second best's, in nats."""
     first, second = sorted(scores, reverse=True)[:2]
     return first - second
 
 
-def _share(count: int, of: int) -> dict[str, Any]:
+def _share(count: int, of: int) -> Share:
     interval = wilson(count, of)
-    return {"share": count / of, "low": interval.low, "high": interval.high, "count": count}
+    return Share(share=count / of, low=interval.low, high=interval.high, count=count)
 
 
-def summarize_answers(answered: Sequence[Answered]) -> dict[str, Any]:
-    """Figures over at least one item."""
+def summarize_answers(answered: Sequence[Answered]) -> TaskFlips:
+    """Figures over at least one item, as those of all tasks together."""
     items = len(answered)
     changed = [a for a in answered if a.reference != a.quantized]
     lost = sum(a.reference == a.right for a in changed)
     won = sum(a.quantized == a.right for a in changed)
-    return {
-        "items": items,
-        "accuracy_reference": _share(sum(a.reference == a.right for a in answered), items),
-        "accuracy_quantized": _share(sum(a.quantized == a.right for a in answered), items),
-        "changed": _share(len(changed), items),
-        "right_to_wrong": _share(lost, items),
-        "wrong_to_right": _share(won, items),
-        "mcnemar_p": mcnemar(lost, won),
-        "margin_of_changed": fmean(a.margin_reference for a in changed) if changed else None,
-        "margin_of_all": fmean(a.margin_reference for a in answered),
-    }
+    return TaskFlips(
+        task="all",
+        items=items,
+        accuracy_reference=_share(sum(a.reference == a.right for a in answered), items),
+        accuracy_quantized=_share(sum(a.quantized == a.right for a in answered), items),
+        changed=_share(len(changed), items),
+        right_to_wrong=_share(lost, items),
+        wrong_to_right=_share(won, items),
+        mcnemar_p=mcnemar(lost, won),
+        margin_of_changed=fmean(a.margin_reference for a in changed) if changed else None,
+        margin_of_all=fmean(a.margin_reference for a in answered),
+    )
 
 
-def answers(answered: Sequence[Answered]) -> list[dict[str, Any]]:
-    """What a gate pairs two runs by."""
-    return [
-        {
-            "id": a.id,
-            "right": a.right,
-            "reference": a.reference,
-            "quantized": a.quantized,
-            "margin_reference": a.margin_reference,
-            "margin_quantized": a.margin_quantized,
-        }
+def answers(answered: Sequence[Answered]) -> tuple[Answer, ...]:
+    """Every item with both models' answers: a gate pairs two runs by them."""
+    return tuple(
+        Answer(
+            id=a.id,
+            right=a.right,
+            reference=a.reference,
+            quantized=a.quantized,
+            margin_reference=a.margin_reference,
+            margin_quantized=a.margin_quantized,
+        )
         for a in answered
-    ]
+    )

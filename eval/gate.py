@@ -1,19 +1,29 @@
-"""The gate: a report against limits, and against a frozen baseline, with an answer that a CI can trust.
+"""The gate: a report against limits and against a frozen baseline, with an answer that a CI can trust.
 
-A limit is held against the measured figure, not against an end of its interval: the same files on the same texts then
-always get the same answer. The interval stands beside it, and a note says when it reaches over the limit. What comes
-of a baseline is in comparison.py; reports that measure different things are never compared (baseline.py).
+A limit is compared with the measured figure, not with an end of its interval: the same files on the same texts then
+always get the same answer. The interval is shown beside it, and a note says when it reaches over the limit. The
+comparison with a baseline is in comparison.py; reports that measure different things are refused (baseline.py).
 """
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..core.errors import InputError, LimitError, input_error
 from ..core.limits import named_limits
-from ..core.verdict import LIMIT, Check, Verdict
+from ..core.record.schema import Record
+from ..core.record.verdict import LIMIT, Check, Verdict, verdict_of
 from ..recipe import Recipe, recorded_limits
 from .baseline import read_report, refuse_unlike
 from .comparison import Tolerances, check_baseline
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A figure and the ends of its 95 % interval, None where it has none."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
 
 
 def run_gate(
@@ -22,17 +32,14 @@ def run_gate(
     limits: dict[str, float] | None,
     tolerances: Tolerances,
 ) -> Verdict:
-    """Read, refuse or judge. `limits` of None: those of the report's own recipe. Raises InputError."""
+    """Read both, then refuse or judge. `limits` of None: those of the report's own recipe. Raises InputError."""
     report = read_report(report_name)
     baseline = None if baseline_name is None else read_report(baseline_name)
-    limits = (
-        limits
-        if limits is not None
-        else recorded_limits(f"the recipe in the record {report_name}", report.get("recipe") or {})
-    )
+    if limits is None:
+        limits = recorded_limits(f"the recipe in the record {report_name}", report.recipe)
     if baseline is None and not limits:
         raise InputError(
-            f"there is nothing to hold {report_name} against: its recipe, or the file of limits, names no limit. Add "
+            f"there is nothing to compare {report_name} with: its recipe, or the file of limits, names no limit. Add "
             "--limits FILE or --baseline BASELINE"
         )
     if baseline is not None:
@@ -45,7 +52,7 @@ def run_gate(
         if not limits:
             notes.append("no limits were looked at: the report names none (one of `verify` or `flips` never does)")
     name = None if baseline_name is None else str(baseline_name)
-    return Verdict(str(report_name), name, tuple(checks), (*_reaching(checks), *notes))
+    return verdict_of(str(report_name), name, checks, [*_reaching(checks), *notes])
 
 
 def refuse_too_large(emitted_bytes: int, recipe: Recipe) -> None:
@@ -57,23 +64,23 @@ def refuse_too_large(emitted_bytes: int, recipe: Recipe) -> None:
         )
 
 
-def gate_of_run(record: dict[str, Any], name: str, recipe: Recipe) -> dict[str, Any]:
+def gate_of_run(record: Record, name: str, recipe: Recipe) -> Verdict:
     """The record's `gate`: a finished run against its recipe's limits."""
     limits = named_limits(recipe.limits.model_dump())
     notes = []
-    if "fail_below_expert_rows" in limits and measured(record)["fail_below_expert_rows"] is None:
+    if "fail_below_expert_rows" in limits and measurements(record)["fail_below_expert_rows"] is None:
         del limits["fail_below_expert_rows"]
         notes.append("fail_below_expert_rows: the run took no statistics of experts, and none could starve")
     checks = check_limits(record, limits)
-    return Verdict(name, None, tuple(checks), (*_reaching(checks), *notes)).to_json()
+    return verdict_of(name, None, checks, [*_reaching(checks), *notes])
 
 
-def refuse_failed(record: dict[str, Any], out: str) -> None:
-    """Raises LimitError for a finished run that did not keep its recipe's limits."""
-    failed = [f"  - {check['name']}: {check['said']}" for check in record["gate"]["checks"] if not check["passed"]]
+def refuse_failed(record: Record, out: str) -> None:
+    """Raises LimitError for a finished run that broke its recipe's limits."""
+    failed = [f"  - {check.name}: {check.said}" for check in record.gate.failed] if record.gate else []
     if failed:
         lines = [
-            "the checkpoint does not keep the limits of its recipe:",
+            "the checkpoint breaks the limits of its recipe:",
             *failed,
             f"It is finished and kept in {out}, and its record says that it failed. Quantize better, or judge it by "
             "other limits: onecard gate --limits FILE",
@@ -81,57 +88,70 @@ def refuse_failed(record: dict[str, Any], out: str) -> None:
         raise LimitError("\n".join(lines))
 
 
-def measured(record: dict[str, Any]) -> dict[str, tuple[float, float | None, float | None] | None]:
-    """What each limit is held against: (figure, low, high of its 95 % interval); None if the record does not tell."""
-    kl = record.get("kl") or {}
-    flips = (record.get("flips") or {}).get("all")
-    rows = [count for block in record.get("blocks") or [] for count in block.get("expert_rows") or []]
-    fallbacks = record.get("fallbacks") or {}
-    quantized_here = record.get("command") == "quantize"
-    bytes_ = (record.get("plan") or {}).get("emitted_bytes")
+def measurements(record: Record) -> dict[str, Measurement | None]:
+    """The figure that each limit is compared with; None where the record does not hold it."""
+    kl, changed = record.kl, record.flips.all.changed if record.flips else None
+    rows = [count for block in record.blocks for count in block.expert_rows]
+    # A run that takes no statistics (round-to-nearest) has no matrix that could fall back.
+    fallbacks = record.fallbacks.get("diagonal_fallbacks", 0 if record.command == "quantize" else None)
 
-    def figure(value: Any, low: Any = None, high: Any = None) -> tuple[float, float | None, float | None] | None:
-        return None if value is None else (value, low, high)
+    def figure(value: float | None, low: float | None = None, high: float | None = None) -> Measurement | None:
+        return None if value is None else Measurement(value, low, high)
 
     return {
-        "max_kl_mean_nats": figure(kl.get("kl_mean_nats"), kl.get("kl_low_nats"), kl.get("kl_high_nats")),
-        "max_kl_p99_nats": figure(kl.get("kl_p99_nats")),
-        "min_same_top1": figure(kl.get("same_top1"), kl.get("same_top1_low"), kl.get("same_top1_high")),
-        "max_flip_rate": None if not flips else figure(*(flips["changed"].get(k) for k in ("share", "low", "high"))),
-        "max_emitted_bytes": figure(bytes_),
+        "max_kl_mean_nats": figure(kl.kl_mean_nats, kl.kl_low_nats, kl.kl_high_nats) if kl else None,
+        "max_kl_p99_nats": figure(kl.kl_p99_nats) if kl else None,
+        "min_same_top1": figure(kl.same_top1, kl.same_top1_low, kl.same_top1_high) if kl else None,
+        "max_flip_rate": figure(changed.share, changed.low, changed.high) if changed else None,
+        "max_emitted_bytes": figure(record.plan.emitted_bytes) if record.plan else None,
         "fail_below_expert_rows": figure(min(rows, default=None)),
-        # A run that takes no statistics (round-to-nearest) has no matrix that could fall back.
-        "max_fallbacks": figure(fallbacks.get("diagonal_fallbacks", 0 if quantized_here else None)),
+        "max_fallbacks": figure(fallbacks),
     }
 
 
-def check_limits(record: dict[str, Any], limits: dict[str, float]) -> list[Check]:
-    """A check for every limit. Raises InputError for limits whose figure the record does not hold."""
-    figures = measured(record)
+def check_limits(record: Record, limits: dict[str, float]) -> list[Check]:
+    """One check a limit. Raises InputError where the record does not hold what a limit is about."""
+    figures = measurements(record)
     missing = [f"{name}: the record holds no such figure" for name in limits if figures[name] is None]
     if missing:
         raise input_error(
             "these limits cannot be judged:",
             missing,
-            "Coverage and fallbacks stand in a record of `quantize`, flips in one of `flips` or of a recipe that asks "
-            "for them. Name the record that has them, or take the limits away.",
+            "Coverage and fallbacks are in a record of `quantize`; flips are in one of `flips`, or of a recipe that "
+            "asks for them. Name the record that has them, or drop the limits.",
         )
-    checks = []
-    for name, limit in limits.items():
-        value, low, high = figures[name] or (0.0, None, None)
-        least = name.startswith(("min_", "fail_below_"))
-        passed = value >= limit if least else value <= limit
-        word = ("at least" if least else "at most") if passed else ("less than" if least else "more than")
-        said = f"{_said(name, value)}{_between(name, low, high)}, {word} {_said(name, limit)}"
-        checks.append(Check(name, LIMIT, passed, value, limit, said, low, high))
-    return checks
+    return [_check_limit(name, figure, limit) for name, limit in limits.items() if (figure := figures[name])]
+
+
+def _check_limit(name: str, figure: Measurement, limit: float) -> Check:
+    is_least = name.startswith(("min_", "fail_below_"))
+    passed = figure.value >= limit if is_least else figure.value <= limit
+    word = ("at least" if is_least else "at most") if passed else ("less than" if is_least else "more than")
+    return Check(
+        name=name,
+        kind=LIMIT,
+        passed=passed,
+        measured=figure.value,
+        allowed=limit,
+        said=f"{_said(name, figure.value)}{_interval_said(name, figure)}, {word} {_said(name, limit)}",
+        low=figure.low,
+        high=figure.high,
+        # Of a baseline alone; a record holds them all the same.
+        before=None,
+        change=None,
+        tolerance=None,
+        p_value=None,
+        paired=None,
+    )
 
 
 def _reaching(checks: list[Check]) -> list[str]:
-    """Notes on limits that are kept by the measured figure, but not by all of its interval."""
+    """Notes on limits that the measured figure keeps, but not all of its interval."""
     found = []
     for check in checks:
-        if check.kind != LIMIT or not check.passed or check.low is None or check.high is None:
+        if check.kind != LIMIT or not check.passed:
+            continue
+        if check.low is None or check.high is None or check.allowed is None:
             continue
         over = check.low < check.allowed if check.name.startswith("min_") else check.high > check.allowed
         if over:
@@ -147,5 +167,7 @@ def _said(name: str, value: float) -> str:
     return f"{value:,}"
 
 
-def _between(name: str, low: float | None, high: float | None) -> str:
-    return "" if low is None or high is None else f" (95 %: {_said(name, low)} to {_said(name, high)})"
+def _interval_said(name: str, figure: Measurement) -> str:
+    if figure.low is None or figure.high is None:
+        return ""
+    return f" (95 %: {_said(name, figure.low)} to {_said(name, figure.high)})"

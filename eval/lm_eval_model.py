@@ -29,18 +29,18 @@ from ..core.errors import InputError
 from ..models.walk import Walk
 from ..recipe import Recipe, load_recipe
 from ..report.progress import Progress
-from .choice import Request, Scored, ask, scores
+from .choice import OptionRequest, Scored, ask, scores
 from .lm_eval_tasks import encode_pair
 from .twin import twin_walk
 from .verify import open_pair
 
-Answer = Callable[[Sequence[Request]], list[Scored]]
+Answer = Callable[[Sequence[OptionRequest]], list[Scored]]
 
 
 class TwinLM(LM):  # type: ignore[misc, unused-ignore]
     """One of the two models, for the harness. Whole texts are scored in windows of `window_tokens`."""
 
-    def __init__(self, twin: "Twin", side: Literal["reference", "quantized"], window_tokens: int) -> None:
+    def __init__(self, twin: "TwinModels", side: Literal["reference", "quantized"], window_tokens: int) -> None:
         super().__init__()
         self._twin, self._side, self._window_tokens = twin, side, window_tokens
 
@@ -51,7 +51,7 @@ class TwinLM(LM):  # type: ignore[misc, unused-ignore]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of whole texts in nats, in the harness's own windows."""
-        asked: list[Request] = []
+        asked: list[OptionRequest] = []
         owner: list[int] = []
         for number, request in enumerate(requests):
             tokenizer = self._twin.encoder.tokenizer
@@ -59,7 +59,7 @@ class TwinLM(LM):  # type: ignore[misc, unused-ignore]
             first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
             for window in get_rolling_token_windows(tokens, first, self._window_tokens, 1):
                 context, continuation = make_disjoint_window(window)
-                asked.append(Request(tuple(context), tuple(continuation)))
+                asked.append(OptionRequest(tuple(context), tuple(continuation)))
                 owner.append(number)
         sums = [0.0] * len(requests)
         for number, scored in zip(owner, self._twin.scores(asked), strict=True):
@@ -75,17 +75,17 @@ class TwinLM(LM):  # type: ignore[misc, unused-ignore]
         return scored.logp_quantized, scored.greedy_quantized
 
 
-class Twin:
+class TwinModels:
     """Both models, and every answer found so far: each request is answered for both."""
 
     def __init__(self, encoder: Encoder, answer: Answer, window_tokens: int) -> None:
         self.encoder = encoder
         self._answer = answer
-        self._known: dict[Request, Scored] = {}
+        self._known: dict[OptionRequest, Scored] = {}
         self.reference = TwinLM(self, "reference", window_tokens)
         self.quantized = TwinLM(self, "quantized", window_tokens)
 
-    def scores(self, requests: Sequence[Request]) -> list[Scored]:
+    def scores(self, requests: Sequence[OptionRequest]) -> list[Scored]:
         """One entry per request; the new ones share one walk."""
         new = [request for request in dict.fromkeys(requests) if request not in self._known]
         if new:
@@ -95,7 +95,7 @@ class Twin:
 
 def open_twin(
     source_name: str, checkpoint: str, recipe: Recipe | None = None, device_name: str = "auto", quiet: bool = True
-) -> Twin:
+) -> TwinModels:
     """The original and a checkpoint of it, for the harness. The recipe (by default `rtn-int4`) says how to compute.
 
     Raises InputError if the second is no version of the first.
@@ -103,11 +103,11 @@ def open_twin(
     recipe = recipe or load_recipe("rtn-int4")
     source, quantized = open_pair(source_name, checkpoint)
     answer = partial(_answer, source, quantized, recipe, device_name, quiet)
-    return Twin(Encoder(source.path, source.adapter), answer, recipe.texts.evaluation_row_tokens)
+    return TwinModels(Encoder(source.path, source.adapter), answer, recipe.texts.evaluation_row_tokens)
 
 
 def _answer(
-    source: Model, quantized: Model, recipe: Recipe, device_name: str, quiet: bool, requests: Sequence[Request]
+    source: Model, quantized: Model, recipe: Recipe, device_name: str, quiet: bool, requests: Sequence[OptionRequest]
 ) -> list[Scored]:
     compute = choose_compute(device_name, recipe.compute_dtype, recipe.batch_tokens)
     asking = ask(requests)

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..calibration.tokens import Encoder
 from ..core.errors import InputError, ResourceError, input_error
-from .choice import Request
+from .choice import OptionRequest
 
 PREFIX = "lm-eval:"
 # The harness's own default seed for few-shot examples, so that both show the same ones.
@@ -126,7 +126,7 @@ def _questions(prefix: str, task: Any) -> list[Question]:
     return found
 
 
-def encode_pair(encoder: Encoder, context: str, continuation: str) -> Request:
+def encode_pair(encoder: Encoder, context: str, continuation: str) -> OptionRequest:
     """Token ids of a pair by the harness's rules. Raises InputError when nothing stands before the continuation.
 
     Spaces at the end of the context belong to the continuation, and both are tokenized as one text. An empty context
@@ -150,4 +150,4 @@ def encode_pair(encoder: Encoder, context: str, continuation: str) -> Request:
     common = min(common, len(whole) - 1)
     if common < 1:
         raise InputError(f"nothing stands before the option {continuation!r}: mend the task")
-    return Request(whole[:common], whole[common:])
+    return OptionRequest(whole[:common], whole[common:])

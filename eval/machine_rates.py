@@ -28,7 +28,7 @@ from ..models.adapter import Adapter, Role, Site
 from ..models.block import Block
 from ..models.calls import Calls
 from ..planner.cost import HEAD_COLUMNS, HEAD_TOKENS
-from ..quantize.site import cuts, matrix_flops, quantize_batch
+from ..quantize.site import batch_slices, matrix_flops, quantize_batch
 from ..recipe import Recipe
 from ..report.resources import package_versions
 from .kl import compare
@@ -162,7 +162,7 @@ def _solve(adapter: Adapter, plan: Plan, method: Method, device: torch.device, r
         outputs //= 2
     while inputs % 16 == 0 and scheme.divides(inputs // 2) and matrix_flops(outputs, inputs, measured, method) > most:
         inputs //= 2
-    batch = next(cuts(len(site.members), outputs, inputs, site_budget(device), method, measured)).stop
+    batch = next(batch_slices(len(site.members), outputs, inputs, site_budget(device), method, measured)).stop
     batch = max(1, min(batch, int(most // matrix_flops(outputs, inputs, measured, method))))
     rows_TI = random(2 * inputs, inputs)
     moment_BII = (rows_TI.T @ rows_TI / len(rows_TI)).expand(batch, -1, -1).contiguous()

@@ -6,13 +6,13 @@ the text is "Question: ... Answer:". HellaSwag, which continues a text, and the 
 
 from ..calibration.tokens import Encoder
 from ..core.errors import InputError
-from .choice import Request
+from .choice import OptionRequest
 from .lm_eval_tasks import encode_pair
 from .task_items import LETTERS, Item, Style
 from .tasks import Task
 
 
-def requests_of(task: Task, encoder: Encoder) -> list[Request]:
+def requests_of(task: Task, encoder: Encoder) -> list[OptionRequest]:
     """One request for each option of each item, in order. Raises InputError."""
     if task.style == "pairs":
         return [encode_pair(encoder, *pair) for item in task.items for pair in item.pairs]
@@ -32,7 +32,7 @@ def wording(item: Item, style: Style) -> tuple[str, tuple[str, ...]]:
     return f"{item.question}\n{listed}\nAnswer with the letter.", tuple(LETTERS[: len(item.choices)])
 
 
-def _chat(task: Task, item: Item, encoder: Encoder) -> list[Request]:
+def _chat(task: Task, item: Item, encoder: Encoder) -> list[OptionRequest]:
     """The requests of an item, asked in the chat template."""
     before: list[dict[str, str]] = []
     for example in task.examples.get(item.group, ()):
@@ -55,14 +55,14 @@ def _chat(task: Task, item: Item, encoder: Encoder) -> list[Request]:
     return found
 
 
-def _split(context: tuple[int, ...], whole: tuple[int, ...]) -> Request:
+def _split(context: tuple[int, ...], whole: tuple[int, ...]) -> OptionRequest:
     """Splits `whole` after the context. Where tokens merge across the boundary, the common beginning counts as it."""
     common = next((i for i, (a, b) in enumerate(zip(context, whole, strict=False)) if a != b), len(context))
     common = min(common, len(whole) - 1)
-    return Request(whole[:common], whole[common:])
+    return OptionRequest(whole[:common], whole[common:])
 
 
-def _plain(task: Task, item: Item, encoder: Encoder) -> list[Request]:
+def _plain(task: Task, item: Item, encoder: Encoder) -> list[OptionRequest]:
     """The requests of an item, asked as plain text."""
 
     def text(one: Item, option: str) -> str:

@@ -14,9 +14,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..core.errors import InputError
+from ..core.record.flips import FlipSummary
 from ..models.known import demo_folder
 from .choice import Scored
 from .flips import Answered, answers, summarize_answers
@@ -119,15 +119,15 @@ def answered(task: Task, scored: Sequence[Scored]) -> list[Answered]:
     return found
 
 
-def flips_facts(tasks: Sequence[Task], scored: Sequence[Sequence[Scored]]) -> dict[str, Any]:
+def flip_summary(tasks: Sequence[Task], scored: Sequence[Sequence[Scored]]) -> FlipSummary:
     """The record's `flips`: each task, and all items together."""
     by_task = [answered(task, own) for task, own in zip(tasks, scored, strict=True)]
-    return {
-        "all": {"task": "all"} | summarize_answers([a for part in by_task for a in part]),
-        "tasks": [
-            {"task": task.name, "digest": task.digest, "shots": task.shots}
-            | summarize_answers(part)
-            | {"answers": answers(part)}
+    return FlipSummary(
+        all=summarize_answers([a for part in by_task for a in part]),
+        tasks=tuple(
+            summarize_answers(part).model_copy(
+                update={"task": task.name, "digest": task.digest, "shots": task.shots, "answers": answers(part)}
+            )
             for task, part in zip(tasks, by_task, strict=True)
-        ],
-    }
+        ),
+    )

@@ -16,14 +16,14 @@ from ..core.rows import Row, RowStore, batches
 from ..models.adapter import Adapter
 from ..models.block import Block
 from ..models.walk import HiddenRows, Walk
-from .errors import Errors, Shown, squared_error
+from .errors import Shown, WalkErrors, squared_error
 from .kl import TokenResults, compare_rows, concatenate
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A row of which only some predictions are wanted, of any tokens: the log-probability of `targets[i]` after
-    position `positions[i]`; both int64 [A]."""
+    """A row for which only some predictions are wanted: the log-probability of token `targets[i]` after position
+    `positions[i]`; both int64 [A]."""
 
     row: Row
     positions: torch.Tensor
@@ -38,8 +38,8 @@ class Twin:
     tokens: TokenResults | None
     # By block with experts: the share of all tokens that the two models send to different sets of experts.
     changed_routes: dict[int, float]
-    # Errors of blocks, units and experts, if they were asked for.
-    errors: Errors | None
+    # WalkErrors of blocks, units and experts, if they were asked for.
+    errors: WalkErrors | None
     # What was asked; `document` is the number of the asked row. None if nothing was.
     answers: TokenResults | None
 
@@ -87,7 +87,7 @@ def twin_walk(
     for side in sides:
         step.begin("verify: embed")
         side.hidden.embed(side.name)
-    errors = Errors(rows, groups[:measured]) if with_errors else None
+    errors = WalkErrors(rows, groups[:measured]) if with_errors else None
     changed_routes = {}
     for index in range(reference.adapter.n_blocks):
         changed = _through_block(sides, index, measured, errors)
@@ -108,7 +108,7 @@ def twin_walk(
     )
 
 
-def _through_block(sides: tuple[_Side, ...], index: int, measured: int, errors: Errors | None) -> float | None:
+def _through_block(sides: tuple[_Side, ...], index: int, measured: int, errors: WalkErrors | None) -> float | None:
     """Both models through their block `index`. Returns the share of tokens with changed routes in the first `measured`
     batches; None for a block without experts, or without such batches."""
     reference, step = sides[0], sides[0].hidden.walk.step
@@ -133,7 +133,7 @@ def _through_block(sides: tuple[_Side, ...], index: int, measured: int, errors: 
     return sum(int((ours != theirs).any(-1).sum()) for ours, theirs in pairs) / tokens if tokens else None
 
 
-def _pass(side: _Side, block: Block, measured: int, errors: Errors | None, reference: _Side | None) -> Shown:
+def _pass(side: _Side, block: Block, measured: int, errors: WalkErrors | None, reference: _Side | None) -> Shown:
     """All batches of one model through its block. `reference`: the other model, if its rows have gone through."""
     shown = Shown()
     for k, numbers in enumerate(side.hidden.groups):
@@ -161,7 +161,7 @@ class _Wanted:
 
 
 def _every_prediction(adapter: Adapter, number: int, row: Row) -> _Wanted:
-    """Of every token but the first. Predictions of image placeholders are left out: nobody reads them."""
+    """All tokens but the first. Image placeholders are left out: nobody reads a prediction of them."""
     positions, targets = torch.arange(len(row.tokens) - 1), row.tokens[1:]
     if adapter.image_token_id is not None:
         read_by_someone = targets != adapter.image_token_id

@@ -1,15 +1,16 @@
-"""The proof: how far a checkpoint, as its files are read back, is from the original. By the twin walk; KL, what it is
-made of and where it comes from. A run's own verification and the verb `verify` are this one."""
+"""The proof: how far a checkpoint, as its files are read back, is from the original.
 
-import json
+The twin walk (twin.py) measures KL, where it comes from, and answers that flip. A run's own verification and the verbs
+`verify` and `flips` are this one.
+"""
+
 import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,25 +19,31 @@ from .. import __version__
 from ..calibration.texts import prepare_texts
 from ..calibration.tokens import Encoder
 from ..checkpoint.files import disk_errors
-from ..checkpoint.model import Model, open_model, said_name, stored_facts
-from ..checkpoint.source import refuse_nonfinite
+from ..checkpoint.model import Model, open_model, said_name
+from ..checkpoint.source_checks import refuse_nonfinite
+from ..checkpoint.stored_widths import stored_facts
 from ..checkpoint.workdir import Activations
 from ..core.device import choose_compute
 from ..core.errors import InputError
 from ..core.file_names import RECORD_NAME
+from ..core.record.blocks import BlockFacts, ErrorSummary
+from ..core.record.flips import FlipSummary
+from ..core.record.kl import KlSummary
+from ..core.record.reading import read_record
+from ..core.record.schema import CheckpointFacts, Machine, ModelFacts, PlanSummary, Record, TextFacts
 from ..core.rows import Row
+from ..core.units import counted
 from ..models.walk import Walk
 from ..recipe import Recipe
 from ..report.progress import Progress
-from ..report.record import RunRecord
 from ..report.resources import describe_machine, package_versions, peak_device_bytes, peak_rss_bytes
+from .breakdown import break_down
 from .choice import ask, scores
 from .intervals import FEW_DOCUMENTS
-from .kept import write_tokens
 from .summary import summarize
 from .task_requests import requests_of
-from .tasks import Task, flips_facts, load_tasks
-from .told import tell
+from .tasks import Task, flip_summary, load_tasks
+from .token_table import write_tokens
 from .twin import twin_walk
 
 SAME_FOLDER = (
@@ -50,14 +57,14 @@ WITHOUT_VISION = "{name} has no vision tower: no text with a picture is evaluate
 
 @dataclass(frozen=True)
 class Measured:
-    """The record's `kl`, `errors` and `flips`, each empty if it was not asked for, and what the user should know."""
+    """The record's `kl`, `errors` and `flips`, each None if it was not asked for, and warnings for the user."""
 
-    kl: dict[str, Any]
-    errors: dict[str, Any]
-    flips: dict[str, Any]
+    kl: KlSummary | None
+    errors: ErrorSummary | None
+    flips: FlipSummary | None
     warnings: list[str]
 
-    def put_into(self, record: RunRecord) -> None:
+    def put_into(self, record: Record) -> None:
         record.kl, record.errors, record.flips = self.kl, self.errors, self.flips
         record.warnings += self.warnings
 
@@ -83,70 +90,81 @@ def measure(
     other = walk.beside(quantized.adapter, quantized.source)
     twin = twin_walk(walk, other, rows, Activations(folder), asked=asking.asked, with_errors=bool(rows))
     walk.step.begin("verify: figures")
-    kl: dict[str, Any] = {}
-    errors: dict[str, Any] = {}
-    flips: dict[str, Any] = {}
+    kl: KlSummary | None = None
+    errors: ErrorSummary | None = None
+    flips: FlipSummary | None = None
     warnings = []
     if twin.tokens is not None and twin.errors is not None:
 
         def decode(ids: list[int]) -> str:
             return str(encoder.tokenizer.decode(ids, skip_special_tokens=False))
 
-        kl = asdict(summarize(twin.tokens)) | tell(twin.tokens, rows, model.adapter.image_token_id, decode)
-        kl |= {
-            "changed_routes": twin.mean_changed_routes,
-            "changed_routes_by_block": {str(block): share for block, share in twin.changed_routes.items()},
-        }
-        errors = twin.errors.facts(calibration_rows)
+        by_block = {str(block): share for block, share in twin.changed_routes.items()}
+        summary = summarize(twin.tokens).model_copy(
+            update={"changed_routes": twin.mean_changed_routes, "changed_routes_by_block": by_block}
+        )
+        kl = break_down(summary, twin.tokens, rows, model.adapter.image_token_id, decode)
+        errors = ErrorSummary.model_validate(twin.errors.facts(calibration_rows))
         if keep_tokens is not None:
             with disk_errors(keep_tokens):
                 write_tokens(keep_tokens, twin.tokens, rows)
-        if kl["documents"] < FEW_DOCUMENTS:
+        if kl.documents < FEW_DOCUMENTS:
             warnings.append(
-                f"{kl['documents']} evaluation document{'s' if kl['documents'] > 1 else ''}: too few for the intervals "
-                f"to mean much. Give {FEW_DOCUMENTS} or more; a document is one draw, whatever its length"
+                f"{counted(kl.documents, 'evaluation document')}: too few for the intervals to "
+                f"mean much. Give {FEW_DOCUMENTS} or more; a document is one draw, whatever its length"
             )
     if twin.answers is not None:
         scored = iter(scores(asking, twin.answers))
-        flips = flips_facts(tasks, [list(islice(scored, len(own))) for own in requests])
+        flips = flip_summary(tasks, [list(islice(scored, len(own))) for own in requests])
     return Measured(kl, errors, flips, warnings)
 
 
-def rows_of_experts(blocks: list[dict[str, Any]]) -> dict[int, list[int]]:
+def rows_of_experts(blocks: list[BlockFacts]) -> dict[int, list[int]]:
     """By block, the calibration rows of its experts, from a record's `blocks`."""
-    return {block["block"]: block["expert_rows"] for block in blocks if block.get("expert_rows")}
+    return {block.block: list(block.expert_rows) for block in blocks if block.expert_rows}
 
 
 def recorded_rows(checkpoint: Model) -> dict[int, list[int]]:
-    """What the checkpoint's own record says of calibration rows; nothing where there is no record that can be read, or
-    one that is not of so many experts."""
+    """By block, the calibration rows of its experts, from the checkpoint's own record; nothing where there is no sound
+    record, or one with another number of experts."""
     try:
-        found = rows_of_experts(json.loads((checkpoint.path / RECORD_NAME).read_text(encoding="utf-8"))["blocks"])
-        return {
-            block: rows
-            for block, rows in found.items()
-            if len(rows) == checkpoint.adapter.n_experts and all(isinstance(count, int) for count in rows)
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        found = rows_of_experts(read_record(checkpoint.path / RECORD_NAME).blocks)
+    except InputError:
         return {}
+    return {block: rows for block, rows in found.items() if len(rows) == checkpoint.adapter.n_experts}
 
 
-def close_machine(record: RunRecord, progress: Progress, device: torch.device, began: float) -> None:
+def close_machine(record: Record, progress: Progress, device: torch.device, began: float) -> None:
     """Time, memory and machine of the run that ends here."""
     progress.begin("finish")
-    record.machine = describe_machine(device.type) | {
-        "seconds": round(time.monotonic() - began, 3),
-        "stage_seconds": {stage: round(s, 3) for stage, s in progress.seconds.items()},
-        "peak_rss_bytes": peak_rss_bytes(),
-        "peak_device_bytes": peak_device_bytes(),
-    }
+    record.machine = Machine(
+        **describe_machine(device.type),
+        seconds=round(time.monotonic() - began, 3),
+        stage_seconds={stage: round(s, 3) for stage, s in progress.seconds.items()},
+        peak_rss_bytes=peak_rss_bytes(),
+        peak_device_bytes=peak_device_bytes(),
+    )
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What `verify` or `flips` was asked to measure. Without texts only the tasks are."""
+
+    command: str
+    source_name: str
+    checkpoint: str
+    recipe: Recipe
+    tasks: Sequence[Task]
+    with_texts: bool = False
+    evaluation: Path | None = None
+    keep_tokens: Path | None = None
 
 
 def open_pair(source_name: str, checkpoint: str) -> tuple[Model, Model]:
-    """The original and the checkpoint that is said to be a version of it. Raises InputError."""
+    """(original, checkpoint). Raises InputError unless the checkpoint can be a version of the original."""
     source, quantized = open_model(source_name), open_model(checkpoint)
     a, b = source.adapter, quantized.adapter
-    if a.has_vision and not b.has_vision:  # a format that holds the text model alone
+    if a.has_vision and not b.has_vision:  # a format that holds only the text model
         a = a.text_only()
     if a.family != b.family or a.expected() != b.expected():
         raise InputError(f"{checkpoint} is no version of {source_name}: their families or sizes differ")
@@ -160,21 +178,18 @@ def tasks_of(recipe: Recipe) -> list[Task]:
     return load_tasks(recipe.texts.tasks, recipe.texts.task_shots, recipe.texts.task_items, recipe.folder)
 
 
-def pair_record(command: str, source: Model, quantized: Model) -> RunRecord:
-    """What a record of two checkpoints says before anything is measured."""
+def pair_record(command: str, source: Model, quantized: Model) -> Record:
+    """The record of two checkpoints before anything is measured."""
     facts = stored_facts(quantized)
     same = [SAME_FOLDER] if source.path.resolve() == quantized.path.resolve() else []
-    return RunRecord(
+    return Record(
         command=command,
         onecard=__version__,
-        model=source.facts(),
-        recipe={},
-        checkpoint={
-            "name": said_name(quantized.name),
-            "digest": quantized.folder.digest,
-            "bytes": facts["emitted_bytes"],
-        },
-        plan=facts | {"source_bytes": source.folder.file_bytes},
+        model=ModelFacts(**source.facts()),
+        checkpoint=CheckpointFacts(
+            name=said_name(quantized.name), digest=quantized.folder.digest, bytes=facts["emitted_bytes"]
+        ),
+        plan=PlanSummary(**facts, source_bytes=source.folder.file_bytes),
         versions=package_versions(),
         warnings=same + source.adapter.faults(source.config) + source.warnings + quantized.warnings,
     )
@@ -190,21 +205,19 @@ def verify(
     device_name: str = "auto",
     console: Console | None = None,
     quiet: bool = False,
-) -> RunRecord:
-    """The independent proof: `checkpoint`, as its files are read back, against `source_name`, on texts and tasks."""
-    return _measured_pair(
-        "verify",
-        source_name,
-        checkpoint,
-        recipe,
-        tasks_of(recipe),
-        True,
-        evaluation,
-        keep_tokens,
-        device_name,
-        console,
-        quiet,
+) -> Record:
+    """The independent proof: `checkpoint`, as its files are read back, against `source_name`. Raises InputError."""
+    asked = _Asked(
+        command="verify",
+        source_name=source_name,
+        checkpoint=checkpoint,
+        recipe=recipe,
+        tasks=tasks_of(recipe),
+        with_texts=True,
+        evaluation=evaluation,
+        keep_tokens=keep_tokens,
     )
+    return _measured_pair(asked, device_name, console, quiet)
 
 
 def flips(
@@ -216,42 +229,33 @@ def flips(
     device_name: str = "auto",
     console: Console | None = None,
     quiet: bool = False,
-) -> RunRecord:
-    """Multiple-choice items, answered by both models in one walk. Of the recipe: how to compute."""
-    return _measured_pair(
-        "flips", source_name, checkpoint, recipe, tasks, False, None, None, device_name, console, quiet
-    )
+) -> Record:
+    """Multiple-choice items, answered by both models in one walk. Of `recipe` only dtype and batch size count."""
+    asked = _Asked(command="flips", source_name=source_name, checkpoint=checkpoint, recipe=recipe, tasks=tasks)
+    return _measured_pair(asked, device_name, console, quiet)
 
 
-def _measured_pair(
-    command: str,
-    source_name: str,
-    checkpoint: str,
-    recipe: Recipe,
-    tasks: Sequence[Task],
-    with_texts: bool,
-    evaluation: Path | None,
-    keep_tokens: Path | None,
-    device_name: str,
-    console: Console | None,
-    quiet: bool,
-) -> RunRecord:
+def _rows(asked: _Asked, source: Model, quantized: Model, record: Record) -> list[Row]:
+    """The evaluation rows; the record gets what it says of them."""
+    reader = source
+    if source.adapter.has_vision and not quantized.adapter.has_vision:
+        reader = replace(source, adapter=source.adapter.text_only())
+        record.warnings.append(WITHOUT_VISION.format(name=said_name(asked.checkpoint)))
+    texts = prepare_texts(reader, asked.recipe, None, asked.evaluation, needs_calibration=False)
+    record.texts = {which: TextFacts(**facts) for which, facts in texts.facts.items()}
+    record.warnings += texts.warnings
+    return texts.evaluation
+
+
+def _measured_pair(asked: _Asked, device_name: str, console: Console | None, quiet: bool) -> Record:
     began = time.monotonic()
-    compute = choose_compute(device_name, recipe.compute_dtype, recipe.batch_tokens)
-    source, quantized = open_pair(source_name, checkpoint)
-    record = pair_record(command, source, quantized)
-    rows: list[Row] = []
-    if with_texts:
-        reader = source
-        if source.adapter.has_vision and not quantized.adapter.has_vision:
-            reader = replace(source, adapter=source.adapter.text_only())
-            record.warnings.append(WITHOUT_VISION.format(name=said_name(checkpoint)))
-        texts = prepare_texts(reader, recipe, None, evaluation, needs_calibration=False)
-        rows, record.texts = texts.evaluation, texts.facts
-        record.warnings += texts.warnings
+    compute = choose_compute(device_name, asked.recipe.compute_dtype, asked.recipe.batch_tokens)
+    source, quantized = open_pair(asked.source_name, asked.checkpoint)
+    record = pair_record(asked.command, source, quantized)
+    rows = _rows(asked, source, quantized, record) if asked.with_texts else []
     with (
         tempfile.TemporaryDirectory(prefix="onecard-verify-") as folder,
-        Progress(f"onecard {command} {checkpoint}", source.adapter.n_blocks, console, quiet) as progress,
+        Progress(f"onecard {asked.command} {asked.checkpoint}", source.adapter.n_blocks, console, quiet) as progress,
     ):
         progress.begin("check weights")
         for model in (source, quantized):
@@ -261,10 +265,10 @@ def _measured_pair(
             source,
             quantized,
             rows=rows,
-            tasks=tasks,
+            tasks=asked.tasks,
             folder=Path(folder) / "acts",
             calibration_rows=recorded_rows(quantized),
-            keep_tokens=keep_tokens,
+            keep_tokens=asked.keep_tokens,
         )
         measured.put_into(record)
         close_machine(record, progress, compute.device, began)

@@ -1,7 +1,8 @@
-"""What a layer keeps of the tokens it has seen, and how engines spread weights over several cards: facts of a family.
+"""The key-value cache of each layer, and how engines split weights over several cards: facts of a family.
 
-Both are read off the config (`layer_types`, `sliding_window`, `attention_chunk_size`) or off a weight's leaf name;
-`planner/` makes bytes of them. A family that differs (MLA keeps one latent vector for all heads) overrides its part.
+The cache follows from the config (`layer_types`, `sliding_window`, `attention_chunk_size`), the split from a weight's
+leaf name. `planner/` turns both into bytes. A family that differs overrides its part (MLA caches one latent vector for
+all heads).
 """
 
 from dataclasses import dataclass
@@ -11,28 +12,23 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class CacheLayer:
-    """The key-value cache of one layer.
+    """The key-value cache of one layer."""
 
-    kind:             global: every token; sliding: the last `window` tokens; chunked: those of the present chunk of
-                      `window`; latent: every token, as one vector for all heads (MLA, arXiv 2405.04434)
-    values_per_token: numbers cached for a token, keys and values together
-    window:           tokens, of sliding and chunked layers
-    kv_heads:         heads that tensor parallelism can split; 1 of a latent layer, which every card keeps whole
-    """
-
+    # global: every token. sliding: the last `window` tokens. chunked: the tokens of the present chunk of `window`.
+    # latent: every token, as one vector for all heads (MLA, arXiv 2405.04434).
     kind: Literal["global", "sliding", "chunked", "latent"]
-    values_per_token: int
-    window: int | None = None
-    kv_heads: int = 1
+    values_per_token: int  # keys and values together
+    window: int | None = None  # tokens; None for global and latent layers
+    kv_heads: int = 1  # heads that tensor parallelism can split; a latent layer has 1, whole on every card
 
     @property
     def local(self) -> bool:
-        """Whether a token is forgotten some time."""
+        """Whether old tokens are dropped."""
         return self.window is not None
 
 
 class Split(StrEnum):
-    """What tensor parallelism does with a weight `[out, in]`: rows, columns, rows by whole KV heads, or a copy each."""
+    """How tensor parallelism splits a weight `[out, in]`: by rows, by columns, by rows of whole KV heads, or not."""
 
     OUTPUTS = "outputs"
     INPUTS = "inputs"
@@ -40,8 +36,8 @@ class Split(StrEnum):
     COPIED = "copied"
 
 
-# Megatron-LM's cut (arXiv 1909.08053), as vLLM makes it: what reads the residual stream by outputs, what writes it by
-# inputs, embeddings and head by rows of the vocabulary. Whatever is not named here is copied to every card.
+# Megatron-LM's split (arXiv 1909.08053), as vLLM does it: readers of the residual stream by outputs, writers by inputs,
+# embeddings and head by rows of the vocabulary. Any other weight is copied to every card.
 SPLITS = {
     "q_proj": Split.OUTPUTS,
     "k_proj": Split.KV_HEADS,
@@ -62,10 +58,10 @@ _KINDS: dict[str, Literal["global", "sliding", "chunked"]] = {
 
 
 def attention_caches(text_config: Any) -> tuple[CacheLayer, ...]:
-    """The layers of a model whose heads each cache a key and a value of `head_dim` numbers.
+    """The layers' caches of a model whose heads each cache a key and a value of `head_dim` numbers.
 
-    A config without `layer_types` has one kind of layer: sliding if it has a `sliding_window`. A window that the config
-    leaves out (None) is no window. Raises ValueError for a kind of layer that is not known.
+    Without `layer_types` all layers are alike: sliding if the config has a `sliding_window`, else global. A layer whose
+    window is None is global. Raises ValueError for unknown layer types.
     """
     c = text_config
     heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
@@ -75,7 +71,7 @@ def attention_caches(text_config: Any) -> tuple[CacheLayer, ...]:
     types = getattr(c, "layer_types", None) or [plain] * c.num_hidden_layers
     unknown = sorted(set(types) - set(_KINDS))
     if unknown:
-        raise ValueError(f"layer_types names {', '.join(unknown)}, of which it is not known what they cache")
+        raise ValueError(f"layer_types names {', '.join(unknown)}: what such layers cache is not known")
 
     def layer(kind: Literal["global", "sliding", "chunked"]) -> CacheLayer:
         window = windows.get(kind)

@@ -20,7 +20,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "qwen3_moe": Qwen3MoeAdapter,
 }
 
-# What must be one or more, where a family's config has it.
+# Config keys whose value must be at least 1, where a family has them.
 SIZES = (
     "num_hidden_layers",
     "hidden_size",

@@ -1,16 +1,15 @@
-"""What llama.cpp calls a model's tensors and settings, by family; and which models of a family it cannot run.
+"""llama.cpp's names for a model's tensors and settings, by family; and the models of a family that it cannot run.
 
-A GGUF file names tensors in llama.cpp's own words and holds the experts of a layer as one 3-D tensor a projection,
-`[experts, out, in]`. Each entry of `layout` says which canonical tensors make one GGUF tensor. Neither family's q and k
-rows are permuted: llama.cpp rotates Llama 4's neighbouring pairs (its NORM) and Qwen3's halves (NEOX) as transformers
-does. Norms and routers are stored in F32, which llama.cpp multiplies norms in.
+A GGUF file uses llama.cpp's own tensor names. It holds the experts of a layer as one 3-D tensor per projection,
+`[experts, out, in]`. Each entry of `layout` says which canonical tensors make one GGUF tensor. The rows of q and k are
+not permuted: llama.cpp rotates Llama 4's neighbouring pairs (its NORM) and Qwen3's halves (NEOX), as transformers does.
+Norms and routers are stored in F32, because llama.cpp multiplies norms in it.
 
-llama.cpp's code for a family fixes settings that a config.json may have otherwise, and says nothing when they differ.
-`refusals` names them. Llama 4's attention chunk (8192) and its temperature's floor (8192) it fixes too, and those
-matter only in longer contexts: of a model that has others the file says so short a `context_length` that none is
-reached.
+llama.cpp's code for a family fixes settings that a config.json may set otherwise, and is silent when they differ.
+`refusals` names them. It also fixes Llama 4's attention chunk (8192) and the floor of its temperature (8192), which
+matter only in longer contexts: for a model with other values the file has a `context_length` too short to reach them.
 
-The vision tower is not part of such a file: llama.cpp wants it as a second one (mmproj), which is not written here.
+The vision tower is not written: llama.cpp wants it in a second file (mmproj).
 
 Source: llama.cpp `src/models/llama4.cpp` and `qwen3moe.cpp`, `conversion/llama.py`, `gguf-py/gguf/constants.py`.
 """
@@ -27,11 +26,11 @@ Value = bool | int | float | str | list[str] | list[int]
 ARCHITECTURES = {"llama4": "llama4", "qwen3_moe": "qwen3moe"}
 # What llama.cpp fixes for Llama 4, whatever config.json says.
 CHUNK, FLOOR_SCALE, ATTENTION_SCALE, NOPE_STEP = 8192, 8192, 0.1, 4
-# It leaves the QK norm out by this number of experts: Maverick's.
+# It leaves out the QK norm of models with this number of experts, Maverick's.
 EXPERTS_WITHOUT_QK_NORM = 128
 
 TOP = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
-# The name of a module in its block -> GGUF's, behind blk.N; experts without their number.
+# The name of a module in its block -> GGUF's name after blk.N; experts without their number.
 ATTENTION = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -54,22 +53,21 @@ ROPE_FACTORS = "rope_freqs.weight"
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One GGUF tensor. `parts`: the canonical tensors that it is made of, one, or one an expert in their order. `shape`
-    as torch has it. `full`: F32, whatever the checkpoint keeps it in."""
+class TensorLayout:
+    """One GGUF tensor and the canonical tensors that make it."""
 
     name: str
-    parts: tuple[str, ...]
-    shape: tuple[int, ...]
-    full: bool
+    parts: tuple[str, ...]  # one, or one per expert in their order
+    shape: tuple[int, ...]  # in torch's order
+    full: bool  # F32, in whatever dtype the checkpoint stores it
 
     @property
     def stacked(self) -> bool:
         return len(self.shape) == 3
 
 
-def layout(adapter: Adapter) -> list[Entry]:
-    """Every tensor of the text model, block by block. Raises ValueError for tensors that llama.cpp has no name for."""
+def layout(adapter: Adapter) -> list[TensorLayout]:
+    """Every tensor of the text model, block by block. Raises ValueError for tensors that have no name in llama.cpp."""
     modules = MODULES[adapter.family]
     prefix = adapter.block_prefix(0).partition("layers.")[0]
     gathered: dict[str, list[str]] = {}
@@ -99,12 +97,12 @@ def layout(adapter: Adapter) -> list[Entry]:
         if role is Role.EXPERT:
             parts.sort(key=lambda part: int(part.partition(".experts.")[2].partition(".")[0]))
             shape = (len(parts), *shape)
-        entries.append(Entry(stored, tuple(parts), shape, role in (Role.NORM, Role.ROUTER)))
+        entries.append(TensorLayout(stored, tuple(parts), shape, role in (Role.NORM, Role.ROUTER)))
     return sorted(entries, key=_order)
 
 
-def _order(entry: Entry) -> tuple[int, int, str]:
-    """The embedding, the blocks, the final norm and the head."""
+def _order(entry: TensorLayout) -> tuple[int, int, str]:
+    """A sort key: the embedding, the blocks, the final norm and the head."""
     first, _, rest = entry.name.partition(".")
     if first == "blk":
         return 1, int(rest.partition(".")[0]), entry.name
@@ -112,17 +110,17 @@ def _order(entry: Entry) -> tuple[int, int, str]:
 
 
 def refusals(adapter: Adapter) -> list[str]:
-    """Why llama.cpp would run another model than this one, or none; a line each."""
+    """Why llama.cpp cannot run this model, or would run another one; a line each."""
     if adapter.family not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
-        return [f"the family {adapter.family} has no names in llama.cpp that onecard knows: {known} have"]
+        return [f"onecard does not know llama.cpp's names for the family {adapter.family}: it knows those of {known}"]
     c = adapter.text_config
     found = _llama4_refusals(adapter) if adapter.family == "llama4" else _qwen3_refusals(adapter)
     rope = _rope(c)
     if rope.get("rope_type", "default") not in ("default", "llama3"):
         found.append(
             f"its rope scaling is {rope['rope_type']!r}: remove it from config.json and give it to llama.cpp "
-            "(--rope-scaling)"
+            "(--rope-scaling) instead"
         )
     try:
         layout(adapter)
@@ -135,18 +133,18 @@ def _llama4_refusals(adapter: Adapter) -> list[str]:
     c, found = adapter.text_config, []
     step = c.interleave_moe_layer_step
     if [b for b in range(adapter.n_blocks) if (b + 1) % max(1, step) == 0] != list(c.moe_layers):
-        found.append(f"its MoE layers are {list(c.moe_layers)}, and llama.cpp goes by interleave_moe_layer_step {step}")
+        found.append(f"its MoE layers are {list(c.moe_layers)}; llama.cpp uses interleave_moe_layer_step, {step}")
     if bool(c.use_qk_norm) != (adapter.n_experts != EXPERTS_WITHOUT_QK_NORM):
         found.append(
             f"use_qk_norm is {c.use_qk_norm} with {adapter.n_experts} experts: llama.cpp leaves the norm out of models "
-            f"of {EXPERTS_WITHOUT_QK_NORM} experts, and of no others"
+            f"with {EXPERTS_WITHOUT_QK_NORM} experts, and of no others"
         )
     rope = [(b + 1) % NOPE_STEP != 0 for b in range(adapter.n_blocks)]
     chunked = ["chunked_attention" if r else "full_attention" for r in rope]
     if [bool(r) for r in c.no_rope_layers] != rope or list(c.layer_types) != chunked:
         found.append(
-            "its layers without rope, or those with chunked attention, are not llama.cpp's (every fourth has no rope, "
-            "the others see their chunk)"
+            "its layers without rope, or with chunked attention, are not llama.cpp's (every fourth layer has no rope, "
+            "all others have chunked attention)"
         )
     return found
 
@@ -164,14 +162,14 @@ def _qwen3_refusals(adapter: Adapter) -> list[str]:
 
 
 def context_tokens(adapter: Adapter) -> int:
-    """The longest context in which llama.cpp computes this model."""
+    """The longest context, in tokens, in which llama.cpp computes this model."""
     c = adapter.text_config
     longest = int(c.max_position_embeddings)
     if adapter.family != "llama4":
         return longest
     if c.attention_chunk_size != CHUNK:
         longest = min(longest, c.attention_chunk_size, CHUNK)
-    # A query's temperature differs from 1 from the position floor_scale - 1 on.
+    # A query's temperature is 1 before position floor_scale - 1.
     ours = (c.floor_scale, c.attn_scale) if c.attn_temperature_tuning else (None, None)
     if ours != (FLOOR_SCALE, ATTENTION_SCALE):
         longest = min(longest, FLOOR_SCALE - 1, *([int(ours[0]) - 1] if ours[0] else []))
@@ -179,22 +177,22 @@ def context_tokens(adapter: Adapter) -> int:
 
 
 def warnings(adapter: Adapter) -> list[str]:
-    """What a user of the file should know; a line each."""
+    """Warnings for the file's users; a line each."""
     found, longest = [], context_tokens(adapter)
     if longest < adapter.text_config.max_position_embeddings:
         found.append(
-            f"llama.cpp fixes Llama 4's attention chunk at {CHUNK} and its temperature's floor at {FLOOR_SCALE}; this "
-            f"model has others, and is the same model in contexts of at most {longest} tokens (context_length)"
+            f"llama.cpp fixes Llama 4's attention chunk at {CHUNK} and its temperature's floor at {FLOOR_SCALE}. This "
+            f"model has others, and llama.cpp computes it in contexts of at most {longest} tokens (context_length)"
         )
     if adapter.has_vision:
         found.append(
-            "the file holds the text model alone: llama.cpp wants a vision tower as a file of its own (mmproj)"
+            "the file holds only the text model: llama.cpp wants the vision tower in a file of its own (mmproj)"
         )
     return found
 
 
 def settings(adapter: Adapter) -> dict[str, Value]:
-    """The architecture's metadata, keys without the architecture's name before them."""
+    """The architecture's metadata; keys lack the architecture's name as prefix."""
     c = adapter.text_config
     found: dict[str, Value] = {
         "vocab_size": adapter.vocab_size,
@@ -225,8 +223,8 @@ def settings(adapter: Adapter) -> dict[str, Value]:
 
 
 def rope_factors(adapter: Adapter) -> torch.Tensor | None:
-    """What llama.cpp divides each rotary frequency by, fp32 [head_dim / 2]: Llama 3's scaling, as transformers computes
-    it. None where frequencies are not scaled."""
+    """The divisors of the rotary frequencies, fp32 [head_dim / 2], for Llama 3's scaling as transformers computes it.
+    None where frequencies are not scaled."""
     c = adapter.text_config
     rope = _rope(c)
     if rope.get("rope_type") != "llama3":

@@ -1,10 +1,9 @@
-"""transformers with experts that it does not stack: how it reads bitsandbytes' files of Qwen3-MoE.
+"""Makes transformers load bitsandbytes files of Qwen3-MoE, with one Linear per expert matrix.
 
-transformers 5 keeps the experts of a layer as one 3-D parameter. Of files that are quantized by bitsandbytes it takes
-Llama 4's experts apart by itself, so that each becomes a Linear4bit; Qwen3-MoE's it goes on stacking, as if their
-packed codes were weights, and then refuses their shapes (4 bits) or loads codes without scales (8 bits). Inside
-`unstacked_experts` its own two tables say the same of Qwen3-MoE as of Llama 4. Nothing else of it is touched, and both
-tables are as they were afterwards.
+transformers 5 keeps the experts of a layer as one 3-D parameter. For bitsandbytes files of Llama 4 it unstacks the
+experts itself, so each matrix becomes a Linear4bit. For Qwen3-MoE it does not: it stacks the packed codes as if they
+were weights, and then refuses their shapes (4 bits) or loads codes without scales (8 bits). Inside `unstacked_experts`
+two of its tables treat Qwen3-MoE like Llama 4. Both tables are restored afterwards, and nothing else is changed.
 
 From transformers 5.23, `quantizers/base.py` and `conversion_mapping.py`.
 """
@@ -24,13 +23,13 @@ STACKED, MODEL_TYPE = "Qwen3MoeExperts", "qwen3_moe"
 
 
 class UnstackedExperts(nn.ModuleList):
-    """One MLP an expert, in the place of Qwen3MoeExperts. transformers hands its config and nothing else."""
+    """One MLP per expert, in place of Qwen3MoeExperts. transformers builds it with the config as only argument."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(Qwen3MoeMLP(config, config.moe_intermediate_size) for _ in range(config.num_experts))
 
     def forward(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-        """Sum over the chosen experts [T, H]; T tokens, K of top-k, H hidden size."""
+        """Sum of the chosen experts' outputs [T, H]; T tokens, K top-k, H hidden size."""
         out_TH = torch.zeros_like(x_TH)
         for number in experts_TK.unique().tolist():
             token, choice = (experts_TK == number).nonzero(as_tuple=True)
@@ -40,7 +39,7 @@ class UnstackedExperts(nn.ModuleList):
 
 @contextmanager
 def unstacked_experts() -> Iterator[None]:
-    """While it lasts transformers loads every expert of a Qwen3-MoE file of bitsandbytes as it is stored."""
+    """While open, transformers loads every expert of a Qwen3-MoE file of bitsandbytes as it is stored."""
     patched = base.MODULES_TO_PATCH_FOR_QUANTIZATION
     stacking = conversion_mapping.get_checkpoint_conversion_mapping(MODEL_TYPE)
     patched[STACKED] = {

@@ -13,8 +13,9 @@ from math import prod
 from ..checkpoint.assign import schemes_of
 from ..checkpoint.formats import compressed_tensors_config as ct_config
 from ..checkpoint.formats import compressed_tensors_write as ct
-from ..checkpoint.model import Model, is_original, stored_weights
+from ..checkpoint.model import Model, is_original
 from ..checkpoint.plan import Width, tally, width_name
+from ..checkpoint.stored_widths import stored_weights
 from ..core.errors import InputError
 from ..core.layout import StoredTensor
 from ..core.scheme import Scheme

@@ -23,10 +23,12 @@ from ..checkpoint.provenance import front_matter
 from ..core.errors import InputError, OnecardError, ResourceError, input_error
 from ..core.file_names import RECORD_NAME
 from ..core.layout import CARD_MARK, CARD_NAME
+from ..core.rows import Step
 from ..report.licence import Licence, holds_llama4, is_llama4_id, unmet_terms
-from ..report.model_card import FAILED_GATE, card_problems, digest_of, mark, parent_of
+from ..report.model_card import card_problems, digest_of, mark
+from ..report.model_card_words import FAILED_GATE, parent_of
 from .card import Drawn, Wishes, draw, finished_record, terms, write
-from .check import Told, check
+from .check import check
 
 WEIGHTS = ".safetensors"
 
@@ -67,7 +69,7 @@ class Publication:
             )
 
 
-def prepare(checkpoint: str, repo: str, wishes: Wishes, force: bool = False, told: Told | None = None) -> Publication:
+def prepare(checkpoint: str, repo: str, wishes: Wishes, force: bool = False, step: Step | None = None) -> Publication:
     """Look at everything, without network and without writing. Raises InputError when there is nothing to look at."""
     folder = Path(checkpoint)
     found = Publication(folder, repo)
@@ -83,7 +85,7 @@ def prepare(checkpoint: str, repo: str, wishes: Wishes, force: bool = False, tol
     except InputError as error:
         found.refused.append(str(error))
         return found
-    checked = check(checkpoint, told)
+    checked = check(checkpoint, step)
     found.refused += checked.problems
     found.refused += [f"not checked: {what}" for what in checked.unchecked]
     if checked.sound and not checked.unchecked:
@@ -116,8 +118,8 @@ def _card(found: Publication, wishes: Wishes, force: bool) -> None:
             f"its KL was measured on the {parent_of(drawn.record)} files that it was exported from: measure these with "
             "`onecard verify ORIGINAL FOLDER --record verify.json`, and add --record verify.json"
         )
-    gate = drawn.record.get("gate")
-    if (gate and not gate.get("passed")) or FAILED_GATE in text:
+    gate = drawn.record.gate
+    if (gate is not None and not gate.passed) or FAILED_GATE in text:
         failed = "its gate failed: the record says which limits"
         found.forced += [failed] if force else []
         found.refused += [] if force else [f"{failed}; --force publishes it, and the card says so"]
@@ -178,7 +180,7 @@ def _without_token(text: str) -> str:
     return text.replace(token, "***") if token else text
 
 
-def send(found: Publication, private: bool, told: Told) -> dict[str, Any]:
+def send(found: Publication, private: bool, step: Step) -> dict[str, Any]:
     """Write the card if it is still to be written, and send everything. Returns the address and the commit.
 
     Raises InputError when the repository cannot be written to or holds other weights, ResourceError for the network.
@@ -191,7 +193,7 @@ def send(found: Publication, private: bool, told: Told) -> dict[str, Any]:
     sums = read_sums(found.folder / SUMS_NAME)
     api = HfApi(library_name="onecard", library_version=__version__)
     with _hub_errors(found.repo):
-        told("ask for the repository")
+        step.begin("ask for the repository")
         api.create_repo(found.repo, private=private or None, exist_ok=True)
         remote = {item.path: item for item in api.list_repo_tree(found.repo, recursive=True) if hasattr(item, "size")}
         old = {name for name in remote if name.endswith(WEIGHTS)}
@@ -205,17 +207,17 @@ def send(found: Publication, private: bool, told: Told) -> dict[str, Any]:
             addition = CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(found.folder / name))
             additions.append(addition)
             if name.endswith(WEIGHTS):
-                told(f"send {name}")
+                step.begin(f"send {name}")
                 api.preupload_lfs_files(found.repo, additions=[addition], free_memory=False)
-        told("commit")
-        version = finished_record(found.folder)["onecard"]
+        step.begin("commit")
+        version = finished_record(found.folder).onecard
         deletions = [CommitOperationDelete(path_in_repo=name) for name in sorted(old - found.files.keys())]
         info = api.create_commit(
             found.repo,
             operations=[*additions, *deletions],
             commit_message=f"Checkpoint made with onecard {version}",
         )
-        told("compare")
+        step.begin("compare")
         there = {item.path: item for item in api.list_repo_tree(found.repo, recursive=True) if hasattr(item, "size")}
     wrong = [name for name, size in found.files.items() if name not in there or there[name].size != size]
     wrong += [

@@ -1,7 +1,7 @@
 """GPTQ (Frantar et al., arXiv 2210.17323) for a batch of experts at once.
 
-Columns are rounded one by one in the order of falling second moment; what rounding a column cost is spread over the
-columns still to come, through the Cholesky factor of the inverse second moment. Scales belong to static groups of the
+Columns are rounded one by one in the order of falling second moment. The error of each column is spread over the
+columns to come, through the Cholesky factor of the inverse second moment. Scales belong to static groups of the
 ORIGINAL column order and are fixed before the loop, so the stored file needs no `g_idx`. All experts of a site go
 through the column loop together: one Python step per column, whatever the number of experts.
 
@@ -16,28 +16,32 @@ from ..core.quantized_weight import QuantizedWeight
 from ..core.scheme import Scheme
 from .grid import round_codes
 
-# Columns between two updates of all later columns (the paper's lazy batch): 128 keeps the small updates in cache.
+# Columns between two updates of all later columns (the paper's lazy batch). 128 keeps the small updates in the cache.
 BLOCK_COLUMNS = 128
-# Damping grows tenfold at each failed factorisation; after this many the site falls back to its diagonal.
+# Each failed factorisation raises the damping tenfold. After this many, a matrix falls back to its diagonal.
 MAX_DAMPING_STEPS = 6
 
 
 @dataclass(frozen=True)
 class Factor:
-    """Upper U [B, I, I] with inv(D) = U^T U; D, the damped second moment, positive definite; what it took to get it."""
+    """The factored second moments of a batch."""
 
+    # U [B, I, I], upper triangular, with inv(D) = U^T U.
     upper: torch.Tensor
+    # D [B, I, I], the damped second moment, positive definite.
     damped: torch.Tensor
+    # How often a matrix needed ten times the damping.
     damping_raised: int
+    # How many matrices fell back to their diagonal.
     diagonal_fallbacks: int
 
 
 def factor(moment_BII: torch.Tensor, damping: float) -> Factor:
-    """Damp by `damping` x mean diagonal, factor, and raise the damping tenfold for those experts where that fails."""
+    """Add `damping` x mean diagonal to each moment and factor it, with tenfold damping for experts where that fails."""
     n = moment_BII.shape[-1]
     diagonal = moment_BII.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1)
-    # A moment of zeros (a site whose inputs are all zero) is as good as any: round-to-nearest is then optimal.
+    # If all inputs of a site are zero, any positive diagonal will do: round-to-nearest is then optimal.
     mean = torch.where((mean > 0) & torch.isfinite(mean), mean, torch.ones_like(mean))
     eye = torch.eye(n, device=moment_BII.device, dtype=moment_BII.dtype)
     upper, objective = torch.empty_like(moment_BII), torch.empty_like(moment_BII)
@@ -62,29 +66,34 @@ def factor(moment_BII: torch.Tensor, damping: float) -> Factor:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What does not depend on the weights: the order of the columns [B, I] and the factor in that order; and the
-    objective [B, I, I] in the original order, the damped moment that every step after it minimises with."""
+    """What GPTQ needs besides the weights."""
 
+    # The order in which columns are rounded.
     order_BI: torch.Tensor
+    # In that order.
     factor: Factor
+    # The damped moment [B, I, I] in the original order; every later step minimises with it.
     objective: torch.Tensor
 
     @property
     def importance(self) -> torch.Tensor:
-        """[B, I]: what GPTQ pays for a squared rounding error of input i, 1 / U_ii^2: the variance of input i given
-        those that come after it and make good what they can. The moment's diagonal overrates what others replace."""
+        """What a squared rounding error of input i costs GPTQ, [B, I]: 1 / U_ii^2.
+
+        That is the variance of input i given the inputs after it, which compensate for part of its error. The moment's
+        diagonal would overrate inputs that others can replace.
+        """
         paid = self.factor.upper.diagonal(dim1=-2, dim2=-1).square().reciprocal()
         return torch.empty_like(paid).scatter_(1, self.order_BI, paid)
 
 
 def permuted(x_BII: torch.Tensor, order_BI: torch.Tensor) -> torch.Tensor:
-    """Rows and columns of each matrix in its own order."""
+    """Each matrix with its rows and columns in its own order."""
     each = torch.arange(len(x_BII), device=x_BII.device)
     return x_BII[each[:, None, None], order_BI[:, :, None], order_BI[:, None, :]]
 
 
 def prepare(moment_BII: torch.Tensor, damping: float, activation_order: bool = True) -> Prepared:
-    """Order the columns by falling second moment (or not) and factor."""
+    """Order the columns by falling second moment, or not at all, and factor."""
     batch, inputs = moment_BII.shape[:2]
     if activation_order:
         order_BI = torch.argsort(moment_BII.diagonal(dim1=-2, dim2=-1), dim=-1, descending=True, stable=True)
@@ -105,7 +114,7 @@ def gptq(
     zero_BOG: torch.Tensor | None,
     scheme: Scheme,
 ) -> QuantizedWeight:
-    """Codes for `w_BOI` (fp32 or fp64) under fixed scales, minimising tr(E moment E^T) greedily by column."""
+    """Codes for `w_BOI` (fp32 or fp64) under fixed scales; each column greedily minimises tr(E moment E^T)."""
     batch, outputs, inputs = w_BOI.shape
     order_BI = prepared.order_BI
     each = torch.arange(batch, device=w_BOI.device)
@@ -118,8 +127,8 @@ def gptq(
     for begin in range(0, inputs, BLOCK_COLUMNS):
         end = min(begin + BLOCK_COLUMNS, inputs)
         errors = torch.empty(batch, end - begin, outputs, dtype=wt.dtype, device=wt.device)
-        # Column by column what the block's earlier ones cost this one: to spread each error over the rest of the block
-        # at once writes as much as this reads.
+        # Each column collects the errors of the block's earlier columns. Spreading each error over the rest of the
+        # block at once would write as much as this reads.
         feedback = upper[:, begin:end, begin:end].transpose(1, 2).contiguous()
         for j in range(end - begin):
             column = begin + j

@@ -1,7 +1,7 @@
-"""Grids: which scale a group gets, and which code a value gets.
+"""Grids: the scale of a group, and the code of a value.
 
-Everything here is elementwise in a group, so it has no order and no error feedback (that is gptq.py). Scales are
-rounded to the dtype they will be stored in BEFORE codes are chosen: a code is right for the scale the engine will read.
+Values of a group are rounded independently here, without order or error feedback (that is gptq.py). Scales are rounded
+to their stored dtype BEFORE codes are chosen, so that codes are right for the scale that an engine reads.
 
 Shape legend: B experts, O outputs, I inputs, G groups, g group size (I = G * g).
 """
@@ -11,14 +11,14 @@ import torch
 from ..core.quantized_weight import QuantizedWeight
 from ..core.scheme import Scheme
 
-# Multiples of absmax / 8 that the search tries. 8/7 = 1.143 clips nothing; below 0.6 more than a third of the range is
-# clipped, which never won on trained weights. 36 steps of 0.016: a finer grid changed the demo's KL by less than 1 %.
+# The search tries these multiples of absmax / 8. 8/7 = 1.143 clips nothing. Below 0.6, more than a third of the range
+# is clipped, which never won on trained weights. 36 steps of 0.016: a finer grid changed the demo's KL by under 1 %.
 SEARCH_STEPS = 36
 SEARCH_LOW, SEARCH_HIGH = 0.6, 1.16
-# On a CPU the search works on 2^18 values (1 MB) at a time: its temporaries stay in the cache.
+# On a CPU the search takes 2^18 values (1 MB) at a time, so that its temporaries stay in the cache.
 SEARCH_ELEMENTS = 2**18
-# A group of zeros gets this scale, so that nothing is divided by zero; its codes are zero. The least normal fp16 number
-# would do as well; engines that read scales in fp16 must not flush it.
+# The scale of a group of zeros, whose codes are zero; it avoids a division by zero. It is the least normal fp16 number,
+# which engines that read fp16 scales do not flush to zero.
 TINY_SCALE = 2.0**-14
 
 
@@ -36,9 +36,9 @@ def round_codes(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None,
 
 
 def absmax_scales(w_BOI: torch.Tensor, scheme: Scheme, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scales [B, O, G] (and zero points) by range alone: absmax / 2^(bits-1), or min-max when asymmetric.
+    """Scales [B, O, G] and zero points from the range alone: absmax / 2^(bits-1), or min-max when asymmetric.
 
-    The symmetric one maps the largest magnitude to code -8 and clips +8 to 7: the scheme of Meta's own int4 Scout.
+    The symmetric scale maps the largest magnitude to code -8 and clips +8 to 7, as Meta's own int4 Scout does.
     """
     w_BOGg = w_BOI.unflatten(-1, (scheme.groups(w_BOI.shape[-1]), -1))
     if scheme.symmetric:
@@ -56,10 +56,10 @@ def _affine(
 
 
 def signs(w_BOI: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """+1 or -1 a group [B, O, G]: the sign of a scale that maps the group's largest magnitude to the code -2^(bits-1).
+    """+1 or -1 per group [B, O, G]: the sign of the scale that maps its largest magnitude to the code -2^(bits-1).
 
-    The symmetric grid has one more level below zero than above. A negative scale turns it round, costs nothing and is
-    what llama.cpp's Q4_0 stores; every reader multiplies code and scale.
+    The symmetric grid has one more level below zero than above. A negative scale mirrors it at no cost, since every
+    reader multiplies code and scale. llama.cpp's Q4_0 does the same.
     """
     w_BOGg = w_BOI.unflatten(-1, (scheme.groups(w_BOI.shape[-1]), -1))
     largest = w_BOGg.gather(-1, w_BOGg.abs().argmax(-1, keepdim=True)).squeeze(-1)
@@ -71,8 +71,8 @@ def searched_scales(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scales that minimise sum_i importance_i (w_i - dequantized_i)^2 in each group, by exhaustive search.
 
-    `importance_BI`: what a squared error of input i costs (gptq.Prepared.importance). `signed`: of a symmetric
-    scheme the sign is chosen too.
+    `importance_BI`: the cost of a squared error of each input (gptq.Prepared.importance). `signed`: also choose the
+    sign of a symmetric scheme's scale.
     """
     if signed and scheme.symmetric:
         sign_BOG = signs(w_BOI, scheme)
@@ -119,7 +119,7 @@ def _search(
 def round_to_nearest(
     w_BOI: torch.Tensor, scale_BOG: torch.Tensor, zero_BOG: torch.Tensor | None, scheme: Scheme
 ) -> QuantizedWeight:
-    """Every value to its nearest code, given the scales."""
+    """Round every value to its nearest code, given the scales."""
     w_BOGg = w_BOI.unflatten(-1, (scheme.groups(w_BOI.shape[-1]), -1))
     z = None if zero_BOG is None else zero_BOG.unsqueeze(-1)
     codes = round_codes(w_BOGg, scale_BOG.float().unsqueeze(-1), z, scheme).flatten(-2)

@@ -1,12 +1,12 @@
-"""What an error of a matrix's output costs: the metric A of tr(A E S E^T), and quantization under it, rows by rows.
+"""The output metric A of tr(A E S E^T): what errors of a matrix's outputs cost; and quantization under it.
 
-With S alone every output counts alike and rows of a weight are independent. An output metric couples them: what one
-row's rounding did to an output that matters, the rows that come later make good. (Two-sided objectives: Tseng et al.,
-Model-Preserving Adaptive Rounding, arXiv 2505.22988.) With M the Fisher metric of the residual stream where the block
-ends (calibration/sensitivity.py):
+With S alone every output counts equally, and the rows of a weight are independent. An output metric couples them: later
+rows compensate for what the rounding of earlier rows did to outputs that matter. (Two-sided objectives: Tseng et al.,
+Model-Preserving Adaptive Rounding, arXiv 2505.22988.) Let M be the Fisher metric of the residual stream at the block's
+end (calibration/sensitivity.py):
 
-- rows that are added to the residual stream there: A = M;
-- gate and up: an error (dg, du) of one token moves the residual stream by W_down (t dg + s du), with s = silu(g) and
+- Outputs that are added to the residual stream there: A = M.
+- Gate and up: an error (dg, du) of one token moves the residual stream by W_down (t dg + s du), with s = silu(g) and
   t = u silu'(g). Over an expert's tokens A = E[v v^T] * tile(W_down^T M W_down), v = (t, s), * elementwise.
 
 Shape legend: B experts, O outputs, I inputs, F intermediate, P = 2 F, H hidden, R rows of tokens.
@@ -20,19 +20,20 @@ import torch.nn.functional as F
 from ..core.quantized_weight import QuantizedWeight
 from .gptq import prepare
 
-# Of the mean diagonal: the metric is an average over tokens, and what it calls free is not free for every one.
+# Damping, as a share of the mean diagonal. The metric averages over tokens: an error that it calls free still costs
+# some tokens.
 METRIC_DAMPING = 0.03
 
 
 def swiglu_slopes(x_RI: torch.Tensor, gate_up_PI: torch.Tensor) -> torch.Tensor:
-    """v = (t, s) [R, 2F]: how far the product silu(gate) * up moves with gate and with up, at these rows."""
+    """v = (t, s) [R, 2F]: the derivatives of silu(gate) * up by gate and by up, at these rows."""
     gate, up = F.linear(x_RI, gate_up_PI).chunk(2, dim=-1)
     s = torch.sigmoid(gate)
     return torch.cat([up * s * (1 + gate * (1 - s)), gate * s], dim=-1)
 
 
 def swiglu_metric(slopes_BPP: torch.Tensor, down_BHF: torch.Tensor, residual_HH: torch.Tensor) -> torch.Tensor:
-    """A [B, P, P] for gate and up stacked, from the second moment of the slopes and the down projection."""
+    """A [B, P, P] of stacked gate and up, from the second moment of the slopes and the down projection."""
     inner_BFF = down_BHF.transpose(1, 2) @ residual_HH @ down_BHF
     return slopes_BPP * inner_BFF.repeat(1, 2, 2)
 
@@ -40,14 +41,15 @@ def swiglu_metric(slopes_BPP: torch.Tensor, down_BHF: torch.Tensor, residual_HH:
 def quantize_by_row_blocks(
     w_BOI: torch.Tensor, metric_BOO: torch.Tensor, blocks: int, quantize_rows: Callable[[torch.Tensor], QuantizedWeight]
 ) -> QuantizedWeight:
-    """Minimise tr(A E S E^T) over blocks of rows, those that cost most first.
+    """Minimise tr(A E S E^T) over blocks of rows, the costliest rows first.
 
-    `quantize_rows` minimises tr(E S E^T) for the rows it is given. After each block the rest is aimed anew: with E_b
-    what the block's rounding left, A_rb the metric between it and the rest,
+    `quantize_rows` minimises tr(E S E^T) for the rows it is given, so rows inside a block count as independent. After
+    each block the remaining rows get a new target. With E_b the error of the block and A_rb the metric between it and
+    the remaining rows,
 
         W_r <- W_r + A_rr^-1 A_rb E_b
 
-    which GPTQ does for columns, here through the factor of inv(A). Inside a block rows are taken for independent.
+    GPTQ does the same for columns. Here it is computed through the factor of inv(A).
     """
     each = torch.arange(len(w_BOI), device=w_BOI.device)[:, None]
     prepared = prepare(metric_BOO, METRIC_DAMPING)

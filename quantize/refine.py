@@ -1,14 +1,14 @@
-"""Refinement after GPTQ: scales refitted by least squares and codes improved by coordinate descent, alternated.
+"""Refinement after GPTQ: alternately refit scales by least squares and improve codes by coordinate descent.
 
 Both steps lower the same quadratic J = tr(E S E^T), E = W - Q, and neither ever raises it:
 
-- scale of a group: J is a parabola in it; its minimum is s + (c G) / (c S_gg c^T), with c the group's codes (less the
-  zero point) and G = E S. The new scale is rounded to its stored dtype and kept only if J falls.
-- code of a column: with all others fixed the best real value is q_j + G_j / S_jj, and the nearest code to it is the
-  best code, since J is a parabola here too.
+- Scale of a group: J is a parabola in it, with its minimum at s + (c G) / (c S_gg c^T), where c are the group's codes
+  minus the zero point and G = E S. The new scale is rounded to its stored dtype and kept only if J falls.
+- Code of a column: with all others fixed, the best real value is q_j + G_j / S_jj. J is a parabola here too, so the
+  nearest code is the best code.
 
-GPTQ fixes a code once and never looks back; a sweep lets early columns answer to what later ones left. (Coordinate
-descent on this objective: Behdin et al., QuantEase, arXiv 2309.01885.)
+GPTQ never revises a code. A sweep lets early columns respond to the errors of later ones. (Coordinate descent on this
+objective: Behdin et al., QuantEase, arXiv 2309.01885.)
 
 Shape legend: B experts, O outputs, I inputs, G groups; t marks a transposed matrix [B, I, O].
 """
@@ -21,7 +21,7 @@ from .grid import TINY_SCALE, round_codes
 
 
 def refine(weight: QuantizedWeight, w_BOI: torch.Tensor, moment_BII: torch.Tensor, rounds: int) -> QuantizedWeight:
-    """`rounds` times: refit every scale, then sweep every column. `moment_BII` is positive definite."""
+    """Refit every scale, then sweep every column, `rounds` times. `moment_BII` must be positive definite."""
     scheme = weight.scheme
     codes_t = weight.codes.to(w_BOI.dtype).transpose(1, 2).contiguous()
     scale_BGO = weight.scales.to(w_BOI.dtype).transpose(1, 2).contiguous()
@@ -57,7 +57,7 @@ def _sweep(
     moment_BII: torch.Tensor,
     weight: QuantizedWeight,
 ) -> None:
-    """One pass of coordinate descent over all columns; codes and gradient are changed in place."""
+    """One pass of coordinate descent over all columns. Changes codes and gradient in place."""
     inputs, group = codes_t.shape[1], weight.scheme.width(codes_t.shape[1])
     for begin in range(0, inputs, BLOCK_COLUMNS):
         end = min(begin + BLOCK_COLUMNS, inputs)

@@ -1,16 +1,16 @@
-"""Several tries at a stretch of columns, all others fixed; every row keeps the one that leaves it least error.
+"""Restarts: try a stretch of columns several times, with all others fixed; each row keeps the try with least error.
 
-GPTQ is greedy, and refinement ends in the nearest minimum. Columns taken in another order end in another one. Rows
-are independent under J = tr(E S E^T), and so each keeps its own try; with the other columns fixed, J over a stretch c
-is a problem of the same kind,
+GPTQ is greedy, and refinement ends in the nearest local minimum. Taking the columns in another order leads to another
+minimum. Rows are independent under J = tr(E S E^T), so each keeps its own try. With the other columns fixed, J over a
+stretch c is a problem of the same form,
 
-    J = tr((T - Q_c) S_cc (T - Q_c)^T) + what Q_c cannot change,     T = Q_c + (E S)_c S_cc^-1
+    J = tr((T - Q_c) S_cc (T - Q_c)^T) + a term without Q_c,     T = Q_c + (E S)_c S_cc^-1
 
-so the choice is made stretch by stretch. Over whole rows the tries of a wide matrix would differ by little, since what
-one gains in some columns it loses in others. Orders depart at random from GPTQ's; the seed is fixed, and the noise is
-the same for all experts, so that cutting a batch changes no code.
+so tries are chosen stretch by stretch. Over whole rows of a wide matrix the tries would differ little, since each gains
+in some columns what it loses in others. Orders deviate at random from GPTQ's. The seed is fixed, and the noise is the
+same for all experts, so that cutting a batch changes no code.
 
-Shape legend: B experts, O outputs, I inputs, C columns of a stretch, K tries (batch entries try by try).
+Shape legend: B experts, O outputs, I inputs, C columns of a stretch, K tries (the batch axis holds try after try).
 """
 
 from dataclasses import dataclass
@@ -21,24 +21,25 @@ from ..core.quantized_weight import QuantizedWeight
 from .gptq import BLOCK_COLUMNS, Prepared, factor, gptq, permuted
 from .refine import refine
 
-# A restart is made this many times over, from where the last one ended.
+# Passes of restarts over all stretches, each from where the last one ended.
 PASSES = 2
-# How far, in the logarithm of the second moment, an order may depart from the falling one. Half and twice as much left
-# 0.3 % more error on the demo's sites.
+# Standard deviation of the noise on the logarithm of the second moment, by which columns are ordered. Half and twice as
+# much left 0.3 % more error on the demo's sites.
 ORDER_NOISE = 0.5
-# S_cc is a part of the damped moment: no more than rounding needs to be made up for.
+# S_cc is part of a moment that is damped already, so this only has to cover rounding.
 DAMPING = 1e-6
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """Neighbouring columns, their groups, and what the tries at them need but for the weights."""
+    """Neighbouring columns and their groups, with everything that the tries need besides the weights."""
 
     columns: slice
     groups: slice
     moment_BCC: torch.Tensor
     inverse_BCC: torch.Tensor
-    tries: Prepared  # of B x K problems
+    # Of B x K problems.
+    tries: Prepared
 
     @property
     def count(self) -> int:
@@ -46,7 +47,7 @@ class Stretch:
 
 
 def prepare_restarts(objective_BII: torch.Tensor, group_size: int, tries: int) -> list[list[Stretch]]:
-    """For each pass the stretches, whole groups of about BLOCK_COLUMNS columns. `objective_BII`: the damped moment."""
+    """The stretches of each pass: whole groups of about BLOCK_COLUMNS columns. `objective_BII`: the damped moment."""
     if not tries:
         return []
     generator = torch.Generator().manual_seed(0)
@@ -78,7 +79,8 @@ def _stretch(
 def restarted(
     weight: QuantizedWeight, w_BOI: torch.Tensor, moment_BII: torch.Tensor, stretches: list[Stretch], rounds: int
 ) -> QuantizedWeight:
-    """One pass over the stretches, each try refined `rounds` times. J never rises. `moment_BII`: the damped one."""
+    """One pass over the stretches, with each try refined `rounds` times. J never rises. `moment_BII`: the damped
+    moment."""
     scheme, zeros = weight.scheme, weight.zero_points
     codes, scales = weight.codes.clone(), weight.scales.clone()
     error_BOI = w_BOI - weight.dequantize(w_BOI.dtype)
@@ -104,7 +106,7 @@ def restarted(
 
 
 def _best(held_BON: torch.Tensor, tried_KBON: torch.Tensor, change_KBO: torch.Tensor) -> torch.Tensor:
-    """Of each row the try that lowers J most, or what is held where none does. K and B of `tried_KBON` are one axis."""
+    """For each row the try that lowers J most, or the held codes if none does. K and B of `tried_KBON` are one axis."""
     least_BO, best_BO = change_KBO.nan_to_num(nan=torch.inf).min(0)
     chosen = tried_KBON.view(-1, *held_BON.shape).gather(0, best_BO[None, :, :, None].expand(1, *held_BON.shape))[0]
     return torch.where((least_BO < 0).unsqueeze(-1), chosen, held_BON)

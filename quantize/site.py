@@ -1,6 +1,6 @@
-"""One site through one method: (weights, second moments, scheme) -> codes, with the error it leaves.
+"""Quantize one site by one method: (weights, second moments, scheme) -> codes, and the error that they leave.
 
-The batch of experts is cut so that working copies stay within a budget of memory; cutting changes no code.
+`batch_slices` cuts the batch of experts so that working copies fit into a memory budget. Cutting changes no code.
 """
 
 from collections.abc import Iterator
@@ -18,24 +18,27 @@ from .metric import quantize_by_row_blocks
 from .refine import refine
 from .restarts import PASSES, Stretch, prepare_restarts, restarted
 
-# What a move of a code costs in time, for each weight of its stretch, beside matrix products: measured on one CPU core.
+# Time of one move of the tabu search per weight of its stretch, in flops of matrix products; measured on a CPU core.
 MOVE_FLOPS = 700.0
-# Groups wider than this get no restarts and no tabu search: a stretch of whole groups would be most of the row.
+# Wider groups get no restarts and no tabu search: a stretch of whole groups would be most of the row.
 WIDEST_SEARCHED = 512
 
 
 @dataclass(frozen=True)
 class SiteResult:
-    """Codes for a batch of equal matrices, and per matrix the relative output error tr(EHE^T) / tr(WHW^T)."""
+    """Codes for a batch of matrices of one shape."""
 
     weight: QuantizedWeight
+    # Per matrix, the relative output error tr(E S E^T) / tr(W S W^T).
     output_error: list[float]
+    # How often a matrix needed ten times the damping, and how many fell back to their diagonal (gptq.Factor).
     damping_raised: int
     diagonal_fallbacks: int
 
 
 def relative_output_error(w_BOI: torch.Tensor, q_BOI: torch.Tensor, moment_BII: torch.Tensor | None) -> list[float]:
-    """Expected squared error of the output over its expected square; with no moment, inputs are taken as white."""
+    """Per matrix, the expected squared error of the output over its expected square. Without a moment, inputs count as
+    uncorrelated with equal variance."""
 
     def energy(x_BOI: torch.Tensor) -> torch.Tensor:
         y = x_BOI if moment_BII is None else torch.bmm(x_BOI, moment_BII)
@@ -45,9 +48,12 @@ def relative_output_error(w_BOI: torch.Tensor, q_BOI: torch.Tensor, moment_BII: 
 
 
 def working_bytes(outputs: int, inputs: int, metric: bool, method: Method) -> int:
-    """What quantizing one matrix holds: about five fp32 weights and four moments, four output metrics if used, for each
-    restart the factors of every stretch and eight times a stretch of the rows that are quantized at once, and in a
-    tabu search thirteen times that stretch and of each move three numbers a row."""
+    """Bytes in use while one matrix is quantized.
+
+    About five fp32 copies of the weight, four of the moment, and four of the output metric if there is one. Each
+    restart adds the factors of every stretch and eight copies of a stretch of the rows that are quantized together. A
+    tabu search needs thirteen copies of that stretch, and three numbers per row and move.
+    """
     rows = -(-outputs // method.output_blocks) if metric and method.output_blocks else outputs
     stretch = min(inputs, BLOCK_COLUMNS)
     restarts = method.restarts * stretch * (PASSES * 3 * inputs + 8 * rows)
@@ -56,10 +62,14 @@ def working_bytes(outputs: int, inputs: int, metric: bool, method: Method) -> in
 
 
 def matrix_flops(outputs: int, inputs: int, metric: bool, method: Method) -> float:
-    """2 x outputs x inputs^2 for the column updates and as much for each round of refinement, 3 x inputs^3 for the
-    factors; with an output metric outputs^2 x inputs and 3 x outputs^3; each pass of restarts twice the column updates
-    for what a stretch changes elsewhere, and every try its stretch's own updates and factors; each pass of a tabu
-    search the column updates as well, and every move the time of some 700 flops a weight: it waits for memory."""
+    """Floating-point operations to quantize one matrix.
+
+    2 x outputs x inputs^2 for the column updates and again for each round of refinement; 3 x inputs^3 for the factors.
+    An output metric adds outputs^2 x inputs and 3 x outputs^3. Each pass of restarts adds twice the column updates, for
+    what a stretch changes elsewhere, and for every try the updates and factors of its stretch. Each pass of a tabu
+    search also adds the column updates, and for every move the time of some 700 flops per weight, since it waits for
+    memory.
+    """
     sweeps, stretch = 1 + method.refine_rounds, min(inputs, BLOCK_COLUMNS)
     flops = 2.0 * sweeps * outputs * inputs**2 + 3.0 * inputs**3 + metric * (outputs**2 * inputs + 3.0 * outputs**3)
     tries = method.restarts * (2.0 * sweeps * outputs * inputs * stretch + 3.0 * inputs * stretch**2)
@@ -68,16 +78,16 @@ def matrix_flops(outputs: int, inputs: int, metric: bool, method: Method) -> flo
     return flops + tabu.PASSES * (updates + MOVE_FLOPS * method.tabu_moves * outputs * inputs) * (method.tabu_moves > 0)
 
 
-def cuts(
+def batch_slices(
     batch: int, outputs: int, inputs: int, budget_bytes: int, method: Method, metric: bool = False
 ) -> Iterator[slice]:
-    """Slices of the batch whose working set fits the budget."""
+    """Slices of a batch of matrices, each with a working set within the budget, or of one matrix."""
     step = max(1, budget_bytes // working_bytes(outputs, inputs, metric, method))
     for start in range(0, batch, step):
         yield slice(start, min(start + step, batch))
 
 
-def _codes(
+def _searched_codes(
     w_BOI: torch.Tensor,
     prepared: Prepared,
     restarts: list[list[Stretch]],
@@ -85,7 +95,7 @@ def _codes(
     method: Method,
     scale_dtype: torch.dtype,
 ) -> QuantizedWeight:
-    """GPTQ, refinement, then restarts and a tabu search, with a round of refinement after each pass."""
+    """Codes by GPTQ and refinement, then restarts and tabu search, with a round of refinement after each pass."""
     if method.scale_search:
         scale, zero = searched_scales(w_BOI, prepared.importance, scheme, scale_dtype, method.signed_scales)
     else:
@@ -110,19 +120,22 @@ def quantize_batch(
     scale_dtype: torch.dtype,
     metric_BOO: torch.Tensor | None = None,
 ) -> SiteResult:
-    """Quantize fp32 weights [B, O, I]. gptq needs the inputs' second moments, `moment_BII`, and takes what errors of
-    the outputs cost, `metric_BOO`; both fp32."""
+    """Quantize fp32 weights [B, O, I].
+
+    A calibrated method needs the second moments of the inputs, `moment_BII`, and can use the cost of output errors,
+    `metric_BOO`; both are fp32. `scale_dtype`: the stored dtype of scales.
+    """
     raised = diagonal = 0
     if method.needs_statistics:
         assert moment_BII is not None
         prepared = prepare(moment_BII, method.damping, method.activation_order)
-        # Both searches go over stretches of whole groups: one as wide as a row has none.
+        # Both searches work on stretches of whole groups, and a very wide group has no such stretch.
         wide = scheme.width(w_BOI.shape[-1]) > WIDEST_SEARCHED
         method = method.model_copy(update={"restarts": 0, "tabu_moves": 0}) if wide else method
         restarts = prepare_restarts(prepared.objective, scheme.width(w_BOI.shape[-1]), method.restarts)
 
         def quantize_rows(rows_BRI: torch.Tensor) -> QuantizedWeight:
-            return _codes(rows_BRI, prepared, restarts, scheme, method, scale_dtype)
+            return _searched_codes(rows_BRI, prepared, restarts, scheme, method, scale_dtype)
 
         if metric_BOO is not None and method.output_metric:
             weight = quantize_by_row_blocks(w_BOI, metric_BOO, method.output_blocks, quantize_rows)

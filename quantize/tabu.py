@@ -1,14 +1,14 @@
-"""Tabu search for the codes of a stretch of columns, all others and the scales fixed.
+"""Tabu search for the codes of a stretch of columns, with all other columns and the scales fixed.
 
-Coordinate descent ends where no single code can be bettered. From there each row goes on with the move of one code by
-one step that costs least, be it a loss, leaves that code alone for a few moves, and keeps the best point it has passed
-(Glover, Tabu Search, ORSA Journal on Computing 1, 1989; on quadratics of integers: Glover, Kochenberger and Alidaee,
-Management Science 44, 1998). Rows are independent under J = tr(E S E^T) and go side by side. With G = E S and a the
-group's scale a step of code i moves J by
+Coordinate descent ends where changing no single code lowers J. From there each row keeps moving one code by one step.
+It takes the cheapest move even if J rises, does not touch that code again for a few moves, and keeps the best point
+that it passes (Glover, Tabu Search, ORSA Journal on Computing 1, 1989; on quadratics of integers: Glover, Kochenberger
+and Alidaee, Management Science 44, 1998). Rows are independent under J = tr(E S E^T) and are searched in parallel. With
+G = E S and a the group's scale, a step of code i changes J by
 
     a^2 S_ii -+ 2 a G_i,     and then     G <- G -+ a S_i
 
-Shape legend: B experts, O outputs, I inputs, C columns of a stretch, N = B x O rows, T moves that a code rests.
+Shape legend: B experts, O outputs, I inputs, C columns of a stretch, N = B x O rows, T moves for which a code rests.
 """
 
 import torch
@@ -17,20 +17,20 @@ from ..core.quantized_weight import QuantizedWeight
 from ..core.scheme import Scheme
 from .gptq import BLOCK_COLUMNS
 
-# All stretches in turn, so many times over, with a round of refinement after each time.
+# Passes over all stretches, with a round of refinement after each.
 PASSES = 2
-# Moves for which a code rests. Of the error that is left on the demo's sites 4 leaves 0.5 to 1 % more, 8 the same.
+# Moves for which a moved code rests. On the demo's sites, 4 leaves 0.5 to 1 % more error, and 8 the same.
 TENURE = 6
-# Less than this, of what steps of the row's codes cost by their own square, is rounding and no gain: a row that comes
-# back to its best point has not bettered it.
+# A smaller gain, relative to the row's mean of a^2 S_ii, counts as rounding: a row that returns to its best point has
+# not improved it.
 LEAST_GAIN = 1e-4
 
 
 def tabu_searched(
     weight: QuantizedWeight, w_BOI: torch.Tensor, moment_BII: torch.Tensor, moves: int
 ) -> QuantizedWeight:
-    """`moves` moves in each stretch, whole groups of about BLOCK_COLUMNS columns. J never rises. `moment_BII`: the
-    damped one."""
+    """Make `moves` moves in each stretch, whole groups of about BLOCK_COLUMNS columns. J never rises. `moment_BII`: the
+    damped moment."""
     scheme, inputs = weight.scheme, w_BOI.shape[-1]
     codes = weight.codes.clone()
     error_BOI = w_BOI - weight.dequantize(w_BOI.dtype)
@@ -43,7 +43,7 @@ def tabu_searched(
         own = moment_BII[:, columns, columns]
         slope = torch.bmm(error_BOI, moment_BII[:, :, columns])
         steps = _search(codes[:, :, columns], step, slope, own, moves, scheme)
-        # J moves by tr(D S_cc D^T) - 2 tr(D G_c^T); the running sums of the search are no proof of it.
+        # J changes by tr(D S_cc D^T) - 2 tr(D G_c^T). It is computed anew: the search's running sums accumulate error.
         moved = steps * step
         change_BO = ((torch.bmm(moved, own) - 2 * slope) * moved).sum(-1)
         steps = torch.where(change_BO[:, :, None] < 0, steps, 0.0)
@@ -60,20 +60,20 @@ def _search(
     moves: int,
     scheme: Scheme,
 ) -> torch.Tensor:
-    """How many steps each code has gone at the best point that its row has passed [B, O, C]."""
+    """The steps [B, O, C] that each code has moved at the best point that its row passed."""
     batch, outputs, columns = codes_BOC.shape
     rows, device = batch * outputs, codes_BOC.device
     code, step = codes_BOC.to(step_BOC.dtype).flatten(0, 1), step_BOC.flatten(0, 1)
     moment = moment_BCC.reshape(batch * columns, columns)
     first_N1 = (torch.arange(batch, device=device) * columns).repeat_interleave(outputs)[:, None]
-    # What one step up or down costs is `up - slope` or `down + slope`: infinitely much at the ends of the codes.
+    # One step up costs `up - slope`, one step down `down + slope`; it costs infinity at the ends of the range.
     slope, double = 2 * step * slope_BOC.flatten(0, 1), 2 * step
     square = (step_BOC.square() * moment_BCC.diagonal(dim1=-2, dim2=-1)[:, None]).flatten(0, 1)
     up = square.masked_fill(code >= scheme.code_max, torch.inf)
     down = square.masked_fill(code <= scheme.code_min, torch.inf)
     gain_N1 = LEAST_GAIN * square.mean(1, keepdim=True)
     rise, cost_NC = torch.empty_like(slope), torch.empty_like(slope)
-    now_N1 = best_N1 = step.new_zeros(rows, 1)  # J, less what it was
+    now_N1 = best_N1 = step.new_zeros(rows, 1)  # change of J since the start
     best_at_N1 = torch.zeros(rows, 1, dtype=torch.long, device=device)
     places, signs = torch.zeros(rows, moves, dtype=torch.long, device=device), step.new_zeros(rows, moves)
     for k in range(moves):
@@ -81,7 +81,7 @@ def _search(
         torch.add(down, slope, out=cost_NC)
         torch.minimum(rise, cost_NC, out=cost_NC)
         if k:
-            # A code that rests may move all the same to where its row has never been as well off.
+            # A resting code may still move if its row reaches a new best point by that.
             resting_NT = places[:, max(0, k - TENURE) : k]
             cost_NT = cost_NC.gather(1, resting_NT)
             cost_NC.scatter_(1, resting_NT, cost_NT.masked_fill(now_N1 + cost_NT >= best_N1 - gain_N1, torch.inf))

@@ -15,16 +15,17 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from ..core.record.schema import Record
 from .page.allocation import allocation_section
-from .page.answers import documents_section, flips_section, tokens_section
+from .page.answers import flips_section
 from .page.experts import coverage_section, errors_sections
 from .page.fit import fit_section
+from .page.headline import headline, width
 from .page.parts import Section, plain
 from .page.provenance import gate_section, provenance_section
 from .page.quality import kl_sections
-from .page.verdict import verdict, width
+from .page.texts import documents_section, tokens_section
 from .page.weights import bytes_section, widths_section
-from .reading import Record
 
 # Near the head of every page: what tells a report from a file of somebody else's.
 GENERATOR = "onecard report"
@@ -85,7 +86,7 @@ def render(record: Record) -> str:
         script=Markup(scripts[1]),
         record=record,
         width=width(record),
-        verdict=verdict(record),
+        headline=headline(record),
         sections=sections(record),
     )
 

@@ -1,12 +1,12 @@
-"""A verdict as JUnit XML, the form in which CI systems list single checks: a test case a check.
+"""A verdict as JUnit XML, in which CI systems list single checks: one test case for each check.
 
-One <testsuites> with one <testsuite>; a check that failed has a <failure>; notes are the suite's <system-out>. Names
-and sentences can hold a path or a task's name, so control characters, which no XML can hold, are replaced.
+One <testsuites> with one <testsuite>; a failed check has a <failure>; notes are the suite's <system-out>. Names and
+sentences can hold a path or a task's name, so control characters are replaced: XML does not allow them.
 """
 
 from xml.etree import ElementTree
 
-from ..core.verdict import Verdict
+from ..core.record.verdict import Verdict
 from .gate_card import clean
 
 
@@ -22,7 +22,7 @@ def junit(verdict: Verdict) -> bytes:
         if check.passed:
             ElementTree.SubElement(case, "system-out").text = clean(check.said)
         else:
-            failure = ElementTree.SubElement(case, "failure", {"message": clean(check.said), "type": check.kind})
+            failure = ElementTree.SubElement(case, "failure", {"message": clean(check.said), "type": str(check.kind)})
             failure.text = clean(check.said)
     if verdict.notes:
         ElementTree.SubElement(suite, "system-out").text = clean("\n".join(verdict.notes))

@@ -23,7 +23,7 @@ from babies import make_baby
 from command_line import listing, refused, run_onecard
 from inputs import write_jsonl, write_recipe, write_tokenizer
 from onecard.report import html
-from runs import FAMILY, Contents, Run, contents
+from runs import FAMILY, QUICK, Contents, Run, contents
 
 # The same examples in every run, none kept on disk, and no clock in a test.
 settings.register_profile("onecard", max_examples=50, derandomize=True, database=None, deadline=None)
@@ -159,13 +159,16 @@ def run(
     recipe: Callable[..., Path],
     texts: list[str],
 ) -> Run:
-    return Run(baby(FAMILY), tmp_path / "out", recipe(), texts)
+    return Run(baby(FAMILY), tmp_path / "out", recipe(**QUICK), texts)
 
 
 @pytest.fixture(scope="session")
-def whole(emitted: Callable[..., tuple[Path, Result]]) -> Contents:
+def whole(baby: Callable[..., Path], texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Contents:
     """What an undisturbed run of the same recipe emits."""
-    return contents(emitted(FAMILY)[0])
+    folder = tmp_path_factory.mktemp("whole")
+    undisturbed = Run(baby(FAMILY), folder / "out", write_recipe(folder / "recipe.yaml", **QUICK), texts)
+    assert undisturbed().exit_code == 0
+    return contents(undisturbed.out)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 from click.testing import Result
 
 from command_line import Command
-from onecard.report.record import SCHEMA_VERSION
+from onecard.core.record.schema import SCHEMA_VERSION
 
 DOCUMENTS = 60
 

@@ -4,8 +4,8 @@ import json
 from html.parser import HTMLParser
 from typing import Any
 
+from onecard.core.record.reading import check_record
 from onecard.report import html
-from onecard.report.reading import check_record
 
 # What nobody may run: as an element, as an attribute, as the end of a script or of a JSON block, as plotly's HTML.
 HOSTILE = (

@@ -8,11 +8,10 @@ import pytest
 from rich.console import Console
 
 from onecard.core.errors import InputError
+from onecard.core.record.reading import check_record
 from onecard.report import html
 from onecard.report.card import draw_card
 from onecard.report.page.parts import Section, nats
-from onecard.report.reading import check_record
-from onecard.report.record import RunRecord
 from records import KINDS_OF_UNIT, allocation_facts, full_record
 
 
@@ -130,7 +129,7 @@ def test_the_card_tells_widths_and_prediction_at_80_columns() -> None:
     for texts in data["texts"].values():
         texts["tokens_given"] = texts["tokens"]
     out = io.StringIO()
-    draw_card(RunRecord(**data | {"allocation": facts, "errors": {}}), "out", Console(file=out, width=80))
+    draw_card(check_record(data | {"allocation": facts, "errors": {}}, "record"), "out", Console(file=out, width=80))
     text = out.getvalue()
     assert max(map(len, text.splitlines())) <= 80
     said = " ".join(text.replace("│", " ").split())

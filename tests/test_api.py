@@ -100,7 +100,7 @@ def test_mypy_sees_the_signatures(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path / "cache"), "use.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     said = done.stdout + done.stderr
-    assert "onecard.report.record.RunRecord" in said, said
+    assert "onecard.core.record.schema.Record" in said, said
     assert "bool | None" in said, said
     assert "devise" in said, said
     assert "Found 1 error" in said, said
@@ -108,7 +108,7 @@ def test_mypy_sees_the_signatures(tmp_path: Path) -> None:
 
 def test_the_example_of_the_document_runs_and_prints_only_what_it_prints(tmp_path: Path) -> None:
     example = blocks()[0]
-    done = python(example + "\nassert again.kl['kl_mean_nats'] == record.kl['kl_mean_nats']\n", tmp_path)
+    done = python(example + "\nassert again.kl.kl_mean_nats == record.kl.kl_mean_nats\n", tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     family, emitted, kl = done.stdout.splitlines()

@@ -9,7 +9,7 @@ import pytest
 
 from command_line import Command, Refuse
 from gate_records import DOCUMENTS, against, changed, checks, line, noisy, record
-from onecard.report.record import SCHEMA_VERSION
+from onecard.core.record.schema import SCHEMA_VERSION
 
 # --- against a baseline
 

@@ -17,7 +17,7 @@ from onecard.checkpoint.model import open_model
 from onecard.checkpoint.workdir import Activations
 from onecard.core.errors import InputError
 from onecard.core.rows import Row
-from onecard.eval.choice import LENGTHS, Request, Scored, ask, scores
+from onecard.eval.choice import LENGTHS, OptionRequest, Scored, ask, scores
 from onecard.eval.kl import TokenResults
 from onecard.eval.twin import Asked, Twin, twin_walk
 from walking import cpu_walk
@@ -60,7 +60,7 @@ def ids(length: int, seed: int) -> tuple[int, ...]:
     return tuple(torch.randint(3, 240, (length,), generator=generator).tolist())
 
 
-def slow_score(model: Any, request: Request) -> tuple[float, bool]:
+def slow_score(model: Any, request: OptionRequest) -> tuple[float, bool]:
     """(log-likelihood of the continuation, whether greedy decoding would write it)."""
     whole = torch.tensor([request.context + request.continuation])
     with torch.inference_mode():
@@ -86,10 +86,10 @@ def test_scores_are_those_of_the_whole_models(pair: Callable[[str], Pair], tmp_p
     requests = []
     for number, length in enumerate([1, 5, 16, 17, 40, 40]):
         context = ids(length, number)
-        requests += [Request(context, (token,)) for token in ids(4, 100 + number)]
-        requests += [Request(context, ids(size, 200 + 10 * number + size)) for size in (1, 2, 7)]
+        requests += [OptionRequest(context, (token,)) for token in ids(4, 100 + number)]
+        requests += [OptionRequest(context, ids(size, 200 + 10 * number + size)) for size in (1, 2, 7)]
         # One that each of the models would write itself: only then is it greedy.
-        requests += [Request(context, greedy(model, context, 3)) for model in models]
+        requests += [OptionRequest(context, greedy(model, context, 3)) for model in models]
     asking = ask(requests)
     assert len(asking.asked) < len(requests)
     twin = pair(family).walk(tmp_path / "acts", [], asking.asked)
@@ -111,7 +111,7 @@ def test_what_is_asked_changes_nothing_of_the_rows(pair: Callable[[str], Pair], 
     """Rows and asked rows in one walk: results, routes and errors to the bit as without, and answers as alone."""
     rows = [Row(f"row-{n}", "text", torch.tensor(ids(length, 50 + n))) for n, length in enumerate([33, 9, 16, 33, 48])]
     # Lengths of rows that are lengths of asked rows too: they share no batch.
-    asking = ask([Request(ids(length, n), ids(2, 70 + n)) for n, length in enumerate([4, 15, 30, 47])])
+    asking = ask([OptionRequest(ids(length, n), ids(2, 70 + n)) for n, length in enumerate([4, 15, 30, 47])])
     assert {len(item.row.tokens) for item in asking.asked} & {len(row.tokens) for row in rows}
     both = pair(family).walk(tmp_path / "both", rows, asking.asked, with_errors=True)
     alone = pair(family).walk(tmp_path / "rows", rows, with_errors=True)
@@ -131,7 +131,7 @@ def test_what_is_asked_changes_nothing_of_the_rows(pair: Callable[[str], Pair], 
 
 
 def test_batches_of_any_size_answer_alike(pair: Callable[[str], Pair], tmp_path: Path) -> None:
-    asking = ask([Request(ids(length, n), ids(3, 20 + n)) for n, length in enumerate([3, 30, 14, 3, 50, 8])])
+    asking = ask([OptionRequest(ids(length, n), ids(3, 20 + n)) for n, length in enumerate([3, 30, 14, 3, 50, 8])])
     found = []
     for tokens in (1, 64, 10_000):
         answers = pair("qwen3").walk(tmp_path / str(tokens), [], asking.asked, tokens).answers
@@ -147,8 +147,11 @@ def test_batches_of_any_size_answer_alike(pair: Callable[[str], Pair], tmp_path:
 
 def test_one_token_options_share_a_row_and_others_what_they_can() -> None:
     context = ids(20, 1)
-    requests = [Request(context, (n,)) for n in range(4)] + [Request(context, (7, 8)), Request(context, (7, 9))]
-    asking = ask([*requests, Request((*context, 7), (8,))])
+    requests = [OptionRequest(context, (n,)) for n in range(4)] + [
+        OptionRequest(context, (7, 8)),
+        OptionRequest(context, (7, 9)),
+    ]
+    asking = ask([*requests, OptionRequest((*context, 7), (8,))])
     assert len(asking.asked) == 2
     assert [row for row, _, _ in asking.places] == [0, 0, 0, 0, 1, 1, 1]
     first, second = asking.asked
@@ -159,7 +162,7 @@ def test_one_token_options_share_a_row_and_others_what_they_can() -> None:
 
 
 def test_rows_are_filled_up_behind_what_is_asked() -> None:
-    asking = ask([Request(ids(length, length), ids(2, 99)) for length in range(1, 40)])
+    asking = ask([OptionRequest(ids(length, length), ids(2, 99)) for length in range(1, 40)])
     assert {len(item.row.tokens) % LENGTHS for item in asking.asked} == {0}
     for item, length in zip(asking.asked, range(1, 40), strict=True):
         assert item.row.tokens[: length + 1].tolist() == [*ids(length, length), ids(2, 99)[0]]
@@ -170,19 +173,19 @@ def test_nothing_asked_is_nothing_walked() -> None:
     assert ask([]).asked == ()
 
 
-@pytest.mark.parametrize("request_", [Request((), (1,)), Request((1,), ())])
-def test_an_empty_question_or_option_is_refused(request_: Request) -> None:
+@pytest.mark.parametrize("request_", [OptionRequest((), (1,)), OptionRequest((1,), ())])
+def test_an_empty_question_or_option_is_refused(request_: OptionRequest) -> None:
     with pytest.raises(InputError, match="empty"):
-        ask([Request((1, 2), (3,)), request_])
+        ask([OptionRequest((1, 2), (3,)), request_])
 
 
 def test_scores_find_their_answers_in_any_order_of_batches() -> None:
     """The walk answers longest rows first; the numbers here say row and place."""
     requests = [
-        Request(ids(3, 0), (5, 6)),
-        Request(ids(60, 1), (7,)),
-        Request(ids(60, 1), (8,)),
-        Request(ids(3, 0), (9, 9)),
+        OptionRequest(ids(3, 0), (5, 6)),
+        OptionRequest(ids(60, 1), (7,)),
+        OptionRequest(ids(60, 1), (8,)),
+        OptionRequest(ids(3, 0), (9, 9)),
     ]
     asking = ask(requests)
     targets = {0: [5, 6], 1: [7, 8], 2: [9, 9]}

@@ -18,7 +18,7 @@ from rich.console import Console
 import onecard
 from gate_records import record
 from onecard.cli import main
-from onecard.core.verdict import LIMIT, Check, Verdict
+from onecard.core.record.verdict import LIMIT, Check, verdict_of
 from onecard.report.gate_card import draw_verdict, markdown
 from onecard.report.junit import junit
 
@@ -56,6 +56,10 @@ def test_actions_are_pinned_to_commits(path: Path, names: list[str]) -> None:
     uses = [step["uses"] for step in steps_of(path) if "uses" in step]
     assert [use.partition("@")[0] for use in uses] == names
     assert all(re.fullmatch(r"[0-9a-f]{40}", use.partition("@")[2]) for use in uses if use != OURS)
+
+
+def check(name: str, passed: bool, said: str) -> Check:
+    return Check(name=name, kind=LIMIT, passed=passed, measured=1.0, allowed=float(passed), said=said)
 
 
 def test_the_workflow_uses_what_there_is() -> None:
@@ -168,7 +172,7 @@ def test_the_dockerfile_installs_what_was_tested_and_runs_as_nobody_special() ->
 def test_hostile_names_stay_text() -> None:
     """A task or a path may hold markup, control characters, or a lone surrogate; nobody downstream may act on it."""
     name = 'x"><script>|a|b\x00\x1b[31m\ud800 ]]> &amp; [red]'
-    verdict = Verdict(name, name, (Check(name, LIMIT, False, 1.0, 0.0, f"{name}\nsecond line"),), (name,))
+    verdict = verdict_of(name, name, [check(name, False, f"{name}\nsecond line")], [name])
     root = ElementTree.fromstring(junit(verdict))
     assert root.find("./testsuite/testcase").get("name").startswith('x"><script>|a|b')  # type: ignore[union-attr]
     shown = markdown(verdict).encode().decode()
@@ -176,7 +180,7 @@ def test_hostile_names_stay_text() -> None:
     assert "<script>" not in shown
     assert [row.replace("\\|", "").count("|") for row in table] == [4] * len(table)
     console = Console(record=True, width=200)
-    draw_verdict(Verdict("[bold]r\x1b[2J", None, (Check("[red]n", LIMIT, True, 1.0, 1.0, "[blue]s"),)), console)
+    draw_verdict(verdict_of("[bold]r\x1b[2J", None, [check("[red]n", True, "[blue]s")], []), console)
     text = console.export_text()
     assert "\x1b" not in text
     assert all(part in text for part in ("[bold]r", "[red]n", "[blue]s"))

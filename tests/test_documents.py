@@ -13,9 +13,12 @@ import yaml
 from pydantic import BaseModel
 
 import onecard
+from onecard.bits.fitting import GAINS
 from onecard.core.limits import Limits
 from onecard.core.method import Method
-from onecard.recipe import RECIPE_KEYS, Fit, Recipe, Serving, TextChoice, Texts, Widths, load_recipe
+from onecard.core.recipe_groups import FitKeys, Serving, TextKeys, Texts, Widths
+from onecard.planner.cost import VERIFICATION_SHARE
+from onecard.recipe import RECIPE_KEYS, Recipe, load_recipe
 
 ROOT = Path(onecard.__file__).parent
 DOCUMENTS = sorted(
@@ -35,9 +38,9 @@ FOREIGN = {"qlinear_cuda_old.py", "gptq_utils.py", "gptq_marlin.py", "qwen3moe.c
 # Sections of docs/recipes.md and the class whose keys they list.
 SECTIONS: dict[str, type[BaseModel]] = {
     "Widths": Widths,
-    "Fit": Fit,
+    "Fit": FitKeys,
     "Quantizer": Method,
-    "Texts": TextChoice,
+    "Texts": TextKeys,
     "Card": Serving,
     "Limits": Limits,
     "A source of texts": Texts,
@@ -64,7 +67,7 @@ def read(name: str) -> str:
 def prose(name: str) -> str:
     """A document without its indented blocks (commands, transcripts) and without the sources of engines' rules."""
     text = re.sub(r"<!-- generated: rules of .*?<!-- end of generated -->", "", read(name), flags=re.DOTALL)
-    return "\n".join(line for line in text.splitlines() if not line.startswith("    "))
+    return "\n".join(line for line in text.replace("\\_", "_").splitlines() if not line.startswith("    "))
 
 
 def anchors(path: Path) -> set[str]:
@@ -79,9 +82,9 @@ def test_generated_parts_are_what_the_program_writes(name: str) -> None:
     assert read(name) == generator().rendered(read(name))
 
 
-def test_the_picture_of_the_comparison_is_drawn_from_the_same_rows() -> None:
-    module = generator()
-    assert read("docs/peers.svg") == module.plot.svg(module.read_kept())
+@pytest.mark.parametrize("name", ["docs/peers.svg", "docs/plan.svg"])
+def test_pictures_are_what_the_program_draws(name: str) -> None:
+    assert read(name) == generator().PICTURES[name]()
 
 
 def test_every_generated_part_stands_somewhere() -> None:
@@ -185,6 +188,16 @@ def test_the_gate_is_worth_what_its_table_says() -> None:
     said = re.search(r"false alarms \(the\s+worst: ([\d.]+) %\).*?\(the\s+worst: ([\d.]+) %\)", text, re.DOTALL)
     assert said is not None
     assert (float(said[1]), float(said[2])) == (alarms, detected)
+
+
+def test_constants_are_the_figures_that_documents_quote() -> None:
+    text = " ".join(read("docs/benchmarks.md").split())
+    measured = re.search(r"takes \*\*([\d.]+) times\*\* as long as its two forward walks", text)
+    assert measured is not None
+    assert round(float(measured[1]), 1) == VERIFICATION_SHARE
+    gains = re.search(r"`balanced`'s gain, ([\d.]+), .*? its gain \(([\d.]+)\)", text)
+    assert gains is not None
+    assert [float(gain) for gain in gains.groups()] == [GAINS["balanced"], GAINS["best"]]
 
 
 @pytest.mark.parametrize("recipe", ["llama4-scout-h100", "llama4-scout-h100-int4-attention", "llama4-scout-h200"])

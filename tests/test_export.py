@@ -19,8 +19,7 @@ from onecard.checkpoint.loading import load_with_transformers
 from onecard.checkpoint.model import Model, open_model
 from onecard.checkpoint.packed import PackedSource
 from onecard.checkpoint.source import open_folder
-from onecard.conversion import export
-from onecard.conversion import layout as conversion
+from onecard.conversion import conversion, exporters, to_gptq
 from onecard.core.quantized_weight import QuantizedWeight
 
 # Maverick has blocks with experts and blocks without; Scout is the same with experts in all.
@@ -66,7 +65,7 @@ def all_codes(model: Model) -> dict[str, tuple[torch.Tensor, ...]]:
 
 # NF4 holds no codes: test_bitsandbytes.py. llama.cpp's file holds neither these babies' tokenizer nor Qwen3's dense
 # layer: test_gguf.py has others.
-@pytest.mark.parametrize("form", sorted(export.FORMATS.keys() - {"gguf", "bnb-nf4"}))
+@pytest.mark.parametrize("form", sorted(exporters.FORMATS.keys() - {"gguf", "bnb-nf4"}))
 @pytest.mark.parametrize(
     ("family", "symmetric"), [*((f, True) for f in FAMILIES + MORE), ("maverick", False), ("qwen3", False)]
 )
@@ -190,8 +189,8 @@ def test_q_and_k_of_llama4_stay_in_16_bits_in_gptqs_layout_and_the_config_says_w
 def test_rules_of_dynamic_mean_what_is_stored_and_nothing_else(family: str, packed: Made, tmp_path: Path) -> None:
     """As vLLM reads them: by the names of fused modules, too."""
     model = open_model(str(packed(family, **MIXED)))
-    block = export.gptq_block(model, 2)
-    schemes, _ = conversion.gptq_schemes(model)
+    block = to_gptq.block(model, 2)
+    schemes, _ = to_gptq.split_schemes(model)
     units = conversion.units(model.adapter)
 
     def said(name: str) -> object:
@@ -223,7 +222,7 @@ def test_nothing_is_written_for_what_a_format_cannot_hold(
         refused(
             onecard("export", packed("scout"), "--format", "bf16", "-o", tmp_path / "mine", *more), "no run of onecard"
         )
-    refused(onecard("export", packed("scout"), "--format", "bf16", "-o", packed("scout") / "x"), "in each other")
+    refused(onecard("export", packed("scout"), "--format", "bf16", "-o", packed("scout") / "x"), "nested")
     assert listing(tmp_path) == before
 
 

@@ -10,12 +10,12 @@ import pytest
 from hollow import SCOUT, published, write_hollow
 from onecard.checkpoint.model import open_model
 from onecard.core.errors import InputError
+from onecard.core.record.reading import check_record
 from onecard.planner.cards import GIB, find_card
 from onecard.planner.fit import Request
 from onecard.planner.sizing import size_up
 from onecard.report import html
 from onecard.report.page.parts import Section
-from onecard.report.reading import check_record
 from records import full_record
 
 

@@ -20,7 +20,8 @@ from onecard.bits.fitting import bytes_of_units, fit_to, menu_of, priced_units
 from onecard.bits.prices import Priced, UnitPrices
 from onecard.bits.pricing import Prices
 from onecard.checkpoint.assign import plan_for
-from onecard.checkpoint.model import Model, open_model, open_source, stored_weights
+from onecard.checkpoint.model import Model, open_model, open_source
+from onecard.checkpoint.stored_widths import stored_weights
 from onecard.core.errors import FitError, InputError
 from onecard.core.scheme import Scheme
 from onecard.planner.candidates import entries_of, recipe_candidate
@@ -126,7 +127,7 @@ def test_prices_of_pareto_serve_quantize(
 
 
 @pytest.mark.parametrize(
-    "where", ["onecard.bits.pricing._at_the_head", "onecard.pipeline.fit_to", "onecard.pipeline.balanced"]
+    "where", ["onecard.models.walk.Walk.head", "onecard.pipeline.fit_to", "onecard.pipeline.balanced"]
 )
 def test_stopped_between_pricing_and_quantizing(
     whole: Path, baby: Callable[..., Path], texts: list[str], use: Path, tmp_path: Path, where: str
@@ -145,8 +146,8 @@ def test_stopped_between_pricing_and_quantizing(
     assert not out.exists()
     with pytest.MonkeyPatch.context() as patch:
         # What was committed is not measured again.
-        patch.setattr("onecard.bits.pricing._price_block", None)
-        if not where.startswith("onecard.bits.pricing"):
+        patch.setattr("onecard.bits.pricing.quantize_batch", None)
+        if where.startswith("onecard.pipeline"):
             patch.setattr("onecard.pipeline.price_model", None)
         result = run_onecard(*command, "--resume")
     assert result.exit_code == 0, result.output + repr(result.exception)

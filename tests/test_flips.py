@@ -26,7 +26,7 @@ BY_HAND = [
 
 
 def test_figures_by_hand() -> None:
-    got = summarize_answers(BY_HAND)
+    got = summarize_answers(BY_HAND).to_json()
     assert got["items"] == 6
     counts = {"accuracy_reference": 3, "accuracy_quantized": 2, "changed": 4, "right_to_wrong": 2, "wrong_to_right": 1}
     for key, count in counts.items():
@@ -38,15 +38,15 @@ def test_figures_by_hand() -> None:
 
 
 def test_answers_by_hand() -> None:
-    second = answers(BY_HAND)[1]
+    second = answers(BY_HAND)[1].to_json()
     assert (second["right"], second["reference"], second["quantized"]) == (0, 0, 1)
     assert (second["margin_reference"], second["margin_quantized"]) == pytest.approx((0.2, 0.1))
-    assert [a["reference"] for a in answers(BY_HAND)] == [0, 0, 0, 0, 0, 2]
-    assert [a["quantized"] for a in answers(BY_HAND)] == [0, 1, 2, 2, 0, 0]
+    assert [a.reference for a in answers(BY_HAND)] == [0, 0, 0, 0, 0, 2]
+    assert [a.quantized for a in answers(BY_HAND)] == [0, 1, 2, 2, 0, 0]
 
 
 def test_nothing_changed_has_no_margin_and_no_direction() -> None:
-    got = summarize_answers([BY_HAND[0], BY_HAND[4]])
+    got = summarize_answers([BY_HAND[0], BY_HAND[4]]).to_json()
     assert got["changed"]["count"] == 0
     assert got["margin_of_changed"] is None
     assert got["mcnemar_p"] == 1.0
@@ -56,9 +56,9 @@ def test_nothing_changed_has_no_margin_and_no_direction() -> None:
 def test_mcnemar_sees_one_direction_and_not_another_wrong_answer() -> None:
     lost = item(0, (-1.0, -2.0, -3.0), (-2.0, -1.0, -3.0))
     sideways = item(2, (-1.0, -2.0, -3.0), (-2.0, -1.0, -3.0))
-    assert summarize_answers([lost] * 10)["mcnemar_p"] == pytest.approx(2 / 2**10)
-    assert summarize_answers([sideways] * 10)["mcnemar_p"] == 1.0
-    assert summarize_answers([lost] * 10 + [sideways] * 90)["mcnemar_p"] == pytest.approx(2 / 2**10)
+    assert summarize_answers([lost] * 10).mcnemar_p == pytest.approx(2 / 2**10)
+    assert summarize_answers([sideways] * 10).mcnemar_p == 1.0
+    assert summarize_answers([lost] * 10 + [sideways] * 90).mcnemar_p == pytest.approx(2 / 2**10)
 
 
 def test_equal_scores_are_answered_with_the_first_and_held_by_nothing() -> None:
@@ -74,7 +74,7 @@ scores = st.lists(st.floats(-30, 0), min_size=4, max_size=4).map(tuple)
 def test_the_parts_make_the_whole(drawn: list[tuple[int, tuple[float, ...], tuple[float, ...]]]) -> None:
     """What one model has more than the other is what turned right less what turned wrong."""
     items = [item(*one) for one in drawn]
-    got = summarize_answers(items)
+    got = summarize_answers(items).to_json()
     gained = got["wrong_to_right"]["count"] - got["right_to_wrong"]["count"]
     assert got["accuracy_quantized"]["count"] - got["accuracy_reference"]["count"] == gained
     assert got["wrong_to_right"]["count"] + got["right_to_wrong"]["count"] <= got["changed"]["count"] <= len(items)
@@ -82,5 +82,5 @@ def test_the_parts_make_the_whole(drawn: list[tuple[int, tuple[float, ...], tupl
         assert 0 <= got[key]["low"] <= got[key]["share"] <= got[key]["high"] <= 1
     assert got["margin_of_all"] >= 0
     told = answers(items)
-    assert math.fsum(a["margin_reference"] for a in told) / len(told) == pytest.approx(got["margin_of_all"])
-    assert sum(a["reference"] != a["quantized"] for a in told) == got["changed"]["count"]
+    assert math.fsum(a.margin_reference for a in told) / len(told) == pytest.approx(got["margin_of_all"])
+    assert sum(a.reference != a.quantized for a in told) == got["changed"]["count"]

@@ -74,7 +74,7 @@ def refusal(folder: Path, parts: Parts, block: object, stems: tuple[str, ...] = 
         (packed, {"quant_method": "awq"}, ("'awq'", "gptq", "bitsandbytes", "fp8", "compressed-tensors")),
         (packed, {"quant_method": ["gptq"]}, ("['gptq']",)),
         (packed, {}, ("None",)),
-        (packed, GPTQ, ("not one weight is stored so",)),
+        (packed, GPTQ, ("no weight is stored in that format",)),
         # compressed-tensors
         (lambda: without(packed(), "weight_scale"), ct_block(), ("has no weight_scale",)),
         (lambda: packed() | {"weight_scale": torch.ones(96, 3)}, ct_block(), ("group_0", "[96, 8]", "[96, 3]")),

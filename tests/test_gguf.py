@@ -280,9 +280,7 @@ def test_tokens_of_one_text_under_two_numbers_are_refused(tmp_path: Path) -> Non
     write_bpe(tmp_path)
     twin = {"id": 200, "content": "a", "special": False, "normalized": False}
     edit_json(tmp_path / "tokenizer.json", lambda t: t["added_tokens"].append(twin))
-    assert tokenizers.describe(tmp_path, 256, []).problems == [
-        "tokenizer.json has tokens of one text under two numbers: a"
-    ]
+    assert tokenizers.describe(tmp_path, 256, []).problems == ["tokenizer.json has the same token under two numbers: a"]
 
 
 def refused_plan(folder: Path) -> str:

@@ -239,7 +239,7 @@ def test_check_finds_what_the_header_hides(copy: Path, what: str) -> None:
     assert done.exit_code != 0
     text = done.stdout + done.stderr
     assert "model.layers.2.feed_forward.experts.5.down_proj" in text
-    assert ("no numbers" if what == "nan" else "all zeros") in text
+    assert ("non-finite" if what == "nan" else "all zeros") in text
 
 
 def test_quantizing_a_gguf_folder_is_refused(whole: Path, tmp_path: Path, onecard: Callable[..., object]) -> None:

@@ -16,7 +16,7 @@ from onecard.calibration.tokens import Encoder
 from onecard.checkpoint.model import open_model
 from onecard.core.errors import InputError
 from onecard.eval import twin
-from onecard.eval.choice import Request
+from onecard.eval.choice import OptionRequest
 from onecard.eval.lm_eval_tasks import encode_pair
 from onecard.eval.task_requests import requests_of
 from onecard.eval.tasks import load_task
@@ -51,7 +51,7 @@ def ids(encoder: Encoder, text: str) -> tuple[int, ...]:
 )
 def test_where_a_pair_is_cut(encoder: Encoder, context: str, continuation: str, before: str, after: str) -> None:
     got = encode_pair(encoder, context, continuation)
-    assert got == Request((BOS, *ids(encoder, before)), ids(encoder, after))
+    assert got == OptionRequest((BOS, *ids(encoder, before)), ids(encoder, after))
 
 
 class Merging:
@@ -65,9 +65,9 @@ class Merging:
 
 def test_tokens_that_are_merged_over_the_bound_are_asked_for_whole() -> None:
     encoder: Any = SimpleNamespace(tokenizer=Merging())
-    assert encode_pair(encoder, "ca", "bd") == Request((ord("c"),), (ord("X"), ord("d")))
+    assert encode_pair(encoder, "ca", "bd") == OptionRequest((ord("c"),), (ord("X"), ord("d")))
     # Without a token that begins a text, the one that ends it stands before.
-    assert encode_pair(encoder, "", "d") == Request((9,), (ord("d"),))
+    assert encode_pair(encoder, "", "d") == OptionRequest((9,), (ord("d"),))
 
 
 def test_nothing_before_an_option_is_refused() -> None:

@@ -129,7 +129,7 @@ def test_transformers_is_not_asked_to_load_what_it_would_unpack_wrongly(
     [
         ({"attention": "int5 group 32"}, ["int5 group 32", "int4 group 128"]),
         ({"*.nowhere.*": "int8 group 32"}, ["*.nowhere.*", "shared_expert"]),
-        ({"*.experts.3.*": "int8 group 32"}, ["experts.3.gate_proj is int8 group 32", "wants one scheme"]),
+        ({"*.experts.3.*": "int8 group 32"}, ["experts.3.gate_proj is int8 group 32", "need one scheme"]),
         ({"*.q_proj": "int8 group 32"}, ["self_attn.qkv_proj", "kept"]),
         ({"expert": "int8 group 40"}, ["group_size 40 does not divide the 64 inputs"]),
         ({"expert": "keep", "shared_expert": "keep", "mlp": "keep"}, ["keeps every module"]),

@@ -21,7 +21,8 @@ from onecard.checkpoint.source import open_folder
 from onecard.recipe import load_recipe
 from onecard.report.card_tables import code, words
 from onecard.report.engines import engines
-from onecard.report.model_card import FAILED_GATE, card_problems
+from onecard.report.model_card import card_problems
+from onecard.report.model_card_words import FAILED_GATE
 from papers import CARD_ARGUMENTS, draw_card, edit_record, record_of
 
 SHARE = {"share": 0.25, "low": 0.2, "high": 0.3, "count": 5}

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from command_line import FAMILIES, one_line
 from onecard import forecast
-from onecard.checkpoint.model import open_model, stored_widths
+from onecard.checkpoint.model import open_model
 from onecard.checkpoint.source import Folder, open_folder
+from onecard.checkpoint.stored_widths import stored_widths
 from onecard.models.families import load_adapter
 from onecard.recipe import load_recipe
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from hypothesis import strategies as st
 
 from babies import make_model
 from inputs import RECIPE
-from onecard.bits import pricing
 from onecard.bits.fitting import menu_of, price_model, priced_units, resolved
 from onecard.bits.pricing import Prices, identity_of, priced_rows
 from onecard.checkpoint.assign import plan_for
@@ -20,7 +20,7 @@ from onecard.checkpoint.model import Model, open_source
 from onecard.core.device import Compute
 from onecard.core.errors import InputError
 from onecard.core.recipe_groups import KEEP
-from onecard.core.rows import Row
+from onecard.core.rows import Row, Step
 from onecard.core.scheme import Scheme
 from onecard.models.block import Block
 from onecard.models.walk import HiddenRows
@@ -49,8 +49,8 @@ def some_rows(count: int = 6, length: int = 24) -> list[Row]:
     return [Row(f"d{n}", "plain", row) for n, row in enumerate(tokens)]
 
 
-def taken(model: Model, recipe: Recipe, folder: Path) -> Prices:
-    return price_model(cpu_walk(model, recipe.batch_tokens), model, recipe, some_rows(), folder)
+def taken(model: Model, recipe: Recipe, folder: Path, step: Step | None = None) -> Prices:
+    return price_model(cpu_walk(model, recipe.batch_tokens, step=step), model, recipe, some_rows(), folder)
 
 
 def stored(whole: Any, module: str) -> torch.Tensor:
@@ -89,19 +89,19 @@ def test_prices_are_those_of_the_whole_model(
     model, recipe = open_source(str(baby(family))), made(method=method)
     codes: dict[tuple[str, Scheme], torch.Tensor] = {}
     read: dict[str, list[Row]] = {}
-    real, real_embed = pricing._round_site, HiddenRows.embed
+    exchanged, real_embed = Block.exchanged, HiddenRows.embed
 
-    def round_site(task: Any, site: Any, block: Block, target: Block, moments: Any, scheme: Scheme) -> Any:
-        error = real(task, site, block, target, moments, scheme)
-        for name in (name for member in site.members for name in member):
-            codes[name, scheme] = target.weight(name).clone()
-        return error
+    def seen(block: Block, rounded: Block, names: list[str]) -> AbstractContextManager[None]:
+        """A unit is exchanged for its rounded weights once a width, in the order of the menu."""
+        scheme = next(scheme for scheme in menu_of(recipe) if (names[0], scheme) not in codes)
+        codes.update({(name, scheme): rounded.weight(name).clone() for name in names})
+        return exchanged(block, rounded, names)
 
     def embed(hidden: HiddenRows, *streams: str) -> None:
         read[streams[0]] = hidden.rows
         real_embed(hidden, *streams)
 
-    monkeypatch.setattr(pricing, "_round_site", round_site)
+    monkeypatch.setattr(Block, "exchanged", seen)
     monkeypatch.setattr(HiddenRows, "embed", embed)
     prices = taken(model, recipe, tmp_path)
 
@@ -162,31 +162,29 @@ def test_widths_have_the_bytes_that_the_plan_lays_out(baby: Callable[..., Path],
         assert found == {unit: sizes[unit, widths[unit]] for unit in units}
 
 
-@pytest.mark.parametrize("where", ["_price_block", "_round_site", "_at_the_head"])
+class Begun:
+    """A Step that stops the pass where `stop` begins, and remembers the blocks that it saw."""
+
+    def __init__(self, stop: tuple[str, int | None] | None = None) -> None:
+        self.stop, self.blocks = stop, set[int]()
+
+    def begin(self, label: str, block: int | None = None) -> None:
+        if (label, block) == self.stop:
+            raise KeyboardInterrupt
+        self.blocks |= set() if block is None else {block}
+
+    def advance(self, tokens: int) -> None: ...
+
+
+@pytest.mark.parametrize("where", ["streams", "round", "head"])
 def test_a_pass_that_was_stopped_goes_on(baby: Callable[..., Path], tmp_path: Path, where: str) -> None:
     model, recipe = open_source(str(baby("qwen3"))), made(method="balanced")
     expected = taken(model, recipe, tmp_path / "whole")
-    real, walked = getattr(pricing, where), []
-
-    def stopped(*args: Any) -> Any:
-        if (args[1] if where == "_price_block" else args[2].index if where == "_round_site" else 1) == 1:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pricing, where, stopped)
-        with pytest.raises(KeyboardInterrupt):
-            taken(model, recipe, tmp_path / "work")
-    real_block = pricing._price_block
-
-    def counted(walk: Any, index: int, *args: Any) -> None:
-        walked.append(index)
-        real_block(walk, index, *args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pricing, "_price_block", counted)
-        assert taken(model, recipe, tmp_path / "work") == expected
-    assert walked == ([] if where == "_at_the_head" else [1])
+    with pytest.raises(KeyboardInterrupt):
+        taken(model, recipe, tmp_path / "work", Begun((f"price: {where}", None if where == "head" else 1)))
+    again = Begun()
+    assert taken(model, recipe, tmp_path / "work", again) == expected
+    assert again.blocks == (set() if where == "head" else {1})
 
 
 @given(st.lists(st.booleans(), max_size=12), st.integers(1, 5), st.integers(2, 30))

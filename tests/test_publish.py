@@ -19,7 +19,7 @@ from command_line import listing
 from hub_standin import Hub, serve
 from onecard.checkpoint.checksums import SUMS_NAME
 from onecard.report.licence import EU_RESTRICTION, NOTICE_LINE
-from onecard.report.model_card import FAILED_GATE
+from onecard.report.model_card_words import FAILED_GATE
 from papers import edit_record, resum
 
 TOKEN = "hf_" + "PlantedSecretOfATest"

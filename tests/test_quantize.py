@@ -12,12 +12,12 @@ from onecard.quantize.grid import (
     absmax_scales,
     round_to_nearest,
 )
-from onecard.quantize.site import cuts, quantize_batch, relative_output_error, working_bytes
+from onecard.quantize.site import batch_slices, quantize_batch, relative_output_error, working_bytes
 
 
 @given(st.integers(1, 40), st.integers(1, 300), st.integers(1, 300), st.integers(1, 10**8))
 def test_cuts_cover_the_batch_in_order_within_the_budget(batch: int, outputs: int, inputs: int, budget: int) -> None:
-    parts = list(cuts(batch, outputs, inputs, budget, Method(refine_rounds=0)))
+    parts = list(batch_slices(batch, outputs, inputs, budget, Method(refine_rounds=0)))
     assert [b for part in parts for b in range(batch)[part]] == list(range(batch))
     one = 4 * (5 * outputs * inputs + 4 * inputs * inputs)
     for part in parts:
@@ -32,7 +32,7 @@ def test_cutting_the_batch_by_a_budget_changes_no_code(scheme: Scheme, method: M
     whole = quantize_batch(w, moment, scheme, method, torch.bfloat16)
     for step in (1, 2, 3):
         budget = step * working_bytes(12, 160, False, method)
-        slices = cuts(7, 12, 160, budget, method)
+        slices = batch_slices(7, 12, 160, budget, method)
         parts = [quantize_batch(w[c], moment[c], scheme, method, torch.bfloat16) for c in slices]
         assert len(parts) == -(-7 // step)
         assert torch.equal(torch.cat([p.weight.codes for p in parts]), whole.weight.codes)

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onecard.core.record.reading import check_record
 from onecard.report import html
-from onecard.report.page import figures, parts
-from onecard.report.reading import check_record
+from onecard.report.page import chart, parts
 from pages import HOSTILE, Elements, page_of, poisoned
 from records import full_record
 
@@ -202,8 +202,8 @@ def test_texts_of_models_and_data_are_escaped(hostile: str) -> None:
     assert code == [text for attrs, text in plain.scripts if attrs.get("type") != "application/json"]
     assert "".join(c if c.isprintable() else "\ufffd" for c in hostile.partition("\n")[0]) in page.text
     # Of texts, plotly gets no tag and no template.
-    for chart in page.charts:
-        for text in re.findall(r'"((?:[^"\\]|\\.)*)"', json.dumps(chart)):
+    for drawn in page.charts:
+        for text in re.findall(r'"((?:[^"\\]|\\.)*)"', json.dumps(drawn)):
             assert not re.search(r"<(?!br>|extra>|/extra>)", text), text
             assert "%{x}" not in text or "hacked" not in text
 
@@ -235,8 +235,8 @@ def test_no_text_escapes_the_policy() -> None:
 
 
 def test_labels_and_numbers() -> None:
-    assert figures.label("<b>x</b> & %{y}") == "&lt;b&gt;x&lt;/b&gt; &amp; %\u200b{y}"
-    assert len(figures.label("x" * 500)) == figures.LONGEST_LABEL
+    assert chart.label("<b>x</b> & %{y}") == "&lt;b&gt;x&lt;/b&gt; &amp; %\u200b{y}"
+    assert len(chart.label("x" * 500)) == chart.LONGEST_LABEL
     assert [parts.nats(v) for v in (None, 0.0, 0.0000123, 0.01395, 3.0785)] == [
         "–",
         "0.00000",

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from command_line import Refuse
 from onecard.core.errors import InputError
+from onecard.core.record.reading import read_record
 from onecard.report import html
-from onecard.report.reading import read_run
 from pages import Elements
 from records import full_record
 
@@ -104,7 +104,7 @@ def test_what_is_not_there_is_refused(onecard: Callable[..., Result], refused: R
     refused(onecard("report", tmp_path, "-o", tmp_path / "p.html"), "onecard.json")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="JSON"):
-        read_run(tmp_path / "binary")
+        read_record(tmp_path / "binary")
 
 
 def test_somebody_elses_file_is_not_replaced(onecard: Callable[..., Result], refused: Refuse, tmp_path: Path) -> None:

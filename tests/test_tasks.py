@@ -11,7 +11,7 @@ import pytest
 from onecard.core.errors import InputError
 from onecard.eval.choice import Scored
 from onecard.eval.task_items import Item, item_of
-from onecard.eval.tasks import Task, answered, flips_facts, load_task
+from onecard.eval.tasks import Task, answered, flip_summary, load_task
 
 Jsonl = Callable[..., Path]
 GOOD = {"question": "Which?", "choices": ["this", "that"], "answer": 1}
@@ -214,7 +214,7 @@ def test_facts_of_several_tasks() -> None:
     two = Task("two", (Item("a", "?", ("x", "y"), 0), Item("b", "?", ("x", "y"), 1)), {}, 5, "letters", False)
     right = [Scored(-1, -1, True, True), Scored(-2, -2, False, False)]
     wrong = [Scored(-2, -1, False, True), Scored(-1, -2, True, False)]
-    facts = flips_facts([one, two], [right, right + wrong])
+    facts = flip_summary([one, two], [right, right + wrong]).to_json()
     assert facts["all"]["task"] == "all"
     assert facts["all"]["items"] == 3
     assert "answers" not in facts["all"]

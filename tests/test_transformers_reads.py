@@ -24,10 +24,10 @@ from onecard.checkpoint.model import Model, open_model, open_source
 from onecard.checkpoint.packed import PackedSource
 from onecard.checkpoint.source import open_folder
 from onecard.core.errors import OnecardError
+from onecard.core.record.schema import Record
 from onecard.models.adapter import Role, read
 from onecard.pipeline import Options, quantize
 from onecard.recipe import Recipe
-from onecard.report.record import RunRecord
 
 WORDS = [f"w{n}" for n in range(200)]
 # What a recipe says beside the method: the Scout recipe's roles, and every linear weight of the text blocks.
@@ -79,7 +79,7 @@ class Run:
     source: Path
     out: Path
     recipe: Recipe
-    record: RunRecord
+    record: Record
     emitted: Model
     predicted_bytes: int
     loaded: dict[torch.dtype, tuple[Any, dict[str, Any]]] = field(default_factory=dict)
@@ -105,7 +105,7 @@ def make_recipe(**keys: Any) -> Recipe:
     )
 
 
-def run_pipeline(source: Path, out: Path, recipe: Recipe) -> RunRecord:
+def run_pipeline(source: Path, out: Path, recipe: Recipe) -> Record:
     calibration = write_texts(out.parent / "calibration.jsonl", 0, 12)
     evaluation = write_texts(out.parent / "evaluation.jsonl", 1, 3)
     options = Options("cpu", calibration=calibration, evaluation=evaluation)

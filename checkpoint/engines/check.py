@@ -1,9 +1,9 @@
-"""`onecard check CHECKPOINT --engine NAME`: will this engine load the folder, and load it right?
+"""`onecard check CHECKPOINT --engine NAME`: will this engine load the folder, and load it correctly?
 
-Holds config.json and the headers of the files against the engine's loading rules (checkpoint/engines; docs/engines.md
-is their table), and runs nothing. No weight is read, so it takes seconds for a checkpoint of any size, and it needs
-neither papers nor a folder that onecard itself could open: fused experts beside packed ones, or scales that are
-missing, are what it is there to tell of. Digests and values are `onecard check` without an engine.
+Compares config.json and headers with the engine's loading rules (checkpoint/engines; docs/engines.md is their table).
+No weight is read, so it takes seconds for a checkpoint of any size. The folder needs no record and may be one that
+onecard itself could not open: the rules are there to report fused experts beside packed ones, or missing scales.
+`onecard check` without an engine checks digests and values.
 """
 
 from dataclasses import dataclass
@@ -24,11 +24,12 @@ LLAMA_CPP = "llama.cpp"
 
 
 @dataclass(frozen=True)
-class Held:
-    """A checkpoint held against engines. `breaches`: engine -> what it found, in the order of its rules."""
+class EngineCheck:
+    """The result for one checkpoint and some engines."""
 
     checkpoint: str
     tensor_parallel: int
+    # Engine -> the rules that the checkpoint breaks, in their order.
     breaches: dict[str, list[Breach]]
 
     def of(self, severity: str) -> dict[str, list[Breach]]:
@@ -59,18 +60,18 @@ class Held:
         }
 
     def refuse(self) -> None:
-        """Raises DamageError when an error rule is broken; one message with every rule and its way out."""
+        """Raises DamageError when an error rule is broken, with every broken rule and its way out."""
         if self.loads:
             return
         lines = []
         for engine, found in self.of("error").items():
-            lines += [f"{self.checkpoint} does not load right in {engine}:"] if found else []
+            lines += [f"{self.checkpoint} does not load correctly in {engine}:"] if found else []
             lines += [f"  - {breach.told()}" for breach in found]
         raise DamageError("\n".join(lines))
 
 
-def hold_against(checkpoint: str, engines: tuple[str, ...], tensor_parallel: int = 1) -> Held:
-    """Raises InputError when the folder is no checkpoint of a family that onecard knows."""
+def hold_against(checkpoint: str, engines: tuple[str, ...], tensor_parallel: int = 1) -> EngineCheck:
+    """Check a folder against engines. Raises InputError when it is no checkpoint of a family that onecard knows."""
     path = Path(checkpoint)
     if not path.is_dir():
         raise InputError(f"{checkpoint} is no folder: name a checkpoint that lies on this machine")
@@ -82,7 +83,7 @@ def hold_against(checkpoint: str, engines: tuple[str, ...], tensor_parallel: int
         else:
             view = view or _open(path, tensor_parallel)
             found[engine] = hold(view, ENGINES[engine])
-    return Held(checkpoint, tensor_parallel, found)
+    return EngineCheck(checkpoint, tensor_parallel, found)
 
 
 def _open(path: Path, tensor_parallel: int) -> View:

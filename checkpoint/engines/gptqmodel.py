@@ -1,8 +1,8 @@
-"""What GPTQModel wants of a checkpoint: read from its source at 7.3.4 and from running 7.7.0 (benchmarks/peers).
+"""GPTQModel's loading rules, from its source at 7.3.4 and from running 7.7.0 (benchmarks/peers).
 
-It builds the model from config.json, takes fused experts apart, and makes a QuantLinear of every matrix that stands in
-the family's module tree, unless a negative rule of `dynamic` ("-:...") means it: what stays bf16 must be named there.
-Widths of single modules come from positive rules.
+It builds the model from config.json, splits fused experts, and makes a QuantLinear of every matrix in the family's
+module tree, unless a negative rule of `dynamic` ("-:...") matches it. So every matrix that stays bf16 must be listed
+there. Positive rules set the widths of single modules.
 """
 
 import re
@@ -15,7 +15,7 @@ from .view import GPTQ, Kept, Kind, View
 
 LOADER = "gptqmodel/models/loader.py, from_quantized"
 TORCH_LINEAR = "gptqmodel/nn_modules/qlinear/torch.py, TorchLinear.SUPPORTS_*"
-# Roles that a family's module tree lacks: of Llama 4 Maverick's dense layers.
+# Roles that a family's module tree lacks: the dense layers of Llama 4 Maverick.
 LEFT_OUT = {"llama4": (Role.MLP,)}
 GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
 WIDTHS = (2, 3, 4, 8)
@@ -39,7 +39,7 @@ def settings(view: View) -> Iterator[str]:
 
 
 def override(view: View, matrix: Kept) -> dict[str, object] | bool:
-    """What `dynamic` says of a module: False (left alone), or settings of its own. The first match counts."""
+    """What the first matching rule of `dynamic` says: False (not quantized), or settings of its own."""
     for pattern, settings in ((view.block or {}).get("dynamic") or {}).items():
         negative, expression = pattern.startswith("-:"), pattern.removeprefix("-:").removeprefix("+:")
         if re.match(expression, matrix.module):
@@ -48,7 +48,7 @@ def override(view: View, matrix: Kept) -> dict[str, object] | bool:
 
 
 def left_alone(view: View) -> Iterator[str]:
-    """Matrices in bf16 that the loader takes for quantized, and quantized ones that it takes for bf16."""
+    """bf16 matrices that the loader expects to be quantized, and quantized ones that it expects in bf16."""
     if view.method != GPTQ:
         return
     left_out = LEFT_OUT.get(view.adapter.family, ())

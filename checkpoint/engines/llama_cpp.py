@@ -1,8 +1,8 @@
-"""What llama.cpp wants of a GGUF file, read from the source that llama-cpp-python 0.3.36 carries.
+"""llama.cpp's loading rules for a GGUF file, from the source that llama-cpp-python 0.3.36 carries.
 
-llama.cpp asks for tensors by names and shapes that follow from the file's own metadata, and ends in an error for one
-that is missing, has another shape, or was not asked for. A folder of safetensors is no file of its at all: that is a
-rule too, and its message says what to export. The file is opened with the gguf package; its weights are not read.
+llama.cpp requests tensors by names and shapes that follow from the file's own metadata. A tensor that is missing, has
+another shape, or is not requested ends in an error. A folder of safetensors breaks a rule too, and its message says
+what to export. The gguf package opens the file; weights are not read.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,7 @@ from .rules import Rule
 MODEL = "llama.cpp src/llama-model.cpp, load_hparams"
 LOADER = "llama.cpp src/llama-model-loader.cpp"
 ARCHITECTURES = ("llama4", "qwen3moe")
-# Without which llama.cpp does not start, {} being the architecture.
+# Metadata without which llama.cpp does not start; {} is the architecture.
 KEYS = (
     "{}.context_length",
     "{}.embedding_length",
@@ -29,7 +29,7 @@ KEYS = (
     "tokenizer.ggml.tokens",
 )
 OF_LLAMA4 = ("llama4.expert_feed_forward_length", "llama4.interleave_moe_layer_step")
-# Llama 4's, fixed in src/models/llama4.cpp whatever a model was trained with.
+# Llama 4's attention chunk, fixed in src/models/llama4.cpp whatever the model was trained with.
 CHUNK = 8192
 EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 SHARED = ("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")
@@ -39,13 +39,17 @@ WHOLE = ("F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class GgufView:
-    """`metadata`: scalars, lengths of lists. `tensors`: name -> (type, shape as torch has it). `files`: the .gguf
-    files there are. `chunk`: config.json's attention chunk, where a config.json lies beside."""
+    """A folder of GGUF files as the rules see it."""
 
+    # Names of the .gguf files.
     files: tuple[str, ...]
+    # Scalars and strings; for a list its length.
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    # Name -> (type, shape in torch's order).
     tensors: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    # The attention chunk of a config.json in the folder.
     chunk: int | None = None
+    # Why a file could not be opened.
     unread: str | None = None
 
     @property
@@ -53,13 +57,13 @@ class GgufView:
         return str(self.metadata.get("general.architecture", ""))
 
     def number(self, key: str) -> int:
-        """0 where it is not there, or no number."""
+        """An integer of the architecture's metadata; 0 if it is missing or no integer."""
         value = self.metadata.get(f"{self.architecture}.{key}", 0)
         return value if isinstance(value, int) else 0
 
 
 def look_gguf(folder: Path, chunk: int | None = None) -> GgufView:
-    """Open the folder's GGUF file, or the first of its parts. Raises nothing but ImportError (no gguf package)."""
+    """Open all GGUF files of the folder. Raises only ImportError, without the gguf package."""
     files = tuple(sorted(path.name for path in folder.glob("*.gguf")))
     if not files:
         return GgufView(files)
@@ -104,7 +108,7 @@ def metadata(view: GgufView) -> Iterator[str]:
 
 
 def expected(view: GgufView) -> dict[str, tuple[int, ...] | None]:
-    """Every tensor that llama.cpp asks for -> its shape as torch has it, None where the metadata do not say."""
+    """Every tensor that llama.cpp requests -> its shape in torch's order, None when the metadata do not say."""
     hidden, experts = view.number("embedding_length"), view.number("expert_count")
     heads, kv = view.number("attention.head_count"), view.number("attention.head_count_kv")
     head = view.number("attention.key_length") or (hidden // heads if heads else 0)

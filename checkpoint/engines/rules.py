@@ -1,9 +1,9 @@
-"""What a rule is, and the rules that more than one engine has.
+"""What a rule is, and the rules that several engines share.
 
-A rule is a pure function of a View that gives one line an offender; around it stand its name, how bad a breach is, the
-way out for the user, and where in the engine's sources it comes from (docs/engines.md is a table of them). An `error`
-does not load, or loads and answers nonsense; a `warning` loads, but not everywhere or not as small as it was meant to
-be. Rules are data in tuples, one an engine: there is nothing to register.
+A rule is a pure function of a View that gives one line per offender, together with its name, its severity, the way out
+for the user, and its place in the engine's source (docs/engines.md is a table of the rules). A checkpoint that breaks
+an `error` rule does not load, or loads and answers nonsense. One that breaks a `warning` rule loads, but not
+everywhere, or larger than intended. Each engine's rules are a tuple; there is no registry.
 """
 
 import re
@@ -16,7 +16,7 @@ from ...models.cache import Split
 from ..formats.stored_weight import FLOATS
 from .view import COMPRESSED_TENSORS, PARTS, Kept, Kind, View
 
-# So many offenders of one rule stand in a message; the JSON line has them all.
+# A message shows this many offenders of a rule; the JSON line has them all.
 SHOWN = 8
 
 
@@ -31,7 +31,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Breach:
-    """A rule that a checkpoint breaks, and what in it does."""
+    """A rule that a checkpoint breaks, and the offenders."""
 
     rule: Rule
     offenders: tuple[str, ...]
@@ -47,14 +47,14 @@ class Breach:
         }
 
     def told(self) -> str:
-        """For people: what is wrong, cut short, and the way out."""
+        """For people: the first offenders, and the way out."""
         more = len(self.offenders) - SHOWN
         shown = [*self.offenders[:SHOWN], *([f"and {more} more, all in the JSON line"] if more > 0 else [])]
         return "\n".join([f"{self.rule.name}:", *(f"    - {line}" for line in shown), f"    {self.rule.way_out}"])
 
 
 def hold(view: Any, rules: Iterable[Rule]) -> list[Breach]:
-    """Every rule that the view breaks, in their order."""
+    """Every rule that the view breaks, in order."""
     found = [Breach(rule, tuple(rule.look(view))) for rule in rules]
     return [breach for breach in found if breach.offenders]
 
@@ -63,8 +63,8 @@ def hold(view: Any, rules: Iterable[Rule]) -> list[Breach]:
 
 
 def announced(view: View, matrix: Kept) -> tuple[int, int, bool] | None:
-    """(bits, inputs a scale, symmetric) that compressed-tensors' block gives the matrix; None: it stays whole. A target
-    that names the module or its unit goes before an expression, and that before a class."""
+    """(bits, inputs per scale, symmetric) that compressed-tensors' block assigns to the matrix; None if it is not
+    quantized. A target that names the module or its unit takes precedence over an expression, and that over a class."""
     if ignored(view, matrix.module) or ignored(view, matrix.unit):
         return None
     aims = [(max(g.aims_at(matrix.module), g.aims_at(matrix.unit)), -at, g) for at, g in enumerate(view.groups)]
@@ -76,7 +76,7 @@ def announced(view: View, matrix: Kept) -> tuple[int, int, bool] | None:
 
 
 def ignored(view: View, module: str) -> bool:
-    """Whether `ignore` names the module, by name or expression."""
+    """Whether `ignore` matches the module, by name or expression."""
     return any(_matches(str(entry), module) for entry in (view.block or {}).get("ignore") or [])
 
 
@@ -99,7 +99,7 @@ def said(width: tuple[int, int, bool], inputs: int) -> str:
 
 
 def fused_experts(view: View) -> Iterator[str]:
-    """Experts left in their 3-D tensors while the block says that they are quantized one by one."""
+    """Experts in 3-D tensors, although the block says that they are quantized one by one."""
     quantized = [m for m in view.experts if m.kind is Kind.FUSED and not ignored(view, m.module)]
     if view.block is None:
         return
@@ -115,7 +115,7 @@ def missing_parts(view: View) -> Iterator[str]:
 
 
 def one_scheme(view: View) -> Iterator[str]:
-    """Widths that differ inside what the engine fuses."""
+    """Units that the engine fuses and that have several widths."""
     for unit, members in view.units.items():
         found = widths(members)
         if len(found) > 1:
@@ -124,8 +124,8 @@ def one_scheme(view: View) -> Iterator[str]:
 
 
 def widths(members: list[Kept]) -> dict[str, list[str]]:
-    """Width in words -> modules. Rows of different lengths are one width only where all are by row; else one group that
-    fills a row is a group of so many."""
+    """Width in words -> modules. One group that fills its row counts as `by row` only if that is so for all members;
+    otherwise it counts by its size, since rows may differ in length."""
     there = [m for m in members if m.kind is not Kind.MISSING]
     by_row = all(m.group == m.shape[1] for m in there if m.quantized)
     found: dict[str, list[str]] = {}
@@ -141,7 +141,7 @@ def _named(unit: str, modules: list[str]) -> str:
 
 
 def names(view: View) -> Iterator[str]:
-    """Tensors that are promised and not there, and those that nobody promised."""
+    """Tensors that config.json promises and that are missing, and tensors that it does not promise."""
     for matrix in view.kept.values():
         if matrix.kind is Kind.MISSING:
             yield f"{matrix.tensor} is missing"
@@ -155,12 +155,12 @@ def _packed(view: View, name: str) -> bool:
 
 
 def _of_plain(view: View, name: str) -> bool:
-    """A part of a packed head, embedding or tower: another rule's."""
+    """Whether it is a part of a packed head or vision tower, which another rule reports."""
     return f"{name.rpartition('.')[0]}.weight" in view.plain and view.adapter.role(name) in (Role.VISION, Role.HEAD)
 
 
 def shapes(view: View) -> Iterator[str]:
-    """Whole tensors against config.json, and packed ones against the matrix that it promises."""
+    """Unquantized tensors whose shape contradicts config.json, and packed ones that no width explains."""
     for name, shape in view.plain.items():
         info = view.infos.get(name)
         if info is not None and info.shape != shape and info.dtype in FLOATS:
@@ -175,7 +175,7 @@ def shapes(view: View) -> Iterator[str]:
 
 
 def as_announced(view: View) -> Iterator[str]:
-    """Every matrix is kept as the config groups say; what stays whole is another rule's."""
+    """Quantized matrices that are not stored as the config groups say. `ignore_list` reports unquantized ones."""
     if view.method != COMPRESSED_TENSORS or view.unread is not None:
         return
     for matrix in view.kept.values():
@@ -190,7 +190,7 @@ def as_announced(view: View) -> Iterator[str]:
 
 
 def ignore_list(view: View) -> Iterator[str]:
-    """Matrices that are kept whole and that config.json says are quantized."""
+    """Unquantized matrices that config.json says are quantized."""
     if view.method != COMPRESSED_TENSORS or view.unread is not None:
         return
     for matrix in view.kept.values():
@@ -200,7 +200,7 @@ def ignore_list(view: View) -> Iterator[str]:
 
 
 def ignore_others(view: View) -> Iterator[str]:
-    """Head, routers and vision tower: a class target means them unless `ignore` names them."""
+    """Head, routers and vision tower where `ignore` does not list them, so that a class target includes them."""
     if view.method != COMPRESSED_TENSORS or not any("Linear" in group.targets for group in view.groups):
         return
     for name, shape in view.plain.items():
@@ -208,7 +208,7 @@ def ignore_others(view: View) -> Iterator[str]:
         linear = (
             leaf == "weight" and len(shape) == 2 and view.adapter.role(name) in (Role.ROUTER, Role.HEAD, Role.VISION)
         )
-        # Embeddings of positions are no module of their own; the head may be told by its last name alone.
+        # `ignore` may list the head by its last name alone.
         if linear and not ignored(view, module) and not ignored(view, module.rpartition(".")[2]):
             yield f"{module} is kept whole and is not in `ignore`"
 
@@ -219,7 +219,7 @@ def config_read(view: View) -> Iterator[str]:
 
 
 def vision_untouched(view: View) -> Iterator[str]:
-    """Nothing of the vision tower and the projector is packed or in integers."""
+    """Tensors of the vision tower and the projector that are packed or integers."""
     for name in sorted(view.infos):
         if view.adapter.has_vision and view.adapter.role(name) is Role.VISION:
             leaf = name.rpartition(".")[2]
@@ -228,7 +228,7 @@ def vision_untouched(view: View) -> Iterator[str]:
 
 
 def experts_whole(view: View) -> Iterator[str]:
-    """Experts in bf16 in a checkpoint that calls itself quantized."""
+    """Experts in bf16 although the checkpoint says that it is quantized."""
     whole = [m for m in view.experts if m.kind in (Kind.PLAIN, Kind.FUSED) and m.width in FLOATS]
     if view.block is None or not whole:
         return
@@ -242,7 +242,7 @@ def experts_whole(view: View) -> Iterator[str]:
 
 
 def tensor_parallel(view: View) -> Iterator[str]:
-    """Heads and experts over the ranks, and groups of scales within one rank's part of the inputs."""
+    """Heads, experts and groups of scales that the ranks cannot share evenly."""
     ranks, (q, kv) = view.tensor_parallel, view.heads()
     if q % ranks:
         yield f"{q} attention heads over {ranks} ranks"
@@ -250,7 +250,7 @@ def tensor_parallel(view: View) -> Iterator[str]:
         yield f"{kv} key-value heads over {ranks} ranks"
     told: dict[str, None] = {}
     for matrix in view.kept.values():
-        # Where there are more ranks than key-value heads, k and v are copied.
+        # With more ranks than key-value heads, k and v are copied.
         if matrix.split is Split.COPIED or (matrix.split is Split.KV_HEADS and ranks > kv):
             continue
         outputs, inputs = matrix.shape

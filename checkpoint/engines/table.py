@@ -1,4 +1,4 @@
-"""The engines that a checkpoint can be held against, and each one's rules."""
+"""The engines that a checkpoint can be checked for, and the rules of each."""
 
 from . import gptqmodel, llama_cpp, transformers, vllm
 from .rules import Rule

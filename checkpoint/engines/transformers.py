@@ -1,8 +1,8 @@
-"""What transformers wants of a checkpoint: read from 5.23.0 (compressed-tensors 0.20), and held against what it loads.
+"""transformers' loading rules, from 5.23.0 (compressed-tensors 0.20), and tested against what it loads.
 
-A compressed-tensors folder is loaded by `CompressedTensorsConfig(dequantize=True)`; left packed, the first forward pass
-on a CPU ends in an AttributeError. Names that it does not know it reports and leaves out, and parameters without a
-tensor it initialises at random, so that a breach of most rules loads and answers nonsense.
+A compressed-tensors folder is loaded with `CompressedTensorsConfig(dequantize=True)`; left packed, the first forward
+pass on a CPU ends in an AttributeError. transformers reports unknown names and leaves them out, and initialises
+parameters without a tensor at random. So a checkpoint that breaks most of these rules loads and answers nonsense.
 """
 
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ def expert_zero_points(view: View) -> Iterator[str]:
 
 
 def schemes_at_large(view: View) -> Iterator[str]:
-    """transformers takes one group's width for every expert, and one for every other matrix."""
+    """Several widths where transformers takes one: among the experts, or among the other matrices."""
     packed = [m for m in view.kept.values() if m.kind is Kind.PACKED]
     for what, members in (
         ("the experts", [m for m in packed if m.role is Role.EXPERT]),
@@ -41,7 +41,8 @@ def schemes_at_large(view: View) -> Iterator[str]:
         found = rules.widths(members)
         if len(found) > 1:
             yield f"{what} are {', '.join(sorted(found))}"
-    # The experts' group is known by an expression that names experts; the others get the first group that has none.
+    # transformers recognises the experts' group by an expression that names experts. Other matrices get the first
+    # remaining group.
     if len(rules.widths(packed)) > 1 and not any(
         target.startswith("re:") and "experts" in target for group in view.groups for target in group.targets
     ):
@@ -58,7 +59,7 @@ def gptq_vision(view: View) -> Iterator[str]:
 
 
 def packed_stacks(view: View) -> Iterator[str]:
-    """Codes in a 3-D tensor of all experts."""
+    """Codes in a 3-D tensor that holds all experts."""
     for tensor in dict.fromkeys(m.tensor for m in view.experts if m.kind is Kind.FUSED):
         info = view.infos[tensor]
         if info.dtype not in FLOATS:

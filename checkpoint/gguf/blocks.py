@@ -1,16 +1,16 @@
-"""GGUF's blocks of 32 weights that our codes fit without being rounded again: Q4_0, Q4_1 and Q8_0.
+"""GGUF's blocks of 32 weights that hold our codes without rounding them again: Q4_0, Q4_1 and Q8_0.
 
     Q4_0   d fp16, 16 bytes: weight j is (low nibble of byte j) - 8 times d, weight j + 16 its high nibble     18 bytes
     Q4_1   d fp16, m fp16, 16 bytes alike: weight = nibble x d + m                                             20 bytes
     Q8_0   d fp16, 32 bytes: weight = int8 x d                                                                 34 bytes
 
-So symmetric int4 is Q4_0, asymmetric int4 is Q4_1 and symmetric int8 is Q8_0. A group of 64 or 128 is two or four
-blocks of one scale, and a row of one scale as many as it has: exact as well, and more bytes. Codes never change. What
-can change is how a scale is stored, fp16 for bf16:
+Symmetric int4 is Q4_0, asymmetric int4 is Q4_1, and symmetric int8 is Q8_0. A group of 64 or 128 becomes two or four
+blocks with the same scale, and a row with one scale becomes as many blocks as it has: also exact, but larger. Codes
+never change. Only scales may, because they are stored as fp16 instead of bf16:
 
-- a bf16 scale of 2^-17 to 65504 is an fp16 number; one that fp16 would change by more than bf16 rounds is refused, and
-  so is what is no number. (Our own quantizer makes none: its least scale is 2^-14.)
-- Q4_1's m is -(8 + zero point) x d, up to 12 bits in fp16's 11: an error of up to 2^-11 of m, 0.0073 of a step.
+- A bf16 scale of 2^-17 to 65504 is exact in fp16. A scale that fp16 would change by more than bf16 rounds is refused,
+  and so is a non-finite one. (Our own quantizer makes none: its least scale is 2^-14.)
+- Q4_1's m is -(8 + zero point) x d, up to 12 bits in fp16's 11: an error of up to 2^-11 of m, or 0.0073 of a step.
 
 Specification: ggml `ggml-common.h` (block_q4_0, block_q4_1, block_q8_0), `ggml-quants.c` (dequantize_row_*).
 Shape legend: O outputs, I inputs, N blocks along I, G groups along I.
@@ -29,7 +29,7 @@ BLOCK_BYTES = {"Q4_0": 2 + HALF, "Q4_1": 4 + HALF, "Q8_0": 2 + BLOCK}
 
 
 def kind_of(scheme: Scheme, inputs: int) -> str:
-    """The block type that holds codes of `scheme` in rows of `inputs`. Raises ValueError where none does."""
+    """The block type for codes of `scheme` in rows of `inputs`. Raises ValueError when there is none."""
     group = inputs // scheme.groups(inputs)
     if group % BLOCK:
         raise ValueError(f"groups of {group} are no whole blocks of {BLOCK}")
@@ -39,7 +39,7 @@ def kind_of(scheme: Scheme, inputs: int) -> str:
 
 
 def pack(weight: QuantizedWeight) -> torch.Tensor:
-    """One 2-D weight -> its blocks, uint8 [O, N * bytes of a block]. Raises ValueError for a scale that fp16 cannot
+    """One 2-D weight -> its blocks, uint8 [O, N * bytes per block]. Raises ValueError for a scale that fp16 cannot
     hold."""
     scheme, (outputs, inputs) = weight.scheme, weight.codes.shape
     kind = kind_of(scheme, inputs)
@@ -48,7 +48,7 @@ def pack(weight: QuantizedWeight) -> torch.Tensor:
     heads = [d_ON]
     if weight.zero_points is not None:
         zero_ON = weight.zero_points.repeat_interleave(blocks_a_group, -1).to(torch.float32)
-        # From the scale as it is stored, so that what is lost of it does not shift the weights.
+        # Computed from the stored fp16 scale, so that its rounding does not shift the weights.
         heads.append(((scheme.code_min - zero_ON) * d_ON.to(torch.float32)).to(torch.float16))
     if not bool(torch.isfinite(heads[-1]).all()):
         raise ValueError("has groups whose least value is past 65504, which fp16 cannot hold")
@@ -65,8 +65,11 @@ def pack(weight: QuantizedWeight) -> torch.Tensor:
 
 
 def unpack(blocks: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> QuantizedWeight:
-    """The inverse of pack, bit for bit where fp16 holds every scale exactly. (A scale of zero keeps no zero point:
-    every code is the same weight then.) Raises ValueError when blocks of one group differ in their scales."""
+    """The inverse of pack, bit for bit when fp16 holds every scale exactly.
+
+    A scale of zero keeps no zero point, since every code then means the same weight. Raises ValueError when blocks of
+    one group differ in their scales.
+    """
     kind = "Q8_0" if scheme.bits == 8 else "Q4_0" if scheme.symmetric else "Q4_1"
     inputs = blocks.shape[1] // BLOCK_BYTES[kind] * BLOCK
     assert kind == kind_of(scheme, inputs)

@@ -1,13 +1,13 @@
-"""A GGUF file: what will be written, to the byte, before a weight is read; and what one holds, from its header.
+"""A GGUF file: its exact bytes planned before a weight is read, its writing, and the reading of a header.
 
-    header: magic, version, metadata (key, type, value), one entry a tensor (name, dimensions, type, offset)
+    header: magic, version, metadata (key, type, value), one entry per tensor (name, dimensions, type, offset)
     data:   the tensors, each at a multiple of 32 bytes
 
-Types and their sizes are the gguf package's; the tests hold what is written here against its writer, byte by byte, and
-what is read against its reader. Neither is used: for Llama 4's vocabulary the writer takes seconds, and the reader,
-which keeps two arrays a token, half a minute and 1 GB. Data is written tensor by tensor and read with plain reads at
-its offsets, as safetensors files are (checkpoint/source.py says why no memory map). Dimensions lie in the file
-innermost first; here they are as torch has them. Big-endian files and files in several parts are refused.
+Types and their sizes come from the gguf package. Its writer and reader are not used: for Llama 4's vocabulary the
+writer takes seconds, and the reader, which keeps two arrays per token, takes half a minute and 1 GB. The tests compare
+this module with both, byte by byte. Data is written tensor by tensor, and read with plain reads at its offsets, as
+safetensors files are (checkpoint/source.py says why there is no memory map). The file stores dimensions innermost
+first; here they have torch's order. Big-endian files and files in several parts are refused.
 
 Specification: ggml `docs/gguf.md`; the gguf package's GGML_QUANT_SIZES.
 """
@@ -25,11 +25,11 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from .. import files
 
 ALIGNMENT = 32
-# general.file_type, which loaders print: the type of most of the weights (llama.cpp's llama_ftype).
+# Values of general.file_type, which loaders print: the type of most weights (llama.cpp's llama_ftype).
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
 QUANTIZATION_VERSION = 2
 MAGIC, VERSIONS, MOST_AXES = b"GGUF", (2, 3), 4
-# Type of a value in the metadata -> how `struct` reads it.
+# Type of a metadata value -> its format character for `struct`.
 SCALARS = {
     int(GGUFValueType[name]): form
     for name, form in {
@@ -52,9 +52,10 @@ STRING, ARRAY = int(GGUFValueType.STRING), int(GGUFValueType.ARRAY)
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor of a file. `kind`: GGML's name of its type."""
+    """One tensor of a file."""
 
     name: str
+    # GGML's name of its type, e.g. 'Q4_0'.
     kind: str
     shape: tuple[int, ...]
 
@@ -69,8 +70,8 @@ def padded(count: int, to: int = ALIGNMENT) -> int:
 
 
 def header(architecture: str, metadata: Mapping[str, Any], tensors: Sequence[GgufTensor]) -> bytes:
-    """All that comes before the data, filled up to where that begins. Lists are arrays; whole numbers are uint32, and
-    int32 in arrays."""
+    """Everything before the data, padded to where the data begins. Lists become arrays; integers become uint32, and
+    int32 inside arrays."""
     values = {"general.architecture": architecture, **metadata}
     pieces = [MAGIC, struct.pack("<IQQ", VERSIONS[-1], len(tensors), len(values))]
     for key, value in values.items():
@@ -91,7 +92,7 @@ def _text(text: str) -> bytes:
 
 
 def _value(value: Any) -> list[bytes]:
-    """A value of the metadata behind its type."""
+    """A metadata value, preceded by its type."""
     if isinstance(value, bool):
         return [struct.pack("<I?", GGUFValueType.BOOL, value)]
     if isinstance(value, int):
@@ -112,7 +113,8 @@ def file_bytes(head: bytes, tensors: Iterable[GgufTensor]) -> int:
 
 
 def write(path: Path, head: bytes, tensors: Iterable[tuple[GgufTensor, Iterable[torch.Tensor]]]) -> None:
-    """A file, whole or not at all; each tensor comes in pieces along its first axis, one in memory at a time."""
+    """Write a file, completely or not at all. Each tensor comes in pieces along its first axis, one in memory at a
+    time."""
 
     def pieces() -> Iterable[bytes]:
         yield head
@@ -130,15 +132,18 @@ def write(path: Path, head: bytes, tensors: Iterable[tuple[GgufTensor, Iterable[
 
 @dataclass(frozen=True)
 class Opened:
-    """What a file holds. `tensors`: each with the place of its first byte. `metadata`: values but arrays."""
+    """An opened file."""
 
     path: Path
+    # Scalars and strings; arrays are skipped.
     metadata: dict[str, Any]
+    # Each with the offset of its first byte.
     tensors: dict[str, tuple[GgufTensor, int]]
 
 
 def open_file(path: Path) -> Opened:
-    """Read a header; the file must be as long as it says. Raises ValueError with a line that says what is wrong."""
+    """Read a header and check that the file is long enough for its tensors. Raises ValueError with one line that
+    continues the file's name."""
     size = path.stat().st_size
     with path.open("rb", buffering=2**20) as file:
         read = _Reader(file, size)
@@ -175,7 +180,7 @@ def _alignment(metadata: Mapping[str, Any]) -> int:
 
 
 def _entry(read: "_Reader") -> tuple[GgufTensor, int]:
-    """A tensor of the header, and where it begins in the data."""
+    """One tensor of the header, and its offset in the data."""
     name = read.string()
     axes = read.number("I")
     if axes > MOST_AXES:
@@ -217,7 +222,7 @@ class _Reader:
             raise ValueError("has a damaged header (a name that is no text)") from None
 
     def value(self, kind: int) -> Any:
-        """A scalar or a string; None of an array, which is read over."""
+        """A scalar or a string. An array is skipped and gives None."""
         if kind in SCALARS:
             return self.number(SCALARS[kind])
         if kind == STRING:

@@ -1,14 +1,15 @@
-"""A folder with one GGUF file, config.json beside it, as a source of dense weights: what llama.cpp will compute with.
+"""A folder with one GGUF file and a config.json, as a source of dense weights: those that llama.cpp computes with.
 
-Every expert of a stacked tensor lies in one piece, so the file is shown as a Folder whose entries are canonical
-tensors: an expert is read without the others. Weights in blocks (whoever made them: Q4_0 and its like, K and I quants)
-are unpacked by the gguf package's own dequantizer, in fp32. The text model alone is looked for, whatever config.json
-says of a vision tower. The file's metadata must agree with config.json where both say something: a file of another
-model, or with another rotary base, is refused.
+Each expert of a stacked tensor lies in one contiguous piece. So the file is shown as a Folder whose entries are
+canonical tensors, and one expert is read without the others. The gguf package's own dequantizer unpacks weights in
+blocks in fp32, whoever made them (Q4_0 and its like, K and I quants). Only the text model is looked for, even if
+config.json has a vision tower. Where the file's metadata and config.json both say something they must agree: a file of
+another model, or with another rotary base, is refused.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -32,106 +33,137 @@ from . import file as gguf_file
 NAME = "gguf"
 BLOCKS = "blocks"
 ACTIVATIONS = (
-    "llama.cpp rounds activations to 8 bits where weights are in blocks: what is measured is the weights alone"
+    "llama.cpp rounds activations to 8 bits where weights are in blocks: the figures here measure the weights alone"
 )
-# Of the block types that onecard writes, what their codes are.
+# The block types that onecard writes -> their codes.
 SCHEMES = {"Q4_0": Scheme(4, 32, True), "Q4_1": Scheme(4, 32, False), "Q8_0": Scheme(8, 32, True)}
-# Metadata that a file may choose for itself: a shorter context, and a size that its list of tokens says as well.
+# Metadata that may differ from config.json: a shorter context, and the vocabulary, which the list of tokens says too.
 CHOSEN = ("context_length", "vocab_size")
-# Factors and settings are fp32 there, and were computed by somebody else's program.
+# GGUF stores factors and settings as fp32, computed by other programs.
 RELATIVE_TOLERANCE = 1e-5
 
 
 def holds_gguf(path: Path) -> bool:
-    """Whether a GGUF file is what a folder's weights are."""
+    """Whether a folder's weights are in GGUF."""
     return any(path.glob("*.gguf")) and not holds_safetensors(path)
 
 
 def dense(parts: Mapping[str, torch.Tensor], dtype: torch.dtype, *, kind: str) -> torch.Tensor:
-    """The weight [O, I] of blocks uint8 [O, bytes]. Raises ValueError for values that are no numbers."""
+    """The weight [O, I] of blocks uint8 [O, bytes]. Raises ValueError for non-finite values."""
     values = torch.from_numpy(np.asarray(dequantize(parts[BLOCKS].numpy(), GGMLQuantizationType[kind])))
     if not bool(torch.isfinite(values).all()):
-        raise ValueError("holds values that are no numbers")
+        raise ValueError("holds non-finite values")
     return values.to(dtype)
 
 
 def codes(parts: Mapping[str, torch.Tensor], *, scheme: Scheme) -> QuantizedWeight:
-    """The codes [O, I] and their scales, fp16."""
+    """The codes [O, I] with fp16 scales."""
     return gguf_blocks.unpack(parts[BLOCKS], scheme, torch.float16)
 
 
+@dataclass
+class _Contents:
+    """The tensors of a file, as entries of a Folder and as weights in parts."""
+
+    infos: dict[str, TensorInfo] = field(default_factory=dict)
+    offsets: dict[str, tuple[Path, int]] = field(default_factory=dict)
+    weights: dict[str, StoredWeight] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
 def open_gguf(path: Path, adapter: Adapter) -> PackedSource:
-    """The file in `path`, whose config.json `adapter` (without vision) was made from. Reads the header. Raises
-    InputError with every offender."""
-    found = sorted(path.glob("*.gguf"))
-    if len(found) != 1:
-        raise InputError(f"{path} holds {len(found)} GGUF files: keep one, whole, in a folder")
-    if not found[0].resolve().is_relative_to(allowed_root(path)):
-        raise InputError(f"{found[0]} is a link that leaves the folder (to {found[0].resolve()})")
+    """Open the GGUF file in `path` by its header. `adapter` is that of the config.json beside it, without vision.
+
+    Raises InputError with every contradiction.
+    """
+    file = _only_file(path)
     try:
-        opened = gguf_file.open_file(found[0])
+        opened = gguf_file.open_file(file)
         entries = words.layout(adapter) if adapter.family in words.ARCHITECTURES else None
     except ValueError as error:
-        raise InputError(f"{found[0]} {error}") from None
+        raise InputError(f"{file} {error}") from None
     if entries is None:
         raise InputError(f"{path}: {words.refusals(adapter)[0]}")
     architecture, said = words.ARCHITECTURES[adapter.family], opened.metadata.get("general.architecture")
     if said != architecture:
         raise InputError(
-            f"{found[0]} has general.architecture {said!r}, and config.json's model is llama.cpp's {architecture!r}: "
-            "put config.json of the very model beside the GGUF file"
+            f"{file} has general.architecture {said!r}, and config.json's model is llama.cpp's {architecture!r}: "
+            "put the model's own config.json beside the GGUF file"
         )
-    problems = _metadata_problems(opened, adapter)
-    infos: dict[str, TensorInfo] = {}
-    offsets: dict[str, tuple[Path, int]] = {}
-    weights: dict[str, StoredWeight] = {}
-    for entry in entries:
-        if entry.name not in opened.tensors:
-            problems.append(f"{entry.name} is missing")
-            continue
-        tensor, offset = opened.tensors[entry.name]
-        if tensor.shape != entry.shape:
-            problems.append(f"{entry.name} is {list(tensor.shape)}, and config.json says {list(entry.shape)}")
-            continue
-        if tensor.kind not in FLOATS and not _readable(tensor.kind):
-            problems.append(f"{entry.name} is {tensor.kind}, which the gguf package does not unpack")
-            continue
-        shape = entry.shape[1:] if entry.stacked else entry.shape
-        each = tensor.nbytes // len(entry.parts)
-        for number, part in enumerate(entry.parts):
-            place = (opened.path, offset + number * each)
-            if tensor.kind in FLOATS:
-                infos[part], offsets[part] = TensorInfo(shape, tensor.kind), place
-                continue
-            stored = f"{part}.{BLOCKS}"
-            infos[stored], offsets[stored] = TensorInfo((shape[0], each // shape[0]), "U8"), place
-            scheme = SCHEMES.get(tensor.kind)
-            weights[part] = StoredWeight(
-                TensorInfo(shape, "F32"),
-                tensor.kind,
-                {BLOCKS: stored},
-                partial(dense, kind=tensor.kind),
-                scheme=scheme,
-                codes=None if scheme is None else partial(codes, scheme=scheme),
-            )
+    contents = _contents(opened, entries)
+    problems = [*_metadata_problems(opened, adapter), *contents.problems]
     known = {entry.name for entry in entries} | {words.ROPE_FACTORS}
-    strange = sorted(opened.tensors.keys() - known)
-    problems += [f"{name} is in the file and config.json knows no such tensor" for name in strange]
+    unknown = sorted(opened.tensors.keys() - known)
+    problems += [f"{name} is in the file and config.json knows no such tensor" for name in unknown]
     if problems:
         shown = problems[:MOST_SHOWN]
         if len(problems) > MOST_SHOWN:
             shown.append(f"... and {len(problems) - MOST_SHOWN} more")
         raise input_error(
-            f"{found[0]} is not the model that its config.json describes:",
+            f"{file} is not the model that its config.json describes:",
             shown,
-            "Put config.json of the very model beside the GGUF file, and fetch the file whole.",
+            "Put the model's own config.json beside the GGUF file, and fetch the complete file.",
         )
-    kinds = sorted({weight.width for weight in weights.values()})
-    folder = Folder(path, infos, offsets, (opened.path,))
+    infos, weights = contents.infos, contents.weights
     virtual = {name: info for name, info in infos.items() if name.removesuffix(f".{BLOCKS}") not in weights}
     virtual |= {name: weight.info for name, weight in weights.items()}
-    label = f"{NAME} {' and '.join(kinds or ['not quantized'])}"
-    return PackedSource(folder, label, weights, virtual, (ACTIVATIONS,) if weights else ())
+    kinds = sorted({weight.width for weight in weights.values()})
+    return PackedSource(
+        folder=Folder(path, infos, contents.offsets, (opened.path,)),
+        label=f"{NAME} {' and '.join(kinds or ['not quantized'])}",
+        weights=weights,
+        virtual=virtual,
+        warnings=(ACTIVATIONS,) if weights else (),
+    )
+
+
+def _only_file(path: Path) -> Path:
+    found = sorted(path.glob("*.gguf"))
+    if len(found) != 1:
+        raise InputError(f"{path} holds {len(found)} GGUF files: keep one, complete, in a folder")
+    if not found[0].resolve().is_relative_to(allowed_root(path)):
+        raise InputError(f"{found[0]} is a link that leaves the folder (to {found[0].resolve()})")
+    return found[0]
+
+
+def _contents(opened: gguf_file.Opened, entries: Sequence[words.TensorLayout]) -> _Contents:
+    """Find every expected tensor, and cut stacked ones into experts."""
+    found = _Contents()
+    for entry in entries:
+        if entry.name not in opened.tensors:
+            found.problems.append(f"{entry.name} is missing")
+            continue
+        tensor, offset = opened.tensors[entry.name]
+        if tensor.shape != entry.shape:
+            found.problems.append(f"{entry.name} is {list(tensor.shape)}, and config.json says {list(entry.shape)}")
+            continue
+        if tensor.kind not in FLOATS and not _readable(tensor.kind):
+            found.problems.append(f"{entry.name} is {tensor.kind}, which the gguf package does not unpack")
+            continue
+        shape = entry.shape[1:] if entry.stacked else entry.shape
+        part_bytes = tensor.nbytes // len(entry.parts)
+        for number, part in enumerate(entry.parts):
+            place = (opened.path, offset + number * part_bytes)
+            if tensor.kind in FLOATS:
+                found.infos[part], found.offsets[part] = TensorInfo(shape, tensor.kind), place
+                continue
+            stored = f"{part}.{BLOCKS}"
+            found.infos[stored] = TensorInfo((shape[0], part_bytes // shape[0]), "U8")
+            found.offsets[stored] = place
+            found.weights[part] = _weight(tensor.kind, shape, stored)
+    return found
+
+
+def _weight(kind: str, shape: tuple[int, ...], stored: str) -> StoredWeight:
+    scheme = SCHEMES.get(kind)
+    return StoredWeight(
+        info=TensorInfo(shape, "F32"),
+        width=kind,
+        parts={BLOCKS: stored},
+        decode=partial(dense, kind=kind),
+        scheme=scheme,
+        codes=None if scheme is None else partial(codes, scheme=scheme),
+    )
 
 
 def _readable(kind: str) -> bool:
@@ -144,7 +176,7 @@ def _readable(kind: str) -> bool:
 
 
 def _metadata_problems(opened: gguf_file.Opened, adapter: Adapter) -> list[str]:
-    """Where the file's metadata and config.json contradict each other."""
+    """Every contradiction between the file's metadata and config.json."""
     architecture = words.ARCHITECTURES[adapter.family]
     problems = []
     for key, value in words.settings(adapter).items():

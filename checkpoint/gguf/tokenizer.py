@@ -1,11 +1,11 @@
 """A byte-level BPE tokenizer.json as GGUF metadata: tokens, merges, their types, special tokens, chat template.
 
-llama.cpp splits text before merging with rules of its own, known by a name (`tokenizer.ggml.pre`). The name is looked
-up by the expression in tokenizer.json, not by a digest of what the tokenizer makes of a text, so that a new vocabulary
-with a known split is known too. An unknown one gets GPT-2's rule, and a warning: tokens may differ then.
+llama.cpp has its own rules for splitting text before merging, each with a name (`tokenizer.ggml.pre`). The name is
+looked up by the expression in tokenizer.json. A digest of tokenized text, which llama.cpp's converter uses, would not
+recognise a new vocabulary with a known split. An unknown split gets GPT-2's rule and a warning that tokens may differ.
 
-Nothing of the tokenizer is run but its own library on one letter, to see whether it puts a token before or behind it.
-What is not byte-level BPE (SentencePiece, WordPiece, words) is refused.
+The tokenizer runs only once, on one letter, to see whether it adds a token before or after it. Tokenizers other than
+byte-level BPE (SentencePiece, WordPiece, words) are refused.
 
 Source: llama.cpp `src/llama-vocab.cpp`, `conversion/base.py` (get_vocab_base); the gguf package's Keys and TokenType.
 """
@@ -19,8 +19,9 @@ from tokenizers import Tokenizer
 
 Value = bool | int | float | str | list[str] | list[int]
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
-# The expressions of tokenizer.json (GPT-4o's and Llama 4's are one), and llama.cpp's names. Llama 3's own tokenizer
-# takes whole words out of its vocabulary before it merges; the same split without that is Smaug's.
+# The expressions of tokenizer.json (GPT-4o and Llama 4 share one). SPLITS has llama.cpp's names, without and with
+# `ignore_merges`: Llama 3's tokenizer takes whole words from its vocabulary before it merges; the same split without
+# that is Smaug's.
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
@@ -34,17 +35,20 @@ GPT2 = "gpt-2"
 
 
 @dataclass
-class Told:
-    """`metadata`: keys behind `tokenizer.`. `problems` refuse the file; `warnings` go to the user."""
+class TokenizerMetadata:
+    """A tokenizer as GGUF metadata."""
 
+    # Keys without their prefix `tokenizer.`.
     metadata: dict[str, Value] = field(default_factory=dict)
+    # Reasons to write no file.
     problems: list[str] = field(default_factory=list)
+    # For the user of the file.
     warnings: list[str] = field(default_factory=list)
 
 
-def describe(folder: Path, vocab_size: int, eos_ids: list[int]) -> Told:
-    """The tokenizer in `folder` for a model with `vocab_size` rows of embeddings that stops at `eos_ids`."""
-    told = Told()
+def describe(folder: Path, vocab_size: int, eos_ids: list[int]) -> TokenizerMetadata:
+    """The tokenizer in `folder`, for a model with `vocab_size` rows of embeddings and the stop tokens `eos_ids`."""
+    result = TokenizerMetadata()
     raw: Any
     try:
         raw = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
@@ -55,40 +59,40 @@ def describe(folder: Path, vocab_size: int, eos_ids: list[int]) -> Told:
         vocab: dict[str, int] = bpe["vocab"] if byte_level else {}
         ids = sorted([*vocab.values(), *(token["id"] for token in added)])
     except FileNotFoundError:
-        told.problems.append(
+        result.problems.append(
             f"{folder} has no tokenizer.json, from which llama.cpp's tokenizer is made: save it there "
             "with transformers (AutoTokenizer.from_pretrained(...).save_pretrained(...))"
         )
-        return told
+        return result
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        told.problems.append(f"{folder / 'tokenizer.json'} is damaged: fetch it again")
-        return told
+        result.problems.append(f"{folder / 'tokenizer.json'} is damaged: fetch it again")
+        return result
     if not byte_level or not bpe.get("merges"):
-        told.problems.append(
+        result.problems.append(
             f"{folder / 'tokenizer.json'} is no byte-level BPE with merges: only that is written to GGUF"
         )
-        return told
+        return result
     if ids[-1] >= vocab_size:
-        told.problems.append(f"tokenizer.json has the token {ids[-1]}, and the model {vocab_size} rows of embeddings")
-        return told
+        result.problems.append(f"tokenizer.json has the token {ids[-1]}, and the model {vocab_size} rows of embeddings")
+        return result
     tokens, types = _tokens(vocab, added, vocab_size)
-    if len(set(tokens)) < vocab_size:  # llama.cpp ends with an assertion
+    if len(set(tokens)) < vocab_size:  # llama.cpp would fail an assertion
         twice = sorted({token for token in tokens if tokens.count(token) > 1})[:3]
-        told.problems.append(f"tokenizer.json has tokens of one text under two numbers: {', '.join(twice)}")
-        return told
+        result.problems.append(f"tokenizer.json has the same token under two numbers: {', '.join(twice)}")
+        return result
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in bpe["merges"]]
-    told.metadata = {
+    result.metadata = {
         "ggml.model": "gpt2",
-        "ggml.pre": _split(raw, told.warnings),
+        "ggml.pre": _split(raw, result.warnings),
         "ggml.tokens": tokens,
         "ggml.token_type": types,
         "ggml.merges": merges,
     }
     if raw.get("normalizer"):
         kinds = ", ".join(_types(raw["normalizer"]))
-        told.warnings.append(f"the tokenizer normalizes text ({kinds}) and llama.cpp does not: tokens may differ")
-    _special(folder, tokens, eos_ids, told)
-    return told
+        result.warnings.append(f"the tokenizer normalizes text ({kinds}) and llama.cpp does not: tokens may differ")
+    _special(folder, tokens, eos_ids, result)
+    return result
 
 
 def _types(part: Any) -> list[str]:
@@ -98,7 +102,7 @@ def _types(part: Any) -> list[str]:
 
 
 def _tokens(vocab: dict[str, int], added: list[dict[str, Any]], vocab_size: int) -> tuple[list[str], list[int]]:
-    """Every row's token and type; rows without a token get a name that no text has."""
+    """The token and type of every row. Rows without a token get a name that does not occur in text."""
     tokens, types = [f"[PAD{i}]" for i in range(vocab_size)], [UNUSED] * vocab_size
     for token, number in vocab.items():
         tokens[number], types[number] = token, NORMAL
@@ -109,7 +113,7 @@ def _tokens(vocab: dict[str, int], added: list[dict[str, Any]], vocab_size: int)
 
 
 def _split(raw: dict[str, Any], warnings: list[str]) -> str:
-    """llama.cpp's name of the rule that splits text before it is merged."""
+    """llama.cpp's name for the rule that splits text before merging."""
     steps = raw["pre_tokenizer"].get("pretokenizers") or [raw["pre_tokenizer"]]
     expressions = [step["pattern"].get("Regex") for step in steps if step["type"] == "Split"]
     own_rule = any(step["type"] == "ByteLevel" and step.get("use_regex", True) for step in steps)
@@ -119,14 +123,14 @@ def _split(raw: dict[str, Any], warnings: list[str]) -> str:
     if own_rule and not expressions and not others:
         return GPT2
     warnings.append(
-        f"llama.cpp has no name that onecard knows for the way this tokenizer splits text: {GPT2!r} is written, and "
-        "llama.cpp may make other tokens of a text"
+        f"onecard knows no llama.cpp name for the way this tokenizer splits text: {GPT2!r} is written, and llama.cpp "
+        "may make other tokens of a text"
     )
     return GPT2
 
 
-def _special(folder: Path, tokens: list[str], eos_ids: list[int], told: Told) -> None:
-    """Special tokens, what is put around a text, and the chat template."""
+def _special(folder: Path, tokens: list[str], eos_ids: list[int], result: TokenizerMetadata) -> None:
+    """Add special tokens, whether tokens are added around a text, and the chat template."""
     config = _json(folder / "tokenizer_config.json")
     numbers = {token: number for number, token in enumerate(tokens)}
 
@@ -141,18 +145,18 @@ def _special(folder: Path, tokens: list[str], eos_ids: list[int], told: Told) ->
         found["eos"] = others.pop(0)
     if others:
         found["eot"] = others[0]  # llama.cpp stops at either
-    told.metadata |= {f"ggml.{name}_token_id": value for name, value in found.items() if value is not None}
+    result.metadata |= {f"ggml.{name}_token_id": value for name, value in found.items() if value is not None}
     around = Tokenizer.from_file(str(folder / "tokenizer.json")).encode("a").ids
-    told.metadata["ggml.add_bos_token"] = len(around) > 0 and around[0] == found["bos"]
-    told.metadata["ggml.add_eos_token"] = len(around) > 0 and around[-1] == found["eos"]
+    result.metadata["ggml.add_bos_token"] = len(around) > 0 and around[0] == found["bos"]
+    result.metadata["ggml.add_eos_token"] = len(around) > 0 and around[-1] == found["eos"]
     template = folder / "chat_template.jinja"
     text = template.read_text(encoding="utf-8") if template.is_file() else config.get("chat_template")
     if isinstance(text, list):  # several by name
         text = next((entry["template"] for entry in text if entry.get("name") == "default"), None)
     if isinstance(text, str) and text:
-        told.metadata["chat_template"] = text
+        result.metadata["chat_template"] = text
     else:
-        told.warnings.append("there is no chat template: llama.cpp will take one of its own")
+        result.warnings.append("there is no chat template: llama.cpp will take one of its own")
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""A checkpoint as one GGUF file: what cannot be written, what the file will be to the byte, and the writing.
+"""A checkpoint as one GGUF file: what cannot be written, the file's exact size, and the writing.
 
-Codes pass as they are (gguf/blocks.py): symmetric int4 becomes Q4_0, asymmetric int4 Q4_1, symmetric int8 Q8_0.
-Everything else keeps the dtype it has, but norms and routers, which become F32. An unquantized checkpoint gives an
-unquantized file. `floats` writes every weight, quantized ones too, in one float type instead: F32 holds the dequantized
-weights as they are, for comparing engines. The experts of a layer make one tensor, so they must share one scheme.
+Codes do not change (gguf/blocks.py): symmetric int4 becomes Q4_0, asymmetric int4 Q4_1, symmetric int8 Q8_0. Norms and
+routers become F32, and all other tensors keep their dtype. An unquantized checkpoint gives an unquantized file.
+`floats` instead writes every weight, quantized ones too, in one float type: F32 holds the dequantized weights exactly,
+for comparing engines. The experts of a layer become one tensor, so they must share one scheme.
 
 Memory: one expert's weight, and the header, whose tokens take 10 MB for a vocabulary of 200,000.
 """
@@ -26,7 +26,7 @@ from ..source import Folder
 from . import blocks as gguf_blocks
 from . import file as gguf_file
 from .file import GgufTensor
-from .tokenizer import Told, describe
+from .tokenizer import TokenizerMetadata, describe
 
 FILE_NAME = "model.gguf"
 MOST_NAMED = 8
@@ -34,11 +34,14 @@ MOST_NAMED = 8
 
 @dataclass(frozen=True)
 class GgufPlan:
-    """`entries`: what each tensor is made of; `warnings`: what a user of the file should know."""
+    """The file that will be written."""
 
+    # The header's bytes.
     head: bytes
     tensors: tuple[GgufTensor, ...]
-    entries: tuple[words.Entry | None, ...]
+    # What each tensor is made of; None for the rotary factors.
+    entries: tuple[words.TensorLayout | None, ...]
+    # What a user of the file should know.
     warnings: tuple[str, ...]
 
     @property
@@ -48,17 +51,17 @@ class GgufPlan:
 
 @dataclass(frozen=True)
 class _Parts:
-    """What a file is to hold, and everything that speaks against it."""
+    """The content of a file, and every reason why it cannot be written."""
 
     tensors: list[GgufTensor]
-    entries: list[words.Entry | None]
-    tokenizer: Told
+    entries: list[words.TensorLayout | None]
+    tokenizer: TokenizerMetadata
     problems: list[str]
 
 
 def _parts(adapter: Adapter, source: Folder | PackedSource, folder: Path, floats: str | None) -> _Parts:
     problems = words.refusals(adapter)
-    entries: list[words.Entry | None] = []
+    entries: list[words.TensorLayout | None] = []
     tensors = []
     for entry in words.layout(adapter) if not problems else []:
         try:
@@ -70,27 +73,29 @@ def _parts(adapter: Adapter, source: Folder | PackedSource, folder: Path, floats
     if factors is not None:
         tensors.append(GgufTensor(words.ROPE_FACTORS, "F32", tuple(factors.shape)))
         entries.append(None)
-    told = describe(folder, adapter.vocab_size, stops_at(adapter.config) + stops_at(adapter.text_config))
-    return _Parts(tensors, entries, told, problems + told.problems)
+    tokenizer = describe(folder, adapter.vocab_size, stops_at(adapter.config) + stops_at(adapter.text_config))
+    return _Parts(tensors, entries, tokenizer, problems + tokenizer.problems)
 
 
 def problems_of(adapter: Adapter, source: Folder | PackedSource, folder: Path) -> list[str]:
-    """Everything that speaks against a GGUF file of this checkpoint, a line each; `folder` has its tokenizer."""
+    """Every reason why this checkpoint cannot be a GGUF file, one line each. `folder` has its tokenizer."""
     return _parts(adapter, source, folder, None).problems
 
 
 def plan(
     adapter: Adapter, source: Folder | PackedSource, folder: Path, name: str, floats: str | None = None
 ) -> GgufPlan:
-    """Everything but the weights: `folder` has the tokenizer, `name` is the model's for people. Reads no weight. Raises
-    InputError with everything that cannot be written."""
+    """Plan the file without reading a weight. `folder` has the tokenizer; `name` is the model's display name.
+
+    Raises InputError with every reason why the file cannot be written.
+    """
     assert floats is None or floats in FLOATS
     parts = _parts(adapter, source, folder, floats)
     if parts.problems:
         shown = parts.problems[:MOST_NAMED]
         if len(parts.problems) > MOST_NAMED:
             shown.append(f"... and {len(parts.problems) - MOST_NAMED} more")
-        raise input_error(f"{name} cannot be written as GGUF:", shown, "Mend that, or choose another format.")
+        raise input_error(f"{name} cannot be written as GGUF:", shown, "Fix that, or choose another format.")
     architecture = words.ARCHITECTURES[adapter.family]
     by_kind: dict[str, int] = {}
     for tensor in parts.tensors:
@@ -104,8 +109,8 @@ def plan(
         **{f"tokenizer.{key}": value for key, value in parts.tokenizer.metadata.items()},
     }
     head = gguf_file.header(architecture, metadata, parts.tensors)
-    told = (*words.warnings(adapter), *parts.tokenizer.warnings)
-    return GgufPlan(head, tuple(parts.tensors), tuple(parts.entries), told)
+    warnings = (*words.warnings(adapter), *parts.tokenizer.warnings)
+    return GgufPlan(head, tuple(parts.tensors), tuple(parts.entries), warnings)
 
 
 def stops_at(config: Any) -> list[int]:
@@ -113,8 +118,8 @@ def stops_at(config: Any) -> list[int]:
     return [value] if isinstance(value, int) else list(value or [])
 
 
-def _kind(adapter: Adapter, source: Folder | PackedSource, entry: words.Entry, floats: str | None) -> str:
-    """The type of one tensor. Raises ValueError where its parts have none in common."""
+def _kind(adapter: Adapter, source: Folder | PackedSource, entry: words.TensorLayout, floats: str | None) -> str:
+    """The type of one tensor. Raises ValueError when its parts do not share one."""
     stored = source.weights if isinstance(source, PackedSource) else {}
     located = [adapter.locate(part, source.names).tensor for part in entry.parts]
     dtypes = {source.info(tensor).dtype for tensor in located if tensor not in stored}
@@ -131,19 +136,19 @@ def _kind(adapter: Adapter, source: Folder | PackedSource, entry: words.Entry, f
         return dtypes.pop()
     scheme = stored[located[0]].scheme
     if scheme is None:
-        raise ValueError(f"it is stored as {widths.pop()}: onecard has no integer codes of it")
+        raise ValueError(f"it is stored as {widths.pop()}, which has no integer codes that onecard reads")
     return gguf_blocks.kind_of(scheme, entry.shape[-1])
 
 
 def write(
     planned: GgufPlan, adapter: Adapter, source: Folder | PackedSource, file: Path, step: Step | None = None
 ) -> None:
-    """Write `file`, whole or not at all. Raises InputError for values that cannot be stored."""
+    """Write `file`, completely or not at all. Raises InputError for values that cannot be stored."""
 
     if step is not None:
         step.begin(f"write {file.name}")
 
-    def pieces(tensor: GgufTensor, entry: words.Entry | None) -> Iterator[torch.Tensor]:
+    def pieces(tensor: GgufTensor, entry: words.TensorLayout | None) -> Iterator[torch.Tensor]:
         if entry is None:
             factors = words.rope_factors(adapter)
             assert factors is not None
@@ -170,7 +175,7 @@ def write(
 
 
 def _floats(adapter: Adapter, source: Folder | PackedSource, part: str, kind: str) -> torch.Tensor:
-    """The dense weight; of one in parts in fp32, before it is rounded to anything."""
+    """The dense weight, rounded once: a weight that is stored in parts is first computed in fp32."""
     where = adapter.locate(part, source.names)
     if isinstance(source, PackedSource) and where.tensor in source.weights:
         value = source.dense(where.tensor, torch.float32, where.index)

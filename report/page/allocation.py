@@ -4,11 +4,11 @@ It stands only in pages of runs whose bits were fitted. Units without a block (r
 the tables and not in the pictures.
 """
 
-from ...core.units import counted, size
-from ..reading import Record
-from ..reading_sizes import Allocation, ChosenUnit, Prices
-from . import figures
-from .parts import ABSENT, PAINTS, Figure, Section, Table, between, nats, percent, table
+from ...core.record.schema import Record
+from ...core.record.sizes import Allocation, ChosenUnit, PriceList
+from ...core.units import ABSENT, counted, percent, size
+from . import figures, maps, scatter
+from .parts import PAINTS, Figure, Section, Table, between, nats, table
 
 KEEP = "keep"
 # What stays as it was; all else is painted in the order of its bytes a weight.
@@ -117,7 +117,7 @@ def _got(allocation: Allocation, paints: dict[str, str]) -> Figure | None:
     rows = [(block, kind, said(unit.width), f"{unit.bytes:,}") for kind, block, unit in placed]
     return Figure(
         "What each unit got",
-        figures.tiles([entry for entry in series if entry[2]], kinds, [block for _, block, _ in placed]),
+        maps.tiles([entry for entry in series if entry[2]], kinds, [block for _, block, _ in placed]),
         (table("What each unit got", ("block", "unit", "width", ">bytes"), rows),),
     )
 
@@ -135,7 +135,7 @@ def _by_kind(allocation: Allocation) -> Table:
     return table("Units and bytes by role and width", ("role", "width", ">units", ">size", ">of the bytes"), rows)
 
 
-def _prices(allocation: Allocation, prices: Prices, paints: dict[str, str]) -> Figure | None:
+def _prices(allocation: Allocation, prices: PriceList, paints: dict[str, str]) -> Figure | None:
     """A unit's points stand over its block, side by side in the order of the block's units."""
     where = {unit.unit: (block, kind, unit.width) for kind, block, unit in _placed(allocation.units)}
     kinds = list(dict.fromkeys(kind for _, kind, _ in where.values()))
@@ -163,11 +163,11 @@ def _prices(allocation: Allocation, prices: Prices, paints: dict[str, str]) -> F
     ]
     listing = table("KL of each unit rounded alone, nats", ("unit", *(f">{width}" for width in widths)), rows)
     note = "KL at the head with this unit alone rounded. A ring: what it got; without one it stays as it was."
-    spec = figures.rising(series, rings, "what it got", "block", "KL alone, nats (logarithmic)")
+    spec = scatter.rising(series, rings, "what it got", "block", "KL alone, nats (logarithmic)")
     return Figure("Prices: what each unit costs by itself", spec, (listing,), note)
 
 
-def _together(prices: Prices) -> Figure | None:
+def _together(prices: PriceList) -> Figure | None:
     if not prices.together:
         return None
     entries = {

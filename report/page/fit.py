@@ -5,12 +5,12 @@ It stands only in pages of runs that were made for a card. The picture is the on
 
 from itertools import cycle
 
-from ...core.units import counted
+from ...core.record.schema import Record
+from ...core.record.sizes import FitSummary
+from ...core.units import ABSENT, counted
 from ..fit_card import ENGINES
-from ..reading import Record
-from ..reading_sizes import Fit
-from . import figures
-from .parts import ABSENT, PAINTS, Figure, Section, Table, table
+from . import scatter
+from .parts import PAINTS, Figure, Section, Table, table
 
 GIB = 2**30
 
@@ -37,11 +37,11 @@ def _gib(count: float) -> str:
     return f"{count / GIB:,.2f} GiB"
 
 
-def _figures(fit: Fit, on: str) -> list[Figure]:
+def _figures(fit: FitSummary, on: str) -> list[Figure]:
     shown = [curve for curve in fit.curves if min(curve.bytes) < 1.25 * fit.usable_bytes]
     if not shown:
         return []
-    spec = figures.curves(
+    spec = scatter.curves(
         [
             (curve.name, paint, curve.contexts, [count / GIB for count in curve.bytes])
             for curve, paint in zip(shown, cycle(PAINTS), strict=False)
@@ -66,7 +66,7 @@ def _figures(fit: Fit, on: str) -> list[Figure]:
     return [Figure("Memory against context", spec, (listing,), note)]
 
 
-def _sum(fit: Fit) -> Table:
+def _sum(fit: FitSummary) -> Table:
     rows = [
         ("usable", _gib(fit.usable_bytes), "of what a program sees, the engine's share"),
         ("weights", _gib(fit.weight_bytes), "exact"),
@@ -79,7 +79,7 @@ def _sum(fit: Fit) -> Table:
     )
 
 
-def _cards(fit: Fit) -> Table:
+def _cards(fit: FitSummary) -> Table:
     rows = [
         (
             row.name,

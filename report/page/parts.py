@@ -3,13 +3,15 @@
 Every part carries text only. The template escapes it; nothing here is markup.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...core import units
+from ...core.record.flips import Share
+from ...core.units import ABSENT
 from ..shown import readable
 
-ABSENT = "–"
 # Keeps the two ends of an interval on one line.
 KEPT = "\u00a0"
 # Names of colours (page.css) for things that have no colour of their own, in turn.
@@ -41,7 +43,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Guess:
     """What a model would have said, and whether the text says it."""
 
     text: str
@@ -58,8 +60,8 @@ class Passage:
     before: str
     token: str
     after: str
-    reference: tuple[Choice, ...]
-    quantized: tuple[Choice, ...]
+    reference: tuple[Guess, ...]
+    quantized: tuple[Guess, ...]
 
 
 @dataclass(frozen=True)
@@ -95,17 +97,17 @@ def nats(value: float | None) -> str:
     return f"{value:.3f}" if abs(value) >= 1 else f"{value:.5f}" if abs(value) >= 0.001 or not value else f"{value:.2e}"
 
 
-def percent(share: float | None, digits: int = 2) -> str:
-    return ABSENT if share is None else f"{share:.{digits}%}"
-
-
-def between(low: float | None, high: float | None, spell: Any) -> str:
-    """`0.0133 to 0.0146`, or a dash where there is no interval."""
-    return ABSENT if low is None or high is None else KEPT.join((spell(low), "to", spell(high)))
+def between(low: float | None, high: float | None, spell: Callable[[float], str]) -> str:
+    """`0.0133 to 0.0146` on one line, or a dash where there is no interval."""
+    return units.between(low, high, spell, space=KEPT)
 
 
 def count(value: float | None) -> str:
     return ABSENT if value is None else f"{value:,.0f}"
+
+
+def count_of(share: Share | None) -> str:
+    return ABSENT if share is None else count(share.count)
 
 
 def short(digest: str | None) -> str:

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ...core.record.schema import Machine, Record, TextFacts
 from ...core.units import clock, size
-from ..reading import Record
 from .parts import Section, Table, table
 
 
@@ -58,14 +58,14 @@ def provenance_section(record: Record, absent: list[str]) -> Section:
         origin += [("recipe", record.recipe.get("name")), ("its digest", record.recipe.get("digest"))]
     for which, facts in record.texts.items():
         origin += [
-            (f"{which} texts", facts.get("source")),
+            (f"{which} texts", facts.source),
             ("rows, tokens", _rows(facts)),
-            ("digest of its documents", facts.get("digest")),
-            ("digest of its rows", facts.get("rows_digest")),
+            ("digest of its documents", facts.digest),
+            ("digest of its rows", facts.rows_digest),
         ]
-        kinds = facts.get("tokens_by_kind")
-        if isinstance(kinds, dict):
-            origin.append(("tokens by kind", ", ".join(f"{kind} {_cell(n)}" for kind, n in kinds.items())))
+        if facts.tokens_by_kind:
+            kinds = ", ".join(f"{kind} {n:,}" for kind, n in facts.tokens_by_kind.items())
+            origin.append(("tokens by kind", kinds))
     open_tables = [table("Origin", ("what", "value"), [(name, value) for name, value in origin if value is not None])]
     if record.fallbacks:
         rows = [(key.replace("_", " "), f"{value:,}") for key, value in record.fallbacks.items()]
@@ -73,7 +73,7 @@ def provenance_section(record: Record, absent: list[str]) -> Section:
     if record.warnings:
         open_tables.append(table("Warnings", ("warning",), [(warning,) for warning in record.warnings]))
     folded: list[Table] = []
-    if record.machine:
+    if record.machine.to_json():
         folded.append(table("Machine, time and memory", ("what", "value"), _machine(record.machine)))
     if record.versions:
         folded.append(table("Versions", ("package", "version"), list(record.versions.items())))
@@ -87,13 +87,14 @@ def provenance_section(record: Record, absent: list[str]) -> Section:
     return Section("provenance", "Provenance", lede, tables=tuple(open_tables), folded=tuple(folded))
 
 
-def _rows(facts: Mapping[str, Any]) -> str:
-    return ", ".join(f"{_cell(facts[key])} {key}" for key in ("documents", "rows", "tokens") if key in facts)
+def _rows(facts: TextFacts) -> str:
+    counts = {"documents": facts.documents, "rows": facts.rows, "tokens": facts.tokens}
+    return ", ".join(f"{count:,} {what}" for what, count in counts.items() if count is not None)
 
 
-def _machine(machine: Mapping[str, Any]) -> list[tuple[str, str | None]]:
+def _machine(machine: Machine) -> list[tuple[str, str | None]]:
     rows: list[tuple[str, str | None]] = []
-    for key, value in machine.items():
+    for key, value in machine.to_json().items():
         name = key.replace("_", " ").removesuffix(" bytes").removesuffix(" seconds")
         if isinstance(value, dict):
             rows += [(f"{name}, {part}", f"{_cell(seconds)} s") for part, seconds in value.items()]

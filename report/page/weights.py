@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from itertools import cycle
 
-from ...core.units import size
-from ..reading import Record
-from . import figures
-from .parts import PAINTS, Figure, Section, percent, table
+from ...core.record.schema import Record
+from ...core.units import percent, size
+from . import figures, maps
+from .parts import PAINTS, Figure, Section, table
 
 
 @dataclass(frozen=True)
-class Card:
+class CardClass:
     """A card by the memory that its name promises, in decimal GB: what a driver shows is a little more, so that what is
     said to fit does fit."""
 
@@ -27,20 +27,20 @@ class Card:
 
 
 CARDS = (
-    Card(16, "RTX 5060 Ti, T4"),
-    Card(24, "RTX 4090, L4"),
-    Card(32, "RTX 5090"),
-    Card(48, "L40S"),
-    Card(80, "A100, H100"),
-    Card(96, "RTX PRO 6000"),
-    Card(141, "H200"),
-    Card(192, "B200, MI300X"),
+    CardClass(16, "RTX 5060 Ti, T4"),
+    CardClass(24, "RTX 4090, L4"),
+    CardClass(32, "RTX 5090"),
+    CardClass(48, "L40S"),
+    CardClass(80, "A100, H100"),
+    CardClass(96, "RTX PRO 6000"),
+    CardClass(141, "H200"),
+    CardClass(192, "B200, MI300X"),
 )
 # A card is drawn beside the bars when the weights take at least this share of it.
 WORTH_DRAWING = 0.1
 
 
-def smallest_card(weight_bytes: int) -> Card | None:
+def smallest_card(weight_bytes: int) -> CardClass | None:
     """The smallest card that holds the weights and has any room left."""
     return next((card for card in CARDS if card.bytes > weight_bytes), None)
 
@@ -114,7 +114,7 @@ def widths_section(record: Record) -> list[Section]:
     ]
     figure = Figure(
         "Bytes by role and width",
-        figures.tree([(e.role.replace("_", " "), e.width, e.bytes, paint[e.width]) for e in entries], "all weights"),
+        maps.tree([(e.role.replace("_", " "), e.width, e.bytes, paint[e.width]) for e in entries], "all weights"),
         (table("Bytes by role and width", ("role", "width", ">weights", ">bytes", ">bits a weight"), rows),),
         "An area is as large as its bytes.",
     )

@@ -3,17 +3,28 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet
 import pytest
 import torch
 
 from onecard.core.rows import Row
-from onecard.eval import kept
-from onecard.eval.kept import write_tokens
+from onecard.eval import token_table
+from onecard.eval.breakdown import (
+    AFTER,
+    BEFORE,
+    WORST_OF_A_DOCUMENT,
+    WORST_TOKENS,
+    break_down,
+    documents,
+    kinds,
+    row_digest,
+    worst_tokens,
+)
 from onecard.eval.kl import TokenResults
-from onecard.eval.told import AFTER, BEFORE, WORST_OF_A_DOCUMENT, WORST_TOKENS, documents, kinds, row_digest, tell
-from onecard.eval.told import worst_tokens as told_worst_tokens
+from onecard.eval.summary import summarize
+from onecard.eval.token_table import write_tokens
 from outcomes import make_results, make_rows, only, with_values
 
 VOCAB, IMAGE = 61, 60
@@ -40,6 +51,14 @@ def results(rows: list[Row]) -> TokenResults:
     return make_results(rows, VOCAB - 1, order=ORDER)
 
 
+def told_documents(results: TokenResults, rows: list[Row]) -> list[dict[str, Any]]:
+    return [entry.to_json() for entry in documents(results, rows)]
+
+
+def told_worst_tokens(results: TokenResults, rows: list[Row]) -> list[dict[str, Any]]:
+    return [entry.to_json() for entry in worst_tokens(results, rows, decode)]
+
+
 def spiked(results: TokenResults, places: dict[tuple[int, int], float]) -> TokenResults:
     """KL zero but at (row, position)."""
     kl = torch.zeros(len(results))
@@ -53,7 +72,7 @@ def spiked(results: TokenResults, places: dict[tuple[int, int], float]) -> Token
 
 def test_documents_by_hand(results: TokenResults, rows: list[Row]) -> None:
     """In the order of the rows, whatever the order of the batches."""
-    told = documents(results, rows)
+    told = told_documents(results, rows)
     assert [entry["document"] for entry in told] == [row.document for row in rows]
     for number, (entry, row) in enumerate(zip(told, rows, strict=True)):
         own = only(results, results.document == number)
@@ -70,7 +89,7 @@ def test_documents_by_hand(results: TokenResults, rows: list[Row]) -> None:
 
 
 def test_documents_make_the_mean(results: TokenResults, rows: list[Row]) -> None:
-    told = documents(results, rows)
+    told = told_documents(results, rows)
     total = sum(entry["tokens"] for entry in told)
     assert total == len(results)
     mean = sum(entry["kl_mean_nats"] * entry["tokens"] for entry in told) / total
@@ -80,7 +99,7 @@ def test_documents_make_the_mean(results: TokenResults, rows: list[Row]) -> None
 def test_a_document_without_predictions_is_not_told(results: TokenResults, rows: list[Row]) -> None:
     """A row of one token predicts nothing; at the end of the rows or between them."""
     for row in (1, len(rows) - 1):
-        told = documents(only(results, results.document != row), rows)
+        told = told_documents(only(results, results.document != row), rows)
         assert [entry["document"] for entry in told] == [r.document for n, r in enumerate(rows) if n != row]
 
 
@@ -102,7 +121,7 @@ def test_a_digest_names_what_a_model_sees(rows: list[Row]) -> None:
 def test_worst_tokens_by_hand(results: TokenResults, rows: list[Row]) -> None:
     places = {(0, 20): 9.0, (2, 40): 8.0, (0, 21): 7.0, (5, 30): 6.0}
     results = spiked(results, places)
-    told = told_worst_tokens(results, rows, decode)
+    told = told_worst_tokens(results, rows)
     assert len(told) == WORST_TOKENS
     for entry, ((number, position), kl) in zip(told, places.items(), strict=False):
         row, (index,) = rows[number], torch.nonzero((results.document == number) & (results.position == position))[0]
@@ -125,7 +144,7 @@ def test_worst_tokens_by_hand(results: TokenResults, rows: list[Row]) -> None:
 def test_the_context_ends_where_the_row_does(results: TokenResults, rows: list[Row]) -> None:
     """The first prediction has one token before it, the last has none after it."""
     last = LENGTHS[3] - 2
-    first_told, last_told = told_worst_tokens(spiked(results, {(1, 0): 5.0, (3, last): 4.0}), rows, decode)[:2]
+    first_told, last_told = told_worst_tokens(spiked(results, {(1, 0): 5.0, (3, last): 4.0}), rows)[:2]
     tokens = rows[1].tokens.tolist()
     assert (first_told["position"], ids_of(first_told["before"])) == (1, tokens[:1])
     assert ids_of(first_told["after"]) == tokens[2 : 2 + AFTER]
@@ -138,11 +157,11 @@ def test_the_context_ends_where_the_row_does(results: TokenResults, rows: list[R
 def test_no_document_takes_all_the_places(results: TokenResults, rows: list[Row]) -> None:
     """One bad document would hide the others; where documents are few, so are the tokens."""
     bad = spiked(results, {(2, position): 100.0 - position for position in range(60)})
-    told = told_worst_tokens(bad, rows, decode)
+    told = told_worst_tokens(bad, rows)
     counts = [sum(entry["document"] == row.document for entry in told) for row in rows]
     assert max(counts) == counts[2] == WORST_OF_A_DOCUMENT
     assert [entry["kl_nats"] for entry in told[:4]] == [100.0, 99.0, 98.0, 0.0]
-    few = told_worst_tokens(only(results, results.document < 2), rows, decode)
+    few = told_worst_tokens(only(results, results.document < 2), rows)
     assert len(few) == 2 * WORST_OF_A_DOCUMENT
     values = [entry["kl_nats"] for entry in few]
     assert values == sorted(values, reverse=True)
@@ -172,8 +191,12 @@ def test_text_after_an_image_is_a_kind_of_its_own(results: TokenResults, rows: l
 
 
 def test_what_is_told_is_json_and_each_list_holds_every_token(results: TokenResults, rows: list[Row]) -> None:
-    told = json.loads(json.dumps(tell(results, with_image(rows, 3, 10, 14), IMAGE, decode), allow_nan=False))
-    assert set(told) == {"histogram", "by_position", "by_confidence", "by_kind", "by_document", "worst_tokens"}
+    summary = summarize(results)
+    broken_down = break_down(summary, results, with_image(rows, 3, 10, 14), IMAGE, decode)
+    told = json.loads(json.dumps(broken_down.to_json(), allow_nan=False))
+    lists = {"histogram", "by_position", "by_confidence", "by_kind", "by_document", "worst_tokens"}
+    assert set(told) - set(summary.to_json()) == lists
+    assert {key: told[key] for key in summary.to_json()} == summary.to_json()
     for key in ("by_position", "by_confidence", "by_kind", "by_document"):
         assert sum(entry["tokens"] for entry in told[key]) == len(results), key
     assert sum(told["histogram"]["tokens"]) == len(results)
@@ -234,4 +257,4 @@ def test_the_file_is_whole_or_not_there(
     monkeypatch.undo()
     write_tokens(path, results, rows)
     assert len(pyarrow.parquet.read_table(path)) == len(results)
-    assert not path.with_name(path.name + kept.TEMPORARY).exists()
+    assert not path.with_name(path.name + token_table.TEMPORARY).exists()

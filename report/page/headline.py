@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from ...core.units import counted, size
-from ..reading import Record
-from .parts import ABSENT, between, count, nats, percent
+from ...core.record.schema import Record
+from ...core.units import ABSENT, counted, percent, size
+from .parts import between, count, count_of, nats
 from .weights import smallest_card
 
 
@@ -19,7 +19,7 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Headline:
     title: str
     command: str
     sentences: tuple[str, ...]
@@ -39,10 +39,10 @@ def width(record: Record) -> str:
     return "the checkpoint"
 
 
-def verdict(record: Record) -> Verdict:
+def headline(record: Record) -> Headline:
     """Drawn from the record alone; what it does not hold is not spoken of."""
     name = (record.checkpoint and record.checkpoint.name) or record.model.name
-    return Verdict(name, record.command, tuple(_sentences(record)), tuple(_tiles(record)), tuple(_cautions(record)))
+    return Headline(name, record.command, tuple(_sentences(record)), tuple(_tiles(record)), tuple(_cautions(record)))
 
 
 def _sentences(record: Record) -> list[str]:
@@ -64,8 +64,9 @@ def _sentences(record: Record) -> list[str]:
     if flips is not None:
         every = flips.all
         out.append(
-            f"Of {counted(every.items, 'multiple-choice item')} it answers {every.changed.count:,} otherwise: "
-            f"{every.right_to_wrong.count:,} from right to wrong, {every.wrong_to_right.count:,} from wrong to right."
+            f"Of {counted(every.items or 0, 'multiple-choice item')} it answers {count_of(every.changed)} otherwise: "
+            f"{count_of(every.right_to_wrong)} from right to wrong, "
+            f"{count_of(every.wrong_to_right)} from wrong to right."
         )
     if plan is not None:
         fits = smallest_card(plan.emitted_bytes)
@@ -115,7 +116,7 @@ def _tiles(record: Record) -> list[Tile]:
     if flips is not None:
         changed = flips.all.changed
         at = between(changed.low, changed.high, percent)
-        told = f"{changed.count:,} of {flips.all.items:,}" + (f"; 95 %: {at}" if at != ABSENT else "")
+        told = f"{count_of(changed)} of {count(flips.all.items)}" + (f"; 95 %: {at}" if at != ABSENT else "")
         tiles.append(Tile("Answers changed", percent(changed.share), told))
     if plan is not None:
         told = f"{plan.bits_per_weight:.2f} bits a weight" if plan.bits_per_weight is not None else ""

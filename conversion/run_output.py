@@ -1,0 +1,88 @@
+"""What a run of `onecard quantize` puts into OUT: its own shards, or another format made from them.
+
+The functions here work on a plan, before a weight is read, by showing the planned shards as an opened model.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint import files
+from ..checkpoint.formats import compressed_tensors_config as ct_config
+from ..checkpoint.formats import compressed_tensors_write as ct
+from ..checkpoint.formats.bitsandbytes_read import NAME as BITSANDBYTES
+from ..checkpoint.formats.shard_formats import SHARD_FORMATS
+from ..checkpoint.formats.stored_weight import StoredWeight
+from ..checkpoint.model import Model
+from ..checkpoint.packed import PackedSource, open_packed
+from ..checkpoint.plan import Plan
+from ..checkpoint.source import INDEX_NAME, Folder, open_folder
+from ..core.layout import index_json, json_bytes
+from ..core.tensors import TensorInfo
+from . import to_compressed_tensors, to_nf4
+from .exporters import FORMATS, Files, refuse_unheld
+
+# Suffixes of the files that hold weights. Indices and configs do not count.
+WEIGHTS = (".safetensors", ".gguf")
+
+
+def planned_run(model: Model, plan: Plan) -> Model:
+    """The shards that a run on `model` will write, as a model: names, shapes and schemes, with nothing to read."""
+    infos = {tensor.name: TensorInfo(tensor.shape, tensor.dtype) for _, tensor in plan.tensors()}
+    shapes = model.adapter.expected()
+    weights = {}
+    for module, scheme in plan.schemes.items():
+        name = f"{module}.weight"
+        outputs, inputs = shapes[name]
+        dtype = infos[f"{module}.{ct.SCALE}"].dtype
+        parts = {leaf: f"{module}.{leaf}" for leaf in ct.layout(scheme, outputs, inputs, dtype)}
+        weights[name] = StoredWeight(TensorInfo(shapes[name], dtype), str(scheme), parts, _unread, scheme=scheme)
+    taken = {stored for weight in weights.values() for stored in weight.parts.values()}
+    virtual = {name: info for name, info in infos.items() if name not in taken}
+    virtual |= {name: weight.info for name, weight in weights.items()}
+    folder = Folder(model.path, infos, {}, ())
+    return replace(model, folder=folder, source=PackedSource(folder, ct_config.NAME, weights, virtual))
+
+
+def planned_files(model: Model, plan: Plan, format_name: str) -> Files:
+    """The files of a run's OUT that hold weights. Raises InputError with every reason why the format cannot hold
+    them."""
+    # bitsandbytes writes its shards during the run: make_plan has already checked that the model fits.
+    if format_name not in FORMATS and format_name in SHARD_FORMATS:
+        return _shard_files(plan)
+    run = planned_run(model, plan)
+    refuse_unheld(run, format_name)
+    return _shard_files(plan) if format_name in SHARD_FORMATS else FORMATS[format_name].plan(run)
+
+
+def _shard_files(plan: Plan) -> Files:
+    """The run's own shards, of the size that its recipe gives, and their index."""
+    index = json_bytes(index_json(plan.shards))
+    return [*((shard.file, shard.file_bytes) for shard in plan.shards), (INDEX_NAME, len(index))]
+
+
+def config_of_run(model: Model, plan: Plan, format_name: str) -> dict[str, Any]:
+    """The content of config.json in a run's OUT."""
+    if format_name == BITSANDBYTES:
+        return to_nf4.config_for(model, plan.schemes)
+    return FORMATS[format_name].config(planned_run(model, plan))
+
+
+def _unread(parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    raise AssertionError("a weight was read that is planned and not written yet")
+
+
+def finished_run(model: Model, plan: Plan, shards: Path) -> Model:
+    """The complete shards of a run, in the folder `shards`, as a model that another format can be made from."""
+    files.write_json(shards / INDEX_NAME, index_json(plan.shards))
+    block = to_compressed_tensors.config(planned_run(model, plan))["quantization_config"]
+    folder = open_folder(shards)
+    return replace(model, folder=folder, source=open_packed(folder, block))
+
+
+def weight_bytes(planned: Files) -> int:
+    """The bytes of those planned files that hold weights."""
+    return sum(count for name, count in planned if name.endswith(WEIGHTS))
