@@ -14,7 +14,6 @@ from .checkpoint.inspect import inspect as run_inspect
 from .conversion.export import Exported
 from .conversion.export import export as run_export
 from .core.errors import InputError
-from .core.libraries import quiet_libraries
 from .core.record.schema import Record
 from .core.record.verdict import Verdict
 from .eval.comparison import Tolerances
@@ -34,8 +33,6 @@ AnyPath = str | Path
 AnyRecipe = str | Path | Recipe
 # The recipe of a measurement that names none: only its evaluation texts, lengths and dtype count.
 MEASURING = "rtn-int4"
-
-quiet_libraries()
 
 
 class QuantizeOptions(TypedDict, total=False):

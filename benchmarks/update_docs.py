@@ -32,7 +32,8 @@ from hollow import MAVERICK, QWEN3, SCOUT, published, write_hollow  # noqa: E402
 from onecard.checkpoint.engines.table import ENGINES  # noqa: E402
 from onecard.cli import main as onecard  # noqa: E402
 from onecard.core.method import PRESETS, UNCALIBRATED  # noqa: E402
-from onecard.recipe import Recipe, load_recipe, recipe_names  # noqa: E402
+from onecard.core.shipped_recipes import recipe_names  # noqa: E402
+from onecard.recipe import Recipe, load_recipe  # noqa: E402
 
 # Pictures, and what draws them.
 PICTURES: dict[str, Callable[[], str]] = {

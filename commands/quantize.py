@@ -46,6 +46,7 @@ def quantize(
       onecard quantize ./Llama-4-Scout-17B-16E-Instruct ./scout-int4 \\
           --recipe llama4-scout-h100 --device cuda \\
           --calibration chats.jsonl --evaluation held-out.jsonl
+
     Stopped? The same command with --resume continues and writes the same bytes (in the record, times and memory
     differ). The number of threads must be the same.
     """

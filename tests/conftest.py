@@ -7,7 +7,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from hypothesis import settings
 
 from babies import make_baby
 from command_line import listing, refused, run_onecard
+from hub_standin import Hub, serve, take_place
 from inputs import write_jsonl, write_recipe, write_tokenizer
 from onecard.report import html
 from runs import FAMILY, QUICK, Contents, Run, contents
@@ -190,3 +191,11 @@ def folder(emitted: Callable[..., tuple[Path, Result]], tmp_path: Path) -> Path:
 def small_plotly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five megabytes of script a page are not what is tested here."""
     monkeypatch.setattr(html, "get_plotlyjs", lambda: "var Plotly = {};")
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """The stand-in, in the place of the hub."""
+    with serve() as hub:
+        take_place(hub, monkeypatch, tmp_path)
+        yield hub

@@ -14,6 +14,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from safetensors.torch import save_file
 
+from onecard.checkpoint.packed import PackedSource, open_packed
 from onecard.checkpoint.source import open_folder
 from onecard.models.adapter import read
 from onecard.models.families import load_adapter
@@ -21,6 +22,26 @@ from onecard.models.families import load_adapter
 # Stored parts by the last part of their name, and the dense weight that they mean.
 Written = tuple[dict[str, torch.Tensor], torch.Tensor]
 Writer = Callable[[torch.Tensor], Written]
+Block = dict[str, Any]  # a quantization_config
+
+
+def ct_block(*weights: Block, form: str = "pack-quantized", targets: tuple[str, ...] = ("Linear",)) -> Block:
+    """A quantization_config of compressed-tensors with a group for each of `weights`."""
+    groups = {f"group_{n}": {"targets": [targets[n % len(targets)]], "weights": w} for n, w in enumerate(weights)}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": ["lm_head"],
+    }
+
+
+def opened(folder: Path, stored: dict[str, torch.Tensor], block: Block, stem: str = "m.") -> PackedSource:
+    """A folder that holds one weight's parts, as a source."""
+    folder.mkdir(exist_ok=True)  # a folder for each call: a source reads its file when it is asked
+    save_file({stem + leaf: part.contiguous() for leaf, part in stored.items()}, folder / "model.safetensors")
+    return open_packed(open_folder(folder), block)
 
 
 def signed(word: int) -> int:

@@ -19,7 +19,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pytest
+from huggingface_hub import constants
+
 COMMIT = "0" * 40
+# A token that only the stand-in may see.
+TOKEN = "hf_" + "PlantedSecretOfATest"
 
 
 @dataclass
@@ -243,3 +248,14 @@ def serve() -> Iterator[Hub]:
     hub = Hub()
     with _running(_Handler, hub) as hub.endpoint, _running(_Cdn, hub) as hub.cdn:
         yield hub
+
+
+def take_place(hub: Hub, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """huggingface_hub talks to the stand-in, with an empty cache under `folder` and TOKEN in the environment."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "no-token"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)

@@ -16,8 +16,6 @@ from bitsandbytes.functional import QuantState, dequantize_4bit, int8_vectorwise
 from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_transformers_reads import make_recipe, raw_tensors, run_pipeline, write_tokenizer
-from test_walk import make_rows, relative, walk_logits, whole_logits
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -41,6 +39,8 @@ from onecard.core.tensors import DTYPE_NAMES
 from onecard.models.adapter import Role, read
 from onecard.publish.check import check
 from onecard.recipe import Recipe, load_recipe
+from pipelines import make_recipe, raw_tensors, run_pipeline, write_tokenizer
+from walking import make_rows, relative, walk_logits, whole_logits
 
 SCHEMES = {"bnb-nf4": Scheme(4, 64, True, NF4), "bnb-int8": Scheme(8, BY_ROW, True, INT8_ROWS)}
 SIZES = {"bnb-nf4": 64, "bnb-int8": BY_ROW}
@@ -155,7 +155,10 @@ def test_transformers_reads_the_config_block_as_it_is_meant(method: str) -> None
         ({"method": "bnb-nf4", "bits": 8}, "method bnb-nf4 has bits 4"),
         ({"method": "bnb-int8", "symmetric": False}, "symmetric True"),
         ({"method": "bnb-nf4", "format": "compressed-tensors"}, "contradict each other"),
-        ({"method": "rtn", "format": "bitsandbytes"}, "bnb-nf4 and bnb-int8 are the methods"),
+        (
+            {"method": "rtn", "format": "bitsandbytes"},
+            "bnb-nf4 and bnb-int8 write the format bitsandbytes and no other",
+        ),
         ({"method": "rtn", "group_size": 0}, "positive multiple of 8"),
         ({"method": "bnb-nf4", "schemes": {"attention": "int8 by row"}}, "has one width"),
     ],
@@ -213,11 +216,11 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     record = run_pipeline(source, folder / "out", recipe)
     files = sorted((folder / "out").glob("*.safetensors"))
     assert len(files) > 1
-    assert sum(path.stat().st_size for path in files) == predicted.emitted_bytes == record.plan["emitted_bytes"]
+    assert sum(path.stat().st_size for path in files) == predicted.emitted_bytes == record.plan.emitted_bytes
     return open_model(str(source)), open_model(str(folder / "out")), method
 
 
-def packed(model: Model) -> PackedSource:
+def source_of(model: Model) -> PackedSource:
     assert isinstance(model.source, PackedSource)
     return model.source
 
@@ -235,7 +238,7 @@ def test_every_expert_is_in_few_bits_and_near_its_own_weight(run: tuple[Model, M
         else:
             assert (dtype, shape) == ("I8", (outputs, inputs)), name
         original = read(adapter, source.source, name).float()
-        ours = packed(made).get(name).float()
+        ours = source_of(made).get(name).float()
         assert float((ours - original).norm() / original.norm()) < (0.12 if method == "bnb-nf4" else 0.01), name
     roles = inspect(str(made.path))["roles"]
     assert roles["expert"]["widths"] == {str(SCHEMES[method]): roles["expert"]["parameters"]}
@@ -244,12 +247,12 @@ def test_every_expert_is_in_few_bits_and_near_its_own_weight(run: tuple[Model, M
 def test_what_is_not_quantized_is_byte_identical_and_named(run: tuple[Model, Model, str]) -> None:
     source, made, _ = run
     before, after = raw_tensors(source.path), raw_tensors(made.path)
-    kept = {name for name in after if name in before and name not in packed(made).weights}
+    kept = {name for name in after if name in before and name not in source_of(made).weights}
     assert kept
     assert all(before[name] == after[name] for name in kept)
     block = made.config["quantization_config"]
     assert f"{made.adapter.head_name.removesuffix('.weight')}" in block["llm_int8_skip_modules"]
-    assert not set(block["llm_int8_skip_modules"]) & packed(made).schemes.keys()
+    assert not set(block["llm_int8_skip_modules"]) & source_of(made).schemes.keys()
 
 
 def test_transformers_gives_the_weights_and_logits_of_our_walk(run: tuple[Model, Model, str]) -> None:
@@ -260,9 +263,9 @@ def test_transformers_gives_the_weights_and_logits_of_our_walk(run: tuple[Model,
     for name, weight in found.items():
         # Of int8 it divides by 127 in another order than we do.
         slack = 0 if method == "bnb-nf4" else 2**-22
-        assert torch.allclose(weight, packed(made).get(name).float(), rtol=slack, atol=0), name
+        assert torch.allclose(weight, source_of(made).get(name).float(), rtol=slack, atol=0), name
     rows = make_rows(made.adapter)
-    for row, ours in zip(rows, walk_logits(made.adapter, packed(made), rows, dtype=torch.float32), strict=True):
+    for row, ours in zip(rows, walk_logits(made.adapter, source_of(made), rows, dtype=torch.float32), strict=True):
         assert relative(ours, whole_logits(model, row)) < 1e-4, row.document
 
 
@@ -270,14 +273,14 @@ def test_check_is_content_and_finds_a_width_that_was_not_planned(run: tuple[Mode
     _, made, method = run
     found = check(str(made.path))
     assert (found.problems, found.unchecked) == ([], [])
-    assert found.facts["quantized_modules"] == len(packed(made).schemes)
+    assert found.facts["quantized_modules"] == len(source_of(made).schemes)
     other = tmp_path / "other"
     shutil.copytree(made.path, other)
     said = {"method": "rtn", "format": "compressed-tensors", "bits": 8, "group_size": 32}
     babies.edit_json(other / "onecard.json", lambda record: record["recipe"].update(said))
     found = check(str(other))
     wanted = f"is stored as {SCHEMES[method]}, and onecard.json says int8 group 32"
-    assert sum(wanted in problem for problem in found.problems) == len(packed(made).schemes)
+    assert sum(wanted in problem for problem in found.problems) == len(source_of(made).schemes)
 
 
 # Stock transformers, without a line of ours
@@ -306,7 +309,7 @@ def test_transformers_holds_every_expert_of_ours_in_four_bits(scout: tuple[Path,
         assert weight.dtype == torch.uint8, name
         assert (weight.quant_state.quant_type, weight.quant_state.nested) == ("nf4", True), name
     rows = [row for row in make_rows(made.adapter) if row.pixels is None]
-    for row, ours in zip(rows, walk_logits(made.adapter, packed(made), rows, dtype=torch.bfloat16), strict=True):
+    for row, ours in zip(rows, walk_logits(made.adapter, source_of(made), rows, dtype=torch.bfloat16), strict=True):
         # It multiplies in four bits, where we multiply the bf16 weights: ten steps of bf16, as elsewhere.
         assert relative(ours, whole_logits(model.eval(), row)) < 10 * 2**-8, row.document
 
@@ -380,10 +383,10 @@ def test_an_int4_checkpoint_is_exported_with_a_warning_that_no_code_was_kept(
     assert "no code could be kept" in warning
     assert warning in json.loads((tmp_path / "out" / "onecard.json").read_text())["warnings"]
     int4, made = open_model(str(tmp_path / "int4")), open_model(str(tmp_path / "out"))
-    assert packed(made).schemes.keys() == packed(int4).schemes.keys()
-    for name in packed(int4).weights:
-        _, wanted = quantize(packed(int4).get(name), SCHEMES["bnb-nf4"])
-        assert torch.equal(packed(made).get(name), wanted), name
+    assert source_of(made).schemes.keys() == source_of(int4).schemes.keys()
+    for name in source_of(int4).weights:
+        _, wanted = quantize(source_of(int4).get(name), SCHEMES["bnb-nf4"])
+        assert torch.equal(source_of(made).get(name), wanted), name
     assert check(str(tmp_path / "out")).problems == []
 
 

@@ -16,7 +16,8 @@ from onecard import cli
 from onecard.checkpoint import inspect
 from onecard.checkpoint.source import open_folder
 from onecard.core import errors
-from onecard.recipe import load_recipe, recipe_names
+from onecard.core.shipped_recipes import recipe_names
+from onecard.recipe import load_recipe
 
 VERBS = [
     "quantize",
@@ -35,6 +36,7 @@ VERBS = [
     "calibration",
     "export",
     "pareto",
+    "completion",
 ]
 RECIPES = [
     "demo",
@@ -138,20 +140,24 @@ def test_recipes_prints_one_that_loads_again(onecard: Callable[..., Result], tmp
 
 def test_what_the_shipped_recipes_promise() -> None:
     recipes = {name: load_recipe(name) for name in RECIPES}
-    said = {name: (r.bits, r.group_size, r.symmetric) for name, r in recipes.items()}
+    said = {name: (r.widths.bits, r.widths.group_size, r.widths.symmetric) for name, r in recipes.items()}
     others = {"demo-fit": "fit", "llama4-scout-h100-fit": "fit", "llama4-scout-h200": 8}
     assert said.pop("nf4") == (4, 64, True)
     assert said == {name: (others.get(name, 4), 128, True) for name in said}
     for name, recipe in recipes.items():
         assert (recipe.card.gpu is not None) == name.startswith("llama4-scout"), name
         assert recipe.card.context == (131_072 if recipe.card.gpu else 32_768), name
-    assert set(recipes["llama4-scout-h100"].quantize_roles) == {"expert", "shared_expert"}
-    assert set(recipes["llama4-scout-h100-int4-attention"].quantize_roles) == {"expert", "shared_expert", "attention"}
-    assert set(recipes["qwen3-30b-a3b-24gb"].quantize_roles) == {"expert", "mlp", "attention"}
+    assert set(recipes["llama4-scout-h100"].widths.quantize_roles) == {"expert", "shared_expert"}
+    assert set(recipes["llama4-scout-h100-int4-attention"].widths.quantize_roles) == {
+        "expert",
+        "shared_expert",
+        "attention",
+    }
+    assert set(recipes["qwen3-30b-a3b-24gb"].widths.quantize_roles) == {"expert", "mlp", "attention"}
     # q and k need a vLLM that permutes their scales: facts.md.
     assert "35033" in (recipes["llama4-scout-h100-int4-attention"].note or "")
     assert recipes["rtn-int4"].family is None
-    assert (recipes["rtn-int4"].method, recipes["llama4-scout-h100"].method) == ("rtn", "best")
+    assert (recipes["rtn-int4"].quantizer.method, recipes["llama4-scout-h100"].quantizer.method) == ("rtn", "best")
 
 
 # --- quantize and verify

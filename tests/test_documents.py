@@ -119,6 +119,14 @@ def test_named_files_exist(name: str) -> None:
     assert gone == []
 
 
+def test_names_are_in_the_files_that_contributing_gives() -> None:
+    """`NAME` of [file](file), and `NAME` in [file](file)."""
+    text = " ".join(read("CONTRIBUTING.md").split())
+    named = re.findall(r"`(\w+)` (?:of|in) \[[^\]]+\]\(([\w./-]+\.py)\)", text)
+    assert len(named) > 5
+    assert [pair for pair in named if not re.search(rf"\b{pair[0]}\b", read(pair[1]))] == []
+
+
 def test_named_tests_exist() -> None:
     """`test_x.py::test_y...` names the beginning of a test's name."""
     gone = []

@@ -17,8 +17,9 @@ from onecard.checkpoint.assign import plan_for
 from onecard.checkpoint.model import open_headers
 from onecard.checkpoint.plan import Plan
 from onecard.core.scheme import GRIDS
+from onecard.core.shipped_recipes import recipe_names
 from onecard.pipeline import Options, quantize
-from onecard.recipe import Limits, Recipe, load_recipe, recipe_names
+from onecard.recipe import Limits, Recipe, load_recipe
 
 FAMILIES = {"scout": "llama4", "maverick": "llama4", "llama4-text": "llama4", "qwen3": "qwen3_moe"}
 # Many shards, with attention and experts of one block in several.
@@ -63,7 +64,7 @@ def planned(folder: Path, recipe: Recipe) -> Plan:
 
 
 @pytest.fixture(scope="module")
-def run(baby: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Emitted:
+def quantized(baby: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Emitted:
     """(family, recipe) -> the folder of the run."""
     made: dict[Any, Path] = {}
     at = tmp_path_factory.mktemp("runs")
@@ -82,11 +83,11 @@ def run(baby: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.mark.parametrize(("name", "family"), CASES)
 def test_predicted_bytes_are_those_of_the_files(
-    name: str, family: str, baby: Callable[..., Path], run: Emitted
+    name: str, family: str, baby: Callable[..., Path], quantized: Emitted
 ) -> None:
     recipe = for_babies(name)
     plan = planned(baby(family), recipe)
-    out = run(family, recipe)
+    out = quantized(family, recipe)
     sizes = {path.name: path.stat().st_size for path in out.glob("*.safetensors")}
     assert len(sizes) > 4
     assert sizes == {shard.file: shard.file_bytes for shard in plan.shards}
