@@ -22,6 +22,7 @@ from .eval.tasks import load_tasks
 from .eval.verify import flips as run_flips
 from .eval.verify import verify as run_verify
 from .forecast import CardWish, Forecast, plan_on_card
+from .pipeline import Options
 from .pipeline import quantize as run_quantize
 from .publish.check import check as run_check
 from .publish.findings import Checked
@@ -91,13 +92,15 @@ def quantize(model: AnyPath, out: AnyPath, recipe: AnyRecipe, **options: Unpack[
         str(model),
         Path(out),
         chosen,
-        device_name=options.get("device", "auto"),
-        work=_path(options.get("work")),
-        resume=options.get("resume", False),
-        overwrite=options.get("overwrite", False),
-        calibration=_path(options.get("calibration")),
-        evaluation=_path(options.get("evaluation")),
-        prices=prices,
+        Options(
+            device_name=options.get("device", "auto"),
+            work=_path(options.get("work")),
+            resume=options.get("resume", False),
+            overwrite=options.get("overwrite", False),
+            calibration=_path(options.get("calibration")),
+            evaluation=_path(options.get("evaluation")),
+            prices=prices,
+        ),
         quiet=options.get("quiet", True),
     )
 

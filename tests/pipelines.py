@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from onecard.core.record.schema import Record
-from onecard.pipeline import quantize
+from onecard.pipeline import Options, quantize
 from onecard.recipe import Recipe
 
 WORDS = [f"w{n}" for n in range(200)]
@@ -48,9 +48,8 @@ def make_recipe(**keys: Any) -> Recipe:
 def run_pipeline(source: Path, out: Path, recipe: Recipe) -> Record:
     calibration = write_texts(out.parent / "calibration.jsonl", 0, 12)
     evaluation = write_texts(out.parent / "evaluation.jsonl", 1, 3)
-    return quantize(
-        str(source), out, recipe, device_name="cpu", quiet=True, calibration=calibration, evaluation=evaluation
-    )
+    options = Options("cpu", calibration=calibration, evaluation=evaluation)
+    return quantize(str(source), out, recipe, options, quiet=True)
 
 
 def raw_tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:

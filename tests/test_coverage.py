@@ -83,12 +83,12 @@ def test_a_run_calibrates_on_the_chosen_rows(
     assert (line["rows"], line["pool_rows"]) == (8, 32)
     assert line["worth"] > line["worth_drawn"]
     out = tmp_path / "out"
-    import onecard.pipeline as pipeline  # the run is killed after its first block
+    from onecard import stages  # the run is killed after its first block
 
-    whole = pipeline.quantize_block
-    monkeypatch.setattr(pipeline, "quantize_block", lambda job: _stop() if job.index else whole(job))
+    whole = stages.quantize_block
+    monkeypatch.setattr(stages, "quantize_block", lambda job: _stop() if job.index else whole(job))
     assert onecard("quantize", baby("llama4-text"), out, *arguments).exit_code == 130
-    monkeypatch.setattr(pipeline, "quantize_block", whole)
+    monkeypatch.setattr(stages, "quantize_block", whole)
     from onecard.calibration import coverage
 
     monkeypatch.setattr(coverage, "count_routes", lambda *_: pytest.fail("counted again"))

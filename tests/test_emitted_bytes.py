@@ -18,7 +18,7 @@ from onecard.checkpoint.model import open_headers
 from onecard.checkpoint.plan import Plan
 from onecard.core.scheme import GRIDS
 from onecard.core.shipped_recipes import recipe_names
-from onecard.pipeline import quantize
+from onecard.pipeline import Options, quantize
 from onecard.recipe import Limits, Recipe, load_recipe
 
 FAMILIES = {"scout": "llama4", "maverick": "llama4", "llama4-text": "llama4", "qwen3": "qwen3_moe"}
@@ -75,7 +75,7 @@ def quantized(baby: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
         key = (family, tuple(planned(baby(family), recipe).schemes.items()))
         if key not in made:
             made[key] = at / str(len(made))
-            quantize(str(baby(family)), made[key], recipe, evaluation=texts, device_name="cpu", quiet=True)
+            quantize(str(baby(family)), made[key], recipe, Options("cpu", evaluation=texts), quiet=True)
         return made[key]
 
     return get
