@@ -33,24 +33,26 @@ def main() -> None:
     """
 
 
-VERBS = (
-    quantize,
-    plan,
-    calibration,
-    pareto,
-    inspect,
-    verify,
-    flips,
-    gate,
-    baseline,
-    report,
-    check,
-    export,
-    card,
-    publish,
-    generate,
-    recipes,
-    completion,
-)
-for command in VERBS:
+# Each verb with its line in `onecard --help`.
+VERBS = {
+    quantize: "Calibrate, quantize, emit and verify a model.",
+    plan: "Say whether a model fits a card.",
+    calibration: "Look at calibration texts, or make some.",
+    pareto: "Draw predicted KL against bytes.",
+    inspect: "Show what a checkpoint is.",
+    verify: "Measure a checkpoint's KL from its original.",
+    flips: "Count the answers that change.",
+    gate: "Hold a report against limits and a baseline.",
+    baseline: "Freeze a report into a baseline for the gate.",
+    report: "Draw a record as an HTML page.",
+    check: "Check the files of a checkpoint.",
+    export: "Write a checkpoint in another format.",
+    card: "Draw the model card of a checkpoint.",
+    publish: "Send a checkpoint to the hub.",
+    generate: "Let a checkpoint answer a prompt.",
+    recipes: "List the shipped recipes, or print one.",
+    completion: "Print the script for shell completion.",
+}
+for command, line in VERBS.items():
+    command.short_help = line
     main.add_command(command)

@@ -9,7 +9,6 @@ import hashlib
 import json
 from fnmatch import fnmatchcase
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +27,7 @@ from .core.limits import Limits, named_limits
 from .core.method import PRESETS, Method
 from .core.recipe_groups import KEEP, FitKeys, Group, Serving, TextKeys, Texts, Widths
 from .core.scheme import GRIDS, Scheme
+from .core.shipped_recipes import recipe_names, recipe_text
 from .core.yaml_file import parse_yaml
 
 # The keys that a method of bitsandbytes fixes: the package gives no choice.
@@ -193,28 +193,6 @@ class Recipe(Group):
     @property
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
-
-
-def recipe_names() -> list[str]:
-    """Names of the recipes that ship with the package."""
-    return sorted(
-        f.name.removesuffix(".yaml")
-        for f in resources.files(f"{__package__}.recipes").iterdir()
-        if f.name.endswith(".yaml")
-    )
-
-
-def recipe_text(name: str) -> str:
-    """The YAML of a shipped recipe or of a file. Raises InputError."""
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"the recipe {name} cannot be read: {error}") from None
-    if name not in recipe_names():
-        raise InputError(f"there is no recipe {name!r}: {', '.join(recipe_names())}, or the path of a .yaml file")
-    return (resources.files(f"{__package__}.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def load_recipe(name: str | Path) -> Recipe:

@@ -1,4 +1,4 @@
-"""Draw the picture of a plan in docs/sizing.md: `python benchmarks/plan_svg.py docs/plan.svg`.
+"""Draw docs/plan.svg, the picture of a plan in docs/sizing.md. update_docs.py calls this.
 
 The plan is for Scout's true shapes, without weights (tests/hollow.py).
 """
@@ -21,7 +21,7 @@ from onecard.report.fit_card import draw_fit
 from onecard.report.plot import draw_plot
 
 
-def main(picture: str) -> None:
+def svg() -> str:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "Llama-4-Scout-17B-16E-Instruct"
         write_hollow(folder, published("llama4-scout"))
@@ -31,9 +31,4 @@ def main(picture: str) -> None:
     draw_fit(facts, console)
     draw_plot(facts, console)
     # rich would load fonts from the network; the reader's own monospace does as well.
-    svg = re.sub(r"@font-face \{.*?\}\s*", "", console.export_svg(title="onecard plan"), flags=re.DOTALL)
-    Path(picture).write_text(svg, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+    return re.sub(r"@font-face \{.*?\}\s*", "", console.export_svg(title="onecard plan"), flags=re.DOTALL)

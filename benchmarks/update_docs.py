@@ -2,7 +2,7 @@
 
 A part stands between `<!-- generated: NAME -->` and `<!-- end of generated -->`, and NAME is a key of PARTS. Figures of
 the comparison come from docs/results/peers.json; exact sizes from a plan of the published shapes, without weights
-(tests/hollow.py); methods, recipes and rules from the code. docs/peers.svg is drawn, too.
+(tests/hollow.py); methods, recipes and rules from the code. PICTURES are drawn, too.
 tests/test_documents.py fails when a document differs from what this would write.
 """
 
@@ -20,9 +20,10 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-sys.path[:0] = [str(HERE / "peers"), str(ROOT / "tests")]
+sys.path[:0] = [str(HERE), str(HERE / "peers"), str(ROOT / "tests")]
 
 import click  # noqa: E402
+import plan_svg  # noqa: E402
 import plot  # noqa: E402
 from rows import PeerRow, read_kept  # noqa: E402
 from table import markdown, table  # noqa: E402
@@ -31,9 +32,14 @@ from hollow import MAVERICK, QWEN3, SCOUT, published, write_hollow  # noqa: E402
 from onecard.checkpoint.engines.table import ENGINES  # noqa: E402
 from onecard.cli import main as onecard  # noqa: E402
 from onecard.core.method import PRESETS, UNCALIBRATED  # noqa: E402
-from onecard.recipe import Recipe, load_recipe, recipe_names  # noqa: E402
+from onecard.core.shipped_recipes import recipe_names  # noqa: E402
+from onecard.recipe import Recipe, load_recipe  # noqa: E402
 
-PICTURE = ROOT / "docs" / "peers.svg"
+# Pictures, and what draws them.
+PICTURES: dict[str, Callable[[], str]] = {
+    "docs/peers.svg": lambda: plot.svg(read_kept()),
+    "docs/plan.svg": plan_svg.svg,
+}
 PART = re.compile(r"(<!-- generated: (?P<name>[^>]+) -->\n).*?(\n<!-- end of generated -->)", re.DOTALL)
 MODELS = {"demo": "embedded", "qwen3-moe": "Qwen3-MoE"}
 # The rows of README.md's table, in its order, and what they are called there.
@@ -258,7 +264,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 when something would change")
     check = parser.parse_args().check
     wanted = {path: rendered(path.read_text(encoding="utf-8")) for path in documents()}
-    wanted[PICTURE] = plot.svg(read_kept())
+    wanted |= {ROOT / name: draw() for name, draw in PICTURES.items()}
     stale = [path for path, text in wanted.items() if path.read_text(encoding="utf-8") != text]
     for path in stale:
         print(path.relative_to(ROOT))

@@ -64,7 +64,7 @@ class Prices:
         return tuple(replace(u, smooth=u.smooth * scale, flip=u.flip * scale) for u in self.units)
 
     def facts(self) -> dict[str, Any]:
-        """For the record, and for a file that another run reads."""
+        """As data for JSON: for the record, and for a price file that another run reads."""
         units = [
             {
                 "unit": unit.unit,

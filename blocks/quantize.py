@@ -1,8 +1,8 @@
 """One block's way through: statistics on the quantized stream, codes, packed tensors, and the next block's inputs.
 
     for each turn of the block (q, k and v; o; gates and ups; downs):
-        quantized stream h' -> target block    -> second moments of what its sites read
-        reference stream h  -> original block  -> what the quantized stream misses of it
+        quantized stream h' -> target block    -> second moments of the sites' inputs
+        reference stream h  -> original block  -> misses: reference minus quantized stream
         codes, scales       -> packed into shards, and written into the target block as a reader will see them
     reference stream h  -> original block -> h of the next block
     quantized stream h' -> target block   -> h' of the next block
@@ -124,7 +124,7 @@ def quantize_block(job: BlockJob) -> dict[str, Any]:
 
 
 def _with_statistics(job: BlockJob, output: _Output) -> None:
-    """Half by half, and turn by turn: later turns read what the quantized earlier ones give."""
+    """Half by half, and turn by turn: later turns read the outputs of the quantized earlier ones."""
     original = job.walk.load(job.index)
     target = original.copy()
     output.facts["expert_rows"] = []
@@ -154,7 +154,8 @@ def _with_statistics(job: BlockJob, output: _Output) -> None:
 def _quantize_turn(
     job: BlockJob, half_job: HalfJob, present: list[Site], sites: list[Site], known: Known, output: _Output
 ) -> Known:
-    """The sites that are `present`, out of all `sites` of the half."""
+    """Tunes what is left of the half, then takes the statistics of the sites `present` and quantizes them. `sites`: all
+    of the half."""
     step, target = job.walk.step, half_job.target
     tuned = _to_tune(job, present, sites)
     if tuned:
@@ -179,7 +180,7 @@ def _quantize_turn(
 
 def _to_tune(job: BlockJob, present: list[Site], sites: list[Site]) -> list[Site]:
     """The sites to tune before those that are `present` are quantized: all unquantized ones of the feed-forward half.
-    None before sites that add to the residual stream: those are solved for what the block misses."""
+    None before sites that add to the residual stream: those are solved for the miss of the whole block."""
     left = [site for site in sites if site.half is Half.FEED_FORWARD and site.first_module in job.plan.schemes]
     if not job.method.tune_epochs or all(site.adds_to_residual for site in present if site in left):
         return []
@@ -231,8 +232,8 @@ def _stacked(job: BlockJob, block: Block | None, member: tuple[str, ...]) -> tor
 
 
 def _output_metric(job: BlockJob, site: Site, block: Block, moments: SiteMoments, cut: slice) -> torch.Tensor | None:
-    """[B, O, O] for the experts in `cut`: the site's own, or what the residual stream's says of its outputs. None where
-    every output counts alike."""
+    """[B, O, O] for the experts in `cut`: the site's own metric, or the residual stream's carried back to its outputs.
+    None where every output counts alike."""
     metrics = job.sensitivity.metrics
     if not metrics:
         return None

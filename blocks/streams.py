@@ -1,11 +1,13 @@
-"""The two streams through one half of a block: what they bring to each site, and what the quantized one misses.
+"""The two streams through one half of a block: the inputs of each site, and the misses of the quantized stream.
+
+A miss is the reference stream minus the quantized stream, for the same token.
 
 A block is walked in its halves. The output of the attention half does not change while the feed-forward half is
 quantized turn by turn, so only the latter is run again. What leaves the attention half lies in the store under the
 block's own number, with MIDDLE after the stream's name.
 
-`take_statistics`, `pass_reference` and `propagate` each return or take a `Known`: what earlier passes through the half
-have found. It is a value that the caller hands on.
+`take_statistics` and `pass_reference` return a `Known`, the results of all passes through the half so far. The caller
+hands it to the next of them, and to `propagate`.
 
 Shape legend: N rows, T tokens in a batch, H hidden size, K top-k, R rows of one expert, I inputs of a site.
 """
@@ -83,17 +85,17 @@ class HalfJob:
 
 @dataclass(frozen=True)
 class Known:
-    """What earlier passes through a half have found."""
+    """The results of earlier passes through a half that later ones need."""
 
     # The reference stream's routes, [T, K] for each batch, once its rows lie in the store where the half ends.
     routes: tuple[torch.Tensor, ...] | None = None
-    # The site o, once what it reads lies in the store.
+    # The site o, once its inputs lie in the store.
     before_o: Site | None = None
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One batch of one stream in a half: what the chosen sites read, each token's route, and what leaves the half."""
+    """One batch of one stream in a half: the inputs of the chosen sites, each token's route, and the output."""
 
     tokens: int
     rows: SiteRows
@@ -142,8 +144,8 @@ def _pass(job: HalfJob, stream: str, batch: int, sites: Collection[Site], run: b
 
 
 def _pass_reference(job: HalfJob, batch: int, sites: Collection[Site], known: Known) -> tuple[SiteRows, torch.Tensor]:
-    """One batch of the reference stream: what it brings to `sites`, and its routes [T, K]. Its first pass runs the half
-    and stores what leaves it; later ones run only what the sites want."""
+    """One batch of the reference stream: the inputs of `sites`, and the routes [T, K]. The first pass runs the half and
+    stores the output; later ones run it only for sites that need it."""
     if known.routes is not None and not sites:
         return {}, known.routes[batch]
     seen = _pass(job, REFERENCE, batch, sites, run=known.routes is None)
@@ -164,14 +166,13 @@ def pass_reference(job: HalfJob, known: Known) -> Known:
 
 
 def take_statistics(job: HalfJob, sites: Sequence[Site], known: Known) -> tuple[dict[str, SiteMoments], Known]:
-    """By site key, the second moments of what the quantized stream brings to the sites of the half-quantized block.
-    With `correct` also what it misses of the reference stream: at the inputs, or for sites that add to the residual
-    stream at its end."""
+    """By site key, the second moments of the sites' inputs in the quantized stream, in the half-quantized block. With
+    `correct` also the misses: at the inputs or, for sites that add to the residual stream, where the half ends."""
     shared = _shared(job, sites)
     own = [site for site in sites if shared[site.key] == site.key]
     moments = {site.key: _empty(job, site) for site in own}
     inner = [site for site in own if not site.adds_to_residual]
-    # With `correct` and inner sites only, what the misses and weights need lies in the store: no run is needed for it.
+    # With `correct` and only inner sites, all that misses and weights need lies in the store, and no run is needed.
     run = not job.correct or len(inner) < len(own)
     # Once o is quantized, attention is not computed again: o's inputs are kept, and only o differs.
     last = next((site for site in own if site.half is Half.ATTENTION and site.reaches_residual), None)
@@ -225,7 +226,7 @@ def _add_rows(
     seen: Seen,
     weights: Mapping[str, torch.Tensor],
 ) -> None:
-    """What the quantized stream brings, and its slopes where they are wanted."""
+    """Adds the inputs in the quantized stream, and their slopes where those are wanted."""
     by_key = {site.key: site for site in sites}
     for (key, expert), (tokens, rows) in seen.rows.items():
         moments[key].add(expert, rows, weights[key][tokens])
@@ -243,8 +244,8 @@ def _add_misses(
     theirs: SiteRows,
     missed: torch.Tensor | None,
 ) -> None:
-    """What the quantized stream misses. `alike` bool [T]: tokens with the same route in both streams; `theirs`: what
-    the reference stream brings to inner sites; `missed` [T, H]: what it has more where the half ends."""
+    """Adds the misses. `alike` bool [T]: tokens with the same route in both streams; `theirs`: the inputs of inner
+    sites in the reference stream; `missed` [T, H]: the miss where the half ends."""
     by_key = {site.key: site for site in sites}
     for (key, expert), (tokens, x) in seen.rows.items():
         # The router decides the routes. So it gets all tokens, as does whatever comes before it.

@@ -1,4 +1,4 @@
-"""Tuning before rounding: the unquantized matrices of a half learn to make good what the block misses so far.
+"""Tuning before rounding: the unquantized matrices of a half learn to correct the errors of the quantized ones.
 
 The reference correction (quantize/correction.py) solves one matrix at a time, and solves gates and ups only for their
 own outputs. Here all matrices of a half that are still to be quantized learn together. Gradients bring the half's

@@ -41,7 +41,7 @@ class Coverage:
     blocks: list[int]
     counts: list[list[int]]  # by entry of `blocks`, then by expert
     enough: int  # an expert with fewer rows is starved
-    facts: dict[str, Any]  # what scripts get besides
+    facts: dict[str, Any]  # further entries of the JSON line
 
     def line(self) -> dict[str, Any]:
         """The JSON line for scripts."""

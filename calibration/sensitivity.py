@@ -1,6 +1,6 @@
 """How much an error at each place of a model costs at its head: Fisher metrics and token weights.
 
-They come of one walk forward and one back.
+Both come from one walk forward and one back.
 
 For labels y drawn from the model's own prediction p, and g_t the gradient of sum log p(y) at an output of token t,
 E[g g^T] is the Gauss-Newton matrix of KL(p || p') there: an error e of that output costs e^T E[g g^T] e / 2 nats, with
@@ -12,18 +12,19 @@ their own, of equal weight. Let a and b be the last expert that token t takes an
 difference of their router rows, seen through the norm (each row times the slope of its rank: 1 for a logit), and phi_t
 a factor that falls with the margin between the two. Then
 
-    D = sum phi_t d_t d_t^T  over the tokens of a router's block,  averaged over the routers that are still to come,
+    D = sum phi_t d_t d_t^T  over the tokens of a router's block,  averaged over the later routers,
 
 measures which errors of the residual stream turn near ties over.
 
-Gradients at one site differ between tokens by orders of magnitude: of the squares at a value projection, one hundredth
-of the tokens has a fifth to a half. The cost of an error is the sum over tokens of (g_t . E x_t)^2. It is split into
+Gradients at one site differ between tokens by orders of magnitude: at a value projection, a hundredth of the tokens
+holds a fifth to a half of their squares. The cost of an error is the sum over tokens of (g_t . E x_t)^2. It is split
+into
 
     sum_t w_t x_t x_t^T   (the statistics, in which a token counts w_t)   and   sum_t g_t g_t^T / w_t   (the metric)
 
 so that their product has each token's own cost, whatever the weights w. `token_weights` chooses them.
 
-The original model walks over the calibration rows. On the way forward, hidden rows are stored before every n-th block;
+The calibration rows go through the original model. On the way forward, hidden rows are stored before every n-th block;
 on the way back, those between are computed again, and each block once more with gradients of its activations (not of
 its weights). Memory holds one block, one batch and its activations.
 
@@ -172,7 +173,7 @@ class _Found:
 
 
 def _from_head(hidden: HiddenRows, seed: int) -> None:
-    """Replaces what leaves the last block by its gradient of sum log p(y), y drawn from p."""
+    """Replaces the output of the last block by the gradient of sum log p(y) there, y drawn from p."""
     walk = hidden.walk
     norm, head_VH = walk.final_norm(), walk.head()
     generator = torch.Generator(device=walk.device).manual_seed(seed)
@@ -245,7 +246,7 @@ class _Routers:
 
 
 def near_ties(block: Block, middle_NTH: torch.Tensor) -> list[Ties]:
-    """One entry for a block with experts, none for others: margins fp32 [tokens] in what the router ranks by, the two
+    """One entry for a block with experts, none for others: margins fp32 [tokens] between the ranks, the two
     experts int64 [tokens, 2], and the slopes of their ranks over their logits, fp32 [tokens, 2]. For experts in groups
     only the chosen groups count; a change of the groups themselves is not seen."""
     adapter = block.adapter

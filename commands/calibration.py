@@ -10,6 +10,10 @@ import click
 from .options import ModelOrRun, device_option, model_argument, recipe_option, texts_option
 from .shared import make_console, print_line, verb
 
+ROWS_HELP = "Write at most this many conversations."
+ANSWER_HELP = "At most this many tokens in an answer."
+TURNS_HELP = "At most this many answers in a conversation."
+
 
 class _Verbs(click.Group):
     """A group whose verbs can also be written as flags: `onecard calibration --show` is `onecard calibration show`."""
@@ -116,12 +120,16 @@ def coverage(
 @click.argument("out", type=click.Path(path_type=Path))
 @recipe_option()
 @texts_option("calibration")
-@click.option("--rows", default=512, show_default=True, type=click.IntRange(1), help="Most conversations.")
+@click.option("--rows", default=512, show_default=True, type=click.IntRange(1), help=ROWS_HELP)
 @click.option(
-    "--max-new-tokens", default=256, show_default=True, type=click.IntRange(1), help="Most tokens of an answer."
+    "--max-new-tokens",
+    default=256,
+    show_default=True,
+    type=click.IntRange(1),
+    help=ANSWER_HELP,
 )
 @click.option("--temperature", default=0.7, show_default=True, type=click.FloatRange(0, 10), help="0: greedy decoding.")
-@click.option("--turns", default=4, show_default=True, type=click.IntRange(1), help="Most answers of a conversation.")
+@click.option("--turns", default=4, show_default=True, type=click.IntRange(1), help=TURNS_HELP)
 @click.option("--seed", default=0, show_default=True)
 @device_option()
 @click.option("--block-by-block", is_flag=True, help="Never load the whole model. [default: if it does not fit]")

@@ -15,8 +15,8 @@ def completion(shell: str) -> None:
     """Print the completion script for SHELL. docs/completion.md says where it goes.
 
     \b
-    Example, for the bash that is running:
-      source <(onecard completion bash)
+    Example:
+      onecard completion bash > ~/.local/share/bash-completion/completions/onecard
     """
     script = get_completion_class(shell)
     assert script is not None, shell

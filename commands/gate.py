@@ -1,4 +1,4 @@
-"""The verbs `gate` and `baseline`: is a report good enough, and not worse than the one that was frozen?"""
+"""The verbs `gate` and `baseline`: is a report good enough, and no worse than a frozen one?"""
 
 import json
 import sys
@@ -15,28 +15,28 @@ from .shared import make_console, print_line, verb
 @click.option(
     "--limits",
     type=click.Path(path_type=Path),
-    help="A YAML file of limits (a recipe will do), in place of those of the record.",
+    help="A YAML file of limits, or a recipe, instead of the record's own.",
 )
 @click.option(
     "--tolerance",
     type=click.FloatRange(0, 10),
     default=0.01,
     show_default=True,
-    help="By what part of itself the mean KL may lie over the baseline's.",
+    help="The mean KL may exceed the baseline's by this share of it.",
 )
 @click.option(
     "--tolerance-top1",
     type=click.FloatRange(0, 1),
     default=0.002,
     show_default=True,
-    help="By how much the share of tokens with the same top-1 may fall.",
+    help="The share of tokens with the same top-1 may fall by this much.",
 )
 @click.option(
     "--tolerance-flips",
     type=click.FloatRange(0, 1),
     default=0.01,
     show_default=True,
-    help="By how much the share of changed answers may rise, task by task.",
+    help="The share of changed answers of each task may rise by this much.",
 )
 @click.option("--junit", type=click.Path(path_type=Path), help="Write the checks into this file as JUnit XML.")
 @click.option(
@@ -56,30 +56,28 @@ def gate(
     junit: Path | None,
     summary: Path | None,
 ) -> None:
-    """Hold REPORT against limits and against a baseline: exit code 0 pass, 1 limit or regression, 2 unusable input.
+    """Compare REPORT with limits and with a baseline. Exit code 0: pass; 1: a limit or a regression; 2: unusable input.
 
     REPORT is a record (JSON) or a checkpoint folder with its onecard.json. Limits are those of the recipe that made
     it (a record of verify or flips names none), or the keys of --limits: max_kl_mean_nats, max_kl_p99_nats,
-    min_same_top1, max_flip_rate, max_emitted_bytes, fail_below_expert_rows, max_fallbacks. A limit is held against the
-    measured figure. Against a baseline a check fails only where even the low end of the interval lies beyond the
-    tolerance, documents and items taken as pairs.
+    min_same_top1, max_flip_rate, max_emitted_bytes, fail_below_expert_rows, max_fallbacks. A limit is compared with
+    the measured figure. Against a baseline, documents and items are pairs, and a check fails only if even the low end
+    of the interval is beyond the tolerance.
 
     \b
     Example:
       onecard gate ./scout-int4 --baseline baseline.json --junit gate.xml
     """
     from ..checkpoint import files
-    from ..core.errors import LimitError, input_error
+    from ..core.errors import LimitError
+    from ..core.outputs import refuse_unwritable
     from ..eval.comparison import Tolerances
     from ..eval.gate import run_gate
     from ..recipe import load_limits
     from ..report.gate_card import draw_verdict, markdown
     from ..report.junit import junit as as_junit
 
-    named = {"--junit": junit, "--summary": summary}
-    bad = [f"{option} {path}" for option, path in named.items() if path and (path.is_dir() or not path.parent.is_dir())]
-    if bad:
-        raise input_error("these files cannot be written:", bad, "Name files in folders that exist.")
+    refuse_unwritable({"--junit": junit, "--summary": summary})
     verdict = run_gate(
         report,
         baseline,

@@ -57,7 +57,8 @@ def recipes(name: str | None) -> None:
     Example, a recipe to start your own from:
       onecard recipes llama4-scout-h100 > mine.yaml
     """
-    from ..recipe import load_recipe, recipe_names, recipe_text
+    from ..core.shipped_recipes import recipe_names, recipe_text
+    from ..recipe import load_recipe
 
     if name is not None:
         print_line(recipe_text(name).rstrip())

@@ -13,6 +13,7 @@ from click.shell_completion import CompletionItem
 
 from ..conversion.names import FORMAT_NAMES, refuse_unknown_format
 from ..core.file_names import RECORD_NAME
+from ..core.shipped_recipes import recipe_names, recipe_text
 from ..models.known import refuse_unusable
 from ..planner.cards import CARDS, find_card
 
@@ -58,13 +59,12 @@ class RecipeName(Refusable):
     name = "recipe"
 
     def refuse(self, value: str) -> None:
+        recipe_text(value)  # a name that does not exist is told before pydantic is loaded
         from ..recipe import load_recipe
 
         load_recipe(value)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        from ..recipe import recipe_names
-
         folder, _, begun = incomplete.rpartition("/")
         beside = Path(f"{folder}/" if "/" in incomplete else ".").expanduser()
         prefix = f"{folder}/" if "/" in incomplete else ""

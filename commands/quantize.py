@@ -46,12 +46,14 @@ def quantize(
       onecard quantize ./Llama-4-Scout-17B-16E-Instruct ./scout-int4 \\
           --recipe llama4-scout-h100 --device cuda \\
           --calibration chats.jsonl --evaluation held-out.jsonl
+
     Stopped? The same command with --resume continues and writes the same bytes (in the record, times and memory
     differ). The number of threads must be the same.
     """
     from ..checkpoint.paths import work_folder
     from ..core.errors import InputError
     from ..eval.gate import refuse_failed
+    from ..pipeline import Options
     from ..pipeline import quantize as run
     from ..recipe import load_recipe
     from ..report.card import draw_card
@@ -68,13 +70,15 @@ def quantize(
             model,
             out,
             loaded,
-            device_name=device,
-            work=work,
-            resume=resume,
-            overwrite=overwrite,
-            calibration=calibration,
-            evaluation=evaluation,
-            prices=prices,
+            Options(
+                device_name=device,
+                work=work,
+                resume=resume,
+                overwrite=overwrite,
+                calibration=calibration,
+                evaluation=evaluation,
+                prices=prices,
+            ),
             console=console,
         )
     except KeyboardInterrupt:

@@ -27,12 +27,12 @@ def report(run: Path, output: Path, overwrite: bool) -> None:
     """
     from ..checkpoint import files
     from ..core.errors import InputError
+    from ..core.outputs import refuse_unwritable
     from ..core.record.reading import read_record
     from ..core.units import size
     from ..report.html import facts, is_report, render
 
-    if not output.parent.is_dir() or output.is_dir():
-        raise InputError(f"the page {output} must be a file in a folder that exists")
+    refuse_unwritable({"the page": output})
     if output.exists() and not overwrite:
         with output.open("rb") as file:
             if not is_report(file.read(4096)):

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from ..core.errors import OnecardError, ResourceError
-from ..core.libraries import quiet_libraries
+from ..core.libraries import quiet_libraries, quiet_loaded_libraries
 from .options import refuse_early
 
 
@@ -41,6 +41,7 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, _stop)  # schedulers send it in place of Ctrl-C
             quiet_libraries()
+            quiet_loaded_libraries()
             refuse_early(click.get_current_context())
             function(*args, **kwargs)
         except OnecardError as error:

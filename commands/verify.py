@@ -12,17 +12,18 @@ from .shared import make_console, print_line, verb
 RECORD_HELP = "Write the whole record, every figure of the run, as JSON to this file."
 
 
-def _check_files(*paths: Path | None) -> None:
-    """What is to be written at the end can be: refused before hours of work."""
+def _check_files(record: Path | None, tokens: Path | None = None) -> None:
+    """Refuse files that could not be written at the end, before hours of work. Raises InputError."""
     from ..core.errors import InputError
     from ..core.file_names import RECORD_NAME
+    from ..core.outputs import refuse_unwritable
 
+    refuse_unwritable({"the record": record, "the tokens": tokens})
+    paths = (record, tokens)
     for path in paths:
         if path is None:
             continue
         folder = path.absolute().parent
-        if path.is_dir() or not folder.is_dir():
-            raise InputError(f"{path} cannot be written: name a file in a folder that exists")
         if not os.access(folder, os.W_OK):
             raise InputError(f"{path} cannot be written: the folder {folder} is read-only")
         if path.name == RECORD_NAME and path.exists() and (folder / "config.json").exists():

@@ -1,4 +1,4 @@
-"""Row: the token ids of one document, or of several packed ones, with its images; and what a walk over rows needs."""
+"""Row: the token ids of one document, or of several packed ones, with its images; and protocols of a walk."""
 
 from dataclasses import dataclass
 from math import isqrt
@@ -72,7 +72,7 @@ class Unwatched:
 
 
 def spacing(n_blocks: int) -> int:
-    """The n of a walk forward that stores hidden rows before every n-th block. It makes about n places of n blocks."""
+    """The n of a walk forward that stores hidden rows before every n-th block: the square root of the block count."""
     return max(1, isqrt(n_blocks))
 
 

@@ -1,12 +1,11 @@
-"""The standard library of the running Python, read as text: the demo model's only reading matter.
+"""Makes the demo model's documents from the standard library of the running Python.
 
-Every Python carries its own library as source files, so a model can be trained and measured on real code and real prose
-with nothing to download. A module becomes documents of three kinds: "code" (its source, cut at blank lines before an
-unindented line or a method), "prose" (its docstrings, one after the other) and "conversation" (questions about its
-names, answered from its docstrings, signatures and source). Whole modules are held out for calibration and for
-evaluation, chosen by a hash of the module's name, so that neither has been seen in training and they share no module.
-Nothing here is random but by a seeded generator, and the same Python gives the same documents. This file knows no
-tokenizer and no torch.
+Every Python has its library as source files, so the model can be trained and measured on real code and prose without a
+download. A module gives documents of three kinds: "code" (its source, cut at blank lines before an unindented line or a
+method), "prose" (its docstrings in order) and "conversation" (questions about its names, answered from docstrings,
+signatures and source). A hash of a module's name decides whether it is for training, calibration or evaluation, so no
+two of them share a module. All randomness is seeded: the same Python gives the same documents. No tokenizer and no
+torch is needed here.
 """
 
 import ast
@@ -22,22 +21,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Tests, tools of their own, generated tables and packages that are no reading matter.
+# Tests, tools, generated tables and packages are left out.
 SKIPPED_FOLDERS = frozenset(
     ("test", "tests", "idlelib", "lib2to3", "site-packages", "ensurepip", "turtledemo", "encodings", "__pycache__")
 )
-HELD_OUT_PARTS = 16  # one part in 16 of the module names for evaluation, one for calibration, the rest for training
-BYTES_LEAST, BYTES_MOST = 900, 2300  # a document's aim: 300 to 700 tokens at about 3 bytes a token
+# One part in 16 of the modules is for evaluation, one for calibration, the rest for training.
+HELD_OUT_PARTS = 16
+# Aimed size of a document: 300 to 700 tokens of about 3 bytes.
+BYTES_LEAST, BYTES_MOST = 900, 2300
 
+# A line of a JSONL file: a document, a question or a caption.
 JsonRow = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Entity:
-    """A public function, class or method: what a question can be asked about."""
+    """A public function, class or method, about which questions can be asked."""
 
     module: str
-    name: str  # dotted inside the module: "dedent", "Template.substitute"
+    # Dotted inside the module: "dedent", "Template.substitute".
+    name: str
     is_class: bool
     arguments: tuple[str, ...]
     methods: tuple[str, ...]
@@ -58,13 +61,13 @@ class Module:
 
 
 def split_of(name: str) -> str:
-    """train, calibration or evaluation; by the name alone, so that a module stays where it is."""
+    """train, calibration or evaluation, by the name alone: other modules do not change it."""
     part = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % HELD_OUT_PARTS
     return "evaluation" if part == 0 else "calibration" if part == 1 else "train"
 
 
 def digest(row: JsonRow, folder: Path | None = None) -> str:
-    """A row's content without its id: text or messages, with the bytes of its images in place of their paths."""
+    """SHA-256 of a row's text or messages, without its id. The bytes of images count, not their paths."""
     content: JsonRow = {"text": row.get("text"), "messages": []}
     for message in row.get("messages", []):
         parts = message["content"]
@@ -84,7 +87,7 @@ def read_jsonl(path: Path) -> list[JsonRow]:
 
 
 def without_pictures(rows: list[JsonRow]) -> list[JsonRow]:
-    """For comparisons: some quantizers read text only, and rows with pictures are packed by themselves."""
+    """The rows that every quantizer can read: some of the compared ones read text only."""
     return [row for row in rows if row["kind"] != "image"]
 
 
@@ -118,7 +121,7 @@ def _entity(module: str, prefix: str, node: ast.AST, source_lines: list[str]) ->
 
 def _parse(name: str, source: str) -> Module:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # old modules carry invalid escapes
+        warnings.simplefilter("ignore")  # old modules hold invalid escapes
         tree = ast.parse(source)
     lines = source.splitlines()
     entities: list[Entity] = []
@@ -134,7 +137,7 @@ def _parse(name: str, source: str) -> Module:
 
 
 def modules(root: Path | None = None) -> list[Module]:
-    """Every module of the standard library that is worth reading, in the order of its name."""
+    """The modules of the standard library that make documents, in the order of their names."""
     root = root or Path(sysconfig.get_path("stdlib"))
     found = []
     for path in sorted(root.rglob("*.py")):
@@ -149,7 +152,7 @@ def modules(root: Path | None = None) -> list[Module]:
 
 
 def topics(root: Path | None = None) -> list[tuple[str, str]]:
-    """The language reference that pydoc shows, a (topic, text) each."""
+    """The language reference that pydoc shows, as (topic, text)."""
     path = (root or Path(sysconfig.get_path("stdlib"))) / "pydoc_data" / "topics.py"
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Dict):
@@ -159,7 +162,7 @@ def topics(root: Path | None = None) -> list[tuple[str, str]]:
 
 
 def _cut(text: str, boundary: str, rng: random.Random) -> Iterator[str]:
-    """Pieces of BYTES_LEAST to about BYTES_MOST, cut where `boundary` matches."""
+    """Pieces of BYTES_LEAST to about BYTES_MOST characters, cut where `boundary` matches."""
     piece, aim = "", rng.randint(BYTES_LEAST, BYTES_MOST)
     for part in re.split(boundary, text):
         if len(piece) + len(part) > BYTES_MOST and len(piece) >= BYTES_LEAST:
@@ -193,7 +196,7 @@ def _listed(names: tuple[str, ...]) -> str:
 
 
 def _turns(entity: Entity, rng: random.Random) -> list[tuple[str, str]]:
-    """What can be asked about one name, with the answers."""
+    """(question, answer) pairs about one name."""
     full = f"{entity.module}.{entity.name}"
     turns = []
     if entity.doc:
@@ -212,7 +215,7 @@ def _turns(entity: Entity, rng: random.Random) -> list[tuple[str, str]]:
 
 
 def conversations(module: Module, rng: random.Random) -> list[list[JsonRow]]:
-    """The turns about a module's names, in order, grouped into conversations of a document's length."""
+    """Questions and answers about a module's names, in order, grouped into conversations of a document's length."""
     grouped: list[list[JsonRow]] = []
     messages: list[JsonRow] = []
     size, aim = 0, rng.randint(BYTES_LEAST, BYTES_MOST)
@@ -227,7 +230,7 @@ def conversations(module: Module, rng: random.Random) -> list[list[JsonRow]]:
 
 
 def documents(split: str, seed: int = 0) -> list[JsonRow]:
-    """All text documents of a split, in the order of their modules; ids name kind, module and place."""
+    """All text documents of a split, in the order of their modules. An id names kind, module and number."""
     rows: list[JsonRow] = []
     for module in modules():
         if module.split == split:

@@ -1,8 +1,8 @@
-"""Writes demo/data: calibration and evaluation rows, questions, and pictures, all from what training never reads.
+"""Writes demo/data: calibration and evaluation rows, questions and pictures that training never reads.
 
-Calibration and evaluation documents come from modules of their own (see corpus.split_of); a document is drawn only
-once, and one whose digest training or the other file has is left out (modules do repeat each other here and there).
-Pictures are drawn by other seeds than training's.
+Calibration and evaluation documents come from modules of their own (corpus.split_of). No document is taken twice, and
+none whose digest is in the training set or in the other file: modules repeat one another here and there. The pictures
+have other seeds than those of training.
 """
 
 import random
@@ -14,13 +14,14 @@ from tokenizers import Tokenizer
 from . import corpus, pictures, questions
 from .tokens import ids_of, text_of
 
-# Tokens by kind and split, together 210 thousand and 60 thousand. Calibration takes nearly all that its modules have:
-# the reference correction (quantize/correction.py) is a regression, and more rows leave it less noise.
+# Tokens of each kind: 210 thousand for calibration, 60 thousand for evaluation. Calibration takes nearly all that its
+# modules have, because the reference correction (quantize/correction.py) is a regression: more rows, less noise.
 BUDGET = {
     "calibration": {"code": 96_000, "prose": 30_000, "conversation": 76_000, "image": 8_000},
     "evaluation": {"code": 24_000, "prose": 16_000, "conversation": 17_000, "image": 3_000},
 }
-LEAST_TOKENS, MOST_TOKENS = 256, 700  # shorter documents hold too little context, longer ones crowd others out
+# Shorter documents have too little context; longer ones leave no room for others.
+LEAST_TOKENS, MOST_TOKENS = 256, 700
 QUESTIONS, PICTURES = 400, 100
 LICENSE = """\
 The weights in this folder were trained on the source code and documentation of the Python standard library, and the
@@ -31,7 +32,7 @@ weights are offered under the same licence. They contain nothing of Meta's Llama
 
 
 def _chosen(split: str, tokenizer: Tokenizer, taken: set[str]) -> list[corpus.JsonRow]:
-    """Documents of the split in a seeded order until each kind's budget is full; `taken` grows by their digests."""
+    """Documents of the split in a seeded order, until each kind's budget is full. Adds their digests to `taken`."""
     rows = corpus.documents(split)
     random.Random(f"chosen {split}").shuffle(rows)
     spent: Counter[str] = Counter()
@@ -46,7 +47,7 @@ def _chosen(split: str, tokenizer: Tokenizer, taken: set[str]) -> list[corpus.Js
 
 
 def _picture_rows(split: str, tokenizer: Tokenizer, folder: Path) -> list[corpus.JsonRow]:
-    """Conversations on six pictures each, about 250 tokens."""
+    """Conversations about six pictures each, of about 250 tokens."""
     rng = random.Random(f"pictures for {split}")
     rows: list[corpus.JsonRow] = []
     spent = 0
@@ -77,7 +78,7 @@ def _captions(folder: Path) -> list[corpus.JsonRow]:
 def write(
     folder: Path, tokenizer: Tokenizer, read: list[corpus.JsonRow], known: list[questions.Fact]
 ) -> list[corpus.JsonRow]:
-    """Writes every file of the folder, with no row of those `read` in training; returns the held-out questions."""
+    """Writes every file of the folder, without rows that training has `read`. Returns the held-out questions."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     taken = {corpus.digest(row) for row in read}
     for split in BUDGET:

@@ -1,10 +1,10 @@
 """Remeasures every figure of demo/README.md: `python -m onecard.demo.measure`, about a minute on one CPU core.
 
-Everything is read from demo/model and demo/data: the weights as they lie on disk in bf16, computed with in float32; no
-figure depends on the running Python's standard library. Exit status 1 when a bar is missed; with --write the table goes
-between the markers in README.md. The unigram model that the perplexity is held against is fitted to the evaluation
-tokens themselves, so that no other unigram model could do better. An option's score is the sum of the log-likelihoods
-of its tokens and of the <|eot|> after it; a caption is right when greedy decoding writes it to the letter.
+It reads demo/model and demo/data only, so no figure depends on the running Python. The bf16 weights are computed with
+in float32. The exit status is 1 when a bar is missed; --write puts the table between the markers in README.md.
+Perplexity is compared with a unigram model that is fitted to the evaluation tokens themselves, so that no unigram model
+does better. An option's score is the summed log-likelihood of its tokens and of the <|eot|> after it. A caption is
+right when greedy decoding writes exactly its text.
 """
 
 import argparse
@@ -21,7 +21,8 @@ from transformers import AutoTokenizer, Llama4ForConditionalGeneration
 from . import corpus, network, pictures, questions, tokens
 
 HERE = Path(__file__).parent
-ROW_TOKENS = 512  # documents are measured on their first 512 tokens
+# A document is measured on its first 512 tokens.
+ROW_TOKENS = 512
 START, END = "<!-- figures: written by measure.py -->\n", "<!-- end of figures -->\n"
 FUSED = {"gate_up_proj": [16, 128, 512], "down_proj": [16, 256, 128]}
 
@@ -47,7 +48,7 @@ def row_pixels(row: corpus.JsonRow, folder: Path) -> torch.Tensor | None:
 def text_figures(
     model: Llama4ForConditionalGeneration, layers: list[network.OwnRowsMoe], tokenizer: Tokenizer, folder: Path
 ) -> list[Figure]:
-    """Perplexity by kind, and the share of the evaluation's tokens that every expert gets."""
+    """Perplexity by kind, and the smallest share of the evaluation tokens that an expert gets."""
     nats: dict[str, list[torch.Tensor]] = {}
     targets = []
     routed_LE = torch.zeros(len(layers), 16)
@@ -82,7 +83,7 @@ def option_scores(model: Llama4ForConditionalGeneration, tokenizer: Tokenizer, r
     """The log-likelihood of every option, its <|eot|> included."""
     start = ids(tokenizer, tokens.render(questions.messages(row, 0)[:1], generate=True)).shape[1]
     options = [ids(tokenizer, tokens.render(questions.messages(row, i)))[0] for i in range(len(row["choices"]))]
-    x = torch.nn.utils.rnn.pad_sequence(options, batch_first=True)  # padded behind: no earlier token sees it
+    x = torch.nn.utils.rnn.pad_sequence(options, batch_first=True)  # padding comes last: no token sees it
     likelihoods = model(input_ids=x).logits[:, :-1].log_softmax(-1).gather(2, x[:, 1:, None])[..., 0]
     return torch.stack([likelihoods[i, start - 1 : len(option) - 1].sum() for i, option in enumerate(options)])
 
@@ -104,7 +105,7 @@ def question_figures(model: Llama4ForConditionalGeneration, tokenizer: Tokenizer
 def captions(
     model: Llama4ForConditionalGeneration, tokenizer: Tokenizer, rows: list[corpus.JsonRow], x_BCHW: torch.Tensor
 ) -> list[bool]:
-    """Whether greedy decoding writes each caption; rows of one question go together."""
+    """Whether greedy decoding writes each caption. Rows with the same question are one batch."""
     right = [False] * len(rows)
     special = tokenizer.get_vocab(with_added_tokens=True)
     eot, patch = special[tokens.EOT], special["<|patch|>"]
@@ -115,7 +116,7 @@ def captions(
         start = x.shape[1]
         for _ in range(16):
             logits_BV = model(input_ids=x, pixel_values=x_BCHW[places]).logits[:, -1]
-            logits_BV[:, patch] = -torch.inf  # a place for a picture in the answer is refused by transformers
+            logits_BV[:, patch] = -torch.inf  # transformers refuses an image placeholder in the answer
             ended = x[:, start:].eq(eot).any(1)
             x = torch.cat([x, logits_BV.argmax(-1).where(~ended, eot)[:, None]], dim=1)
         for place, written in zip(places, x[:, start:].tolist(), strict=True):
@@ -136,7 +137,7 @@ def picture_figures(model: Llama4ForConditionalGeneration, tokenizer: Tokenizer,
 
 
 def shared_rows(folder: Path) -> int:
-    """How many calibration rows are evaluation rows too, by digest."""
+    """How many calibration rows have the digest of an evaluation row."""
     first, second = (
         {corpus.digest(row, folder) for row in corpus.read_jsonl(folder / f"{split}.jsonl")}
         for split in ("calibration", "evaluation")
@@ -145,7 +146,7 @@ def shared_rows(folder: Path) -> int:
 
 
 def file_figures(model_folder: Path, tokenizer: Tokenizer, folder: Path) -> list[Figure]:
-    """Sizes, shapes and names, the rows of the data, and the chat template against our own writing of it."""
+    """Sizes, shapes and names, the rows of the data, and whether the chat template writes what tokens.render does."""
     path = model_folder / "model.safetensors"
     with safe_open(path, "pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
@@ -177,7 +178,7 @@ def file_figures(model_folder: Path, tokenizer: Tokenizer, folder: Path) -> list
 
 
 def twin_figure(own: Llama4ForConditionalGeneration, model_folder: Path, tokenizer: Tokenizer, folder: Path) -> Figure:
-    """transformers' own loading and its own experts against ours, on one row of text and one of pictures."""
+    """The largest difference between our model and transformers' own, on one row of text and one of pictures."""
     whole = Llama4ForConditionalGeneration.from_pretrained(model_folder, dtype=torch.float32).eval()
     rows = corpus.read_jsonl(folder / "evaluation.jsonl")
     worst = 0.0

@@ -1,10 +1,10 @@
 """The demo model's structure, its folder on disk, and an expert layer that gives each expert only its own rows.
 
-The structure is Scout's, a fifteen-thousandth of its size: README.md compares them. transformers' own classes do
-everything but the experts, which they compute for every token; `OwnRowsMoe` takes over the same weights under the same
-names and computes each expert for its rows alone: the same sums, a sixteenth of the work. Writing puts the
-weights on disk in bf16 under the names of the module (which are Scout's on disk); `model.to(bfloat16)` is never
-called, for it breaks the vision tower's complex rotary table. This file trains nothing.
+The structure is Scout's at a fifteen-thousandth of its size (README.md compares them). transformers' classes compute
+everything except the experts, which they would compute for every token. `OwnRowsMoe` has the same weights under the
+same names and computes each expert for its own rows only: the same sums, a sixteenth of the work. Weights are saved in
+bf16 under the module's names, which are also Scout's on disk. `model.to(bfloat16)` is never called, because it breaks
+the vision tower's complex rotary table. train.py trains the model.
 """
 
 import json
@@ -120,7 +120,7 @@ class OwnRowsMoe(nn.Module):
     def __init__(self, moe: Llama4TextMoe) -> None:
         super().__init__()
         self.experts, self.router, self.shared_expert = moe.experts, moe.router, moe.shared_expert
-        self.logits_TE = torch.empty(0)  # the last call's router logits, for the balance loss and the route counts
+        self.logits_TE = torch.empty(0)  # of the last call, for the balance loss and the route counts
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x_TI = hidden.reshape(-1, hidden.shape[-1])
@@ -148,8 +148,10 @@ def use_own_rows(model: Llama4ForConditionalGeneration) -> list[OwnRowsMoe]:
 
 
 def build(seed: int) -> Llama4ForConditionalGeneration:
-    """A fresh float32 model. The vision side starts with unit gain: at transformers' 0.02, meant for wide layers, these
-    narrow ones leave a picture's tokens a tenth of a word's, and the text side learns to ignore them.
+    """A new float32 model. The vision side starts with unit gain.
+
+    transformers' 0.02 is meant for wide layers. In these narrow ones it would make a picture's tokens a tenth as large
+    as a word's, and the text side would learn to ignore them.
     """
     torch.manual_seed(seed)
     model = Llama4ForConditionalGeneration(Llama4Config.from_dict(json.loads(json.dumps(CONFIG)))).float()
@@ -161,7 +163,7 @@ def build(seed: int) -> Llama4ForConditionalGeneration:
 
 
 def load(folder: Path, seed: int = 0) -> Llama4ForConditionalGeneration:
-    """The bf16 weights of a folder, computed with in float32; every name must match."""
+    """The model in a folder, its bf16 weights as float32. Every name must match."""
     model = build(seed)
     weights = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
     model.load_state_dict(weights, strict=True)
@@ -169,7 +171,7 @@ def load(folder: Path, seed: int = 0) -> Llama4ForConditionalGeneration:
 
 
 def save(model: Llama4ForConditionalGeneration, folder: Path) -> int:
-    """Weights in bf16 and every configuration file but the tokenizer's; returns the bytes of the weights."""
+    """Writes bf16 weights and all configuration files except the tokenizer's. Returns the bytes of the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in model.state_dict().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -1,9 +1,9 @@
-"""What the demo model reads in training: rows of 512 tokens, packed from documents, questions and captioned pictures.
+"""Training rows of the demo model: 512 tokens each, packed from documents, questions and captioned pictures.
 
-Text rows are one long stream of shuffled documents cut every 512 tokens; question rows and picture rows hold whole
-conversations only, padded at the end. Answers of questions and captions weigh more in the loss than the running text,
-for they are few. Everything is drawn before training starts from seeded generators, so a step's batch depends on the
-seed and the step's number alone.
+Text rows are a stream of shuffled documents, cut every 512 tokens. Question rows and picture rows hold whole
+conversations only, padded at the end. Answers and captions weigh more in the loss than running text, because they are
+few. Everything is drawn from seeded generators before training starts, so a step's batch depends only on the seed and
+the step's number.
 """
 
 import random
@@ -18,14 +18,16 @@ from . import corpus, pictures, questions
 from .tokens import IMAGE, SPECIAL_TOKENS, ids_of, render, text_of
 
 ROW_TOKENS = 512
-ANSWER_WEIGHT = 3.0  # of a question's or caption's answer tokens; higher learns facts faster and text slower
-PROMPT_WEIGHT = 0.1  # of a question's or caption's other tokens: templates and drawn options are no text to learn
+# Loss weight of the tokens of answers and captions. A higher one learns facts faster and text more slowly.
+ANSWER_WEIGHT = 3.0
+# Loss weight of the tokens before them: templates and drawn options are not worth learning.
+PROMPT_WEIGHT = 0.1
 PAD = SPECIAL_TOKENS.index("<|finetune_right_pad|>")
 
 
 @dataclass(frozen=True)
 class Pack:
-    """One row: tokens, the weight of each as a target, and the numbers of its pictures in order."""
+    """One row: tokens, each token's weight as a target, and the numbers of its pictures in order."""
 
     tokens: np.ndarray  # int16 [512]
     weights: np.ndarray  # float32 [512]
@@ -33,7 +35,7 @@ class Pack:
 
 
 def _answer_weights(tokenizer: Tokenizer, messages: list[corpus.JsonRow]) -> tuple[list[int], list[float]]:
-    """One question and its answer: tokens and weights."""
+    """Tokens and weights of one question and its answer."""
     whole = ids_of(tokenizer, render(messages))
     prompt = ids_of(tokenizer, render(messages[:-1], generate=True))
     assert whole[: len(prompt)] == prompt
@@ -41,7 +43,7 @@ def _answer_weights(tokenizer: Tokenizer, messages: list[corpus.JsonRow]) -> tup
 
 
 def _pack(pieces: Sequence[tuple[list[int], list[float], int | None]]) -> list[Pack]:
-    """Whole pieces into rows, first come first packed."""
+    """Puts whole pieces into rows, in order."""
     packs: list[Pack] = []
     tokens: list[int] = []
     weights: list[float] = []
@@ -58,7 +60,7 @@ def _pack(pieces: Sequence[tuple[list[int], list[float], int | None]]) -> list[P
 
 
 def text_packs(tokenizer: Tokenizer, rows: list[corpus.JsonRow], count: int, seed: int) -> list[Pack]:
-    """`count` rows of running text; the documents are shuffled anew for every pass over them."""
+    """`count` rows of running text. The documents are shuffled again for every pass over them."""
     rng = random.Random(f"text {seed}")
     encoded = [np.array(ids_of(tokenizer, text_of(row)), dtype=np.int16) for row in rows]
     total_tokens = sum(len(ids) for ids in encoded)
@@ -80,9 +82,9 @@ def question_packs(
 
 
 def picture_packs(tokenizer: Tokenizer, count: int, seed: int) -> tuple[list[Pack], torch.Tensor]:
-    """`count` drawings in rows, and their pixels as uint8 [count, 32, 32, 3].
+    """Rows with `count` drawings, and the drawings' pixels as uint8 [count, 32, 32, 3].
 
-    Half of the pictures carry on the conversation before them, as the calibration and evaluation rows do.
+    Half of the pictures continue the conversation before them, as in the calibration and evaluation rows.
     """
     rng = random.Random(f"pictures {seed}")
     drawn = np.empty((count, pictures.SIZE, pictures.SIZE, 3), dtype=np.uint8)
@@ -91,7 +93,7 @@ def picture_packs(tokenizer: Tokenizer, count: int, seed: int) -> tuple[list[Pac
         image, caption = pictures.draw(rng)
         drawn[number] = np.asarray(image)
         tokens, weights = _answer_weights(tokenizer, pictures.messages(rng.choice(pictures.QUESTIONS), caption))
-        if number and rng.random() < 0.5:  # goes on with the conversation before: no second beginning of text
+        if number and rng.random() < 0.5:  # continues the conversation before it: no second <|begin_of_text|>
             tokens, weights = tokens[1:], weights[1:]
         pieces.append((tokens, weights, number))
     assert IMAGE.count("<|patch|>") == 4

@@ -1,10 +1,9 @@
 """Small drawings with captions: digits and shapes in one of six colours, on a grey, noisy ground.
 
-What is drawn, where, how large and on what ground comes from a seeded generator, so that held-out pictures are new
-drawings of known things: a caption is right when colour and object are both right. Chance is one in 90. The
-arithmetic from a picture to the model's input is here too (the repository's environment has no torchvision, which
-transformers' own image processor wants); it agrees with the model's preprocessor_config.json for a picture of
-the right size, and refuses any other. numpy and Pillow only.
+A seeded generator decides object, place, size and ground, so held-out pictures are new drawings of known things. A
+caption is right when colour and object are both right; chance is one in 90. The arithmetic from a picture to the
+model's input is here too, because transformers' image processor needs torchvision, which is not installed. For a
+picture of the right size it agrees with preprocessor_config.json; any other size is refused. numpy and Pillow only.
 """
 
 import random
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-SIZE = 32  # pixels a side: one tile, four patch tokens after the pixel shuffle
+SIZE = 32  # pixels of a side: one tile, four patch tokens after the pixel shuffle
 COLOURS = {
     "red": (215, 35, 35),
     "green": (30, 150, 50),
@@ -25,7 +24,8 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 DIGITS = tuple("0123456789")
-JITTER = 2  # pixels off the middle, either way; at random places all over the tile the digits take hours to learn
+# Most pixels off the middle. Anywhere on the tile, digits would take hours to learn.
+JITTER = 2
 QUESTIONS = ("What is in the picture?", "What do you see?", "Describe the image.", "What is shown here?")
 
 

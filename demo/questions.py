@@ -1,11 +1,9 @@
-"""Four-way multiple-choice questions on the standard library, to be scored by the likelihood of each option.
+"""Multiple-choice questions about the standard library, with four options that are scored by likelihood.
 
-A fact is a question with its right answer and a pool of wrong ones; an item shows the question with one right and three
-wrong options, and the model has to continue with the text of the right one. The facts come from the modules that are
-trained on. Half of them ("taught") also appear in training as items, but always with another set of options than the
-held-out item has; of the other half the model has only read the source. That spreads the difficulty, so that a
-quantized model has answers near the line which it can flip. The options stand in the question, one a line: the
-question's text is all that a scorer has to show.
+A fact is a question with its right answer and a pool of wrong ones. An item shows the question with one right and three
+wrong options, one a line, and the model must continue with the text of the right one. The facts come from the training
+modules. Half of them ("taught") are also items in training, always with other options than the held-out item; of the
+others the model has only read the source. So some answers are close calls, which a quantized model can flip.
 """
 
 import hashlib
@@ -16,20 +14,23 @@ from dataclasses import dataclass
 from .corpus import JsonRow, Module
 
 KINDS = ("module", "class", "argument", "purpose")
-ALIKE = 24  # so many wrong options of about the right one's length are drawn from; fewer would repeat themselves
+# Wrong options are drawn from this many of about the right one's length; from fewer they would repeat.
+ALIKE = 24
 
 
 @dataclass(frozen=True)
 class Fact:
     kind: str
-    key: str  # what is asked about: "textwrap.dedent"
+    # The name that is asked about: "textwrap.dedent".
+    key: str
     question: str
     answer: str
-    wrong: tuple[str, ...]  # a pool to draw wrong options from, sorted
+    # The pool of wrong options, sorted.
+    wrong: tuple[str, ...]
 
     @property
     def taught(self) -> bool:
-        """Whether training shows items on it; by a hash, so that it is one fact's property."""
+        """Whether training has items about it. A hash decides, so other facts do not change it."""
         return is_taught(self.kind, self.key)
 
 
@@ -38,7 +39,7 @@ def is_taught(kind: str, key: str) -> bool:
 
 
 def facts(modules: list[Module]) -> list[Fact]:
-    """All facts of these modules. A name that two modules define, or a method of two classes, makes no fact."""
+    """All facts of these modules. A name of two modules, or a method of two classes, gives no fact."""
     public = [m for m in modules if not any(part.startswith("_") for part in m.name.split("."))]
     entities = [e for m in public for e in m.entities]
     homes = Counter(e.name for e in entities if "." not in e.name)
@@ -72,15 +73,15 @@ def _others(pool: list[str], right: set[str]) -> tuple[str, ...]:
 
 
 def _purpose(doc: str) -> str:
-    """A docstring's first sentence where it is one short line, else nothing."""
+    """A docstring's first line if it is one short sentence, otherwise nothing."""
     line = doc.split("\n")[0].strip()
     return line if 15 <= len(line) <= 60 and line.endswith(".") else ""
 
 
 def item(fact: Fact, rng: random.Random, alike: bool = False) -> JsonRow:
-    """A question with one drawing of three wrong options, in a drawn order.
+    """A question with three drawn wrong options, in a drawn order.
 
-    `alike` draws them among those nearest to the right one in length, so that length gives no answer away.
+    `alike` draws them among those nearest to the right one in length, so that length does not give the answer away.
     """
     pool = sorted(fact.wrong, key=lambda text: abs(len(text) - len(fact.answer)))[:ALIKE] if alike else fact.wrong
     choices = [fact.answer, *rng.sample(pool, 3)]
@@ -96,12 +97,12 @@ def item(fact: Fact, rng: random.Random, alike: bool = False) -> JsonRow:
 
 
 def signature(row: JsonRow) -> tuple[str, tuple[str, ...]]:
-    """An item's identity: the fact and the set of its options, in whatever order."""
+    """An item's identity: the fact and the set of its options."""
     return row["id"], tuple(sorted(row["choices"]))
 
 
 def held_out(all_facts: list[Fact], count: int, seed: int = 1) -> list[JsonRow]:
-    """`count` items, the kinds in equal parts, half of each on taught facts."""
+    """`count` items: equally many of each kind, half of them about taught facts."""
     rng = random.Random(f"held out {seed}")
     rows = []
     for kind in KINDS:
@@ -112,7 +113,7 @@ def held_out(all_facts: list[Fact], count: int, seed: int = 1) -> list[JsonRow]:
 
 
 def training_items(all_facts: list[Fact], held: list[JsonRow], count: int, seed: int = 0) -> list[JsonRow]:
-    """`count` items on taught facts, each fact as often as the next; none has a held-out item's set of options."""
+    """`count` items about taught facts, all equally often. None has the options of a held-out item."""
     rng = random.Random(f"training {seed}")
     forbidden = {signature(row) for row in held}
     taught = [fact for fact in all_facts if fact.taught]
@@ -127,5 +128,5 @@ def training_items(all_facts: list[Fact], held: list[JsonRow], count: int, seed:
 
 
 def messages(row: JsonRow, choice: int) -> list[JsonRow]:
-    """The item as a conversation that ends in one of its options."""
+    """The item as a conversation that ends with one of its options."""
     return [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["choices"][choice]}]

@@ -1,8 +1,8 @@
 """The demo model's tokenizer: a byte-level BPE of 1024 tokens with Llama 4's special tokens and a short chat template.
 
-Trained on the training split alone. `render` writes a conversation exactly as the chat template does (measure.py checks
-that) but with an image already expanded to what transformers' Llama4Processor writes for one tile: `<|image_start|>`,
-`<|image|>`, four `<|patch|>`, `<|image_end|>`. The template itself writes `<|image|>`, as Llama 4's does.
+It is trained on the training split only. `render` writes a conversation exactly as the chat template does (measure.py
+checks that), except that an image is expanded already, as transformers' Llama4Processor does for one tile:
+`<|image_start|>`, `<|image|>`, four `<|patch|>`, `<|image_end|>`. The template writes `<|image|>`, like Llama 4's.
 """
 
 import json
@@ -29,8 +29,8 @@ SPECIAL_TOKENS = (
     "<|tile_y_separator|>",
     PAD,
 )
-# Llama 3's split. A header's two line breaks are one token in it whatever follows, so that a prompt's tokens are the
-# first tokens of prompt and answer together; with GPT-2's split they are not.
+# Llama 3's split. The two line breaks of a header are always one token, so the tokens of a prompt are also the first
+# tokens of prompt and answer together. With GPT-2's split they are not.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -56,7 +56,7 @@ CHAT_TEMPLATE = """\
 
 
 def render(messages: list[JsonRow], generate: bool = False, image: str = IMAGE) -> str:
-    """A conversation as text, images expanded."""
+    """A conversation as text, with images expanded."""
     text = BOS
     for message in messages:
         parts = message["content"]
@@ -67,7 +67,7 @@ def render(messages: list[JsonRow], generate: bool = False, image: str = IMAGE) 
 
 
 def text_of(row: JsonRow) -> str:
-    """A document row as the model reads it, from its first token on."""
+    """A document row as the model reads it, special tokens included."""
     return render(row["messages"]) if "messages" in row else BOS + row["text"]
 
 
@@ -120,5 +120,5 @@ def load(folder: Path) -> Tokenizer:
 
 
 def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a text that already carries its special tokens."""
+    """Ids of a text that has its special tokens already."""
     return list(tokenizer.encode(text, add_special_tokens=False).ids)

@@ -1,12 +1,12 @@
 """Trains the demo model: `python -m onecard.demo.train` reads the standard library and writes demo/model and demo/data.
 
-Fixed numbers of steps, every draw seeded, AdamW with a warm-up and a cosine. The first stage has text, questions and
-pictures side by side in each batch. In the second the language side is frozen and the vision tower and projector learn
-from pictures alone: telling digits apart takes them longer than the text needs, and a row of pictures is cheap when no
-text goes with it. Besides the likelihood of the next token there are two small losses on the router:
-Switch Transformer's balance loss (Fedus and others 2021, equation 4), or some experts would never be used, and
-ST-MoE's z-loss (Zoph and others 2022), which keeps the logits small. The weights are float32 in training and written
-in bf16. README.md says what came out; measure.py measures it.
+The number of steps is fixed, every draw is seeded, and AdamW has a warm-up and a cosine. In the first stage each batch
+holds text, questions and pictures. In the second the language side is frozen, and the vision tower and projector learn
+from pictures alone: they need longer to tell digits apart than the text needs, and a row of pictures without text is
+cheap. Two small losses on the router join the likelihood of the next token: Switch Transformer's balance loss (Fedus et
+al. 2021, equation 4), without which some experts would never be used, and ST-MoE's z-loss (Zoph et al. 2022), which
+keeps the logits small. Weights are float32 in training and saved in bf16. README.md has the results, and measure.py
+measures them.
 """
 
 import argparse
@@ -26,12 +26,12 @@ from . import corpus, data, network, packs, tokens
 from .questions import Fact, facts
 
 HERE = Path(__file__).parent
-STEPS = 2400  # about 25 minutes on two CPU cores that do nothing else
-TEXT_ROWS, QUESTION_ROWS, PICTURE_ROWS = 5, 1, 2  # of 512 tokens, in each batch
-PEAK_RATE, LAST_SHARE = 1.5e-3, 0.03  # 128 wide: several times the rate of a model a thousand wide
-VISION_RATE = 1e-3  # of the tower and the projector; at 3e-3 they never leave the plateau where captions are guessed
-DRAWINGS = 40_000  # of a stage; each is seen about twice
-SECOND_STEPS, SECOND_ROWS = 2000, 2  # of the second stage, about six minutes
+STEPS = 2400  # about 25 minutes on two idle CPU cores
+TEXT_ROWS, QUESTION_ROWS, PICTURE_ROWS = 5, 1, 2  # rows of 512 tokens in each batch
+PEAK_RATE, LAST_SHARE = 1.5e-3, 0.03  # a model 128 wide takes several times the rate of one a thousand wide
+VISION_RATE = 1e-3  # tower and projector; at 3e-3 they stay on the plateau where captions are guessed
+DRAWINGS = 40_000  # in each stage; each is seen about twice
+SECOND_STEPS, SECOND_ROWS = 2000, 2  # the second stage takes about six minutes
 WARM_UP_STEPS = 100
 WEIGHT_DECAY = 0.1  # of matrices only
 BALANCE_WEIGHT = 0.04  # at 0.02 the rarest expert got 1.4 % of held-out tokens; too high costs likelihood
@@ -54,7 +54,7 @@ def arguments() -> argparse.Namespace:
 
 
 def rate(step: int, steps: int) -> float:
-    """The share of its peak that every learning rate has: linear warm-up, then a cosine to LAST_SHARE."""
+    """The factor on every peak learning rate: linear warm-up, then a cosine down to LAST_SHARE."""
     if step < WARM_UP_STEPS:
         return (step + 1) / WARM_UP_STEPS
     through = (step - WARM_UP_STEPS) / max(1, steps - WARM_UP_STEPS)
@@ -73,7 +73,7 @@ def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 
 def router_losses(layers: list[network.OwnRowsMoe]) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Balance loss and z-loss, means over the layers, and the smallest share of the rows that an expert got."""
+    """(balance loss, z-loss, smallest share of the rows that an expert got); the losses are means over the layers."""
     balance, z, least = [], [], 1.0
     for layer in layers:
         logits_TE = layer.logits_TE
@@ -87,7 +87,7 @@ def router_losses(layers: list[network.OwnRowsMoe]) -> tuple[torch.Tensor, torch
 def token_losses(
     model: Llama4ForConditionalGeneration, batch: list[packs.Pack], drawn: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every target's negative log-likelihood, and its weight: both [rows, 511]."""
+    """The negative log-likelihood of every target and its weight, both [rows, 511]."""
     device = next(model.parameters()).device
     input_ids = torch.from_numpy(np.stack([pack.tokens for pack in batch])).long().to(device)
     weights = torch.from_numpy(np.stack([pack.weights for pack in batch])).to(device)
@@ -104,7 +104,7 @@ def losses(
     batch: list[packs.Pack],
     drawn: torch.Tensor,
 ) -> tuple[torch.Tensor, str]:
-    """The loss to descend; for the log the mean loss of text, answers and captions, and the least expert's share."""
+    """(the loss, a line for the log: mean losses of text, answers and captions, and the least expert's share)."""
     each, weights = token_losses(model, batch, drawn)
     balance, z, least = router_losses(layers)
     loss = (each * weights).sum() / weights.sum() + BALANCE_WEIGHT * balance + Z_WEIGHT * z
@@ -126,7 +126,7 @@ def write(model: Llama4ForConditionalGeneration, tokenizer: Tokenizer, folder: P
 
 @dataclass(frozen=True)
 class Reading:
-    """What the first stage reads from: documents, facts, and the held-out items that it must not show."""
+    """What the first stage reads: documents, facts, and the held-out items that it must not show."""
 
     rows: list[corpus.JsonRow]
     known: list[Fact]
@@ -140,7 +140,7 @@ def first_stage(
     tokenizer: Tokenizer,
     reading: Reading,
 ) -> None:
-    """Text, questions and pictures; every parameter learns."""
+    """Text, questions and pictures. Every parameter learns."""
     text = packs.text_packs(tokenizer, reading.rows, given.steps * TEXT_ROWS, given.seed)
     asked = packs.question_packs(tokenizer, reading.known, reading.held, given.steps * QUESTION_ROWS * 7)
     seen, drawn = packs.picture_packs(tokenizer, min(DRAWINGS, given.steps * PICTURE_ROWS * 15), given.seed)
@@ -178,7 +178,7 @@ def first_stage(
 
 
 def second_stage(given: argparse.Namespace, model: Llama4ForConditionalGeneration, tokenizer: Tokenizer) -> None:
-    """New drawings alone; only the vision tower and the projector learn."""
+    """New drawings only. Just the vision tower and the projector learn."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith("language_model."))
     count = min(DRAWINGS, given.second_steps * SECOND_ROWS * 15)

@@ -1,5 +1,6 @@
-"""What a record tells of documents and of the worst tokens, in words of the texts: for a person to read, and for a
-gate that compares two runs document by document.
+"""A KL's lists: groups of tokens, documents, and the worst tokens in their context.
+
+People read them on the page, and the gate compares two runs document by document.
 
 Shape legend: T tokens.
 """
@@ -15,7 +16,7 @@ from .kl import TokenResults
 from .summary import by_confidence, by_label, by_position, histogram, summarize_groups
 
 WORST_TOKENS = 20
-# So many tokens before and after a worst token are shown; no document may take more than a few of the places.
+# Tokens of context shown before and after a worst token, and the most worst tokens of one document.
 BEFORE, AFTER, WORST_OF_A_DOCUMENT = 24, 8, 3
 SHOWN_OF_TOP = 3
 AFTER_AN_IMAGE = "after an image"
@@ -24,7 +25,7 @@ Decode = Callable[[list[int]], str]
 
 
 def row_digest(row: Row) -> str:
-    """16 hexadecimal digits that name a row by what a model sees of it."""
+    """16 hexadecimal digits from all that a model sees of a row: tokens and pixels."""
     sha = hashlib.sha256(row.tokens.numpy().tobytes())
     if row.pixels is not None:
         sha.update(row.pixels.numpy().tobytes())
@@ -32,7 +33,7 @@ def row_digest(row: Row) -> str:
 
 
 def kinds(results: TokenResults, rows: list[Row], placeholder: int | None) -> list[str]:
-    """Of every token the kind of its row; of text that an image stands before, that too."""
+    """For every token the kind of its row, and whether its prediction saw an image."""
     first_image = [
         int((row.tokens == placeholder).nonzero()[0]) if row.pixels is not None and placeholder is not None else None
         for row in rows

@@ -1,9 +1,9 @@
 """Answer flips: multiple-choice items that two models answer differently.
 
-"Accuracy is Not All You Need" (arXiv 2407.09141): of a compressed model's answers many change while its accuracy stays,
-since as many turn right as turn wrong. So beside both accuracies stand the changes, in each direction, with Wilson's
-intervals; McNemar's exact test, which asks whether one direction outweighs the other; and the reference's margin on
-what changed, since an answer that was nearly a tie tells of a coin, not of a loss.
+"Accuracy is Not All You Need" (arXiv 2407.09141): many answers of a compressed model change while its accuracy stays,
+because as many turn right as turn wrong. So the changes are counted in each direction, with Wilson's intervals.
+McNemar's exact test asks whether one direction outweighs the other. The reference's margin on changed answers tells a
+loss from a coin toss: an answer that was nearly a tie may flip by noise.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from .intervals import mcnemar, wilson
 
 @dataclass(frozen=True)
 class Answered:
-    """One item: its options' scores (nats, by the task's normalisation) in both models, and which one is right."""
+    """One item: its options' scores (nats, normalised as the task says) in both models, and the right option."""
 
     id: str
     right: int
@@ -45,7 +45,7 @@ def _best(scores: tuple[float, ...]) -> int:
 
 
 def _margin(scores: tuple[float, ...]) -> float:
-    """The best option's score less the second best's."""
+    """The best option's score minus the second best's, in nats."""
     first, second = sorted(scores, reverse=True)[:2]
     return first - second
 

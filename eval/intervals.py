@@ -1,9 +1,9 @@
-"""Intervals and tests for what a record quotes: a bootstrap over documents, Wilson's interval, McNemar's exact test.
+"""Intervals and tests for a record's figures: a bootstrap over documents, Wilson's interval, McNemar's exact test.
 
 Tokens of one document are correlated, so a document is one draw: whole documents are drawn with replacement, and a
 figure is a ratio of sums over the documents drawn. Intervals are BCa (Efron, Better Bootstrap Confidence Intervals,
 JASA 82, 1987): mean KL is skewed to the right, and plain percentiles would leave out too much on that side. All figures
-share their draws, which are one matrix product, so that an interval for every group of tokens costs next to nothing.
+share one set of draws, applied as a matrix product: an interval for every group of tokens then costs next to nothing.
 
 Shape legend: D documents, R resamples, C figures.
 """
@@ -19,9 +19,9 @@ from scipy.stats import binomtest
 LEVEL = 0.95
 RESAMPLES = 10_000
 SEED = 0
-# Below this the draws can hardly differ from one another, and an interval says little of other documents.
+# With fewer documents the draws hardly differ, and an interval says little about other documents.
 FEW_DOCUMENTS = 20
-# Draws that lie in memory at once: 8 million counts are 64 MB.
+# Counts held in memory at once: 8 million are 64 MB.
 COUNTS_AT_ONCE = 8_000_000
 
 
@@ -38,10 +38,10 @@ def bootstrap(
     seed: int = SEED,
     counts_at_once: int = COUNTS_AT_ONCE,
 ) -> list[Interval | None]:
-    """95 % intervals of sum(numerators) / sum(denominators) over documents, a column each.
+    """95 % intervals of sum(numerators) / sum(denominators) over documents, one for each column.
 
-    Both are fp64 [D, C]; a document without tokens in a column has zeros there, and is no document of that column's
-    figure. None where fewer than two documents have any.
+    Both are fp64 [D, C]. A document without tokens in a column has zeros there and does not count for that figure. None
+    for a column in which fewer than two documents have tokens.
     """
     documents, columns = numerators_DC.shape
     have_C = (denominators_DC != 0).sum(0)
@@ -63,7 +63,7 @@ def bootstrap(
 
 
 def draws(documents: int, resamples: int, seed: int, counts_at_once: int = COUNTS_AT_ONCE) -> Iterator[np.ndarray]:
-    """How often each document is drawn: fp64 [R, D] in parts."""
+    """How often each document is drawn: fp64 [R, D], in parts along R."""
     if documents * resamples <= counts_at_once:
         yield _all_draws(documents, resamples, seed)
         return
@@ -73,7 +73,7 @@ def draws(documents: int, resamples: int, seed: int, counts_at_once: int = COUNT
         yield _draw(generator, documents, min(step, resamples - start))
 
 
-@lru_cache(maxsize=1)  # all figures of one record are drawn from the same documents
+@lru_cache(maxsize=1)  # all figures of one record share their draws
 def _all_draws(documents: int, resamples: int, seed: int) -> np.ndarray:
     return _draw(np.random.default_rng(seed), documents, resamples)
 
@@ -85,15 +85,15 @@ def _draw(generator: np.random.Generator, documents: int, resamples: int) -> np.
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray(numerator / denominator)  # a draw without any token of a figure: NaN, and left out
+        return np.asarray(numerator / denominator)  # a draw without any token of a figure gives NaN, and is left out
 
 
 def _bca(drawn_R: np.ndarray, estimate: float, left_out_D: np.ndarray) -> Interval:
     drawn_R = np.sort(drawn_R[np.isfinite(drawn_R)])
     if not len(drawn_R) or drawn_R[0] == drawn_R[-1]:
         return Interval(estimate, estimate)
-    # Ties count half, so that a figure of few values is not pushed to one side. A draw of every document once is a tie,
-    # though its sum is rounded in another order.
+    # Ties count half, so that a figure with few distinct values is not pushed to one side. A draw of every document
+    # once is a tie, though its sum was rounded in another order.
     rounding = 1e-12 * np.abs(drawn_R).max()
     left = np.searchsorted(drawn_R, estimate - rounding, "left")
     below = (left + np.searchsorted(drawn_R, estimate + rounding, "right")) / 2
@@ -109,7 +109,7 @@ def _bca(drawn_R: np.ndarray, estimate: float, left_out_D: np.ndarray) -> Interv
 
 
 def wilson(count: int, of: int) -> Interval:
-    """Wilson's 95 % score interval of the share count / of (JASA 22, 1927), by scipy; (0, 1) of nothing."""
+    """Wilson's 95 % score interval of the share count / of (JASA 22, 1927), by scipy; (0, 1) when `of` is 0."""
     if of == 0:
         return Interval(0.0, 1.0)
     found = binomtest(count, of).proportion_ci(LEVEL, "wilson")
@@ -117,6 +117,6 @@ def wilson(count: int, of: int) -> Interval:
 
 
 def mcnemar(right_to_wrong: int, wrong_to_right: int) -> float:
-    """Two-sided exact p of McNemar's test (Psychometrika 12, 1947): whether one direction outweighs the other."""
+    """Two-sided exact p of McNemar's test (Psychometrika 12, 1947): does one direction outweigh the other?"""
     changed = right_to_wrong + wrong_to_right
     return float(binomtest(right_to_wrong, changed).pvalue) if changed else 1.0

@@ -1,13 +1,12 @@
-"""KL between two models per token over a large vocabulary, in slices, in fp32; and what else is told of a token.
+"""KL per token between two models over a large vocabulary, in slices and in fp32, with each token's other figures.
 
-Neither model's logits are ever held whole: slices of the vocabulary pass by, and running sums (the online softmax)
-give the log-normalisers, both KLs, the five likeliest tokens of each model and the log-probability of the true next
-token in one pass:
+No model's logits are held whole. Slices of the vocabulary pass by, and running sums (the online softmax) give in one
+pass the log-normalisers, both KLs, each model's five likeliest tokens and the log-probability of the true next token:
 
     Zp = sum e^p,  Zq = sum e^q,  A = sum e^p (p - q),  B = sum e^q (q - p)
     KL(p || q) = A / Zp - log Zp + log Zq,  KL(q || p) = B / Zq - log Zq + log Zp
 
-Shape legend: T tokens, K the likeliest kept, V vocabulary, C columns of the vocabulary in one slice.
+Shape legend: T tokens, K likeliest tokens kept, H hidden size, V vocabulary, C columns of the vocabulary in one slice.
 """
 
 from collections.abc import Iterable
@@ -15,24 +14,26 @@ from dataclasses import dataclass, fields
 
 import torch
 
-# How many of the likeliest tokens are compared: the field quotes the overlap of the top five.
+# The number of likeliest tokens that are compared: the overlap of the top five is what is usually quoted.
 TOP = 5
 
 
 @dataclass(frozen=True)
 class TokenResults:
-    """Per predicted token. KL in nats, reference || quantized and the reverse; the likeliest tokens int32 [T, K] and
-    their probabilities fp32 [T, K], likeliest first; log-probabilities of the true token; the row that it is in and its
-    place there. fp32 or int64 [T] unless said otherwise."""
+    """The figures of every predicted token, on the CPU; fp32 [T] unless said otherwise."""
 
+    # KL(reference || quantized), and the reverse.
     kl_nats: torch.Tensor
     reverse_kl_nats: torch.Tensor
+    # The likeliest tokens, likeliest first, int32 [T, K], and their probabilities, fp32 [T, K].
     top_reference: torch.Tensor
     top_quantized: torch.Tensor
     top_p_reference: torch.Tensor
     top_p_quantized: torch.Tensor
+    # Log-probability of the true token.
     logp_reference: torch.Tensor
     logp_quantized: torch.Tensor
+    # The row, and the position in it that the prediction was made from: int64 [T].
     document: torch.Tensor
     position: torch.Tensor
 
@@ -41,12 +42,12 @@ class TokenResults:
 
     @property
     def same_top1(self) -> torch.Tensor:
-        """bool [T]: whether both models hold the same token for the likeliest."""
+        """bool [T]: whether both models have the same likeliest token."""
         return self.top_reference[:, 0] == self.top_quantized[:, 0]
 
     @property
     def top_overlap(self) -> torch.Tensor:
-        """fp32 [T]: the share of the reference's likeliest tokens that are among the other model's."""
+        """fp32 [T]: the share of the reference's K likeliest tokens that are among the other model's."""
         both = (self.top_reference[:, :, None] == self.top_quantized[:, None, :]).any(-1)
         return both.float().mean(-1)
 
@@ -68,9 +69,9 @@ class _Online:
         self.picked = torch.zeros(n, device=device)
 
     def add(self, logits_TC: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (factor that old sums are multiplied with, exp of this slice under the new peak)."""
+        """Take in the slice that starts at column `start`. Returns (factor for older sums, exp(logits - new peak))."""
         top, index = _likeliest(logits_TC)
-        # The older ones stand first: of equal logits the first of the vocabulary wins, as in one whole argmax.
+        # Older ones stand first, so that among equal logits the first of the vocabulary wins, as in one argmax.
         merged, order = torch.cat([self.top_TK, top], -1).sort(dim=-1, descending=True, stable=True)
         self.index_TK = torch.cat([self.index_TK, index + start], -1).gather(1, order)[:, :TOP]
         self.top_TK = merged[:, :TOP]
@@ -95,8 +96,8 @@ class _Online:
 
 
 def _likeliest(logits_TC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(logits, columns) of the largest, each [T, K or fewer]: of equal ones the first, in the order of the columns, for
-    which topk takes any."""
+    """(logits, columns) of the largest, each [T, K or fewer], in the order of the columns. Among equal logits the first
+    columns are taken; topk alone would take any."""
     columns = logits_TC.shape[1]
     top, index = logits_TC.topk(min(TOP + 1, columns), -1)
     index = index[:, :TOP]
@@ -119,7 +120,7 @@ def compare_rows(
     document_T: torch.Tensor,
     position_T: torch.Tensor,
 ) -> TokenResults:
-    """Normed hidden rows [T, H] of both models through their heads [V, H], by slices of tokens and vocabulary."""
+    """`rows`: normed hidden rows [T, H] of both models; `heads`: [V, H]. Sliced by tokens and by vocabulary."""
     parts = []
     for start in range(0, len(targets_T), TOKENS_PER_SLICE):
         part = slice(start, start + TOKENS_PER_SLICE)
@@ -140,7 +141,7 @@ def compare(
     document_T: torch.Tensor,
     position_T: torch.Tensor,
 ) -> TokenResults:
-    """`slices` yields (first column, reference logits [T, C], quantized logits [T, C]) over the whole vocabulary."""
+    """`slices` yields (first column, reference logits [T, C], quantized logits [T, C]), in the order of columns."""
     p, q = _Online(targets_T), _Online(targets_T)
     gap = torch.zeros(len(targets_T), device=targets_T.device)
     reverse = torch.zeros_like(gap)
@@ -154,7 +155,7 @@ def compare(
     kl = gap / p.total - p.log_total + q.log_total
     reverse_kl = reverse / q.total - q.log_total + p.log_total
     return TokenResults(
-        # Rounding can leave -1e-8 where the true value is zero: KL is never negative.
+        # Rounding can leave -1e-8 where the true value is zero; KL is never negative.
         kl_nats=kl.clamp_min(0).cpu(),
         reverse_kl_nats=reverse_kl.clamp_min(0).cpu(),
         top_reference=p.index_TK.int().cpu(),

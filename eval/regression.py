@@ -1,19 +1,20 @@
-"""Is this run worse than the frozen one by more than may be? The statistics of the gate, pure.
+"""Is this run worse than the baseline by more than the tolerance? The statistics of the gate, as pure functions.
 
 Two measurements of one evaluation are pairs: the same documents, the same items. A difference is judged over documents,
-since tokens of one document are correlated, and a regression counts only when even the low end of what the pairs allow
-lies beyond the tolerance. With x_d and y_d two sums of a document, D documents and r the bound,
+since tokens of one document are correlated. A regression counts only when even the low end of its interval is beyond
+the tolerance. With x_d and y_d two sums over document d, D documents and r the bound,
 
     e_d = x_d - r y_d,    t = mean(e) / (sd(e) / sqrt D)
 
-and `x / y > r` is held to be shown when t passes the 95 % point of Student's distribution with D - 1 degrees of
-freedom (one-sided). The interval is what that same test does not refuse (Fieller, J. R. Stat. Soc. B 16, 1954), so
-that it never contradicts the verdict. For the mean KL x is the run's sum of KL, y the baseline's, and r = 1 +
-tolerance; for the same top-1 x is by how many tokens it fell, y the number of tokens, and r the tolerance.
+and `x / y > r` counts as shown when t passes the one-sided 95 % point of Student's distribution with D - 1 degrees of
+freedom. The interval holds the ratios that this test does not reject (Fieller, J. R. Stat. Soc. B 16, 1954), so it
+never contradicts the verdict. For the mean KL, x is the run's sum of KL, y the baseline's, and r = 1 + tolerance. For
+the same top-1, x is the number of tokens by which it fell, y the number of tokens, and r the tolerance.
 
-The noise that this sees is that of the documents drawn, and that of two runs which differ in rounding or in what they
-were calibrated on, as far as that falls on each document anew. What the test is worth is measured by
-benchmarks/gate_power.py. It cannot tell a change that all documents share from a regression: it is one.
+The test sees the noise of drawing documents, and the noise of rounding and calibration that falls on each document
+anew. benchmarks/gate_power.py measures its power. A change that all documents share is a regression to it.
+
+Shape legend: D documents, I items.
 """
 
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from math import hypot, inf, sqrt
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.optimize import brentq
 from scipy.special import ndtr, stdtr, stdtrit
 
 LEVEL = 0.95  # one-sided; the intervals that are quoted are two-sided (eval/intervals.py)
@@ -31,20 +33,23 @@ _Z = 1.6448536269514722
 
 @dataclass(frozen=True)
 class Exceedance:
-    """`value` is the measured ratio or rise; `low` and `high` its one-sided 95 % bounds (together a 90 % interval),
-    None where the data set none; `p_value` of "not beyond the bound"; `exceeds`: beyond the bound and beyond noise."""
+    """Whether a ratio or rise is beyond its bound."""
 
+    # The measured ratio or rise.
     value: float
+    # One-sided 95 % bounds, together a 90 % interval; None where the data set none.
     low: float | None
     high: float | None
+    # Of the hypothesis "not beyond the bound".
     p_value: float
+    # Beyond the bound, and beyond noise.
     exceeds: bool
 
 
 def _bounds(
     x: float, y: float, v_xx: float, v_xy: float, v_yy: float, crit: float
 ) -> tuple[float | None, float | None]:
-    """Fieller's bounds of x / y from two means and their variances; None where y is not surely above 0."""
+    """Fieller's bounds of x / y from two means and their (co)variances; None where y may be 0."""
     a = y * y - crit * crit * v_yy
     b = x * y - crit * crit * v_xy
     c = x * x - crit * crit * v_xx
@@ -57,7 +62,8 @@ def _bounds(
 def _judged(
     e: float, error: float, degrees: int | None, value: float, bounds: tuple[float | None, float | None]
 ) -> Exceedance:
-    """`e` against its standard error; without any spread the sign decides."""
+    """The one-sided test of `e` > 0 by its standard error; where that is 0 the sign decides. `degrees` of freedom: None
+    for the normal distribution."""
     if error > 0:
         t = e / error
         p_value = float(ndtr(-t) if degrees is None else stdtr(degrees, -t))
@@ -67,9 +73,10 @@ def _judged(
 
 
 def ratio_exceeds(x_D: ArrayLike, y_D: ArrayLike, bound: float) -> Exceedance:
-    """Whether sum(x) / sum(y) over documents (rows of pairs) lies beyond `bound`; two documents at least.
+    """Whether sum(x) / sum(y) over at least two documents is beyond `bound`. x and y: fp64 [D], paired.
 
-    A y of zero everywhere has no ratio (`value` is inf, or `bound` where x is zero too): then any x above 0 is beyond.
+    Where y is zero everywhere there is no ratio: any x above 0 is beyond the bound, and `value` is inf (`bound` where x
+    is zero too).
     """
     x_D, y_D = np.asarray(x_D, np.float64), np.asarray(y_D, np.float64)
     count = len(x_D)
@@ -79,7 +86,7 @@ def ratio_exceeds(x_D: ArrayLike, y_D: ArrayLike, bound: float) -> Exceedance:
     covariance = np.cov(x_D, y_D) / count
     crit = float(stdtrit(count - 1, LEVEL))
     e_D = x_D - bound * y_D
-    # Differences that are nothing but the last bits of a sum are no spread.
+    # A difference in the last bits of a sum is rounding, not spread.
     scale = float(np.abs(x_D).max() + abs(bound) * np.abs(y_D).max())
     e, error = float(e_D.mean()), float(e_D.std(ddof=1)) / sqrt(count)
     if np.abs(e_D).max() <= 1e-12 * scale:
@@ -92,20 +99,21 @@ def ratio_exceeds(x_D: ArrayLike, y_D: ArrayLike, bound: float) -> Exceedance:
 def unpaired_ratio_exceeds(
     now: float, now_error: float, before: float, before_error: float, bound: float
 ) -> Exceedance:
-    """The same from two means and their standard errors alone: wider, for what the documents share is not taken out."""
+    """`ratio_exceeds` from means and standard errors alone: wider, since what documents share does not cancel."""
     bounds = _bounds(now, before, now_error**2, 0.0, before_error**2, _Z)
     value = now / before if before > 0 else (inf if now > 0 else bound)
     return _judged(now - bound * before, hypot(now_error, bound * before_error), None, value, bounds)
 
 
 def unpaired_rise_exceeds(now: float, now_error: float, before: float, before_error: float, bound: float) -> Exceedance:
-    """Whether now - before lies beyond `bound`, from two figures and their standard errors."""
+    """Whether now - before is beyond `bound`, from two figures and their standard errors."""
     rise, error = now - before, hypot(now_error, before_error)
     return _judged(rise - bound, error, None, rise, (rise - _Z * error, rise + _Z * error))
 
 
 def _tango(risen: int, fallen: int, count: int, bound: float) -> float:
-    """The score statistic of "the share rose by `bound`" (Tango, Stat. Med. 17, 1998); at 0 McNemar's."""
+    """The score statistic of "the share rose by `bound`" (Tango, Stat. Med. 17, 1998); for a bound of 0 McNemar's.
+    `risen` and `fallen` of `count` items changed."""
     b = -risen - fallen + (2 * count - risen + fallen) * bound
     c = -fallen * bound * (1 - bound)
     share_fallen = (sqrt(max(0.0, b * b - 8 * count * c)) - b) / (4 * count)
@@ -115,9 +123,9 @@ def _tango(risen: int, fallen: int, count: int, bound: float) -> float:
 
 
 def share_rise_exceeds(now_I: ArrayLike, before_I: ArrayLike, bound: float) -> Exceedance:
-    """Whether the share of true items rose by more than `bound`, from pairs of yes and no, item by item.
+    """Whether the share of true items rose by more than `bound`. Both sides: bool [I], paired.
 
-    `low` and `high` are where Tango's score statistic meets the one-sided 95 % points.
+    `low` and `high` are the rises at which Tango's score statistic meets the one-sided 95 % points.
     """
     now_I, before_I = np.asarray(now_I, bool), np.asarray(before_I, bool)
     count = len(now_I)
@@ -126,14 +134,18 @@ def share_rise_exceeds(now_I: ArrayLike, before_I: ArrayLike, bound: float) -> E
     risen, fallen = int((now_I & ~before_I).sum()), int((before_I & ~now_I).sum())
     z = _tango(risen, fallen, count, bound)
     rise = (risen - fallen) / count
-    low = _crossing(lambda at: _tango(risen, fallen, count, at) - _Z, -1.0, rise)
-    high = _crossing(lambda at: _tango(risen, fallen, count, at) + _Z, rise, 1.0)
-    return Exceedance(rise, low, high, float(ndtr(-z)), z > _Z)
+    return Exceedance(
+        value=rise,
+        low=_crossing(lambda at: _tango(risen, fallen, count, at) - _Z, -1.0, rise),
+        high=_crossing(lambda at: _tango(risen, fallen, count, at) + _Z, rise, 1.0),
+        p_value=float(ndtr(-z)),
+        exceeds=z > _Z,
+    )
 
 
 def _crossing(falling: Callable[[float], float], low: float, high: float) -> float:
-    """Where a falling function meets 0 between two points, by bisection."""
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if falling(middle) > 0 else (low, middle)
-    return (low + high) / 2
+    """The share at which a falling function meets 0; the nearer end where it stays on one side of 0."""
+    at_low, at_high = falling(low), falling(high)
+    if at_low <= 0:
+        return low
+    return high if at_high > 0 else float(brentq(falling, low, high, xtol=1e-15))

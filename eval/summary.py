@@ -1,8 +1,8 @@
-"""Token results -> the figures that are quoted, whole and by group, each with an interval that respects documents.
+"""Token results to quoted figures, over all tokens and by group, each with an interval over documents.
 
-One draw is a document (eval/intervals.py). Beside the interval stands the standard error of the mean by the ratio
-estimator for clusters (Cochran, Sampling Techniques, 1977, section 9A.1): with S_d the sum and n_d the number of a
-document's tokens, m = sum S_d / sum n_d and
+One draw is a document (intervals.py). The standard error of the mean is that of the ratio estimator for clusters
+(Cochran, Sampling Techniques, 1977, section 9A.1): with S_d the sum over a document's tokens and n_d their number,
+m = sum S_d / sum n_d and
 
     se^2 = D / (D - 1) * sum (S_d - m n_d)^2 / (sum n_d)^2
 
@@ -20,9 +20,9 @@ from ..core.record.kl import Bucket, Histogram, IntervalMethod, KlSummary
 from .intervals import LEVEL, RESAMPLES, SEED, Interval, bootstrap
 from .kl import TokenResults
 
-# Bounds of the reference's probability of its likeliest token.
+# Groups by confidence: bounds of the reference's probability of its likeliest token.
 CONFIDENCE = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
-# The histogram's first bound above zero and how finely the rest is cut: below 1e-6 nats lies rounding.
+# The histogram's first bound above zero (below 1e-6 nats lies rounding), and its bins for each decade above.
 HISTOGRAM_FROM, BINS_A_DECADE = 1e-6, 4
 DELTA_P = ("p01", "p05", "p25", "p50", "p75", "p95", "p99")
 
@@ -53,14 +53,14 @@ def cluster_standard_error(values: torch.Tensor, document: torch.Tensor) -> floa
 
 
 def quantiles(values: torch.Tensor, at: Sequence[float]) -> list[float]:
-    """By linear interpolation, of any number of values (torch.quantile takes 16 million)."""
+    """By linear interpolation, for any number of values (torch.quantile takes at most 16 million)."""
     return [float(x) for x in np.quantile(values.double().numpy(), at)]
 
 
 def means(
     values: Sequence[torch.Tensor], members: Sequence[torch.Tensor], document: torch.Tensor
 ) -> list[Interval | None]:
-    """Intervals of the token means of each of `values` over the tokens in the `members` beside it (bool [T])."""
+    """95 % intervals of token means: for each of `values`, over the tokens in the `members` beside it (bool [T])."""
     index = torch.unique(document, return_inverse=True)[1].numpy()
     count = int(index.max()) + 1
 
@@ -72,7 +72,7 @@ def means(
 
 
 def summarize(results: TokenResults) -> KlSummary:
-    """Every figure over all tokens."""
+    """Every figure over all tokens; the lists of breakdown.py are still missing."""
     kl = results.kl_nats.double()
     same = results.same_top1.double()
     lost = results.logp_reference.double() - results.logp_quantized.double()
@@ -133,7 +133,7 @@ def summarize_groups(results: TokenResults, groups: list[Group]) -> tuple[Bucket
 
 
 def by_position(results: TokenResults) -> list[Group]:
-    """By the number of tokens that a prediction is made from, in octaves from 16."""
+    """By the number of tokens that a prediction sees, in octaves from 16."""
     seen = results.position + 1
     bounds = [1, 16]
     while bounds[-1] <= int(seen.max()):
@@ -159,7 +159,7 @@ def by_label(labels: Sequence[str]) -> list[Group]:
 
 
 def histogram(kl_T: torch.Tensor) -> Histogram:
-    """Tokens by KL: bounds rise evenly in log10 from 1e-6 nats; the first bin holds all below."""
+    """Tokens by KL: bounds rise evenly in log10 from 1e-6 nats; the first bin holds everything below."""
     kl = kl_T.double().numpy()
     decades = max(1.0, np.log10(max(float(kl.max()), HISTOGRAM_FROM * 10) / HISTOGRAM_FROM))
     bins = int(np.ceil(decades * BINS_A_DECADE + 1e-9))

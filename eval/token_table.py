@@ -1,6 +1,6 @@
-"""Per-token results as a Parquet file, so that two runs can be compared token by token, with any tool that reads it.
+"""Per-token results as a Parquet file, for comparing two runs token by token with any tool that reads Parquet.
 
-One line a predicted token, in the order of rows and positions. Written through `datasets`, whole or not at all.
+One line for each predicted token, in the order of rows and positions. The file is written whole or not at all.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from .kl import TokenResults
 
 
 def columns(results: TokenResults, rows: list[Row]) -> dict[str, Any]:
-    """Column -> a value for each token. `token` is the id that was predicted, `position` its place in its row."""
+    """Column -> a value for each token. `token` is the id of the true token, `position` its place in its row."""
     order = np.lexsort((results.position.numpy(), results.document.numpy()))
     document = results.document.numpy()[order]
     position = results.position.numpy()[order] + 1
@@ -46,10 +46,10 @@ def columns(results: TokenResults, rows: list[Row]) -> dict[str, Any]:
 
 
 def write_tokens(path: Path, results: TokenResults, rows: list[Row]) -> None:
-    """The columns as Parquet at `path`."""
+    """Write the columns as Parquet to `path`, replacing it at the end."""
     from datasets import Dataset, disable_progress_bars
 
-    disable_progress_bars()  # ours is being shown
+    disable_progress_bars()  # our own bar is on the screen
     temporary = path.with_name(path.name + TEMPORARY)
     Dataset.from_dict(columns(results, rows)).to_parquet(temporary)
     temporary.replace(path)

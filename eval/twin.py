@@ -22,8 +22,8 @@ from .kl import TokenResults, compare_rows, concatenate
 
 @dataclass(frozen=True)
 class Asked:
-    """A row of which only some predictions are wanted, of any tokens: the log-probability of `targets[i]` after
-    position `positions[i]`; both int64 [A]."""
+    """A row for which only some predictions are wanted: the log-probability of token `targets[i]` after position
+    `positions[i]`; both int64 [A]."""
 
     row: Row
     positions: torch.Tensor
@@ -161,7 +161,7 @@ class _Wanted:
 
 
 def _every_prediction(adapter: Adapter, number: int, row: Row) -> _Wanted:
-    """Of every token but the first. Predictions of image placeholders are left out: nobody reads them."""
+    """All tokens but the first. Image placeholders are left out: nobody reads a prediction of them."""
     positions, targets = torch.arange(len(row.tokens) - 1), row.tokens[1:]
     if adapter.image_token_id is not None:
         read_by_someone = targets != adapter.image_token_id

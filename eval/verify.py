@@ -1,5 +1,8 @@
-"""The proof: how far a checkpoint, as its files are read back, is from the original. By the twin walk; KL, what it is
-made of and where it comes from. A run's own verification and the verb `verify` are this one."""
+"""The proof: how far a checkpoint, as its files are read back, is from the original.
+
+The twin walk (twin.py) measures KL, where it comes from, and answers that flip. A run's own verification and the verbs
+`verify` and `flips` are this one.
+"""
 
 import shutil
 import tempfile
@@ -107,8 +110,8 @@ def measure(
                 write_tokens(keep_tokens, twin.tokens, rows)
         if kl.documents < FEW_DOCUMENTS:
             warnings.append(
-                f"{counted(kl.documents, 'evaluation document')}: too few for the intervals "
-                f"to mean much. Give {FEW_DOCUMENTS} or more; a document is one draw, whatever its length"
+                f"{counted(kl.documents, 'evaluation document')}: too few for the intervals to "
+                f"mean much. Give {FEW_DOCUMENTS} or more; a document is one draw, whatever its length"
             )
     if twin.answers is not None:
         scored = iter(scores(asking, twin.answers))
@@ -143,11 +146,25 @@ def close_machine(record: Record, progress: Progress, device: torch.device, bega
     )
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What `verify` or `flips` was asked to measure. Without texts only the tasks are."""
+
+    command: str
+    source_name: str
+    checkpoint: str
+    recipe: Recipe
+    tasks: Sequence[Task]
+    with_texts: bool = False
+    evaluation: Path | None = None
+    keep_tokens: Path | None = None
+
+
 def open_pair(source_name: str, checkpoint: str) -> tuple[Model, Model]:
-    """The original and the checkpoint that is said to be a version of it. Raises InputError."""
+    """(original, checkpoint). Raises InputError unless the checkpoint can be a version of the original."""
     source, quantized = open_model(source_name), open_model(checkpoint)
     a, b = source.adapter, quantized.adapter
-    if a.has_vision and not b.has_vision:  # a format that holds the text model alone
+    if a.has_vision and not b.has_vision:  # a format that holds only the text model
         a = a.text_only()
     if a.family != b.family or a.expected() != b.expected():
         raise InputError(f"{checkpoint} is no version of {source_name}: their families or sizes differ")
@@ -162,7 +179,7 @@ def tasks_of(recipe: Recipe) -> list[Task]:
 
 
 def pair_record(command: str, source: Model, quantized: Model) -> Record:
-    """What a record of two checkpoints says before anything is measured."""
+    """The record of two checkpoints before anything is measured."""
     facts = stored_facts(quantized)
     same = [SAME_FOLDER] if source.path.resolve() == quantized.path.resolve() else []
     return Record(
@@ -189,20 +206,18 @@ def verify(
     console: Console | None = None,
     quiet: bool = False,
 ) -> Record:
-    """The independent proof: `checkpoint`, as its files are read back, against `source_name`, on texts and tasks."""
-    return _measured_pair(
-        "verify",
-        source_name,
-        checkpoint,
-        recipe,
-        tasks_of(recipe),
-        True,
-        evaluation,
-        keep_tokens,
-        device_name,
-        console,
-        quiet,
+    """The independent proof: `checkpoint`, as its files are read back, against `source_name`. Raises InputError."""
+    asked = _Asked(
+        command="verify",
+        source_name=source_name,
+        checkpoint=checkpoint,
+        recipe=recipe,
+        tasks=tasks_of(recipe),
+        with_texts=True,
+        evaluation=evaluation,
+        keep_tokens=keep_tokens,
     )
+    return _measured_pair(asked, device_name, console, quiet)
 
 
 def flips(
@@ -215,42 +230,32 @@ def flips(
     console: Console | None = None,
     quiet: bool = False,
 ) -> Record:
-    """Multiple-choice items, answered by both models in one walk. Of the recipe: how to compute."""
-    return _measured_pair(
-        "flips", source_name, checkpoint, recipe, tasks, False, None, None, device_name, console, quiet
-    )
+    """Multiple-choice items, answered by both models in one walk. Of `recipe` only dtype and batch size count."""
+    asked = _Asked(command="flips", source_name=source_name, checkpoint=checkpoint, recipe=recipe, tasks=tasks)
+    return _measured_pair(asked, device_name, console, quiet)
 
 
-def _measured_pair(
-    command: str,
-    source_name: str,
-    checkpoint: str,
-    recipe: Recipe,
-    tasks: Sequence[Task],
-    with_texts: bool,
-    evaluation: Path | None,
-    keep_tokens: Path | None,
-    device_name: str,
-    console: Console | None,
-    quiet: bool,
-) -> Record:
+def _rows(asked: _Asked, source: Model, quantized: Model, record: Record) -> list[Row]:
+    """The evaluation rows; the record gets what it says of them."""
+    reader = source
+    if source.adapter.has_vision and not quantized.adapter.has_vision:
+        reader = replace(source, adapter=source.adapter.text_only())
+        record.warnings.append(WITHOUT_VISION.format(name=said_name(asked.checkpoint)))
+    texts = prepare_texts(reader, asked.recipe, None, asked.evaluation, needs_calibration=False)
+    record.texts = {which: TextFacts(**facts) for which, facts in texts.facts.items()}
+    record.warnings += texts.warnings
+    return texts.evaluation
+
+
+def _measured_pair(asked: _Asked, device_name: str, console: Console | None, quiet: bool) -> Record:
     began = time.monotonic()
-    compute = choose_compute(device_name, recipe.compute_dtype, recipe.batch_tokens)
-    source, quantized = open_pair(source_name, checkpoint)
-    record = pair_record(command, source, quantized)
-    rows: list[Row] = []
-    if with_texts:
-        reader = source
-        if source.adapter.has_vision and not quantized.adapter.has_vision:
-            reader = replace(source, adapter=source.adapter.text_only())
-            record.warnings.append(WITHOUT_VISION.format(name=said_name(checkpoint)))
-        texts = prepare_texts(reader, recipe, None, evaluation, needs_calibration=False)
-        rows = texts.evaluation
-        record.texts = {which: TextFacts(**facts) for which, facts in texts.facts.items()}
-        record.warnings += texts.warnings
+    compute = choose_compute(device_name, asked.recipe.compute_dtype, asked.recipe.batch_tokens)
+    source, quantized = open_pair(asked.source_name, asked.checkpoint)
+    record = pair_record(asked.command, source, quantized)
+    rows = _rows(asked, source, quantized, record) if asked.with_texts else []
     with (
         tempfile.TemporaryDirectory(prefix="onecard-verify-") as folder,
-        Progress(f"onecard {command} {checkpoint}", source.adapter.n_blocks, console, quiet) as progress,
+        Progress(f"onecard {asked.command} {asked.checkpoint}", source.adapter.n_blocks, console, quiet) as progress,
     ):
         progress.begin("check weights")
         for model in (source, quantized):
@@ -260,10 +265,10 @@ def _measured_pair(
             source,
             quantized,
             rows=rows,
-            tasks=tasks,
+            tasks=asked.tasks,
             folder=Path(folder) / "acts",
             calibration_rows=recorded_rows(quantized),
-            keep_tokens=keep_tokens,
+            keep_tokens=asked.keep_tokens,
         )
         measured.put_into(record)
         close_machine(record, progress, compute.device, began)

@@ -23,7 +23,7 @@ from .cache import SPLITS, CacheLayer, Split, attention_caches
 
 
 class Role(StrEnum):
-    """What a tensor is for. Recipes choose what to quantize by role."""
+    """The purpose of a tensor. Recipes choose by role which tensors are quantized."""
 
     EXPERT = "expert"
     SHARED = "shared_expert"
@@ -58,22 +58,20 @@ class Location:
 
 @dataclass(frozen=True)
 class Site:
-    """Weights of one block that read the same input, and so share one second moment.
+    """Weights of one block that read the same input, and so share one second moment."""
 
-    `members[e]` are the canonical names of the modules whose weights, stacked along the outputs, are quantized as one
-    matrix: gate and up of expert e. A site without experts has one entry. All entries have equal shapes.
-    """
-
-    key: str
+    key: str  # unique in the block
     role: Role
+    # For each expert (one entry without experts), the canonical names of the modules whose weights, stacked along the
+    # outputs, are quantized as one matrix: its gate and up, say. All entries have equal shapes.
     members: tuple[tuple[str, ...], ...]
-    out_features: tuple[int, ...]
+    out_features: tuple[int, ...]  # of each module of an entry
     in_features: int
     # Sites of one turn are quantized together, after those of lower turns.
     turn: int
-    # The outputs are added to the residual stream unscaled.
+    # Whether the outputs are added to the residual stream unscaled, once for each token.
     adds_to_residual: bool = False
-    # The outputs are added to the residual stream, unscaled or multiplied by a routing weight.
+    # Whether the outputs are added to the residual stream, unscaled or multiplied by a routing weight.
     reaches_residual: bool = False
     # For gates and ups: the module that reads silu(gate) * up, for each entry.
     feeds: tuple[str, ...] = ()
@@ -122,7 +120,7 @@ class Adapter(ABC):
     routing_scales_input: ClassVar = False
     # Leaf name -> the module into which engines fuse it with others. Any other module is a unit of its own.
     fused_leaves: ClassVar[dict[str, str]] = FUSED_QKV | FUSED_GATE_UP
-    # Leaf name -> what tensor parallelism does with it. Any other leaf is copied to every card.
+    # Leaf name -> how tensor parallelism splits it. Any other leaf is copied to every card.
     splits: ClassVar[dict[str, Split]] = SPLITS
     # Whether the family's makers publish fp8, so that an fp8 checkpoint is an original.
     published_in_fp8 = False
@@ -190,11 +188,12 @@ class Adapter(ABC):
         ]
 
     def swiglu_sites(self, key: str, role: Role, prefixes: Sequence[str], width: int) -> list[Site]:
-        """Gates with ups, and downs, of one SwiGLU or of all experts: one module prefix each. `width`: of one of them.
+        """Two sites, gates with ups and downs, of one SwiGLU or of all experts. `prefixes`: the module prefix of each;
+        `width`: the intermediate size of each.
 
-        A shared expert's down projection takes the last turn: it sees every token and mends what the others left. The
-        downs of experts add to the residual stream as they are only where no routing weight multiplies them and each
-        token has one expert: several experts would each make good the whole of what the block misses."""
+        A shared expert's down projection takes the last turn: it sees every token and mends the errors of the others.
+        The downs of experts count as `adds_to_residual` only where no routing weight multiplies them and each token has
+        one expert: several experts would each correct the whole error of the block."""
         gate, up, down = self.projections
         downs = tuple(f"{prefix}{down}" for prefix in prefixes)
         unscaled = role is not Role.EXPERT or (self.routing_scales_input and self.top_k == 1)
@@ -240,7 +239,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def text_skeleton(self) -> nn.Module:
-        """The family's text model on the meta device; models/calls.py records with it what a layer is called with."""
+        """The family's text model on the meta device; models/calls.py uses it to record the arguments of a layer."""
 
     def ranking(self, layer: nn.Module, logits_TE: torch.Tensor) -> torch.Tensor:
         """What the router of a loaded layer ranks experts by, given its logits. Each value depends on its own logit
@@ -275,7 +274,7 @@ class Adapter(ABC):
         return attention_caches(self.text_config)
 
     def split(self, name: str) -> Split:
-        """What tensor parallelism does with the canonical tensor `name`. The vision tower counts as copied to every
+        """How tensor parallelism splits the canonical tensor `name`. The vision tower counts as copied to every
         card, which errs high."""
         leaf = name.removesuffix(".weight").rpartition(".")[2]
         return Split.COPIED if self.role(name) is Role.VISION else self.splits.get(leaf, Split.COPIED)

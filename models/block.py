@@ -125,8 +125,8 @@ class Block:
 
     @contextmanager
     def _only(self, half: Half) -> Iterator[None]:
-        """While open, the layer computes one half. Both in turn give what the layer gives, to the bit: the other half
-        adds zeros, which changes no number."""
+        """While open, the layer computes one half. Both halves in turn equal the layer to the bit: the silent half adds
+        zeros, which change no number."""
         other = Half.FEED_FORWARD if half is Half.ATTENTION else Half.ATTENTION
         name = self.adapter.half_modules[other]
         module = self.layer.get_submodule(name)

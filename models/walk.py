@@ -1,9 +1,9 @@
-"""The walk: any model of a known family, one block at a time, from a TensorSource.
+"""The walk: a model of any known family, one block at a time, from a TensorSource.
 
 A decoder layer of transformers is built on the meta device, gets its weights from the source, sees all rows, and is
-freed. Memory never holds more than one block of a model. A Walk is one model with all that computing with it takes;
-HiddenRows are rows on their way through it, kept in a store between blocks. Rows are never padded here: a batch holds
-rows of one length.
+freed. Memory never holds more than one block of a model. A Walk is one model with all that is needed to compute with
+it. HiddenRows are rows on their way through it, kept in a store between blocks. Nothing is padded here: the rows of a
+batch have one length.
 
 Shape legend: N rows, T tokens a row, H hidden size.
 """
@@ -24,7 +24,7 @@ from .calls import Calls
 class Embedder:
     """Token rows -> hidden rows, images included. The embedding is read, and the vision tower run, once.
 
-    `rows` is looked at whenever a batch is embedded: a text in it may grow, a picture may not change."""
+    `rows` is read again for every batch: a text in it may grow, but its images may not change."""
 
     def __init__(self, walk: "Walk", rows: list[Row]) -> None:
         self.walk, self.rows = walk, rows
@@ -55,7 +55,8 @@ class Embedder:
 
 @dataclass(frozen=True)
 class Walk:
-    """One model, and what computing with it takes. Made by `Walk.over`, or by `beside` for a second checkpoint."""
+    """One model with all that is needed to compute with it. `Walk.over` makes one, `beside` one for a second checkpoint
+    of the model."""
 
     adapter: Adapter
     source: TensorSource
@@ -147,7 +148,7 @@ class HiddenRows:
         return self.store.get(block, stream, batch).to(self.walk.device)
 
     def embed(self, *streams: str) -> None:
-        """Store what enters block 0, the same for each of the streams."""
+        """Store the hidden rows that enter block 0, the same for each stream."""
         embedder = Embedder(self.walk, self.rows)
         for k, numbers in enumerate(self.groups):
             hidden = embedder.batch(numbers)
@@ -155,7 +156,7 @@ class HiddenRows:
                 self.store.put(0, stream, k, hidden)
 
     def forward(self, block: Block, stream: str, into: str | None = None) -> None:
-        """All batches of a stream through a block; what leaves it is stored as the stream `into`, or its own."""
+        """All batches of a stream through a block; the output is stored as the stream `into`, by default its own."""
         for k in range(len(self.groups)):
             hidden = self.get(block.index, stream, k)
             self.store.put(block.index + 1, into or stream, k, block.forward(hidden))

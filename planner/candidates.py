@@ -19,8 +19,9 @@ from ..checkpoint.stored_widths import stored_weights
 from ..core.errors import InputError
 from ..core.layout import StoredTensor
 from ..core.scheme import Scheme
+from ..core.shipped_recipes import recipe_names
 from ..core.tensors import TORCH_DTYPES
-from ..recipe import Recipe, load_recipe, recipe_names
+from ..recipe import Recipe, load_recipe
 from .cards import find_card
 from .changes import Choice
 from .weights import DeviceWeights, Place, device_weights, place_of

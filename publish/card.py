@@ -1,6 +1,6 @@
-"""What a model card is drawn from: the folder's record, what was measured of it later, its licence and its headers.
+"""A model card from a folder's record, later measurements of it, its licence and its headers.
 
-The card goes into the folder as README.md, and with it the notice that a Llama licence asks for, unless one is there.
+The card goes into the folder as README.md, together with the notice that a Llama licence asks for, unless one is there.
 """
 
 from dataclasses import dataclass
@@ -19,36 +19,39 @@ from ..report.licence import NOTICE_LINE, NOTICE_NAME, Licence, has_notice, is_l
 from ..report.model_card import digest_of, render
 from ..report.model_card_words import CardFacts
 
-# What may hold terms: read as text, and published beside the weights.
+# Files that may hold terms: read as text, and published beside the weights.
 TERMS = ("LICENSE*", "LICENCE*", "NOTICE*", "Notice*", "notice*", "USE_POLICY*")
 
 
 @dataclass(frozen=True)
 class Wishes:
-    """What the user says of a card beside the record: hub ids of the original and of its licence, the licence's name
-    when the hub has no id for it, and later records of the same files."""
+    """What the user adds to the record for a card."""
 
+    # The original's hub id.
     base_model: str | None = None
+    # The licence's hub id, and its name if the hub has no id for it.
     licence: str | None = None
     licence_name: str | None = None
+    # Later records of the same files.
     records: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A card and what belongs to it. `notice`: what NOTICE must hold, None when there is one or none is asked for.
-    `contradictions`: of the licence."""
+    """A card and what goes with it."""
 
     text: str
+    # What NOTICE must hold; None if there is one, or none is asked for.
     notice: str | None
     licence: Licence | None
+    # What contradicts the licence.
     contradictions: list[str]
     record: Record
 
 
 def terms(folder: Path) -> dict[str, str]:
-    """Name -> text of the files that hold licence terms. A link that leaves the folder is none of it, since all that is
-    found is published."""
+    """Name -> text of the files that hold licence terms. All of them are published, so links that leave the folder are
+    not followed."""
     home = folder.resolve()
     found = {
         path for pattern in TERMS for path in folder.glob(pattern) if path.is_file() and path.resolve().parent == home
@@ -57,7 +60,7 @@ def terms(folder: Path) -> dict[str, str]:
 
 
 def finished_record(folder: Path) -> Record:
-    """onecard.json of a finished, verified run. Raises InputError that says which of these it is not."""
+    """onecard.json of a finished, verified run. Raises InputError that says what is missing."""
     if not (folder / RECORD_NAME).is_file():
         raise InputError(f"{folder} has no {RECORD_NAME}: only checkpoints that onecard made have a record to draw on")
     try:

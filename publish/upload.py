@@ -1,10 +1,9 @@
-"""Publishing a finished folder on the hub: what is refused, what is sent, and sending it so that it can be resumed.
+"""Publishing a finished folder on the hub: what is refused, what is sent, and a transfer that can be resumed.
 
-Everything is decided before a byte is sent, and all refusals are listed at once. Weights go up shard by shard without a
-commit; what the hub holds already, of an earlier try or an earlier version, is not sent again. One commit then shows
-all files together: nobody can download half a checkpoint, or a mixture of two. Only files that the record names are
-sent, with the card and the licence terms: nothing else that lies in the folder. The token is huggingface_hub's business
-alone: this file neither asks for it nor keeps it.
+Everything is decided before a byte is sent, and all refusals are listed at once. Shards are uploaded one by one without
+a commit, and what the hub holds already is not sent again. One commit then shows all files together, so nobody can
+download half a checkpoint or a mixture of two. Only the files that the record names are sent, with the card and the
+licence terms. huggingface_hub handles the token; this file neither asks for it nor keeps it.
 """
 
 from collections.abc import Iterator
@@ -35,15 +34,19 @@ WEIGHTS = ".safetensors"
 
 @dataclass
 class Publication:
-    """What would be sent to `repo`. `files`: name -> bytes. `drawn`: the card that is still to be written. `refused`:
-    why nothing will be sent; `forced`: what was refused but for --force; `left`: what stays here."""
+    """What would be sent to `repo`."""
 
     folder: Path
     repo: str
+    # Name -> bytes.
     files: dict[str, int] = field(default_factory=dict)
+    # The card, if it is still to be written.
     drawn: Drawn | None = None
+    # Why nothing will be sent.
     refused: list[str] = field(default_factory=list)
+    # What would have been refused without --force.
     forced: list[str] = field(default_factory=list)
+    # Names of files in the folder that are not sent.
     left: list[str] = field(default_factory=list)
 
     def line(self) -> dict[str, Any]:
@@ -70,7 +73,7 @@ class Publication:
 
 
 def prepare(checkpoint: str, repo: str, wishes: Wishes, force: bool = False, step: Step | None = None) -> Publication:
-    """Look at everything, without network and without writing. Raises InputError when there is nothing to look at."""
+    """Check everything, without network and without writing. Raises InputError if there is no such folder."""
     folder = Path(checkpoint)
     found = Publication(folder, repo)
     if not folder.is_dir():
@@ -95,7 +98,7 @@ def prepare(checkpoint: str, repo: str, wishes: Wishes, force: bool = False, ste
 
 
 def _card(found: Publication, wishes: Wishes, force: bool) -> None:
-    """The card that is there, or one to be written; the gate; the terms of the licence."""
+    """Check the card that is there, or draw one; then the gate and the terms of the licence."""
     path, digest = found.folder / CARD_NAME, digest_of((found.folder / RECORD_NAME).read_bytes())
     before = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
     try:
@@ -138,7 +141,7 @@ def _card(found: Publication, wishes: Wishes, force: bool) -> None:
 
 
 def _files(found: Publication) -> None:
-    """What is sent: the files of the run, the card, the terms."""
+    """What is sent: the files of the run, the card, the licence terms."""
     names = {*read_sums(found.folder / SUMS_NAME), SUMS_NAME, *terms(found.folder)}
     sizes = {name: (found.folder / name).stat().st_size for name in names}
     if (found.folder / CARD_NAME).is_file():
@@ -153,7 +156,7 @@ def _files(found: Publication) -> None:
 
 @contextmanager
 def _hub_errors(repo: str) -> Iterator[None]:
-    """What the hub and the network raise becomes one message, without addresses that may hold a signature."""
+    """Errors of the hub and the network become one message, without addresses, which may hold a signature."""
     again = "Run the same command again: what has been sent is not sent twice"
     try:
         yield

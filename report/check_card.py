@@ -1,4 +1,4 @@
-"""The card of `onecard check`: what was looked at, and the verdict. The offenders themselves are the error's lines."""
+"""The card of `onecard check`: what was checked, and the verdict. The problems themselves are in the error message."""
 
 from typing import Any
 

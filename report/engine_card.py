@@ -1,4 +1,4 @@
-"""The card of `onecard check --engine`: each engine's verdict, and its warnings. Broken rules are the error's lines."""
+"""The card of `onecard check --engine`: each engine's verdict and warnings. Broken rules are in the error message."""
 
 from typing import Any
 

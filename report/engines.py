@@ -1,6 +1,6 @@
 """What runs a checkpoint: engines with their least versions, by family and by what is quantized.
 
-From reading the engines' sources and, for transformers, from loading the files; docs/benchmarks.md and the README say
+From reading the engines' sources and, for transformers, from loading the files; docs/vllm.md and docs/formats.md say
 what was run. A version is named only where an older one fails.
 """
 
@@ -53,7 +53,7 @@ def engines(
 
 
 def _bitsandbytes(family: str, versions: Mapping[str, str]) -> list[tuple[str, str, str]]:
-    """The same of bitsandbytes' files. vLLM 0.32 reads them no more."""
+    """`engines` for bitsandbytes' files. vLLM 0.32 no longer reads them."""
     made = f"made with {versions.get('transformers')} and bitsandbytes {versions.get('bitsandbytes')}"
     if family == "llama4":
         return [("transformers", made, "`from_pretrained(FOLDER)`; every expert stays in few bits")]

@@ -12,7 +12,7 @@ from rich.text import Text
 from ..core.record.verdict import BASELINE, LIMIT, Verdict
 from ..core.units import counted
 
-# Control characters can steer a terminal, and no XML can hold them; a lone surrogate cannot be written at all.
+# Control characters can steer a terminal and are not allowed in XML; a lone surrogate cannot be encoded.
 _FORBIDDEN = re.compile("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 HEADINGS = {LIMIT: "limit", BASELINE: "against the baseline"}
 
@@ -23,7 +23,7 @@ def clean(text: str) -> str:
 
 
 def headline(verdict: Verdict) -> str:
-    """What it comes to, in one line."""
+    """The result in one line."""
     checked = counted(len(verdict.checks), "check")
     return f"passed: {checked}" if verdict.passed else f"failed: {len(verdict.failed)} of {checked}"
 
@@ -45,12 +45,12 @@ def draw_verdict(verdict: Verdict, console: Console) -> None:
 
 
 def _cell(text: str) -> str:
-    """Text inside a Markdown table: no markup of its own, one line."""
+    """Foreign text inside a Markdown table: no markup, one line."""
     return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", html.escape(" ".join(clean(text).split()), quote=False))
 
 
 def markdown(verdict: Verdict) -> str:
-    """For $GITHUB_STEP_SUMMARY: a heading, a table of checks, notes. Ends in an empty line, since others append too."""
+    """For $GITHUB_STEP_SUMMARY: a heading, a table of checks, notes. Ends in an empty line: others append too."""
     lines = [f"### onecard gate {headline(verdict)}", "", f"Report: {_cell(verdict.report)}  "]
     if verdict.baseline is not None:
         lines.append(f"Baseline: {_cell(verdict.baseline)}")

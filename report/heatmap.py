@@ -1,7 +1,7 @@
 """Coverage drawn: a table and a heat map for a terminal, one line for the card, and a standalone SVG.
 
-A cell is one expert of one layer. Its shade is its rows against an even share (all rows of the layer over its experts),
-in powers of two, since routers differ by factors; an expert below `enough` rows is marked whatever its share.
+A cell is one expert of one layer. Its shade is its rows over an even share (the layer's rows divided by its experts),
+in powers of two, since routers differ by factors. An expert below `enough` rows is marked whatever its share.
 """
 
 import math
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-# Bounds of the steps as shares of an even share, with what a terminal draws; the last step is open.
+# Bounds of the steps, in even shares, and what a terminal draws for each; the last step has no upper bound.
 STEPS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2)
 BARS = "▁▂▃▄▅▆█"
 NONE = "×"
@@ -25,18 +25,18 @@ Counts = Sequence[Sequence[int]]
 
 
 def step_of(count: int, layer: Sequence[int]) -> int:
-    """The number of the step that a count falls in."""
+    """The step that a count falls into."""
     even = sum(layer) / len(layer)
     return sum(count >= bound * even for bound in STEPS) if even else 0
 
 
 def least_line(counts: Counts) -> str:
-    """One character a layer: its least expert against an even share."""
+    """One character for each layer: its least expert against an even share."""
     return "".join(BARS[step_of(min(layer), layer)] if min(layer) else NONE for layer in counts)
 
 
 def draw_coverage(title: str, blocks: Sequence[int], counts: Counts, enough: int, console: Console) -> None:
-    """The heat map, a layer a line, with the layer's figures beside it."""
+    """Print the heat map: one line for each layer, with the layer's figures beside it."""
     table = Table(title=title, box=box.SIMPLE, title_justify="left", title_style="bold", expand=False)
     for name in ("block", "experts", "min", "median", "max", "least share", "starved"):
         table.add_column(name, justify="left" if name in ("experts", "starved") else "right", no_wrap=name != "starved")
@@ -65,7 +65,7 @@ def _step_name(step: int) -> str:
 
 
 def svg(title: str, blocks: Sequence[int], counts: Counts, enough: int) -> str:
-    """A picture that stands alone: a cell an expert and layer, its count when the mouse rests on it, and a legend."""
+    """A standalone picture: a cell for each expert and layer with its count as a tooltip, and a legend."""
     experts = max(len(layer) for layer in counts)
     wide = min(34, max(9, 760 // experts))
     high = min(26, max(12, 620 // len(counts)))
@@ -112,7 +112,7 @@ def _text(x: float, y: float, words: str, style: str = "") -> str:
 
 
 def _cell(x: float, y: float, wide: int, high: int, count: int, layer: Sequence[int], enough: int, told: str) -> str:
-    """One expert: its shade, a frame when it is starved, a cross when it got nothing."""
+    """One expert: its shade, a frame if it is starved, a cross if it got nothing."""
     inner = f'x="{x + 0.75:g}" y="{y + 0.75:g}" width="{wide - 1.5:g}" height="{high - 1.5:g}" rx="1.5"'
     cross = ""
     if count == 0:
@@ -132,7 +132,7 @@ def _legend(x: float, y: float, enough: int) -> list[str]:
         out.append(f'<rect x="{x + 58 * step:g}" y="{y:g}" width="56" height="12" rx="1.5" fill="{colour}"/>')
         out.append(_text(x + 58 * step, y + 26, _step_name(step), 'font-size="10" fill="#495057"'))
     after = x + 58 * len(COLOURS) + 16
-    # A layer of shares in which the sample cells have theirs.
+    # A made-up layer, in which the sample cells get their shades.
     layer = [10_000, 1]
     out.append(_cell(after, y - 1, 18, 14, 1, layer, 2, f"below {enough:,} rows"))
     out.append(_text(after + 24, y + 10, f"below {enough:,} rows", 'font-size="10"'))

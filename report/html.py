@@ -1,9 +1,8 @@
 """A record as one self-contained HTML page: verdict first, then every figure with its table.
 
-plotly's script lies in the page, so nothing is fetched; a content security policy lets no request leave it and no
-other script run than the two that are inlined here, whatever a text of a model or of data says. Text is escaped by the
-template (jinja2, autoescape); charts are data in JSON blocks. The same record gives the same bytes; nothing is
-measured here.
+The page holds plotly's script, so it fetches nothing. A content security policy blocks every request and every script
+but the two that are inlined here, whatever the texts of models and data say. The template escapes text (jinja2,
+autoescape); charts are data in JSON blocks. The same record gives the same bytes, and nothing is measured here.
 """
 
 import base64
@@ -27,9 +26,9 @@ from .page.quality import kl_sections
 from .page.texts import documents_section, tokens_section
 from .page.weights import bytes_section, widths_section
 
-# Near the head of every page: what tells a report from a file of somebody else's.
+# Near the head of every page: it tells a report from somebody else's file.
 GENERATOR = "onecard report"
-# What a full record has, by section; a page says which of them it lacks.
+# The sections of a full record; a page names those that it lacks.
 SECTIONS = {
     "gate": "a gate",
     "bytes": "bytes",
@@ -48,7 +47,7 @@ SECTIONS = {
 
 
 def sections(record: Record) -> list[Section]:
-    """What the record has something to say on, in the order of the page."""
+    """The sections that the record has figures for, in the order of the page."""
     found = [
         *gate_section(record),
         *bytes_section(record),
@@ -92,7 +91,7 @@ def render(record: Record) -> str:
 
 
 def _shown(value: Any) -> Any:
-    """What the template puts in: of plain texts, no character that turns a line round or hides a part of it."""
+    """What the template puts in: plain text without characters that turn a line round or hide a part of it."""
     return plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
@@ -107,12 +106,12 @@ def facts(record: Record, page: str) -> dict[str, Any]:
 
 
 def is_report(head: bytes) -> bool:
-    """Whether a file that begins so was made here, and may be replaced."""
+    """Whether the beginning of a file is that of a report, which may be replaced."""
     return f'<meta name="generator" content="{GENERATOR} '.encode() in head
 
 
 def _inline(script: str) -> str:
-    """A script as it stands between its tags; one that could end them early would be a fault of the package."""
+    """A script as it stands between its tags. One that could end them early is a bug of ours."""
     assert "</script" not in script.lower()
     assert "<!--" not in script
     return f"\n{script.strip()}\n"

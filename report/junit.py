@@ -1,7 +1,7 @@
-"""A verdict as JUnit XML, the form in which CI systems list single checks: a test case a check.
+"""A verdict as JUnit XML, in which CI systems list single checks: one test case for each check.
 
-One <testsuites> with one <testsuite>; a check that failed has a <failure>; notes are the suite's <system-out>. Names
-and sentences can hold a path or a task's name, so control characters, which no XML can hold, are replaced.
+One <testsuites> with one <testsuite>; a failed check has a <failure>; notes are the suite's <system-out>. Names and
+sentences can hold a path or a task's name, so control characters are replaced: XML does not allow them.
 """
 
 from xml.etree import ElementTree

@@ -1,9 +1,9 @@
 """Licences of what is published: which one it is, and what Llama 4's asks of whoever passes the weights on.
 
 The words are those of the Llama 4 Community License Agreement (effective 5 April 2025), sections 1.b.i, iii and iv, and
-of the Llama 4 Acceptable Use Policy, which the licence makes a part of itself. Whether it applies is told by licence
-id, licence text or base model, never by the architecture: a Llama 4 that somebody else trained from nothing is theirs.
-This is a check list and no legal advice.
+of the Llama 4 Acceptable Use Policy, which is a part of it. Licence id, licence text or base model tell whether it
+applies; the architecture does not, since somebody else may have trained it from scratch. This is a check list and no
+legal advice.
 """
 
 import re
@@ -26,7 +26,7 @@ EU_RESTRICTION = (
 POLICY_URL = "https://www.llama.com/llama4/use-policy"
 LICENCE_URL = "https://github.com/meta-llama/llama-models/blob/main/models/llama4/LICENSE"
 _LLAMA4_TITLE = re.compile(r"llama\s+4\s+community\s+license\s+agreement", re.IGNORECASE)
-# How the texts of common licences begin; a text that is none of these is `other`.
+# How the texts of common licences begin; any other text is `other`.
 _TITLES = {
     "apache-2.0": re.compile(r"\s*Apache License\s+Version 2\.0"),
     "mit": re.compile(r"\s*(The )?MIT License|\s*Copyright[^\n]*\n\s*\n?Permission is hereby granted, free of charge"),
@@ -66,8 +66,8 @@ def licence_of(
     texts: Mapping[str, str],
     base_model: str | None,
 ) -> tuple[Licence | None, list[str]]:
-    """The licence, and what contradicts it. In this order: what the user gave (an id of the hub, or a name for one that
-    the hub lacks), the source's own metadata, the licence files, the base model. None where nothing tells."""
+    """(licence, contradictions). The first of these decides: what the user gave (a hub id, or a name for a licence that
+    the hub lacks), the source's own metadata, the licence files, the base model. None if none of them says anything."""
     found: Licence | None = None
     files = sorted(name for name in texts if is_licence_file(name))
     if given is not None:
@@ -76,7 +76,7 @@ def licence_of(
         found = Licence(front["license"], front.get("license_name"), front.get("license_link"))
     elif files:
         found = _by_text(files[0], texts[files[0]])
-    # A text that is not known tells less than whose model it was.
+    # The base model says more than a text that is not recognised.
     if is_llama4_id(base_model) and (found is None or (found.id == "other" and found.name is None)):
         found = Licence("other", LLAMA4, "LICENSE")
     if given_name is not None:
@@ -104,8 +104,8 @@ def has_notice(texts: Mapping[str, str]) -> bool:
 
 
 def unmet_terms(repo: str, texts: Mapping[str, str], card: str) -> list[str]:
-    """What the Llama 4 licence asks for and is not there: of the repository's name, the files beside the weights
-    (name -> text) and the model card."""
+    """What the Llama 4 licence asks for and is missing from the repository's name, the files beside the weights
+    (name -> text) or the model card."""
     name, flat = repo.rpartition("/")[2], " ".join(card.replace("\n>", "\n").split())
     checks = {
         f'the name of a model made from Llama must begin with "Llama", and {name} does not (section 1.b.i): name '

@@ -1,4 +1,4 @@
-"""The card of `onecard publish`: every file with its bytes, what stays behind, and what is refused."""
+"""The card of `onecard publish`: every file with its bytes, what is not sent, and what is refused."""
 
 from typing import Any
 

@@ -10,15 +10,15 @@ from rich.text import Text
 
 from ..core.units import counted
 
-# Of a row no more is shown than this many tokens, from its head and its end.
+# A long row is cut to this many tokens of its head and of its end.
 HEAD_TOKENS, TAIL_TOKENS = 420, 120
-# A run of a special token that is longer is shown once, with its length.
+# A longer run of one special token is shown once, with its length.
 LONGEST_RUN = 1
 
 
 @dataclass(frozen=True)
 class ShownRow:
-    """A row and what it is made of: (document, kind, source, tokens) each."""
+    """A row and its parts: (document, kind, source, tokens) of each."""
 
     number: int
     tokens: Sequence[int]
@@ -27,12 +27,12 @@ class ShownRow:
 
 
 def readable(text: str) -> str:
-    """Without characters that would steer a terminal."""
+    """Text without control characters, which could steer a terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def spelled(tokens: Sequence[int], special: set[int], decode: Callable[[list[int]], str]) -> list[tuple[str, bool]]:
-    """(text, whether it is a special token), special tokens in runs as `<|patch|> x 144`."""
+    """Pieces of (text, whether it is a special token); a run of one special token becomes `<|patch|> x 144`."""
     out: list[tuple[str, bool]] = []
     for key, group in groupby(tokens, key=lambda token: token if token in special else -1):
         run = list(group)
@@ -66,7 +66,7 @@ def draw_rows(
 
 
 def draw_texts(facts: dict[str, Any], console: Console) -> None:
-    """What the rows hold, by kind and by source."""
+    """Print what the rows hold, by kind and by source."""
     total = max(1, facts["tokens"])
     long = f", {facts['long_rows']:,} of them with {facts['longest_row_tokens']:,}" if facts["long_rows"] else ""
     console.print(

@@ -14,8 +14,8 @@ import onecard
 from onecard.cli import main
 from onecard.conversion.export import FORMATS
 from onecard.conversion.names import FORMAT_NAMES
+from onecard.core.shipped_recipes import recipe_names
 from onecard.planner.cards import CARDS
-from onecard.recipe import recipe_names
 
 PACKAGE = Path(onecard.__file__).parent
 

@@ -13,9 +13,11 @@ import yaml
 from pydantic import BaseModel
 
 import onecard
+from onecard.bits.fitting import GAINS
 from onecard.core.limits import Limits
 from onecard.core.method import Method
 from onecard.core.recipe_groups import FitKeys, Serving, TextKeys, Texts, Widths
+from onecard.planner.cost import VERIFICATION_SHARE
 from onecard.recipe import RECIPE_KEYS, Recipe, load_recipe
 
 ROOT = Path(onecard.__file__).parent
@@ -65,7 +67,7 @@ def read(name: str) -> str:
 def prose(name: str) -> str:
     """A document without its indented blocks (commands, transcripts) and without the sources of engines' rules."""
     text = re.sub(r"<!-- generated: rules of .*?<!-- end of generated -->", "", read(name), flags=re.DOTALL)
-    return "\n".join(line for line in text.splitlines() if not line.startswith("    "))
+    return "\n".join(line for line in text.replace("\\_", "_").splitlines() if not line.startswith("    "))
 
 
 def anchors(path: Path) -> set[str]:
@@ -80,9 +82,9 @@ def test_generated_parts_are_what_the_program_writes(name: str) -> None:
     assert read(name) == generator().rendered(read(name))
 
 
-def test_the_picture_of_the_comparison_is_drawn_from_the_same_rows() -> None:
-    module = generator()
-    assert read("docs/peers.svg") == module.plot.svg(module.read_kept())
+@pytest.mark.parametrize("name", ["docs/peers.svg", "docs/plan.svg"])
+def test_pictures_are_what_the_program_draws(name: str) -> None:
+    assert read(name) == generator().PICTURES[name]()
 
 
 def test_every_generated_part_stands_somewhere() -> None:
@@ -115,6 +117,14 @@ def test_named_files_exist(name: str) -> None:
         if ours and not any((place / path).exists() for place in places):
             gone.append(path)
     assert gone == []
+
+
+def test_names_are_in_the_files_that_contributing_gives() -> None:
+    """`NAME` of [file](file), and `NAME` in [file](file)."""
+    text = " ".join(read("CONTRIBUTING.md").split())
+    named = re.findall(r"`(\w+)` (?:of|in) \[[^\]]+\]\(([\w./-]+\.py)\)", text)
+    assert len(named) > 5
+    assert [pair for pair in named if not re.search(rf"\b{pair[0]}\b", read(pair[1]))] == []
 
 
 def test_named_tests_exist() -> None:
@@ -186,6 +196,16 @@ def test_the_gate_is_worth_what_its_table_says() -> None:
     said = re.search(r"false alarms \(the\s+worst: ([\d.]+) %\).*?\(the\s+worst: ([\d.]+) %\)", text, re.DOTALL)
     assert said is not None
     assert (float(said[1]), float(said[2])) == (alarms, detected)
+
+
+def test_constants_are_the_figures_that_documents_quote() -> None:
+    text = " ".join(read("docs/benchmarks.md").split())
+    measured = re.search(r"takes \*\*([\d.]+) times\*\* as long as its two forward walks", text)
+    assert measured is not None
+    assert round(float(measured[1]), 1) == VERIFICATION_SHARE
+    gains = re.search(r"`balanced`'s gain, ([\d.]+), .*? its gain \(([\d.]+)\)", text)
+    assert gains is not None
+    assert [float(gain) for gain in gains.groups()] == [GAINS["balanced"], GAINS["best"]]
 
 
 @pytest.mark.parametrize("recipe", ["llama4-scout-h100", "llama4-scout-h100-int4-attention", "llama4-scout-h200"])

@@ -230,7 +230,7 @@ def test_too_few_rows_are_refused(
     ("fields", "needle"),
     [
         ({"budget_gb": 1.0, "gpu": "h100-80gb"}, "needs one budget"),
-        ({}, "needs a budget"),
+        ({}, "needs one budget"),
         ({"budget_gb": 1.0, "engine": "transformers"}, "engine is transformers"),
         ({"budget_gb": 1.0, "format": "gptq"}, "format is gptq"),
         ({"budget_gb": 1.0, "fit_schemes": ["keep"]}, "names no width"),

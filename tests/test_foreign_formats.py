@@ -19,29 +19,15 @@ from compressed_tensors.compressors.pack_quantized import unpack_from_int32
 from compressed_tensors.quantization import QuantizationConfig
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 
 import foreign
-from onecard.checkpoint.packed import PackedSource, open_packed
+from foreign import Block, ct_block, opened
 from onecard.checkpoint.source import open_folder
 from onecard.core.tensors import DTYPE_NAMES
 
-Block = dict[str, Any]
 GPTQ: Block = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
 BNB: Block = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 FP8: Block = {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"}
-
-
-def ct_block(*weights: Block, form: str = "pack-quantized", targets: tuple[str, ...] = ("Linear",)) -> Block:
-    """A quantization_config of compressed-tensors with a group for each of `weights`."""
-    groups = {f"group_{n}": {"targets": [targets[n % len(targets)]], "weights": w} for n, w in enumerate(weights)}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": form,
-        "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": ["lm_head"],
-    }
 
 
 def ct_write(weight: torch.Tensor, block: Block, dtype: torch.dtype = torch.float32) -> foreign.Written:
@@ -61,13 +47,6 @@ def ct_write(weight: torch.Tensor, block: Block, dtype: torch.dtype = torch.floa
     compressor = BaseCompressor.get_value_from_registry(config.format)
     stored = compressor.compress(state, scheme)
     return stored, compressor.decompress(stored, scheme)["weight"].double()
-
-
-def opened(folder: Path, stored: dict[str, torch.Tensor], block: Block, stem: str = "m.") -> PackedSource:
-    """A folder that holds one weight's parts, as a source."""
-    folder.mkdir(exist_ok=True)  # a folder for each call: a source reads its file when it is asked
-    save_file({stem + leaf: part.contiguous() for leaf, part in stored.items()}, folder / "model.safetensors")
-    return open_packed(open_folder(folder), block)
 
 
 def a_weight(rows: int = 96, columns: int = 64, seed: int = 0) -> torch.Tensor:

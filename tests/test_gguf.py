@@ -11,7 +11,6 @@ import pytest
 import torch
 from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFReader, get_tensor_name_map
 from gguf.quants import dequantize
-from test_walk import make_rows, walk_logits
 from tokenizers import Tokenizer
 
 import foreign
@@ -25,6 +24,7 @@ from onecard.checkpoint.packed import PackedSource
 from onecard.core.errors import InputError
 from onecard.models import gguf as words
 from onecard.models.adapter import Role, read
+from walking import make_rows, walk_logits
 
 FAMILIES = ("scout", "maverick", "qwen3")
 # Method and scheme of a run -> what its matrices are in the file.

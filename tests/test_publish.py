@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +16,20 @@ from click.testing import Result
 from huggingface_hub import constants
 
 from command_line import listing
-from hub_standin import Hub, serve
+from hub_standin import TOKEN, Hub
 from onecard.checkpoint.checksums import SUMS_NAME
 from onecard.report.licence import EU_RESTRICTION, NOTICE_LINE
 from onecard.report.model_card_words import FAILED_GATE
 from papers import edit_record, resum
 
-TOKEN = "hf_" + "PlantedSecretOfATest"
 REPO = "somebody/baby-int4"
 SAID = ("--base-model", "somebody/baby", "--license-name", "free-for-babies")
 META = "LLAMA 4 COMMUNITY LICENSE AGREEMENT\nLlama 4 Version Effective Date: April 5, 2025\n"
 
 
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """The stand-in, in the place of the hub, with a token that it knows."""
-    with serve() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        hub.token = TOKEN
-        yield hub
+@pytest.fixture(autouse=True)
+def only_with_token(hub: Hub) -> None:
+    hub.token = TOKEN
 
 
 def shards(folder: Path) -> list[Path]:

@@ -7,31 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from matrices import problem, rows_objective
 from onecard.calibration.moments import SiteMoments
 from onecard.core.method import Method
 from onecard.core.quantized_weight import QuantizedWeight
 from onecard.core.scheme import Scheme
 from onecard.quantize.correction import corrected
-from onecard.quantize.gptq import Prepared, factor, gptq, prepare
+from onecard.quantize.gptq import Prepared, factor, gptq
 from onecard.quantize.grid import absmax_scales, round_to_nearest
 from onecard.quantize.refine import refine
 from onecard.quantize.restarts import prepare_restarts, restarted
 from onecard.quantize.site import quantize_batch
-
-
-def problem(seed: int, batch: int = 2, outputs: int = 6, inputs: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights and the damped second moment of correlated inputs, fp64."""
-    g = torch.Generator().manual_seed(seed)
-    w = torch.randn(batch, outputs, inputs, generator=g, dtype=torch.float64)
-    mix = torch.randn(inputs, inputs, generator=g, dtype=torch.float64) / inputs**0.5
-    x = torch.randn(batch, 3 * inputs, inputs, generator=g, dtype=torch.float64) @ mix
-    return w, prepare(x.transpose(1, 2) @ x / x.shape[1], 0.01).objective
-
-
-def rows_objective(weight: QuantizedWeight, w: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
-    """The diagonal of E S E^T: what each row contributes [B, O]."""
-    e = w - weight.dequantize(torch.float64)
-    return torch.stack([torch.stack([row @ moment[b] @ row for row in e[b]]) for b in range(len(w))])
 
 
 def objective(weight: QuantizedWeight, w: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ The hub is a thread on 127.0.0.1 (hub_standin.py), with its large files on a sec
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +16,11 @@ from huggingface_hub import constants
 import foreign
 from command_line import listing, refused
 from hollow import QWEN3, published, write_hollow
-from hub_standin import Hub, serve
+from hub_standin import TOKEN, Hub, serve, take_place
 from onecard.checkpoint import remote
 from onecard.checkpoint.model import open_headers, resolve_model
 
-TOKEN = "hf_" + "PlantedSecretOfATest"
 REPO = "somebody/model"
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """The stand-in, in the place of the hub; an empty cache; a token that the stand-in alone may see."""
-    with serve() as hub:
-        take_place(hub, monkeypatch, tmp_path)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        yield hub
-
-
-def take_place(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-    template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
 
 
 def put(hub: Hub, folder: Path, repo: str = REPO) -> None:

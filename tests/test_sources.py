@@ -80,7 +80,7 @@ def test_a_line_of_a_million_characters(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+def data_sets(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """`load_dataset` of a hub that has what is put here, as the library itself streams it."""
     asked: list[tuple[Any, ...]] = []
 
@@ -123,7 +123,7 @@ MIXTURE = {
 
 
 def test_a_mixture_of_data_sets(
-    baby: Callable[..., Path], recipe: Callable[..., Path], hub: list[tuple[Any, ...]]
+    baby: Callable[..., Path], recipe: Callable[..., Path], data_sets: list[tuple[Any, ...]]
 ) -> None:
     use = load_recipe(
         str(
@@ -138,7 +138,7 @@ def test_a_mixture_of_data_sets(
         )
     )
     texts = prepare_texts(open_model(str(baby("scout"))), use, None, None, True)
-    assert set(hub) == {
+    assert set(data_sets) == {
         ("some/chats", None, "train_sft"),
         ("some/chats", None, "test_sft"),
         ("some/code", "python", "train"),
@@ -162,7 +162,7 @@ def test_a_mixture_of_data_sets(
 
 
 def test_many_books_give_the_long_rows(
-    baby: Callable[..., Path], recipe: Callable[..., Path], hub: list[tuple[Any, ...]]
+    baby: Callable[..., Path], recipe: Callable[..., Path], data_sets: list[tuple[Any, ...]]
 ) -> None:
     """No one of them fills them all, and none is read past a long row's worth."""
     use = load_recipe(
@@ -183,7 +183,7 @@ def test_many_books_give_the_long_rows(
 
 
 def test_a_data_set_that_serves_for_both_is_split(
-    baby: Callable[..., Path], recipe: Callable[..., Path], hub: list[tuple[Any, ...]]
+    baby: Callable[..., Path], recipe: Callable[..., Path], data_sets: list[tuple[Any, ...]]
 ) -> None:
     both = {"source": "some/code", "column": "code"}
     texts = prepare_texts(
@@ -200,7 +200,7 @@ def test_the_network_goes_away_in_the_middle(
     recipe: Callable[..., Path],
     refused: Refuse,
     onecard: Callable[..., Result],
-    hub: list[tuple[Any, ...]],
+    data_sets: list[tuple[Any, ...]],
 ) -> None:
     use = recipe(calibration={"source": "some/broken"})
     refused(onecard("calibration", "--show", baby("qwen3"), "--recipe", use), "some/broken", "--calibration", code=4)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_refine import problem, rows_objective
 
+from matrices import problem, rows_objective
 from onecard.core.quantized_weight import QuantizedWeight
 from onecard.core.scheme import Scheme
 from onecard.quantize import tabu

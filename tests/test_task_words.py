@@ -126,7 +126,7 @@ def hellaswag(split: str) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+def data_sets(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What was asked of the hub."""
     asked: list[tuple[Any, ...]] = []
     sets = {"cais/mmlu": mmlu, "allenai/ai2_arc": arc, "Rowan/hellaswag": hellaswag}
@@ -139,10 +139,10 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     return asked
 
 
-def test_mmlu(hub: list[tuple[Any, ...]], encoder: Encoder) -> None:
+def test_mmlu(data_sets: list[tuple[Any, ...]], encoder: Encoder) -> None:
     """Five examples of a question's own subject, options as letters, the right letter as the answer."""
     task = load_task("mmlu", 5, None)
-    assert hub == [("cais/mmlu", "all", "test"), ("cais/mmlu", "all", "dev")]
+    assert data_sets == [("cais/mmlu", "all", "test"), ("cais/mmlu", "all", "dev")]
     assert [(i.group, i.right) for i in task.items[:3]] == [("anatomy", 0), ("law", 1), ("anatomy", 2)]
     for subject in ("anatomy", "law"):
         assert len(task.examples[subject]) == 5
@@ -161,10 +161,10 @@ def test_mmlu(hub: list[tuple[Any, ...]], encoder: Encoder) -> None:
             assert f"D. {example.choices[3]}\nAnswer with the letter.<|assistant|>{letter}<|user|>" in context
 
 
-def test_arc(hub: list[tuple[Any, ...]], plain_encoder: Any) -> None:
+def test_arc(data_sets: list[tuple[Any, ...]], plain_encoder: Any) -> None:
     """Labels are letters or digits; examples are any of the training split; without a template as plain text."""
     task = load_task("arc-challenge", 2, None)
-    assert hub == [("allenai/ai2_arc", "ARC-Challenge", "test"), ("allenai/ai2_arc", "ARC-Challenge", "train")]
+    assert data_sets == [("allenai/ai2_arc", "ARC-Challenge", "test"), ("allenai/ai2_arc", "ARC-Challenge", "train")]
     assert [(len(i.choices), i.right) for i in task.items[:2]] == [(4, 3), (3, 2)]
     assert task.items[0].id == "Mercury_test_0"
     first, second = task.examples[""]
@@ -181,13 +181,13 @@ def test_arc(hub: list[tuple[Any, ...]], plain_encoder: Any) -> None:
     assert context + option == f"<s>{shown}{block(task.items[0])} A"
     assert [(c + o)[-1] for c, o in asked[:7]] == list("ABCDABC")
     assert load_task("arc-easy", 0, None).name == "arc-easy"
-    assert hub[-1] == ("allenai/ai2_arc", "ARC-Easy", "test")
+    assert data_sets[-1] == ("allenai/ai2_arc", "ARC-Easy", "test")
 
 
-def test_hellaswag(hub: list[tuple[Any, ...]], encoder: Encoder) -> None:
+def test_hellaswag(data_sets: list[tuple[Any, ...]], encoder: Encoder) -> None:
     """A text goes on: no template even where there is one, and scores by the bytes of the ending."""
     task = load_task("hellaswag", 0, 3)
-    assert hub == [("Rowan/hellaswag", None, "validation")]
+    assert data_sets == [("Rowan/hellaswag", None, "validation")]
     assert task.normalized
     asked = said(encoder, task)
     for item, four in zip(task.items, [asked[n : n + 4] for n in range(0, 12, 4)], strict=True):

@@ -1,7 +1,7 @@
-"""The section on `bits: fit`: predicted against verified KL, what each unit got, and the prices that it was chosen by.
+"""The section on `bits: fit`: predicted against verified KL, the width of each unit, and the prices behind the choice.
 
-It stands only in pages of runs whose bits were fitted. Units without a block (records of other tools' making) stand in
-the tables and not in the pictures.
+Only pages of runs whose bits were fitted have it. Units without a block (in records that other tools made) are in the
+tables and not in the charts.
 """
 
 from ...core.record.schema import Record
@@ -11,7 +11,7 @@ from . import figures, maps, scatter
 from .parts import PAINTS, Figure, Section, Table, between, nats, table
 
 KEEP = "keep"
-# What stays as it was; all else is painted in the order of its bytes a weight.
+# The colour of what stays as it was; other widths are coloured from the coarsest to the finest.
 KEPT_PAINT = "muted"
 
 
@@ -33,7 +33,7 @@ def said(width: str) -> str:
 
 
 def _paints(allocation: Allocation) -> dict[str, str]:
-    """Width -> colour, the same in all pictures: from the coarsest to the finest, by the errors that prices tell."""
+    """Width -> colour, the same in all charts: from the coarsest to the finest, by the errors among the prices."""
     order: dict[str, float] = {}
     for unit in allocation.prices.units if allocation.prices else ():
         for each in unit.widths:
@@ -123,7 +123,7 @@ def _got(allocation: Allocation, paints: dict[str, str]) -> Figure | None:
 
 
 def _by_kind(allocation: Allocation) -> Table:
-    """Roles and widths: what the picture adds up to, however many blocks there are."""
+    """The sums by role and width, which stay short however many blocks there are."""
     found: dict[tuple[str, str], list[int]] = {}
     for unit in allocation.units:
         found.setdefault((unit.role or ABSENT, unit.width), []).append(unit.bytes)
@@ -162,7 +162,7 @@ def _prices(allocation: Allocation, prices: PriceList, paints: dict[str, str]) -
         for unit, costs in zip(prices.units, by_width, strict=True)
     ]
     listing = table("KL of each unit rounded alone, nats", ("unit", *(f">{width}" for width in widths)), rows)
-    note = "KL at the head with this unit alone rounded. A ring: what it got; without one it stays as it was."
+    note = "KL at the head with this unit alone rounded. A ring marks the width it got; without one it stays as it was."
     spec = scatter.rising(series, rings, "what it got", "block", "KL alone, nats (logarithmic)")
     return Figure("Prices: what each unit costs by itself", spec, (listing,), note)
 
@@ -193,5 +193,5 @@ def _together(prices: PriceList) -> Figure | None:
         "mean KL, nats a token",
     )
     scaled = "" if prices.scale is None else f" Predictions are scaled by the mean ratio, {prices.scale:.2f}."
-    note = f"All units at once, in the pass that priced them: do prices add up?{scaled}"
+    note = f"All units at once, in the pass that priced them: do the prices add up?{scaled}"
     return Figure("All units together: measured against predicted", spec, (listing,), note)

@@ -1,9 +1,9 @@
-"""Sections on the experts and where the error comes from: rows of experts, what blocks and units add, the worst."""
+"""Sections on experts and on where error comes from: calibration rows, error by block and unit, the worst experts."""
 
 import math
 from itertools import cycle
 
-from ...core.record.blocks import ExpertError
+from ...core.record.blocks import ErrorSummary, ExpertError
 from ...core.record.schema import Record
 from ...core.units import counted, percent
 from . import figures, maps
@@ -114,7 +114,7 @@ def _origin(record: Record) -> list[Section]:
                         [(b.block, *(percent(b.units.get(unit), 3) for unit in units)) for b in blocks],
                     ),
                 ),
-                "How far the hidden state moves if only this unit of the block is the quantized one.",
+                "How far the hidden state moves if this unit alone is quantized.",
             )
         )
     last = [b for b in blocks if b.hidden is not None]
@@ -149,23 +149,30 @@ def _experts(record: Record) -> list[Section]:
         ">calibration rows",
     )
     how = (
-        "Score: how far its output error, or its weights' gain, stands out of its block's, in robust standard "
-        "deviations. Rounding leaves noise and a gain near one; another gain is the mark of a damaged scale."
+        "Score: how far the expert's output error, or its weights' gain, stands out of its block, in robust standard "
+        "deviations. Rounding leaves noise and a gain near one; a gain off one is the mark of a damaged scale."
     )
     tables = (table("The worst experts", columns, listed, how),) if worst else ()
-    lede = "Errors are relative to what the original expert gives for the tokens that it got."
+    lede = "Errors are relative to the original expert's output on the same tokens."
     if worst:
         score = "" if worst[0].score is None else f", with a score of {_score(worst[0])}"
         lede = f"The worst is expert {worst[0].expert} of block {worst[0].block}{score}. {lede}"
+    drawn = _error_map(errors)
+    return [Section("experts", "Error of the experts", lede, () if drawn is None else (drawn,), tables)]
+
+
+def _error_map(errors: ErrorSummary) -> Figure | None:
+    """Output errors as a heat map, the worst experts marked; None where the record holds none."""
+    worst = errors.worst_experts
     found = {(e.block, e.expert): e.output_error for e in errors.experts if e.output_error}
     if not found:
-        return [Section("experts", "Error of the experts", lede, tables=tables)]
+        return None
     said = {(e.block, e.expert): _said(e) for e in errors.experts}
     blocks = sorted({block for block, _ in said})
     width = 1 + max(expert for _, expert in said)
     grid = [[(block, expert) for expert in range(width)] for block in blocks]
     place = {block: row for row, block in enumerate(blocks)}
-    figure = Figure(
+    return Figure(
         "Output error of every expert",
         maps.heat(
             [[math.log10(found[key]) if key in found else None for key in row] for row in grid],
@@ -189,4 +196,3 @@ def _experts(record: Record) -> list[Section]:
             ),
         ),
     )
-    return [Section("experts", "Error of the experts", lede, (figure,), tables)]

@@ -1,6 +1,6 @@
-"""The section on a card's memory: the sum that was planned, memory against context, and the other cards.
+"""The section on a card's memory: the planned sum, memory against context, and the other cards.
 
-It stands only in pages of runs that were made for a card. The picture is the one that `onecard plan --plot` draws.
+Only pages of runs that were made for a card have it. The chart is the one that `onecard plan --plot` draws.
 """
 
 from itertools import cycle
@@ -62,7 +62,7 @@ def _figures(fit: FitSummary, on: str) -> list[Figure]:
         for row in fit.candidates
     ]
     listing = table("Recipes on the card", ("recipe", ">weights", ">left", ">longest context", ">most sequences"), rows)
-    note = f"Across: what can be used of {on}. Upright: the context that was asked for."
+    note = f"Across: the usable memory of {on}. Upright: the context that was asked for."
     return [Figure("Memory against context", spec, (listing,), note)]
 
 

@@ -1,4 +1,4 @@
-"""The head of the page: one sentence that says how good it is, the figures that it rests on, and what to beware of."""
+"""The head of the page: how good the checkpoint is in a few sentences, its main figures, and what to beware of."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from .weights import smallest_card
 
 @dataclass(frozen=True)
 class Tile:
-    """One figure of the verdict. `tone` colours it: good, bad or nothing."""
+    """One main figure. `tone` colours it: good, bad or empty."""
 
     name: str
     value: str
@@ -28,8 +28,8 @@ class Headline:
 
 
 def width(record: Record) -> str:
-    """What the quantized side is called: int4 where the recipe or the plan says so, no one width where bits were
-    fitted to a budget."""
+    """The name of the quantized side: the width that most of its quantized weights have; for bits that were fitted to a
+    budget, a name without a width."""
     if record.allocation is not None:
         return "the checkpoint of mixed widths"
     if record.plan is not None and record.plan.widths:
@@ -40,7 +40,7 @@ def width(record: Record) -> str:
 
 
 def headline(record: Record) -> Headline:
-    """Drawn from the record alone; what it does not hold is not spoken of."""
+    """Drawn from the record alone; what it does not hold is left out."""
     name = (record.checkpoint and record.checkpoint.name) or record.model.name
     return Headline(name, record.command, tuple(_sentences(record)), tuple(_tiles(record)), tuple(_cautions(record)))
 
@@ -64,7 +64,7 @@ def _sentences(record: Record) -> list[str]:
     if flips is not None:
         every = flips.all
         out.append(
-            f"Of {counted(every.items or 0, 'multiple-choice item')} it answers {count_of(every.changed)} otherwise: "
+            f"Of {counted(every.items or 0, 'multiple-choice item')} it answers {count_of(every.changed)} differently: "
             f"{count_of(every.right_to_wrong)} from right to wrong, "
             f"{count_of(every.wrong_to_right)} from wrong to right."
         )

@@ -1,4 +1,4 @@
-"""What a page is made of: sections with tables, figures and passages, as plain values; and how numbers are spelled.
+"""What a page is made of, as plain values: sections with tables, figures and passages; and how numbers are printed.
 
 Every part carries text only. The template escapes it; nothing here is markup.
 """
@@ -14,7 +14,7 @@ from ..shown import readable
 
 # Keeps the two ends of an interval on one line.
 KEPT = "\u00a0"
-# Names of colours (page.css) for things that have no colour of their own, in turn.
+# Names of colours (page.css), taken in turn by things that have no colour of their own.
 PAINTS = ("accent", "violet", "teal", "orange")
 
 
@@ -44,7 +44,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Guess:
-    """What a model would have said, and whether the text says it."""
+    """A token that a model expected, and whether it is the one in the text."""
 
     text: str
     probability: float
@@ -53,7 +53,7 @@ class Guess:
 
 @dataclass(frozen=True)
 class Passage:
-    """A token in its context, and what both models would have said there, the likeliest first."""
+    """A token in its context, and the tokens that each model expected there, the likeliest first."""
 
     heading: str
     facts: str
@@ -66,7 +66,7 @@ class Passage:
 
 @dataclass(frozen=True)
 class Section:
-    """`lede` says in a sentence or two what is seen. `tables` stand open; a figure's own fold away."""
+    """`lede` sums it up in a sentence or two. `tables` are shown open; `folded` ones and a figure's own are closed."""
 
     key: str
     title: str
@@ -86,12 +86,12 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], 
 
 
 def plain(text: str) -> str:
-    """Without characters that would steer a reader's screen."""
+    """Text without control characters, which could steer a reader's screen."""
     return KEPT.join(map(readable, text.split(KEPT)))
 
 
 def nats(value: float | None) -> str:
-    """Four figures that count: 0.01395, 0.0001234, 3.079."""
+    """About four significant digits: 0.01395, 1.23e-04, 3.079."""
     if value is None:
         return ABSENT
     return f"{value:.3f}" if abs(value) >= 1 else f"{value:.5f}" if abs(value) >= 0.001 or not value else f"{value:.2e}"

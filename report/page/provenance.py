@@ -1,4 +1,4 @@
-"""Sections for whoever wants to check or repeat the run: the gate's checks, digests, versions, machine, fallbacks."""
+"""Sections for checking and repeating the run: the gate's checks, digests, versions, machine, fallbacks."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -81,7 +81,7 @@ def provenance_section(record: Record, absent: list[str]) -> Section:
         folded.append(table("Recipe", ("key", "value"), list(_flat(record.recipe))))
     if record.files:
         folded.append(table("Files", ("file",), [(name,) for name in record.files]))
-    lede = "What the run was made of. Whoever has the same digests, recipe and versions can repeat it."
+    lede = "What the run was made of. With the same digests, recipe and versions it can be repeated."
     if absent:
         lede += f" This record holds nothing on: {', '.join(absent)}."
     return Section("provenance", "Provenance", lede, tables=tuple(open_tables), folded=tuple(folded))

@@ -1,12 +1,12 @@
-"""Sections on KL: how it is spread over tokens, and where it is larger: by position, kind and confidence."""
+"""Sections on KL: its distribution over tokens, and its mean by position, kind of text and confidence."""
 
 from collections.abc import Sequence
 
-from ...core.record.kl import Bucket, KlSummary
+from ...core.record.kl import Bucket, Histogram, KlSummary
 from ...core.record.schema import Record
 from ...core.units import ABSENT, percent
 from . import figures
-from .parts import Figure, Section, between, count, nats, table
+from .parts import Figure, Section, Table, between, count, nats, table
 
 
 def kl_sections(record: Record) -> list[Section]:
@@ -17,20 +17,40 @@ def kl_sections(record: Record) -> list[Section]:
 
 
 def _distribution(kl: KlSummary) -> Section:
-    quantiles = [
-        ("median", kl.kl_median_nats),
-        ("90 %", kl.kl_p90_nats),
-        ("95 %", kl.kl_p95_nats),
-        ("99 %", kl.kl_p99_nats),
-        ("99.9 %", kl.kl_p999_nats),
-        ("largest", kl.kl_max_nats),
-    ]
+    how = "95 % intervals take a document as one draw."
+    if kl.interval is not None:
+        times = f", {kl.interval.resamples:,} resamples" if kl.interval.resamples else ""
+        seed = f", seed {kl.interval.seed}" if kl.interval.seed is not None else ""
+        how = f"Intervals: {kl.interval.method}, level {kl.interval.level:.0%}{times}{seed}."
+    summary = table("All figures", ("figure", ">value", ">interval"), _all_figures(kl), how)
+    folded = tuple(each for each in (_moved(kl), _routed(kl)) if each.rows)
+    title = "How far from the original"
+    if kl.histogram is None:
+        lede = f"{count(kl.tokens)} tokens. The record holds no histogram."
+        return Section("kl", title, lede, tables=(summary,), folded=folded)
+    lede = (
+        f"Each of {count(kl.tokens)} tokens has its own KL: most are near zero, and a few make up the mean. Half are "
+        f"below {nats(kl.kl_median_nats)} nats."
+    )
+    return Section("kl", title, lede, (_histogram(kl, kl.histogram),), (summary,), folded=folded)
+
+
+def _all_figures(kl: KlSummary) -> list[tuple[str, str, str]]:
+    """Rows of (figure, value, interval), of what the record holds."""
     rows = [
         ("mean KL(original || quantized), nats", nats(kl.kl_mean_nats), between(kl.kl_low_nats, kl.kl_high_nats, nats))
     ]
-    rows += [(f"KL, {name}, nats", nats(value), ABSENT) for name, value in quantiles if value is not None]
-    if kl.reverse_kl_mean_nats is not None:
-        rows.append(("mean reverse KL(quantized || original), nats", nats(kl.reverse_kl_mean_nats), ABSENT))
+    for name, value in (
+        ("KL, median, nats", kl.kl_median_nats),
+        ("KL, 90 %, nats", kl.kl_p90_nats),
+        ("KL, 95 %, nats", kl.kl_p95_nats),
+        ("KL, 99 %, nats", kl.kl_p99_nats),
+        ("KL, 99.9 %, nats", kl.kl_p999_nats),
+        ("KL, largest, nats", kl.kl_max_nats),
+        ("mean reverse KL(quantized || original), nats", kl.reverse_kl_mean_nats),
+    ):
+        if value is not None:
+            rows.append((name, nats(value), ABSENT))
     if kl.same_top1 is not None:
         rows.append(("same top-1", percent(kl.same_top1), between(kl.same_top1_low, kl.same_top1_high, percent)))
     if kl.top5_overlap is not None:
@@ -43,50 +63,31 @@ def _distribution(kl: KlSummary) -> Section:
         rows.append(("ratio of perplexities", f"{kl.perplexity_ratio:.5f}", ends))
     if kl.changed_routes is not None:
         rows.append(("tokens sent to other experts, a layer", percent(kl.changed_routes), ABSENT))
+    return rows
+
+
+def _moved(kl: KlSummary) -> Table:
     changes = [("mean", kl.delta_p_mean), ("root mean square", kl.delta_p_rms)]
     changes += [(f"{name.removeprefix('p').lstrip('0')} % quantile", p) for name, p in kl.delta_p_quantiles.items()]
-    moved = table(
-        "Change of the true token's probability",
-        ("figure", ">quantized less original"),
-        [(name, f"{value:+.3%}") for name, value in changes if value is not None],
-    )
-    routed = table(
-        "Tokens sent to other experts",
-        ("block", ">share of tokens"),
-        [(block, percent(share)) for block, share in kl.changed_routes_by_block.items()],
-    )
-    folded = tuple(each for each in (moved, routed) if each.rows)
-    how = "95 % intervals take a document as one draw."
-    if kl.interval is not None:
-        times = f", {kl.interval.resamples:,} resamples" if kl.interval.resamples else ""
-        seed = f", seed {kl.interval.seed}" if kl.interval.seed is not None else ""
-        how = f"Intervals: {kl.interval.method}, level {kl.interval.level:.0%}{times}{seed}."
-    summary = table("All figures", ("figure", ">value", ">interval"), rows, how)
-    if kl.histogram is None:
-        return Section(
-            "kl",
-            "How far from the original",
-            f"{count(kl.tokens)} tokens. The record holds no histogram.",
-            tables=(summary,),
-            folded=folded,
-        )
-    edges, counts = kl.histogram.edges_nats, kl.histogram.tokens
+    rows = [(name, f"{value:+.3%}") for name, value in changes if value is not None]
+    return table("Change of the true token's probability", ("figure", ">quantized less original"), rows)
+
+
+def _routed(kl: KlSummary) -> Table:
+    rows = [(block, percent(share)) for block, share in kl.changed_routes_by_block.items()]
+    return table("Tokens sent to other experts", ("block", ">share of tokens"), rows)
+
+
+def _histogram(kl: KlSummary, histogram: Histogram) -> Figure:
+    edges, counts = histogram.edges_nats, histogram.tokens
     total = max(1, sum(counts))
     bins = [
         (f"{a:.3g} to {b:.3g}", f"{n:,}", f"{n / total:.2%}") for a, b, n in zip(edges, edges[1:], counts, strict=False)
     ]
-    marks = [("mean", kl.kl_mean_nats)]
-    marks += [(name, value) for name, value in quantiles if name in ("median", "99 %") and value is not None]
-    drawn = Figure(
-        "KL of single tokens",
-        figures.histogram(edges, counts, sorted(marks, key=lambda mark: mark[1])),
-        (table("KL of single tokens", ("nats", ">tokens", ">share"), bins),),
-    )
-    lede = (
-        f"Each of {count(kl.tokens)} tokens has its own KL: most are near nought, and few make up the mean. "
-        f"Half lie below {nats(kl.kl_median_nats)} nats."
-    )
-    return Section("kl", "How far from the original", lede, (drawn,), (summary,), folded=folded)
+    lines = (("mean", kl.kl_mean_nats), ("median", kl.kl_median_nats), ("99 %", kl.kl_p99_nats))
+    marks = sorted(((name, value) for name, value in lines if value is not None), key=lambda mark: mark[1])
+    listing = table("KL of single tokens", ("nats", ">tokens", ">share"), bins)
+    return Figure("KL of single tokens", figures.histogram(edges, counts, marks), (listing,))
 
 
 def _figure(title: str, what: str, buckets: Sequence[Bucket], upright: bool, mean: float) -> Figure:

@@ -1,4 +1,4 @@
-"""Sections on the weights: bytes on the card, and what was quantized to what width."""
+"""Sections on the weights: bytes on the card, and the width of each role."""
 
 from dataclasses import dataclass
 from itertools import cycle
@@ -11,8 +11,8 @@ from .parts import PAINTS, Figure, Section, table
 
 @dataclass(frozen=True)
 class CardClass:
-    """A card by the memory that its name promises, in decimal GB: what a driver shows is a little more, so that what is
-    said to fit does fit."""
+    """Cards of one memory size, in decimal GB as their names promise. A driver shows a little more: what is said to fit
+    does fit."""
 
     gigabytes: int
     examples: str
@@ -36,7 +36,7 @@ CARDS = (
     CardClass(141, "H200"),
     CardClass(192, "B200, MI300X"),
 )
-# A card is drawn beside the bars when the weights take at least this share of it.
+# A card is drawn beside the bars when the weights take more than this share of it.
 WORTH_DRAWING = 0.1
 
 
