@@ -160,7 +160,7 @@ def unit_of(name: str, block: int) -> str | None:
 def test_a_units_error_is_that_of_a_model_with_that_unit_alone_replaced(
     baby: Callable[..., Path], tmp_path: Path, family: str
 ) -> None:
-    """Only this unit of its half shows an error, and no other unit of this block or the next."""
+    """With one unit changed, its half adds exactly its error, and no other unit of this block or the next is named."""
     reference = baby(family)
     far = noise(0.2)
     noisy: dict[str, torch.Tensor] = {}
