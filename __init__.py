@@ -50,6 +50,8 @@ sys.modules[__name__].__class__ = _Package
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # Before the other libraries are imported, which read their variables only then.
+    import_module("onecard.core.libraries").quiet_libraries()
     return getattr(import_module(_HOMES[name]), name)
 
 

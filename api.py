@@ -14,7 +14,6 @@ from .checkpoint.inspect import inspect as run_inspect
 from .conversion.export import Exported
 from .conversion.export import export as run_export
 from .core.errors import InputError
-from .core.libraries import quiet_libraries
 from .core.record.schema import Record
 from .core.record.verdict import Verdict
 from .eval.comparison import Tolerances
@@ -23,6 +22,7 @@ from .eval.tasks import load_tasks
 from .eval.verify import flips as run_flips
 from .eval.verify import verify as run_verify
 from .forecast import CardWish, Forecast, plan_on_card
+from .pipeline import Options
 from .pipeline import quantize as run_quantize
 from .publish.check import check as run_check
 from .publish.findings import Checked
@@ -33,8 +33,6 @@ AnyPath = str | Path
 AnyRecipe = str | Path | Recipe
 # The recipe of a measurement that names none: only its evaluation texts, lengths and dtype count.
 MEASURING = "rtn-int4"
-
-quiet_libraries()
 
 
 class QuantizeOptions(TypedDict, total=False):
@@ -94,13 +92,15 @@ def quantize(model: AnyPath, out: AnyPath, recipe: AnyRecipe, **options: Unpack[
         str(model),
         Path(out),
         chosen,
-        device_name=options.get("device", "auto"),
-        work=_path(options.get("work")),
-        resume=options.get("resume", False),
-        overwrite=options.get("overwrite", False),
-        calibration=_path(options.get("calibration")),
-        evaluation=_path(options.get("evaluation")),
-        prices=prices,
+        Options(
+            device_name=options.get("device", "auto"),
+            work=_path(options.get("work")),
+            resume=options.get("resume", False),
+            overwrite=options.get("overwrite", False),
+            calibration=_path(options.get("calibration")),
+            evaluation=_path(options.get("evaluation")),
+            prices=prices,
+        ),
         quiet=options.get("quiet", True),
     )
 

@@ -37,7 +37,7 @@ from onecard.demo import corpus
 from onecard.models.adapter import Adapter, Role, Site, read
 from onecard.models.known import demo_folder
 from onecard.models.walk import Embedder, Walk
-from onecard.pipeline import quantize
+from onecard.pipeline import Options, quantize
 from onecard.recipe import Recipe
 
 SHARE = 0.0008  # of the tokens: under 0.1 %
@@ -235,7 +235,7 @@ def main() -> None:
 
         def run(**fields: Any) -> tuple[Any, dict[tuple[int, int], float], list[Block]]:
             recipe = Recipe.model_validate(common | fields)
-            record = quantize(str(folder), out, recipe, device_name="cpu", overwrite=True, quiet=True, **texts)
+            record = quantize(str(folder), out, recipe, Options("cpu", overwrite=True, **texts), quiet=True)
             return record, alone(folder, out, own), in_model(folder, out, held_out)
 
         record, alone_base, model_base = run(method="rtn")

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from onecard.bits.pareto import pareto
 from onecard.checkpoint.assign import plan_for
 from onecard.checkpoint.model import open_source
-from onecard.pipeline import quantize
+from onecard.pipeline import Options, quantize
 from onecard.recipe import Recipe, load_recipe
 
 SHARES = (0.2, 0.4, 0.6, 0.8)
@@ -82,7 +82,7 @@ def main() -> int:
         out = folder / name.replace(" ", "-").replace(",", "")
         if not (out / "config.json").exists():
             use = prices if asked.bits == "fit" else None
-            quantize(arguments.model, out, asked, device_name="cpu", quiet=True, overwrite=True, prices=use)
+            quantize(arguments.model, out, asked, Options("cpu", overwrite=True, prices=use), quiet=True)
         record = json.loads((out / "onecard.json").read_text())
         found = {"name": name, "bytes": record["plan"]["emitted_bytes"], "kl": record["kl"]["kl_mean_nats"]}
         print(f"{name}: {found['bytes']:,} bytes, {found['kl']:.6f}", file=sys.stderr, flush=True)

@@ -21,7 +21,7 @@ from onecard.conversion.exporters import FORMATS
 from onecard.core.errors import InputError
 from onecard.eval.verify import verify
 from onecard.models.known import demo_folder
-from onecard.pipeline import quantize
+from onecard.pipeline import Options, quantize
 from onecard.recipe import load_recipe
 
 # Rounding weights to bf16 or fp16 moves the mean by less; one wrong group of codes moves it by far more.
@@ -70,9 +70,8 @@ def main() -> None:
         home = arguments.out or Path(temporary)
         make_folder(home)
         source, texts = home / "quantized", texts_alone(home / "evaluation.jsonl")
-        first = quantize(
-            "demo", source, recipe, device_name="cpu", quiet=True, overwrite=source.exists(), evaluation=texts
-        )
+        options = Options("cpu", overwrite=source.exists(), evaluation=texts)
+        first = quantize("demo", source, recipe, options, quiet=True)
         reference, worst = first.kl["kl_mean_nats"], 0.0
         print("| format | bytes of weights | mean KL, nats | off |\n|---|---|---|---|")
         print(f"| {recipe.name}, as quantized | {first.plan['emitted_bytes']:,} | {reference:.6f} | |")

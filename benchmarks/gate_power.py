@@ -38,7 +38,7 @@ import numpy as np
 
 from onecard.eval.comparison import Tolerances
 from onecard.eval.regression import ratio_exceeds, unpaired_ratio_exceeds
-from onecard.pipeline import quantize
+from onecard.pipeline import Options, quantize
 from onecard.recipe import Recipe
 
 DATA = Path(__file__).with_suffix(".json")
@@ -87,7 +87,7 @@ def measure() -> None:
                 }
                 | fields
             )
-            record = quantize("demo", Path(folder) / "out", recipe, device_name="cpu", overwrite=True)
+            record = quantize("demo", Path(folder) / "out", recipe, Options("cpu", overwrite=True))
             documents = record.kl["by_document"]
             found["tokens"] = [d["tokens"] for d in documents]
             found["runs"][name] = {

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from onecard.core.method import PRESETS
 from onecard.demo import corpus
-from onecard.pipeline import quantize
+from onecard.pipeline import Options, quantize
 from onecard.recipe import Recipe
 
 ROLES = ("expert", "shared_expert", "mlp", "attention")
@@ -103,7 +103,7 @@ def main() -> int:
                 continue
             if name not in known:
                 out = Path(folder) / str(number)
-                record = quantize(given.model, out, what, device_name="cpu", quiet=True, **texts)
+                record = quantize(given.model, out, what, Options("cpu", **texts), quiet=True)
                 known[name] = {"name": name, "seconds": record.machine["seconds"]} | record.kl
                 if given.results:
                     with given.results.open("a") as file:

@@ -33,7 +33,7 @@ from onecard.core.rows import Row
 from onecard.eval.kl import COLUMNS_PER_SLICE, TOKENS_PER_SLICE, compare
 from onecard.eval.verify import verify
 from onecard.models.walk import Walk
-from onecard.pipeline import quantize
+from onecard.pipeline import Options, quantize
 from onecard.recipe import load_recipe
 from onecard.report.resources import peak_rss_bytes
 from synthetic import peaks_by_blocks, write_texts
@@ -72,7 +72,7 @@ def take_time(rounds: int) -> int:
     recipe = load_recipe("rtn-int4")
     with tempfile.TemporaryDirectory(prefix="onecard-verify-") as name:
         out = Path(name) / "int4"
-        quantize("demo", out, recipe, device_name="cpu", quiet=True)
+        quantize("demo", out, recipe, Options("cpu"), quiet=True)
         source, quantized = open_model("demo"), open_model(str(out))
         rows = prepare_texts(source, recipe, None, None, needs_calibration=False).evaluation
         seconds: list[tuple[float, float]] = []

@@ -53,6 +53,7 @@ def quantize(
     from ..checkpoint.paths import work_folder
     from ..core.errors import InputError
     from ..eval.gate import refuse_failed
+    from ..pipeline import Options
     from ..pipeline import quantize as run
     from ..recipe import load_recipe
     from ..report.card import draw_card
@@ -69,13 +70,15 @@ def quantize(
             model,
             out,
             loaded,
-            device_name=device,
-            work=work,
-            resume=resume,
-            overwrite=overwrite,
-            calibration=calibration,
-            evaluation=evaluation,
-            prices=prices,
+            Options(
+                device_name=device,
+                work=work,
+                resume=resume,
+                overwrite=overwrite,
+                calibration=calibration,
+                evaluation=evaluation,
+                prices=prices,
+            ),
             console=console,
         )
     except KeyboardInterrupt:

@@ -8,6 +8,7 @@ import torch
 from onecard.core.method import Method
 from onecard.core.quantized_weight import QuantizedWeight
 from onecard.core.scheme import Scheme
+from onecard.quantize.gptq import prepare
 
 SCHEMES = [Scheme(bits, 32, symmetric) for bits in (4, 8) for symmetric in (True, False)]
 NAMES = [f"{s.bits} bits, {'symmetric' if s.symmetric else 'asymmetric'}" for s in SCHEMES]
@@ -54,3 +55,18 @@ METHODS = {
     "refined, searched": Method(refine_rounds=1, tabu_moves=20),
 }
 methods = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+
+
+def problem(seed: int, batch: int = 2, outputs: int = 6, inputs: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and the damped second moment of correlated inputs, fp64."""
+    g = torch.Generator().manual_seed(seed)
+    w = torch.randn(batch, outputs, inputs, generator=g, dtype=torch.float64)
+    mix = torch.randn(inputs, inputs, generator=g, dtype=torch.float64) / inputs**0.5
+    x = torch.randn(batch, 3 * inputs, inputs, generator=g, dtype=torch.float64) @ mix
+    return w, prepare(x.transpose(1, 2) @ x / x.shape[1], 0.01).objective
+
+
+def rows_objective(weight: QuantizedWeight, w: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+    """The diagonal of E S E^T [B, O]: each row's share of the objective."""
+    e = w - weight.dequantize(torch.float64)
+    return torch.stack([torch.stack([row @ moment[b] @ row for row in e[b]]) for b in range(len(w))])

@@ -35,7 +35,7 @@ def full_record(
     shift: float = 1.0,
     name: str = "Llama-4-Scout-17B-16E-Instruct",
 ) -> dict[str, Any]:
-    """`shift` multiplies every KL: 1.1 is a record ten percent worse."""
+    """A record with every part. `shift` multiplies every KL: 1.1 gives a record ten percent worse."""
     rng = random.Random(seed)
     by_document = [_document(rng, n, shift) for n in range(documents)]
     widths = [
@@ -322,7 +322,7 @@ def _errors(rng: random.Random, rows: list[list[int]]) -> dict[str, Any]:
 
 
 def share(count: int, items: int) -> dict[str, Any]:
-    """With Wilson's interval at 95 %."""
+    """A share with Wilson's interval at 95 %."""
     z, p = 1.96, count / items
     middle, half = p + z * z / (2 * items), z * math.sqrt(p * (1 - p) / items + z * z / (4 * items * items))
     whole = 1 + z * z / items
@@ -382,7 +382,7 @@ def _summary(name: str, answers: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 KINDS_OF_UNIT = ("attention.qkv", "attention.o", "shared_expert", "experts")
-# Bytes a weight, and the error that a width leaves.
+# Width -> (bytes for each weight, error that it leaves).
 PRICED = {
     "int4 group 128": (0.52, 0.07),
     "int4 group 32": (0.57, 0.06),
@@ -392,7 +392,7 @@ PRICED = {
 
 
 def allocation_facts(blocks: int = 4, seed: int = 0) -> dict[str, Any]:
-    """What a run of `bits: fit` puts under `allocation`: every unit at some width, each width taken."""
+    """The record's `allocation` after a run with `bits: fit`. Every width is used by some unit."""
     rng = random.Random(seed)
     units: list[dict[str, Any]] = []
     prices: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""Weights that stay in the source's dtype but are aimed at the reference stream: routers, and attention where kept."""
+"""Routers and kept attention stay in the source's dtype, and are aimed at the reference stream."""
 
 import json
 from collections.abc import Callable
@@ -17,7 +17,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def run(
+def quantized(
     baby: Callable[..., Path],
     onecard: Callable[..., Result],
     recipe: Callable[..., Path],
@@ -39,27 +39,29 @@ def run(
 
 @pytest.mark.parametrize("family", ["maverick", "qwen3", "deepseek", "mixtral"])
 def test_routers_and_kept_attention_are_aimed_and_nothing_else(
-    family: str, baby: Callable[..., Path], run: Callable[..., tuple]
+    family: str, baby: Callable[..., Path], quantized: Callable[..., tuple]
 ) -> None:
-    source, out, aimed, _ = run(family)
+    source, out, aimed, _ = quantized(family)
     role = load_adapter(baby(family)).role
     wanted = {name for name in source if role(name).value in ("router", "attention") and name.endswith(".weight")}
     changed = {name for name in source if name in out and not torch.equal(source[name], out[name])}
     assert changed == aimed
-    # Before the first quantized weight there is nothing to make good: attention of block 0, and the router after it.
+    # Nothing is to be made good before the first quantized weight: attention of block 0, and the router after it.
     first = {name for name in wanted if ".layers.0." in name}
     assert wanted - first <= aimed <= wanted
     assert all(out[name].dtype == source[name].dtype and out[name].shape == source[name].shape for name in aimed)
 
 
-def test_aim_kept_false_leaves_every_byte(run: Callable[..., tuple]) -> None:
-    source, out, aimed, _ = run("qwen3", aim_kept=False)
+def test_aim_kept_false_leaves_every_byte(quantized: Callable[..., tuple]) -> None:
+    source, out, aimed, _ = quantized("qwen3", aim_kept=False)
     assert not aimed
     assert all(torch.equal(source[name], out[name]) for name in source if name in out)
 
 
-def test_keep_modules_are_not_aimed_either(run: Callable[..., tuple]) -> None:
-    source, out, aimed, _ = run("qwen3", keep_modules=["*.layers.1.*"], quantize_roles=["expert", "mlp", "attention"])
+def test_keep_modules_are_not_aimed_either(quantized: Callable[..., tuple]) -> None:
+    source, out, aimed, _ = quantized(
+        "qwen3", keep_modules=["*.layers.1.*"], quantize_roles=["expert", "mlp", "attention"]
+    )
     assert aimed
     assert not [name for name in aimed if ".layers.1." in name]
     same = [name for name in source if ".layers.1." in name and name in out]
@@ -67,11 +69,11 @@ def test_keep_modules_are_not_aimed_either(run: Callable[..., tuple]) -> None:
     assert all(torch.equal(source[name], out[name]) for name in same)
 
 
-def test_with_little_to_make_good_little_is_moved(run: Callable[..., tuple]) -> None:
-    """With eight bits the quantized stream is almost the reference's: routers stay almost where they were."""
+def test_with_little_to_make_good_little_is_moved(quantized: Callable[..., tuple]) -> None:
+    """With eight bits the quantized stream almost equals the reference's, so routers hardly move."""
     shifts = []
     for bits in (8, 4):
-        source, out, aimed, _ = run("scout", bits=bits)
+        source, out, aimed, _ = quantized("scout", bits=bits)
         assert aimed
         shifts.append(sum(float((out[n].float() - source[n].float()).norm() / source[n].float().norm()) for n in aimed))
     assert shifts[0] < 0.3 * shifts[1]

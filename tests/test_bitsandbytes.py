@@ -16,8 +16,6 @@ from bitsandbytes.functional import QuantState, dequantize_4bit, int8_vectorwise
 from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_transformers_reads import make_recipe, raw_tensors, run_pipeline, write_tokenizer
-from test_walk import make_rows, relative, walk_logits, whole_logits
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -41,6 +39,8 @@ from onecard.core.tensors import DTYPE_NAMES
 from onecard.models.adapter import Role, read
 from onecard.publish.check import check
 from onecard.recipe import Recipe, load_recipe
+from pipelines import make_recipe, raw_tensors, run_pipeline, write_tokenizer
+from walking import make_rows, relative, walk_logits, whole_logits
 
 SCHEMES = {"bnb-nf4": Scheme(4, 64, True, NF4), "bnb-int8": Scheme(8, BY_ROW, True, INT8_ROWS)}
 SIZES = {"bnb-nf4": 64, "bnb-int8": BY_ROW}
@@ -48,13 +48,13 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def parts_of(outputs: int, inputs: int, dtype: torch.dtype, seed: int, method: str) -> tuple[Any, Any, torch.Tensor]:
-    """Stored parts, the weight that they are, and the weight that they were made of."""
+    """The stored parts, the weight that they mean, and the weight that they were made from."""
     spread = 10 ** torch.linspace(-4, 1, outputs)[:, None]  # rows of very different size
     weight = (spread * torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed))).to(dtype)
     return *quantize(weight, SCHEMES[method]), weight
 
 
-# Rows of whole blocks; so many of them that there is more than one block of blocks.
+# Each row is whole blocks; there are enough blocks for more than one block of scales.
 shapes = st.tuples(st.integers(1, 70), st.integers(1, 9).map(lambda blocks: 64 * blocks))
 
 
@@ -92,8 +92,7 @@ def test_nf4_is_what_bitsandbytes_reads_bit_for_bit(shape: tuple[int, int], dtyp
 @pytest.mark.parametrize("shape", [(64, 96), (96, 64), (5, 200), (3, 10)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_blocks_that_run_across_rows_are_read_with_their_own_scales(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """bitsandbytes 0.50.2 on a CPU begins a new block with every row: of (64, 96) it leaves 0.27, where 0.09 is
-    right."""
+    """bitsandbytes 0.50.2 on a CPU begins a new block with every row: the error for (64, 96) is 0.27, not 0.09."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     codes, state = quantize_4bit(weight, blocksize=64, quant_type="nf4")
     facts = state.as_dict()
@@ -129,7 +128,7 @@ def test_linear4bit_saves_the_same_parts() -> None:
     saved = linear.state_dict()
     assert saved.keys() == parts.keys()
     for name, tensor in saved.items():
-        if name == STATE_PART:  # ours is filled up with spaces
+        if name == STATE_PART:  # ours is padded with spaces
             assert json.loads(bytes(tensor.tolist())) == json.loads(bytes(parts[name].tolist()))
         else:
             assert torch.equal(tensor, parts[name]), name
@@ -145,7 +144,7 @@ def test_transformers_reads_the_config_block_as_it_is_meant(method: str) -> None
     assert config.bnb_4bit_quant_storage is torch.uint8
 
 
-# A recipe says so or it is refused
+# Contradicting recipes are refused
 
 
 @pytest.mark.parametrize(
@@ -155,7 +154,10 @@ def test_transformers_reads_the_config_block_as_it_is_meant(method: str) -> None
         ({"method": "bnb-nf4", "bits": 8}, "method bnb-nf4 has bits 4"),
         ({"method": "bnb-int8", "symmetric": False}, "symmetric True"),
         ({"method": "bnb-nf4", "format": "compressed-tensors"}, "contradict each other"),
-        ({"method": "rtn", "format": "bitsandbytes"}, "bnb-nf4 and bnb-int8 are the methods"),
+        (
+            {"method": "rtn", "format": "bitsandbytes"},
+            "bnb-nf4 and bnb-int8 write the format bitsandbytes and no other",
+        ),
         ({"method": "rtn", "group_size": 0}, "positive multiple of 8"),
         ({"method": "bnb-nf4", "schemes": {"attention": "int8 by row"}}, "has one width"),
     ],
@@ -177,7 +179,7 @@ def test_the_method_brings_its_own_format() -> None:
 
 
 def make_baby(folder: Path, family: str, layers: int | None = None) -> Path:
-    """A baby whose matrices' rows are whole blocks of NF4; shared and dense MLPs too."""
+    """A baby in which every matrix row is whole NF4 blocks, in shared and dense MLPs too."""
     if family == "qwen3":
         config = babies.qwen3_config(layers or 3)
         config.moe_intermediate_size, config.intermediate_size = 128, 192
@@ -204,7 +206,7 @@ CASES += [("qwen3", "bnb-int8")]
 
 @pytest.fixture(scope="module", params=CASES, ids=["-".join(case) for case in CASES])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Model, str]:
-    """The source, what was made of it, and by which method."""
+    """(source, checkpoint, method)."""
     family, method = request.param
     folder = tmp_path_factory.mktemp("run")
     source = make_baby(folder / "source", family)
@@ -213,11 +215,11 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     record = run_pipeline(source, folder / "out", recipe)
     files = sorted((folder / "out").glob("*.safetensors"))
     assert len(files) > 1
-    assert sum(path.stat().st_size for path in files) == predicted.emitted_bytes == record.plan["emitted_bytes"]
+    assert sum(path.stat().st_size for path in files) == predicted.emitted_bytes == record.plan.emitted_bytes
     return open_model(str(source)), open_model(str(folder / "out")), method
 
 
-def packed(model: Model) -> PackedSource:
+def source_of(model: Model) -> PackedSource:
     assert isinstance(model.source, PackedSource)
     return model.source
 
@@ -235,7 +237,7 @@ def test_every_expert_is_in_few_bits_and_near_its_own_weight(run: tuple[Model, M
         else:
             assert (dtype, shape) == ("I8", (outputs, inputs)), name
         original = read(adapter, source.source, name).float()
-        ours = packed(made).get(name).float()
+        ours = source_of(made).get(name).float()
         assert float((ours - original).norm() / original.norm()) < (0.12 if method == "bnb-nf4" else 0.01), name
     roles = inspect(str(made.path))["roles"]
     assert roles["expert"]["widths"] == {str(SCHEMES[method]): roles["expert"]["parameters"]}
@@ -244,12 +246,12 @@ def test_every_expert_is_in_few_bits_and_near_its_own_weight(run: tuple[Model, M
 def test_what_is_not_quantized_is_byte_identical_and_named(run: tuple[Model, Model, str]) -> None:
     source, made, _ = run
     before, after = raw_tensors(source.path), raw_tensors(made.path)
-    kept = {name for name in after if name in before and name not in packed(made).weights}
+    kept = {name for name in after if name in before and name not in source_of(made).weights}
     assert kept
     assert all(before[name] == after[name] for name in kept)
     block = made.config["quantization_config"]
     assert f"{made.adapter.head_name.removesuffix('.weight')}" in block["llm_int8_skip_modules"]
-    assert not set(block["llm_int8_skip_modules"]) & packed(made).schemes.keys()
+    assert not set(block["llm_int8_skip_modules"]) & source_of(made).schemes.keys()
 
 
 def test_transformers_gives_the_weights_and_logits_of_our_walk(run: tuple[Model, Model, str]) -> None:
@@ -258,11 +260,11 @@ def test_transformers_gives_the_weights_and_logits_of_our_walk(run: tuple[Model,
     found = dict(model.named_parameters())
     assert found.keys() == made.adapter.expected().keys()
     for name, weight in found.items():
-        # Of int8 it divides by 127 in another order than we do.
+        # For int8 it divides by 127 in another order than we do.
         slack = 0 if method == "bnb-nf4" else 2**-22
-        assert torch.allclose(weight, packed(made).get(name).float(), rtol=slack, atol=0), name
+        assert torch.allclose(weight, source_of(made).get(name).float(), rtol=slack, atol=0), name
     rows = make_rows(made.adapter)
-    for row, ours in zip(rows, walk_logits(made.adapter, packed(made), rows, dtype=torch.float32), strict=True):
+    for row, ours in zip(rows, walk_logits(made.adapter, source_of(made), rows, dtype=torch.float32), strict=True):
         assert relative(ours, whole_logits(model, row)) < 1e-4, row.document
 
 
@@ -270,14 +272,14 @@ def test_check_is_content_and_finds_a_width_that_was_not_planned(run: tuple[Mode
     _, made, method = run
     found = check(str(made.path))
     assert (found.problems, found.unchecked) == ([], [])
-    assert found.facts["quantized_modules"] == len(packed(made).schemes)
+    assert found.facts["quantized_modules"] == len(source_of(made).schemes)
     other = tmp_path / "other"
     shutil.copytree(made.path, other)
     said = {"method": "rtn", "format": "compressed-tensors", "bits": 8, "group_size": 32}
     babies.edit_json(other / "onecard.json", lambda record: record["recipe"].update(said))
     found = check(str(other))
     wanted = f"is stored as {SCHEMES[method]}, and onecard.json says int8 group 32"
-    assert sum(wanted in problem for problem in found.problems) == len(packed(made).schemes)
+    assert sum(wanted in problem for problem in found.problems) == len(source_of(made).schemes)
 
 
 # Stock transformers, without a line of ours
@@ -306,13 +308,14 @@ def test_transformers_holds_every_expert_of_ours_in_four_bits(scout: tuple[Path,
         assert weight.dtype == torch.uint8, name
         assert (weight.quant_state.quant_type, weight.quant_state.nested) == ("nf4", True), name
     rows = [row for row in make_rows(made.adapter) if row.pixels is None]
-    for row, ours in zip(rows, walk_logits(made.adapter, packed(made), rows, dtype=torch.bfloat16), strict=True):
+    for row, ours in zip(rows, walk_logits(made.adapter, source_of(made), rows, dtype=torch.bfloat16), strict=True):
         # It multiplies in four bits, where we multiply the bf16 weights: ten steps of bf16, as elsewhere.
         assert relative(ours, whole_logits(model.eval(), row)) < 10 * 2**-8, row.document
 
 
 def test_load_in_4bit_leaves_fused_experts_in_bf16(scout: tuple[Path, Path]) -> None:
-    """What people do instead. When this fails transformers has learnt it, and docs/formats.md is out of date."""
+    """What `load_in_4bit` does instead: it leaves experts in bf16. If this fails, transformers has learnt to quantize
+    them and docs/formats.md is out of date."""
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     model = AutoModelForImageTextToText.from_pretrained(scout[0], dtype=torch.bfloat16, quantization_config=config)
     assert {weight.dtype for weight in expert_parameters(model).values()} == {torch.bfloat16}
@@ -380,10 +383,10 @@ def test_an_int4_checkpoint_is_exported_with_a_warning_that_no_code_was_kept(
     assert "no code could be kept" in warning
     assert warning in json.loads((tmp_path / "out" / "onecard.json").read_text())["warnings"]
     int4, made = open_model(str(tmp_path / "int4")), open_model(str(tmp_path / "out"))
-    assert packed(made).schemes.keys() == packed(int4).schemes.keys()
-    for name in packed(int4).weights:
-        _, wanted = quantize(packed(int4).get(name), SCHEMES["bnb-nf4"])
-        assert torch.equal(packed(made).get(name), wanted), name
+    assert source_of(made).schemes.keys() == source_of(int4).schemes.keys()
+    for name in source_of(int4).weights:
+        _, wanted = quantize(source_of(int4).get(name), SCHEMES["bnb-nf4"])
+        assert torch.equal(source_of(made).get(name), wanted), name
     assert check(str(tmp_path / "out")).problems == []
 
 

@@ -1,51 +1,35 @@
-"""What a folder stores as integer codes is had back as those codes, bit for bit; and nothing else passes for codes."""
+"""Integer codes are read back from a folder bit for bit, and nothing else is taken for codes."""
 
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 
 import foreign
+from foreign import Block, ct_block, opened
 from onecard.checkpoint.formats import compressed_tensors_write as ct
-from onecard.checkpoint.packed import PackedSource, open_packed
-from onecard.checkpoint.source import open_folder
 from onecard.core.errors import InputError
 from onecard.core.quantized_weight import QuantizedWeight
 from onecard.core.scheme import BY_ROW, Scheme
 
-Block = dict[str, Any]
 Place = Callable[[], Path]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """A new folder with each call: hypothesis calls a test many times."""
+    """Gives a new folder with each call, because hypothesis calls a test many times."""
     number, home = itertools.count(), tmp_path_factory.mktemp("codes")
     return lambda: home / str(next(number))
 
 
-def ct_block(scheme: Scheme, strategy: str) -> Block:
+def weight_args(scheme: Scheme, strategy: str) -> Block:
+    """What a group of compressed-tensors says of its weights."""
     args = {"num_bits": scheme.bits, "type": "int", "symmetric": scheme.symmetric, "strategy": strategy}
-    args |= {"group_size": scheme.group_size} if strategy == "group" else {}
-    groups = {"group_0": {"targets": ["Linear"], "weights": args}}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": groups,
-    }
-
-
-def opened(folder: Path, stored: dict[str, torch.Tensor], block: Block) -> PackedSource:
-    folder.mkdir()
-    save_file({f"m.{leaf}": part.contiguous() for leaf, part in stored.items()}, folder / "model.safetensors")
-    return open_packed(open_folder(folder), block)
+    return args | ({"group_size": scheme.group_size} if strategy == "group" else {})
 
 
 def a_weight(outputs: int, inputs: int, scheme: Scheme, seed: int, dtype: torch.dtype) -> QuantizedWeight:
@@ -79,7 +63,7 @@ def test_compressed_tensors_gives_the_codes_that_were_packed(
     place: Place, scheme: Scheme, outputs: int, groups: int, seed: int
 ) -> None:
     weight = a_weight(outputs, groups * scheme.group_size, scheme, seed, torch.bfloat16)
-    source = opened(place(), ct.pack(weight), ct_block(scheme, "group"))
+    source = opened(place(), ct.pack(weight), ct_block(weight_args(scheme, "group")))
     assert source.weights["m.weight"].scheme == scheme
     got = source.quantized("m.weight")
     assert same(got, weight)
@@ -98,7 +82,7 @@ def test_one_scale_for_a_row_or_for_all_is_one_group(place: Place, strategy: str
         stored |= {"weight_scale": weight.scales[:1, 0]} | (
             {} if first is None else {"weight_zero_point": first[:1, 0]}
         )
-    source = opened(place(), stored, ct_block(weight.scheme, strategy))
+    source = opened(place(), stored, ct_block(weight_args(weight.scheme, strategy)))
     assert same(source.quantized("m.weight"), weight)
     assert torch.equal(weight.dequantize(torch.bfloat16), source.get("m.weight"))
 

@@ -1,7 +1,7 @@
-"""Predicted bytes equal emitted bytes (invariant 3), for every shipped recipe and every family that it can apply to.
+"""Predicted bytes equal emitted bytes (invariant 3), for every shipped recipe and every family that it applies to.
 
-Sizes depend on neither the method nor the texts, so that each recipe is run as round-to-nearest, in groups that divide
-a baby's matrices. Recipes that quantize the same of a family share one run.
+Sizes depend on neither the method nor the texts, so each recipe runs as round-to-nearest, in groups that divide a
+baby's matrices. Recipes that quantize the same modules of a family share one run.
 """
 
 import json
@@ -18,7 +18,7 @@ from onecard.checkpoint.model import open_headers
 from onecard.checkpoint.plan import Plan
 from onecard.core.scheme import GRIDS
 from onecard.core.shipped_recipes import recipe_names
-from onecard.pipeline import quantize
+from onecard.pipeline import Options, quantize
 from onecard.recipe import Limits, Recipe, load_recipe
 
 FAMILIES = {"scout": "llama4", "maverick": "llama4", "llama4-text": "llama4", "qwen3": "qwen3_moe"}
@@ -35,10 +35,10 @@ FOR_BABIES = {
 Emitted = Callable[[str, Recipe], Path]
 
 
-# No shipped recipe: several widths in one checkpoint, scales by row among them, and a zero point.
+# Not a shipped recipe: several widths in one checkpoint, among them scales by row, and a zero point.
 MIXED = "mixed"
 SEVERAL = {"attention": "int8 by row", "shared_expert": "int4 group 32 asymmetric", "mlp": "int8 group 32"}
-# Widths that are chosen by prices have tests/test_fit_run.py, other codes tests/test_bitsandbytes.py.
+# tests/test_fit_run.py covers widths chosen by prices, tests/test_bitsandbytes.py other codes.
 ELSEWHERE = {
     name
     for name in recipe_names()
@@ -64,7 +64,7 @@ def planned(folder: Path, recipe: Recipe) -> Plan:
 
 
 @pytest.fixture(scope="module")
-def run(baby: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Emitted:
+def quantized(baby: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Emitted:
     """(family, recipe) -> the folder of the run."""
     made: dict[Any, Path] = {}
     at = tmp_path_factory.mktemp("runs")
@@ -75,7 +75,7 @@ def run(baby: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> 
         key = (family, tuple(planned(baby(family), recipe).schemes.items()))
         if key not in made:
             made[key] = at / str(len(made))
-            quantize(str(baby(family)), made[key], recipe, evaluation=texts, device_name="cpu", quiet=True)
+            quantize(str(baby(family)), made[key], recipe, Options("cpu", evaluation=texts), quiet=True)
         return made[key]
 
     return get
@@ -83,11 +83,11 @@ def run(baby: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.mark.parametrize(("name", "family"), CASES)
 def test_predicted_bytes_are_those_of_the_files(
-    name: str, family: str, baby: Callable[..., Path], run: Emitted
+    name: str, family: str, baby: Callable[..., Path], quantized: Emitted
 ) -> None:
     recipe = for_babies(name)
     plan = planned(baby(family), recipe)
-    out = run(family, recipe)
+    out = quantized(family, recipe)
     sizes = {path.name: path.stat().st_size for path in out.glob("*.safetensors")}
     assert len(sizes) > 4
     assert sizes == {shard.file: shard.file_bytes for shard in plan.shards}

@@ -1,5 +1,8 @@
-"""A quantized checkpoint that contradicts itself is refused: one message, every offender, before a weight is read; and
-what its config and JSON parts say is never believed further than the shapes that are stored."""
+"""A quantized checkpoint that contradicts itself is refused before a weight is read, in one message with every
+offender.
+
+Its config and JSON parts are believed only as far as the stored shapes agree.
+"""
 
 import json
 from collections.abc import Callable
@@ -12,27 +15,22 @@ from click.testing import Result
 from safetensors.torch import save_file
 
 import foreign
+from foreign import Block, ct_block
 from onecard.checkpoint.model import open_model
 from onecard.checkpoint.packed import open_packed
 from onecard.checkpoint.source import open_folder
 from onecard.core.errors import InputError
 
 Parts = dict[str, torch.Tensor]
-Block = dict[str, Any]
 GPTQ: Block = {"quant_method": "gptq", "bits": 4, "group_size": 32}
 BNB: Block = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 FP8: Block = {"quant_method": "fp8", "weight_block_size": [32, 32]}
 WEIGHT = torch.randn(96, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
 
 
-def ct_block(weights: Block | None = None, **more: Any) -> Block:
+def int4_block(weights: Block | None = None, **more: Any) -> Block:
     args = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32} | (weights or {})
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": args}},
-    } | more
+    return ct_block(args) | more
 
 
 def packed() -> Parts:
@@ -76,21 +74,25 @@ def refusal(folder: Path, parts: Parts, block: object, stems: tuple[str, ...] = 
         (packed, {}, ("None",)),
         (packed, GPTQ, ("no weight is stored in that format",)),
         # compressed-tensors
-        (lambda: without(packed(), "weight_scale"), ct_block(), ("has no weight_scale",)),
-        (lambda: packed() | {"weight_scale": torch.ones(96, 3)}, ct_block(), ("group_0", "[96, 8]", "[96, 3]")),
-        (packed, ct_block({"num_bits": 8}), ("[96, 8]", "[96, 2]")),
-        (packed, ct_block({"symmetric": False}), ("no weight_zero_point",)),
-        (packed, ct_block({"type": "float"}), ("float4",)),
-        (lambda: packed() | {"weight": WEIGHT}, ct_block(), ("stored twice",)),
-        (packed, ct_block(format="nvfp4-pack-quantized"), ("nvfp4-pack-quantized", "int-quantized")),
-        (packed, ct_block(format="dense"), ("dense", "save_compressed=True")),
-        (packed, ct_block(sparsity_config={"format": "sparse-24-bitmask"}), ("sparse-24-bitmask",)),
-        (packed, ct_block(transform_config={"config_groups": {"R1": {}}}), ("rotated",)),
-        (packed, ct_block(config_groups={"group_0": {"targets": ["re:("], "weights": {"num_bits": 4}}}), ("re:(",)),
-        (packed, ct_block(config_groups=3), ("not understood",)),
+        (lambda: without(packed(), "weight_scale"), int4_block(), ("has no weight_scale",)),
+        (lambda: packed() | {"weight_scale": torch.ones(96, 3)}, int4_block(), ("group_0", "[96, 8]", "[96, 3]")),
+        (packed, int4_block({"num_bits": 8}), ("[96, 8]", "[96, 2]")),
+        (packed, int4_block({"symmetric": False}), ("no weight_zero_point",)),
+        (packed, int4_block({"type": "float"}), ("float4",)),
+        (lambda: packed() | {"weight": WEIGHT}, int4_block(), ("stored twice",)),
+        (packed, int4_block(format="nvfp4-pack-quantized"), ("nvfp4-pack-quantized", "int-quantized")),
+        (packed, int4_block(format="dense"), ("dense", "save_compressed=True")),
+        (packed, int4_block(sparsity_config={"format": "sparse-24-bitmask"}), ("sparse-24-bitmask",)),
+        (packed, int4_block(transform_config={"config_groups": {"R1": {}}}), ("rotated",)),
+        (
+            packed,
+            int4_block(config_groups={"group_0": {"targets": ["re:("], "weights": {"num_bits": 4}}}),
+            ("re:(",),
+        ),
+        (packed, int4_block(config_groups=3), ("not understood",)),
         (
             lambda: {"weight": torch.zeros(96, 64, dtype=torch.int8), "weight_scale": torch.ones(96, 1)},
-            ct_block(),
+            int4_block(),
             ("none is stored plainly",),
         ),
         # GPTQ
@@ -101,7 +103,7 @@ def refusal(folder: Path, parts: Parts, block: object, stems: tuple[str, ...] = 
         (lambda: foreign.gptq(WEIGHT)[0], GPTQ | {"checkpoint_format": "marlin"}, ("marlin", "gptq_v2")),
         (lambda: foreign.gptq(WEIGHT)[0] | {"g_idx": torch.zeros(63, dtype=torch.int32)}, GPTQ, ("g_idx I32 [63]",)),
         (lambda: foreign.gptq(WEIGHT)[0] | {"qzeros": torch.zeros(2, 12)}, GPTQ, ("qzeros F32", "must be I32")),
-        # bitsandbytes: what the package is handed must be as long as it will read
+        # bitsandbytes: the package reads as many bytes as the shapes say, so the parts must be that long
         (lambda: without(foreign.nf4(WEIGHT)[0], "weight.quant_map"), BNB, ("no quant_map",)),
         (
             lambda: foreign.nf4(WEIGHT)[0] | {"weight.absmax": torch.zeros(3, dtype=torch.uint8)},
@@ -138,7 +140,7 @@ def test_what_contradicts_itself_is_refused(
 
 def test_one_message_names_every_offender_and_counts_what_it_does_not_show(tmp_path: Path) -> None:
     stems = tuple(f"layers.{n}." for n in range(50))
-    said = refusal(tmp_path, without(packed(), "weight_scale"), ct_block(), stems)
+    said = refusal(tmp_path, without(packed(), "weight_scale"), int4_block(), stems)
     assert said.count("has no weight_scale") == 40
     assert "... and 10 more" in said
 

@@ -7,31 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from matrices import problem, rows_objective
 from onecard.calibration.moments import SiteMoments
 from onecard.core.method import Method
 from onecard.core.quantized_weight import QuantizedWeight
 from onecard.core.scheme import Scheme
 from onecard.quantize.correction import corrected
-from onecard.quantize.gptq import Prepared, factor, gptq, prepare
+from onecard.quantize.gptq import Prepared, factor, gptq
 from onecard.quantize.grid import absmax_scales, round_to_nearest
 from onecard.quantize.refine import refine
 from onecard.quantize.restarts import prepare_restarts, restarted
 from onecard.quantize.site import quantize_batch
-
-
-def problem(seed: int, batch: int = 2, outputs: int = 6, inputs: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights and the damped second moment of correlated inputs, fp64."""
-    g = torch.Generator().manual_seed(seed)
-    w = torch.randn(batch, outputs, inputs, generator=g, dtype=torch.float64)
-    mix = torch.randn(inputs, inputs, generator=g, dtype=torch.float64) / inputs**0.5
-    x = torch.randn(batch, 3 * inputs, inputs, generator=g, dtype=torch.float64) @ mix
-    return w, prepare(x.transpose(1, 2) @ x / x.shape[1], 0.01).objective
-
-
-def rows_objective(weight: QuantizedWeight, w: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
-    """The diagonal of E S E^T: what each row contributes [B, O]."""
-    e = w - weight.dequantize(torch.float64)
-    return torch.stack([torch.stack([row @ moment[b] @ row for row in e[b]]) for b in range(len(w))])
 
 
 def objective(weight: QuantizedWeight, w: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
@@ -59,7 +45,7 @@ def test_no_round_ever_raises_the_objective(bits: int, symmetric: bool, seed: in
 @given(seed=st.integers(0, 10_000))
 @settings(max_examples=5, deadline=None)
 def test_no_restart_ever_raises_a_rows_error(symmetric: bool, group_size: int, seed: int) -> None:
-    """Three hundred and twenty columns: several stretches, the last of them short."""
+    """320 columns: several stretches, the last one short."""
     w, moment = problem(seed, inputs=320)
     scheme = Scheme(4, group_size, symmetric)
     start = round_to_nearest(w, *absmax_scales(w, scheme, torch.bfloat16), scheme)
@@ -77,7 +63,7 @@ def test_no_restart_ever_raises_a_rows_error(symmetric: bool, group_size: int, s
 
 
 def test_each_row_of_a_stretch_keeps_its_best_try() -> None:
-    """One stretch, so that T is W: the tries made one by one, and of each row the least."""
+    """One stretch, so that T is W. The tries are made one by one, and each row keeps its best."""
     w, moment = problem(5, inputs=64)
     scheme = Scheme(4, 32, True)
     start = refine(round_to_nearest(w, *absmax_scales(w, scheme, torch.bfloat16), scheme), w, moment, 1)
@@ -181,7 +167,7 @@ def test_miss_counts_common_rows_over_all_rows() -> None:
 
 
 def test_weights_count_as_repetitions_would() -> None:
-    """A row of weight 3 among rows of weight 1 is that row three times, but for the count of rows."""
+    """A row of weight 3 counts like three such rows of weight 1, except in the number of rows."""
     _, x = streams(6, rows=40)
     weight = torch.ones(40)
     weight[7] = 3

@@ -80,8 +80,9 @@ def test_a_line_of_a_million_characters(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """`load_dataset` of a hub that has what is put here, as the library itself streams it."""
+def data_sets(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Replaces `load_dataset` by one with these data sets, which the library itself streams. Gives the list of
+    requests."""
     asked: list[tuple[Any, ...]] = []
 
     def load(name: str, config: str | None = None, *, split: str, streaming: bool) -> Any:
@@ -123,7 +124,7 @@ MIXTURE = {
 
 
 def test_a_mixture_of_data_sets(
-    baby: Callable[..., Path], recipe: Callable[..., Path], hub: list[tuple[Any, ...]]
+    baby: Callable[..., Path], recipe: Callable[..., Path], data_sets: list[tuple[Any, ...]]
 ) -> None:
     use = load_recipe(
         str(
@@ -138,7 +139,7 @@ def test_a_mixture_of_data_sets(
         )
     )
     texts = prepare_texts(open_model(str(baby("scout"))), use, None, None, True)
-    assert set(hub) == {
+    assert set(data_sets) == {
         ("some/chats", None, "train_sft"),
         ("some/chats", None, "test_sft"),
         ("some/code", "python", "train"),
@@ -155,16 +156,16 @@ def test_a_mixture_of_data_sets(
     assert all(sum(part.tokens for part in row.parts) == len(row.tokens) for row in texts.calibration)
     again = prepare_texts(open_model(str(baby("scout"))), use, None, None, True)
     assert again.facts == texts.facts
-    # Of a model that sees no pictures they are left out, and the warning says so.
+    # For a model without vision, pictures are left out, with a warning.
     blind = prepare_texts(open_model(str(baby("qwen3"))), use, None, None, True)
     assert blind.facts["calibration"]["rows_with_images"] == 0
     assert any("some/pictures" in warning and "vision" in warning for warning in blind.warnings)
 
 
 def test_many_books_give_the_long_rows(
-    baby: Callable[..., Path], recipe: Callable[..., Path], hub: list[tuple[Any, ...]]
+    baby: Callable[..., Path], recipe: Callable[..., Path], data_sets: list[tuple[Any, ...]]
 ) -> None:
-    """No one of them fills them all, and none is read past a long row's worth."""
+    """No book fills all long rows, and none is read further than one long row."""
     use = load_recipe(
         str(
             recipe(
@@ -183,7 +184,7 @@ def test_many_books_give_the_long_rows(
 
 
 def test_a_data_set_that_serves_for_both_is_split(
-    baby: Callable[..., Path], recipe: Callable[..., Path], hub: list[tuple[Any, ...]]
+    baby: Callable[..., Path], recipe: Callable[..., Path], data_sets: list[tuple[Any, ...]]
 ) -> None:
     both = {"source": "some/code", "column": "code"}
     texts = prepare_texts(
@@ -200,7 +201,7 @@ def test_the_network_goes_away_in_the_middle(
     recipe: Callable[..., Path],
     refused: Refuse,
     onecard: Callable[..., Result],
-    hub: list[tuple[Any, ...]],
+    data_sets: list[tuple[Any, ...]],
 ) -> None:
     use = recipe(calibration={"source": "some/broken"})
     refused(onecard("calibration", "--show", baby("qwen3"), "--recipe", use), "some/broken", "--calibration", code=4)
@@ -226,7 +227,7 @@ def test_a_long_share_too_small_for_a_row(recipe: Callable[..., Path]) -> None:
 def test_show(
     baby: Callable[..., Path], onecard: Callable[..., Result], recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Special tokens visible, placeholders counted, nothing that steers a terminal; a pool says that it is one."""
+    """Special tokens are visible, placeholders counted, terminal controls removed; a pool is announced as such."""
     message = {
         "role": "user",
         "content": [

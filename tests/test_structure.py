@@ -19,7 +19,7 @@ FLOORS = [
     ["checkpoint"],
     ["calibration", "conversion", "planner", "publish"],
     ["blocks", "eval"],
-    ["bits"],
+    ["bits", "stages"],
     ["forecast", "pipeline"],
     ["api", "commands"],
     ["cli"],

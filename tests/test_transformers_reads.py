@@ -1,11 +1,10 @@
-"""transformers reads what we emit, and finds in it what our own walk over the same files finds.
+"""transformers reads our checkpoints and computes what our own walk over the same files computes.
 
-Every baby is quantized by the whole pipeline, by both methods. The twins: transformers' own model, loaded from OUT as a
-stranger would load it; and the raw bytes of the safetensors files, read here without the library.
+The whole pipeline quantizes every baby by both methods. The judges are transformers' own model, loaded from OUT as a
+stranger would, and the raw bytes of the safetensors files, read without the library.
 """
 
 import json
-import random
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_walk import make_rows, relative, walk_logits, whole_logits
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 import babies
 from onecard.checkpoint.assign import plan_for
@@ -26,11 +23,11 @@ from onecard.checkpoint.source import open_folder
 from onecard.core.errors import OnecardError
 from onecard.core.record.schema import Record
 from onecard.models.adapter import Role, read
-from onecard.pipeline import quantize
 from onecard.recipe import Recipe
+from pipelines import make_recipe, raw_tensors, run_pipeline, write_tokenizer
+from walking import make_rows, relative, walk_logits, whole_logits
 
-WORDS = [f"w{n}" for n in range(200)]
-# What a recipe says beside the method: the Scout recipe's roles, and every linear weight of the text blocks.
+# Recipe keys of each run: the Scout recipe's roles, or every linear weight of the text blocks.
 RUNS = {
     "rtn": {"method": "rtn"},
     "gptq": {
@@ -56,23 +53,9 @@ CASES += [("qwen3", "balanced-16")]
 CASES += [(f, m) for f in ("deepseek", "mixtral") for m in ("rtn", "gptq")]
 
 
-def write_texts(path: Path, seed: int, documents: int) -> Path:
-    rng = random.Random(seed)
-    lines = [json.dumps({"text": " ".join(rng.choices(WORDS, k=30))}) for _ in range(documents)]
-    path.write_text("\n".join(lines), encoding="utf-8")
-    return path
-
-
-def write_tokenizer(folder: Path) -> None:
-    """A word a token; ids 4 to 203, below the babies' image placeholders."""
-    raw = Tokenizer(models.WordLevel({"<unk>": 3} | {w: 4 + n for n, w in enumerate(WORDS)}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>").save_pretrained(str(folder))
-
-
 @dataclass
 class Run:
-    """One baby, quantized into `out`; `predicted_bytes` was planned before it."""
+    """One baby, quantized into `out`; `predicted_bytes` was planned before the run."""
 
     family: str
     method: str
@@ -88,29 +71,6 @@ class Run:
     def packed(self) -> PackedSource:
         assert isinstance(self.emitted.source, PackedSource)
         return self.emitted.source
-
-
-def make_recipe(**keys: Any) -> Recipe:
-    keys = {"quantize_roles": ("expert", "shared_expert", "mlp"), "group_size": 32} | keys
-    return Recipe(
-        name="baby",
-        description="",
-        calibration_rows=12,
-        calibration_row_tokens=24,
-        evaluation_rows=3,
-        evaluation_row_tokens=24,
-        warn_below_expert_rows=0,
-        max_shard_bytes=150_000,
-        **keys,
-    )
-
-
-def run_pipeline(source: Path, out: Path, recipe: Recipe) -> Record:
-    calibration = write_texts(out.parent / "calibration.jsonl", 0, 12)
-    evaluation = write_texts(out.parent / "evaluation.jsonl", 1, 3)
-    return quantize(
-        str(source), out, recipe, device_name="cpu", quiet=True, calibration=calibration, evaluation=evaluation
-    )
 
 
 @pytest.fixture(scope="module", params=CASES, ids=["-".join(case) for case in CASES])
@@ -171,7 +131,9 @@ def test_it_loads_whole_and_every_weight_is_ours(run: Run, dtype: torch.dtype) -
 @pytest.mark.parametrize(("dtype", "bar"), [(torch.float32, 1e-4), (torch.bfloat16, 10 * 2**-8)], ids=["fp32", "bf16"])
 def test_logits_are_those_of_our_walk_over_the_same_files(run: Run, dtype: torch.dtype, bar: float) -> None:
     (model, _), adapter = load(run, dtype), run.emitted.adapter
-    if run.family in babies.UNFUSED:  # its grouped kernel adds up otherwise, which in bf16 sends a token elsewhere
+    if (
+        run.family in babies.UNFUSED
+    ):  # its grouped kernel sums in another order, which in bf16 can send a token to another expert
         model.set_experts_implementation("eager")
     rows = make_rows(adapter)
     for row, ours in zip(rows, walk_logits(adapter, run.packed, rows, dtype=dtype), strict=True):
@@ -180,21 +142,6 @@ def test_logits_are_those_of_our_walk_over_the_same_files(run: Run, dtype: torch
 
 
 # The files themselves
-
-
-def raw_tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """Name -> (dtype, shape, bytes) of every tensor, by the format's specification alone."""
-    out: dict[str, tuple[str, tuple[int, ...], bytes]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        data = path.read_bytes()
-        (length,) = struct.unpack("<Q", data[:8])
-        header = json.loads(data[8 : 8 + length])
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            begin, end = (8 + length + offset for offset in entry["data_offsets"])
-            assert name not in out
-            out[name] = (entry["dtype"], tuple(entry["shape"]), data[begin:end])
-    return out
 
 
 def test_what_is_not_quantized_is_byte_identical_to_the_source(run: Run) -> None:
@@ -243,7 +190,7 @@ def test_every_expert_has_the_planned_width_and_none_is_zeroed(run: Run) -> None
             step = groups.abs().amax(-1, keepdim=True) / 2 ** (run.recipe.widths.bits - 1)
             if not run.recipe.widths.symmetric:
                 step = (groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)) / (2**run.recipe.widths.bits - 1)
-            # One step where +8 is clipped to 7, else half of one; and bf16's rounding of scale and product.
+            # One step where +8 is clipped to 7, half a step elsewhere, plus bf16's rounding of scale and product.
             slack = groups.abs().amax(-1, keepdim=True) * 2**-7
             assert ((ours.view_as(groups) - groups).abs() <= step + slack).all(), name
 
@@ -251,7 +198,7 @@ def test_every_expert_has_the_planned_width_and_none_is_zeroed(run: Run) -> None
 def test_emitted_bytes_are_the_predicted_ones(run: Run) -> None:
     files = sorted(run.out.glob("*.safetensors"))
     assert len(files) > 1
-    assert sum(path.stat().st_size for path in files) == run.predicted_bytes == run.record.plan["emitted_bytes"]
+    assert sum(path.stat().st_size for path in files) == run.predicted_bytes == run.record.plan.emitted_bytes
     index = json.loads((run.out / "model.safetensors.index.json").read_text())
     emitted = raw_tensors(run.out)
     assert index["weight_map"].keys() == emitted.keys()

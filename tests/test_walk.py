@@ -1,6 +1,6 @@
-"""The walk gives the logits that transformers gives on the whole model (invariant 1), and nothing of it stays behind.
+"""The walk gives the logits of transformers' whole model (invariant 1), and leaves nothing behind.
 
-The twin is the transformers model itself, in fp32, one row at a time, with the weights that were written to disk.
+The judge is the transformers model itself, in fp32, one row at a time, with the weights that were written to disk.
 """
 
 from collections.abc import Collection
@@ -25,6 +25,7 @@ from onecard.models.block import find_experts
 from onecard.models.families import load_adapter
 from onecard.models.known import demo_folder
 from onecard.models.walk import Embedder, Walk
+from walking import make_rows, relative, walk_logits, whole_logits
 
 CPU = torch.device("cpu")
 FAMILIES = (
@@ -39,17 +40,18 @@ FAMILIES = (
     "mixtral",
     "mixtral-as-published",
 )
-IMAGE_TOKENS = 4  # the babies' tile: (16 / 4)^2 patches, shuffled 2 x 2 into one
 
 
 def make_variant(family: str) -> tuple[Any, dict[str, torch.Tensor]]:
-    """(model, its tensors as stored). Some variants have settings that babies.py lacks and published models have."""
+    """(model, its stored tensors). Some variants have settings of published models that babies.py lacks."""
     if family == "maverick-as-published":  # no QK norm, plain RoPE
         config = babies.llama4_config(moe_step=2)
         config.text_config.use_qk_norm = False
         config.text_config.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
         model: Any = Llama4ForConditionalGeneration(config).float().eval()
-    elif family == "qwen3-tied":  # tied head, routing weights as the softmax left them, every second block sparse
+    elif (
+        family == "qwen3-tied"
+    ):  # tied head, routing weights not normalised after the softmax, every second block sparse
         config = babies.qwen3_config(layers=4)
         config.tie_word_embeddings, config.norm_topk_prob = True, False
         config.mlp_only_layers, config.decoder_sparse_step = [], 2
@@ -72,57 +74,6 @@ def make_variant(family: str) -> tuple[Any, dict[str, torch.Tensor]]:
         state = {name: t for name, t in state.items() if name != "lm_head.weight"}
     like = {"qwen3-tied": "qwen3", "moonlight": "deepseek", "mixtral-as-published": "mixtral"}
     return model, babies.published(like.get(family, family), state)
-
-
-def make_rows(adapter: Adapter) -> list[Row]:
-    """Several rows of a length; lengths below, at, just over and far over the attention chunk of 8; some images."""
-    generator = torch.Generator().manual_seed(7)
-    rows = []
-    for number, length in enumerate([33, 33, 8, 9, 9, 33, 5, 1]):
-        tokens = torch.randint(3, 240, (length,), generator=generator)
-        pixels = None
-        if adapter.has_vision and number in (0, 3, 5):
-            images = 2 if number == 5 else 1
-            pixels = torch.randn(images, 3, 16, 16, generator=generator)
-            for image in range(images):
-                start = 2 + image * (IMAGE_TOKENS + 3)
-                tokens[start : start + IMAGE_TOKENS] = babies.PATCH
-        rows.append(Row(f"row-{number}", "text", tokens, pixels))
-    return rows
-
-
-def walk_logits(
-    adapter: Adapter, source: TensorSource, rows: list[Row], batch_tokens: int = 70, dtype: torch.dtype = torch.float32
-) -> list[torch.Tensor]:
-    """Logits [T, V] of each row, by the walk's own pieces."""
-    groups = batches(rows, batch_tokens)
-    walk = Walk.over(adapter, source, Compute(CPU, dtype, batch_tokens))
-    embedder = Embedder(walk, rows)
-    hidden = [embedder.batch(numbers) for numbers in groups]
-    for index in range(adapter.n_blocks):
-        block = walk.load(index)
-        hidden = [block.forward(h) for h in hidden]
-    norm, head = walk.final_norm(), walk.head().to(dtype)
-    logits: dict[int, torch.Tensor] = {}
-    with torch.inference_mode():
-        for numbers, h in zip(groups, hidden, strict=True):
-            logits |= dict(zip(numbers, norm(h) @ head.T, strict=True))
-    return [logits[n] for n in range(len(rows))]
-
-
-def whole_logits(model: Any, row: Row) -> torch.Tensor:
-    """Logits [T, V] of one row, by transformers."""
-    inputs: dict[str, Any] = {"input_ids": row.tokens[None]}
-    if row.pixels is not None:
-        inputs["pixel_values"] = row.pixels.to(model.dtype)
-    with torch.inference_mode():
-        return model(**inputs, use_cache=False).logits[0]
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Largest difference over the largest value of b."""
-    assert a.shape == b.shape
-    return float((a.double() - b.double()).abs().max() / b.double().abs().max())
 
 
 @dataclass
@@ -157,7 +108,7 @@ def test_logits_equal_the_whole_models(pair: Pair) -> None:
 
 
 def test_logits_of_the_embedded_model_equal_the_whole_models() -> None:
-    """Trained weights and real rows, far over the attention chunk of 128: code, prose, conversations, pictures."""
+    """Trained weights and real rows of code, prose, conversations and pictures, far over the attention chunk of 128."""
     model = open_model("demo")
     encoder = Encoder(model.path, model.adapter)
     documents = {d.kind: d for d in read_jsonl(demo_folder() / "data" / "evaluation.jsonl")}
@@ -178,13 +129,13 @@ def test_a_batch_of_rows_gives_what_each_row_gives_alone(pair: Pair) -> None:
 
 
 def test_the_first_token_and_the_images_show_in_the_last_logits(pair: Pair) -> None:
-    """Guards the tests above: were context or pixels ignored on both sides, they would prove little."""
+    """Guards the tests above, which would prove little if both sides ignored context or pixels."""
     row = pair.rows[0]
     changed = [Row("first", "text", torch.cat([row.tokens[:1] + 1, row.tokens[1:]]), row.pixels)]
     if row.pixels is not None:
         changed.append(Row("blank", "text", row.tokens, torch.zeros_like(row.pixels)))
     as_is, *others = (walk_logits(pair.adapter, pair.source, [r])[0] for r in (row, *changed))
-    # Where every layer slides, a token is heard of no farther on than the windows reach, one after the other.
+    # Where every layer slides, a token's influence ends where the windows, one after the other, end.
     window = getattr(pair.adapter.text_config, "sliding_window", None)
     reach = pair.adapter.n_blocks * (window - 1) if window else len(row.tokens) - 1
     assert relative(as_is[reach + 1 :], others[0][reach + 1 :]) < 1e-5 if window else reach
@@ -209,7 +160,7 @@ def test_a_sharded_checkpoint_gives_the_same_bits(family: str, tmp_path: Path) -
 
 @dataclass
 class Spy:
-    """A TensorSource that writes down what is read."""
+    """A TensorSource that records every read."""
 
     inner: TensorSource
     reads: list[tuple[str, Index]] = field(default_factory=list)
@@ -261,7 +212,7 @@ Seen = tuple[torch.Tensor, torch.Tensor]  # token numbers [R], rows [R, in]
 
 
 def observe_all(pair: Pair, row: Row) -> dict[tuple[int, str, int], Seen]:
-    """(block, site key, expert) -> what the walk's observer is told."""
+    """(block, site key, expert) -> the calls that the walk's observer gets."""
     seen: dict[tuple[int, str, int], Seen] = {}
     walk = walk_over(pair)
     hidden = Embedder(walk, [row]).batch([0])
@@ -297,7 +248,7 @@ def transformers_inputs(pair: Pair, row: Row) -> dict[tuple[int, str], Any]:
 
 
 def expert_rows(pair: Pair, caught: dict[tuple[int, str], Any], block: int) -> dict[int, Seen]:
-    """What transformers feeds each expert of a block, without the rows of zeros that Llama 4's code adds."""
+    """The inputs that transformers gives each expert of a block, without the rows of zeros that Llama 4's code adds."""
     if pair.adapter.family == "llama4":
         (routed,) = caught[block, "feed_forward.experts"]
         inputs = list(routed.unflatten(0, (pair.adapter.n_experts, -1)))

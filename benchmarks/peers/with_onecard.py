@@ -15,6 +15,7 @@ RECIPE = {
 
 
 def quantize(job: Job) -> None:
+    from onecard.pipeline import Options
     from onecard.pipeline import quantize as pipeline
     from onecard.recipe import Recipe
 
@@ -29,11 +30,13 @@ def quantize(job: Job) -> None:
         str(job.model),
         job.checkpoint,
         recipe,
-        device_name="cpu",
-        work=job.folder / "work",
+        Options(
+            "cpu",
+            work=job.folder / "work",
+            calibration=job.inputs / "calibration.jsonl",
+            evaluation=job.inputs / "choice.jsonl",
+        ),
         quiet=True,
-        calibration=job.inputs / "calibration.jsonl",
-        evaluation=job.inputs / "choice.jsonl",
     )
 
 

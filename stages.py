@@ -1,0 +1,238 @@
+"""The stages of a run: what each one does, and what it needs to know.
+
+`stages_of` gives them in order. After each one the work directory is committed, so a resumed run begins with the first
+stage that is not finished. A stage writes all its files before the commit and reads nothing but the run, the source,
+and files of finished stages; so it may be killed anywhere and begun again.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .blocks.limits import coverage_facts, coverage_warning
+from .blocks.quantize import BlockJob, quantize_block
+from .blocks.sensitivity import SensitivityFiles
+from .blocks.streams import QUANTIZED, REFERENCE
+from .calibration.texts import RunTexts
+from .checkpoint import files
+from .checkpoint.emit import ShardWriter, written_files
+from .checkpoint.formats.shard_formats import SHARD_FORMATS
+from .checkpoint.model import Model, open_written
+from .checkpoint.plan import Plan
+from .checkpoint.stored_widths import stored_facts
+from .checkpoint.workdir import Activations, WorkDir, read_json
+from .conversion.export import matrices
+from .conversion.exporters import FORMATS, Files
+from .conversion.move import move_to_out
+from .conversion.run_output import config_of_run, planned_run, weight_bytes
+from .core.device import Compute
+from .core.file_names import RECORD_NAME
+from .core.method import Method
+from .core.record.blocks import BlockFacts
+from .core.record.reading import validated
+from .core.record.schema import CheckpointFacts, ExportFacts, ModelFacts, PlanSummary, Record, TextFacts
+from .core.record.sizes import Allocation, FitSummary
+from .eval.gate import gate_of_run
+from .eval.tasks import Task
+from .eval.verify import WITHOUT_VISION, close_machine, measure, rows_of_experts
+from .models.adapter import Adapter
+from .models.walk import HiddenRows, Walk
+from .recipe import Recipe
+from .report.progress import Progress
+from .report.resources import package_versions
+
+RECORD = "record.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run was asked to do, checked and prepared."""
+
+    model: Model
+    plan: Plan
+    planned: Files  # the files of OUT that hold weights, in the recipe's format; `plan` lays out the work directory's
+    recipe: Recipe
+    texts: RunTexts
+    tasks: list[Task]
+    out: Path
+    compute: Compute
+    began: float
+    # All that the bytes of a run depend on. A resumed run must find every one of them again.
+    identity: dict[str, str]
+    card: dict[str, Any] = field(default_factory=dict)  # how the result fits the recipe's card (planner/sizing.py)
+    allocation: dict[str, Any] = field(default_factory=dict)  # prices and chosen widths of `bits: fit`
+
+    @property
+    def adapter(self) -> Adapter:
+        return self.model.adapter
+
+    @property
+    def method(self) -> Method:
+        return self.recipe.quantizer
+
+    @property
+    def files(self) -> list[str]:
+        """All files that OUT will hold."""
+        return written_files([name for name, _ in self.planned], self.model.path)
+
+    def new_record(self) -> Record:
+        return Record(
+            command="quantize",
+            onecard=__version__,
+            model=ModelFacts(**self.model.facts()),
+            recipe=self.recipe.model_dump(mode="json") | {"digest": self.recipe.digest},
+            texts={which: TextFacts(**facts) for which, facts in self.texts.facts.items()},
+            plan=PlanSummary(**self.plan.facts() | {"emitted_bytes": weight_bytes(self.planned)}),
+            fit=FitSummary.model_validate(self.card) if self.card else None,
+            allocation=Allocation.model_validate(self.allocation) if self.allocation else None,
+            versions=package_versions(),
+            identity=self.identity,
+            files=self.files,
+            warnings=self.adapter.faults(self.model.config) + self.model.warnings + self.texts.warnings,
+        )
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """All that a stage needs to know."""
+
+    run: Run
+    walk: Walk
+    workdir: WorkDir
+    progress: Progress
+
+    @cached_property
+    def store(self) -> Activations:
+        """The calibration rows between the blocks, of both streams."""
+        return Activations(self.workdir.path / "acts")
+
+    @cached_property
+    def hidden(self) -> HiddenRows:
+        """The calibration rows in batches."""
+        return self.walk.hidden_rows(self.run.texts.calibration, self.store)
+
+    @property
+    def shards(self) -> Path:
+        return self.workdir.folder("shards")
+
+    @property
+    def sensitivity(self) -> SensitivityFiles:
+        return SensitivityFiles(self.workdir.path / "sensitivity", self.run.method)
+
+    def facts_file(self, block: int) -> Path:
+        """What the record says of a finished block."""
+        return self.workdir.folder("blocks") / f"{block:04d}.json"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`shard_part`: the shards of the plan that the stage writes: a block's number, or the number of blocks for what
+    lies outside them."""
+
+    name: str
+    do: Callable[[StageJob], None]
+    shard_part: int | None = None
+
+
+def stages_of(blocks: int) -> list[Stage]:
+    """The stages of a run over so many blocks, in order."""
+    return [
+        Stage("embed", embed_rows),
+        *(Stage(f"block {block + 1}", partial(quantize_one, block), block) for block in range(blocks)),
+        Stage("copy the rest", copy_rest, blocks),
+        Stage("move to OUT", move),
+        Stage("verify", verify),
+    ]
+
+
+def finished_shards(plan: Plan, finished: list[Stage]) -> dict[str, int]:
+    """Name -> bytes of the shards that these stages have written."""
+    parts = {stage.shard_part for stage in finished}
+    return {shard.file: shard.file_bytes for shard in plan.shards if shard.part in parts}
+
+
+def finished_blocks(job: StageJob, finished: list[Stage]) -> list[BlockFacts]:
+    """What the record says of the blocks that these stages have quantized. Raises InputError for a damaged file."""
+    parts = {stage.shard_part for stage in finished}
+    paths = [job.facts_file(block) for block in range(job.run.adapter.n_blocks) if block in parts]
+    return [validated(BlockFacts, read_json(path), str(path)) for path in paths]
+
+
+def embed_rows(job: StageJob) -> None:
+    """Token rows become the hidden rows that enter block 0, for both streams; and sensitivities are measured."""
+    if job.run.method.needs_statistics:
+        job.progress.begin("embed")
+        job.hidden.embed(REFERENCE, QUANTIZED)
+    if job.run.method.walks_back:
+        job.sensitivity.measure(job.walk, job.run.texts.calibration)
+    job.store.settle(0)
+
+
+def quantize_one(block: int, job: StageJob) -> None:
+    """One block: statistics, codes, packed shards, and the hidden rows that enter the next block."""
+    facts = quantize_block(
+        BlockJob(
+            hidden=job.hidden,
+            index=block,
+            plan=job.run.plan,
+            recipe=job.run.recipe,
+            shard_folder=job.shards,
+            sensitivity=job.sensitivity.read(block, job.hidden),
+        )
+    )
+    files.write_json(job.facts_file(block), facts)
+    job.store.settle(block + 1)
+
+
+def copy_rest(job: StageJob) -> None:
+    """What lies outside the blocks is copied from the source."""
+    job.progress.begin("copy the rest")
+    outside = [shard for shard in job.run.plan.shards if shard.part == job.run.adapter.n_blocks]
+    writer = ShardWriter(outside, job.shards)
+    for name in writer.names():
+        writer.put(name, job.run.model.source.get(name))
+
+
+def move(job: StageJob) -> None:
+    """Shards, index and side files move to OUT, or are written there in the recipe's format."""
+    run = job.run
+    job.progress.begin("move to OUT")
+    move_to_out(run.model, run.plan, run.recipe.format, job.workdir, run.out, run.files, job.progress)
+
+
+def verify(job: StageJob) -> None:
+    """The twin walk over source and emitted files. The record is complete after it."""
+    run = job.run
+    record = run.new_record()
+    record.blocks = finished_blocks(job, stages_of(run.adapter.n_blocks)[: job.workdir.done])
+    record.fallbacks = coverage_facts(record.blocks, run.recipe.texts.warn_below_expert_rows)
+    record.warnings += coverage_warning(record.fallbacks, run.recipe.texts.warn_below_expert_rows)
+    emitted = open_written(run.model, run.out, config_of_run(run.model, run.plan, run.recipe.format))
+    emitted_bytes = emitted.folder.file_bytes
+    assert emitted_bytes == weight_bytes(run.planned), (emitted_bytes, run.planned)
+    if run.recipe.format not in SHARD_FORMATS:
+        assert record.plan is not None
+        record.plan = PlanSummary(**record.plan.to_json() | stored_facts(emitted))
+        record.export = ExportFacts(format=run.recipe.format, onecard=__version__, matrices=matrices(emitted))
+        record.warnings += FORMATS[run.recipe.format].warnings(planned_run(run.model, run.plan))
+    rows = run.texts.evaluation
+    if run.adapter.has_vision and not emitted.adapter.has_vision:
+        rows = [row for row in rows if row.pixels is None]
+        record.warnings.append(WITHOUT_VISION.format(name=run.recipe.format))
+    measured = measure(
+        job.walk,
+        run.model,
+        emitted,
+        rows=rows,
+        tasks=run.tasks,
+        folder=job.workdir.folder("verify"),
+        calibration_rows=rows_of_experts(record.blocks),
+    )
+    measured.put_into(record)
+    record.checkpoint = CheckpointFacts(bytes=emitted_bytes)
+    record.gate = gate_of_run(record, RECORD_NAME, run.recipe)
+    close_machine(record, job.progress, run.compute.device, run.began)
+    files.write_json(job.workdir.path / RECORD, record.to_json())
