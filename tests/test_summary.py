@@ -16,7 +16,7 @@ from onecard.eval.kl import TokenResults
 from onecard.eval.summary import (
     CONFIDENCE,
     DELTA_P,
-    Group,
+    TokenGroup,
     by_confidence,
     by_label,
     by_position,
@@ -216,7 +216,7 @@ def slow_groups(results: TokenResults, label: Callable[[int], str]) -> dict[str,
     return found
 
 
-def check_groups(results: TokenResults, groups: list[Group], expected: dict[str, list[int]]) -> None:
+def check_groups(results: TokenResults, groups: list[TokenGroup], expected: dict[str, list[int]]) -> None:
     """Every token is in one group, no group is empty, and each group's figures are computed by hand."""
     got = [entry.to_json() for entry in summarize_groups(results, groups)]
     assert {entry["label"] for entry in got} == set(expected)
@@ -280,8 +280,8 @@ def test_groups_by_label(results: TokenResults) -> None:
 
 
 def test_a_group_without_tokens_is_left_out(results: TokenResults) -> None:
-    nobody = Group("nobody", torch.zeros(len(results), dtype=torch.bool))
-    everyone = Group("everyone", torch.ones(len(results), dtype=torch.bool))
+    nobody = TokenGroup("nobody", torch.zeros(len(results), dtype=torch.bool))
+    everyone = TokenGroup("everyone", torch.ones(len(results), dtype=torch.bool))
     entry = summarize_groups(results, [nobody, everyone])[0].to_json()
     assert len(summarize_groups(results, [nobody, everyone])) == 1
     whole = summarize(results)
