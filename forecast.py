@@ -13,17 +13,18 @@ from .checkpoint.model import Model, open_headers, unquantized
 from .checkpoint.plan import Plan
 from .conversion.exporters import Files
 from .conversion.run_output import planned_files, weight_bytes
-from .core.device import choose_device, choose_dtype, site_budget
+from .core.device import choose_device, choose_dtype
 from .core.errors import InputError, ResourceError
 from .core.rates import Rates, keep_rates, kept_rates, measure_flops, uniform
 from .core.recipe_groups import Serving
 from .eval.machine_rates import measure_rates, rates_key
 from .models.adapter import Adapter
 from .planner.cards import find_card
-from .planner.cost import Cost, estimate, work_of
+from .planner.cost import Cost, estimate
 from .planner.fit import Needs, Request
 from .planner.pricing_cost import PricingCost, pricing_cost
 from .planner.sizing import Sizing, size_up
+from .planner.work import Workload
 from .recipe import Recipe
 
 
@@ -39,7 +40,8 @@ class PlanResult:
     warnings: list[str]
     rates: Rates
     rates_from: str
-    pricing: PricingCost | None = None  # of a recipe with bits: fit, whose plan is about the least that it can be
+    # Only of a recipe with `bits: fit`; its plan is then about the smallest possible.
+    pricing: PricingCost | None = None
 
     @property
     def emitted_bytes(self) -> int:
@@ -128,7 +130,7 @@ class Forecast:
 def plan_on_card(
     model_name: str, recipe: Recipe | None, wish: CardWish, device_name: str = "auto", measure: bool = False
 ) -> Forecast:
-    """Does the model fit the card that is wished for, or that of the recipe; reads headers only. Raises InputError."""
+    """Whether the model fits the card of `wish`, or else the recipe's; reads headers only. Raises InputError."""
     gpu = wish.gpu or (recipe.card.gpu if recipe is not None else None)
     many, card = find_card(gpu) if gpu else (1, None)
     parallel = wish.tensor_parallel
@@ -143,8 +145,11 @@ def plan_on_card(
 
 
 def plan(model_name: str, recipe: Recipe, device_name: str = "auto", measure: bool = False) -> PlanResult:
-    """What quantizing would emit and take; reads headers only. `measure`: measure this machine's rates first, and keep
-    them; otherwise kept ones are taken where there are some for this very work."""
+    """What quantizing would emit and take; reads headers only.
+
+    With `measure`, this machine's rates are measured first and kept. Without, kept rates for this very work are used if
+    there are any.
+    """
     device = choose_device(device_name)
     dtype = choose_dtype(recipe.compute_dtype, device)
     model = unquantized(open_headers(model_name))
@@ -152,7 +157,7 @@ def plan(model_name: str, recipe: Recipe, device_name: str = "auto", measure: bo
     rates, rates_from, notes = rates_for(model.adapter, laid_out, recipe, device, dtype, measure)
     tokens = calibration_rows(recipe, model.adapter) * recipe.texts.calibration_row_tokens
     evaluated = recipe.texts.evaluation_rows * recipe.texts.evaluation_row_tokens
-    cost = cost_of(model.adapter, laid_out, recipe, rates, device, dtype, tokens, evaluated)
+    cost = estimate(Workload(model.adapter, laid_out, recipe, dtype, tokens, evaluated), rates, device)
     warnings = model.adapter.faults(model.config) + model.warnings + notes
     planned = planned_files(model, laid_out, recipe.format)
     pricing = None
@@ -164,35 +169,10 @@ def plan(model_name: str, recipe: Recipe, device_name: str = "auto", measure: bo
     return PlanResult(model, recipe, laid_out, planned, cost, warnings, rates, rates_from, pricing)
 
 
-def cost_of(
-    adapter: Adapter,
-    plan: Plan,
-    recipe: Recipe,
-    rates: Rates,
-    device: torch.device,
-    dtype: torch.dtype,
-    calibration_tokens: int,
-    evaluation_tokens: int,
-) -> Cost:
-    """The estimate for so many tokens; round-to-nearest takes none for calibration."""
-    calibrated = calibration_tokens if recipe.quantizer.needs_statistics else 0
-    return estimate(
-        adapter,
-        plan,
-        work_of(recipe),
-        calibrated,
-        evaluation_tokens,
-        dtype.itemsize,
-        rates,
-        device,
-        site_budget(device),
-    )
-
-
 def rates_for(
     adapter: Adapter, plan: Plan, recipe: Recipe, device: torch.device, dtype: torch.dtype, measure: bool
 ) -> tuple[Rates, str, list[str]]:
-    """(rates, where they come from, notes for the user)."""
+    """(rates, where they come from, notes for the user). Raises ResourceError if the disk cannot be measured."""
     key = rates_key(adapter, recipe, device, dtype)
     if measure:
         try:

@@ -16,6 +16,7 @@ from rich.console import Console
 from . import __version__
 from .bits.fitting import fit_to, load_prices, on_its_card, price_model, refuse_unmeetable
 from .bits.pricing import Prices, priced_rows
+from .bits.schedule import pricing_schedule
 from .blocks.limits import refuse_passed
 from .calibration.coverage import balanced
 from .calibration.texts import RunTexts, prepare_texts
@@ -29,18 +30,21 @@ from .checkpoint.paths import check_paths, check_space, occupied
 from .checkpoint.source_checks import refuse_nonfinite
 from .checkpoint.workdir import WorkDir, has_run, read_json, refuse_resumed
 from .conversion.run_output import config_of_run, planned_files, weight_bytes
-from .core.device import Compute, choose_compute, site_budget
+from .core.device import Compute, choose_compute
 from .core.errors import InputError
 from .core.file_names import RECORD_NAME
 from .core.layout import json_bytes
-from .core.rates import uniform
+from .core.rates import Rates, first_guess
 from .core.record.reading import check_record, read_record
 from .core.record.schema import Record
 from .core.rows import Row
+from .core.schedule import Schedule
 from .eval.gate import refuse_too_large
 from .eval.verify import tasks_of
 from .models.walk import Walk
-from .planner.cost import estimate, work_of
+from .planner.cost import disk_bytes
+from .planner.schedule import run_schedule
+from .planner.work import Workload
 from .recipe import Recipe
 from .report.progress import Progress
 from .report.resources import package_versions
@@ -91,8 +95,11 @@ def quantize(
             _refuse_other_out(workdir, out)
             with Progress(f"onecard quantize {model_name}", run.adapter.n_blocks, console, quiet) as progress:
                 walk = Walk.over(run.adapter, run.model.source, run.compute, progress)
+                rates = first_guess(run.compute.device, run.compute.dtype)
+                progress.expect(_schedule(run, rates))
                 if recipe.widths.bits == "fit":
                     run = _fitted(run, walk, workdir, given)
+                    progress.expect(_schedule(run, rates))
                 finished = _carried_out(run, walk, workdir, progress)
         workdir.remove()
     return finished
@@ -170,23 +177,32 @@ def _finished(run: Run) -> Record | None:
 def _refuse_full_disk(run: Run, work: Path) -> None:
     """Raises ResourceError when the disk of `work` cannot hold what the run will put there."""
     rows, hidden_size = run.texts, run.adapter.hidden_size
-    wanted = sum(length * count for length, count in rows.wanted.items())
-    cost = estimate(
-        run.adapter,
-        run.plan,
-        work_of(run.recipe),
-        wanted,
-        _tokens(rows.evaluation),
-        run.compute.dtype.itemsize,
-        uniform(1.0),
-        run.compute.device,
-        site_budget(run.compute.device),
-    )
     # While the pool's rows are counted, the disk holds their hidden rows before and after a block, and nothing else.
     pool_bytes = 2 * _tokens(rows.calibration) * hidden_size * run.compute.dtype.itemsize if rows.is_pool else 0
     # The work directory's own formats are moved to OUT, others are written there a second time.
     written_again = 0 if run.recipe.format in SHARD_FORMATS else weight_bytes(run.planned)
-    check_space(work, max(cost.disk_bytes, pool_bytes) + written_again)
+    check_space(work, max(disk_bytes(_workload(run)), pool_bytes) + written_again)
+
+
+def _workload(run: Run) -> Workload:
+    """What the run will do with the tokens of its texts."""
+    wanted = sum(length * count for length, count in run.texts.wanted.items())
+    evaluated = _tokens(run.texts.evaluation)
+    return Workload(run.adapter, run.plan, run.recipe, run.compute.dtype, wanted, evaluated)
+
+
+def _schedule(run: Run, rates: Rates) -> Schedule:
+    """The stages that the run is expected to go through; while its widths are to be fitted, pricing before them."""
+    schedule = run_schedule(
+        _workload(run),
+        rates,
+        pool_tokens=_tokens(run.texts.calibration) if run.texts.is_pool else 0,
+        written_again=0 if run.recipe.format in SHARD_FORMATS else weight_bytes(run.planned),
+        with_tasks=bool(run.tasks),
+    )
+    if run.recipe.widths.bits != "fit":
+        return schedule
+    return pricing_schedule(run.adapter, run.recipe, run.texts.calibration, run.compute, rates) + schedule
 
 
 def _tokens(rows: list[Row]) -> int:

@@ -19,6 +19,7 @@ from onecard.checkpoint.formats.compressed_tensors_config import NAME
 from onecard.conversion.export import export
 from onecard.conversion.exporters import FORMATS
 from onecard.core.errors import InputError
+from onecard.core.rows import Unwatched
 from onecard.eval.verify import verify
 from onecard.models.known import demo_folder
 from onecard.pipeline import Options, quantize
@@ -26,14 +27,6 @@ from onecard.recipe import load_recipe
 
 # Rounding weights to bf16 or fp16 moves the mean by less; one wrong group of codes moves it by far more.
 ALLOWED = 0.02
-
-
-class Silence:
-    """A Step that shows nothing."""
-
-    def begin(self, stage: str, block: int | None = None) -> None: ...
-
-    def advance(self, tokens: int) -> None: ...
 
 
 def texts_alone(out: Path) -> Path:
@@ -78,7 +71,7 @@ def main() -> None:
         for name in FORMATS:
             out = home / name
             try:
-                done = export(str(source), name, out, Silence(), overwrite=out.exists())
+                done = export(str(source), name, out, Unwatched(), overwrite=out.exists())
             except InputError as error:
                 print(f"| {name} | cannot hold it: {str(error).splitlines()[1].strip(' -')[:90]}... | | |")
                 continue

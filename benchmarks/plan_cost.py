@@ -22,7 +22,9 @@ from transformers.utils import logging
 
 from onecard.core.device import choose_dtype
 from onecard.eval.machine_rates import measure_rates
-from onecard.forecast import cost_of, plan
+from onecard.forecast import plan
+from onecard.planner.cost import estimate
+from onecard.planner.work import Workload
 from onecard.recipe import load_recipe
 
 RECIPES = sys.argv[1:] or ["rtn-int4", "demo"]
@@ -86,7 +88,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             truth = run(name, Path(folder))
         cpu = truth["cpu"] - float(start.stdout)
-        cost = cost_of(adapter, planned.plan, recipe, rates, device, dtype, truth["calibration"], truth["evaluation"])
+        tokens = truth["calibration"], truth["evaluation"]
+        cost = estimate(Workload(adapter, planned.plan, recipe, dtype, *tokens), rates, device)
         said = cost.seconds - cost.seconds_by["disk"]
         print(
             f"{name}: {truth['calibration']:,} and {truth['evaluation']:,} tokens\n"

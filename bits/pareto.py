@@ -13,6 +13,7 @@ from ..calibration.texts import prepare_texts
 from ..checkpoint.assign import plan_for
 from ..checkpoint.model import Model, open_source, said_name
 from ..core.device import choose_compute
+from ..core.rates import first_guess
 from ..core.recipe_groups import KEEP
 from ..core.scheme import Scheme
 from ..models.adapter import Role
@@ -33,6 +34,7 @@ from .fitting import (
 )
 from .prices import Priced
 from .pricing import Prices, priced_rows
+from .schedule import pricing_schedule
 
 # Budgets of the curve, from the least to all kept, in steps that grow: KL falls fastest at the low end.
 CURVE_POINTS = 33
@@ -124,6 +126,8 @@ def pareto(
             Progress(f"onecard pareto {model_name}", model.adapter.n_blocks, console, quiet) as progress,
         ):
             walk = Walk.over(model.adapter, model.source, compute, progress)
+            rates = first_guess(compute.device, compute.dtype)
+            progress.expect(pricing_schedule(model.adapter, recipe, rows, compute, rates))
             prices = price_model(walk, model, recipe, rows, Path(folder))
         if prices_file is not None:
             save_prices(prices_file, prices, model, recipe, rows, compute)

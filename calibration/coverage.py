@@ -28,7 +28,7 @@ from ..models.walk import Walk
 from ..recipe import Recipe
 from ..report.progress import Progress
 from .balance import RowChoice, choose, draw
-from .routes import Routes, blocks_with_experts, count_routes
+from .routes import Routes, blocks_with_experts, count_routes, counting_schedule
 from .text_facts import row_facts
 from .texts import RunTexts, prepare_texts
 
@@ -147,6 +147,7 @@ def coverage(
     ):
         for warning in texts.warnings:
             progress.warn(warning)
+        progress.expect(counting_schedule(model.adapter, texts.calibration))
         progress.begin("check weights")
         refuse_nonfinite(model.folder, model.name)
         work = Path(folder)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..core.rows import Row
+from ..core.schedule import Expected, Schedule
 from ..models.adapter import Adapter
 from ..models.walk import HiddenRows
 
@@ -30,6 +32,19 @@ class Routes:
 
 def blocks_with_experts(adapter: Adapter) -> list[int]:
     return [block for block in range(adapter.n_blocks) if adapter.is_moe(block)]
+
+
+def counting_schedule(adapter: Adapter, rows: list[Row]) -> Schedule:
+    """What `count_routes` will do, in blocks: its ETA begins when some rows have gone through the first."""
+    tokens = sum(len(row.tokens) for row in rows)
+    last = max(blocks_with_experts(adapter), default=-1)
+    return Schedule(
+        tuple(
+            Expected(f"count block {index + 1}", "count", 1.0, ("coverage: count",), index, tokens)
+            for index in range(last + 1)
+        ),
+        in_seconds=False,
+    )
 
 
 def count_routes(hidden: HiddenRows) -> Routes:

@@ -38,6 +38,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core.head_slices import TOKENS_PER_SLICE
 from ..core.rows import spacing
 from ..models.adapter import Role, Site
 from ..models.block import Block
@@ -49,8 +50,6 @@ RESIDUAL = "residual"
 # Margins count by exp(-m^2 / 2 s^2); this share of a block's tokens has a margin below s. It is about twice the share
 # that changes its route in four bits.
 NEAR_SHARE = 0.15
-# Logits of 1024 tokens at a time: 0.8 GB for a vocabulary of 202,048.
-TOKENS_PER_SLICE = 1024
 
 # Near ties: margins [tokens], the two experts [tokens, 2], the slopes of their ranks [tokens, 2].
 Ties = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -175,6 +174,7 @@ class _Found:
 def _from_head(hidden: HiddenRows, seed: int) -> None:
     """Replaces the output of the last block by the gradient of sum log p(y) there, y drawn from p."""
     walk = hidden.walk
+    walk.step.begin("sensitivity")
     norm, head_VH = walk.final_norm(), walk.head()
     generator = torch.Generator(device=walk.device).manual_seed(seed)
     last = walk.adapter.n_blocks
@@ -193,6 +193,7 @@ def _from_head(hidden: HiddenRows, seed: int) -> None:
         normed.backward(gradient.view_as(normed))
         assert rows.grad is not None
         hidden.store.put(last, STREAM, k, rows.grad)
+        walk.step.advance(len(flat))
 
 
 def _back(

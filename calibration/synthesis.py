@@ -29,6 +29,7 @@ from ..core.device import Compute, choose_compute
 from ..core.errors import InputError
 from ..core.rates import DISK_BYTES_PER_SECOND, measure_flops
 from ..core.rows import Row
+from ..core.schedule import Expected, Schedule
 from ..core.units import clock, size
 from ..models.adapter import Adapter, Role
 from ..models.walk import Walk
@@ -173,6 +174,17 @@ class Writer:
                 progress.advance(len(written))
                 journal.keep(self.conversations)
 
+    def schedule(self) -> Schedule:
+        """What is left to write, at most: answers may end early."""
+        turns = [len(c.asked) - c.turn for c in self.conversations]
+        most = self.settings.max_new_tokens
+        if self.walks:
+            begins = max(turns) * most * self.model.adapter.n_blocks
+            stage = Expected("write", "write", 1.0, ("write: walk",), begins=begins)
+        else:
+            stage = Expected("write", "write", 1.0, ("write",), tokens=sum(turns) * most)
+        return Schedule((stage,), in_seconds=False, at_most=True)
+
     def cost(self) -> str:
         """What it will take, in words. An upper bound: answers may end early."""
         turns = max(len(c.asked) for c in self.conversations)
@@ -228,6 +240,7 @@ def synthesize(
     with Progress(f"onecard calibration synthesize {model_name}", model.adapter.n_blocks, console) as progress:
         if console is not None:
             console.print(Text(writer.cost()), soft_wrap=True)
+        progress.expect(writer.schedule())
         progress.begin("check weights")
         refuse_nonfinite(model.folder, model.name)
         writer.write(journal, progress)

@@ -29,9 +29,13 @@ from ..core.layout import json_bytes
 from ..core.record.reading import read_record
 from ..core.record.schema import CheckpointFacts, ExportFacts, ModelFacts, PlanSummary, Record
 from ..core.rows import Step
+from ..core.schedule import Expected, Schedule
 from ..report.resources import package_versions, peak_rss_bytes
 from .exporters import FORMATS, Files, exporter_of, refuse_unheld
 from .run_output import weight_bytes
+
+# Taking the digest of a byte takes about this share of the time of converting and writing it.
+DIGEST_SHARE = 0.2
 
 
 @dataclass(frozen=True)
@@ -84,12 +88,20 @@ def export(
     return Exported(checkpoint, format_name, str(out), planned, dry_run, warnings, time.monotonic() - began)
 
 
+def _schedule(planned: Files) -> Schedule:
+    """Files to write and to take the digests of, by their bytes."""
+    stages = [Expected(f"write {name}", "write", float(count), (f"write {name}",)) for name, count in planned]
+    digests = DIGEST_SHARE * weight_bytes(planned)
+    return Schedule((*stages, Expected("checksums", "checksums", digests, ("checksums",))), in_seconds=False)
+
+
 def _write(model: Model, format_name: str, out: Path, names: list[str], planned: Files, step: Step) -> None:
     exporter = FORMATS[format_name]
     parent = _record_of(model)
     clear_checkpoint(out)
     files.make_folder(out)
     files.write_json(out / RECORD_NAME, {"files": names})
+    step.expect(_schedule(planned))
     try:
         exporter.write(model, out, step)
         carry_side_files(model.path, out)

@@ -1,9 +1,9 @@
 """How fast a machine is at each kind of work that a run consists of; measured once, kept, and looked up again.
 
-`onecard plan --measure` keeps what it measured in `$XDG_CACHE_HOME/onecard/rates.json` (`~/.cache` where that is not
-set), by machine, device, threads, versions, and what was measured: another width of model or method has other rates.
-The file is data: it is read as JSON numbers, a damaged one is left out with a note, and nothing that a run writes
-depends on it. This file measures nothing but a matrix product; measuring.py does.
+`onecard plan --measure` keeps rates in `$XDG_CACHE_HOME/onecard/rates.json` (`~/.cache` without that variable). The key
+names machine, device, threads, versions, and what was measured: another width of model or another method has other
+rates. The file holds JSON numbers. A damaged one is ignored with a note, and nothing that a run writes depends on it.
+This module measures a matrix product and nothing else; eval/machine_rates.py measures the rest.
 """
 
 import json
@@ -20,40 +20,42 @@ import torch
 # Sequential rate of a plain NVMe disk; a network disk is slower, a warm page cache faster.
 DISK_BYTES_PER_SECOND = 1e9
 SCHEMA = 1
-# Of so many machines and models rates are kept, the newest: a file of some ten kilobytes.
+# The newest entries are kept, one for each machine and model: a file of some ten kilobytes.
 MOST_KEPT = 64
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Operations a second by kind of work, by the same count as `estimate` adds them up, and bytes a second.
+    """Operations a second by kind of work, counted as planner/work.py counts them, and bytes a second."""
 
-    forward: rows through a block; product: second moments, which are plain matrix products; solve: quantizing a
-    matrix; head: logits of both models and their KL.
-    """
-
+    # Rows through a block.
     forward_flops: float
+    # Second moments, which are plain matrix products.
     product_flops: float
+    # Quantizing a matrix.
     solve_flops: float
+    # Logits of both models and their KL.
     head_flops: float
     read_bytes: float
     write_bytes: float
 
 
 def uniform(flops_per_second: float) -> Rates:
-    """All work at one rate, and a plain disk."""
+    """One rate for all computing, and a plain disk."""
     flops = (flops_per_second,) * 4
     return Rates(*flops, DISK_BYTES_PER_SECOND, DISK_BYTES_PER_SECOND)
 
 
-def measure_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Multiply-adds count two: a square matmul repeated for about half a second."""
+def measure_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.4) -> float:
+    """Operations a second of a square matrix product, repeated for `seconds`; a multiply-add counts two. The global
+    random generator is not touched."""
     n = 4096 if device.type == "cuda" else 768
-    a = torch.randn(n, n, device=device, dtype=torch.float32).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(n, n, generator=generator).to(device, dtype)
     a @ a
     count = 0
     begin = time.perf_counter()
-    while time.perf_counter() - begin < 0.4:
+    while time.perf_counter() - begin < seconds:
         a @ a
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -61,14 +63,20 @@ def measure_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 * count / (time.perf_counter() - begin)
 
 
+def first_guess(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Rates for the first ETA of a run, in a tenth of a second. Kept ones are not looked up, so that nothing that a run
+    does can depend on them."""
+    return uniform(measure_flops(device, dtype, 0.05))
+
+
 def rates_file() -> Path:
     home = os.environ.get("XDG_CACHE_HOME") or ""
-    # An XDG path that is not absolute must be left aside (XDG Base Directory Specification).
+    # A relative path in this variable must be ignored (XDG Base Directory Specification).
     return (Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "onecard" / "rates.json"
 
 
 def kept_rates(key: str) -> tuple[Rates | None, str | None]:
-    """What was kept under `key`, and a note where the file cannot be read."""
+    """The rates under `key`, if there are any; and a note for the user if the file cannot be read."""
     path = rates_file()
     if not path.is_file():
         return None, None
@@ -87,7 +95,8 @@ def kept_rates(key: str) -> tuple[Rates | None, str | None]:
 
 
 def keep_rates(key: str, rates: Rates) -> str | None:
-    """Keep them; a note where that cannot be done. Written beside and renamed, so that no reader sees half a file."""
+    """Write the rates under `key`; returns a note for the user if that fails. The file is written beside the old one
+    and renamed, so no reader sees half a file."""
     path = rates_file()
     kept: dict[str, Any] = {}
     with suppress(OSError, ValueError, RecursionError):
@@ -105,7 +114,7 @@ def keep_rates(key: str, rates: Rates) -> str | None:
 
 
 def _entries(path: Path) -> dict[str, Any]:
-    """Raises ValueError for what is no such file."""
+    """All entries of the file. Raises ValueError if it is damaged."""
     value = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(value, dict) or value.get("schema") != SCHEMA or not isinstance(value.get("rates"), dict):
         raise ValueError("no rates")

@@ -6,6 +6,8 @@ from typing import Protocol
 
 import torch
 
+from .schedule import Schedule
+
 
 @dataclass(frozen=True)
 class Part:
@@ -58,6 +60,8 @@ class RowStore(Protocol):
 class Step(Protocol):
     """Is told what a long walk is doing: its present task, and the tokens that went through a block."""
 
+    def expect(self, schedule: Schedule) -> None: ...
+
     def begin(self, task: str, block: int | None = None) -> None: ...
 
     def advance(self, tokens: int) -> None: ...
@@ -65,6 +69,8 @@ class Step(Protocol):
 
 class Unwatched:
     """A Step that tells nobody."""
+
+    def expect(self, schedule: Schedule) -> None: ...
 
     def begin(self, task: str, block: int | None = None) -> None: ...
 

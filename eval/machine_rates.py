@@ -1,10 +1,15 @@
 """Rates of this machine at the work of one model and recipe: what `onecard plan --measure` measures and keeps.
 
-Each is the work itself, on random values of the model's true shapes, for a few seconds: rows through a block with its
-attention and its routing (where the block is larger than a quarter of the free memory, the products of its largest
-expert alone), matrix products for second moments, one site's matrices through the recipe's method (fewer rows of them
-where they are large), logits and their KL, and a file written to and read from the current folder. A busy machine
-measures slow, and is said to be as slow as that. Nothing here touches a model's weights.
+Each rate is measured on the work itself for a few seconds, with random values in the model's true shapes:
+
+    forward   rows through a block with attention and routing; if the block is larger than a quarter of the free
+              memory, only the products of its largest expert
+    product   matrix products for second moments
+    solve     matrices of one site through the recipe's method; of large ones a part
+    head      logits and their KL
+    disk      a file that is written to the current folder and read back
+
+A busy machine measures slow. No weight of a model is read.
 """
 
 import json
@@ -21,23 +26,23 @@ from torch import nn
 
 from ..checkpoint.plan import Plan
 from ..core.device import Compute, site_budget
+from ..core.head_slices import COLUMNS_PER_SLICE, TOKENS_PER_SLICE
 from ..core.method import Method
 from ..core.rates import Rates
 from ..core.scheme import Scheme
 from ..models.adapter import Adapter, Role, Site
 from ..models.block import Block
 from ..models.calls import Calls
-from ..planner.cost import HEAD_COLUMNS, HEAD_TOKENS
 from ..quantize.site import batch_slices, matrix_flops, quantize_batch
 from ..recipe import Recipe
 from ..report.resources import package_versions
 from .kl import compare
 
-# What each kind of work is repeated for; less jitters, more makes the user wait.
+# Seconds for each kind of work; less jitters, more makes the user wait.
 SECONDS = 4.0
-# So many operations of quantizing are enough to time: seconds on one core, and on a GPU less than one.
+# Operations of quantizing that are enough to time: seconds on one core, less than one on a GPU.
 SOLVE_FLOPS = {"cpu": 1.5e11, "cuda": 2e13}
-# A file longer than a disk's own cache, short enough for a slow disk.
+# Longer than a disk's own cache, short enough for a slow disk.
 FILE_BYTES = 2**28
 
 
@@ -47,7 +52,7 @@ Timed = Callable[..., float]
 
 
 def rates_key(adapter: Adapter, recipe: Recipe, device: torch.device, dtype: torch.dtype) -> str:
-    """All that rates depend on, as one line: machine, device, threads, versions, shapes and method."""
+    """Everything that rates depend on, as one line: machine, device, threads, versions, shapes and method."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     sites = adapter.sites(adapter.n_blocks - 1)
     told = {
@@ -71,8 +76,8 @@ def measure_rates(
     dtype: torch.dtype,
     clock: Clock = time.perf_counter,
 ) -> Rates:
-    """Takes about half a minute. Writes 256 MB into the current folder, and removes them. `clock`: a process's own
-    time on a CPU tells rates of a machine that does other work beside."""
+    """Takes about half a minute. Writes 256 MB into the current folder and removes them. With time.process_time as
+    `clock`, a CPU's other work does not slow the rates. Raises OSError if the folder cannot be written."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -81,7 +86,7 @@ def measure_rates(
     method = recipe.quantizer
 
     def timed(work: Callable[[], object], seconds: float = SECONDS) -> float:
-        """Seconds that `work` takes."""
+        """Seconds that `work` takes: the mean of as many as fit into `seconds`, one at least."""
         begin, count = clock(), 0
         while clock() - begin < seconds or not count:
             work()
@@ -105,7 +110,7 @@ def measure_rates(
 def _forward(
     adapter: Adapter, recipe: Recipe, device: torch.device, dtype: torch.dtype, random: Random, timed: Timed
 ) -> float:
-    """Rows of the evaluation's length through the last block, as a walk takes them."""
+    """Evaluation rows through the last block, a walk's batch at a time."""
     index = adapter.n_blocks - 1
     sites = adapter.sites(index)
     shares = [(site, adapter.top_k if site.role is Role.EXPERT else 1) for site in sites]
@@ -129,7 +134,7 @@ def _forward(
         owner, _, leaf = name.rpartition(".")
         value = torch.ones(parameter.shape, device=device) if parameter.dim() < 2 else random(*parameter.shape)
         value = value / (parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 1.0)
-        # Experts are held as they are stored, and widened when they are used.
+        # Experts stay in their stored dtype and are widened on use.
         kept = torch.bfloat16 if id(parameter) in experts else dtype
         setattr(block.layer.get_submodule(owner), leaf, nn.Parameter(value.to(kept), requires_grad=False))
     hidden_NTH = random(rows, length, adapter.hidden_size).to(dtype)
@@ -145,7 +150,7 @@ def _products(adapter: Adapter, recipe: Recipe, device: torch.device, random: Ra
 
 
 def _solve(adapter: Adapter, plan: Plan, method: Method, device: torch.device, random: Random, timed: Timed) -> float:
-    """The site that takes longest, as one cut of its matrices; of large ones fewer outputs, then fewer inputs."""
+    """One cut of the matrices of the site that takes longest. Large matrices lose outputs first, then inputs."""
 
     def metric(site: Site) -> bool:
         return method.output_metric and (bool(site.feeds) or site.reaches_residual)
@@ -176,11 +181,11 @@ def _solve(adapter: Adapter, plan: Plan, method: Method, device: torch.device, r
 
 
 def _head(adapter: Adapter, device: torch.device, dtype: torch.dtype, random: Random, timed: Timed) -> float:
-    """Logits of one slice of tokens by two heads of at most so many columns, and what is told of them."""
-    columns = min(adapter.vocab_size, HEAD_COLUMNS)
-    h_TH = random(HEAD_TOKENS, adapter.hidden_size)
+    """One slice of the logits of two heads, and its comparison."""
+    columns = min(adapter.vocab_size, COLUMNS_PER_SLICE)
+    h_TH = random(TOKENS_PER_SLICE, adapter.hidden_size)
     heads = [random(columns, adapter.hidden_size).to(dtype) for _ in range(2)]
-    place_T = torch.arange(HEAD_TOKENS, device=device)
+    place_T = torch.arange(TOKENS_PER_SLICE, device=device)
 
     def work() -> None:
         def slices() -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
@@ -188,11 +193,11 @@ def _head(adapter: Adapter, device: torch.device, dtype: torch.dtype, random: Ra
 
         compare(slices(), place_T % columns, place_T, place_T)
 
-    return 2 * 2.0 * columns * adapter.hidden_size * HEAD_TOKENS / timed(work)
+    return 2 * 2.0 * columns * adapter.hidden_size * TOKENS_PER_SLICE / timed(work)
 
 
 def disk_rates(folder: Path) -> tuple[float, float]:
-    """(read, written) bytes a second of the disk of `folder`, past the page cache where the system lets one."""
+    """Bytes a second (read, written) of the disk of `folder`, past the page cache where the system allows that."""
     piece = os.urandom(2**24)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".onecard-rate-") as file:
         begin = time.perf_counter()

@@ -23,17 +23,20 @@ from ..checkpoint.model import Model, open_model, said_name
 from ..checkpoint.source_checks import refuse_nonfinite
 from ..checkpoint.stored_widths import stored_facts
 from ..checkpoint.workdir import Activations
-from ..core.device import choose_compute
+from ..core.device import Compute, choose_compute
 from ..core.errors import InputError
 from ..core.file_names import RECORD_NAME
+from ..core.rates import first_guess
 from ..core.record.blocks import BlockFacts, ErrorSummary
 from ..core.record.flips import FlipSummary
 from ..core.record.kl import KlSummary
 from ..core.record.reading import read_record
 from ..core.record.schema import CheckpointFacts, Machine, ModelFacts, PlanSummary, Record, TextFacts
 from ..core.rows import Row
+from ..core.schedule import Schedule
 from ..core.units import counted
 from ..models.walk import Walk
+from ..planner.schedule import verification_schedule
 from ..recipe import Recipe
 from ..report.progress import Progress
 from ..report.resources import describe_machine, package_versions, peak_device_bytes, peak_rss_bytes
@@ -247,6 +250,17 @@ def _rows(asked: _Asked, source: Model, quantized: Model, record: Record) -> lis
     return texts.evaluation
 
 
+def _schedule(source: Model, quantized: Model, rows: list[Row], asked: _Asked, compute: Compute) -> Schedule:
+    return verification_schedule(
+        source.adapter,
+        source.folder.file_bytes,
+        quantized.folder.file_bytes,
+        sum(len(row.tokens) for row in rows),
+        first_guess(compute.device, compute.dtype),
+        with_tasks=bool(asked.tasks),
+    )
+
+
 def _measured_pair(asked: _Asked, device_name: str, console: Console | None, quiet: bool) -> Record:
     began = time.monotonic()
     compute = choose_compute(device_name, asked.recipe.compute_dtype, asked.recipe.batch_tokens)
@@ -257,6 +271,7 @@ def _measured_pair(asked: _Asked, device_name: str, console: Console | None, qui
         tempfile.TemporaryDirectory(prefix="onecard-verify-") as folder,
         Progress(f"onecard {asked.command} {asked.checkpoint}", source.adapter.n_blocks, console, quiet) as progress,
     ):
+        progress.expect(_schedule(source, quantized, rows, asked, compute))
         progress.begin("check weights")
         for model in (source, quantized):
             refuse_nonfinite(model.folder, model.name)

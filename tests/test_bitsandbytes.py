@@ -34,6 +34,7 @@ from onecard.checkpoint.model import Model, open_model, open_source
 from onecard.checkpoint.packed import PackedSource
 from onecard.conversion.export import export
 from onecard.core.errors import InputError
+from onecard.core.rows import Unwatched
 from onecard.core.scheme import BY_ROW, INT8_ROWS, NF4, Scheme
 from onecard.core.tensors import DTYPE_NAMES
 from onecard.models.adapter import Role, read
@@ -355,16 +356,8 @@ def test_a_weight_that_fp16_cannot_hold_is_refused_by_int8(tmp_path: Path) -> No
 # Exported
 
 
-class Quiet:
-    """A Step that tells nobody."""
-
-    def begin(self, stage: str, block: int | None = None) -> None: ...
-
-    def advance(self, tokens: int) -> None: ...
-
-
 def test_an_original_is_exported_to_the_bytes_that_the_method_writes(scout: tuple[Path, Path], tmp_path: Path) -> None:
-    done = export(str(scout[0]), "bnb-nf4", tmp_path / "out", Quiet())
+    done = export(str(scout[0]), "bnb-nf4", tmp_path / "out", Unwatched())
     assert done.warnings == []
     assert {name: (tmp_path / "out" / name).stat().st_size for name, _ in done.planned} == dict(done.planned)
     assert {name for name, _ in done.planned} >= {path.name for path in (tmp_path / "out").glob("*.safetensors")}
@@ -378,7 +371,7 @@ def test_an_int4_checkpoint_is_exported_with_a_warning_that_no_code_was_kept(
     scout: tuple[Path, Path], tmp_path: Path
 ) -> None:
     run_pipeline(scout[0], tmp_path / "int4", make_recipe(method="rtn"))
-    done = export(str(tmp_path / "int4"), "bnb-nf4", tmp_path / "out", Quiet())
+    done = export(str(tmp_path / "int4"), "bnb-nf4", tmp_path / "out", Unwatched())
     (warning,) = done.warnings
     assert "no code could be kept" in warning
     assert warning in json.loads((tmp_path / "out" / "onecard.json").read_text())["warnings"]
@@ -392,5 +385,5 @@ def test_an_int4_checkpoint_is_exported_with_a_warning_that_no_code_was_kept(
 
 def test_what_is_in_nf4_already_is_not_exported_to_it(scout: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="it is in NF4 already"):
-        export(str(scout[1]), "bnb-nf4", tmp_path / "out", Quiet())
+        export(str(scout[1]), "bnb-nf4", tmp_path / "out", Unwatched())
     assert not (tmp_path / "out").exists()

@@ -20,7 +20,7 @@ from onecard.checkpoint.model import Model, open_source
 from onecard.core.device import Compute
 from onecard.core.errors import InputError
 from onecard.core.recipe_groups import KEEP
-from onecard.core.rows import Row, Step
+from onecard.core.rows import Row, Step, Unwatched
 from onecard.core.scheme import Scheme
 from onecard.models.block import Block
 from onecard.models.walk import HiddenRows
@@ -162,7 +162,7 @@ def test_widths_have_the_bytes_that_the_plan_lays_out(baby: Callable[..., Path],
         assert found == {unit: sizes[unit, widths[unit]] for unit in units}
 
 
-class Begun:
+class Begun(Unwatched):
     """A Step that stops the pass where `stop` begins, and remembers the blocks that it saw."""
 
     def __init__(self, stop: tuple[str, int | None] | None = None) -> None:
@@ -172,8 +172,6 @@ class Begun:
         if (label, block) == self.stop:
             raise KeyboardInterrupt
         self.blocks |= set() if block is None else {block}
-
-    def advance(self, tokens: int) -> None: ...
 
 
 @pytest.mark.parametrize("where", ["streams", "round", "head"])

@@ -27,6 +27,7 @@ from vllm_environment import BUILD
 
 from onecard.checkpoint.formats import compressed_tensors_write as ct
 from onecard.conversion.export import export
+from onecard.core.rows import Unwatched
 from onecard.models.known import demo_folder
 from onecard.models.llama4 import Llama4Adapter
 
@@ -53,14 +54,6 @@ class Breakage:
     write: Callable[[Path, Path], None] | None = None
 
 
-class Silence:
-    """A Step that shows nothing."""
-
-    def begin(self, stage: str, block: int | None = None) -> None: ...
-
-    def advance(self, tokens: int) -> None: ...
-
-
 def fused(tensors: Tensors, config: dict[str, object]) -> None:
     """Fuses layer 0's experts again, as they were published."""
     original = load_file(demo_folder() / "model" / "model.safetensors")
@@ -73,7 +66,7 @@ def fused(tensors: Tensors, config: dict[str, object]) -> None:
 def garbled(sound: Path, out: Path) -> None:
     """GPTQ's layout with q and k in it, as a tool writes it that does not know of their permutation."""
     with mock.patch.object(Llama4Adapter, "permuted_at_load", return_value=False):
-        export(str(sound), "gptq", out, Silence())
+        export(str(sound), "gptq", out, Unwatched())
 
 
 def mixed(tensors: Tensors, config: dict[str, object]) -> None:
