@@ -28,7 +28,7 @@ DELTA_P = ("p01", "p05", "p25", "p50", "p75", "p95", "p99")
 
 
 @dataclass(frozen=True)
-class Group:
+class TokenGroup:
     """Some of the tokens: all that are in `member` (bool [T])."""
 
     label: str
@@ -113,7 +113,7 @@ def summarize(results: TokenResults) -> KlSummary:
     )
 
 
-def summarize_groups(results: TokenResults, groups: list[Group]) -> tuple[Bucket, ...]:
+def summarize_groups(results: TokenResults, groups: list[TokenGroup]) -> tuple[Bucket, ...]:
     """Mean KL with its interval, and same top-1, of each group that has tokens."""
     groups = [group for group in groups if group.member.any()]
     kl, same = results.kl_nats.double(), results.same_top1.double()
@@ -132,30 +132,30 @@ def summarize_groups(results: TokenResults, groups: list[Group]) -> tuple[Bucket
     )
 
 
-def by_position(results: TokenResults) -> list[Group]:
+def by_position(results: TokenResults) -> list[TokenGroup]:
     """By the number of tokens that a prediction sees, in octaves from 16."""
     seen = results.position + 1
     bounds = [1, 16]
     while bounds[-1] <= int(seen.max()):
         bounds.append(2 * bounds[-1])
-    return [Group(f"{low} to {high - 1}", (seen >= low) & (seen < high)) for low, high in pairwise(bounds)]
+    return [TokenGroup(f"{low} to {high - 1}", (seen >= low) & (seen < high)) for low, high in pairwise(bounds)]
 
 
-def by_confidence(results: TokenResults) -> list[Group]:
+def by_confidence(results: TokenResults) -> list[TokenGroup]:
     """By the probability of the reference's likeliest token."""
     p = results.top_p_reference[:, 0]
     return [
-        Group(f"{low:g} to {high:g}", (p >= low) & ((p < high) | (high == CONFIDENCE[-1])))
+        TokenGroup(f"{low:g} to {high:g}", (p >= low) & ((p < high) | (high == CONFIDENCE[-1])))
         for low, high in pairwise(CONFIDENCE)
     ]
 
 
-def by_label(labels: Sequence[str]) -> list[Group]:
+def by_label(labels: Sequence[str]) -> list[TokenGroup]:
     """One label a token; groups in the order of their names."""
     names = sorted(set(labels))
     number = {name: i for i, name in enumerate(names)}
     index = torch.tensor([number[label] for label in labels])
-    return [Group(name, index == i) for name, i in number.items()]
+    return [TokenGroup(name, index == i) for name, i in number.items()]
 
 
 def histogram(kl_T: torch.Tensor) -> Histogram:

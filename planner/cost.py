@@ -139,13 +139,13 @@ def estimate(
     forward_flops = 2 * evaluation_tokens * forward * VERIFICATION_SHARE
     head_flops = 2 * evaluation_tokens * head * VERIFICATION_SHARE
     statistics_flops = 0.0
-    largest_shard = max(shard.data_bytes for shard in plan.shards)
+    largest_shard = max(shard.data_bytes for shard in plan.pieces)
     stream = calibration_tokens * adapter.hidden_size * compute_itemsize
     # The verification walk: both versions of one block, a slice of the logits and the heads.
     verify_bytes = 2 * block_bytes + 4 * HEAD_ARRAYS * HEAD_TOKENS * min(HEAD_COLUMNS, adapter.vocab_size)
     verify_bytes += 2 * STORED_BYTES * adapter.vocab_size * adapter.hidden_size
     # Its rows lie on disk before and after a block, of both versions.
-    verify_disk = plan.emitted_bytes + 4 * evaluation_tokens * adapter.hidden_size * compute_itemsize
+    verify_disk = plan.disk_bytes + 4 * evaluation_tokens * adapter.hidden_size * compute_itemsize
     device_bytes, disk = verify_bytes, verify_disk
     if work.statistics:
         forward_flops += calibration_tokens * calibration
@@ -154,7 +154,7 @@ def estimate(
         # before there are moments, what tuning holds.
         quantize_bytes = 2 * block_bytes + max(moment_bytes + max(site_budget_bytes, matrix_bytes), tuned_bytes)
         device_bytes = max(device_bytes, quantize_bytes)
-        disk = max(verify_disk, plan.emitted_bytes + 7 * stream)
+        disk = max(verify_disk, plan.disk_bytes + 7 * stream)
         if work.walk_back is not None:
             forward_flops += calibration_tokens * 5 * forward
             head_flops += calibration_tokens * 2 * head
@@ -167,8 +167,8 @@ def estimate(
         "statistics": statistics_flops / rates.product_flops,
         "quantize": (solve if work.statistics else 0.0) / rates.solve_flops,
         "head": head_flops / rates.head_flops,
-        "disk": (3 * plan.source_bytes + plan.emitted_bytes + moved) / rates.read_bytes
-        + (plan.emitted_bytes + moved) / rates.write_bytes,
+        "disk": (3 * plan.source_bytes + plan.disk_bytes + moved) / rates.read_bytes
+        + (plan.disk_bytes + moved) / rates.write_bytes,
     }
     flops = forward_flops + statistics_flops + head_flops + (solve if work.statistics else 0.0)
     seconds = sum(seconds_by.values())

@@ -1,6 +1,6 @@
-"""What runs a checkpoint: engines with their least versions, by family and by what is quantized.
+"""Which engines run a checkpoint, and from which version, by family and by what is quantized.
 
-From reading the engines' sources and, for transformers, from loading the files; docs/vllm.md and docs/formats.md say
+Taken from the engines' sources and, for transformers, from loading the files; docs/vllm.md and docs/formats.md say
 what was run. A version is named only where an older one fails.
 """
 

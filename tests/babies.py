@@ -1,6 +1,6 @@
-"""Babies: tiny random models, one a family, written to disk as the family's real checkpoints are.
+"""Babies: tiny random models, one for each family, in the layout of the family's real checkpoints.
 
-Dimensions are multiples of 32 (tests use group size 32) and no expert matrix is square. Weights are random but not
+Dimensions are multiples of 32 (tests use group size 32), and no expert matrix is square. Weights are random but not
 small, so that routing, attention and the head all matter.
 """
 
@@ -96,7 +96,8 @@ def qwen3_config(layers: int = 3) -> Qwen3MoeConfig:
 
 
 def deepseek_config(layers: int = 3) -> DeepseekV3Config:
-    """A dense layer first; experts in four groups of two, of which two are open; YaRN, as published."""
+    """The first layer is dense. Experts form four groups of two, and a token may use two of the groups. YaRN as
+    published."""
     return DeepseekV3Config(
         hidden_size=64,
         intermediate_size=160,
@@ -158,7 +159,7 @@ def mixtral_config(layers: int = 3) -> MixtralConfig:
 
 # Families whose experts transformers 5 fuses in memory, and whose files hold one tensor each.
 UNFUSED = {"qwen3": qwen3_config, "deepseek": deepseek_config, "mixtral": mixtral_config}
-# Mixtral's published names of what transformers 5 calls otherwise.
+# Mixtral's published names, where transformers 5 has others.
 MIXTRAL_NAMES = {".mlp.": ".block_sparse_moe.", ".gate_proj.": ".w1.", ".up_proj.": ".w3.", ".down_proj.": ".w2."}
 ROUTER_BIAS = "e_score_correction_bias"
 
@@ -179,7 +180,7 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
 
 
 def published(family: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A model's tensors as the family's files hold them."""
+    """A model's tensors under the names and in the shapes of the family's files."""
     if family not in UNFUSED:
         return state
     apart = split_experts(state)
@@ -191,7 +192,7 @@ def published(family: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Te
 
 
 def split_experts(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The fused experts of transformers 5 apart, `[out, in]` each."""
+    """Takes the fused experts of transformers 5 apart, each `[out, in]`."""
     out: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
         if name.endswith(".experts.gate_up_proj"):
@@ -265,7 +266,7 @@ def shard_files(model: Path) -> list[Path]:
 
 
 def changed_copy(model: Path, out: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Path:
-    """A copy of a baby's folder in `out`, each of its tensors as `change(name, tensor)` gives it."""
+    """Copies a baby's folder to `out`, with `change(name, tensor)` applied to every tensor."""
     shutil.copytree(model, out)
     for shard in shard_files(out):
         tensors = {name: change(name, tensor) for name, tensor in load_file(shard).items()}
@@ -274,7 +275,7 @@ def changed_copy(model: Path, out: Path, change: Callable[[str, torch.Tensor], t
 
 
 def noise(share: float, seed: int = 0) -> Callable[[str, torch.Tensor], torch.Tensor]:
-    """A change: noise of so much of its own spread on every matrix."""
+    """A change for `changed_copy`: adds noise to every matrix, as a share of the matrix's standard deviation."""
     generator = torch.Generator().manual_seed(seed)
 
     def change(name: str, tensor: torch.Tensor) -> torch.Tensor:

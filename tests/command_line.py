@@ -62,6 +62,6 @@ def refused(result: Result, *needles: object, code: int = 2) -> str:
 
 
 def listing(folder: Path) -> dict[Path, tuple[int, int]]:
-    """Every path under a folder with its size and time: what 'nothing was written' is held against."""
+    """Every path under a folder with its size and time. Two equal listings mean that nothing was written."""
     stats = {path: path.lstat() for path in folder.rglob("*")}
     return {path: (s.st_size, s.st_mtime_ns) for path, s in stats.items()}

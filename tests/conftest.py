@@ -26,7 +26,7 @@ from inputs import write_jsonl, write_recipe, write_tokenizer
 from onecard.report import html
 from runs import FAMILY, QUICK, Contents, Run, contents
 
-# The same examples in every run, none kept on disk, and no clock in a test.
+# Every run tries the same examples, keeps none on disk, and sets no deadline.
 settings.register_profile("onecard", max_examples=50, derandomize=True, database=None, deadline=None)
 settings.load_profile("onecard")
 
@@ -87,7 +87,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def emitted(
     baby: Callable[..., Path], texts: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., tuple[Path, Result]]:
-    """(family) -> the folder that `quantize` made of that baby with RECIPE, and what the command said."""
+    """(family) -> the checkpoint that `quantize` made from that baby with RECIPE, and the command's result."""
     made: dict[str, tuple[Path, Result]] = {}
 
     def get(family: str) -> tuple[Path, Result]:
@@ -189,13 +189,13 @@ def folder(emitted: Callable[..., tuple[Path, Result]], tmp_path: Path) -> Path:
 
 @pytest.fixture
 def small_plotly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five megabytes of script a page are not what is tested here."""
+    """Replaces plotly's five megabytes of script by one line."""
     monkeypatch.setattr(html, "get_plotlyjs", lambda: "var Plotly = {};")
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """The stand-in, in the place of the hub."""
+    """A stand-in that takes the hub's place."""
     with serve() as hub:
         take_place(hub, monkeypatch, tmp_path)
         yield hub

@@ -1,4 +1,4 @@
-"""One thing broken in a sound draft (engine_views.py), for every rule of vLLM, transformers and GPTQModel."""
+"""For every rule of vLLM, transformers and GPTQModel, one thing that breaks it in a sound draft (engine_views.py)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ QK = ("q_proj", "k_proj", "v_proj")
 
 
 def unfuse_not(draft: Draft) -> None:
-    """The experts of block 0 as they were published."""
+    """Gives block 0 its published experts back."""
     for site in draft.adapter.sites(0):
         for member in site.members if site.role is Role.EXPERT else ():
             for module in member:
@@ -52,14 +52,14 @@ def settings(**changes: Any) -> Callable[[Draft], None]:
 
 
 def one_scheme_announced(draft: Draft) -> None:
-    """Expert 3's gate is int8, and config.json says so: still one parameter of the engine's."""
+    """Makes expert 3's gate int8, and config.json says so. The engine still has one parameter for all experts."""
     module, outputs, inputs = draft.matrix("experts.3.gate_proj")
     draft.put(module, packed(outputs, inputs, bits=8))
     settings(config_groups={"group_0": group_of(), "group_1": group_of(8, targets=(module,))})(draft)
 
 
 def shared_wider(draft: Draft) -> None:
-    """The shared expert's down projection is int8 in one block: sound for vLLM, not for transformers."""
+    """One block's shared expert gets an int8 down projection: sound for vLLM, not for transformers."""
     module, outputs, inputs = draft.matrix("shared_expert.down_proj")
     draft.put(module, packed(outputs, inputs, bits=8))
     settings(config_groups={"group_0": group_of(), "group_1": group_of(8, targets=(module,))})(draft)
@@ -154,7 +154,7 @@ def groups_of(size: int) -> Callable[[Draft], None]:
     return change
 
 
-# (engine, rule) -> (family, layout, what stays bf16, what breaks it, what an offender says)
+# (engine, rule) -> (family, layout, modules kept in bf16, the change that breaks it, words of the offender's message)
 Broken = tuple[str, Callable[..., views.Infos] | None, tuple[str, ...], Callable[[Draft], None], str]
 SCOUT = ("scout", packed, ())
 BROKEN: dict[tuple[str, str], Broken] = {
@@ -209,7 +209,7 @@ BROKEN: dict[tuple[str, str], Broken] = {
     ("gptqmodel", "experts-bf16"): ("qwen3", gptq, (), experts_bf16, "24 of 24 expert matrices"),
 }
 
-# What else a breakage breaks: rules that look at the same tensors.
+# Other rules that a breakage breaks too, because they look at the same tensors.
 ALONG = {
     ("vllm", "fused-experts"): {"one-scheme"},
     ("vllm", "missing-scales"): {"one-scheme"},

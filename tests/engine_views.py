@@ -1,4 +1,4 @@
-"""Headers of checkpoints without files: a sound one in each layout, as its specification has it, to be broken."""
+"""Drafts: headers of a sound checkpoint in each layout, by its specification, without files; tests break them."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -15,7 +15,7 @@ Infos = dict[str, TensorInfo]
 
 @dataclass
 class Draft:
-    """What a test changes: headers, config.json's block, and how many cards."""
+    """The parts that a test changes: headers, config.json's block, and the number of cards."""
 
     adapter: Adapter
     infos: Infos
@@ -27,7 +27,7 @@ class Draft:
         return look(self.config, self.block, self.adapter, self.infos, self.tensor_parallel)
 
     def matrix(self, end: str, block: int = 0) -> tuple[str, int, int]:
-        """(module, outputs, inputs) of the block's matrix whose name ends so."""
+        """(module, outputs, inputs) of the block's one matrix with this end of its name."""
         return next((m, o, i) for _, m, o, i in self.adapter.modules(block) if m.endswith(end))
 
     def drop(self, module: str) -> None:
@@ -40,7 +40,7 @@ class Draft:
 
 
 def packed(outputs: int, inputs: int, bits: int = 4, group: int = GROUP, symmetric: bool = True) -> Infos:
-    """compressed-tensors pack-quantized."""
+    """The stored parts of a matrix in compressed-tensors' pack-quantized layout."""
     parts = {
         "weight_packed": TensorInfo((outputs, inputs * bits // 32), "I32"),
         "weight_scale": TensorInfo((outputs, inputs // group), "BF16"),
@@ -72,7 +72,8 @@ def group_of(bits: int = 4, size: int = GROUP, targets: tuple[str, ...] = ("Line
 
 
 def drafted(adapter: Adapter, layout: Callable[..., Infos] | None, keep: tuple[str, ...] = ()) -> Draft:
-    """Every matrix of the text blocks in `layout` (None: bf16 as published), what ends in `keep` and all else whole."""
+    """Every matrix of the text blocks in `layout` (None: bf16 as published). Names that end in one of `keep` stay in
+    bf16, as do all other tensors."""
     if layout is None:
         names = {name: TensorInfo(shape, "BF16") for name, shape in adapter.disk_shapes(()).items()}
         return Draft(adapter, names, None)

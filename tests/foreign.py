@@ -1,7 +1,7 @@
-"""Writers of other tools' formats, each with a slow twin: one weight -> its stored parts, and what they mean in fp64.
+"""Writers of other tools' formats: one weight -> its stored parts, and the weight in fp64 that they mean.
 
-Written from the formats' specifications with Python's own integers, or by the format's own package where that runs on a
-CPU; nothing here is shared with what is tested.
+They follow the formats' specifications with Python's own integers, or call the format's own package where it runs on a
+CPU. They share no code with what is tested.
 """
 
 import json
@@ -19,7 +19,7 @@ from onecard.checkpoint.source import open_folder
 from onecard.models.adapter import read
 from onecard.models.families import load_adapter
 
-# Stored parts by the last part of their name, and the dense weight that they mean.
+# Stored parts by the last part of their names, and the dense weight that they mean.
 Written = tuple[dict[str, torch.Tensor], torch.Tensor]
 Writer = Callable[[torch.Tensor], Written]
 Block = dict[str, Any]  # a quantization_config
@@ -38,8 +38,10 @@ def ct_block(*weights: Block, form: str = "pack-quantized", targets: tuple[str, 
 
 
 def opened(folder: Path, stored: dict[str, torch.Tensor], block: Block, stem: str = "m.") -> PackedSource:
-    """A folder that holds one weight's parts, as a source."""
-    folder.mkdir(exist_ok=True)  # a folder for each call: a source reads its file when it is asked
+    """The source for a folder with one weight's parts."""
+    folder.mkdir(
+        exist_ok=True
+    )  # callers give each call its own folder: a source reads its file only when asked for a tensor
     save_file({stem + leaf: part.contiguous() for leaf, part in stored.items()}, folder / "model.safetensors")
     return open_packed(open_folder(folder), block)
 
@@ -49,7 +51,7 @@ def signed(word: int) -> int:
 
 
 def words_of(values: list[int], bits: int) -> list[int]:
-    """Fields one after the other, lowest bit first, cut into words of 32 bits."""
+    """Packs fields one after the other, lowest bit first, into words of 32 bits."""
     stream = sum(value << (bits * at) for at, value in enumerate(values))
     return [signed(stream >> (32 * n) & 0xFFFFFFFF) for n in range(-(-len(values) * bits // 32))]
 
@@ -70,7 +72,7 @@ def rounded(weight: torch.Tensor, bits: int, group_of: list[int]) -> tuple[torch
 
 
 def gptq(weight: torch.Tensor, bits: int = 4, group: int = 32, version: int = 1, shuffled: bool = False) -> Written:
-    """AutoGPTQ's layout; `shuffled` gives inputs to groups in an order of their own (desc_act)."""
+    """AutoGPTQ's layout. `shuffled` assigns inputs to groups in random order (desc_act)."""
     inputs = weight.shape[1]
     order = torch.randperm(inputs, generator=torch.Generator().manual_seed(1)) if shuffled else torch.arange(inputs)
     group_of = (order // group).tolist()
@@ -87,8 +89,8 @@ def gptq(weight: torch.Tensor, bits: int = 4, group: int = 32, version: int = 1,
 
 
 def nf4(weight: torch.Tensor, kind: str = "nf4", nested: bool = True, storage: torch.dtype = torch.uint8) -> Written:
-    """What transformers saves of a bitsandbytes Linear; read back by the package, flat: on a CPU its 0.50.2 misreads
-    blocks that run across rows (test_bitsandbytes.py)."""
+    """The parts that transformers saves for a bitsandbytes Linear. The package reads them back flat: on a CPU its
+    0.50.2 misreads blocks that run across rows (test_bitsandbytes.py)."""
     codes, state = quantize_4bit(
         weight.contiguous(), blocksize=64, compress_statistics=nested, quant_type=kind, quant_storage=storage
     )
@@ -98,7 +100,7 @@ def nf4(weight: torch.Tensor, kind: str = "nf4", nested: bool = True, storage: t
 
 
 def nf4_twin(stored: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The same, value by value from the specification, in fp64 before the dtype's rounding."""
+    """The same weight, value by value by the specification, in fp64 before rounding to the dtype."""
     key = next(k for k in stored if ".quant_state." in k)
     state = json.loads(bytes(stored[key].tolist()))
     absmax = stored["weight.absmax"].double()
@@ -113,7 +115,7 @@ def nf4_twin(stored: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def fp8(weight: torch.Tensor, block: tuple[int, int] = (32, 32), suffix: str = "weight_scale_inv") -> Written:
-    """DeepSeek's layout: e4m3 with an fp32 scale a block, the last ones cut."""
+    """DeepSeek's layout: e4m3 with one fp32 scale for each block; blocks at the edges are cut off."""
     rows, columns = weight.shape
     stored, dense = torch.empty(rows, columns, dtype=torch.float8_e4m3fn), torch.empty(rows, columns).double()
     scales = torch.empty(-(-rows // block[0]), -(-columns // block[1]))
@@ -134,7 +136,7 @@ def unfused(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def write_like(baby: Path, out: Path, tensors: dict[str, torch.Tensor], block: dict[str, Any] | None) -> Path:
-    """A folder with the baby's config and tokenizer, these tensors and this quantization_config."""
+    """Writes a folder with the baby's config and tokenizer, these tensors and this quantization_config."""
     out.mkdir()
     for path in baby.iterdir():
         if path.suffix != ".safetensors" and not path.name.endswith("index.json"):
@@ -150,7 +152,8 @@ def write_like(baby: Path, out: Path, tensors: dict[str, torch.Tensor], block: d
 def quantized_pair(
     baby: Path, at: Path, write: Writer, chosen: Callable[[str], bool], block: dict[str, Any], dtype: torch.dtype
 ) -> tuple[Path, Path]:
-    """The baby with every chosen weight in the writer's parts, and its twin with what they mean, in `dtype`."""
+    """The baby with every chosen weight in the writer's format, and its twin with the dense weights that these mean, in
+    `dtype`."""
     packed, dense = {}, {}
     for name, weight in unfused(baby).items():
         if chosen(name):

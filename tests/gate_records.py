@@ -15,7 +15,7 @@ DOCUMENTS = 60
 
 
 def record(factor: float = 1.0, seed: int = 0, **changes: Any) -> dict[str, Any]:
-    """A record of `quantize` whose documents' KLs are `factor` times those of any other of that seed."""
+    """A record of `quantize`. One seed always gives the same KL for each document, times `factor`."""
     rng = random.Random(seed)
     documents = []
     for number in range(DOCUMENTS):
@@ -97,7 +97,7 @@ def against(
 
 
 def noisy(factor: float, spread: float, seed: int = 1) -> dict[str, Any]:
-    """KLs that moved by `factor`, and each document's by noise of its own besides."""
+    """A record whose KLs moved by `factor`, with log-normal noise of this spread for each document."""
     rng = random.Random(seed)
     made = record()
     for document in made["kl"]["by_document"]:

@@ -1,4 +1,4 @@
-"""Babies that llama.cpp's format can hold: with a byte-level BPE, quantized by the command line, and exported."""
+"""Babies that llama.cpp's format can hold, with a byte-level BPE; the command line quantizes and exports them."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 
 def write_bpe(folder: Path, split: str = QWEN2, ignore_merges: bool = False) -> Path:
-    """tokenizer.json of at most a baby's vocabulary, a token before every text, and a chat template."""
+    """Writes a tokenizer.json within a baby's vocabulary, with a token that begins every text, and a chat template."""
     raw = Tokenizer(models.BPE(ignore_merges=ignore_merges))
     raw.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -47,7 +47,7 @@ def write_bpe(folder: Path, split: str = QWEN2, ignore_merges: bool = False) -> 
 
 
 def sparse_qwen3(folder: Path) -> Path:
-    """A Qwen3-MoE with experts in every layer, as llama.cpp wants it."""
+    """A Qwen3-MoE baby with experts in every layer, as llama.cpp requires."""
     config = babies.qwen3_config(2)
     config.mlp_only_layers = []
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -61,7 +61,7 @@ def make(folder: Path, family: str) -> Path:
 
 
 def quantize(model: Path, out: Path, **changes: object) -> Path:
-    """By round-to-nearest, in groups of 32, experts and what is like them."""
+    """Quantizes experts and dense MLPs by round-to-nearest in groups of 32."""
     texts = write_jsonl(out.with_suffix(".jsonl"), [{"text": text * 3} for text in TEXTS])
     settings = {"method": "rtn", "bits": 4, "group_size": 32, "evaluation_rows": 2} | changes
     recipe = write_recipe(out.with_suffix(".yaml"), **settings)
@@ -71,7 +71,7 @@ def quantize(model: Path, out: Path, **changes: object) -> Path:
 
 
 def export(checkpoint: Path, out: Path, floats: str | None = None) -> tuple[Path, Model]:
-    """A folder with the GGUF file, and what it was made from."""
+    """Exports to a folder with the GGUF file; gives it and the checkpoint that it was made from."""
     model = open_model(str(checkpoint))
     out.mkdir()
     planned = gguf_write.plan(model.adapter, model.source, model.path, "baby", floats)

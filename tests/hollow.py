@@ -1,9 +1,9 @@
-"""Published models without their weights: their config.json, true safetensors headers, and a hole for data.
+"""Published models without their weights: config.json, true safetensors headers, and a hole in place of the data.
 
-A plan reads headers alone, so that Scout's 217 GB can be planned for from a sparse file of a few megabytes. Configs are
-in data/: of Llama 4 from facts that were checked against transformers and vLLM, with what early copies had wrong set
-right (rope scaling, temperature tuning); of Qwen3-30B-A3B, DeepSeek-V3 and Mixtral-8x7B as published. Reading a weight
-gives zeros.
+A plan reads headers alone, so a sparse file of a few megabytes is enough to plan for Scout's 217 GB. Reading a weight
+gives zeros. Configs are in data/. Those of Llama 4 were checked against transformers and vLLM, and correct what early
+copies had wrong (rope scaling, temperature tuning). Those of Qwen3-30B-A3B, DeepSeek-V3 and Mixtral-8x7B are as
+published.
 """
 
 import json
@@ -28,10 +28,8 @@ def published(name: str) -> dict[str, Any]:
 def write_hollow(
     folder: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | None = None, shards: int = 1
 ) -> Path:
-    """A checkpoint of real headers and no data: `tensors`, or what the config's family has on disk, in bf16.
-
-    More `shards` than one deal the tensors out in turn and have an index.
-    """
+    """Writes a checkpoint with real headers and no data, in bf16: `tensors`, or by default those that the config's
+    family has on disk. With several `shards` the tensors are dealt out in turn, and there is an index."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     if tensors is None:
@@ -53,7 +51,7 @@ def write_hollow(
 
 
 def write_hole(file: Path, tensors: Mapping[str, TensorInfo]) -> None:
-    """One safetensors file: its header, and as many bytes of nothing as it promises."""
+    """Writes one safetensors file: its header, and a hole of the size that the header promises."""
     header: dict[str, Any] = {}
     offset = 0
     for name, info in tensors.items():

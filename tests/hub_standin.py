@@ -1,8 +1,8 @@
-"""A small stand-in of the hub's HTTP API on 127.0.0.1: what huggingface_hub asks for to upload and to read a model.
+"""A small stand-in for the hub's HTTP API on 127.0.0.1: the part that huggingface_hub needs to upload and read a model.
 
-Repositories are dicts in memory; a file is its bytes, or a path to it. Large files go up by Git LFS (`batch`, then a
-PUT each), as the hub has it for clients without Xet, and are answered with a redirection to a second server, as the
-hub's are to its CDN. What was asked is kept, with tokens that came along and bytes that went out, for the tests.
+Repositories are dicts in memory; a file is its bytes or a path. Large files are uploaded by Git LFS (`batch`, then one
+PUT each), as the hub has clients without Xet do. A download of a large file is redirected to a second server, as the
+hub redirects to its CDN. The stand-in records every request, token and byte sent.
 """
 
 import base64
@@ -113,7 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._resolve()
 
     def _resolve(self) -> None:
-        """A file of a repository: small ones at once, large ones by way of the CDN."""
+        """Sends a small file, or redirects to the CDN for a large one."""
         found = re.match(rf"/([^/]+/[^/]+)/resolve/{COMMIT}/(.+)", self.path)
         if found is None or found[2] not in self.hub.repos.get(found[1], {}):
             self._answer(404, {}, {"X-Error-Code": "EntryNotFound"})
@@ -121,7 +121,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(403, {}, {"X-Error-Code": "GatedRepo"})
         elif _is_large(found[2]):
             data = self.hub.repos[found[1]][found[2]]
-            # What is a path was not made to be downloaded whole.
+            # Files given by path are too large for a client to download whole.
             told = {} if isinstance(data, Path) else {"X-Linked-Size": str(len(data)), "X-Linked-Etag": _digest(data)}
             where = f"{self.hub.cdn}/{found[1]}/{found[2]}"
             self._answer(302, {}, {"Location": where, "X-Repo-Commit": COMMIT, **told})
@@ -197,7 +197,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class _Cdn(BaseHTTPRequestHandler):
-    """Bytes of large files, in ranges or whole, to anybody."""
+    """Sends large files, in ranges or whole, to anybody."""
 
     hub: Hub
 
@@ -223,7 +223,7 @@ class _Cdn(BaseHTTPRequestHandler):
                 piece = file.read(min(2**16, stop - begin))
                 try:
                     self.wfile.write(piece)
-                except OSError:  # the client has had enough
+                except OSError:  # the client hung up
                     return
                 begin += len(piece)
                 self.hub.served[path] += len(piece)
@@ -244,7 +244,7 @@ def _running(handler: type[BaseHTTPRequestHandler], hub: Hub) -> Iterator[str]:
 
 @contextmanager
 def serve() -> Iterator[Hub]:
-    """A hub and its CDN that run in threads."""
+    """Runs a hub and its CDN in threads."""
     hub = Hub()
     with _running(_Handler, hub) as hub.endpoint, _running(_Cdn, hub) as hub.cdn:
         yield hub

@@ -67,6 +67,6 @@ def problem(seed: int, batch: int = 2, outputs: int = 6, inputs: int = 64) -> tu
 
 
 def rows_objective(weight: QuantizedWeight, w: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
-    """The diagonal of E S E^T: what each row contributes [B, O]."""
+    """The diagonal of E S E^T [B, O]: each row's share of the objective."""
     e = w - weight.dequantize(torch.float64)
     return torch.stack([torch.stack([row @ moment[b] @ row for row in e[b]]) for b in range(len(w))])

@@ -9,7 +9,7 @@ from onecard.eval.kl import TokenResults, compare, concatenate
 
 
 def make_rows(lengths: list[int], vocab: int, seed: int = 0, kinds: tuple[str, ...] = ("prose", "code")) -> list[Row]:
-    """A document each, of random tokens; the kinds take turns, and so do two sources."""
+    """One document a row, of random tokens. Kinds alternate, and so do two sources."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for number, length in enumerate(lengths):
@@ -22,7 +22,7 @@ def make_rows(lengths: list[int], vocab: int, seed: int = 0, kinds: tuple[str, .
 def make_results(
     rows: list[Row], vocab: int, seed: int = 1, scale: float = 3.0, noise: float = 0.3, order: list[int] | None = None
 ) -> TokenResults:
-    """Of every predicted token of the rows, in the given order of rows; the second model is the first with noise."""
+    """Results for every predicted token, in the given order of rows. The second model is the first one plus noise."""
     generator = torch.Generator().manual_seed(seed)
     parts = {}
     for number, row in enumerate(rows):
@@ -39,5 +39,5 @@ def with_values(results: TokenResults, **values: torch.Tensor) -> TokenResults:
 
 
 def only(results: TokenResults, chosen: torch.Tensor) -> TokenResults:
-    """Those of the tokens that are chosen (bool or int64)."""
+    """The chosen tokens only; `chosen` is a mask (bool) or numbers (int64)."""
     return TokenResults(*(getattr(results, field.name)[chosen] for field in fields(TokenResults)))

@@ -7,7 +7,7 @@ from typing import Any
 from onecard.core.record.reading import check_record
 from onecard.report import html
 
-# What nobody may run: as an element, as an attribute, as the end of a script or of a JSON block, as plotly's HTML.
+# Texts that must never run: as an element, an attribute, the end of a script or of a JSON block, or plotly's HTML.
 HOSTILE = (
     "</script><img src=x onerror=hacked()>",
     "'\"><svg/onload=hacked()>",
@@ -59,7 +59,7 @@ def page_of(data: dict[str, Any]) -> Elements:
 
 
 def poisoned(value: Any, hostile: str, path: tuple[str, ...] = ()) -> Any:
-    """Every text of a record with something hostile at its end, but what the reader itself holds to be a number."""
+    """The record with `hostile` appended to every text, and to names of units, which are keys."""
     if isinstance(value, dict):
         return {
             key + (hostile if path[-1:] == ("units",) else ""): poisoned(v, hostile, (*path, key))

@@ -27,13 +27,13 @@ def draw_card(folder: Path, *arguments: object) -> str:
 
 
 def resum(folder: Path) -> None:
-    """SHA256SUMS anew over the files that it names and that are there."""
+    """Makes SHA256SUMS anew over those of its files that exist."""
     names = [name for name in read_sums(folder / SUMS_NAME) if (folder / name).is_file()]
     digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
     (folder / SUMS_NAME).write_text(sums_text(digests))
 
 
 def edit_record(folder: Path, change: Callable[[Any], None]) -> None:
-    """Change onecard.json, and make SHA256SUMS anew."""
+    """Changes onecard.json and makes SHA256SUMS anew."""
     edit_json(folder / "onecard.json", change)
     resum(folder)

@@ -1,4 +1,4 @@
-"""Whole runs without the command line: a baby whose every word is a token, texts for it, a recipe, and `quantize`."""
+"""Whole runs without the command line: texts and a tokenizer with one token for each word, a recipe, and `quantize`."""
 
 import json
 import random
@@ -24,7 +24,7 @@ def write_texts(path: Path, seed: int, documents: int) -> Path:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A word a token; ids 4 to 203, below the babies' image placeholders."""
+    """Writes a tokenizer with one token for each word: ids 4 to 203, below the babies' image placeholders."""
     raw = Tokenizer(models.WordLevel({"<unk>": 3} | {w: 4 + n for n, w in enumerate(WORDS)}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>").save_pretrained(str(folder))
@@ -53,7 +53,7 @@ def run_pipeline(source: Path, out: Path, recipe: Recipe) -> Record:
 
 
 def raw_tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """Name -> (dtype, shape, bytes) of every tensor, by the format's specification alone."""
+    """Name -> (dtype, shape, bytes) of every tensor, read by safetensors' specification without its library."""
     out: dict[str, tuple[str, tuple[int, ...], bytes]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         data = path.read_bytes()

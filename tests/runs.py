@@ -6,12 +6,14 @@ A run counts its steps as `WorkDir.commit` does: `STAGES` of them, the last two 
 import errno
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import Result
 
 from command_line import run_onecard
@@ -24,8 +26,8 @@ QUICK = {"refine_rounds": 1, "tabu_moves": 5}
 
 
 def contents(folder: Path) -> Contents:
-    """Every file of a folder with its bytes; of the record all but `machine`, which may differ, and so may its line in
-    SHA256SUMS."""
+    """Every file of a folder with its bytes, without the record's `machine` and its line in SHA256SUMS, which may
+    differ."""
     found: Contents = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     if "onecard.json" in found:
         found["onecard.json"] = {k: v for k, v in json.loads(found["onecard.json"]).items() if k != "machine"}
@@ -39,11 +41,11 @@ def differences(left: Contents, right: Contents) -> list[str]:
 
 
 class Stopped(BaseException):
-    """Ends a run where a kill would; nothing may catch it."""
+    """Ends a run as a kill would; nothing may catch it."""
 
 
 class Run:
-    """One quantize command on a baby, to be broken off and resumed."""
+    """One quantize command on a baby, for a test to stop and resume."""
 
     def __init__(self, model: Path, out: Path, recipe: Path, texts: list[str]) -> None:
         self.model, self.out, self.recipe, self.texts = model, out, recipe, texts
@@ -55,7 +57,8 @@ class Run:
         )
 
     def stopped_at(self, stages: int, *flags: object, committed: bool = False) -> None:
-        """Run, and stop when `stages` stages are done: all their files are there, and the commit is made or is not."""
+        """Runs until `stages` steps are done and all their files are written, then stops before the commit, or after it
+        with `committed`."""
         real = WorkDir.commit
 
         def commit(workdir: WorkDir, done: int) -> None:
@@ -77,7 +80,7 @@ class Run:
 
 
 def assert_whole_or_no_checkpoint(out: Path, *wholes: Contents) -> None:
-    """Invariant 9: a folder that is not finished cannot be loaded."""
+    """Invariant 9: an unfinished folder cannot be loaded."""
     if (out / "config.json").exists():
         found = contents(out)
         assert any(not differences(found, one) for one in wholes), [differences(found, one) for one in wholes]
@@ -86,13 +89,33 @@ def assert_whole_or_no_checkpoint(out: Path, *wholes: Contents) -> None:
 # --- killed and resumed
 
 
+def in_child(action: Callable[[], object]) -> int:
+    """Run `action` in a forked process and give the signal that ended it, or minus its exit code."""
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            signal.alarm(300)  # a child that hangs must not hang the tests
+            torch.set_num_threads(1)
+            result = action()
+            code = result.exit_code if isinstance(result, Result) else 0
+        finally:
+            os._exit(code)
+    status = os.waitpid(child, 0)[1]
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else -os.WEXITSTATUS(status)
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 STAGES = 6  # embed, two blocks, the rest, move, verify
 
 
 @contextmanager
 def stopped_after_removals(number: int) -> Iterator[list[str]]:
-    """Stop at the removal with this number, of a file or a folder: what a kill during rmtree leaves. The list that is
-    given holds a word when it came to that."""
+    """Stops at the removal of a file or folder with this number, as a kill during rmtree would. The yielded list is
+    empty if there were fewer removals."""
     seen, stopped = [0], []
 
     def counted(real: Callable[..., None]) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""Weights that stay in the source's dtype but are aimed at the reference stream: routers, and attention where kept."""
+"""Routers and kept attention stay in the source's dtype, and are aimed at the reference stream."""
 
 import json
 from collections.abc import Callable
@@ -46,7 +46,7 @@ def test_routers_and_kept_attention_are_aimed_and_nothing_else(
     wanted = {name for name in source if role(name).value in ("router", "attention") and name.endswith(".weight")}
     changed = {name for name in source if name in out and not torch.equal(source[name], out[name])}
     assert changed == aimed
-    # Before the first quantized weight there is nothing to make good: attention of block 0, and the router after it.
+    # Nothing is to be made good before the first quantized weight: attention of block 0, and the router after it.
     first = {name for name in wanted if ".layers.0." in name}
     assert wanted - first <= aimed <= wanted
     assert all(out[name].dtype == source[name].dtype and out[name].shape == source[name].shape for name in aimed)
@@ -70,7 +70,7 @@ def test_keep_modules_are_not_aimed_either(quantized: Callable[..., tuple]) -> N
 
 
 def test_with_little_to_make_good_little_is_moved(quantized: Callable[..., tuple]) -> None:
-    """With eight bits the quantized stream is almost the reference's: routers stay almost where they were."""
+    """With eight bits the quantized stream almost equals the reference's, so routers hardly move."""
     shifts = []
     for bits in (8, 4):
         source, out, aimed, _ = quantized("scout", bits=bits)

@@ -21,7 +21,7 @@ BITS = [4.125, 4.25, 4.5, 8.125, 16.0]
 
 
 def unit(number: int, parameters: int, smooth: float, flip: float, count: int = 5) -> UnitPrices:
-    """With true widths, and errors as such widths leave them."""
+    """Candidates with true widths, and the errors that such widths leave."""
     widths = [
         Priced(scheme, int(parameters * bits / 8), error, smooth * error**2 + flip * error)
         for scheme, error, bits in list(zip(WIDTHS, ERRORS, BITS, strict=True))[:count]
@@ -29,7 +29,7 @@ def unit(number: int, parameters: int, smooth: float, flip: float, count: int = 
     return UnitPrices(f"u{number}", "expert", parameters, tuple(widths), smooth, flip)
 
 
-# From nothing to far more than any other unit, and of very different sizes: a layer's experts beside its attention.
+# Prices from nothing to far more than any other unit's, and very different sizes: a layer's experts and its attention.
 UNITS = st.lists(
     st.tuples(
         st.sampled_from([64_000, 96_000, 1_000_003, 40_000_000]),
@@ -48,7 +48,7 @@ def extremes(units: list[UnitPrices]) -> tuple[int, int]:
 
 
 def brute(units: list[UnitPrices], budget: int, gain: float) -> tuple[float, int]:
-    """(least KL of all choices that fit, fewest bytes among those that have it)."""
+    """(least KL of all choices that fit, fewest bytes among the choices with that KL)."""
     found = []
     for widths in itertools.product(*(unit.widths for unit in units)):
         taken = sum(width.bytes for width in widths)
@@ -150,7 +150,7 @@ def test_as_many_units_as_scout_has(jitter: float) -> None:
 
 
 def greedy(units: list[UnitPrices], budget: int) -> Choice:
-    """What buys most KL for each byte, again and again, as long as it fits."""
+    """Buys what saves most KL for each byte, again and again, as long as it fits."""
     picked = [min(unit.widths, key=lambda w: w.bytes) for unit in units]
     while True:
         steps = [
@@ -168,8 +168,8 @@ def greedy(units: list[UnitPrices], budget: int) -> Choice:
 
 
 def test_why_not_greedy() -> None:
-    """A layer's experts come in one lump. Attention buys more for each byte, and once it is bought the lump fits no
-    more, though it alone is worth more."""
+    """A layer's experts can only be bought together. Attention saves more for each byte, but once it is bought the
+    experts no longer fit, and they alone are worth more."""
     experts, attention = unit(0, 1_000_000, 10.0, 0.0, 4), unit(1, 60_000, 1.2, 0.0, 4)
     units = [experts, attention]
     low, _ = extremes(units)
@@ -182,7 +182,7 @@ def test_why_not_greedy() -> None:
 
 
 def test_the_root_counts() -> None:
-    """Flips add in squares: not the four units are bought whose prices have the larger sum, but the one."""
+    """Flips add in squares: the one unit is bought, not the four whose prices have the larger sum."""
     units = [unit(0, 400_000, 0.0, 1.0, 4), *(unit(n, 100_000, 0.0, 0.4, 4) for n in range(1, 5))]
     cheap, dear = units[0].widths[0], units[0].widths[3]
     budget = extremes(units)[0] + dear.bytes - cheap.bytes
@@ -213,7 +213,7 @@ def test_both_prices_are_found_in_exact_data(smooth: float, flip: float) -> None
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(-1e-6, 10)), max_size=6))
 def test_prices_are_never_negative(points: list[tuple[float, float]]) -> None:
-    """Nor not a number, whatever was measured: also a KL of nothing, or below it by rounding."""
+    """No price is NaN, whatever was measured: also for a KL of zero, or one below zero by rounding."""
     found = UnitPrices.fitted("u", "expert", 1, [Priced(WIDTHS[0], 1, error, kl) for error, kl in points])
     assert found.smooth >= 0
     assert found.flip >= 0

@@ -1,4 +1,4 @@
-"""The page's section on `bits: fit`, and the card's lines on it, from the record's `allocation`."""
+"""The page's section and the card's lines on `bits: fit`, drawn from the record's `allocation`."""
 
 import copy
 import io

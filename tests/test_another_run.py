@@ -27,7 +27,7 @@ def changed_size(run: Run, recipe: Callable[..., Path]) -> None:
 
 
 def changed_weights(run: Run, recipe: Callable[..., Path]) -> None:
-    """Another model of the same shapes: a fine-tune."""
+    """A fine-tune: another model with the same shapes."""
     (file,) = run.model.glob("*.safetensors")
     save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
 
@@ -84,7 +84,7 @@ def own(run: Run, copied: Callable[..., Path]) -> Run:
 @pytest.mark.parametrize("kind", CHANGES)
 @pytest.mark.parametrize("stage", [2, "finished"])
 def test_changed_since(own: Run, refused: Refuse, recipe: Callable[..., Path], stage: Any, kind: str) -> None:
-    """Another run is not resumed and not taken for done: what changed is named, and nothing is touched."""
+    """A changed run is neither resumed nor taken for finished. The message names the change, and no file is touched."""
     if stage == "finished":
         assert own().exit_code == 0
     else:
@@ -111,7 +111,7 @@ def test_every_change_is_named(own: Run, refused: Refuse, recipe: Callable[..., 
 
 @pytest.mark.parametrize("stage", [STAGES - 1, STAGES])
 def test_changed_out(run: Run, refused: Refuse, whole: Contents, stage: int) -> None:
-    """Shards that were moved to one folder are not continued in another; the first is finished as it was."""
+    """A run that moved shards to one OUT is not continued in another; the first one can still be finished."""
     run.stopped_at(stage)
     other = run.out.with_name("other")
     refused(run("--resume", "--work", run.work, out=other), other)

@@ -126,7 +126,8 @@ def test_overwrite_takes_away_what_a_run_put_there_and_nothing_else(
     texts: list[str],
     tmp_path: Path,
 ) -> None:
-    """Neither documents nor somebody's bf16 model go; an older run's shards do, and what lies beside them stays."""
+    """--overwrite removes an older run's shards. It keeps other files beside them, and refuses a folder with somebody's
+    bf16 model."""
     shutil.copytree(baby("llama4-text"), tmp_path / "original")
     refuse(baby("llama4-text"), "no run of onecard", out=tmp_path / "original", arguments=["--overwrite"])
     out, use = tmp_path / "out", recipe(method="rtn", max_shard_bytes=30_000)
@@ -154,13 +155,13 @@ def test_a_manifest_that_onecard_did_not_write(
 
 
 def test_an_output_that_is_a_link_to_nothing(baby: Callable[..., Path], refuse: Refuse, tmp_path: Path) -> None:
-    """Found before the first weight is read, not when the work of a night is to be moved there."""
+    """It is found before the first weight is read, not when a night's work is to be moved there."""
     (tmp_path / "out").symlink_to(tmp_path / "nowhere")
     refuse(baby("llama4-text"), "link to nothing")
 
 
 def test_nothing_to_resume_in_a_foreign_folder(baby: Callable[..., Path], refuse: Refuse, tmp_path: Path) -> None:
-    """--resume goes on with a run of onecard's; a folder of somebody's that no run of ours made is not one."""
+    """--resume refuses a folder that no run of onecard made."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text('{"model_type": "precious"}')
     refuse(baby("llama4-text"), tmp_path / "out", arguments=["--resume"])
@@ -179,7 +180,7 @@ def test_out_or_work_is_a_file_or_under_one(baby: Callable[..., Path], refuse: R
 def test_out_without_a_name(
     baby: Callable[..., Path], refuse: Refuse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
 ) -> None:
-    """OUT.work has to lie somewhere: such a folder is refused in words (it is not empty, too)."""
+    """OUT.work needs a name beside OUT, so a nameless OUT is refused in words. (The folder is not empty either.)"""
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "mine").write_text("x")
     monkeypatch.chdir(tmp_path / "here")
@@ -190,7 +191,7 @@ def test_out_without_a_name(
 def test_work_lies_where_it_must_not(
     copied: Callable[..., Path], refuse: Refuse, recipe: Callable[..., Path], tmp_path: Path, where: str
 ) -> None:
-    """WORK is removed when a run ends, with all that lies in it; and nothing may be written into MODEL."""
+    """A run removes WORK with everything in it when it ends, and must write nothing into MODEL."""
     model, work = copied(), tmp_path / "work"
     out, work = {
         "WORK is OUT": (work, work),

@@ -75,7 +75,7 @@ def test_damaged_quantized_checkpoint(
         if f"{modules[0]}.weight_packed" in tensors:
             spoil(tensors, modules)
             save_file(tensors, shard, metadata={"format": "pt"})
-    if spoil in (_drop_scales, _no_module):  # the index then names too much: it is not what is tested here
+    if spoil in (_drop_scales, _no_module):  # the index would name too many tensors, which is not tested here
         edit_json(
             checkpoint / "model.safetensors.index.json",
             lambda index: [
@@ -146,7 +146,7 @@ def test_verify_refuses_a_checkpoint_of_another_model(
 ) -> None:
     checkpoint, _ = emitted("qwen3")
     refused(onecard("verify", baby("llama4-text"), checkpoint, *texts[2:]), checkpoint, baby("llama4-text"))
-    # One family, as many blocks and as wide: Scout and Maverick.
+    # Scout and Maverick: one family, with the same number of blocks and the same width.
     checkpoint, _ = emitted("scout")
     refused(onecard("verify", baby("maverick"), checkpoint, *texts[2:]), checkpoint, baby("maverick"))
 
@@ -162,7 +162,7 @@ def test_generate_refuses_a_picture_that_is_not_there(
 
 
 def test_a_mistyped_path_is_no_hub_id(onecard: Callable[..., Result], refused: Refuse, tmp_path: Path) -> None:
-    """Two parts look like owner/name; of a folder that is here, the second is a name that is not."""
+    """models/nosuch looks like a hub id, but the folder models exists here: the path is mistyped."""
     (tmp_path / "models").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)

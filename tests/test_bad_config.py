@@ -69,7 +69,7 @@ def test_config_with_a_senseless_value(
 
 
 class Evil:
-    """Unpickled, it leaves a mark."""
+    """Leaves a mark when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -109,7 +109,7 @@ def test_a_pickle_beside_safetensors_is_left_alone(
 
 @pytest.fixture
 def evil_code(tmp_path: Path) -> Iterator[str]:
-    """Python that leaves a mark when it is imported; afterwards proof that it would have, and did not."""
+    """Python code that leaves a mark when imported. Afterwards the fixture proves that it would have, and did not."""
     code = f"import os\nos.mkdir({str(tmp_path / 'mark')!r})\nclass EvilConfig: pass\nclass EvilTokenizer: pass\n"
     yield code
     assert not (tmp_path / "mark").exists()
@@ -138,7 +138,7 @@ def test_remote_code_of_the_tokenizer_is_never_run(
     tmp_path: Path,
     refused: Refuse,
 ) -> None:
-    """It is refused, or the plain tokenizer.json is used in its stead; the code does not run and is not carried."""
+    """The model is refused, or its plain tokenizer.json is used instead. The code neither runs nor is copied to OUT."""
     model = copied()
     (model / "tokenization_evil.py").write_text(evil_code)
     auto_map = {"AutoTokenizer": ["tokenization_evil.EvilTokenizer", "tokenization_evil.EvilTokenizer"]}

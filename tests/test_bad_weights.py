@@ -1,4 +1,4 @@
-"""Weights that cannot be used: damaged files and indices, shapes, dtypes and values; refused alike by every verb."""
+"""Every verb refuses damaged weight files, indices, shapes, dtypes and values in the same words."""
 
 import json
 import shutil
@@ -110,7 +110,7 @@ def test_header_longer_than_the_file(copied: Callable[..., Path], refuse_model: 
 
 @st.composite
 def spoilt_files(draw: st.DrawFn) -> bytes:
-    """A small safetensors file with values of its header or some of its bytes replaced, or cut, or as it should be."""
+    """A small safetensors file: sound, cut, or with header values or bytes replaced."""
     number = st.one_of(st.integers(-8, 40), st.sampled_from([2.0, 4.0, 1e300, True, "4", None]))
     junk = st.one_of(number, st.text(max_size=4), st.lists(number, max_size=3))
     header: dict[str, Any] = {
@@ -134,7 +134,7 @@ def spoilt_files(draw: st.DrawFn) -> bytes:
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(raw=spoilt_files())
 def test_what_is_accepted_reads_as_the_safetensors_library_reads_it(tmp_path: Path, raw: bytes) -> None:
-    """A folder is refused with an InputError, or the library (the slow, obvious twin) agrees on every byte."""
+    """Either the folder is refused with an InputError, or the safetensors library reads every byte alike."""
     (tmp_path / "model.safetensors").write_bytes(raw)
     try:
         folder = open_folder(tmp_path)
@@ -187,7 +187,7 @@ def test_single_file_that_is_a_link_out_of_the_folder(
 def test_hub_snapshot_links_are_no_offence(
     baby: Callable[..., Path], onecard: Callable[..., Result], tmp_path: Path, refused: Refuse
 ) -> None:
-    """The hub's cache keeps blobs beside its snapshots: those links must be followed, and no others."""
+    """The hub's cache links its snapshots to blobs beside them. Those links are followed, and no others."""
     repository = tmp_path / "models--someone--baby"
     snapshot = repository / "snapshots" / "0123abcd"
     snapshot.mkdir(parents=True)
@@ -231,7 +231,7 @@ def test_index_promises_what_no_shard_holds(copied: Callable[..., Path], refuse_
 
 
 def test_two_sets_of_weights(copied: Callable[..., Path], refuse_model: Refuse) -> None:
-    """transformers takes model.safetensors and others the index: nobody may guess which was meant."""
+    """transformers reads model.safetensors and other tools the index, so the folder is ambiguous and refused."""
     model = copied(shards=2)
     shutil.copy(shard_files(model)[0], model / "model.safetensors")
     refuse_model(model, "model.safetensors", "model.safetensors.index.json", "two sets")

@@ -1,4 +1,4 @@
-"""Balancing: the lazy greedy against the plain one, and what it promises."""
+"""Balancing: the lazy greedy choice equals the plain one and keeps its promises."""
 
 from collections.abc import Hashable
 
@@ -23,7 +23,7 @@ def pools(draw_: st.DrawFn) -> tuple[torch.Tensor, list[Hashable], dict[Hashable
 def plain_greedy(
     counts: torch.Tensor, strata: list[Hashable], quotas: dict[Hashable, int], share: float, enough: float
 ) -> list[int]:
-    """Every gain computed anew for every row that is taken."""
+    """The plain greedy choice: computes every gain anew for every row taken."""
     chosen = draw(strata, {s: round(n * share) for s, n in quotas.items()})
     while True:
         best, best_gain = None, 0.0
@@ -50,7 +50,7 @@ def test_the_lazy_greedy_is_the_greedy(pool: tuple[torch.Tensor, list[Hashable],
     assert abs(found.worth - expected) < 1e-9
     assert found.worth >= found.worth_drawn
     assert abs(found.worth_drawn - worth(counts[drawn].sum(0), 5.0)) < 1e-9
-    # As many rows of each stratum as are wanted or there, none twice; the drawn share is among them.
+    # Each stratum gives the rows wanted of it, or all it has; none twice. The drawn share is among them.
     assert found.rows == sorted(set(found.rows))
     for stratum, quota in quotas.items():
         assert sum(strata[r] == stratum for r in found.rows) == min(quota, sum(s == stratum for s in strata))
@@ -60,7 +60,7 @@ def test_the_lazy_greedy_is_the_greedy(pool: tuple[torch.Tensor, list[Hashable],
 
 
 def test_a_starved_expert_is_fed() -> None:
-    """One row in fifty feeds expert 3; half of the choice is free to find them."""
+    """One row in fifty feeds expert 3, and half of the choice is free to find those rows."""
     counts = torch.zeros(200, 1, 4, dtype=torch.int32)
     counts[:, 0, :3] = 10
     counts[::50, 0] = torch.tensor([9, 9, 9, 3], dtype=torch.int32)

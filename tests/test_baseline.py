@@ -77,7 +77,7 @@ def test_order_of_documents_and_answers_does_not_matter(onecard: Command, write:
 
 
 def test_a_text_that_stands_there_twice_is_one_document(onecard: Command, write: Callable[..., Path]) -> None:
-    """Its tokens and its KL are added up, in whatever pieces they come."""
+    """Its tokens and its KL are summed, whatever pieces they come in."""
     whole, halves = noisy(1.02, 0.05), noisy(1.02, 0.05)
     first = halves["kl"]["by_document"][0]
     first["tokens"] //= 2
@@ -110,7 +110,8 @@ def test_without_documents_it_says_that_it_compares_unpaired(onecard: Command, w
 
 
 def test_what_a_baseline_holds(onecard: Command, write: Callable[..., Path], tmp_path: Path) -> None:
-    """Enough to compare with, and no text, path or machine. The gate says the same of the report itself."""
+    """A baseline holds what a comparison needs, and no text, path or machine. The gate says the same with the record
+    itself."""
     frozen = tmp_path / "baseline.json"
     told = line(onecard("baseline", write("r.json", record()), "-o", frozen), 0)
     assert (told["paired"], told["documents"]) == (True, DOCUMENTS)

@@ -48,13 +48,13 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def parts_of(outputs: int, inputs: int, dtype: torch.dtype, seed: int, method: str) -> tuple[Any, Any, torch.Tensor]:
-    """Stored parts, the weight that they are, and the weight that they were made of."""
+    """The stored parts, the weight that they mean, and the weight that they were made from."""
     spread = 10 ** torch.linspace(-4, 1, outputs)[:, None]  # rows of very different size
     weight = (spread * torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed))).to(dtype)
     return *quantize(weight, SCHEMES[method]), weight
 
 
-# Rows of whole blocks; so many of them that there is more than one block of blocks.
+# Each row is whole blocks; there are enough blocks for more than one block of scales.
 shapes = st.tuples(st.integers(1, 70), st.integers(1, 9).map(lambda blocks: 64 * blocks))
 
 
@@ -92,8 +92,7 @@ def test_nf4_is_what_bitsandbytes_reads_bit_for_bit(shape: tuple[int, int], dtyp
 @pytest.mark.parametrize("shape", [(64, 96), (96, 64), (5, 200), (3, 10)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_blocks_that_run_across_rows_are_read_with_their_own_scales(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """bitsandbytes 0.50.2 on a CPU begins a new block with every row: of (64, 96) it leaves 0.27, where 0.09 is
-    right."""
+    """bitsandbytes 0.50.2 on a CPU begins a new block with every row: the error for (64, 96) is 0.27, not 0.09."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     codes, state = quantize_4bit(weight, blocksize=64, quant_type="nf4")
     facts = state.as_dict()
@@ -129,7 +128,7 @@ def test_linear4bit_saves_the_same_parts() -> None:
     saved = linear.state_dict()
     assert saved.keys() == parts.keys()
     for name, tensor in saved.items():
-        if name == STATE_PART:  # ours is filled up with spaces
+        if name == STATE_PART:  # ours is padded with spaces
             assert json.loads(bytes(tensor.tolist())) == json.loads(bytes(parts[name].tolist()))
         else:
             assert torch.equal(tensor, parts[name]), name
@@ -145,7 +144,7 @@ def test_transformers_reads_the_config_block_as_it_is_meant(method: str) -> None
     assert config.bnb_4bit_quant_storage is torch.uint8
 
 
-# A recipe says so or it is refused
+# Contradicting recipes are refused
 
 
 @pytest.mark.parametrize(
@@ -180,7 +179,7 @@ def test_the_method_brings_its_own_format() -> None:
 
 
 def make_baby(folder: Path, family: str, layers: int | None = None) -> Path:
-    """A baby whose matrices' rows are whole blocks of NF4; shared and dense MLPs too."""
+    """A baby in which every matrix row is whole NF4 blocks, in shared and dense MLPs too."""
     if family == "qwen3":
         config = babies.qwen3_config(layers or 3)
         config.moe_intermediate_size, config.intermediate_size = 128, 192
@@ -207,7 +206,7 @@ CASES += [("qwen3", "bnb-int8")]
 
 @pytest.fixture(scope="module", params=CASES, ids=["-".join(case) for case in CASES])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Model, str]:
-    """The source, what was made of it, and by which method."""
+    """(source, checkpoint, method)."""
     family, method = request.param
     folder = tmp_path_factory.mktemp("run")
     source = make_baby(folder / "source", family)
@@ -261,7 +260,7 @@ def test_transformers_gives_the_weights_and_logits_of_our_walk(run: tuple[Model,
     found = dict(model.named_parameters())
     assert found.keys() == made.adapter.expected().keys()
     for name, weight in found.items():
-        # Of int8 it divides by 127 in another order than we do.
+        # For int8 it divides by 127 in another order than we do.
         slack = 0 if method == "bnb-nf4" else 2**-22
         assert torch.allclose(weight, source_of(made).get(name).float(), rtol=slack, atol=0), name
     rows = make_rows(made.adapter)
@@ -315,7 +314,8 @@ def test_transformers_holds_every_expert_of_ours_in_four_bits(scout: tuple[Path,
 
 
 def test_load_in_4bit_leaves_fused_experts_in_bf16(scout: tuple[Path, Path]) -> None:
-    """What people do instead. When this fails transformers has learnt it, and docs/formats.md is out of date."""
+    """What `load_in_4bit` does instead: it leaves experts in bf16. If this fails, transformers has learnt to quantize
+    them and docs/formats.md is out of date."""
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     model = AutoModelForImageTextToText.from_pretrained(scout[0], dtype=torch.bfloat16, quantization_config=config)
     assert {weight.dtype for weight in expert_parameters(model).values()} == {torch.bfloat16}

@@ -13,7 +13,7 @@ from onecard.core.method import PRESETS
 from onecard.forecast import plan
 from onecard.recipe import Recipe
 
-# Inputs of the widest expert matrix x experts / experts a token: a dense layer's 160 inputs of maverick do not count.
+# Inputs of the widest expert matrix x experts / experts a token. The 160 inputs of maverick's dense layer don't count.
 INPUTS_OF_ALL = {"scout": 96 * 8, "maverick": 96 * 8, "qwen3": 64 * 8 // 2}
 
 

@@ -53,14 +53,14 @@ def test_a_card_and_a_notice_beside_it_are_no_damage(folder: Path, onecard: Call
 
 @pytest.fixture
 def foreign(folder: Path) -> Path:
-    """The same folder as another tool would leave it: without papers."""
+    """The same folder without papers, as another tool would leave it."""
     (folder / "onecard.json").unlink()
     (folder / SUMS_NAME).unlink()
     return folder
 
 
 def test_another_tools_folder_is_checked_for_the_rest(foreign: Path, onecard: Callable[..., Result]) -> None:
-    """What could not be checked is said, and what can be is."""
+    """`check` says what it could not check, and checks the rest."""
     result = onecard("check", foreign)
     line = json.loads(result.stdout)
     assert (result.exit_code, line["sound"]) == (0, True)
@@ -70,7 +70,7 @@ def test_another_tools_folder_is_checked_for_the_rest(foreign: Path, onecard: Ca
 
 
 def test_damage_of_another_tools_folder(foreign: Path) -> None:
-    """A zeroed expert, and a value that is no number."""
+    """A zeroed expert and a NaN are found."""
     shard = holder(foreign, f"{EXPERT}.weight_packed")
     tensors = load_file(shard)
     tensors[f"{EXPERT}.weight_packed"].fill_(struct.unpack("<i", b"\x88" * 4)[0])
@@ -100,7 +100,7 @@ def test_an_original_is_checked_too(baby: Callable[..., Path], onecard: Callable
 
 
 def test_a_scale_of_one_expert_ten_percent_larger(folder: Path) -> None:
-    """Every value is sound by itself: only the digest can tell."""
+    """Every value is plausible by itself, so only the digest can tell."""
     scale = f"{EXPERT}.weight_scale"
     shard = holder(folder, scale)
     tensors = load_file(shard)

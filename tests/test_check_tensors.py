@@ -46,7 +46,7 @@ def test_scales_of_zero(folder: Path) -> None:
 
 
 def test_an_expert_whose_codes_are_zero(folder: Path) -> None:
-    """0x8 in every field: the code of zero."""
+    """Every field holds 0x8, the code of zero."""
     codes = f"{EXPERT}.weight_packed"
     zero = struct.unpack("<i", b"\x88" * 4)[0]
     edit(folder, codes, lambda tensors: tensors[codes].fill_(zero))
@@ -76,7 +76,7 @@ def test_a_zeroed_expert_of_an_asymmetric_checkpoint(
     assert onecard("quantize", baby("qwen3"), out, "--recipe", use, *texts).exit_code == 0
     assert onecard("check", out).exit_code == 0
     module = "model.layers.0.mlp.experts.2.up_proj"
-    # 3 in every field of both, and in none of them the code that is zero where there are no zero points.
+    # Every field of both holds 3; none holds 8, which would mean zero without zero points.
     three = struct.unpack("<i", b"\xbb" * 4)[0]
 
     def change(tensors: Tensors) -> None:
@@ -88,7 +88,7 @@ def test_a_zeroed_expert_of_an_asymmetric_checkpoint(
 
 
 def test_a_missing_expert(folder: Path) -> None:
-    """All its tensors gone, from the shard and from the index: nothing but config.json and the record know of it."""
+    """All its tensors are gone from the shard and the index. Only config.json and the record know of it."""
     drop(folder, *(f"{EXPERT}.{part}" for part in ("weight_packed", "weight_scale", "weight_shape")))
     damaged(folder, f"{EXPERT}.weight is missing", "bytes, and onecard.json says")
 
@@ -100,7 +100,7 @@ def test_a_part_of_an_expert_is_missing(folder: Path) -> None:
 
 
 def test_an_expert_left_in_bf16(folder: Path) -> None:
-    """It loads nowhere, but the bytes look well: the plan and the config tell."""
+    """No engine loads it, though every byte is sound: the plan and the config tell."""
     parts = [f"{EXPERT}.{part}" for part in ("weight_packed", "weight_scale", "weight_shape")]
 
     def change(tensors: Tensors) -> None:

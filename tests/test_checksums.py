@@ -1,6 +1,6 @@
-"""SHA256SUMS: whatever a file is called comes back, and what leads out of the folder does not.
+"""SHA256SUMS: every file name survives a round trip, and names that lead out of the folder are refused.
 
-That sha256sum itself agrees, and that every file of a run is named, is in test_check.py.
+test_check.py proves that sha256sum itself agrees and that every file of a run is listed.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from onecard.core.errors import InputError
     )
 )
 def test_sums_come_back_as_they_were_written(tmp_path_factory: pytest.TempPathFactory, files: dict[str, bytes]) -> None:
-    """Whatever a file is called: names with line ends and backslashes are escaped as sha256sum does it."""
+    """Names with line ends and backslashes are escaped as sha256sum escapes them."""
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     path = tmp_path_factory.mktemp("sums") / SUMS_NAME
     path.write_bytes(sums_text(digests).encode())

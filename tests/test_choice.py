@@ -1,6 +1,7 @@
-"""What is asked in a twin walk: log-likelihoods against transformers' whole models, and rows that go along unchanged.
+"""Requests in a twin walk: log-likelihoods equal those of transformers' whole models, and the rows' results don't
+change.
 
-The twins load both models whole and score one request at a time, from all its logits in fp64.
+The slow versions load both models whole and score one request at a time from all its logits in fp64.
 """
 
 from collections.abc import Callable
@@ -27,7 +28,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Pair:
-    """A baby and a version of it with noise on every weight, on disk."""
+    """A baby on disk, and a copy with noise on every weight."""
 
     reference: Path
     quantized: Path
@@ -81,14 +82,14 @@ def greedy(model: Any, context: tuple[int, ...], count: int) -> tuple[int, ...]:
 
 @pytest.mark.parametrize("family", ["scout", "maverick", "llama4-text", "qwen3"])
 def test_scores_are_those_of_the_whole_models(pair: Callable[[str], Pair], tmp_path: Path, family: str) -> None:
-    """Contexts below and far over the attention chunk of 8; options of one token and of several, of several lengths."""
+    """Contexts below and far over the attention chunk of 8; options of one token and of several lengths."""
     models = [load_with_transformers(path, torch.float32) for path in (pair(family).reference, pair(family).quantized)]
     requests = []
     for number, length in enumerate([1, 5, 16, 17, 40, 40]):
         context = ids(length, number)
         requests += [OptionRequest(context, (token,)) for token in ids(4, 100 + number)]
         requests += [OptionRequest(context, ids(size, 200 + 10 * number + size)) for size in (1, 2, 7)]
-        # One that each of the models would write itself: only then is it greedy.
+        # Each model's own continuation: only this one is greedy.
         requests += [OptionRequest(context, greedy(model, context, 3)) for model in models]
     asking = ask(requests)
     assert len(asking.asked) < len(requests)
@@ -108,9 +109,10 @@ def test_scores_are_those_of_the_whole_models(pair: Callable[[str], Pair], tmp_p
 
 @pytest.mark.parametrize("family", ["scout", "qwen3"])
 def test_what_is_asked_changes_nothing_of_the_rows(pair: Callable[[str], Pair], tmp_path: Path, family: str) -> None:
-    """Rows and asked rows in one walk: results, routes and errors to the bit as without, and answers as alone."""
+    """Rows and requests share a walk: results, routes and errors are the same to the bit as without requests, and
+    answers as without rows."""
     rows = [Row(f"row-{n}", "text", torch.tensor(ids(length, 50 + n))) for n, length in enumerate([33, 9, 16, 33, 48])]
-    # Lengths of rows that are lengths of asked rows too: they share no batch.
+    # Some rows and requests have the same length: they still share no batch.
     asking = ask([OptionRequest(ids(length, n), ids(2, 70 + n)) for n, length in enumerate([4, 15, 30, 47])])
     assert {len(item.row.tokens) for item in asking.asked} & {len(row.tokens) for row in rows}
     both = pair(family).walk(tmp_path / "both", rows, asking.asked, with_errors=True)
@@ -180,7 +182,7 @@ def test_an_empty_question_or_option_is_refused(request_: OptionRequest) -> None
 
 
 def test_scores_find_their_answers_in_any_order_of_batches() -> None:
-    """The walk answers longest rows first; the numbers here say row and place."""
+    """The walk answers longest rows first; these numbers encode row and position."""
     requests = [
         OptionRequest(ids(3, 0), (5, 6)),
         OptionRequest(ids(60, 1), (7,)),

@@ -57,7 +57,7 @@ RECIPES = [
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_has_a_worked_example(onecard: Callable[..., Result], verb: str) -> None:
-    """The example is one that the command line itself accepts."""
+    """The command line accepts the example."""
     shown = onecard(verb, "--help").stdout
     assert onecard(verb, "-h").stdout == shown
     lines = shown.partition("Example")[2].replace("\\\n", " ").splitlines()
@@ -112,7 +112,7 @@ def test_a_bug_of_ours_keeps_its_traceback(onecard: Callable[..., Result], monke
 
 
 def test_help_is_quick() -> None:
-    """torch takes seconds to import: only a verb that computes may."""
+    """torch takes seconds to import, so only verbs that compute may import it."""
     code = "import sys, onecard.cli; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -170,7 +170,7 @@ def test_names_that_look_like_markup(
     texts: list[str],
     tmp_path: Path,
 ) -> None:
-    """The card is drawn with rich, which takes [/x] for markup and cuts long words: a folder may be called so."""
+    """A folder's name may look like rich's markup, which draws the card, or be longer than a line."""
     model = Path(shutil.copytree(baby("qwen3"), tmp_path / "we[" / "ird]" / ("long" * 30) / "model[bold]"))
     use, out = recipe(method="rtn", name="[/mine]"), tmp_path / "out[" / "]"
     for arguments in (
@@ -192,7 +192,7 @@ def test_names_that_look_like_markup(
 def test_generate(
     onecard: Callable[..., Result], emitted: Callable[..., tuple[Path, Result]], baby: Callable[..., Path], family: str
 ) -> None:
-    """transformers loads what was emitted and answers in as many tokens as it may."""
+    """transformers loads the checkpoint and answers with at most the allowed tokens."""
     for checkpoint in (emitted(family)[0], baby(family)):
         result = onecard("generate", checkpoint, "who are you?", "--max-new-tokens", "5")
         assert result.exit_code == 0, result.output + repr(result.exception)
@@ -203,7 +203,7 @@ def test_generate(
 def test_quantize_in_a_process_of_its_own(
     tmp_path: Path, baby: Callable[..., Path], recipe: Callable[..., Path], texts: list[str]
 ) -> None:
-    """`python -m onecard`: one line on stdout, and on stderr nothing that other libraries have to say."""
+    """`python -m onecard` prints one line on stdout, and on stderr nothing from other libraries."""
     command = [
         sys.executable,
         "-m",
@@ -224,7 +224,7 @@ def test_quantize_in_a_process_of_its_own(
 
 
 def test_a_baby_of_other_seed_is_another_source(tmp_path: Path, baby: Callable[..., Path]) -> None:
-    """The digest samples the weights: one structure with other weights, or of another size, is another source."""
+    """The digest samples the weights: other weights or another size make another source, the same seed the same one."""
     same = make_baby(tmp_path / "same", "qwen3", 2)
     other = make_baby(tmp_path / "other", "qwen3", 2, seed=5)
     longer = make_baby(tmp_path / "longer", "qwen3", 3)

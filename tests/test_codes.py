@@ -1,4 +1,4 @@
-"""What a folder stores as integer codes is had back as those codes, bit for bit; and nothing else passes for codes."""
+"""Integer codes are read back from a folder bit for bit, and nothing else is taken for codes."""
 
 import itertools
 from collections.abc import Callable
@@ -21,7 +21,7 @@ Place = Callable[[], Path]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """A new folder with each call: hypothesis calls a test many times."""
+    """Gives a new folder with each call, because hypothesis calls a test many times."""
     number, home = itertools.count(), tmp_path_factory.mktemp("codes")
     return lambda: home / str(next(number))
 

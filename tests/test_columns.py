@@ -56,7 +56,7 @@ def pictured(row: dict[str, Any], columns: Columns) -> tuple[list[list[str]], tu
 
 
 def test_pictures_in_columns() -> None:
-    """As bytes, as a dict of them, decoded; at their marks, or before the first words."""
+    """Pictures come as bytes, as a dict with bytes, or decoded. They go to their marks, or before the text."""
     red, blue = png("red"), png("blue")
     turns = [{"user": "what?", "assistant": "red"}, {"user": "sure?", "assistant": "yes"}]
     columns = Columns("texts", image_column="images")
@@ -107,7 +107,7 @@ def test_wrong_columns(
     recipe: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
-    """The message says what is missing and what there is; both halves of a pair, a mixture's keys."""
+    """The message names the missing columns and the existing ones, half pairs, and wrong keys of a mixture."""
     path = parquet(tmp_path / "x.parquet", [{"question": "why?", "reply": "because"}])
     mapping = {"source": str(path), "prompt_column": "question", "response_column": "answer"}
     bare = ["--evaluation", parquet(tmp_path / "e.parquet", [{"text": "held out"}])]

@@ -1,4 +1,4 @@
-"""Coverage: counts are transformers' own routes, a run calibrates on the rows that were chosen, pictures are sound."""
+"""Coverage: counts equal transformers' own routes, a run calibrates on the chosen rows, and pictures are sound."""
 
 import json
 import xml.etree.ElementTree as ET
@@ -72,7 +72,7 @@ def test_a_run_calibrates_on_the_chosen_rows(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What `coverage` foretells is what the run's experts get; a killed run keeps its choice, and walks no more."""
+    """The run's experts get the rows that `coverage` predicted. A killed run keeps its choice without a new count."""
     path, held = texts(tmp_path / "c.jsonl"), tmp_path / "e.jsonl"
     held.write_text('{"text": "held out, all of it"}\n')
     use = recipe(calibration_pool=4.0, warn_below_expert_rows=16, output_blocks=0, refine_rounds=0)

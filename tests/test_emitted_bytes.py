@@ -1,7 +1,7 @@
-"""Predicted bytes equal emitted bytes (invariant 3), for every shipped recipe and every family that it can apply to.
+"""Predicted bytes equal emitted bytes (invariant 3), for every shipped recipe and every family that it applies to.
 
-Sizes depend on neither the method nor the texts, so that each recipe is run as round-to-nearest, in groups that divide
-a baby's matrices. Recipes that quantize the same of a family share one run.
+Sizes depend on neither the method nor the texts, so each recipe runs as round-to-nearest, in groups that divide a
+baby's matrices. Recipes that quantize the same modules of a family share one run.
 """
 
 import json
@@ -35,10 +35,10 @@ FOR_BABIES = {
 Emitted = Callable[[str, Recipe], Path]
 
 
-# No shipped recipe: several widths in one checkpoint, scales by row among them, and a zero point.
+# Not a shipped recipe: several widths in one checkpoint, among them scales by row, and a zero point.
 MIXED = "mixed"
 SEVERAL = {"attention": "int8 by row", "shared_expert": "int4 group 32 asymmetric", "mlp": "int8 group 32"}
-# Widths that are chosen by prices have tests/test_fit_run.py, other codes tests/test_bitsandbytes.py.
+# tests/test_fit_run.py covers widths chosen by prices, tests/test_bitsandbytes.py other codes.
 ELSEWHERE = {
     name
     for name in recipe_names()

@@ -1,7 +1,7 @@
 """One true end-to-end run: the embedded model through the real command line, judged by transformers.
 
-The figures in the record come from our own walk over the emitted files. Here both whole models are loaded by
-transformers, and they are computed again the obvious way, from whole logits in fp64.
+The record's figures come from our own walk over the emitted files. Here transformers loads both whole models, and the
+figures are computed again from whole logits in fp64.
 """
 
 import json
@@ -54,7 +54,7 @@ def whole_logits(model: Any, row: Row) -> torch.Tensor:
 
 
 def test_gptq_leaves_at_most_half_of_round_to_nearest(runs: dict[str, tuple[Path, dict[str, Any]]]) -> None:
-    """The bar of the main job: same scheme, same bytes, same evaluation rows."""
+    """The demo recipe beats round-to-nearest with the same scheme, bytes and evaluation rows."""
     gptq, rtn = runs["demo"][1], runs["rtn-int4"][1]
     assert gptq["emitted_bytes"] == rtn["emitted_bytes"]
     assert gptq["tokens"] == rtn["tokens"]
@@ -98,7 +98,7 @@ def test_the_record_agrees_with_transformers(runs: dict[str, tuple[Path, dict[st
 def test_the_embedded_questions_are_answered_as_the_demos_readme_says(
     runs: dict[str, tuple[Path, dict[str, Any]]],
 ) -> None:
-    """Its figure was measured with transformers, on the whole model, where the model was made."""
+    """The model's README quotes the figure that transformers gave on the whole model when the model was made."""
     record = json.loads((runs["demo"][0] / "onecard.json").read_text())
     lines = (demo_folder() / "README.md").read_text(encoding="utf-8").splitlines()
     (line,) = [line for line in lines if line.startswith("| choice accuracy, 400 questions |")]
@@ -122,7 +122,7 @@ def test_generate_answers_from_the_emitted_files(runs: dict[str, tuple[Path, dic
     result = CliRunner().invoke(main, question)
     assert result.exit_code == 0, result.output
     assert result.stdout.strip()
-    # The int4 model still sees what is drawn: the command of `make demo`.
+    # The int4 model still sees the picture: the command of `make demo`.
     picture = demo_folder() / "data" / "images" / "caption-001.png"
     result = CliRunner().invoke(main, ["generate", str(out), "What do you see?", "--image", str(picture)])
     assert result.stdout.strip() == "the digit 2 in blue"

@@ -1,8 +1,8 @@
 """`onecard check --engine`: every rule of every engine catches a broken checkpoint, and sound ones break none.
 
-Most are headers alone (engine_views.py, engine_breaks.py). The three breakages that users report most are made of real
-files and go through the command line: fused experts never taken apart, q and k in a layout that the engine garbles,
-and widths that differ inside what it fuses.
+Most checkpoints are headers alone (engine_views.py, engine_breaks.py). The three breakages that users report most use
+real files and the command line: experts left fused, q and k in a layout that the engine garbles, and different widths
+inside a module that the engine fuses.
 """
 
 import json
@@ -53,7 +53,7 @@ def test_a_broken_rule_is_caught_and_says_the_way_out(
     assert any(needle in offender for offender in found[rule].offenders), found[rule].offenders
     assert found[rule].rule.way_out in found[rule].told()
     others = {name for name, breach in found.items() if breach.rule.severity == "error"} - {rule}
-    # What breaks one rule may break its neighbours; a draft that is otherwise sound breaks no more than these.
+    # A breakage may break neighbouring rules too; an otherwise sound draft breaks no more than these.
     assert others <= ALONG.get((engine, rule), set()), others
 
 
@@ -97,7 +97,7 @@ def test_schemes_that_differ_between_units_are_sound_for_vllm(adapter: Callable[
 
 
 def test_more_cards_than_a_group_allows(adapter: Callable[[str], Adapter]) -> None:
-    """Scout's baby has 96 inputs in its down projections: three cards have 32 each, but not three heads."""
+    """Scout's baby has 96 inputs in its down projections: three cards take 32 each, but heads don't divide by three."""
     draft = drafted(adapter("scout"), packed)
     assert names_of(hold(draft.view(), ENGINES["vllm"])) == []
     draft.tensor_parallel = 3
@@ -158,7 +158,7 @@ def less(key: str) -> GgufView:
 
 
 def stored(name: str, kind: str, shape: tuple[int, ...] | None) -> GgufView:
-    """With this tensor, or without it."""
+    """The draft with this tensor added or removed."""
     view = gguf_view()
     tensors = {n: t for n, t in view.tensors.items() if n != name}
     return replace(view, tensors=tensors if shape is None else tensors | {name: (kind, shape)})
@@ -180,7 +180,7 @@ def test_a_gguf_file_that_llama_cpp_would_refuse(rule: str) -> None:
     view, needle = BROKEN_GGUF[rule]
     found = {breach.rule.name: breach for breach in hold(view, ENGINES["llama.cpp"])}
     assert any(needle in offender for offender in found[rule].offenders), found
-    if rule not in ("metadata", "architecture"):  # without a step nothing can be said of names
+    if rule not in ("metadata", "architecture"):  # without a step, names cannot be judged
         assert {n for n, b in found.items() if b.rule.severity == "error"} <= {rule}
     assert hold(gguf_view(), ENGINES["llama.cpp"]) == []
 
@@ -262,7 +262,7 @@ def test_fused_experts_never_taken_apart(
     assert "layers.0.feed_forward.experts.gate_up_proj (BF16 [8, 64, 192]) holds all experts" in done.stderr
     assert "Take the experts apart before quantizing" in done.stderr
     assert json.loads(done.stdout)["engines"]["vllm"]["loads"] is False
-    # Named as what stays whole they load: as large as they were.
+    # Named in `ignore`, they load at their old size.
     edit_json(
         out / "config.json", lambda c: c["quantization_config"]["ignore"].append("re:.*layers[.]0[.].*experts[.].*")
     )

@@ -1,6 +1,6 @@
-"""Where the divergence comes from: errors of blocks, halves, units and experts, against both whole models run by hand.
+"""Errors of blocks, halves, units and experts against both whole models, run by hand.
 
-The twins load the babies with transformers, catch what enters and leaves their layers, and write the formulas out.
+The slow versions load the babies with transformers, catch the inputs and outputs of layers, and write the formulas out.
 """
 
 from collections.abc import Callable
@@ -49,8 +49,8 @@ def errors_of(reference: Path, other: Path, folder: Path, rows: list[Row] = ROWS
 
 @dataclass
 class Layer:
-    """What one decoder layer of a whole model saw of a row: hidden states [T, H] that enter, stand between its halves
-    and leave, and the keyword arguments of its attention."""
+    """One decoder layer of a whole model on one row: hidden states [T, H] at its entry, between its halves and at its
+    exit, and its attention's keyword arguments."""
 
     module: Any
     entering: torch.Tensor
@@ -95,7 +95,7 @@ def feed_forward(layer: Layer) -> Any:
 
 
 def after_attention(layer: Layer, other: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """`other`'s attention half on a hidden state, called as `layer`'s was."""
+    """`other`'s attention half on a hidden state, with the arguments that `layer`'s got."""
     with torch.inference_mode():
         out, _ = other.self_attn(hidden_states=other.input_layernorm(hidden[None]), **layer.arguments)
     return hidden + out[0]
@@ -117,7 +117,7 @@ def relative(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
 
 
 def whole_pair(reference: Path, other: Path, rows: list[Row]) -> list[list[tuple[Layer, Layer]]]:
-    """By block, by row: the layer in both whole models."""
+    """By block and row: the layer in both whole models."""
     models = [load_with_transformers(path, torch.float32) for path in (reference, other)]
     by_row = [list(zip(*(layers_of(model, row) for model in models), strict=True)) for row in rows]
     return [list(block) for block in zip(*by_row, strict=True)]
@@ -160,7 +160,7 @@ def unit_of(name: str, block: int) -> str | None:
 def test_a_units_error_is_that_of_a_model_with_that_unit_alone_replaced(
     baby: Callable[..., Path], tmp_path: Path, family: str
 ) -> None:
-    """The half that it is in then adds nothing but it, and no other unit is named, of this block or of the next."""
+    """With one unit changed, its half adds exactly its error, and no other unit of this block or the next is named."""
     reference = baby(family)
     far = noise(0.2)
     noisy: dict[str, torch.Tensor] = {}
@@ -203,7 +203,7 @@ def test_a_model_against_itself_has_no_error_anywhere(baby: Callable[..., Path],
 def test_halves_and_units_of_a_sample_of_the_rows(
     baby: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of long texts every so-manieth row goes through the units; the hidden state is compared on all."""
+    """With long texts only every n-th row goes through the units; hidden states are compared on all rows."""
     monkeypatch.setattr(errors, "LEAST_TOKENS", 80)
     other = changed_copy(baby("qwen3"), tmp_path / "other", noise(0.1))
     found = errors_of(baby("qwen3"), other, tmp_path / "acts")["blocks"]
@@ -231,7 +231,7 @@ def test_a_sample_is_every_so_manieth_row() -> None:
 
 @dataclass(frozen=True)
 class Routed:
-    """What experts of one block do with a row: inputs [T, H] and the routing weight of each chosen expert, by token."""
+    """The experts of one block on one row: inputs [T, H], and by token the routing weight of each chosen expert."""
 
     x_TH: torch.Tensor
     chosen: list[dict[int, float]]
@@ -251,8 +251,9 @@ def routed(layer: Layer, top_k: int) -> Routed:
 
 @pytest.mark.parametrize("family", ["scout", "qwen3"])
 def test_experts_are_those_of_the_whole_models(baby: Callable[..., Path], tmp_path: Path, family: str) -> None:
-    """Weight error over its three matrices; output error on tokens that both models send there, before the routing
-    weight of Qwen's (after it, Llama 4's being in the input); rows of the reference."""
+    """Weight error over the three matrices; output error on tokens that both models send to the expert; rows in the
+    reference. Qwen's outputs are compared before the routing weight, Llama 4's after it, because it scales the input.
+    """
     folders = (baby(family), changed_copy(baby(family), tmp_path / "other", noise(0.15)))
     found = errors_of(*folders, tmp_path / "acts")
     models = [open_model(str(folder)) for folder in folders]
@@ -291,7 +292,7 @@ def test_experts_are_those_of_the_whole_models(baby: Callable[..., Path], tmp_pa
 
 
 def scaled(block: int, expert: int, projection: str, family: str) -> Callable[[str, torch.Tensor], torch.Tensor]:
-    """One matrix of one expert times 1.1, in the layouts of the families' files."""
+    """Multiplies one matrix of one expert by 1.1, in the layout of the family's files."""
 
     def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.clone()
@@ -315,7 +316,7 @@ def scaled(block: int, expert: int, projection: str, family: str) -> Callable[[s
 def test_a_changed_scale_of_one_expert_is_the_worst_expert(
     baby: Callable[..., Path], tmp_path: Path, family: str, projection: str
 ) -> None:
-    """Among experts that all have an error of quantization's size, and far out of them."""
+    """All experts have errors of quantization's size, and the changed one stands far out."""
     small = changed_copy(baby(family), tmp_path / "small", noise(0.05))
     sound = errors_of(baby(family), small, tmp_path / "acts")
     block = 0 if family == "qwen3" else 1
@@ -367,7 +368,7 @@ def test_standing_out_is_counted_in_robust_deviations() -> None:
     spread = 1.4826 * median([abs(v - middle) for v in values])
     got = standing_out(values, 0.1)
     assert got == pytest.approx([(v - middle) / spread for v in values])
-    # One far outlier moves neither the middle nor the spread: it stands out the more.
+    # A farther outlier moves neither the median nor the spread, so it stands out more.
     assert standing_out([*values[:-1], 30.0], 0.1)[-1] > 10 * got[-1]
     assert standing_out([1.0, 1.0, 1.0, 1.01], 0.1) == pytest.approx([0, 0, 0, 0.1])
     assert standing_out([0.0] * 4, 0.1) == [0.0] * 4

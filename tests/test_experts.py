@@ -1,7 +1,7 @@
-"""Experts and adapters: what an expert computes, and what each family's adapter says of names, shapes, roles and units.
+"""Experts and adapters: what an expert computes, and each adapter's names, shapes, roles and units.
 
-The twin of RoutedExperts is one token and one chosen expert at a time, in fp64. The twins of the adapters are tables
-written by hand from the families' published layouts, and plain slices of the fused tensors.
+RoutedExperts is held against one token and one chosen expert at a time, in fp64. Adapters are held against tables
+written by hand from the families' published layouts, and against plain slices of the fused tensors.
 """
 
 import re
@@ -63,7 +63,7 @@ def test_equals_one_token_and_one_expert_at_a_time(scale_input: bool, top_k: int
 
 
 def test_scaling_the_input_is_another_function_than_scaling_the_output() -> None:
-    """SwiGLU is not homogeneous; a copy that mixes the two up must not pass."""
+    """SwiGLU is not homogeneous: scaling the input and scaling the output differ, and a mix-up must not pass."""
     x, chosen, weights = route(40, 1)
     by_input, by_output = make_experts(True)(x, chosen, weights), make_experts(False)(x, chosen, weights)
     assert float((by_input - by_output).norm() / by_input.norm()) > 0.1
@@ -105,7 +105,7 @@ def test_experts_without_tokens_do_nothing(scale_input: bool) -> None:
     called: list[int] = []
     experts.observer = lambda name, expert, tokens, rows: called.append(expert)
     chosen = torch.full((9, 1), EXPERTS - 2)
-    experts.gate_up.data[: EXPERTS - 2] = torch.nan  # whoever touches the others gets NaN
+    experts.gate_up.data[: EXPERTS - 2] = torch.nan  # reading any other expert gives NaN
     torch.testing.assert_close(
         experts(x, chosen, weights), one_by_one(experts, x, chosen, weights, scale_input), rtol=1e-12, atol=1e-12
     )
@@ -127,7 +127,7 @@ def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def unfused(files: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The canonical tensors of a baby by plain slices: gate is the first half of the LAST axis, stored [in, out]."""
+    """A baby's canonical tensors by plain slices: gate is the first half of the LAST axis, stored [in, out]."""
     out = {}
     for name, tensor in files.items():
         if name.endswith(".experts.gate_up_proj"):
@@ -250,8 +250,8 @@ def test_roles_are_what_a_person_would_say(stored: tuple[str, Path]) -> None:
 
 
 def engine_units(family: str, adapter: Adapter) -> set[frozenset[str]]:
-    """What vLLM fuses, block by block, from facts.md and its deepseek_v2.py and mixtral.py: qkv, or what reads the
-    residual stream before MLA's latents; gate and up of a dense MLP; all experts of a layer."""
+    """What vLLM fuses in each block, by its deepseek_v2.py and mixtral.py: qkv, or the projections that read the
+    residual stream for MLA's latents; gate and up of a dense MLP; all experts of a layer."""
     units = set()
     for block in range(adapter.n_blocks):
         stem = f"{'language_model.' if family in ('scout', 'maverick') else ''}model.layers.{block}."

@@ -1,5 +1,7 @@
-"""One set of codes, every engine's package: what is exported holds the codes it was made from, to the byte that was
-planned, and reads back as the same model; what a format cannot hold is refused before a byte is written."""
+"""Exports hold the codes that they were made from, in exactly the planned bytes, and read back as the same model.
+
+What a format cannot hold is refused before a byte is written.
+"""
 
 import json
 import re
@@ -24,7 +26,7 @@ from onecard.core.quantized_weight import QuantizedWeight
 
 # Maverick has blocks with experts and blocks without; Scout is the same with experts in all.
 FAMILIES = ("maverick", "llama4-text", "qwen3")
-# Whose experts are published one by one, under names of their own.
+# Families that publish experts one by one, under their own names.
 MORE = ("deepseek", "mixtral")
 Made = Callable[..., Path]
 Run = Callable[..., Result]
@@ -32,8 +34,8 @@ Run = Callable[..., Result]
 
 @pytest.fixture(scope="session")
 def packed(baby: Callable[..., Path], texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """(family, recipe's changes) -> a baby quantized by round-to-nearest, attention too. (But DeepSeek's: a matrix of
-    it has 40 rows, and readers of GPTQ's layout count in multiples of 32.)"""
+    """(family, recipe's changes) -> a baby quantized by round-to-nearest, attention too. DeepSeek's attention stays:
+    one of its matrices has 40 rows, and GPTQ's layout needs multiples of 32."""
     made: dict[str, Path] = {}
 
     def get(family: str, **changes: object) -> Path:
@@ -54,7 +56,7 @@ MIXED = {"schemes": {"attention": "int8 by row", "mlp": "int8 group 32 asymmetri
 
 
 def all_codes(model: Model) -> dict[str, tuple[torch.Tensor, ...]]:
-    """Module -> codes, scales and zero points of all that is stored so."""
+    """Module -> codes, scales and zero points, for every module stored as codes."""
     found = {}
     for module in conversion.coded(model):
         weight = conversion.codes(model, module)
@@ -141,13 +143,13 @@ def test_an_original_comes_back_from_bf16_bit_for_bit(
 def test_mixed_widths_go_through_every_format(
     form: str, family: str, packed: Made, baby: Callable[..., Path], onecard: Run, texts: list[str], tmp_path: Path
 ) -> None:
-    """Two formats one after the other: the codes are those of the beginning, and so is the KL."""
+    """Two exports in a row keep the first codes, and so the KL."""
     source, out, back = packed(family, **MIXED), tmp_path / "out", tmp_path / "back"
     done = onecard("export", source, "--format", form, "-o", out)
     assert done.exit_code == 0, done.stderr
     lines = [json.loads(onecard("verify", baby(family), folder, *texts[2:]).stdout) for folder in (source, out)]
     assert lines[0]["kl_mean_nats"] > 1e-4
-    # GPTQ's scales are fp16, and so its weights are read as that: another rounding of the same products.
+    # GPTQ's scales are fp16, so its weights are read in fp16: another rounding of the same products.
     assert (lines[1]["kl_mean_nats"] == lines[0]["kl_mean_nats"]) == (form != "gptq-v2")
     if form == "bf16":
         model, parent = open_model(str(out)), open_model(str(source))
@@ -187,7 +189,7 @@ def test_q_and_k_of_llama4_stay_in_16_bits_in_gptqs_layout_and_the_config_says_w
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rules_of_dynamic_mean_what_is_stored_and_nothing_else(family: str, packed: Made, tmp_path: Path) -> None:
-    """As vLLM reads them: by the names of fused modules, too."""
+    """vLLM finds them by the names of fused modules, too."""
     model = open_model(str(packed(family, **MIXED)))
     block = to_gptq.block(model, 2)
     schemes, _ = to_gptq.split_schemes(model)

@@ -1,4 +1,4 @@
-"""What is said of an exported folder holds for its own files: its card, the engines it names, its plan."""
+"""An exported folder's papers describe its own files: its card, the engines on it, its plan."""
 
 import json
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def card(folder: Path, *more: object) -> str:
 def test_the_card_says_on_which_files_it_was_measured(
     form: str, emitted: Callable[..., tuple[Path, Result]], tmp_path: Path
 ) -> None:
-    """The KL of its record is the parent's, until a record of these files is named."""
+    """Its record has the parent's KL until a record of its own files is named."""
     parent, out = emitted("scout")[0], tmp_path / "exported"
     assert run_onecard("export", parent, "--format", form, "-o", out).exit_code == 0
     text = card(out)
@@ -72,7 +72,7 @@ def test_a_run_whose_recipe_names_the_format_was_measured_on_its_own_files(
 
 
 def test_no_engine_is_named_that_refuses_the_format() -> None:
-    """vLLM reads GPTQ's version 1 alone (docs/engines.md, gptq-types)."""
+    """vLLM reads only version 1 of GPTQ's layout (docs/engines.md, gptq-types)."""
     assert "vLLM" in [engine for engine, _, _ in engines("llama4", {}, True, {}, "gptq")]
     assert "vLLM" not in [engine for engine, _, _ in engines("llama4", {}, True, {}, "gptq-v2")]
 
@@ -80,7 +80,7 @@ def test_no_engine_is_named_that_refuses_the_format() -> None:
 def test_a_plan_of_gptqs_layout_says_nothing_of_scales_that_are_not_permuted(
     baby: Callable[..., Path], texts: list[str], tmp_path: Path
 ) -> None:
-    """q and k are in 16 bits there: any vLLM does. In compressed-tensors their scales want a newer one."""
+    """q and k are in 16 bits there, so any vLLM loads it. In compressed-tensors their scales need a newer one."""
     recipe = write_recipe(tmp_path / "recipe.yaml", method="rtn", quantize_roles=["expert", "attention"])
     source, out = tmp_path / "int4", tmp_path / "gptq"
     assert run_onecard("quantize", baby("llama4-text"), source, "--recipe", recipe, *texts[2:]).exit_code == 0

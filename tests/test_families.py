@@ -1,5 +1,5 @@
-"""DeepSeek-V3 and Mixtral as they are published: how many parameters, bytes and tensors they have, what of a checkpoint
-is left aside or refused, and what statistics and planners are told of them."""
+"""DeepSeek-V3 and Mixtral as published: their parameters, bytes and tensors, the parts of a checkpoint that are left
+out or refused, and their facts for statistics and planners."""
 
 import json
 from collections.abc import Callable
@@ -82,11 +82,11 @@ def test_mixtral_8x7b_has_the_published_parameters(tmp_path: Path) -> None:
     assert model.adapter.cache_layers() == (CacheLayer("global", 2 * 8 * 128, None, 8),) * 32
 
 
-# What is left aside and what is refused
+# Left out, or refused
 
 
 def with_drafting(model: Path, announced: int) -> Path:
-    """A third layer of multi-token prediction's, and a config that announces so many."""
+    """A checkpoint with a layer for multi-token prediction, and a config that announces such layers."""
     tensors = load_file(model / "model.safetensors")
     more = {n.replace(".layers.1.", ".layers.2."): t.clone() for n, t in tensors.items() if ".layers.1." in n}
     more["model.layers.2.eh_proj.weight"] = torch.ones(64, 128, dtype=torch.bfloat16)
@@ -156,7 +156,7 @@ def test_another_architecture_is_refused(
 
 
 def test_a_config_that_engines_read_otherwise_is_told_of(copied: Callable[..., Path]) -> None:
-    """What transformers saves itself lacks DeepSeek's keys, and vLLM has other defaults."""
+    """transformers saves DeepSeek's config without keys for which vLLM has other defaults."""
     model = copied("deepseek")
     assert load_adapter(model).faults(json.loads((model / "config.json").read_text())) == []
     (found,) = load_adapter(model).faults({"num_nextn_predict_layers": 0})
@@ -177,7 +177,7 @@ def test_an_original_in_fp8_is_quantized_from_there(
     texts: list[str],
     tmp_path: Path,
 ) -> None:
-    """As from its dequantized twin, to the byte."""
+    """The result equals that of its dequantized twin, to the byte."""
     pair = foreign.quantized_pair(baby("deepseek"), tmp_path, foreign.fp8, matrices, FP8, torch.bfloat16)
     use, emitted = recipe(method=method), []
     for number, model in enumerate(pair):
@@ -214,7 +214,8 @@ def test_latents_that_an_engine_fuses_share_a_scheme(
     texts: list[str],
     tmp_path: Path,
 ) -> None:
-    """kv_b may be kept by itself, which engines unpack; what reads the residual stream is one matrix for vLLM."""
+    """kv_b may be kept alone, since engines unpack it. Projections that read the residual stream are one matrix for
+    vLLM."""
     roles = ["expert", "shared_expert", "mlp", "attention"]
     alone = recipe(method="rtn", quantize_roles=roles, keep_modules=["*.kv_a_proj_with_mqa"])
     refused(onecard("plan", baby("deepseek"), "--recipe", alone), "q_a_proj", "kv_a_proj_with_mqa", "fused_qkv_a_proj")
@@ -226,12 +227,12 @@ def test_latents_that_an_engine_fuses_share_a_scheme(
     assert "model.layers.1.self_attn.q_b_proj.weight_packed" in emitted
 
 
-# What statistics and planners are told
+# Facts for statistics and planners
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "maverick"])
 def test_a_site_reads_the_norm_that_it_names_and_no_other_does(family: str, baby: Callable[..., Path]) -> None:
-    """Statistics take such a site's rows from the norm alone, without running the half."""
+    """Statistics take the rows of sites that read a norm from the norm, without running the half."""
     model = open_model(str(baby(family)))
     adapter = model.adapter
     hidden = torch.randn(2, 9, adapter.hidden_size, generator=torch.Generator().manual_seed(1))
@@ -249,7 +250,7 @@ def test_a_site_reads_the_norm_that_it_names_and_no_other_does(family: str, baby
                 same = seen[site.key].shape == normed.shape and torch.equal(seen[site.key], normed)
                 if site.half is Half.ATTENTION:
                     assert same == (site.reads_norm == norm), site.key
-                else:  # gates and ups are seen as the half runs
+                else:  # rows of gate and up come from the running half
                     assert site.reads_norm in (None, norm)
         router = adapter.router_site(index)
         assert router is None or router.reads_norm == adapter.middle_norm
@@ -257,7 +258,7 @@ def test_a_site_reads_the_norm_that_it_names_and_no_other_does(family: str, baby
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_layer_caches_what_transformers_caches(family: str) -> None:
-    """Numbers for each token, keys and values together, and how many tokens a layer keeps."""
+    """Cached numbers for each token, keys and values together, and the tokens that a layer keeps."""
     model = babies.make_model(family)
     adapter = ADAPTERS[model.config.model_type](model.config)
     text = getattr(model, "language_model", model)
@@ -266,7 +267,7 @@ def test_a_layer_caches_what_transformers_caches(family: str) -> None:
     for layer, theirs in zip(adapter.cache_layers(), cache.layers, strict=True):
         kept = theirs.keys.shape[2]
         assert layer.values_per_token == (theirs.keys.numel() + theirs.values.numel()) / kept
-        # transformers keeps of a window what the next token sees beside itself.
+        # transformers keeps the part of a window that the next token sees besides itself.
         assert kept == (30 if layer.window is None else layer.window - 1)
         assert layer.kv_heads == theirs.keys.shape[1]
 

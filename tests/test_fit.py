@@ -1,4 +1,4 @@
-"""The sum of a plan: Scout's published arithmetic, weights against planned files, and laws of what fits."""
+"""What a plan adds up: Scout's published arithmetic, weights against planned files, and laws of what fits a card."""
 
 import math
 from collections.abc import Callable
@@ -62,7 +62,7 @@ def test_scout_weighs_what_its_parameters_say(hollow: Callable[[str], Model]) ->
     assert weights["as it is"] == 2 * 108_641_793_536
     experts, attention = 48 * 17 * 3 * 5120 * 8192, 48 * (2 * 5120 * 5120 + 2 * 5120 * 1024)
     matrices = 48 * 17 * 3
-    # A code of half a byte, a scale of two bytes for 128 weights, and a shape of two int64 a matrix.
+    # Half a byte for a code, two bytes for the scale of 128 weights, two int64 for each matrix's shape.
     kept = 2 * 108_641_793_536 - 2 * experts
     assert weights["llama4-scout-h100"] == kept + experts // 2 + experts // 64 + 16 * matrices
     more = attention // 2 + attention // 64 - 2 * attention + 16 * 48 * 4
@@ -157,7 +157,7 @@ def test_transformers_unpacks_what_others_leave_packed(emitted: Callable[[str], 
 
 
 def test_cards_share_matrices_and_have_the_rest_each(hollow: Callable[[str], Model]) -> None:
-    """Against each tensor cut by hand: rows, columns, KV heads, and what lies everywhere."""
+    """Each tensor is cut by hand: by rows, columns or KV heads, or copied to every card."""
     model = hollow(SCOUT)
     weights = own_candidate(model, entries_of(model)).weights
     whole = weights.on_card(1)
@@ -303,7 +303,7 @@ def test_changes_fit_and_no_part_of_one_would_do(request: Request, memory: int) 
         assert does(steps)
         parts = chain.from_iterable(combinations(steps, n) for n in range(len(steps)))
         assert not any(does(frozenset(part)) for part in parts)
-    # Nothing is missed: what fits has one of the offers in it, its recipe or a stronger one.
+    # No offer is missed: whatever fits includes an offered recipe or a stronger one.
     steps = ["fp8 KV cache"] * (request.kv_dtype == "bf16") + ["no vision tower", "recipe middle", "recipe small"]
     for part in chain.from_iterable(combinations(steps, n) for n in range(1, len(steps) + 1)):
         recipes = [step for step in part if step.startswith("recipe")]

@@ -1,4 +1,4 @@
-"""The page's section on a card's memory, from the same facts as the terminal's card."""
+"""The page's section on a card's memory is drawn from the same facts as the terminal's card."""
 
 import copy
 import json

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,14 @@ from click.testing import Result
 from rich.console import Console
 
 from command_line import run_onecard
-from hollow import QWEN3, SCOUT, published, write_hollow
 from inputs import write_recipe
 from onecard.bits.fitting import bytes_of_units, fit_to, menu_of, priced_units
-from onecard.bits.prices import Priced, UnitPrices
 from onecard.bits.pricing import Prices
 from onecard.checkpoint.assign import plan_for
-from onecard.checkpoint.model import Model, open_model, open_source
+from onecard.checkpoint.model import open_model, open_source
 from onecard.checkpoint.stored_widths import stored_weights
-from onecard.core.errors import FitError, InputError
+from onecard.core.errors import InputError
 from onecard.core.scheme import Scheme
-from onecard.planner.candidates import entries_of, recipe_candidate
-from onecard.planner.cards import find_card
-from onecard.planner.fit import Needs, Request, weight_budget_bytes
 from onecard.recipe import Recipe, load_recipe, recorded_recipe
 from onecard.report.pareto_card import draw_pareto
 from runs import Stopped, contents, differences
@@ -45,7 +39,7 @@ FAMILY = "mixtral"
 
 @pytest.fixture(scope="module")
 def limits(baby: Callable[..., Path]) -> tuple[int, int]:
-    """The least and the most bytes that the recipe can make of the baby."""
+    """The fewest and the most bytes that the recipe can give the baby."""
     model = open_source(str(baby(FAMILY)))
     fields = {k: v for k, v in FIT.items() if k != "bits"}
     fields |= {"name": "x", "description": "x", "max_shard_bytes": 200_000}
@@ -73,7 +67,7 @@ def priced(baby: Callable[..., Path], texts: list[str], use: Path, tmp_path_fact
 
 @pytest.fixture(scope="module")
 def whole(baby: Callable[..., Path], texts: list[str], use: Path, tmp_path_factory: Any) -> Path:
-    """What an undisturbed run emits."""
+    """The checkpoint of an undisturbed run."""
     out = tmp_path_factory.mktemp("whole") / "out"
     result = run_onecard("quantize", baby(FAMILY), out, "--recipe", use, *texts)
     assert result.exit_code == 0, result.output + repr(result.exception)
@@ -94,7 +88,7 @@ def test_the_run_is_what_was_chosen(whole: Path, baby: Callable[..., Path], use:
     assert plan_for(model, made).emitted_bytes == emitted
     assert allocation["predicted_kl_nats"] > 0
     assert record["kl"]["kl_mean_nats"] > 0
-    # What is stored is what the allocation says, unit by unit, and what the recipe says.
+    # The stored widths are those of the allocation, unit by unit, and allowed by the recipe.
     stored = {name: width.width for name, width in stored_weights(open_model(str(whole))).items()}
     units = priced_units(model.adapter, load_recipe(str(use)))
     assert [unit["unit"] for unit in allocation["units"]] == list(units)
@@ -118,7 +112,7 @@ def test_prices_of_pareto_serve_quantize(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """No second pass, and the same bytes as with prices of its own."""
+    """No second pricing pass runs, and the bytes are those of a run that measured its own prices."""
     monkeypatch.setattr("onecard.pipeline.price_model", None)
     out = tmp_path / "out"
     result = run_onecard("quantize", baby(FAMILY), out, "--recipe", use, *texts, "--prices", priced[0])
@@ -132,7 +126,7 @@ def test_prices_of_pareto_serve_quantize(
 def test_stopped_between_pricing_and_quantizing(
     whole: Path, baby: Callable[..., Path], texts: list[str], use: Path, tmp_path: Path, where: str
 ) -> None:
-    """Before the prices are known, before they are used, and before the first stage is done."""
+    """The run stops before prices are known, before they are used, and before its first step is done."""
     out = tmp_path / "out"
     command = ["quantize", baby(FAMILY), out, "--recipe", use, *texts]
 
@@ -261,7 +255,7 @@ def test_the_curve(priced: tuple[Path, Result], limits: tuple[int, int], use: Pa
     menu = menu_of(load_recipe(str(use)))
     rules = [f"attention, shared int8 group 32; rest {s}" for s in menu if s.bits == 4]
     assert [p["name"] for p in facts["named"]] == [*(f"all {s}" for s in menu), *rules]
-    # Nothing that people choose without prices is better than the curve: a step of the curve at its size or below it.
+    # No choice without prices beats the curve: some step of it has that size or less, and no more KL.
     for point in [*facts["named"], facts["asked"]]:
         below = [kl for size, kl in zip(sizes, kls, strict=True) if size >= point["bytes"]]
         assert not below or point["predicted_kl_nats"] >= 0.999 * below[0], point
@@ -277,7 +271,7 @@ def test_the_curve_is_dense_where_it_is_steep(priced: tuple[Path, Result], limit
 def test_a_second_run_walks_nothing_and_speaks_one_line(
     priced: tuple[Path, Result], baby: Callable[..., Path], texts: list[str], use: Path
 ) -> None:
-    """In a process of its own: what a library prints to C's stdout would be seen."""
+    """It runs in a process of its own, so that a library's print to C's stdout would be seen."""
     script = "import onecard.bits.pareto\nonecard.bits.pareto.price_model = None\nfrom onecard.cli import main\nmain()"
     command = ["pareto", baby(FAMILY), "--recipe", use, "--prices", priced[0], *texts[:2]]
     result = subprocess.run(
@@ -327,74 +321,10 @@ def test_what_costs_next_to_nothing_does_not_stretch_the_axis(priced: tuple[Path
 # --- a card
 
 
-@pytest.fixture(scope="module")
-def hollow(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
-    @cache
-    def get(name: str) -> Model:
-        return open_model(str(write_hollow(tmp_path_factory.mktemp("hollow") / name, published(name))))
-
-    return get
-
-
-def card_recipe(**fields: Any) -> Recipe:
-    given = {
-        "name": "card",
-        "description": "x",
-        "bits": "fit",
-        "gpu": "h100-80gb",
-        "context": 131_072,
-        "quantize_roles": ["expert", "shared_expert", "mlp", "attention"],
-    }
-    return Recipe.model_validate(given | fields)
-
-
-def made_up(model: Model, recipe: Recipe) -> Prices:
-    """Attention costs most for each weight, later blocks less than earlier ones."""
-    units, menu = priced_units(model.adapter, recipe), menu_of(recipe)
-    sizes = bytes_of_units(model, units, menu)
-    roles = {m: s.role.value for b in range(model.adapter.n_blocks) for s, m, _, _ in model.adapter.modules(b)}
-    errors = dict(zip(menu, (0.11, 0.1, 0.09, 0.006), strict=False))
-    found = []
-    for number, (unit, modules) in enumerate(units.items()):
-        widths = [Priced(s, sizes[unit, s], e, (0.5 + number % 7) * e**2) for s, e in errors.items()]
-        widths.append(Priced(None, sizes[unit, None], 0.0, 0.0))
-        found.append(UnitPrices.fitted(unit, roles[modules[0]], 1, widths))
-    return Prices(tuple(found), {}, 1, 1)
-
-
-@pytest.mark.parametrize(("gpu", "cards"), [("h100-80gb", 1), ("2x l40s", 2), ("2x h100-80gb", 2), ("4x l40s", 4)])
-def test_scout_on_cards(hollow: Callable[[str], Model], gpu: str, cards: int) -> None:
-    """The budget is what the plan leaves for weights; what is chosen stays within it on every card, and uses it."""
-    model = hollow(SCOUT)
-    recipe = card_recipe(gpu=gpu, context=8192 if "l40s" in gpu else 131_072)
-    fitted = fit_to(model, recipe, made_up(model, recipe))
-    request = Request(context=recipe.card.context, tensor_parallel=cards)
-    budget = weight_budget_bytes(Needs.of(model.adapter), find_card(gpu)[1], request)
-    assert fitted.budget_bytes == budget
-    made = recipe_candidate(model, entries_of(model), fitted.recipe).weights.on_card(cards)
-    assert made <= budget
-    assert made > 0.97 * budget
-
-
-def test_a_card_that_is_too_small(hollow: Callable[[str], Model]) -> None:
-    model = hollow(SCOUT)
-    recipe = card_recipe()
-    prices = made_up(model, recipe)
-    with pytest.raises(FitError, match=r"rtx-4090 leaves .* GB there: a shorter context"):
-        fit_to(model, recipe.changed(gpu="rtx-4090"), prices)
-
-
-def test_widths_that_cannot_be_cut(hollow: Callable[[str], Model]) -> None:
-    """768 inputs of an expert's down projection over four cards are 192: no groups of 128."""
-    model, recipe = hollow(QWEN3), card_recipe(gpu="4x rtx-4090", context=8192)
-    with pytest.raises(InputError, match=r"192 inputs .* group size 128"):
-        fit_to(model, recipe, made_up(model, recipe))
-
-
 def test_without_keep_nothing_is_kept(
     baby: Callable[..., Path], priced: tuple[Path, Result], use: Path, limits: tuple[int, int]
 ) -> None:
-    """Though prices know what keeping costs, and there is room."""
+    """A menu without `keep` keeps nothing, though prices include keeping and there is room."""
     model, recipe = open_source(str(baby(FAMILY))), load_recipe(str(use))
     prices = Prices.from_facts(json.loads(priced[0].read_text())["prices"])
     narrow = recipe.changed(fit_schemes=("int4 group 32", "int4 group 16", "int8 group 32"))

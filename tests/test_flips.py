@@ -1,4 +1,4 @@
-"""Answer flips by hand: who is right, what changed, by how much it was held, and what both directions weigh."""
+"""Answer flips counted by hand: accuracies, changed answers, their margins, and the test of both directions."""
 
 import json
 import math
@@ -72,7 +72,7 @@ scores = st.lists(st.floats(-30, 0), min_size=4, max_size=4).map(tuple)
 
 @given(st.lists(st.tuples(st.integers(0, 3), scores, scores), min_size=1, max_size=40))
 def test_the_parts_make_the_whole(drawn: list[tuple[int, tuple[float, ...], tuple[float, ...]]]) -> None:
-    """What one model has more than the other is what turned right less what turned wrong."""
+    """The difference of the accuracies is the share that turned right less the share that turned wrong."""
     items = [item(*one) for one in drawn]
     got = summarize_answers(items).to_json()
     gained = got["wrong_to_right"]["count"] - got["right_to_wrong"]["count"]

@@ -1,7 +1,7 @@
-"""Files that other tools make are read as the tools mean them, and verified by the same command as ours.
+"""Other tools' files are read as the tools mean them, and verified by the same command as ours.
 
-Three kinds of proof: each format's own package or a slow twin (foreign.py) gives the same weights; a baby quantized so
-has, on the real command line, the KL of the folder that holds the dequantized weights; and what contradicts itself is
+Three kinds of proof: each format's own package or a slow twin (foreign.py) gives the same weights; on the real command
+line a quantized baby has the KL of the folder with its dequantized weights; and a checkpoint that contradicts itself is
 refused in one message.
 """
 
@@ -31,7 +31,7 @@ FP8: Block = {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_
 
 
 def ct_write(weight: torch.Tensor, block: Block, dtype: torch.dtype = torch.float32) -> foreign.Written:
-    """The package's own compressor and decompressor, with scales of our own making."""
+    """The package's own compressor and decompressor, with scales that we choose."""
     config = QuantizationConfig.model_validate(block)
     scheme = config.config_groups["group_0"]
     args, (rows, columns) = scheme.weights, weight.shape
@@ -99,7 +99,7 @@ def test_compressed_tensors_is_what_its_own_package_reads(
 
 @pytest.mark.parametrize("targets", [("Linear", "re:^m$"), ("Linear", "m"), ("re:.*", "m")], ids=str)
 def test_of_groups_that_all_fit_the_narrowest_target_counts(targets: tuple[str, str], tmp_path: Path) -> None:
-    """Blocks of 64 and of 96 rows give 97 rows as many scales."""
+    """Blocks of 64 and of 96 rows both cut 97 rows in two."""
     blocks = [{"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [n, 64]} for n in (64, 96)]
     stored, meant = ct_write(a_weight(97), ct_block(blocks[1], form="naive-quantized"))
     source = opened(tmp_path, stored, ct_block(*blocks, form="naive-quantized", targets=targets))
@@ -108,7 +108,7 @@ def test_of_groups_that_all_fit_the_narrowest_target_counts(targets: tuple[str, 
 
 
 def test_an_order_of_columns_names_each_inputs_group(tmp_path: Path) -> None:
-    """`weight_g_idx` of older llm-compressor, which the package no longer reads; -1 throughout is no order."""
+    """Older llm-compressor wrote `weight_g_idx`, which the package no longer reads. All -1 means no order."""
     block = ct_block({"num_bits": 4, "strategy": "group", "group_size": 16, "actorder": "group"})
     plain = ct_block({"num_bits": 4, "strategy": "group", "group_size": 16})
     stored, in_order = ct_write(a_weight(), plain)
@@ -137,7 +137,8 @@ def test_gptq_is_what_the_slow_twin_reads(bits: int, version: int, shuffled: boo
 
 
 def test_gptq_version_1_gets_a_borrowed_zero_point_back(tmp_path: Path) -> None:
-    """GPTQModel takes 1 off every field by one subtraction from the word, so that a zero point of 0 borrows."""
+    """GPTQModel takes 1 off every field by one subtraction from the word, so a zero point of 0 borrows from its
+    neighbour."""
     stored, _ = foreign.gptq(a_weight(), version=2)
     zeros = torch.tensor([[0, 5, 0, 0, 15, 1, 0, 7] * 12] * 2)
     plain = torch.tensor([foreign.words_of(row, 4) for row in zeros.tolist()], dtype=torch.int32)
@@ -256,8 +257,8 @@ INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
 
 
 def mixed(weight_of: dict[str, Block]) -> Callable[[torch.Tensor], foreign.Written]:
-    """Experts' matrices one way, all others another; told apart by their shapes (a baby's attention has 64 inputs and
-    outputs, or 32)."""
+    """Writes experts' matrices one way and all others another. Shapes tell them apart: a baby's attention has 64 or 32
+    inputs and outputs."""
 
     def write(weight: torch.Tensor) -> foreign.Written:
         return ct_write(weight, ct_block(weight_of["expert" if 96 in weight.shape else "other"]), torch.bfloat16)
@@ -313,8 +314,8 @@ def test_experts_left_fused_and_as_they_were_are_seen(
     texts: list[str],
     tmp_path: Path,
 ) -> None:
-    """What transformers makes of bitsandbytes and Llama 4: Linear modules in four bits, all experts in bf16. It cannot
-    load that again itself (5.23: it wants the experts one by one then)."""
+    """transformers quantizes Llama 4 by bitsandbytes so: Linear modules in four bits, all experts in bf16. It cannot
+    load the result (5.23 then expects the experts one by one)."""
     original = baby("llama4-text")
     source, packed = open_folder(original), {}
     for name in source.names:

@@ -1,5 +1,8 @@
-"""A quantized checkpoint that contradicts itself is refused: one message, every offender, before a weight is read; and
-what its config and JSON parts say is never believed further than the shapes that are stored."""
+"""A quantized checkpoint that contradicts itself is refused before a weight is read, in one message with every
+offender.
+
+Its config and JSON parts are believed only as far as the stored shapes agree.
+"""
 
 import json
 from collections.abc import Callable
@@ -100,7 +103,7 @@ def refusal(folder: Path, parts: Parts, block: object, stems: tuple[str, ...] = 
         (lambda: foreign.gptq(WEIGHT)[0], GPTQ | {"checkpoint_format": "marlin"}, ("marlin", "gptq_v2")),
         (lambda: foreign.gptq(WEIGHT)[0] | {"g_idx": torch.zeros(63, dtype=torch.int32)}, GPTQ, ("g_idx I32 [63]",)),
         (lambda: foreign.gptq(WEIGHT)[0] | {"qzeros": torch.zeros(2, 12)}, GPTQ, ("qzeros F32", "must be I32")),
-        # bitsandbytes: what the package is handed must be as long as it will read
+        # bitsandbytes: the package reads as many bytes as the shapes say, so the parts must be that long
         (lambda: without(foreign.nf4(WEIGHT)[0], "weight.quant_map"), BNB, ("no quant_map",)),
         (
             lambda: foreign.nf4(WEIGHT)[0] | {"weight.absmax": torch.zeros(3, dtype=torch.uint8)},

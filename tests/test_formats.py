@@ -92,19 +92,19 @@ def test_words_are_those_of_the_specification(weight: QuantizedWeight) -> None:
             for n in range(math.ceil(outputs / per_word)):
                 got = stored["weight_zero_point"][n, g].item() & 0xFFFFFFFF
                 part = column[n * per_word : (n + 1) * per_word]
-                mask = (1 << (bits * len(part))) - 1  # bits past the last output are nobody's
+                mask = (1 << (bits * len(part))) - 1  # bits past the last output are unused
                 assert got & mask == word(part, bits) & mask
 
 
 @settings(deadline=None)
 @given(st.sampled_from([4, 8]), st.integers(1, 21), st.integers(1, 77), st.sampled_from([0, 1]), st.integers(0, 2**31))
 def test_the_packages_words_are_those_of_the_twin(bits: int, rows: int, columns: int, along: int, seed: int) -> None:
-    """Whatever the shape: the last word of a row is filled up with zero bits, and unpacking leaves them out."""
+    """For any shape: the last word of a row is padded with zero bits, and unpacking drops them."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (rows, columns), generator=generator, dtype=torch.int8)
     per_word = 32 // bits
     lines = (codes.T if along == 0 else codes).tolist()
-    fill = -len(lines[0]) % per_word  # the least code is a field of zero bits
+    fill = -len(lines[0]) % per_word  # the lowest code is a field of zero bits
     expected = [
         [word((line + [-(2 ** (bits - 1))] * fill)[i : i + per_word], bits) for i in range(0, len(line), per_word)]
         for line in lines
@@ -144,7 +144,7 @@ def test_the_formats_own_package_reads_the_same(weight: QuantizedWeight) -> None
 @settings(deadline=None)
 @given(weights())
 def test_what_the_package_writes_is_what_we_write(weight: QuantizedWeight) -> None:
-    """fp32 scales, so that the package's own rounding of the dequantized weight gives our codes back."""
+    """Scales are fp32, so that the package's own rounding of the dequantized weight gives our codes back."""
     exact = QuantizedWeight(weight.codes, weight.scales.float(), weight.zero_points, weight.scheme)
     state = {"weight": exact.dequantize(), "weight_scale": exact.scales}
     if exact.zero_points is not None:
@@ -215,10 +215,10 @@ def test_several_schemes_are_groups_of_which_the_largest_is_the_class() -> None:
     config = QuantizationConfig.model_validate(block)
     assert config.config_groups["group_0"].targets == ["Linear"]
     assert ct_config.announced(block, [*units, "lm_head"]) == schemes
-    # As vLLM asks: a fused module by its own name first, the experts of a layer by their first expert's projections.
+    # vLLM asks for a fused module by its own name first, and for a layer's experts by the first expert's projections.
     fused = ct_config.announced(block, ["m.0.qkv_proj", "m.1.experts.0.gate_proj", "m.10.experts.0.gate_proj"])
     assert fused == {"m.0.qkv_proj": some, "m.1.experts.0.gate_proj": some, "m.10.experts.0.gate_proj": most}
-    # As the package itself asks, over a model with modules of these names.
+    # The package asks for each module of a model with these names.
     model = torch.nn.Module()
     for name in (*units, "lm_head"):
         owner = model

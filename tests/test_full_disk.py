@@ -39,8 +39,8 @@ FULL = {
     [*((what, 2) for what in FULL), *((what, STAGES - 2) for what in ("a folder", "a rename", "state and index"))],
 )
 def test_full_disk(run: Run, refused: Refuse, whole: Contents, tmp_path: Path, what: str, stage: int) -> None:
-    """In a block, or when files move to OUT: one clean message and exit code 4, nothing half-written, and the same
-    bytes when there is room again."""
+    """The disk is full in a block, or when files move to OUT: one clean message, exit code 4 and no half-written file.
+    With room again the run ends in the same bytes."""
     run.stopped_at(stage, committed=stage > 2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(*FULL[what])
@@ -61,7 +61,7 @@ def test_a_disk_that_is_too_small_is_refused_at_once(
 
 
 def test_work_on_another_disk(run: Run, whole: Contents, monkeypatch: pytest.MonkeyPatch) -> None:
-    """OUT and WORK on two file systems: a rename between them fails, and the files are copied whole."""
+    """OUT and WORK are on two file systems, where renames fail: the files are copied whole."""
     real = os.replace
 
     def replace(source: Path, target: Path) -> None:
@@ -75,7 +75,7 @@ def test_work_on_another_disk(run: Run, whole: Contents, monkeypatch: pytest.Mon
 
 
 def test_files_appear_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was there before stays there when a write fails."""
+    """When a write fails, the old file stays."""
     files.write_json(tmp_path / "x.json", {"old": 1})
     for target, broken in (("os.replace", no_space), ("os.fsync", no_space), ("pathlib.Path.write_bytes", over_quota)):
         with monkeypatch.context() as patch:

@@ -99,7 +99,7 @@ def test_a_bad_file_of_limits(
 def test_a_recipe_is_a_file_of_limits(
     onecard: Command, write: Callable[..., Path], recipe: Callable[..., Path]
 ) -> None:
-    """With what it names, and not with what it leaves as it is: a record of `verify` has no fallbacks to judge."""
+    """Only limits that the recipe names count, not its defaults: a record of `verify` has no fallbacks to judge."""
     verified = write("r.json", record(command="verify", fallbacks={}, blocks=[], recipe={}))
     assert set(checks(onecard("gate", verified, "--limits", recipe(min_same_top1=0.1)), 0)) == {"limit min_same_top1"}
 
@@ -159,13 +159,13 @@ def test_files_that_cannot_be_written_are_named_before_anything(
 
 
 def test_a_record_without_a_part(onecard: Command, write: Callable[..., Path], refused: Refuse) -> None:
-    """A key that is missing says the same as an empty one."""
+    """A missing key means the same as an empty one."""
     bare = {key: value for key, value in record().items() if key != "kl"}
     refused(against(onecard, write, bare, record()), "KL is measured in only one of the two")
 
 
 def test_it_says_when_no_limit_was_looked_at(onecard: Command, write: Callable[..., Path]) -> None:
-    """A record of `verify` has no recipe: a CI that counts on its limits must hear of it."""
+    """A record of `verify` has no recipe. A CI that relies on its limits must be told."""
     found = line(against(onecard, write, record(recipe={}), record()), 0)
     assert any("no limits were looked at" in note for note in found["notes"])
 

@@ -1,4 +1,4 @@
-"""A checkpoint as a GGUF file: what the gguf package reads of it, what our own walk finds in it, what is refused."""
+"""A checkpoint as a GGUF file: the gguf package and our own walk read it, and what it cannot hold is refused."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ from onecard.models.adapter import Role, read
 from walking import make_rows, walk_logits
 
 FAMILIES = ("scout", "maverick", "qwen3")
-# Method and scheme of a run -> what its matrices are in the file.
+# Method and scheme of a run -> the GGUF type of its matrices.
 SCHEMES: dict[str, dict[str, Any]] = {
     "Q4_0": {},
     "Q4_1": {"symmetric": False},
@@ -131,7 +131,8 @@ def test_our_own_walk_over_the_file_is_the_one_over_the_checkpoint(
 
 
 class Exact:
-    """A PackedSource whose weights are in fp32 as their codes say, not rounded to the dtype of their scales."""
+    """A PackedSource whose weights are the products of codes and scales in fp32, not rounded to the dtype of the
+    scales."""
 
     def __init__(self, source: PackedSource) -> None:
         self.source, self.names = source, source.names
@@ -178,7 +179,7 @@ def test_the_verb_writes_what_it_planned_and_check_finds_it_sound(made: Callable
 
 
 def test_a_recipe_may_end_in_a_gguf_file(made: Callable[..., Path], tmp_path: Path) -> None:
-    """The codes are those of the run that ends in compressed-tensors, and the run's own verification reads the file."""
+    """The codes equal those of the run in compressed-tensors, and the run's own verification reads the file."""
     out = quantize(made("scout"), tmp_path / "out", format="gguf")
     assert sorted(path.name for path in out.glob("*.gguf")) == ["model.gguf"]
     assert not list(out.glob("*.safetensors"))
@@ -238,7 +239,7 @@ def test_the_metadata_says_what_llama_cpp_asks_for(exported: Callable[..., Any])
     assert {key: said.get(key) for key in wanted} == wanted
     assert said["llama4.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-5)
     factors = stored(folder)[words.ROPE_FACTORS][1]
-    # Wave lengths of more than 32 positions are 16 times as long, the others as they were.
+    # Wavelengths over 32 positions become 16 times as long, the others stay.
     waves = 2 * np.pi * 10000.0 ** (np.arange(0, 16, 2) / 16)
     assert factors.tolist() == [16.0 if wave > 32 else 1.0 for wave in waves]
 
@@ -311,7 +312,9 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(
 
 
 def test_dense_layers_and_their_tokenizer_are_refused_in_one_message(baby: Callable[..., Path]) -> None:
-    text = refused_plan(baby("qwen3", 2))  # its second layer has no experts, and its tokenizer knows letters
+    text = refused_plan(
+        baby("qwen3", 2)
+    )  # its second layer has no experts, and its tokenizer has one token for each letter
     assert "its layers [1] have no experts" in text
     assert "byte-level BPE" in text
 

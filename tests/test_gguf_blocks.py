@@ -1,4 +1,4 @@
-"""Codes in GGUF's blocks: back bit for bit, and the gguf package's own dequantizer reads the same weights."""
+"""Codes in GGUF's blocks come back bit for bit, and the gguf package's own dequantizer reads the same weights."""
 
 import numpy as np
 import pytest
@@ -57,15 +57,15 @@ def test_what_is_packed_comes_back_bit_for_bit(
     ours, theirs = weight.dequantize(), read_by_gguf(packed, scheme, weight.codes.shape[1])
     if scheme.symmetric:
         assert torch.equal(ours, theirs)
-    else:  # the least value of a group has 12 bits, fp16 holds 11
+    else:  # a group's smallest value has 12 bits, and fp16 holds 11
         step = weight.scales.float().abs().repeat_interleave(ours.shape[1] // weight.scales.shape[1], -1)
         assert bool(((ours - theirs).abs() <= 15 * step * 2**-11 + 2**-25).all())
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_scales_below_fp16s_normal_numbers_are_exact_or_refused(sign: int) -> None:
-    """Eight bits fit above 2^-17; of a smaller scale fp16 drops some, and more of a still smaller one."""
-    odd = sign * (1 + 2**-7)  # the last of bf16's bits is set
+    """A scale's eight bits fit into fp16 above 2^-17. Of smaller scales fp16 drops bits, the smaller the more."""
+    odd = sign * (1 + 2**-7)  # bf16's last bit is set
     for power, held in ((-14, True), (-17, True), (-20, False), (-24, False), (-30, False)):
         scale = torch.tensor([[odd * 2.0**power]]).bfloat16()
         weight = QuantizedWeight(torch.ones(1, 32, dtype=torch.int8), scale, None, Scheme(4, 32))

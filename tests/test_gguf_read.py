@@ -1,4 +1,4 @@
-"""GGUF folders that are not what their config.json says, or damaged, are refused; `check` finds what headers hide."""
+"""GGUF folders that are damaged or contradict their config.json are refused; `check` finds what headers don't show."""
 
 import json
 import shutil
@@ -47,7 +47,7 @@ def refusal(folder: Path) -> str:
 
 
 def place(folder: Path, name: str) -> tuple[int, int]:
-    """First byte and length of a tensor in the file."""
+    """A tensor's first byte in the file, and its length."""
     tensor = next(t for t in GGUFReader(folder / FILE).tensors if t.name == name)
     return int(tensor.data_offset), int(tensor.n_bytes)
 
@@ -148,7 +148,7 @@ def test_other_block_types_are_read_as_the_gguf_package_unpacks_them(copy: Path)
     name = "model.layers.1.self_attn.o_proj.weight"
     assert (model.source.label, model.source.weights[name].width) == ("gguf Q4_0 and Q5_0", "Q5_0")
     assert model.source.quantized(name) is None
-    # 5 bits: a step is a sixteenth of the largest of a block.
+    # 5 bits: a step is a sixteenth of a block's largest value.
     assert float((model.source.get(name) - torch.from_numpy(wanted)).abs().max()) < 4 / 16
 
 

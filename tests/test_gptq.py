@@ -28,7 +28,7 @@ def slow_gptq(
     damping: float,
     activation_order: bool,
 ) -> torch.Tensor:
-    """Codes [O, I] by the paper's equations, in fp64: round a column, pay with those left, eliminate it from H^-1."""
+    """Codes [O, I] by the paper's equations, in fp64: round a column, correct the rest, eliminate it from H^-1."""
     inputs = w_OI.shape[1]
     diagonal = [float(moment_II[i, i]) for i in range(inputs)]
     damped = moment_II.clone()
@@ -40,7 +40,9 @@ def slow_gptq(
     w = w_OI.clone()
     codes = torch.empty(w.shape, dtype=torch.int8)
     for n, i in enumerate(order):
-        group = i // scheme.group_size  # static: by the column's own number, whenever it is rounded
+        group = (
+            i // scheme.group_size
+        )  # static groups: by the column's own number, in whatever order columns are rounded
         scale = scale_OG[:, group].double()
         zero = torch.zeros_like(scale) if zero_OG is None else zero_OG[:, group].double()
         code = torch.clamp(torch.round(w[:, i] / scale) + zero, least, most)
@@ -55,7 +57,8 @@ def slow_gptq(
 @pytest.mark.parametrize("activation_order", [True, False], ids=["by activation", "in order"])
 @schemes
 def test_gptq_equals_the_paper_column_by_column(scheme: Scheme, activation_order: bool) -> None:
-    """Five groups, more columns than one lazy block of 128, three matrices at once. No tie is allowed for."""
+    """Five groups, more columns than one lazy block of 128, three matrices at once. The codes must be equal, without a
+    tolerance for ties."""
     w, moment = correlated(3, 500, 160, seed=scheme.bits)
     scale, zero = absmax_scales(w, scheme, torch.bfloat16)
     prepared = prepare(moment, 0.01, activation_order)

@@ -1,4 +1,4 @@
-"""GPTQ's layout: what is packed is read back bit for bit, and each word is the specification's."""
+"""GPTQ's layout: packed codes are read back bit for bit, and every word is the specification's."""
 
 import re
 
@@ -74,7 +74,7 @@ def test_a_scale_that_fp16_cannot_hold_is_refused(scale: float) -> None:
     weight = QuantizedWeight(torch.ones(32, 32, dtype=torch.int8), scales, None, Scheme(4, 32))
     with pytest.raises(ValueError, match="1 scales"):
         gptq_write.pack(weight, 1)
-    scales[3, 0] = -(2.0**-17)  # the least of bf16's that is exact
+    scales[3, 0] = -(2.0**-17)  # the smallest bf16 scale that fp16 holds exactly
     gptq_write.pack(weight, 1)
 
 

@@ -67,7 +67,7 @@ def test_asymmetric_range_reaches_both_ends(bits: int) -> None:
     torch.testing.assert_close(scale.float(), (high - low) / (most - least), rtol=2**-8, atol=0)
     assert torch.equal(zero, zero.round())
     assert ((zero >= least) & (zero <= most)).all(), "zero has a code of its own"
-    # Half a step for rounding, half for the rounded zero point, and what bf16's scale lost over the whole range.
+    # Half a step for rounding, half for the rounded zero point, and bf16's rounding of the scale over the whole range.
     step = scale.float().repeat_interleave(32, -1)
     assert ((w - dequantized(weight)).abs() <= step * (1 + (most - least) * 2**-9)).all()
 

@@ -18,7 +18,7 @@ from onecard.quantize.site import quantize_batch
 
 
 def degenerate(kind: str, inputs: int) -> torch.Tensor:
-    """fp32 [2, I, I]; the second matrix is a sound one, which must not suffer from its neighbour."""
+    """Moments fp32 [2, I, I]. The second one is sound and must not suffer from its neighbour."""
     _, sound = correlated(2, 300, inputs, seed=6)
     bad = sound[0]
     if kind == "rank one":
@@ -48,7 +48,7 @@ def test_a_degenerate_moment_zeroes_and_spoils_no_weight(scheme: Scheme, kind: s
     assert all(math.isfinite(e) for e in result.output_error)
     unseen = moment[0].diagonal() == 0
     if unseen.any():
-        # Nothing is known of these inputs: their weights keep the code that is nearest under the stored scale.
+        # Nothing is known of these inputs, so their weights get the nearest code under the stored scale.
         weight = result.weight
         nearest = round_to_nearest(w, weight.scales, weight.zero_points, scheme).codes[0]
         assert torch.equal(weight.codes[0, :, unseen], nearest[:, unseen])
@@ -61,7 +61,7 @@ def test_a_degenerate_moment_zeroes_and_spoils_no_weight(scheme: Scheme, kind: s
 @schemes
 @methods
 def test_with_a_moment_of_zeros_gptq_is_no_worse_than_rounding(scheme: Scheme, method: Method) -> None:
-    """Every input counts alike then, and rounding to the nearest code of the best grid is optimal."""
+    """All inputs then count alike, so rounding to the nearest code of the best grid is optimal."""
     w, _ = correlated(1, 10, 64, seed=8)
     w = w.float()
     result = quantize_batch(w, torch.zeros(1, 64, 64), scheme, method, torch.bfloat16)
@@ -92,7 +92,7 @@ def test_damping_rises_where_the_factorisation_fails_and_is_counted() -> None:
 @methods
 @pytest.mark.parametrize("least", [-0.001, -0.05, -5.0])
 def test_weights_stay_sound_where_damping_had_to_rise(least: float, method: Method) -> None:
-    """No step after the factorisation may take the moment for what it is not: a positive definite matrix."""
+    """No step after the factorisation may assume that the moment is positive definite."""
     w = correlated(2, 10, 64, seed=10)[0].float()
     moment = torch.stack([with_eigenvalue(least, 64), with_eigenvalue(0.5, 64)]).float()
     result = quantize_batch(w, moment, SCHEMES[0], method, torch.bfloat16)
@@ -103,7 +103,7 @@ def test_weights_stay_sound_where_damping_had_to_rise(least: float, method: Meth
 @pytest.mark.parametrize("bad", ["indefinite", "nan", "inf"])
 def test_a_hopeless_moment_falls_back_to_its_diagonal_and_is_counted(bad: str) -> None:
     hopeless = with_eigenvalue(0.5, 64)
-    if bad == "indefinite":  # the diagonal of a sum of squares stays positive, whatever became of the rest
+    if bad == "indefinite":  # the diagonal, a sum of squares, stays positive
         hopeless = torch.full((64, 64), 1e8, dtype=torch.float64) + torch.diag(torch.linspace(1, 2, 64) - 1e8)
     else:
         hopeless[3, 5] = hopeless[5, 3] = hopeless[7, 7] = float(bad)
@@ -147,7 +147,7 @@ def test_an_expert_that_saw_no_token_keeps_sound_weights(shrinkage: float, metho
 @methods
 @pytest.mark.parametrize("own_rows", [0, 1, 3, 10, 30])
 def test_a_starved_experts_error_on_its_own_tokens_is_below_roundings(own_rows: int, method: Method) -> None:
-    """What is held out are tokens of the expert's own kind, which is not the layer's: half of its directions are."""
+    """Held-out tokens have the expert's own distribution, which shares half of its directions with the layer's."""
     shrinkage, inputs = Method.model_fields["shrinkage"].default, 128
     for seed in range(5):
         g = torch.Generator().manual_seed(seed)

@@ -27,7 +27,7 @@ BOS = 0
 
 @pytest.fixture(scope="module")
 def encoder(baby: Callable[..., Path]) -> Encoder:
-    """One token a character, and one that begins a text."""
+    """A tokenizer with one token for each character, and one that begins a text."""
     model = open_model(str(baby("qwen3")))
     return Encoder(model.path, model.adapter)
 
@@ -55,7 +55,7 @@ def test_where_a_pair_is_cut(encoder: Encoder, context: str, continuation: str, 
 
 
 class Merging:
-    """A tokenizer that begins no text by itself and merges "ab" to one token, over any bound."""
+    """A tokenizer that adds no beginning token and merges "ab" into one token, even across the end of a context."""
 
     bos_token_id, eos_token_id = None, 9
 
@@ -66,7 +66,7 @@ class Merging:
 def test_tokens_that_are_merged_over_the_bound_are_asked_for_whole() -> None:
     encoder: Any = SimpleNamespace(tokenizer=Merging())
     assert encode_pair(encoder, "ca", "bd") == OptionRequest((ord("c"),), (ord("X"), ord("d")))
-    # Without a token that begins a text, the one that ends it stands before.
+    # Without a beginning token, the ending one stands before the text.
     assert encode_pair(encoder, "", "d") == OptionRequest((9,), (ord("d"),))
 
 
@@ -88,7 +88,7 @@ def test_the_way_to_the_extra_is_named(
 
 @pytest.fixture
 def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Keyword arguments change the YAML's keys; gives its path. Its data are a local file, and nothing is fetched."""
+    """Writes a task's YAML with the changed keys and gives its path. Its data are a local file; nothing is fetched."""
     pytest.importorskip("lm_eval", reason="the extra onecard[lm-eval] is not installed")
     import yaml
 
@@ -128,8 +128,8 @@ def test_a_local_task_says_what_the_harness_says(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    """`flips` by name, and the harness's own evaluation of both models through one walk: the same accuracies. The
-    harness's log-likelihoods of the original are those of the whole model in transformers."""
+    """`flips` by a task's name gives the accuracies of the harness's own evaluation, which scores both models in one
+    walk. Its log-likelihoods of the original equal those of the whole model in transformers."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -200,8 +200,8 @@ def test_texts_scored_whole_are_cut_into_windows(
 
 
 def test_options_in_the_context_and_unconditional_ones(task: Callable[..., Path], encoder: Encoder) -> None:
-    """A task that puts options into the context and asks one continuation of all; and one that asks for options without
-    any context as well, which are left away."""
+    """One task puts the options into contexts with one continuation. Another also asks for options without context;
+    those requests are left out."""
     items = [{"question": "it fell on _", "choices": ["him", "her"], "answer": 1, "rest": "and broke"}]
     contexts = '{{ [question.replace("_", choices[0]), question.replace("_", choices[1])] }}'
     swapped = task(items, doc_to_text="answer", doc_to_target="rest", target_delimiter=" ", doc_to_choice=contexts)

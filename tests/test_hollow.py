@@ -1,4 +1,4 @@
-"""The hollow models are the published ones: so many parameters, in files that take no disk."""
+"""The hollow models have the published ones' parameters, in files that take no disk space."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from onecard.checkpoint.inspect import inspect
 from onecard.models.families import load_adapter
 
 
-# Scout: counted by hand from the shapes that Meta publishes. Maverick, Qwen3: what their model cards say (400B; 30.5B).
+# Scout: counted by hand from Meta's published shapes. Maverick, Qwen3: from their model cards (400B; 30.5B).
 @pytest.mark.parametrize(
     ("name", "least", "most"),
     [

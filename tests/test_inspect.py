@@ -84,7 +84,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("nested", [False, True], ids=["text", "multimodal"])
 @pytest.mark.parametrize("kind", FAULTS)
 def test_published_faults_are_known(baby: Callable[..., Path], kind: str, nested: bool) -> None:
-    """Raw config.json with one fault, top level or under text_config; what it should be is said."""
+    """A raw config.json with one fault, at the top level or under text_config. The message states the correct value."""
     adapter = load_adapter(baby("scout" if nested else "llama4-text"))
     sound = {
         "rms_norm_eps": 1e-5,
@@ -122,7 +122,7 @@ def test_inspect_plan_and_quantize_warn_of_faults(
     texts: list[str],
     tmp_path: Path,
 ) -> None:
-    """A fault is warned of and not mended: the user's file is what is walked."""
+    """A fault gives a warning and is not repaired: the walk follows the user's file."""
     model = copied("scout")
     config = json.loads((model / "config.json").read_text())
     config["text_config"]["rms_norm_eps"] = 1e-6

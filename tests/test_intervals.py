@@ -54,13 +54,13 @@ def test_it_is_scipys_bca_of_pairs(documents: int, seed: int) -> None:
     width = other.high - other.low
     assert got.low == pytest.approx(other.low, abs=0.04 * width)
     assert got.high == pytest.approx(other.high, abs=0.04 * width)
-    # Right of the estimate it reaches farther than left: plain percentiles and Student's t know nothing of that.
+    # It reaches farther to the right of the estimate than to the left, unlike Student's t.
     estimate = sums.sum() / sizes.sum()
     assert got.high - estimate > 1.1 * (estimate - got.low)
 
 
 def test_a_95_percent_interval_holds_the_truth_so_often() -> None:
-    """300 samples of 40 skewed documents. The truth is the mean of log-normal levels, which sizes do not depend on."""
+    """300 samples of 40 skewed documents. The truth is the mean of log-normal levels, independent of the sizes."""
     truth = math.exp(-3.0 + 0.9**2 / 2)
     inside = 0
     for seed in range(300):
@@ -70,8 +70,8 @@ def test_a_95_percent_interval_holds_the_truth_so_often() -> None:
 
 
 def test_tokens_of_one_document_are_no_draws_of_their_own() -> None:
-    """A level of its own for each of 30 documents, a hundred tokens each: as one token each, and ten times wider than
-    tokens taken one by one would be."""
+    """30 documents of a hundred tokens, all tokens of a document alike: the interval is that of one token each, far
+    wider than with independent tokens."""
     levels = np.random.default_rng(3).lognormal(size=30)
     whole, single = one(levels * 100, np.full(30, 100.0)), one(levels, np.ones(30))
     assert (whole.low, whole.high) == pytest.approx((single.low, single.high), rel=1e-12)
@@ -80,7 +80,7 @@ def test_tokens_of_one_document_are_no_draws_of_their_own() -> None:
 
 
 def test_every_column_is_as_if_it_stood_alone() -> None:
-    """A group with absent documents is the same as one among the documents that it has, up to the draws."""
+    """A group that is absent from some documents has the interval of its own documents alone, up to the draws."""
     sums, sizes = skewed(60, 4)
     absent = np.arange(60) % 3 == 0
     thin_sums, thin_sizes = np.where(absent, 0, sums), np.where(absent, 0, sizes)
@@ -91,13 +91,13 @@ def test_every_column_is_as_if_it_stood_alone() -> None:
     alone = one(sums[~absent], sizes[~absent])
     assert together[1] is not None
     width = alone.high - alone.low
-    # The number of the group's documents varies between draws, which widens it a little.
+    # The number of the group's documents varies between draws, which widens the interval a little.
     assert together[1].low == pytest.approx(alone.low, abs=0.15 * width)
     assert together[1].high == pytest.approx(alone.high, abs=0.15 * width)
 
 
 def test_draws_in_parts_have_the_law_of_draws_at_once() -> None:
-    """Of very many documents the counts of all draws would not fit into memory: they are made one part at a time."""
+    """For very many documents the counts of all draws would not fit into memory, so they are made in parts."""
     sums, sizes = skewed(50, 5)
     whole = one(sums, sizes)
     assert [len(part) for part in draws(50, 1000, 0)] == [1000]
@@ -141,7 +141,7 @@ def test_documents_that_are_all_alike_have_an_interval_of_no_width() -> None:
 
 
 def test_ties_count_half() -> None:
-    """Same top-1 of documents of a token each, most of them right: half of all draws lie at few values."""
+    """Same top-1 of one-token documents, most of them right: half of all draws share a few values."""
     values = np.r_[np.ones(35), np.zeros(5)]
     interval = one(values, np.ones(40))
     exact = stats.binomtest(35, 40).proportion_ci(0.95, "wilson")
@@ -189,7 +189,7 @@ def test_wilson_of_nothing_says_nothing() -> None:
 
 @given(st.integers(0, 60), st.integers(0, 60))
 def test_mcnemar_is_the_sum_of_binomial_terms(lost: int, won: int) -> None:
-    """Two-sided of a fair coin: twice the tail of the rarer direction, at most 1."""
+    """Two-sided for a fair coin: twice the tail of the rarer direction, at most 1."""
     n = lost + won
     tail = sum(math.comb(n, k) for k in range(min(lost, won) + 1)) / 2**n
     assert mcnemar(lost, won) == pytest.approx(min(1.0, 2 * tail), rel=1e-9)

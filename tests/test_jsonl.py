@@ -41,7 +41,7 @@ def test_read_jsonl(tmp_path: Path, jsonl: Callable[..., Path]) -> None:
 @given(text=st.text(st.characters(codec="utf-8"), min_size=1), separators=st.sampled_from([None, (",", ":")]))
 @example(text="a\u2028b\u0085c\x0bd\x1ce", separators=None)
 def test_every_text_that_json_can_hold_is_one_line(tmp_path: Path, text: str, separators: Any) -> None:
-    """A line ends with a line feed, and in no other way: JSON lets the line ends of Unicode stand in a string."""
+    """Only a line feed ends a line: JSON allows Unicode's other line ends inside a string."""
     line = json.dumps({"text": text}, ensure_ascii=False, separators=separators)
     (tmp_path / "x.jsonl").write_bytes((line + "\n" + line + "\r\n").encode())
     assert [document.text for document in read_jsonl(tmp_path / "x.jsonl")] == [text, text]
@@ -113,7 +113,7 @@ def test_texts_that_cannot_be_read(
 def test_a_file_that_is_named_must_exist_even_if_it_is_not_needed(
     baby: Callable[..., Path], refuse: Refuse, recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Round-to-nearest reads no calibration texts; a misspelt name is a mistake all the same."""
+    """Round-to-nearest reads no calibration texts, but a misspelt file name is still an error."""
     path = tmp_path / "none.jsonl"
     refuse(baby("llama4-text"), path, use=recipe(method="rtn"), arguments=["--calibration", path])
 
@@ -131,7 +131,7 @@ def test_data_set_on_an_offline_machine(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A clear message that shows the way round it, and nothing written."""
+    """A clear message shows the way round it, and nothing is written."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in ("huggingface_hub.constants.HF_HUB_OFFLINE", "datasets.config.HF_HUB_OFFLINE"):
         monkeypatch.setattr(name, True)

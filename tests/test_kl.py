@@ -1,6 +1,6 @@
-"""KL over vocabulary slices, and what else is told of a token, against the whole softmax in fp64.
+"""KL over vocabulary slices and the other facts of a token, against the whole softmax in fp64.
 
-The twins hold all logits at once and write every formula out.
+The slow versions hold all logits at once and write every formula out.
 """
 
 import pytest
@@ -103,7 +103,7 @@ def test_equal_logits_have_a_kl_of_zero(scale: float) -> None:
 def test_large_logits_stay_finite_and_right(parts: list[int]) -> None:
     p, q, targets, document = logits(7)
     p, q = p.clone(), q.clone()
-    p[0], q[0] = 1e4, -1e4  # shifts alone: the distributions are both uniform
+    p[0], q[0] = 1e4, -1e4  # logits differ by shifts alone: both distributions are uniform
     p[1], q[1] = -1e4, 1e4
     p[2, 3], q[2, 90] = 1e4, 1e4  # all mass in two places
     p[3, 90], q[3, 90] = -1e4, 1e4
@@ -143,7 +143,7 @@ def test_parts_are_joined_in_order() -> None:
 
 @pytest.mark.parametrize("parts", [[VOCAB], [1] * VOCAB, [3, 7, 91], [50, 51], [99, 2]])
 def test_of_equal_logits_the_first_of_the_vocabulary_wins(parts: list[int]) -> None:
-    """However the vocabulary is cut: two runs on machines with other slices call the same token the likeliest."""
+    """Two runs that cut the vocabulary differently call the same token the likeliest."""
     generator = torch.Generator().manual_seed(12)
     p = torch.randint(0, 3, (TOKENS, VOCAB), generator=generator).float()
     p[0] = 0.0
@@ -169,7 +169,7 @@ def test_the_overlap_counts_tokens_whatever_their_order() -> None:
 
 
 def test_probabilities_are_of_the_whole_vocabulary() -> None:
-    """A slice that comes late takes from what came before it."""
+    """A later slice can displace tokens of earlier ones from the top five."""
     p = torch.full((2, VOCAB), -5.0)
     p[0, 3], p[1, 100] = 2.0, 40.0
     got = compared(p, p, [10, 10, 81], torch.tensor([3, 3]), torch.zeros(2, dtype=torch.int64))

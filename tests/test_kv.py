@@ -1,4 +1,4 @@
-"""Bytes of caches: against the published arithmetic of Scout, and against engines' rules spelled out block by block."""
+"""Bytes of caches against Scout's published arithmetic, and against engines' rules spelled out block by block."""
 
 from math import ceil
 
@@ -34,8 +34,8 @@ def test_scouts_cache_is_what_its_shape_says() -> None:
 def slow_vllm(
     layers: tuple[CacheLayer, ...], context: int, sequences: int, batch: int, frees: bool, width: int, tp: int
 ) -> CacheBytes:
-    """vLLM's own story, told slowly: buckets of like layers are dealt into groups of one size, each group has a table
-    of blocks for every sequence, and a block is as large as a group's layers make it."""
+    """vLLM's allocation step by step: layers of one kind are dealt into groups of one size, each group has a block
+    table for every sequence, and a block holds the group's layers."""
     kinds: dict[object, list[CacheLayer]] = {}
     for layer in layers:
         kinds.setdefault((layer.kind, layer.window) if layer.window else "all", []).append(layer)
@@ -112,14 +112,14 @@ def test_a_cache_never_shrinks(
     assert here <= total(context + 1, sequences)
     assert here <= total(context, sequences + 1)
     assert total(context, sequences, batch_tokens=64) <= total(context, sequences, batch_tokens=65)
-    if layers != PADDED:  # groups that are filled up may cost more than freeing saves
+    if layers != PADDED:  # padded groups may cost more than freeing saves
         kept = cache_bytes(layers, context, sequences, ENGINES[engine], frees=False).sequences_bytes
         freed = cache_bytes(layers, context, sequences, ENGINES[engine], frees=True).sequences_bytes
         assert freed <= kept + sequences * len(layers) * 256 * layers[0].values_per_token * 2  # a window's two ends
 
 
 def test_one_sequence_needs_what_vllm_admits_it_with() -> None:
-    """Its cap for a request: a chunk and two batches in flight, or the whole context."""
+    """vLLM's cap for a request: a chunk and two batches in flight, or the whole context."""
     made = cache_bytes(SCOUT, 131_072, 1, VLLM, batch_tokens=8192)
     local_blocks = ceil((8192 + 2 * 8192) / 16)
     assert made.sequences_bytes + made.in_flight_bytes == (131_072 // 16 + 3 * local_blocks) * 12 * 16 * 4096
@@ -141,7 +141,7 @@ def test_transformers_cache_holds_as_many_bytes() -> None:
         cache.update(states, states.clone(), layer)
     held = sum(t.untyped_storage().nbytes() for layer in cache.layers for t in (layer.keys, layer.values))
     assert cache_bytes(attention_caches(config), 40, 3, TRANSFORMERS).sequences_bytes == held
-    # Once more tokens came, local layers hold a window less one and the new ones.
+    # After more tokens, local layers hold a window less one, and the new tokens.
     for layer in range(4):
         cache.update(states[:, :, :5], states[:, :, :5].clone(), layer)
     held = sum(t.untyped_storage().nbytes() for layer in cache.layers for t in (layer.keys, layer.values))

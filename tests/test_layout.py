@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from onecard.core.layout import METADATA, StoredTensor, file_bytes, shard_name, split_shards
+from onecard.core.layout import METADATA, StoredTensor, file_bytes, file_header, shard_name, split_shards
 from onecard.core.tensors import TORCH_DTYPES
 
 DTYPES = st.sampled_from(["BF16", "F16", "F32", "I32", "I64", "U8", "I8", "F64", "I16", "BOOL", "F8_E4M3", "F8_E5M2"])
-# Any text that can be written as UTF-8, control characters and quotes included; the metadata key is the format's own.
+# Any text that UTF-8 can hold, control characters and quotes included, but not the format's own metadata key.
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30).filter(lambda n: n != "__metadata__")
 SHAPES = st.lists(st.integers(0, 7), max_size=4).map(tuple)
 TENSORS = st.lists(st.builds(StoredTensor, NAMES, DTYPES, SHAPES), max_size=12, unique_by=lambda t: t.name)
@@ -25,6 +25,7 @@ def written_bytes(tensors: list[StoredTensor], folder: Path) -> int:
     values = {t.name: torch.zeros(t.shape, dtype=TORCH_DTYPES[t.dtype]) for t in tensors}
     assert all(v.nbytes == t.nbytes for v, t in zip(values.values(), tensors, strict=True))
     save_file(values, folder / "x.safetensors", metadata=METADATA)
+    assert (folder / "x.safetensors").read_bytes().startswith(file_header(tensors))
     return (folder / "x.safetensors").stat().st_size
 
 
@@ -37,7 +38,7 @@ def test_file_bytes_is_the_size_of_the_written_file(tmp_path: Path, tensors: lis
 
 
 def test_file_bytes_of_many_tensors_in_any_order(tmp_path: Path) -> None:
-    """Offsets have up to seven digits and names sort differently from numbers, so the header's length is at stake."""
+    """Offsets have up to seven digits and names don't sort like numbers; both change the header's length."""
     rng = random.Random(0)
     dtypes = ["BF16", "F16", "F32", "I32", "I64", "U8", "I8"]
     tensors = [StoredTensor(f"layers.{n}.w", rng.choice(dtypes), (rng.randint(0, 40), 9)) for n in range(3000)]

@@ -49,7 +49,7 @@ def test_metas_licence_and_another_contradict() -> None:
 
 
 def test_the_architecture_alone_is_not_metas_licence(folder: Path) -> None:
-    """The baby is a Llama 4 by its layout and nobody's by its licence."""
+    """The baby has Llama 4's layout and not its licence."""
     assert record_of(folder)["model"]["family"] == "llama4"
     text = draw_card(folder)
     assert "Built with Llama" not in text
@@ -58,7 +58,7 @@ def test_the_architecture_alone_is_not_metas_licence(folder: Path) -> None:
 
 
 def test_a_card_of_llama_says_what_its_licence_wants(folder: Path) -> None:
-    """Of all the terms only the licence's own text is still to be put there, and the name to be chosen."""
+    """The card meets all terms but two: the user must add the licence's text and choose the name."""
     (folder / "NOTICE").write_text("Of somebody else.\n")
     text = draw_card(folder, "--base-model", "meta-llama/Llama-4-Scout-17B-16E-Instruct")
     data = ModelCard(text).data.to_dict()

@@ -1,4 +1,4 @@
-"""Limits in a recipe: what a run does that passes them, and the gate on records that real runs wrote."""
+"""Limits in a recipe: a run that exceeds them, and the gate on records of real runs."""
 
 import json
 from collections.abc import Callable
@@ -19,7 +19,7 @@ def line(result: Result, code: int) -> dict[str, Any]:
 def test_quantize_past_its_limits_keeps_the_checkpoint_and_ends_in_1(
     baby: Callable[..., Path], onecard: Run, recipe: Callable[..., Path], texts: list[str], tmp_path: Path
 ) -> None:
-    """Everything is finished, the record says that it failed, and so does the gate; so does the same run, resumed."""
+    """The run finishes everything, and its record and the gate say that it failed. So does the same run, resumed."""
     use = recipe(method="rtn", max_kl_mean_nats=1e-9, max_kl_p99_nats=1e9, fail_below_expert_rows=0)
     command = ["quantize", baby("qwen3"), tmp_path / "out", "--recipe", use, *texts]
     for arguments in (command, [*command, "--resume"]):
@@ -42,7 +42,7 @@ def test_a_real_record_against_itself_and_within_its_limits(
     texts: list[str],
     tmp_path: Path,
 ) -> None:
-    """What quantize wrote and what verify measures again are one thing to the gate."""
+    """The gate judges quantize's record and verify's record alike."""
     folder, _ = emitted("qwen3")
     verified = tmp_path / "verified.json"
     recipe = folder.parent / "recipe.yaml"

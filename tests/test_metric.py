@@ -1,4 +1,4 @@
-"""What an error of an output costs: slopes and metrics against autograd, and row blocks against the formula in fp64."""
+"""The cost of output errors: slopes and metrics against autograd, and row blocks against the formula in fp64."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> torch.
 
 
 def coarse(rows_BRI: torch.Tensor) -> QuantizedWeight:
-    """Round to multiples of a half: a quantizer of rows whose error is plain to see."""
+    """Rounds to multiples of a half: a quantizer with an obvious error."""
     codes = torch.round(rows_BRI * 2).clamp(-8, 7).to(torch.int8)
     scales = torch.full((*rows_BRI.shape[:2], rows_BRI.shape[2] // 32), 0.5, dtype=torch.bfloat16)
     return QuantizedWeight(codes, scales, None, SCHEME)
@@ -105,6 +105,6 @@ def test_slopes_are_kept_and_shrunk_as_moments_are() -> None:
     moments.add_slopes(0, v, weight)
     own = (v * weight[:, None]).T @ v / weight.sum()
     first, second = moments.slopes(0.5, slice(0, 2))
-    torch.testing.assert_close(first, own)  # the pooled moment is its own: the other expert saw nothing
+    torch.testing.assert_close(first, own)  # the pooled moment equals its own, since the other expert saw nothing
     torch.testing.assert_close(second, own)
     assert torch.linalg.cholesky_ex(prepare(first[None], 0.01).objective).info == 0

@@ -1,8 +1,8 @@
-"""Several schemes in one checkpoint: what a recipe's `schemes` says is what lies in the files, and the format's own
-package, asked module by module as an engine asks it, reads the weights that we read.
+"""Several schemes in one checkpoint: the files hold the widths of the recipe's `schemes`.
 
-transformers 5.23 takes one scheme for all experts and one for all other matrices, so it is no twin here; vLLM chooses
-layer by layer.
+The format's own package, asked module by module as an engine asks it, reads the weights that we read. transformers 5.23
+cannot serve as the judge: it takes one scheme for all experts and one for all other matrices. vLLM chooses layer by
+layer.
 """
 
 import json
@@ -112,7 +112,7 @@ def test_transformers_is_not_asked_to_load_what_it_would_unpack_wrongly(
     texts: list[str],
     tmp_path: Path,
 ) -> None:
-    """5.23 gives every matrix that is no expert's the first group's width, and says nothing."""
+    """5.23 silently gives every matrix outside the experts the first group's width."""
     use, out = recipe(method="rtn", quantize_roles=ROLES, schemes={"attention": "int8 group 32"}), tmp_path / "out"
     assert onecard("quantize", baby("scout"), out, "--recipe", use, *texts).exit_code == 0
     answered = onecard("generate", out, "hello")

@@ -52,7 +52,7 @@ def test_metadata_are_the_hubs(
     task: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Read by huggingface_hub's own class; nothing is asked of the network."""
+    """huggingface_hub's own class reads the metadata, and the network is not used."""
 
     def connect(*_: object) -> None:
         raise AssertionError("a card needs no network")
@@ -158,7 +158,7 @@ def test_flips_and_gate_of_the_record(folder: Path) -> None:
 
 
 def test_a_record_of_the_first_schema(folder: Path) -> None:
-    """It lacks most of what was measured later; what it has is told."""
+    """It lacks most later measurements; the card shows those that it has."""
     kept = ("tokens", "documents", "kl_mean_nats", "kl_low_nats", "kl_high_nats", "kl_p99_nats", "same_top1")
 
     def older(record: Any) -> None:
@@ -180,7 +180,7 @@ def test_no_interval_is_no_number(folder: Path) -> None:
 
 
 def test_the_recipe_in_the_card_is_the_recipe(folder: Path, tmp_path: Path) -> None:
-    """What stands there can be given to --recipe, and has the digest of the run."""
+    """The printed recipe can be given to --recipe and has the run's digest."""
     block = re.search(r"^```yaml\n(.*?)^```$", draw_card(folder), re.DOTALL | re.MULTILINE)
     assert block is not None
     (tmp_path / "again.yaml").write_text(block[1])
@@ -193,7 +193,7 @@ def test_figures_that_were_measured_later(
     onecard: Callable[..., Result],
     refused: Callable[..., str],
 ) -> None:
-    """A record of flips of these files is taken in; one of other files, or of another original, is refused."""
+    """The card accepts a record of flips of these files, and refuses one of other files or of another original."""
     record = record_of(folder)
     later = {
         "command": "flips",
@@ -228,7 +228,7 @@ def test_words_of_others_are_only_words(folder: Path) -> None:
 
     edit_record(folder, hostile)
     text = draw_card(folder)
-    # The recipe stands in a fence that is longer than any in it; outside nothing is markup.
+    # The recipe's fence is longer than any fence inside it; outside it nothing is markup.
     fence = re.search(r"^(`{4,})yaml\n.*?^\1$", text, re.DOTALL | re.MULTILINE)
     assert fence is not None
     outside = re.sub(r"`[^`\n]*`", "", text.replace(fence[0], ""))

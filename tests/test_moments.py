@@ -1,4 +1,4 @@
-"""Second moments and what an expert with few rows borrows, against the formula written out in fp64.
+"""Second moments, and the share that an expert with few rows borrows, against the formula in fp64.
 
 S_e* = (n_e S_e + tau S) / (n_e + tau), tau = shrinkage * inputs, S the layer's pooled second moment.
 """
@@ -45,7 +45,7 @@ def test_shrunk_is_the_formula(counts: list[int], shrinkage: float) -> None:
     size = float(expected.abs().max())
     got = moments.shrunk(shrinkage, slice(0, len(counts)))
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6 * size)
-    for e in range(len(counts)):  # a part of the experts borrows from all of them
+    for e in range(len(counts)):  # a slice of the experts borrows from all of them
         assert torch.equal(moments.shrunk(shrinkage, slice(e, e + 1))[0], got[e])
 
 
@@ -74,7 +74,7 @@ def test_a_layer_that_saw_nothing_takes_its_inputs_for_white() -> None:
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=6), st.integers(0, 10_000), st.floats(0.01, 4))
 def test_positive_definite_whenever_the_pooled_moment_is(few: list[int], seed: int, shrinkage: float) -> None:
-    """One expert with rows enough for all directions makes the others' matrices regular too."""
+    """One expert with rows in all directions makes the others' matrices regular too."""
     rows = rows_of([4 * INPUTS, *few], seed)
     pooled = torch.cat(rows).double()
     least = float(torch.linalg.eigvalsh(pooled.T @ pooled / len(pooled))[0])
@@ -82,7 +82,7 @@ def test_positive_definite_whenever_the_pooled_moment_is(few: list[int], seed: i
     tau = shrinkage * INPUTS
     for e, own in enumerate(rows):
         bound = tau / (len(own) + tau) * least
-        # fp32 sums: what is lost is small beside the largest eigenvalue.
+        # fp32 sums: the loss is small beside the largest eigenvalue.
         assert float(torch.linalg.eigvalsh(got[e])[0]) > bound - 1e-5 * float(torch.linalg.eigvalsh(got[e])[-1])
         if bound > 1e-4 * float(torch.linalg.eigvalsh(got[e])[-1]):
             torch.linalg.cholesky(got[e].float())

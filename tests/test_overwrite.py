@@ -28,7 +28,7 @@ from runs import (
 def test_overwrite_that_is_killed_and_resumed(
     run: Run, whole: Contents, recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """OUT holds the old checkpoint, or none that loads, or the new one; and at the end not one file of the old."""
+    """OUT holds the old checkpoint, none that loads, or the new one. At the end no file of the old one is left."""
     older = Run(run.model, run.out, recipe(method="rtn", max_shard_bytes=20_000), run.texts)
     assert older().exit_code == 0
     (run.out / "tokenizer.model").write_text("of the older run")
@@ -50,7 +50,8 @@ def test_overwrite_that_is_killed_and_resumed(
 def test_overwrite_that_is_killed_while_it_moves(
     run: Run, whole: Contents, recipe: Callable[..., Path], number: int
 ) -> None:
-    """Old and new shards in one folder make no checkpoint: not before the kill, not when a resumed run moves on."""
+    """Old and new shards in one folder never load as a checkpoint, neither before the kill nor while a resumed run
+    moves files."""
     older = Run(run.model, run.out, recipe(method="rtn"), run.texts)
     assert older().exit_code == 0
     old = contents(run.out)
@@ -73,7 +74,7 @@ def test_overwrite_that_is_killed_while_it_moves(
 
 
 def test_overwrite_starts_anew(run: Run, whole: Contents, recipe: Callable[..., Path]) -> None:
-    """--overwrite over an unfinished run of another recipe: nothing of it shows."""
+    """--overwrite over an unfinished run of another recipe leaves no trace of it."""
     Run(run.model, run.out, recipe(method="rtn"), run.texts).stopped_at(4)
     assert run("--overwrite").exit_code == 0
     assert differences(contents(run.out), whole) == []
@@ -95,7 +96,7 @@ def test_an_unfinished_run_is_not_begun_again_by_mistake(run: Run, refused: Refu
 def test_resume_never_clears_a_folder_that_overwrite_was_not_said_for(
     run: Run, refused: Refuse, whole: Contents
 ) -> None:
-    """Files that lie in OUT, or in another OUT, when an unfinished run goes on are somebody's."""
+    """Files that appear in OUT while a run is unfinished belong to somebody, and so do those in another OUT."""
     run.stopped_at(2)
     for out in (run.out, run.out.with_name("documents")):
         out.mkdir()
@@ -107,7 +108,7 @@ def test_resume_never_clears_a_folder_that_overwrite_was_not_said_for(
 
 
 def test_overwrite_that_is_killed_while_it_clears_the_old_work(run: Run, whole: Contents) -> None:
-    """Half of an older run's work is no run: --resume begins anew, and so does --overwrite."""
+    """Half of an older run's work cannot be resumed: --resume and --overwrite both start anew."""
     run.stopped_at(3)
     saved = run.out.with_name("saved")
     run.work.rename(saved)

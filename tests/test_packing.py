@@ -16,7 +16,7 @@ from onecard.core.rows import Part, Row, batches
 
 @st.composite
 def token_documents(draw: st.DrawFn, pictures: bool = False) -> list[Row]:
-    """Documents whose tokens all differ, so that a row's tokens say where they come from; some with a picture."""
+    """Documents without a common token, so that a row's tokens show where they come from; some with a picture."""
     lengths = draw(st.lists(st.integers(0, 12), max_size=12))
     documents, start = [], 0
     for number, length in enumerate(lengths):
@@ -29,7 +29,7 @@ def token_documents(draw: st.DrawFn, pictures: bool = False) -> list[Row]:
 
 @given(token_documents(), st.integers(1, 10), st.integers(1, 8), st.integers(0, 3))
 def test_packed_texts_are_a_cut_stream(documents: list[Row], length: int, most: int, seed: int) -> None:
-    """Rows are exactly `length` long; end to end they are the documents, whole and in some order, cut at the end."""
+    """Rows are exactly `length` long. End to end they are whole documents in some order, the last one cut."""
     total = sum(len(document.tokens) for document in documents)
     if total < length:
         with pytest.raises(InputError, match=f"{total:,} tokens"):
@@ -97,7 +97,7 @@ def test_evaluation_rows_are_the_heads_of_documents(documents: list[Row], length
 
 @given(st.lists(st.integers(1, 9), max_size=40), st.integers(1, 30))
 def test_batches(lengths: list[int], limit: int) -> None:
-    """Every row once, rows of one length together, and never more tokens than allowed but for a single longer row."""
+    """Each row appears once, rows of one length together. Only a single longer row exceeds the limit."""
     rows = [Row(str(n), "text", torch.zeros(length, dtype=torch.int64)) for n, length in enumerate(lengths)]
     groups = batches(rows, limit)
     assert sorted(n for group in groups for n in group) == list(range(len(rows)))
@@ -116,7 +116,7 @@ def test_quotas_are_shares_and_what_others_lack(sources: list[tuple[int, float]]
     given_ = quotas(available, weights, wanted)
     assert all(0 <= g <= a for g, a in zip(given_, available, strict=True))
     assert sum(given_) == pytest.approx(min(wanted, sum(available)), abs=len(sources))
-    # Who has text left gives no less for its weight than anybody.
+    # A source with text left gives as much for its weight as any other.
     rates = [g / w for g, w in zip(given_, weights, strict=True)]
     for g, a, rate, weight in zip(given_, available, rates, weights, strict=True):
         assert g >= a - 1 or all(rate >= other - 2 / min(weight, w) for other, w in zip(rates, weights, strict=True))
@@ -144,7 +144,7 @@ def test_long_rows_use_no_token_twice(lengths: list[int], rows: int, long: int, 
     tokens = torch.cat([row.tokens for row in packed]).tolist()
     assert len(tokens) == len(set(tokens))
     where = {t: d.document for d in encoded for t in d.tokens.tolist()}
-    for row in packed:  # the parts say of every token where it came from
+    for row in packed:  # the parts name every token's document
         told = [part.document for part in row.parts for _ in range(part.tokens)]
         assert told == [where[t] for t in row.tokens.tolist()]
 

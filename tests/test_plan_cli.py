@@ -37,7 +37,7 @@ def scout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def plan(onecard: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> Planner:
-    """Runs `plan` and gives what it said and its JSON line; reading a weight fails."""
+    """Runs `plan` and gives its stderr and its JSON line. Reading a weight fails."""
 
     def never(*args: object, **kwargs: object) -> None:
         raise AssertionError("a weight was read")
@@ -55,7 +55,7 @@ def plan(onecard: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> Pla
 
 
 def drawn(facts: dict[str, Any], width: int = 80, plot: bool = False) -> str:
-    """The card, and the picture, as a terminal of so many columns shows them."""
+    """The card and the picture as a terminal of this width shows them."""
     out = io.StringIO()
     console = Console(file=out, width=width, markup=False, emoji=False, color_system=None)
     draw_fit(facts, console)
@@ -95,7 +95,7 @@ def test_what_does_not_fit_ends_in_three_and_says_what_would(scout: Path, plan: 
         "does not fit: 18.4 GiB too much for H100 80 GB. The least change that does: prompts in passes of"
         in result.stderr
     )
-    # Each offer holds when it is asked for.
+    # Each offer fits when it is asked for.
     for change in facts["changes"]:
         steps = " ".join(change["steps"])
         more: list[object] = ["--batch-tokens", 2048] if "passes" in steps else []
@@ -113,7 +113,7 @@ def test_what_does_not_fit_ends_in_three_and_says_what_would(scout: Path, plan: 
 
 
 def test_smaller_passes_let_more_in(scout: Path, plan: Planner) -> None:
-    """128k in bf16: int4 attention as it is, or attention kept when prompts come in smaller passes."""
+    """128k tokens in a bf16 cache: with int4 attention, or with kept attention and smaller prefill batches."""
     _, facts = plan(scout, "--gpu", "h100-80gb", "--context", 131072, "--json")
     assert facts["candidate"] == "llama4-scout-h100-int4-attention"
     better = facts["better"]
@@ -253,7 +253,7 @@ def test_images_need_a_model_that_sees(
 def test_without_a_context_no_more_is_planned_than_the_model_takes(
     baby: Callable[..., Path], onecard: Callable[..., Result]
 ) -> None:
-    """vLLM refuses to start with more positions than config.json has (256 of a baby)."""
+    """vLLM refuses to start with more positions than config.json has (256 for a baby)."""
     planned = json.loads(onecard("plan", baby("llama4-text"), "--gpu", "l40s", "--json").stdout)
     assert (planned["context"], planned["fits"]) == (256, True)
     assert "--max-model-len 256" in planned["serve"]

@@ -95,8 +95,8 @@ def test_plan_is_exact_before_a_weight_is_read(
 
 
 def check_kept_tensors(source: Path, out: Path) -> None:
-    """Invariant 5: what is not quantized is byte-identical, in dtype too; the stored experts of Llama 4 are split. What
-    the record says was aimed at the reference stream has its dtype and shape, and is not far from what it was."""
+    """Invariant 5: unquantized tensors are byte-identical, dtype included, except that Llama 4's stored experts are
+    split. Tensors that the record lists as aimed keep dtype and shape and stay near their old values."""
     before = {k: v for path in source.glob("*.safetensors") for k, v in load_file(path).items()}
     after = {k: v for path in out.glob("*.safetensors") for k, v in load_file(path).items()}
     kept = {name for name in before if name in after}
@@ -122,7 +122,7 @@ def test_plan_of_a_tied_head(
     texts: list[str],
     tmp_path: Path,
 ) -> None:
-    """With tied embeddings no head is stored, before or after, and the walk still finds one."""
+    """With tied embeddings neither the source nor OUT stores a head, and the walk still finds one."""
     model = copied("qwen3")
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))

@@ -105,7 +105,7 @@ def test_prices_are_those_of_the_whole_model(
     monkeypatch.setattr(HiddenRows, "embed", embed)
     prices = taken(model, recipe, tmp_path)
 
-    # Nobody is priced on the rows that it was rounded with.
+    # No unit is priced on the rows that gave the statistics for its rounding.
     ours, others = read["reference"], read["quantized"]
     assert [len(row.tokens) for row in ours] == [20, 20]
     assert {row.document for row in ours} | {row.document for row in others} == {f"d{n}" for n in range(6)}
@@ -116,7 +116,7 @@ def test_prices_are_those_of_the_whole_model(
     reference = log_probabilities(whole, ours)
 
     def kl(modules: list[str], scheme: Scheme) -> float:
-        """Of the whole model with these modules rounded."""
+        """KL of the whole model with these modules rounded."""
         before = [stored(whole, module).clone() for module in modules]
         for module in modules:
             stored(whole, module).copy_(codes[module, scheme])
@@ -207,7 +207,7 @@ def test_rows_that_price_give_no_statistics(pictured: list[bool], count: int, to
 
 
 def test_prices_are_of_one_model_recipe_and_texts(baby: Callable[..., Path]) -> None:
-    """All that changes a price is told; what does not (budget, method's searches, what is kept) makes no new pass."""
+    """The identity names everything that changes a price. Budget, searches and `keep` don't, and need no new pass."""
     model, rows = open_source(str(baby("qwen3"))), some_rows()
 
     def of(recipe: Recipe, source: Model = model, texts: list[Row] = rows) -> dict[str, str]:

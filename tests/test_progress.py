@@ -48,7 +48,7 @@ def test_a_block_that_takes_hours_is_not_silent(clock: Clock) -> None:
 
 
 def test_eta_is_of_whole_blocks(clock: Clock) -> None:
-    """Ten seconds a block in unequal stages: what is left is what the blocks done so far say, at any moment."""
+    """Ten seconds a block in unequal parts: at any moment the time left follows from the blocks done so far."""
     with Progress("job", 5, Console(file=io.StringIO())) as shown:
         shown.begin("embed")
         clock.now += 100.0

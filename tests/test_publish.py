@@ -44,7 +44,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_everything_is_sent_in_one_commit(hub: Hub, folder: Path, onecard: Callable[..., Result]) -> None:
-    """What lies on the hub then is the folder, byte for byte, card included; a second time nothing is sent."""
+    """Afterwards the hub holds the folder byte for byte, card included. A second time nothing is sent."""
     result = onecard("publish", folder, REPO, *SAID, "--private")
     assert result.exit_code == 0, result.output + repr(result.exception)
     line = json.loads(result.stdout)
@@ -72,7 +72,7 @@ def test_only_files_of_the_run_are_sent(hub: Hub, folder: Path, onecard: Callabl
 def test_a_link_to_elsewhere_is_not_sent(
     hub: Hub, folder: Path, onecard: Callable[..., Result], tmp_path: Path
 ) -> None:
-    """It has the name of a licence, and may lead to any file of the machine."""
+    """LICENSE2 would count as a licence, but a link may lead to any file of the machine."""
     (tmp_path / "secret").write_text("mine")
     (folder / "LICENSE2").symlink_to(tmp_path / "secret")
     assert onecard("publish", folder, REPO, *SAID).exit_code == 0
@@ -82,7 +82,7 @@ def test_a_link_to_elsewhere_is_not_sent(
 
 @pytest.mark.parametrize("shard", [0, 1, 2])
 def test_stopped_and_resumed(hub: Hub, folder: Path, onecard: Callable[..., Result], shard: int) -> None:
-    """Ctrl-C while a shard goes up: the hub shows nothing; the same line sends the rest, and no shard twice."""
+    """After Ctrl-C during an upload the hub shows nothing. The same command then sends the rest, and no shard twice."""
     assert len(shards(folder)) == 3
 
     def stop(number: int) -> None:
@@ -90,7 +90,7 @@ def test_stopped_and_resumed(hub: Hub, folder: Path, onecard: Callable[..., Resu
             os.kill(os.getpid(), signal.SIGINT)
 
     hub.before_put = stop
-    # What is started in the background of a shell script is born deaf to it.
+    # A process started in the background of a shell script ignores SIGINT from birth.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         stopped = onecard("publish", folder, REPO, *SAID)
@@ -106,7 +106,7 @@ def test_stopped_and_resumed(hub: Hub, folder: Path, onecard: Callable[..., Resu
 
 
 def test_a_newer_version_takes_the_place_of_the_old(hub: Hub, folder: Path, onecard: Callable[..., Result]) -> None:
-    """Shards that have not changed are not sent, and those that are gone are removed in the same commit."""
+    """Unchanged shards are not sent, and missing ones are deleted in the same commit."""
     assert onecard("publish", folder, REPO, *SAID).exit_code == 0
     hub.repos[REPO]["model-00009-of-00009.safetensors"] = b"of an older version"
     sent = len(hub.puts)
@@ -153,7 +153,7 @@ def test_the_token_is_nowhere(
     caplog: pytest.LogCaptureFixture,
     refused: Callable[..., str],
 ) -> None:
-    """It reaches the hub and nothing else: no output, no log, no file, also when the hub answers with an error."""
+    """The token reaches the hub and no output, log or file, also when the hub answers with an error."""
     with caplog.at_level(logging.DEBUG):
         said = [onecard("publish", folder, REPO, *SAID).output]
         hub.before_put = lambda number: 403
@@ -197,7 +197,7 @@ def test_a_hub_that_is_not_there(
 
 @pytest.fixture
 def refuses(hub: Hub, folder: Path, onecard: Callable[..., Result]) -> Callable[..., dict[str, Any]]:
-    """Refused with one message that holds every needle, by the dry run too; the hub is not asked."""
+    """`publish` and its dry run refuse with one message that holds every needle, without a request to the hub."""
 
     def check(*needles: str, arguments: tuple[object, ...] = SAID, repo: str = REPO) -> dict[str, Any]:
         result = onecard("publish", folder, repo, *arguments)
@@ -306,7 +306,7 @@ def test_every_unmet_term_of_llamas_licence_is_told_at_once(
 
 
 def test_llamas_licence_met(folder: Path, hub: Hub, onecard: Callable[..., Result]) -> None:
-    """With Meta's licence in the folder the rest is written."""
+    """With Meta's licence in the folder, `card` writes everything else that the terms demand."""
     (folder / "LICENSE").write_text(META)
     resum(folder)
     repo = "somebody/Llama-4-Scout-int4"

@@ -35,7 +35,7 @@ def test_quantize_says_one_line_to_scripts_and_a_card_to_people(emitted: Callabl
 
 
 def test_what_is_emitted(emitted: Callable[..., tuple[Path, Result]], baby: Callable[..., Path]) -> None:
-    """Side files are carried along unchanged, no file is left half-written, and the record is strict JSON."""
+    """Side files are copied unchanged, no half-written file is left, and the record is strict JSON."""
     out, result = emitted("scout")
     source = baby("scout")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE"):
@@ -70,7 +70,7 @@ def test_verify_proves_what_quantize_said(
     texts: list[str],
     family: str,
 ) -> None:
-    """The same rows through the files as reloaded: the same figures."""
+    """The same rows through the reloaded files give the same figures."""
     out, made = emitted(family)
     said = one_line(made)
     line = one_line(onecard("verify", baby(family), out, "--recipe", recipe(), *texts[2:]))
@@ -96,7 +96,7 @@ def test_verify_sees_two_swapped_experts(
     texts: list[str],
     tmp_path: Path,
 ) -> None:
-    """Its figure is of the files: with two experts' codes exchanged it is another, and a far worse one."""
+    """verify measures the files: exchanging two experts' codes makes its figure far worse."""
     out, made = emitted("scout")
     spoilt = Path(shutil.copytree(out, tmp_path / "spoilt"))
     stem = "language_model.model.layers.0.feed_forward.experts."
@@ -120,7 +120,7 @@ def test_one_document_has_no_interval_and_still_is_json(
     jsonl: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
-    """An interval over one document does not exist: null, not NaN, in the line and in the record."""
+    """One document has no interval: the line and the record say null, not NaN."""
     arguments = ["--evaluation", jsonl("one.jsonl", [{"text": "the only one that there is"}])]
     line = one_line(onecard("quantize", baby("qwen3"), tmp_path / "out", "--recipe", recipe(method="rtn"), *arguments))
     assert line["kl_mean_nats"] > 0
@@ -134,7 +134,7 @@ def test_verify_wants_nothing_of_the_recipe_but_its_texts(
     onecard: Callable[..., Result],
     texts: list[str],
 ) -> None:
-    """Without --recipe the user's texts are read to the default length: whole documents here."""
+    """Without --recipe the texts are read to the default length, which here is whole documents."""
     line = one_line(onecard("verify", baby("qwen3"), emitted("qwen3")[0], *texts[2:]))
     assert line["tokens"] > 6 * 23
 
@@ -150,7 +150,7 @@ def test_too_few_rows_for_an_expert(
     texts: list[str],
     tmp_path: Path,
 ) -> None:
-    """Exit code 1, the block and every starved expert by name, and the work is kept."""
+    """Exit code 1; the message names the block and every starved expert; the work is kept."""
     use = recipe(fail_below_expert_rows=1_000_000)
     result = onecard("quantize", baby("qwen3"), tmp_path / "out", "--recipe", use, *texts)
     refused(result, "block 0", *(f"expert {e}" for e in range(8)), "1000000", "calibration", code=1)
@@ -184,7 +184,7 @@ def test_fallbacks_are_counted_and_limited(
     monkeypatch: pytest.MonkeyPatch,
     allowed: int,
 ) -> None:
-    """Invariant 8: every matrix that fell back is counted; past the recipe's limit the run fails."""
+    """Invariant 8: every fallback is counted, and past the recipe's limit the run fails."""
     real, called = stages.quantize_batch, [0]
 
     def falling(*args: Any, **kwargs: Any) -> SiteResult:

@@ -1,4 +1,4 @@
-"""Rates of a machine: measured, kept as plain numbers, found again for the same work alone; and estimates from them."""
+"""A machine's rates: measured, kept as plain numbers, reused only for the same work, and turned into estimates."""
 
 import json
 from collections.abc import Callable

@@ -45,7 +45,7 @@ def test_no_round_ever_raises_the_objective(bits: int, symmetric: bool, seed: in
 @given(seed=st.integers(0, 10_000))
 @settings(max_examples=5, deadline=None)
 def test_no_restart_ever_raises_a_rows_error(symmetric: bool, group_size: int, seed: int) -> None:
-    """Three hundred and twenty columns: several stretches, the last of them short."""
+    """320 columns: several stretches, the last one short."""
     w, moment = problem(seed, inputs=320)
     scheme = Scheme(4, group_size, symmetric)
     start = round_to_nearest(w, *absmax_scales(w, scheme, torch.bfloat16), scheme)
@@ -63,7 +63,7 @@ def test_no_restart_ever_raises_a_rows_error(symmetric: bool, group_size: int, s
 
 
 def test_each_row_of_a_stretch_keeps_its_best_try() -> None:
-    """One stretch, so that T is W: the tries made one by one, and of each row the least."""
+    """One stretch, so that T is W. The tries are made one by one, and each row keeps its best."""
     w, moment = problem(5, inputs=64)
     scheme = Scheme(4, 32, True)
     start = refine(round_to_nearest(w, *absmax_scales(w, scheme, torch.bfloat16), scheme), w, moment, 1)
@@ -167,7 +167,7 @@ def test_miss_counts_common_rows_over_all_rows() -> None:
 
 
 def test_weights_count_as_repetitions_would() -> None:
-    """A row of weight 3 among rows of weight 1 is that row three times, but for the count of rows."""
+    """A row of weight 3 counts like three such rows of weight 1, except in the number of rows."""
     _, x = streams(6, rows=40)
     weight = torch.ones(40)
     weight[7] = 3

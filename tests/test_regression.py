@@ -1,6 +1,6 @@
-"""The gate's statistics: against formulas written out, laws that must hold, and their level by simulation.
+"""The gate's statistics against written-out formulas, laws that must hold, and their level by simulation.
 
-D documents; x and y are sums of a document.
+D documents; x and y are a document's sums.
 """
 
 import json
@@ -57,7 +57,7 @@ def test_the_interval_is_what_the_test_does_not_refuse(rows: list[tuple[float, f
     edge = 1e-4 * (found.high - found.low)
     assert ratio_exceeds(x, y, found.low - edge).exceeds
     assert not ratio_exceeds(x, y, found.low + edge).exceeds
-    # From the other side: what lies over `high` is refused as well.
+    # From the other side: a value above `high` is rejected too.
     assert ratio_exceeds(-x, y, -(found.high + edge)).exceeds
     assert not ratio_exceeds(-x, y, -(found.high - edge)).exceeds
 
@@ -100,7 +100,7 @@ def test_a_baseline_without_any_kl() -> None:
 
 
 def test_one_document_far_off_is_noise_and_many_are_not() -> None:
-    """All of a rise of 10 % in one document of 123 shows nothing of the others."""
+    """A rise of 10 % that comes from one document of 123 says nothing about the others."""
     _, base = real_documents()
     one = base.copy()
     one[7] += 0.1 * base.sum()
@@ -113,7 +113,8 @@ def test_one_document_far_off_is_noise_and_many_are_not() -> None:
     ("ratio", "bound", "least", "most"), [(1.0, 1.0, 0.03, 0.07), (1.0, 1.01, 0.0, 0.04), (1.1, 1.01, 0.95, 1.0)]
 )
 def test_level_and_power_on_real_documents(ratio: float, bound: float, least: float, most: float) -> None:
-    """Two equivalent runs, one scaled: 5 % alarms at the bound, few at the default tolerance, a tenth more is found."""
+    """Two equivalent runs, one scaled: alarms are 5 % at the bound and rare at the default tolerance, and a rise of a
+    tenth is found."""
     now, before = real_documents()
     now = now * (ratio * before.sum() / now.sum())
     rng = np.random.default_rng(0)
@@ -188,7 +189,7 @@ def test_items_alike_never_fail_and_the_interval_holds_the_rise(items: list[tupl
 
 
 def test_the_level_for_items() -> None:
-    """400 items of which some answer otherwise in each run: at no tolerance one alarm in twenty, at the default few."""
+    """400 items, some of which change in each run: one alarm in twenty without tolerance, few at the default."""
     rng = np.random.default_rng(1)
     noise = rng.random((2, 2000, 400)) < 0.03
     shared = rng.random((2000, 400)) < 0.03

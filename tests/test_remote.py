@@ -38,7 +38,7 @@ def line(result: Result) -> dict[str, Any]:
 
 
 def same(far: dict[str, Any], near: dict[str, Any]) -> bool:
-    """But for its name and place, and times, which are estimates from a rate that is measured anew."""
+    """Equal apart from name, path and estimated times, which rest on rates measured anew."""
     named = {"model", "path", "estimated_seconds", "estimated_seconds_by", "rates"}
     return {k: v for k, v in far.items() if k not in named} == {k: v for k, v in near.items() if k not in named}
 
@@ -49,8 +49,8 @@ def same(far: dict[str, Any], near: dict[str, Any]) -> bool:
 def test_a_plan_of_a_hub_id_fetches_headers_and_is_that_of_the_folder(
     hub: Hub, onecard: Callable[..., Result], tmp_path: Path
 ) -> None:
-    """61 GB in 16 shards are planned for from their headers, each of which takes a second request; the token reaches
-    the hub and not the CDN."""
+    """61 GB in 16 shards are planned from their headers, each of which needs a second request. The token reaches the
+    hub and not the CDN."""
     folder = write_hollow(tmp_path / "hollow", published(QWEN3), shards=16)
     put(hub, folder)
     use = ("--recipe", "qwen3-30b-a3b-24gb", "--device", "cpu")
@@ -81,7 +81,7 @@ def test_inspect_of_a_hub_id_takes_the_beginning_of_each_shard(
 def test_a_server_without_ranges_is_not_read_to_the_end(
     hub: Hub, onecard: Callable[..., Result], baby: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """It would send 61 GB; what is read of it is what was asked for, and what it has put on the way meanwhile."""
+    """A CDN without ranges would send 61 GB. The client reads only the header, plus what was already on the way."""
     put(hub, write_hollow(tmp_path / "hollow", json.loads((baby("qwen3") / "config.json").read_text())))
     hollow = hub.repos[REPO]["model.safetensors"]
     long = json.dumps({"x": {"dtype": "U8", "shape": [2**36], "data_offsets": [0, 2**36]}}).encode()
@@ -94,7 +94,7 @@ def test_a_server_without_ranges_is_not_read_to_the_end(
 
 
 def by_row(weight: torch.Tensor) -> foreign.Written:
-    """compressed-tensors with a scale a row: how many inputs a row of words has, `weight_shape` alone says."""
+    """compressed-tensors with one scale a row: only `weight_shape` tells how many inputs a row of words has."""
     rows, columns = weight.shape
     generator = torch.Generator().manual_seed(rows)
     words = torch.randint(-(2**31), 2**31, (rows, columns // 8), generator=generator, dtype=torch.int64)

@@ -73,7 +73,7 @@ def test_what_does_not_fit_is_said_not_to_fit() -> None:
 
 
 def test_the_worst_expert_is_named() -> None:
-    """Block and expert, in the words above the map, in the table's first row, and marked on the map."""
+    """Block and expert are in the text above the map, in the table's first row, and marked on the map."""
     data = full_record()
     worst = {
         "block": 2,
@@ -161,7 +161,7 @@ def test_a_part_that_is_not_there_is_left_out_and_said_to_be(lost: str, said: st
     text = page_of(data).text
     assert said in text.partition("This record holds nothing on:")[2]
     part[last] = None if path else {} if last not in ("blocks",) else []
-    if not path:  # sections are {} in a record where they were not asked for
+    if not path:  # a record has {} for sections that were not requested
         assert page_of(data).text == text
 
 
@@ -195,13 +195,13 @@ def test_one_document_has_no_interval() -> None:
 
 @pytest.mark.parametrize("hostile", HOSTILE, ids=range(len(HOSTILE)))
 def test_texts_of_models_and_data_are_escaped(hostile: str) -> None:
-    """The same elements with the same attributes as without; scripts as they were; the text itself is there to read."""
+    """Elements, attributes and scripts are the same as without the text, and the text itself can be read."""
     plain, page = page_of(full_record()), page_of(poisoned(full_record(), hostile))
     assert page.tags == plain.tags
     code = [text for attrs, text in page.scripts if attrs.get("type") != "application/json"]
     assert code == [text for attrs, text in plain.scripts if attrs.get("type") != "application/json"]
     assert "".join(c if c.isprintable() else "\ufffd" for c in hostile.partition("\n")[0]) in page.text
-    # Of texts, plotly gets no tag and no template.
+    # plotly gets no tag and no template out of texts.
     for drawn in page.charts:
         for text in re.findall(r'"((?:[^"\\]|\\.)*)"', json.dumps(drawn)):
             assert not re.search(r"<(?!br>|extra>|/extra>)", text), text
@@ -224,7 +224,7 @@ def sha256_of(script: str) -> str:
 
 
 def test_no_text_escapes_the_policy() -> None:
-    """The scripts that the policy allows by digest are the two of the page, and no others."""
+    """The policy allows, by digest, exactly the page's two scripts."""
     page = html.render(check_record(poisoned(full_record(), HOSTILE[0]), "record"))
     (policy,) = re.findall(r'Content-Security-Policy" content="([^"]+)"', page)
     policy = policy.replace("&#39;", "'")

@@ -1,7 +1,7 @@
-"""The report in a real headless Chromium: it draws, says nothing to the console, asks nobody for anything, and is as
-wide as the screen.
+"""The report in a real headless Chromium: it draws, logs nothing to the console, makes no request, and is as wide as
+the screen.
 
-Where there is no Chromium (`make test` installs Debian's for root) these tests are skipped, and say so.
+Without Chromium (`make test` installs Debian's for root) these tests are skipped and say so.
 """
 
 import json
@@ -40,7 +40,7 @@ def chromium() -> Iterator[Browser]:
 
 @dataclass
 class Seen:
-    """An open page and all that it said and asked for."""
+    """An open page, its console messages and its requests."""
 
     page: Page
     console: list[str] = field(default_factory=list)
@@ -81,7 +81,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def check_drawn(seen: Seen, charts: int) -> None:
-    """Every chart has its drawing, of some size, with marks in it."""
+    """Every chart has a drawing of nonzero size with marks in it."""
     drawn = seen.page.eval_on_selector_all(
         ".chart",
         """charts => charts.map(c => {
@@ -137,7 +137,7 @@ def test_charts_follow_a_change_from_light_to_dark(chromium: Browser, full: Path
 
 
 def test_print_is_light_and_as_wide_as_paper(chromium: Browser, full: Path, tmp_path: Path) -> None:
-    """While it prints; and afterwards the page is what it was."""
+    """Printing switches to light colours and the paper's width, and restores the page afterwards."""
     with opened(chromium, full, scheme="dark") as seen:
         before = seen.colour("#kl-1 .point path", "fill")
         seen.page.evaluate("dispatchEvent(new Event('beforeprint'))")
@@ -155,7 +155,7 @@ def test_print_is_light_and_as_wide_as_paper(chromium: Browser, full: Path, tmp_
 def test_hostile_texts_do_nothing(
     chromium: Browser, tmp_path: Path, onecard: Callable[..., Result], hostile: str
 ) -> None:
-    """In every text of the record: nothing runs, nothing is asked for, and labels show it as text."""
+    """With it in every text of the record nothing runs, nothing is requested, and labels show it as text."""
     file = report_of(poisoned(full_record(), hostile), tmp_path, onecard)
     with opened(chromium, file) as seen:
         check_drawn(seen, CHARTS)
@@ -171,7 +171,7 @@ def test_hostile_texts_do_nothing(
 
 
 def test_the_policy_stops_what_would_leave_the_page(chromium: Browser, full: Path) -> None:
-    """Were there a script or a picture of somebody else's after all, the browser would not run or load it."""
+    """Even if a foreign script or picture got into the page, the browser would not run or load it."""
     with opened(chromium, full) as seen:
         seen.page.evaluate(
             """() => {

@@ -38,7 +38,7 @@ def test_the_command_writes_a_page_and_one_line(onecard: Callable[..., Result], 
 def test_a_finished_checkpoint_has_a_report(
     emitted: Callable[..., tuple[Path, Result]], onecard: Callable[..., Result], tmp_path: Path
 ) -> None:
-    """The record that `quantize` really writes has all sections but those that it was not asked for."""
+    """The record of a real `quantize` gives every section but those that were not requested."""
     folder, _ = emitted("scout")
     result = onecard("report", folder, "-o", tmp_path / "page.html")
     assert result.exit_code == 0, result.output
@@ -57,7 +57,7 @@ def test_a_changed_scale_of_one_expert_is_named_as_the_worst(
     texts: list[str],
     tmp_path: Path,
 ) -> None:
-    """All the way: a tenth more in one scale tensor of the files, `verify`, and what the page says."""
+    """From the files to the page: one scale tensor grows by a tenth, `verify` runs, and the page names the expert."""
     spoilt = Path(shutil.copytree(emitted("scout")[0], tmp_path / "spoilt"))
     name = "language_model.model.layers.1.feed_forward.experts.5.down_proj.weight_scale"
     (path,) = [path for path in spoilt.glob("*.safetensors") if name in load_file(path)]

@@ -28,7 +28,7 @@ def test_stopped_at_every_commit(run: Run, whole: Contents, stage: int, committe
 
 
 def test_what_a_commit_rests_on_is_on_disk_before_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hidden rows are written without waiting for the disk; those of a committed stage must not be lost with the
+    """Hidden rows are written without waiting for the disk, but those of a committed step must survive a crash of the
     machine."""
     synced: set[Path] = set()
     real_fsync, real_commit = os.fsync, WorkDir.commit
@@ -54,7 +54,7 @@ def test_what_a_commit_rests_on_is_on_disk_before_it(run: Run, monkeypatch: pyte
 
 
 def test_there_are_no_more_stages(run: Run) -> None:
-    """So that the test above breaks off at every commit there is."""
+    """So the test above stops at every commit."""
     seen = []
     real = WorkDir.commit
 
@@ -69,7 +69,7 @@ def test_there_are_no_more_stages(run: Run) -> None:
 
 
 def test_round_to_nearest_resumes_too(run: Run, recipe: Callable[..., Path], tmp_path: Path) -> None:
-    """It has no activations to go on from."""
+    """Round-to-nearest has no activations to resume from."""
     run.recipe = recipe(method="rtn")
     reference = Run(run.model, tmp_path / "reference", run.recipe, run.texts)
     assert reference().exit_code == 0
@@ -78,7 +78,7 @@ def test_round_to_nearest_resumes_too(run: Run, recipe: Callable[..., Path], tmp
 
 
 def test_killed_while_the_work_directory_is_removed(run: Run, whole: Contents) -> None:
-    """OUT is whole by then. Whatever is left of the work directory, --resume ends well and removes it."""
+    """OUT is whole by then. Whatever is left of the work directory, --resume succeeds and removes it."""
     run.stopped_at(STAGES)
     saved = run.out.with_name("saved")
     shutil.copytree(run.work, saved)

@@ -1,4 +1,4 @@
-"""Changed routes: the share of tokens that two models send to other experts, held against transformers' own routers."""
+"""Changed routes: the share of tokens that two models send to different experts, against transformers' own routers."""
 
 import json
 from collections.abc import Callable

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def ranks_twin(logits_E: torch.Tensor, bias_E: torch.Tensor) -> torch.Tensor:
-    """DeepSeek-V3's: sigmoid and bias, in the two groups of two experts whose sums are largest."""
+    """DeepSeek-V3's ranks: sigmoid plus bias, only in the two groups of two experts with the largest sums."""
     ranks = (1 / (1 + (-logits_E).exp()) + bias_E.double()).tolist()
     sums = sorted((-ranks[2 * g] - ranks[2 * g + 1], g) for g in range(4))
     chosen = {g for _, g in sums[:2]}
@@ -29,7 +29,7 @@ def ranks_twin(logits_E: torch.Tensor, bias_E: torch.Tensor) -> torch.Tensor:
 
 
 def tie_twin(x_TH: torch.Tensor, router: Any, gain_H: torch.Tensor, family: str) -> torch.Tensor:
-    """One token after the other, in fp64."""
+    """The near ties' metric, one token after the other in fp64."""
     top_k = 1 if family == "scout" else 2
     w_EH = router.weight.detach()
     logits = x_TH @ w_EH.double().T
@@ -56,8 +56,8 @@ Found = dict[tuple[int, str], torch.Tensor]
 
 
 def by_transformers(folder: Path, family: str, ids_NT: torch.Tensor, seed: int, weighting: str) -> tuple[Found, Found]:
-    """Block and site -> E[g g^T] over all tokens, over the tokens' weights, trace O; and for what reaches the residual
-    stream, the mean over later routers of the near ties' metric, trace H. Beside it the weights [tokens]."""
+    """(block, site) -> E[g g^T] weighted by token, with trace O; sites that reach the residual stream also add the mean
+    of later routers' near-tie metrics, trace H. The second value is the token weights [tokens]."""
     cls: Any = Llama4ForConditionalGeneration if family == "scout" else AutoModelForCausalLM
     model = cls.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
     layers = next(m for n, m in model.named_modules() if n.endswith("layers") and "vision" not in n)
@@ -169,7 +169,7 @@ def test_batches_do_not_matter(baby: Callable[..., Path], tmp_path: Path) -> Non
 def test_the_walk_back_needs_far_fewer_places_than_blocks(
     n_blocks: int, baby: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every block is gone through backwards once with the rows that enter it, whatever the spacing."""
+    """The walk goes back through every block once, with the rows that enter it, whatever the spacing."""
     model = open_model(str(baby("scout")))
     held: set[int] = set()
     most = 0

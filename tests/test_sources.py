@@ -81,7 +81,8 @@ def test_a_line_of_a_million_characters(tmp_path: Path) -> None:
 
 @pytest.fixture
 def data_sets(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """`load_dataset` of a hub that has what is put here, as the library itself streams it."""
+    """Replaces `load_dataset` by one with these data sets, which the library itself streams. Gives the list of
+    requests."""
     asked: list[tuple[Any, ...]] = []
 
     def load(name: str, config: str | None = None, *, split: str, streaming: bool) -> Any:
@@ -155,7 +156,7 @@ def test_a_mixture_of_data_sets(
     assert all(sum(part.tokens for part in row.parts) == len(row.tokens) for row in texts.calibration)
     again = prepare_texts(open_model(str(baby("scout"))), use, None, None, True)
     assert again.facts == texts.facts
-    # Of a model that sees no pictures they are left out, and the warning says so.
+    # For a model without vision, pictures are left out, with a warning.
     blind = prepare_texts(open_model(str(baby("qwen3"))), use, None, None, True)
     assert blind.facts["calibration"]["rows_with_images"] == 0
     assert any("some/pictures" in warning and "vision" in warning for warning in blind.warnings)
@@ -164,7 +165,7 @@ def test_a_mixture_of_data_sets(
 def test_many_books_give_the_long_rows(
     baby: Callable[..., Path], recipe: Callable[..., Path], data_sets: list[tuple[Any, ...]]
 ) -> None:
-    """No one of them fills them all, and none is read past a long row's worth."""
+    """No book fills all long rows, and none is read further than one long row."""
     use = load_recipe(
         str(
             recipe(
@@ -226,7 +227,7 @@ def test_a_long_share_too_small_for_a_row(recipe: Callable[..., Path]) -> None:
 def test_show(
     baby: Callable[..., Path], onecard: Callable[..., Result], recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Special tokens visible, placeholders counted, nothing that steers a terminal; a pool says that it is one."""
+    """Special tokens are visible, placeholders counted, terminal controls removed; a pool is announced as such."""
     message = {
         "role": "user",
         "content": [

@@ -1,4 +1,4 @@
-"""The figures that are quoted of token results, each against a slow twin in plain Python and fp64."""
+"""Every figure quoted from token results, against plain Python in fp64."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from onecard.eval.kl import TokenResults
 from onecard.eval.summary import (
     CONFIDENCE,
     DELTA_P,
-    Group,
+    TokenGroup,
     by_confidence,
     by_label,
     by_position,
@@ -51,7 +51,7 @@ def slow_quantile(values: list[float], q: float) -> float:
 
 
 def slow_interval(values: list[float], document: list[int]) -> tuple[float, float]:
-    """Of the token mean, from sums by document that are made one token at a time."""
+    """Standard error of the token mean, from documents' sums made one token at a time."""
     names = sorted(set(document))
     own = {name: [v for v, d in zip(values, document, strict=True) if d == name] for name in names}
     sums = np.array([[math.fsum(own[name])] for name in names])
@@ -64,7 +64,7 @@ def slow_interval(values: list[float], document: list[int]) -> tuple[float, floa
 
 
 def slow_standard_error(values: list[float], document: list[int]) -> float:
-    """Cochran's ratio estimator, written out: each document's sum against what its tokens would give at the mean."""
+    """Cochran's ratio estimator, written out: each document's sum against its tokens times the mean."""
     names = sorted(set(document))
     middle = mean(values)
     spread = 0.0
@@ -93,7 +93,7 @@ def test_with_a_token_a_document_it_is_the_plain_standard_error(values: list[flo
 
 
 def test_tokens_of_one_document_do_not_count_as_independent() -> None:
-    """Every document repeats one value a hundred times: the error is that of the documents, not of the tokens."""
+    """Every document repeats one value a hundred times, so the error is that of documents, not of tokens."""
     generator = torch.Generator().manual_seed(10)
     value = torch.rand(12, generator=generator)
     repeated, document = value.repeat_interleave(100), torch.arange(12).repeat_interleave(100)
@@ -216,8 +216,8 @@ def slow_groups(results: TokenResults, label: Callable[[int], str]) -> dict[str,
     return found
 
 
-def check_groups(results: TokenResults, groups: list[Group], expected: dict[str, list[int]]) -> None:
-    """Every token in one group, every figure of a group by hand, and no group without tokens."""
+def check_groups(results: TokenResults, groups: list[TokenGroup], expected: dict[str, list[int]]) -> None:
+    """Every token is in one group, no group is empty, and each group's figures are computed by hand."""
     got = [entry.to_json() for entry in summarize_groups(results, groups)]
     assert {entry["label"] for entry in got} == set(expected)
     assert sum(entry["tokens"] for entry in got) == len(results)
@@ -237,7 +237,7 @@ def check_groups(results: TokenResults, groups: list[Group], expected: dict[str,
 
 
 def test_groups_by_position(results: TokenResults) -> None:
-    """By the tokens that a prediction sees, in octaves: the first predicted token sees one."""
+    """Groups by the number of tokens before a prediction, in octaves; the first predicted token has one before it."""
 
     def label(token: int) -> str:
         seen = int(results.position[token]) + 1
@@ -280,8 +280,8 @@ def test_groups_by_label(results: TokenResults) -> None:
 
 
 def test_a_group_without_tokens_is_left_out(results: TokenResults) -> None:
-    nobody = Group("nobody", torch.zeros(len(results), dtype=torch.bool))
-    everyone = Group("everyone", torch.ones(len(results), dtype=torch.bool))
+    nobody = TokenGroup("nobody", torch.zeros(len(results), dtype=torch.bool))
+    everyone = TokenGroup("everyone", torch.ones(len(results), dtype=torch.bool))
     entry = summarize_groups(results, [nobody, everyone])[0].to_json()
     assert len(summarize_groups(results, [nobody, everyone])) == 1
     whole = summarize(results)

@@ -1,4 +1,5 @@
-"""Self-written answers: loaded and block by block the same tokens, killed and resumed the same text, readable rows."""
+"""Self-written answers: a loaded model and the walk write the same tokens, a killed and resumed run the same text, and
+the rows can be read."""
 
 import json
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from walking import cpu_walk
 
 @pytest.mark.parametrize("family", ["llama4-text", "qwen3"])
 def test_logits_of_texts_that_grow_are_those_of_transformers(baby: Callable[..., Path], family: str) -> None:
-    """Across chunks of 8, lengths mixed, padding unseen."""
+    """Prompts of mixed lengths cross chunks of 8, and padding changes nothing."""
     model = open_model(str(baby(family)))
     generator = torch.Generator().manual_seed(0)
     rows = [

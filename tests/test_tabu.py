@@ -1,4 +1,4 @@
-"""Tabu search against a slow twin that knows nothing but J, and the laws of it."""
+"""Tabu search against a slow version that knows only J, and the laws of the search."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def start_of(w: torch.Tensor, scheme: Scheme) -> QuantizedWeight:
 
 
 def searched_slowly(weight: QuantizedWeight, w: torch.Tensor, moment: torch.Tensor, moves: int) -> torch.Tensor:
-    """One stretch: every step of every code tried out by J itself, row by row. The codes at the best point passed."""
+    """One stretch: tries every step of every code by J itself, row by row, and gives the best codes passed."""
     codes = weight.codes.clone()
     for b in range(len(w)):
         for o in range(w.shape[1]):
@@ -76,7 +76,7 @@ def test_as_the_slow_twin(symmetric: bool, seed: int) -> None:
 def test_no_row_is_ever_worse_and_codes_stay_in_their_range(
     symmetric: bool, group_size: int, seed: int, negative: bool
 ) -> None:
-    """From a minimum of coordinate descent, over several stretches, the last of them short; negative scales too."""
+    """From a minimum of coordinate descent, over several stretches, the last one short, and with negative scales."""
     w, moment = problem(seed, inputs=320)
     scheme = Scheme(4, group_size, symmetric)
     scales, zeros = absmax_scales(w, scheme, torch.bfloat16)
@@ -100,7 +100,7 @@ def test_experts_do_not_meet() -> None:
 
 
 def test_a_row_whose_codes_are_all_at_rest_or_at_the_end_stays_where_it_is() -> None:
-    """Eight codes, of which six rest, and weights far outside the grid: every step outward is barred."""
+    """Eight codes, six of them resting, and weights far outside the grid: every outward step is barred."""
     w = torch.full((1, 1, 8), 100.0, dtype=torch.float64)
     scheme = Scheme(4, 8, True)
     codes = torch.full((1, 1, 8), scheme.code_max, dtype=torch.int8)

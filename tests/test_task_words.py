@@ -29,7 +29,7 @@ GOOD = {"question": "Which?", "choices": ["this", "that"], "answer": 1}
 
 @pytest.fixture(scope="module")
 def encoder(baby: Callable[..., Path]) -> Encoder:
-    """A baby's: one token a character, and a chat template that writes <s><|user|>...<|assistant|>..."""
+    """A baby's encoder: one token for each character, and a chat template that writes <s><|user|>...<|assistant|>..."""
     model = open_model(str(baby("qwen3")))
     return Encoder(model.path, model.adapter)
 
@@ -52,8 +52,8 @@ def said(encoder: Any, task: Task) -> list[tuple[str, str]]:
 
 
 def test_the_embedded_questions_are_scored_as_where_they_were_made() -> None:
-    """A few of the 400 by the demo's own measure, which gave the accuracy in its README, and as they are asked here by
-    the same whole model."""
+    """The whole model answers some of the 400 questions alike by the demo's own script, which gave its README's
+    accuracy, and as we ask them."""
     folder = demo_folder()
     task = load_task("demo", 0, None)
     assert len(task.items) == 400
@@ -127,7 +127,7 @@ def hellaswag(split: str) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def data_sets(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """What was asked of the hub."""
+    """Replaces `load_dataset`; gives the list of requests."""
     asked: list[tuple[Any, ...]] = []
     sets = {"cais/mmlu": mmlu, "allenai/ai2_arc": arc, "Rowan/hellaswag": hellaswag}
 
@@ -162,7 +162,7 @@ def test_mmlu(data_sets: list[tuple[Any, ...]], encoder: Encoder) -> None:
 
 
 def test_arc(data_sets: list[tuple[Any, ...]], plain_encoder: Any) -> None:
-    """Labels are letters or digits; examples are any of the training split; without a template as plain text."""
+    """Labels are letters or digits, examples come from the training split, and without a template all is plain text."""
     task = load_task("arc-challenge", 2, None)
     assert data_sets == [("allenai/ai2_arc", "ARC-Challenge", "test"), ("allenai/ai2_arc", "ARC-Challenge", "train")]
     assert [(len(i.choices), i.right) for i in task.items[:2]] == [(4, 3), (3, 2)]
@@ -185,7 +185,7 @@ def test_arc(data_sets: list[tuple[Any, ...]], plain_encoder: Any) -> None:
 
 
 def test_hellaswag(data_sets: list[tuple[Any, ...]], encoder: Encoder) -> None:
-    """A text goes on: no template even where there is one, and scores by the bytes of the ending."""
+    """HellaSwag continues a text: no chat template is used, and scores are divided by the ending's bytes."""
     task = load_task("hellaswag", 0, 3)
     assert data_sets == [("Rowan/hellaswag", None, "validation")]
     assert task.normalized
@@ -226,7 +226,7 @@ def test_in_a_chat_the_option_is_the_whole_answer(encoder: Encoder, jsonl: Jsonl
 
 
 def test_an_answer_is_with_the_mark_that_ends_it() -> None:
-    """The embedded model's template ends a turn: the mark is a token of the option."""
+    """The embedded model's template ends a turn, and the end mark counts as a token of the option."""
     opened = open_model("demo")
     encoder = Encoder(opened.path, opened.adapter)
     for context, option in said(encoder, load_task("demo", 0, 5)):
@@ -236,7 +236,7 @@ def test_an_answer_is_with_the_mark_that_ends_it() -> None:
 
 @pytest.mark.parametrize("style", ["continue", "chat"])
 def test_context_and_option_are_the_tokens_of_the_whole_text(jsonl: Jsonl, style: Any) -> None:
-    """Tokens of a real vocabulary merge over the bound: what is scored is how the whole text is spelt."""
+    """A real vocabulary merges tokens across the end of the context, so the whole text's tokens are scored."""
     opened = open_model("demo")
     encoder = Encoder(opened.path, opened.adapter)
     line = {"question": "The def", "choices": ["ault", "initely not", "self.x", "("], "answer": 0}

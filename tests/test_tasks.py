@@ -1,4 +1,4 @@
-"""Multiple-choice tasks: items of the embedded questions and of local files, how many, and scores to answers."""
+"""Multiple-choice tasks: items of the embedded questions and of local files, their number, and answers from scores."""
 
 import json
 from collections.abc import Callable
@@ -18,7 +18,7 @@ GOOD = {"question": "Which?", "choices": ["this", "that"], "answer": 1}
 
 
 def test_the_whole_of_the_demo_task_is_asked_by_its_name() -> None:
-    """Its digest names its items and their wording: another number of shots or items is another digest."""
+    """The digest covers the items and their wording, so another number of shots or items changes it."""
     task = load_task("demo", 0, None)
     assert (task.name, task.style, task.shots, task.examples) == ("demo", "chat", 0, {})
     digests = [task.digest, load_task("demo", 0, 399).digest, load_task("demo", 2, None).digest]
@@ -58,7 +58,7 @@ def test_items_of_a_parquet_file(tmp_path: Path, jsonl: Jsonl) -> None:
 
 
 def test_a_question_may_hold_any_character(jsonl: Jsonl) -> None:
-    """Marks that str.splitlines takes for ends of lines stand unescaped in JSON of other tools."""
+    """Other tools' JSON holds unescaped characters that str.splitlines takes for line ends."""
     odd = "first\u2028second\u0085third \u001c"
     line = json.dumps(GOOD | {"question": odd}, ensure_ascii=False).replace("\\u001c", "\u2029")
     (item,) = load_task(str(jsonl("odd.jsonl", ["\ufeff" + line])), 0, None).items
@@ -108,7 +108,7 @@ def test_a_label_of_the_items_own_comes_before_a_text() -> None:
 
 
 def test_every_bad_item_is_named_in_one_message(jsonl: Jsonl) -> None:
-    """By the number of its line, blank lines and broken ones counted."""
+    """The message gives the line's number, which counts blank and broken lines."""
     path = jsonl(
         "items.jsonl",
         [
@@ -177,7 +177,7 @@ def test_too_few_items_for_the_shots(jsonl: Jsonl, items: int, shots: int) -> No
 
 
 def test_equal_items_are_not_left_out_for_being_shown(jsonl: Jsonl) -> None:
-    """A file may ask the same twice: as many items are asked as are not shown."""
+    """A file may hold a question twice. All items that are not shown as examples are asked."""
     path = jsonl("same.jsonl", [GOOD] * 10)
     task = load_task(str(path), 2, None)
     assert len(task.items) == 8
@@ -196,7 +196,7 @@ def test_a_limit_draws_items_from_everywhere(jsonl: Jsonl) -> None:
 
 
 def test_scores_become_answers() -> None:
-    """By item, in order; where the task is normalised each option by the bytes of its text."""
+    """By item, in order; a normalised task divides each option's score by its text's bytes."""
     items = (Item("a", "?", ("x", "four"), 0), Item("b", "?", ("x", "y", "é"), 2))
     logp = [-3.0, -8.0, -1.0, -2.0, -1.5]
     scored = [Scored(p, p - 1, False, False) for p in logp]

@@ -62,7 +62,8 @@ def test_damaged_picture_settings(
 def test_a_conversation_that_the_template_refuses(
     baby: Callable[..., Path], refuse: Refuse, jsonl: Callable[..., Path]
 ) -> None:
-    """Chat templates refuse roles, and turns out of order: every such document is named, with the template's words."""
+    """Chat templates refuse some roles and orders of turns. The message names every such document, with the template's
+    words."""
     rows = [
         *SAMPLE,
         *({"messages": [{"role": "wizard", "content": "abracadabra"}], "id": i} for i in ("spell", "curse")),
@@ -93,8 +94,8 @@ def test_a_text_that_spells_an_image_marker(
     tmp_path: Path,
     marker: str,
 ) -> None:
-    """Texts about such models spell their markers. With pictures in the same row they must not be taken for one: they
-    are read as plain words, or refused by name; never a traceback."""
+    """Texts about such models spell their image markers. Beside pictures in the same row they are read as plain words,
+    or refused by name; never a traceback."""
     draw_picture(tmp_path / "cat.png")
     question = conversation(picture("cat.png"), words(f"what is a {marker}?"))
     answer = conversation(picture("cat.png"), words(f"a {marker} is a word."))
@@ -139,7 +140,7 @@ def test_encode_text_and_conversation(encoder: Encoder) -> None:
 
 
 def test_encode_pictures(encoder: Encoder, jsonl: Callable[..., Path], tmp_path: Path) -> None:
-    """One tile an image: a placeholder for each of its features, and its pixels, red first, as the settings say."""
+    """One tile for each image: a placeholder for each feature, and pixels as the settings say, red first."""
     draw_picture(tmp_path / "red.png", "red")
     draw_picture(tmp_path / "blue.png", "blue")
     row = conversation(picture("red.png"), words("or"), picture("blue.png"))

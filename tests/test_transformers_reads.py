@@ -1,7 +1,7 @@
-"""transformers reads what we emit, and finds in it what our own walk over the same files finds.
+"""transformers reads our checkpoints and computes what our own walk over the same files computes.
 
-Every baby is quantized by the whole pipeline, by both methods. The twins: transformers' own model, loaded from OUT as a
-stranger would load it; and the raw bytes of the safetensors files, read here without the library.
+The whole pipeline quantizes every baby by both methods. The judges are transformers' own model, loaded from OUT as a
+stranger would, and the raw bytes of the safetensors files, read without the library.
 """
 
 import json
@@ -27,7 +27,7 @@ from onecard.recipe import Recipe
 from pipelines import make_recipe, raw_tensors, run_pipeline, write_tokenizer
 from walking import make_rows, relative, walk_logits, whole_logits
 
-# What a recipe says beside the method: the Scout recipe's roles, and every linear weight of the text blocks.
+# Recipe keys of each run: the Scout recipe's roles, or every linear weight of the text blocks.
 RUNS = {
     "rtn": {"method": "rtn"},
     "gptq": {
@@ -55,7 +55,7 @@ CASES += [(f, m) for f in ("deepseek", "mixtral") for m in ("rtn", "gptq")]
 
 @dataclass
 class Run:
-    """One baby, quantized into `out`; `predicted_bytes` was planned before it."""
+    """One baby, quantized into `out`; `predicted_bytes` was planned before the run."""
 
     family: str
     method: str
@@ -131,7 +131,9 @@ def test_it_loads_whole_and_every_weight_is_ours(run: Run, dtype: torch.dtype) -
 @pytest.mark.parametrize(("dtype", "bar"), [(torch.float32, 1e-4), (torch.bfloat16, 10 * 2**-8)], ids=["fp32", "bf16"])
 def test_logits_are_those_of_our_walk_over_the_same_files(run: Run, dtype: torch.dtype, bar: float) -> None:
     (model, _), adapter = load(run, dtype), run.emitted.adapter
-    if run.family in babies.UNFUSED:  # its grouped kernel adds up otherwise, which in bf16 sends a token elsewhere
+    if (
+        run.family in babies.UNFUSED
+    ):  # its grouped kernel sums in another order, which in bf16 can send a token to another expert
         model.set_experts_implementation("eager")
     rows = make_rows(adapter)
     for row, ours in zip(rows, walk_logits(adapter, run.packed, rows, dtype=dtype), strict=True):
@@ -147,7 +149,7 @@ def test_what_is_not_quantized_is_byte_identical_to_the_source(run: Run) -> None
     adapter = run.emitted.adapter
     kept = {name for name in emitted if not name.rpartition(".")[2].startswith("weight_")}
     assert kept <= source.keys(), "nothing is renamed, and no fused name is left"
-    aimed = {f"{module}.weight" for block in run.record.blocks for module in block["aimed"]}
+    aimed = {f"{module}.weight" for block in run.record.blocks for module in block.aimed}
     for name in kept:
         assert emitted[name][:2] == source[name][:2], name
         assert (emitted[name] == source[name]) == (name not in aimed), name
@@ -188,7 +190,7 @@ def test_every_expert_has_the_planned_width_and_none_is_zeroed(run: Run) -> None
             step = groups.abs().amax(-1, keepdim=True) / 2 ** (run.recipe.widths.bits - 1)
             if not run.recipe.widths.symmetric:
                 step = (groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)) / (2**run.recipe.widths.bits - 1)
-            # One step where +8 is clipped to 7, else half of one; and bf16's rounding of scale and product.
+            # One step where +8 is clipped to 7, half a step elsewhere, plus bf16's rounding of scale and product.
             slack = groups.abs().amax(-1, keepdim=True) * 2**-7
             assert ((ours.view_as(groups) - groups).abs() <= step + slack).all(), name
 

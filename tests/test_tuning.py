@@ -1,4 +1,4 @@
-"""Tuning before rounding: against the loss in fp64, and the laws that it must keep."""
+"""Tuning before rounding, against the loss in fp64 and the laws that it must keep."""
 
 import json
 from collections.abc import Callable
@@ -40,7 +40,7 @@ class Half0:
             correct=True,
         )
         generator = torch.Generator().manual_seed(3)
-        # Not noise alone, which nothing could make good: a fifth more of one direction in whatever has some of it.
+        # Noise alone could not be corrected, so one direction also grows by a fifth wherever it occurs.
         direction = torch.randn(model.adapter.hidden_size, generator=generator)
         self.quantized, self.wanted = [], []
         for k, numbers in enumerate(groups):
@@ -60,7 +60,7 @@ class Half0:
         return tune(self.job, self.sites(), metric, epochs)
 
     def rows(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(what the half gives, what it is to give), each token, fp64."""
+        """(the half's output, its target) for each token, fp64."""
         pairs = []
         for x, wanted in zip(self.quantized, self.wanted, strict=True):
             out = self.target.forward(x, Half.FEED_FORWARD)
@@ -99,7 +99,7 @@ def test_the_loss_falls_on_the_whole(half: Callable[..., Half0], monkeypatch: py
 
 
 def test_the_metric_says_what_is_learned(half: Callable[..., Half0], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Errors that cost nothing stay: with a metric of one direction that one is mended, and the mean of all is not."""
+    """With a metric of one direction that direction improves more than the mean: other errors cost nothing."""
     monkeypatch.setattr("onecard.blocks.tuning.FEW", 0.0)
     one = half(0.2)
     direction = torch.zeros(one.adapter.hidden_size)
@@ -133,10 +133,10 @@ def test_only_the_sites_given_move_and_nothing_keeps_a_gradient(half: Callable[.
 
 
 def test_experts_move_by_their_rows(baby: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An expert without rows stays as it is to the bit; what few rows have moved is taken back by n / (n + FEW I)."""
+    """An expert without rows keeps every bit. With few rows the change is shrunk by n / (n + FEW I)."""
 
     def moved(name: str) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """By expert: how far the down projection has gone, and its rows; and its inputs."""
+        """By expert: the change of the down projection and its number of rows; and the projection's inputs."""
         one = Half0(baby("scout"), tmp_path / name, 0.2, [[0]])
         stacks = one.target.experts
         assert stacks is not None
@@ -180,7 +180,7 @@ def test_best_tunes_every_half_with_its_losses_in_the_record(
         first, *more = [" ".join(tuned["sites"]) for tuned in block["tuning"]]
         assert "gate_up" in first
         assert "down" in first
-        # Several experts a token: their down projections are tuned together once more, for none is alone.
+        # With several experts a token, their down projections are tuned together once more.
         assert len(more) == (family == "qwen3" and "experts" in first)
         assert not any("gate_up" in sites for sites in more)
         for tuned in block["tuning"]:

@@ -96,7 +96,7 @@ ANSWER = {"id", "right", "reference", "quantized", "margin_reference", "margin_q
 
 @dataclass(frozen=True)
 class Proof:
-    """One `verify` of a baby's int4 checkpoint: its record, its kept tokens and what was said."""
+    """One `verify` of a baby's int4 checkpoint: its record, its kept tokens and its output."""
 
     source: Path
     checkpoint: Path
@@ -169,20 +169,20 @@ def test_the_record_says_what_was_measured_on_what(proof: Proof) -> None:
     made = strict((proof.checkpoint / "onecard.json").read_text())
     assert record["texts"]["evaluation"]["rows_digest"] == made["texts"]["evaluation"]["rows_digest"]
     assert record["plan"]["emitted_bytes"] == made["plan"]["emitted_bytes"]
-    # A record is passed on: it tells of no machine's folders.
+    # Records are passed on, so they name no folder of the machine.
     assert str(proof.folder) not in json.dumps(record)
     assert str(proof.checkpoint.parent) not in json.dumps(record)
 
 
 def test_quantize_and_verify_record_the_same(proof: Proof) -> None:
-    """The figures, every list and every error; what quantize recorded was of the same files."""
+    """Figures, lists and errors are the same, since quantize recorded the same files."""
     made = strict((proof.checkpoint / "onecard.json").read_text())
     assert made["kl"].keys() == KL
     for key in ("by_document", "by_kind", "histogram", "worst_tokens", "changed_routes_by_block"):
         assert made["kl"][key] == proof.record["kl"][key], key
     assert made["errors"] == proof.record["errors"]
     assert made["checkpoint"]["bytes"] == proof.record["checkpoint"]["bytes"]
-    # Of calibration rows the checkpoint's own record tells.
+    # Calibration rows come from the checkpoint's own record.
     for expert in proof.record["errors"]["experts"]:
         assert expert["calibration_rows"] == made["blocks"][expert["block"]]["expert_rows"][expert["expert"]]
 
@@ -213,7 +213,7 @@ def test_the_lists_and_the_kept_tokens_agree(proof: Proof) -> None:
 
 
 def test_worst_tokens_are_in_the_words_of_the_texts(proof: Proof, texts: list[str]) -> None:
-    """A character a token: what stands before and after is the text itself."""
+    """One token a character, so the words before and after are the text itself."""
     lines = [json.loads(line) for line in Path(texts[3]).read_text().splitlines()]
     documents = [line["text"] if "text" in line else line["messages"][0]["content"] for line in lines]
     for entry in proof.record["kl"]["worst_tokens"]:
@@ -247,7 +247,7 @@ def test_a_scale_of_one_expert_that_is_a_tenth_off_names_that_expert(
     tmp_path: Path,
     family: str,
 ) -> None:
-    """In the packed files, as a damaged upload would have it; in the record and on the card."""
+    """The packed files are damaged as by an upload; the record and the card both name the expert."""
     out, _ = emitted(family)
     name = next(n for n in open_folder(out).names if ".layers.0." in n and ".experts.3.down_proj.weight_scale" in n)
     spoilt = changed_copy(out, tmp_path / "spoilt", lambda n, t: (t.float() * 1.1).to(t.dtype) if n == name else t)
@@ -261,7 +261,7 @@ def test_a_scale_of_one_expert_that_is_a_tenth_off_names_that_expert(
 
 
 def test_flips(proof: Proof, onecard: Callable[..., Result], tmp_path: Path) -> None:
-    """The same items give the same answers as inside verify; nothing is said of KL."""
+    """The same items give the same answers as inside verify, and there is no KL."""
     result = onecard(
         "flips",
         proof.source,

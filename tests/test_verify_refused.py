@@ -109,7 +109,7 @@ def test_a_checkpoint_without_a_record_or_with_a_broken_one_is_verified_all_the_
     texts: list[str],
     tmp_path: Path,
 ) -> None:
-    """Other tools' checkpoints have none: then nothing is said of calibration rows."""
+    """Other tools' checkpoints have no record; then calibration rows are unknown."""
     bare = changed_copy(emitted("qwen3")[0], tmp_path / "bare", lambda _, tensor: tensor)
     for text in (None, "{broken", "[]", '{"blocks": 3}', *map(json.dumps, BROKEN_BLOCKS)):
         (bare / "onecard.json").unlink() if text is None else (bare / "onecard.json").write_text(text)
@@ -122,7 +122,7 @@ def test_a_checkpoint_without_a_record_or_with_a_broken_one_is_verified_all_the_
 def test_tokens_that_are_kept_twice_are_compared_as_pairs(
     baby: Callable[..., Path], onecard: Callable[..., Result], texts: list[str], tmp_path: Path
 ) -> None:
-    """Two checkpoints on the same texts: line by line the same token of the same document."""
+    """For two checkpoints on the same texts each line is the same token of the same document."""
 
     def softer(name: str, tensor: torch.Tensor) -> torch.Tensor:
         return tensor * 0.5 if name.endswith("lm_head.weight") else tensor
@@ -142,7 +142,7 @@ def test_tokens_that_are_kept_twice_are_compared_as_pairs(
 def test_a_task_is_named_once_and_a_file_for_one_thing(
     baby: Callable[..., Path], texts: list[str], tmp_path: Path
 ) -> None:
-    """Two runs are paired by the names of tasks; and the record would take the place of the tokens."""
+    """Runs are paired by task names, so these must differ. Record and tokens must not share a file."""
     model = baby("llama4-text")
     refused(run_onecard("flips", model, model, "--tasks", "demo,demo"), "demo: named twice")
     both = tmp_path / "both"

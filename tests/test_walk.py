@@ -1,6 +1,6 @@
-"""The walk gives the logits that transformers gives on the whole model (invariant 1), and nothing of it stays behind.
+"""The walk gives the logits of transformers' whole model (invariant 1), and leaves nothing behind.
 
-The twin is the transformers model itself, in fp32, one row at a time, with the weights that were written to disk.
+The judge is the transformers model itself, in fp32, one row at a time, with the weights that were written to disk.
 """
 
 from collections.abc import Collection
@@ -43,13 +43,15 @@ FAMILIES = (
 
 
 def make_variant(family: str) -> tuple[Any, dict[str, torch.Tensor]]:
-    """(model, its tensors as stored). Some variants have settings that babies.py lacks and published models have."""
+    """(model, its stored tensors). Some variants have settings of published models that babies.py lacks."""
     if family == "maverick-as-published":  # no QK norm, plain RoPE
         config = babies.llama4_config(moe_step=2)
         config.text_config.use_qk_norm = False
         config.text_config.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
         model: Any = Llama4ForConditionalGeneration(config).float().eval()
-    elif family == "qwen3-tied":  # tied head, routing weights as the softmax left them, every second block sparse
+    elif (
+        family == "qwen3-tied"
+    ):  # tied head, routing weights not normalised after the softmax, every second block sparse
         config = babies.qwen3_config(layers=4)
         config.tie_word_embeddings, config.norm_topk_prob = True, False
         config.mlp_only_layers, config.decoder_sparse_step = [], 2
@@ -106,7 +108,7 @@ def test_logits_equal_the_whole_models(pair: Pair) -> None:
 
 
 def test_logits_of_the_embedded_model_equal_the_whole_models() -> None:
-    """Trained weights and real rows, far over the attention chunk of 128: code, prose, conversations, pictures."""
+    """Trained weights and real rows of code, prose, conversations and pictures, far over the attention chunk of 128."""
     model = open_model("demo")
     encoder = Encoder(model.path, model.adapter)
     documents = {d.kind: d for d in read_jsonl(demo_folder() / "data" / "evaluation.jsonl")}
@@ -127,13 +129,13 @@ def test_a_batch_of_rows_gives_what_each_row_gives_alone(pair: Pair) -> None:
 
 
 def test_the_first_token_and_the_images_show_in_the_last_logits(pair: Pair) -> None:
-    """Guards the tests above: were context or pixels ignored on both sides, they would prove little."""
+    """Guards the tests above, which would prove little if both sides ignored context or pixels."""
     row = pair.rows[0]
     changed = [Row("first", "text", torch.cat([row.tokens[:1] + 1, row.tokens[1:]]), row.pixels)]
     if row.pixels is not None:
         changed.append(Row("blank", "text", row.tokens, torch.zeros_like(row.pixels)))
     as_is, *others = (walk_logits(pair.adapter, pair.source, [r])[0] for r in (row, *changed))
-    # Where every layer slides, a token is heard of no farther on than the windows reach, one after the other.
+    # Where every layer slides, a token's influence ends where the windows, one after the other, end.
     window = getattr(pair.adapter.text_config, "sliding_window", None)
     reach = pair.adapter.n_blocks * (window - 1) if window else len(row.tokens) - 1
     assert relative(as_is[reach + 1 :], others[0][reach + 1 :]) < 1e-5 if window else reach
@@ -158,7 +160,7 @@ def test_a_sharded_checkpoint_gives_the_same_bits(family: str, tmp_path: Path) -
 
 @dataclass
 class Spy:
-    """A TensorSource that writes down what is read."""
+    """A TensorSource that records every read."""
 
     inner: TensorSource
     reads: list[tuple[str, Index]] = field(default_factory=list)
@@ -210,7 +212,7 @@ Seen = tuple[torch.Tensor, torch.Tensor]  # token numbers [R], rows [R, in]
 
 
 def observe_all(pair: Pair, row: Row) -> dict[tuple[int, str, int], Seen]:
-    """(block, site key, expert) -> what the walk's observer is told."""
+    """(block, site key, expert) -> the calls that the walk's observer gets."""
     seen: dict[tuple[int, str, int], Seen] = {}
     walk = walk_over(pair)
     hidden = Embedder(walk, [row]).batch([0])
@@ -246,7 +248,7 @@ def transformers_inputs(pair: Pair, row: Row) -> dict[tuple[int, str], Any]:
 
 
 def expert_rows(pair: Pair, caught: dict[tuple[int, str], Any], block: int) -> dict[int, Seen]:
-    """What transformers feeds each expert of a block, without the rows of zeros that Llama 4's code adds."""
+    """The inputs that transformers gives each expert of a block, without the rows of zeros that Llama 4's code adds."""
     if pair.adapter.family == "llama4":
         (routed,) = caught[block, "feed_forward.experts"]
         inputs = list(routed.unflatten(0, (pair.adapter.n_experts, -1)))

@@ -86,7 +86,7 @@ def test_the_work_directory_may_be_a_link(run: Run, whole: Contents) -> None:
 def test_what_is_finished_was_damaged(
     run: Run, refused: Refuse, whole: Contents, what: str, stage: int, how: str
 ) -> None:
-    """Said at once, with the way out, and never moved to OUT."""
+    """The damage is reported at once, with the way out, and nothing moves to OUT."""
     run.stopped_at(stage)
     victim = sorted(run.work.glob(what))[0]
     if how == "cut":

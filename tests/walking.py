@@ -24,7 +24,8 @@ def cpu_walk(
 
 
 def make_rows(adapter: Adapter) -> list[Row]:
-    """Several rows of a length; lengths below, at, just over and far over the attention chunk of 8; some images."""
+    """Rows of lengths below, at, just over and far over the attention chunk of 8. Some share a length, some have
+    images."""
     generator = torch.Generator().manual_seed(7)
     rows = []
     for number, length in enumerate([33, 33, 8, 9, 9, 33, 5, 1]):
@@ -43,7 +44,7 @@ def make_rows(adapter: Adapter) -> list[Row]:
 def walk_logits(
     adapter: Adapter, source: TensorSource, rows: list[Row], batch_tokens: int = 70, dtype: torch.dtype = torch.float32
 ) -> list[torch.Tensor]:
-    """Logits [T, V] of each row, by the walk's own pieces."""
+    """Logits [T, V] of each row, by the parts of the walk."""
     groups = batches(rows, batch_tokens)
     walk = Walk.over(adapter, source, Compute(torch.device("cpu"), dtype, batch_tokens))
     embedder = Embedder(walk, rows)

@@ -4,10 +4,10 @@ from typing import Any
 
 from pydantic import Field
 
-from .part import Many, Part
+from .part import Many, RecordPart
 
 
-class BlockFacts(Part):
+class BlockFacts(RecordPart):
     """What quantizing one block did. `expert_rows`: calibration rows by expert, where statistics were taken."""
 
     block: int
@@ -21,7 +21,7 @@ class BlockFacts(Part):
     expert_rows: Many[int] = ()
 
 
-class BlockError(Part):
+class BlockError(RecordPart):
     """Relative errors: of the hidden state that leaves the block, and what each half and each unit adds to it."""
 
     block: int
@@ -31,7 +31,7 @@ class BlockError(Part):
     units: dict[str, float | None] = Field(default_factory=dict)
 
 
-class ExpertError(Part):
+class ExpertError(RecordPart):
     """Relative errors of one expert. `rows` are of the evaluation texts. `score`: how far the expert stands out of its
     block, in robust standard deviations."""
 
@@ -45,7 +45,7 @@ class ExpertError(Part):
     calibration_rows: int | None = None
 
 
-class ErrorSummary(Part):
+class ErrorSummary(RecordPart):
     """A record's `errors`."""
 
     blocks: Many[BlockError] = ()

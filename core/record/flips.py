@@ -1,9 +1,9 @@
 """A record's `flips`: multiple-choice items that the two models answer differently, by task and over all tasks."""
 
-from .part import Many, Part
+from .part import Many, RecordPart
 
 
-class Share(Part):
+class Share(RecordPart):
     """`count` of the items, and Wilson's 95 % interval of that share."""
 
     share: float
@@ -12,7 +12,7 @@ class Share(Part):
     count: int | None = None
 
 
-class Answer(Part):
+class Answer(RecordPart):
     """One item: the number of the right option and of the option that each model chose. Margins are in nats."""
 
     id: str | int
@@ -23,7 +23,7 @@ class Answer(Part):
     margin_quantized: float | None = None
 
 
-class TaskFlips(Part):
+class TaskFlips(RecordPart):
     """The figures of one task, or of all tasks together (`task` is then "all", without digest, shots and answers)."""
 
     task: str = "all"
@@ -42,6 +42,6 @@ class TaskFlips(Part):
     answers: Many[Answer] = ()
 
 
-class FlipSummary(Part):
+class FlipSummary(RecordPart):
     all: TaskFlips
     tasks: Many[TaskFlips] = ()

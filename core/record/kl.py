@@ -9,13 +9,13 @@ from typing import Annotated
 
 from pydantic import Field, Strict, model_validator
 
-from .part import Many, Part
+from .part import Many, RecordPart
 
 # The text of a token and its probability.
 Likely = Annotated[tuple[str, float], Strict(False)]
 
 
-class IntervalMethod(Part):
+class IntervalMethod(RecordPart):
     """How the intervals were drawn, so that they can be drawn again."""
 
     method: str
@@ -25,7 +25,7 @@ class IntervalMethod(Part):
     documents: int | None = None
 
 
-class Histogram(Part):
+class Histogram(RecordPart):
     """Tokens by their KL: one edge more than bins, rising from 0."""
 
     edges_nats: Many[float]
@@ -41,7 +41,7 @@ class Histogram(Part):
         return self
 
 
-class Bucket(Part):
+class Bucket(RecordPart):
     """The figures of some of the tokens: those at certain positions, of one kind of text, or of one confidence."""
 
     label: str
@@ -53,7 +53,7 @@ class Bucket(Part):
     same_top1: float | None = None
 
 
-class DocumentKl(Part):
+class DocumentKl(RecordPart):
     """The figures of one evaluation document. `digest` pairs it with the same document in another record."""
 
     document: int | str
@@ -68,7 +68,7 @@ class DocumentKl(Part):
     nll_quantized: float | None = None
 
 
-class WorstToken(Part):
+class WorstToken(RecordPart):
     """One of the tokens with the largest KL, in its context, and what either model expected there."""
 
     document: int | str | None = None
@@ -84,7 +84,7 @@ class WorstToken(Part):
     quantized_top: Many[Likely] = ()
 
 
-class KlSummary(Part):
+class KlSummary(RecordPart):
     """All that was measured on evaluation texts. `delta_p`: the true token's probability, quantized minus reference."""
 
     tokens: int

@@ -15,7 +15,7 @@ Many = Annotated[tuple[T, ...], Strict(False)]
 Number = int | float
 
 
-class Part(BaseModel):
+class RecordPart(BaseModel):
     """A part of a record."""
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True, allow_inf_nan=False)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from .blocks import BlockFacts, ErrorSummary
 from .flips import FlipSummary
 from .kl import KlSummary
-from .part import Many, Number, Part
+from .part import Many, Number, RecordPart
 from .sizes import Allocation, FitSummary
 from .verdict import Verdict
 
@@ -23,14 +23,14 @@ SCHEMA_VERSION = 2
 READABLE_VERSIONS = (1, 2)
 
 
-class HubOrigin(Part):
+class HubOrigin(RecordPart):
     """Where on the hub the original came from; both None for a local folder."""
 
     id: str | None = None
     revision: str | None = None
 
 
-class ModelFacts(Part):
+class ModelFacts(RecordPart):
     """The original. `card`: what the front matter of its README says of licence and languages."""
 
     name: str
@@ -42,7 +42,7 @@ class ModelFacts(Part):
     card: dict[str, str | list[str]] = Field(default_factory=dict)
 
 
-class CheckpointFacts(Part):
+class CheckpointFacts(RecordPart):
     """The measured files. A record of `quantize` names no folder and no digest: equal runs have equal records."""
 
     name: str | None = None
@@ -50,7 +50,7 @@ class CheckpointFacts(Part):
     bytes: int | None = None
 
 
-class WidthBytes(Part):
+class WidthBytes(RecordPart):
     """The weights of one role that are stored at one width."""
 
     role: str
@@ -59,7 +59,7 @@ class WidthBytes(Part):
     bytes: int
 
 
-class PlanSummary(Part):
+class PlanSummary(RecordPart):
     """Sizes of the files. `emitted_bytes`: the shards with their headers."""
 
     emitted_bytes: int
@@ -75,7 +75,7 @@ class PlanSummary(Part):
     widths: Many[WidthBytes] = ()
 
 
-class SourceFacts(Part):
+class SourceFacts(RecordPart):
     """One source of a mixture of texts. `left_out`: rows that could not be used."""
 
     source: str
@@ -87,7 +87,7 @@ class SourceFacts(Part):
     digest: str | None = None
 
 
-class TextFacts(Part):
+class TextFacts(RecordPart):
     """Calibration or evaluation texts. `digest` is of the documents, `rows_digest` of the token rows."""
 
     source: str | None = None
@@ -105,7 +105,7 @@ class TextFacts(Part):
     long_rows: int | None = None
 
 
-class ExportFacts(Part):
+class ExportFacts(RecordPart):
     """The format that the files have, if not the house's own. `matrices`: how many are stored at which width."""
 
     format: str
@@ -117,7 +117,7 @@ class ExportFacts(Part):
     measured: bool | None = None
 
 
-class Machine(Part):
+class Machine(RecordPart):
     """Time, memory and the machine's name."""
 
     platform: str | None = None
@@ -190,10 +190,10 @@ SECTIONS = ("checkpoint", "plan", "kl", "errors", "flips", "gate", "fit", "alloc
 def _plain(value: Any) -> Any:
     if value is None:
         return {}
-    if isinstance(value, Part):
+    if isinstance(value, RecordPart):
         return value.to_json()
     if isinstance(value, dict):
-        return {key: entry.to_json() if isinstance(entry, Part) else entry for key, entry in value.items()}
+        return {key: entry.to_json() if isinstance(entry, RecordPart) else entry for key, entry in value.items()}
     if isinstance(value, list):
-        return [entry.to_json() if isinstance(entry, Part) else entry for entry in value]
+        return [entry.to_json() if isinstance(entry, RecordPart) else entry for entry in value]
     return value

@@ -2,10 +2,10 @@
 
 from pydantic import Field, model_validator
 
-from .part import Many, Number, Part
+from .part import Many, Number, RecordPart
 
 
-class Curve(Part):
+class Curve(RecordPart):
     """Bytes on a card against tokens of context."""
 
     name: str
@@ -19,7 +19,7 @@ class Curve(Part):
         return self
 
 
-class RecipeRow(Part):
+class RecipeRow(RecordPart):
     """One recipe on the card of the run."""
 
     name: str
@@ -29,7 +29,7 @@ class RecipeRow(Part):
     max_sequences: int | None = None
 
 
-class CardRow(Part):
+class CardFit(RecordPart):
     """One card, and the recipe that does best on it."""
 
     gpu: str
@@ -43,7 +43,7 @@ class CardRow(Part):
     cards_needed: int | None = None
 
 
-class FitSummary(Part):
+class FitSummary(RecordPart):
     """What the plan said of the card's memory, in bytes on each card (planner/sizing.py)."""
 
     candidate: str
@@ -62,12 +62,12 @@ class FitSummary(Part):
     max_context: int
     max_sequences: int
     candidates: Many[RecipeRow] = ()
-    table: Many[CardRow] = ()
+    table: Many[CardFit] = ()
     curves: Many[Curve] = ()
     fit_warnings: Many[str] = ()
 
 
-class WidthPrice(Part):
+class WidthPrice(RecordPart):
     """One unit at one width, all else as it was. `error`: relative, of its weights."""
 
     width: str
@@ -76,21 +76,21 @@ class WidthPrice(Part):
     kl_nats: Number
 
 
-class PricedUnit(Part):
+class PricedUnit(RecordPart):
     unit: str
     role: str | None = None
     parameters: int | None = None
     widths: Many[WidthPrice] = ()
 
 
-class Together(Part):
+class Together(RecordPart):
     """All units at one width: the KL that was measured, and the sum of their prices."""
 
     measured_nats: Number
     predicted_nats: Number
 
 
-class PriceList(Part):
+class PriceList(RecordPart):
     """The prices of all units (bits/pricing.py). `scale`: the KL of all units together over the sum of their prices."""
 
     units: Many[PricedUnit] = ()
@@ -100,7 +100,7 @@ class PriceList(Part):
     tokens: int | None = None
 
 
-class ChosenUnit(Part):
+class ChosenUnit(RecordPart):
     """A unit and the width that it got. `block` and `kind` say where it is: `kind` is its name within the block."""
 
     unit: str
@@ -111,7 +111,7 @@ class ChosenUnit(Part):
     bytes: int
 
 
-class Allocation(Part):
+class Allocation(RecordPart):
     """The widths that `bits: fit` chose, and the prices that it chose by (bits/fitting.py)."""
 
     budget_bytes: int | None = None

@@ -1,11 +1,11 @@
 """A record's `gate`: a run against limits and a baseline. Cards, JUnit and job summaries are drawn from this alone."""
 
-from .part import Many, Number, Part
+from .part import Many, Number, RecordPart
 
 LIMIT, BASELINE = "limit", "baseline"
 
 
-class Check(Part):
+class Check(RecordPart):
     """One question and its answer. `kind`: against a limit, or against a baseline.
 
     `measured` is this run's figure. `allowed` is the limit; against a baseline, the worst figure that would still pass.
@@ -29,7 +29,7 @@ class Check(Part):
     paired: bool | None = None
 
 
-class Verdict(Part):
+class Verdict(RecordPart):
     """All checks of a report, and notes on what they leave open."""
 
     passed: bool
