@@ -42,9 +42,9 @@ from .core.schedule import Schedule
 from .eval.gate import refuse_too_large
 from .eval.verify import tasks_of
 from .models.walk import Walk
-from .planner.cost import disk_bytes
+from .planner.memory import disk_bytes
 from .planner.schedule import run_schedule
-from .planner.work import Workload
+from .planner.work import MethodCosts, RunWork, Tokens
 from .recipe import Recipe
 from .report.progress import Progress
 from .report.resources import package_versions
@@ -176,25 +176,25 @@ def _finished(run: Run) -> Record | None:
 
 def _refuse_full_disk(run: Run, work: Path) -> None:
     """Raises ResourceError when the disk of `work` cannot hold what the run will put there."""
-    rows, hidden_size = run.texts, run.adapter.hidden_size
+    rows, itemsize = run.texts, run.compute.dtype.itemsize
     # While the pool's rows are counted, the disk holds their hidden rows before and after a block, and nothing else.
-    pool_bytes = 2 * _tokens(rows.calibration) * hidden_size * run.compute.dtype.itemsize if rows.is_pool else 0
+    pool_bytes = 2 * _tokens(rows.calibration) * run.adapter.hidden_size * itemsize if rows.is_pool else 0
     # The work directory's own formats are moved to OUT, others are written there a second time.
     written_again = 0 if run.recipe.format in SHARD_FORMATS else weight_bytes(run.planned)
-    check_space(work, max(disk_bytes(_workload(run)), pool_bytes) + written_again)
+    check_space(work, max(disk_bytes(_work(run)), pool_bytes) + written_again)
 
 
-def _workload(run: Run) -> Workload:
+def _work(run: Run) -> RunWork:
     """What the run will do with the tokens of its texts."""
     wanted = sum(length * count for length, count in run.texts.wanted.items())
-    evaluated = _tokens(run.texts.evaluation)
-    return Workload(run.adapter, run.plan, run.recipe, run.compute.dtype, wanted, evaluated)
+    tokens = Tokens(wanted, _tokens(run.texts.evaluation))
+    return RunWork.of(run.adapter, run.plan, MethodCosts.of(run.recipe), tokens, run.compute.dtype.itemsize)
 
 
 def _schedule(run: Run, rates: Rates) -> Schedule:
     """The stages that the run is expected to go through; while its widths are to be fitted, pricing before them."""
     schedule = run_schedule(
-        _workload(run),
+        _work(run),
         rates,
         pool_tokens=_tokens(run.texts.calibration) if run.texts.is_pool else 0,
         written_again=0 if run.recipe.format in SHARD_FORMATS else weight_bytes(run.planned),

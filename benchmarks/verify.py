@@ -29,8 +29,8 @@ from onecard.calibration.texts import prepare_texts
 from onecard.checkpoint.model import Model, open_model
 from onecard.checkpoint.workdir import Activations
 from onecard.core.device import Compute
-from onecard.core.head_slices import COLUMNS_PER_SLICE, TOKENS_PER_SLICE
 from onecard.core.rows import Row
+from onecard.core.slices import COLUMNS_PER_SLICE, TOKENS_PER_SLICE
 from onecard.eval.kl import compare
 from onecard.eval.verify import verify
 from onecard.models.walk import Walk

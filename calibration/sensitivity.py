@@ -38,8 +38,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.head_slices import TOKENS_PER_SLICE
 from ..core.rows import spacing
+from ..core.slices import TOKENS_PER_SLICE
 from ..models.adapter import Role, Site
 from ..models.block import Block
 from ..models.walk import HiddenRows

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from ..core.head_slices import COLUMNS_PER_SLICE, TOKENS_PER_SLICE
+from ..core.slices import COLUMNS_PER_SLICE, TOKENS_PER_SLICE
 
 # The number of likeliest tokens that are compared: the overlap of the top five is what is usually quoted.
 TOP = 5

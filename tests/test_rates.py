@@ -15,15 +15,15 @@ from onecard import forecast
 from onecard.checkpoint.assign import plan_for
 from onecard.checkpoint.model import open_headers
 from onecard.core import rates as rates_module
+from onecard.core.device import Compute
 from onecard.core.rates import Rates, keep_rates, kept_rates, rates_file, uniform
 from onecard.eval import machine_rates
-from onecard.forecast import plan
-from onecard.planner.cost import estimate
-from onecard.planner.work import Workload
+from onecard.forecast import cost_of, plan
+from onecard.planner.work import Tokens
 from onecard.recipe import load_recipe
 
 RATES = Rates(1e9, 2e9, 3e9, 4e9, 5e8, 6e8)
-CPU = torch.device("cpu")
+COMPUTE = Compute(device=torch.device("cpu"), dtype=torch.float32, batch_tokens=4096)
 
 
 @pytest.fixture(autouse=True)
@@ -131,10 +131,10 @@ def test_time_is_the_sum_of_the_stages_of_a_run(
 ) -> None:
     model = open_headers(str(write_hollow(tmp_path / "hollow", published(name))))
     wanted = load_recipe(str(recipe(method=method)))
-    load = Workload(model.adapter, plan_for(model, wanted), wanted, torch.bfloat16, 10**6, 10**5)
+    laid_out = plan_for(model, wanted)
     for rates in (RATES, Rates(1e13, 7e13, 3e12, 9e12, 3e9, 1e9)):
-        cost = estimate(load, rates, CPU)
-        assert sum(stage.weight for stage in cost.stages) == pytest.approx(cost.seconds, rel=1e-12)
+        cost = cost_of(model.adapter, laid_out, wanted, rates, COMPUTE, Tokens(10**6, 10**5))
+        assert sum(stage.weight for stage in cost.stages) == pytest.approx(cost.seconds, rel=1e-9)
     blocks = [stage.block for stage in cost.stages if stage.name.startswith("block ")]
     assert blocks == list(range(model.adapter.n_blocks))
 
@@ -145,8 +145,7 @@ def test_a_faster_machine_takes_less_time_and_no_other_memory(which: str) -> Non
     model, recipe = planned.model, planned.recipe
 
     def cost(rates: Rates) -> tuple[float, int, int]:
-        load = Workload(model.adapter, planned.plan, recipe, torch.float32, 10**5, 10**4)
-        found = estimate(load, rates, CPU)
+        found = cost_of(model.adapter, planned.plan, recipe, rates, COMPUTE, Tokens(10**5, 10**4))
         return found.seconds, found.ram_bytes, found.disk_bytes
 
     slow, fast = cost(RATES), cost(Rates(**{**asdict(RATES), which: 2 * asdict(RATES)[which]}))
@@ -159,8 +158,7 @@ def test_time_is_the_sum_of_its_parts_and_grows_with_tokens() -> None:
 
     def cost(calibration: int, evaluation: int) -> float:
         adapter, recipe = planned.model.adapter, planned.recipe
-        load = Workload(adapter, planned.plan, recipe, torch.float32, calibration, evaluation)
-        found = estimate(load, uniform(1e10), CPU)
+        found = cost_of(adapter, planned.plan, recipe, uniform(1e10), COMPUTE, Tokens(calibration, evaluation))
         assert found.seconds == pytest.approx(sum(found.seconds_by.values()))
         return found.seconds
 
