@@ -58,17 +58,18 @@ def read_report(name: Path) -> Record:
 
 def _lacking(record: Record) -> list[str]:
     """What a gate needs beyond what every record has."""
-    kl = record.kl
-    if kl is None:
-        return [] if record.flips is not None else ["it holds no measurement, neither KL nor flips"]
-    needed: dict[str, object] = {
-        "texts": record.texts or None,
-        "kl.kl_p99_nats": kl.kl_p99_nats,
-        "kl.same_top1": kl.same_top1,
-    }
-    for number, document in enumerate(kl.by_document):
-        needed[f"kl.by_document.{number}.digest"] = document.digest
-        needed[f"kl.by_document.{number}.same_top1"] = document.same_top1
+    kl, flips = record.kl, record.flips
+    if kl is None and flips is None:
+        return ["it holds no measurement, neither KL nor flips"]
+    # A section may be empty, but every record that the gate reads was written with it.
+    needed: dict[str, object] = {name: record.model_fields_set & {name} or None for name in ("texts", "plan")}
+    if flips is not None:
+        needed["flips.tasks"] = flips.model_fields_set & {"tasks"} or None
+    if kl is not None:
+        needed |= {"texts": record.texts or None, "kl.kl_p99_nats": kl.kl_p99_nats, "kl.same_top1": kl.same_top1}
+        for number, document in enumerate(kl.by_document):
+            needed[f"kl.by_document.{number}.digest"] = document.digest
+            needed[f"kl.by_document.{number}.same_top1"] = document.same_top1
     found = [f"{place}: Field required" for place, value in needed.items() if value is None]
     return found[:8] + ([f"and {len(found) - 8} more"] if len(found) > 8 else [])
 

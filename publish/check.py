@@ -102,6 +102,9 @@ def _record(path: Path, found: Checked, sums: dict[str, str] | None) -> Record |
     except InputError:
         found.problems.append(f"{RECORD_NAME} is damaged")
         return None
+    if record is not None and not record.model_fields_set >= {"files", "plan"}:
+        found.problems.append(f"{RECORD_NAME} is damaged")
+        return None
     if record is None or record.plan is None:
         if (path / "config.json").exists():
             found.problems.append(f"{RECORD_NAME} is of a run that has not finished")

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..core.record.blocks import ErrorSummary
-from ..core.record.flips import Share, TaskFlips
+from ..core.record.flips import TaskFlips
 from ..core.record.kl import KlSummary
 from ..core.record.schema import PlanSummary, Record, TextFacts
 from ..core.record.sizes import Allocation
@@ -100,20 +100,17 @@ def _add_worst_expert(grid: Table, errors: ErrorSummary) -> None:
 
 
 def _add_flips(grid: Table, flips: TaskFlips, reference: str, other: str) -> None:
-    changed, lost, won = flips.changed, flips.right_to_wrong or _NO_SHARE, flips.wrong_to_right or _NO_SHARE
-    before, after = flips.accuracy_reference or _NO_SHARE, flips.accuracy_quantized or _NO_SHARE
+    changed, lost, won = flips.changed, flips.right_to_wrong, flips.wrong_to_right
+    before, after = flips.accuracy_reference, flips.accuracy_quantized
     grid.add_row(
         "answers",
-        f"{changed.share:.2%} of {counted(flips.items or 0, 'item')} change (95 %: {changed.low:.2%} to "
+        f"{changed.share:.2%} of {counted(flips.items, 'item')} change (95 %: {changed.low:.2%} to "
         f"{changed.high:.2%}): {lost.count} from right to wrong, {won.count} from wrong to right",
     )
     grid.add_row(
         "accuracy",
         f"{before.share:.2%} {reference}, {after.share:.2%} {other} (McNemar's exact p {flips.mcnemar_p:.2f})",
     )
-
-
-_NO_SHARE = Share(share=0.0, count=0)
 
 
 def _add_coverage(grid: Table, record: Record) -> None:

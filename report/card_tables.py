@@ -81,17 +81,15 @@ def kinds(kl: KlSummary) -> list[tuple[str, ...]]:
 def flips(found: FlipSummary | None) -> list[tuple[str, ...]]:
     """One row for each task, and one for all together where there are several."""
 
-    def share(value: Share | None) -> str:
-        return (
-            NOT_MEASURED if value is None else f"{_percent(value.share)} ({_between(value.low, value.high, _percent)})"
-        )
+    def share(value: Share) -> str:
+        return f"{_percent(value.share)} ({_between(value.low, value.high, _percent)})"
 
     if found is None:
         return []
     return [
         (
             task.task if task.shots is None else f"{task.task}, {task.shots}-shot",
-            NOT_MEASURED if task.items is None else f"{task.items:,}",
+            f"{task.items:,}",
             share(task.accuracy_reference),
             share(task.accuracy_quantized),
             share(task.changed),

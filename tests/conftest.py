@@ -24,7 +24,7 @@ from command_line import listing, refused, run_onecard
 from hub_standin import Hub, serve, take_place
 from inputs import write_jsonl, write_recipe, write_tokenizer
 from onecard.report import html
-from runs import FAMILY, QUICK, Contents, Run, contents
+from runs import FAMILY, Contents, Run, contents
 
 # Every run tries the same examples, keeps none on disk, and sets no deadline.
 settings.register_profile("onecard", max_examples=50, derandomize=True, database=None, deadline=None)
@@ -160,16 +160,13 @@ def run(
     recipe: Callable[..., Path],
     texts: list[str],
 ) -> Run:
-    return Run(baby(FAMILY), tmp_path / "out", recipe(**QUICK), texts)
+    return Run(baby(FAMILY), tmp_path / "out", recipe(), texts)
 
 
 @pytest.fixture(scope="session")
-def whole(baby: Callable[..., Path], texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Contents:
+def whole(emitted: Callable[..., tuple[Path, Result]]) -> Contents:
     """What an undisturbed run of the same recipe emits."""
-    folder = tmp_path_factory.mktemp("whole")
-    undisturbed = Run(baby(FAMILY), folder / "out", write_recipe(folder / "recipe.yaml", **QUICK), texts)
-    assert undisturbed().exit_code == 0
-    return contents(undisturbed.out)
+    return contents(emitted(FAMILY)[0])
 
 
 @pytest.fixture

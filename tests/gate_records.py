@@ -37,6 +37,11 @@ def record(factor: float = 1.0, seed: int = 0, **changes: Any) -> dict[str, Any]
     same_top1 = sum(d["tokens"] * d["same_top1"] for d in documents) / total
     answers = [{"id": str(i), "right": 0, "reference": i % 4, "quantized": (i + (i % 20 == 0)) % 4} for i in range(300)]
     share = {"share": 0.05, "low": 0.031, "high": 0.08, "count": 15}
+    figures = {
+        "items": 300,
+        "changed": share,
+        **dict.fromkeys(("accuracy_reference", "accuracy_quantized", "right_to_wrong", "wrong_to_right"), share),
+    }
     return {
         "command": "quantize",
         "onecard": "0",
@@ -63,11 +68,19 @@ def record(factor: float = 1.0, seed: int = 0, **changes: Any) -> dict[str, Any]
             "same_top1_low": same_top1 - 0.01,
             "same_top1_high": same_top1 + 0.01,
             "by_document": documents,
-            "worst_tokens": [{"before": "a text that is nobody's business"}],
+            "worst_tokens": [
+                {
+                    "document": 3,
+                    "position": 7,
+                    "kl_nats": 0.9,
+                    "before": "a text that is nobody's business",
+                    "token": " either",
+                }
+            ],
         },
         "flips": {
-            "all": {"items": 300, "changed": share},
-            "tasks": [{"task": "demo", "items": 300, "digest": "d", "shots": 0, "changed": share, "answers": answers}],
+            "all": {"task": "all", **figures},
+            "tasks": [{"task": "demo", "digest": "d", "shots": 0, "answers": answers, **figures}],
         },
         "machine": {"device": "cpu", "host": "nobody's business"},
     } | changes
@@ -108,6 +121,10 @@ def noisy(factor: float, spread: float, seed: int = 1) -> dict[str, Any]:
 
 
 # --- never compared silently
+
+
+def without(key: str, **changes: Any) -> dict[str, Any]:
+    return {name: value for name, value in record(**changes).items() if name != key}
 
 
 def changed(**where: Any) -> dict[str, Any]:

@@ -21,8 +21,6 @@ from onecard.checkpoint.workdir import WorkDir
 
 Contents = dict[str, Any]
 FAMILY = "qwen3"  # the quickest baby
-# Every step of `balanced`, with the searches cut short: they are three quarters of a baby's time.
-QUICK = {"refine_rounds": 1, "tabu_moves": 5}
 
 
 def contents(folder: Path) -> Contents:

@@ -9,11 +9,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from command_line import Refuse
-from runs import FAMILY, QUICK, STAGES, Contents, Run, contents, differences
+from runs import FAMILY, STAGES, Contents, Run, contents, differences
 
 
 def changed_recipe(run: Run, recipe: Callable[..., Path]) -> None:
-    run.recipe = recipe(**QUICK, damping=0.02)
+    run.recipe = recipe(damping=0.02)
 
 
 def changed_config(run: Run, recipe: Callable[..., Path]) -> None:

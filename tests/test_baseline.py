@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from command_line import Command, Refuse
-from gate_records import DOCUMENTS, against, changed, checks, line, noisy, record
+from gate_records import DOCUMENTS, against, changed, checks, line, noisy, record, without
 from onecard.core.record.schema import SCHEMA_VERSION
 
 # --- against a baseline
@@ -187,7 +187,11 @@ def test_a_task_that_only_the_report_has_is_a_note(onecard: Command, write: Call
         ({"files": ["config.json"]}, ["not finished"]),
         (changed(kl__kl_mean_nats=None, kl__same_top1="much"), ["kl.kl_mean_nats", "kl.same_top1", "valid number"]),
         (json.dumps(record()).replace('"kl_p99_nats": 0.2', '"kl_p99_nats": NaN'), ["kl.kl_p99_nats", "finite"]),
-        ({key: value for key, value in record().items() if key != "texts"}, ["texts: Field required"]),
+        (without("texts"), ["texts: Field required"]),
+        (without("texts", kl={}), ["texts: Field required"]),
+        (without("plan"), ["plan: Field required"]),
+        (changed(flips={"all": record()["flips"]["all"]}), ["flips.tasks: Field required"]),
+        (changed(flips__tasks=[record()["flips"]["all"] | {"task": None}]), ["flips.tasks.0.task"]),
         (record(kl={}, flips={}), ["holds no measurement"]),
         (changed(kl__by_document=[{"digest": 3}] * 9), ["kl.by_document.0.digest", "more"]),
         (

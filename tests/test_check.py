@@ -152,6 +152,14 @@ def test_a_record_of_other_shapes(folder: Path, content: str | dict[str, Any]) -
     damaged(folder, "onecard.json is damaged")
 
 
+@pytest.mark.parametrize("section", ["files", "plan"])
+def test_a_record_without_its_files_or_its_plan(folder: Path, section: str) -> None:
+    """Every record of `quantize` is written with them, so one without them was changed."""
+    edit_json(folder / "onecard.json", lambda record: record.pop(section))
+    resum(folder)
+    damaged(folder, "onecard.json is damaged")
+
+
 def test_digests_that_the_record_names_and_that_are_gone(folder: Path) -> None:
     (folder / SUMS_NAME).unlink()
     damaged(folder, f"{SUMS_NAME} is missing, and onecard.json names it")

@@ -75,6 +75,16 @@ def _changed(**changes: Any) -> str:
     return json.dumps(full_record() | changes)
 
 
+def _without(*path: str | int) -> str:
+    """A full record without the value at `path`."""
+    data: Any = full_record()
+    part = data
+    for key in path[:-1]:
+        part = part[key]
+    del part[path[-1]]
+    return json.dumps(data)
+
+
 @pytest.mark.parametrize(
     ("content", "needles"),
     [
@@ -88,6 +98,22 @@ def _changed(**changes: Any) -> str:
         (_changed(kl={"tokens": 1}), ["kl.documents", "kl.kl_mean_nats"]),
         (_changed(kl=full_record()["kl"] | {"histogram": {"edges_nats": [0, 1], "tokens": [1, 2]}}), ["kl.histogram"]),
         (_changed(blocks=[{"block": 0, "expert_rows": ["a"]}] * 40), ["blocks.0.expert_rows", "and 28 more"]),
+        *(
+            (_without("kl", "worst_tokens", 2, key), [f"kl.worst_tokens.2.{key}: Field required"])
+            for key in ("document", "position", "kl_nats", "token")
+        ),
+        *(
+            (_without("flips", *path), [f"flips.{'.'.join(map(str, path))}: Field required"])
+            for path in (
+                ("all", "task"),
+                ("all", "items"),
+                ("all", "accuracy_reference"),
+                ("tasks", 0, "accuracy_quantized"),
+                ("tasks", 0, "right_to_wrong"),
+                ("tasks", 0, "wrong_to_right"),
+                ("all", "changed", "count"),
+            )
+        ),
     ],
 )
 def test_what_is_no_record_is_refused(

@@ -9,7 +9,7 @@ class Share(RecordPart):
     share: float
     low: float | None = None
     high: float | None = None
-    count: int | None = None
+    count: int
 
 
 class Answer(RecordPart):
@@ -26,15 +26,15 @@ class Answer(RecordPart):
 class TaskFlips(RecordPart):
     """The figures of one task, or of all tasks together (`task` is then "all", without digest, shots and answers)."""
 
-    task: str = "all"
+    task: str
     digest: str | None = None
     shots: int | None = None
-    items: int | None = None
-    accuracy_reference: Share | None = None
-    accuracy_quantized: Share | None = None
+    items: int
+    accuracy_reference: Share
+    accuracy_quantized: Share
     changed: Share
-    right_to_wrong: Share | None = None
-    wrong_to_right: Share | None = None
+    right_to_wrong: Share
+    wrong_to_right: Share
     mcnemar_p: float | None = None
     # How far the original preferred its answer to the next: where the answer changed (None: nowhere), and on all items.
     margin_of_changed: float | None = None

@@ -71,12 +71,12 @@ class DocumentKl(RecordPart):
 class WorstToken(RecordPart):
     """One of the tokens with the largest KL, in its context, and what either model expected there."""
 
-    document: int | str | None = None
+    document: int | str
     kind: str | None = None
-    position: int | None = None
-    kl_nats: float | None = None
+    position: int
+    kl_nats: float
     before: str = ""
-    token: str | None = None
+    token: str
     after: str = ""
     p_reference: float | None = None
     p_quantized: float | None = None

@@ -2,9 +2,9 @@
 
 from ...core.record.flips import Share, TaskFlips
 from ...core.record.schema import Record
-from ...core.units import ABSENT, percent
+from ...core.units import percent
 from . import figures
-from .parts import Figure, Section, Table, between, count, count_of, table
+from .parts import Figure, Section, Table, between, count, table
 
 # Per task at most this many changed answers are listed: thousands make a page long, and nobody reads them.
 MOST_ANSWERS = 200
@@ -23,7 +23,7 @@ def flips_section(record: Record) -> list[Section]:
     summary = _summary(every)
     lede = (
         f"Both models answered {count(flips.all.items)} multiple-choice items by the likelihood of the options. "
-        f"{count_of(flips.all.changed)} answers changed; equal accuracy alone would hide them."
+        f"{count(flips.all.changed.count)} answers changed; equal accuracy alone would hide them."
     )
     folded = tuple(_answers(task) for task in tasks if any(a.reference != a.quantized for a in task.answers))
     return [Section("flips", "Flips", lede, (_accuracy(every, summary), _changed(every)), (summary,), folded=folded)]
@@ -64,8 +64,7 @@ def _accuracy(every: Named, summary: Table) -> Figure:
     sides = (("original", "muted", "accuracy_reference"), ("quantized", "accent", "accuracy_quantized"))
     series = []
     for side, paint, key in sides:
-        shares = [(name, getattr(task, key)) for name, task in every]
-        series.append((side, paint, [_dot(name, share) for name, share in shares if share is not None]))
+        series.append((side, paint, [_dot(name, getattr(task, key)) for name, task in every]))
     spec = figures.dots(series, "share of items", tick=".0%", zero=False)
     return Figure("Answers that are right", spec, (summary,), "Whiskers: Wilson's 95 % intervals.")
 
@@ -74,8 +73,8 @@ def _changed(every: Named) -> Figure:
     tasks = [task for _, task in every]
     spec = figures.bars(
         [
-            ("right to wrong", "bad", [_value(task.right_to_wrong) for task in tasks]),
-            ("wrong to right", "good", [_value(task.wrong_to_right) for task in tasks]),
+            ("right to wrong", "bad", [task.right_to_wrong.share for task in tasks]),
+            ("wrong to right", "good", [task.wrong_to_right.share for task in tasks]),
             ("wrong to another wrong", "muted", [_other(task) for task in tasks]),
         ],
         [name for name, _ in every],
@@ -86,15 +85,9 @@ def _changed(every: Named) -> Figure:
     return Figure("Answers that changed", spec, (_margins(every),))
 
 
-def _share(share: Share | None) -> str:
-    if share is None:
-        return ABSENT
+def _share(share: Share) -> str:
     at = between(share.low, share.high, lambda value: percent(value, 1))
     return f"{percent(share.share, 1)} ({at})"
-
-
-def _value(share: Share | None) -> float:
-    return 0.0 if share is None else share.share
 
 
 def _dot(name: str, share: Share) -> figures.Dot:
@@ -103,16 +96,16 @@ def _dot(name: str, share: Share) -> figures.Dot:
 
 
 def _other(task: TaskFlips) -> float:
-    return max(0.0, task.changed.share - _value(task.right_to_wrong) - _value(task.wrong_to_right))
+    return max(0.0, task.changed.share - task.right_to_wrong.share - task.wrong_to_right.share)
 
 
 def _margins(every: Named) -> Table:
     rows = [
         (
             name,
-            count_of(task.right_to_wrong),
-            count_of(task.wrong_to_right),
-            count_of(task.changed),
+            count(task.right_to_wrong.count),
+            count(task.wrong_to_right.count),
+            count(task.changed.count),
             _margin(task.margin_of_changed),
             _margin(task.margin_of_all),
         )

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ...core.record.schema import Record
 from ...core.units import ABSENT, counted, percent, size
-from .parts import between, count, count_of, nats
+from .parts import between, count, nats
 from .weights import smallest_card
 
 
@@ -64,9 +64,9 @@ def _sentences(record: Record) -> list[str]:
     if flips is not None:
         every = flips.all
         out.append(
-            f"Of {counted(every.items or 0, 'multiple-choice item')} it answers {count_of(every.changed)} differently: "
-            f"{count_of(every.right_to_wrong)} from right to wrong, "
-            f"{count_of(every.wrong_to_right)} from wrong to right."
+            f"Of {counted(every.items, 'multiple-choice item')} it answers {count(every.changed.count)} differently: "
+            f"{count(every.right_to_wrong.count)} from right to wrong, "
+            f"{count(every.wrong_to_right.count)} from wrong to right."
         )
     if plan is not None:
         fits = smallest_card(plan.emitted_bytes)
@@ -116,7 +116,7 @@ def _tiles(record: Record) -> list[Tile]:
     if flips is not None:
         changed = flips.all.changed
         at = between(changed.low, changed.high, percent)
-        told = f"{count_of(changed)} of {count(flips.all.items)}" + (f"; 95 %: {at}" if at != ABSENT else "")
+        told = f"{count(changed.count)} of {count(flips.all.items)}" + (f"; 95 %: {at}" if at != ABSENT else "")
         tiles.append(Tile("Answers changed", percent(changed.share), told))
     if plan is not None:
         told = f"{plan.bits_per_weight:.2f} bits a weight" if plan.bits_per_weight is not None else ""

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...core import units
-from ...core.record.flips import Share
 from ...core.units import ABSENT
 from ..shown import readable
 
@@ -104,10 +103,6 @@ def between(low: float | None, high: float | None, spell: Callable[[float], str]
 
 def count(value: float | None) -> str:
     return ABSENT if value is None else f"{value:,.0f}"
-
-
-def count_of(share: Share | None) -> str:
-    return ABSENT if share is None else count(share.count)
 
 
 def short(digest: str | None) -> str:

@@ -17,7 +17,7 @@ PAINTS = ("accent", "orange", "teal", "violet", "muted")
 
 
 def tokens_section(record: Record) -> list[Section]:
-    found = [token for token in record.kl.worst_tokens if token.token is not None] if record.kl else []
+    found = record.kl.worst_tokens if record.kl else ()
     if not found:
         return []
     passages = tuple(map(_passage, found))
@@ -30,19 +30,18 @@ def tokens_section(record: Record) -> list[Section]:
 
 
 def _passage(token: WorstToken) -> Passage:
-    text = token.token or ""
     facts = [f"document {token.document}", *([token.kind] if token.kind else []), f"position {count(token.position)}"]
     if token.p_reference is not None and token.p_quantized is not None:
         facts.append(f"its probability: {percent(token.p_reference)} to {percent(token.p_quantized)}")
     reference, quantized = (
-        tuple(Guess(visible(word), p, word == text) for word, p in top)
+        tuple(Guess(visible(word), p, word == token.token) for word, p in top)
         for top in (token.reference_top, token.quantized_top)
     )
     return Passage(
         heading=f"{nats(token.kl_nats)} nats",
         facts=readable(", ".join(facts)),
         before=readable(token.before),
-        token=visible(text),
+        token=visible(token.token),
         after=readable(token.after),
         reference=reference,
         quantized=quantized,
