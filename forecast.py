@@ -4,8 +4,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .bits.fitting import menu_of, priced_units
 from .calibration.texts import calibration_rows
 from .checkpoint.assign import plan_for
@@ -13,17 +11,18 @@ from .checkpoint.model import Model, open_headers, unquantized
 from .checkpoint.plan import Plan
 from .conversion.exporters import Files
 from .conversion.run_output import planned_files, weight_bytes
-from .core.device import choose_device, choose_dtype, site_budget
+from .core.device import Compute, choose_compute
 from .core.errors import InputError, ResourceError
 from .core.rates import Rates, keep_rates, kept_rates, measure_flops, uniform
 from .core.recipe_groups import Serving
 from .eval.machine_rates import measure_rates, rates_key
 from .models.adapter import Adapter
 from .planner.cards import find_card
-from .planner.cost import Cost, estimate, work_of
+from .planner.cost import Cost, Machine, estimate
 from .planner.fit import Needs, Request
 from .planner.pricing_cost import PricingCost, pricing_cost
 from .planner.sizing import Sizing, size_up
+from .planner.work import MethodCosts, Tokens
 from .recipe import Recipe
 
 
@@ -145,14 +144,13 @@ def plan_on_card(
 def plan(model_name: str, recipe: Recipe, device_name: str = "auto", measure: bool = False) -> PlanResult:
     """What quantizing would emit and take; reads headers only. `measure`: measure this machine's rates first, and keep
     them; otherwise kept ones are taken where there are some for this very work."""
-    device = choose_device(device_name)
-    dtype = choose_dtype(recipe.compute_dtype, device)
+    compute = choose_compute(device_name, recipe.compute_dtype, recipe.batch_tokens)
     model = unquantized(open_headers(model_name))
     laid_out = plan_for(model, recipe)
-    rates, rates_from, notes = rates_for(model.adapter, laid_out, recipe, device, dtype, measure)
+    rates, rates_from, notes = rates_for(model.adapter, laid_out, recipe, compute, measure)
     tokens = calibration_rows(recipe, model.adapter) * recipe.texts.calibration_row_tokens
     evaluated = recipe.texts.evaluation_rows * recipe.texts.evaluation_row_tokens
-    cost = cost_of(model.adapter, laid_out, recipe, rates, device, dtype, tokens, evaluated)
+    cost = cost_of(model.adapter, laid_out, recipe, rates, compute, Tokens(tokens, evaluated))
     warnings = model.adapter.faults(model.config) + model.warnings + notes
     planned = planned_files(model, laid_out, recipe.format)
     pricing = None
@@ -160,43 +158,25 @@ def plan(model_name: str, recipe: Recipe, device_name: str = "auto", measure: bo
         units = list(priced_units(model.adapter, recipe))
         priced = recipe.fit.price_rows * min(recipe.fit.price_row_tokens, recipe.texts.calibration_row_tokens)
         menu = len(menu_of(recipe))
-        pricing = pricing_cost(model.adapter, units, menu, priced, tokens, dtype.itemsize, rates)
+        pricing = pricing_cost(model.adapter, units, menu, priced, tokens, compute.dtype.itemsize, rates)
     return PlanResult(model, recipe, laid_out, planned, cost, warnings, rates, rates_from, pricing)
 
 
-def cost_of(
-    adapter: Adapter,
-    plan: Plan,
-    recipe: Recipe,
-    rates: Rates,
-    device: torch.device,
-    dtype: torch.dtype,
-    calibration_tokens: int,
-    evaluation_tokens: int,
-) -> Cost:
-    """The estimate for so many tokens; round-to-nearest takes none for calibration."""
-    calibrated = calibration_tokens if recipe.quantizer.needs_statistics else 0
-    return estimate(
-        adapter,
-        plan,
-        work_of(recipe),
-        calibrated,
-        evaluation_tokens,
-        dtype.itemsize,
-        rates,
-        device,
-        site_budget(device),
-    )
+def cost_of(adapter: Adapter, plan: Plan, recipe: Recipe, rates: Rates, compute: Compute, tokens: Tokens) -> Cost:
+    """The estimate for so many tokens; round-to-nearest reads none for calibration."""
+    method = MethodCosts.of(recipe)
+    read = tokens if method.statistics else replace(tokens, calibration=0)
+    return estimate(adapter, plan, method, read, Machine.of(compute), rates)
 
 
 def rates_for(
-    adapter: Adapter, plan: Plan, recipe: Recipe, device: torch.device, dtype: torch.dtype, measure: bool
+    adapter: Adapter, plan: Plan, recipe: Recipe, compute: Compute, measure: bool
 ) -> tuple[Rates, str, list[str]]:
     """(rates, where they come from, notes for the user)."""
-    key = rates_key(adapter, recipe, device, dtype)
+    key = rates_key(adapter, recipe, compute)
     if measure:
         try:
-            rates = measure_rates(adapter, plan, recipe, device, dtype)
+            rates = measure_rates(adapter, plan, recipe, compute)
         except OSError as error:
             raise ResourceError(
                 f"the disk of {Path.cwd()} could not be measured ({error.strerror}): run --measure in the folder that "
@@ -208,4 +188,5 @@ def rates_for(
     notes = [note] if note else []
     if kept is not None:
         return kept, "kept from --measure on this machine", notes
-    return uniform(measure_flops(device, dtype)), "one matrix product measured now; --measure does better", notes
+    alike = uniform(measure_flops(compute.device, compute.dtype))
+    return alike, "one matrix product measured now; --measure does better", notes

@@ -29,18 +29,18 @@ from .checkpoint.paths import check_paths, check_space, occupied
 from .checkpoint.source_checks import refuse_nonfinite
 from .checkpoint.workdir import WorkDir, has_run, read_json, refuse_resumed
 from .conversion.run_output import config_of_run, planned_files, weight_bytes
-from .core.device import Compute, choose_compute, site_budget
+from .core.device import Compute, choose_compute
 from .core.errors import InputError
 from .core.file_names import RECORD_NAME
 from .core.layout import json_bytes
-from .core.rates import uniform
 from .core.record.reading import check_record, read_record
 from .core.record.schema import Record
 from .core.rows import Row
 from .eval.gate import refuse_too_large
 from .eval.verify import tasks_of
 from .models.walk import Walk
-from .planner.cost import estimate, work_of
+from .planner.memory import disk_bytes
+from .planner.work import MethodCosts, RunWork, Tokens
 from .recipe import Recipe
 from .report.progress import Progress
 from .report.resources import package_versions
@@ -169,24 +169,15 @@ def _finished(run: Run) -> Record | None:
 
 def _refuse_full_disk(run: Run, work: Path) -> None:
     """Raises ResourceError when the disk of `work` cannot hold what the run will put there."""
-    rows, hidden_size = run.texts, run.adapter.hidden_size
+    rows, itemsize = run.texts, run.compute.dtype.itemsize
     wanted = sum(length * count for length, count in rows.wanted.items())
-    cost = estimate(
-        run.adapter,
-        run.plan,
-        work_of(run.recipe),
-        wanted,
-        _tokens(rows.evaluation),
-        run.compute.dtype.itemsize,
-        uniform(1.0),
-        run.compute.device,
-        site_budget(run.compute.device),
-    )
+    tokens = Tokens(wanted, _tokens(rows.evaluation))
+    needed = disk_bytes(RunWork.of(run.adapter, run.plan, MethodCosts.of(run.recipe), tokens, itemsize))
     # While the pool's rows are counted, the disk holds their hidden rows before and after a block, and nothing else.
-    pool_bytes = 2 * _tokens(rows.calibration) * hidden_size * run.compute.dtype.itemsize if rows.is_pool else 0
+    pool_bytes = 2 * _tokens(rows.calibration) * run.adapter.hidden_size * itemsize if rows.is_pool else 0
     # The work directory's own formats are moved to OUT, others are written there a second time.
     written_again = 0 if run.recipe.format in SHARD_FORMATS else weight_bytes(run.planned)
-    check_space(work, max(cost.disk_bytes, pool_bytes) + written_again)
+    check_space(work, max(needed, pool_bytes) + written_again)
 
 
 def _tokens(rows: list[Row]) -> int:

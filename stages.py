@@ -151,7 +151,7 @@ def stages_of(blocks: int) -> list[Stage]:
 def finished_shards(plan: Plan, finished: list[Stage]) -> dict[str, int]:
     """Name -> bytes of the shards that these stages have written."""
     parts = {stage.shard_part for stage in finished}
-    return {shard.file: shard.file_bytes for shard in plan.shards if shard.part in parts}
+    return {shard.file: shard.file_bytes for shard in plan.pieces if shard.part in parts}
 
 
 def finished_blocks(job: StageJob, finished: list[Stage]) -> list[BlockFacts]:
@@ -190,7 +190,7 @@ def quantize_one(block: int, job: StageJob) -> None:
 def copy_rest(job: StageJob) -> None:
     """What lies outside the blocks is copied from the source."""
     job.progress.begin("copy the rest")
-    outside = [shard for shard in job.run.plan.shards if shard.part == job.run.adapter.n_blocks]
+    outside = [shard for shard in job.run.plan.pieces if shard.part == job.run.adapter.n_blocks]
     writer = ShardWriter(outside, job.shards)
     for name in writer.names():
         writer.put(name, job.run.model.source.get(name))

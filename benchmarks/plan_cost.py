@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 from transformers.utils import logging
 
-from onecard.core.device import choose_dtype
+from onecard.core.device import choose_compute
 from onecard.eval.machine_rates import measure_rates
 from onecard.forecast import cost_of, plan
+from onecard.planner.work import Tokens
 from onecard.recipe import load_recipe
 
 RECIPES = sys.argv[1:] or ["rtn-int4", "demo"]
@@ -70,7 +70,6 @@ def tree_bytes(folder: Path) -> int:
 
 def main() -> None:
     logging.set_verbosity_error()
-    device = torch.device("cpu")
     start = subprocess.run(
         [sys.executable, "-c", "import os, onecard.pipeline; print(sum(os.times()[:2]))"],
         capture_output=True,
@@ -81,12 +80,13 @@ def main() -> None:
     for name in RECIPES:
         recipe = load_recipe(name)
         planned = plan("demo", recipe, "cpu")
-        adapter, dtype = planned.model.adapter, choose_dtype(recipe.compute_dtype, device)
-        rates = measure_rates(adapter, planned.plan, recipe, device, dtype, clock=time.process_time)
+        adapter, compute = planned.model.adapter, choose_compute("cpu", recipe.compute_dtype, recipe.batch_tokens)
+        rates = measure_rates(adapter, planned.plan, recipe, compute, clock=time.process_time)
         with tempfile.TemporaryDirectory() as folder:
             truth = run(name, Path(folder))
         cpu = truth["cpu"] - float(start.stdout)
-        cost = cost_of(adapter, planned.plan, recipe, rates, device, dtype, truth["calibration"], truth["evaluation"])
+        tokens = Tokens(truth["calibration"], truth["evaluation"])
+        cost = cost_of(adapter, planned.plan, recipe, rates, compute, tokens)
         said = cost.seconds - cost.seconds_by["disk"]
         print(
             f"{name}: {truth['calibration']:,} and {truth['evaluation']:,} tokens\n"

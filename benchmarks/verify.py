@@ -30,7 +30,8 @@ from onecard.checkpoint.model import Model, open_model
 from onecard.checkpoint.workdir import Activations
 from onecard.core.device import Compute
 from onecard.core.rows import Row
-from onecard.eval.kl import COLUMNS_PER_SLICE, TOKENS_PER_SLICE, compare
+from onecard.core.slices import COLUMNS_PER_SLICE, TOKENS_PER_SLICE
+from onecard.eval.kl import compare
 from onecard.eval.verify import verify
 from onecard.models.walk import Walk
 from onecard.pipeline import Options, quantize

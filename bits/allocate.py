@@ -1,42 +1,41 @@
 """Which unit gets which width: the least predicted KL that a budget of bytes can buy, exactly.
 
-A multiple-choice knapsack: of every unit one width, all bytes within the budget. What is minimised is F = a + sqrt(b)
-with a = sum a_i and b = sum b_i (prices.together), not linear. But F is concave, so that its least value over all
-choices is at a corner of their convex hull in the plane of (a, b), and every corner on the side that matters is what
-an integer program (HiGHS, through scipy's `milp`) finds for some u a + v b. The corners between two that are known
-are found by asking along the line through both (Eisner and Severance 1976); nothing is asked where F could not be
-lower, which is most of the hull. Never greedy: bytes come in lumps of a whole layer's experts.
+This is a multiple-choice knapsack: one width for every unit, all bytes within the budget. It minimises
+F = a + sqrt(b) with a = sum a_i and b = sum b_i (prices.together). F is not linear, but it is concave, so its minimum
+over all choices lies at a corner of their convex hull in the plane of (a, b), and a knapsack with the linear cost
+u a + v b finds such a corner. The corners between two known ones are found along the line through both (Eisner and
+Severance 1976). Where F could not be lower nothing is asked, which is most of the hull. A greedy choice would not do:
+bytes come in lumps of a whole layer's experts.
 
-HiGHS works in floats: it takes a row of constraints for kept within 1e-6, and a choice for best within 1e-6. So costs
-are scaled to what is still to be won, bytes to whole numbers, and a choice that is a byte too large is forbidden by a
-cut that forbids no other that fits.
+Each linear knapsack is solved by a dynamic program over the Pareto front of (bytes, cost), unit by unit. A Lagrange
+multiplier prices the bytes; a partial choice whose bound shows that it cannot become the best is dropped.
 """
 
-import ctypes
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import gcd, sqrt
+from functools import cached_property
+from math import sqrt
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 from ..core.errors import FitError
 from .prices import Priced, UnitPrices, together
 
-# Of the predicted KL: a corner that promises less than this is not looked for, and a choice that costs no more than
-# half of it counts as the same, so that the one of fewer bytes is taken. Prices err by far more.
+# Relative to the predicted KL: a corner that promises less than this is not looked for, and a choice that costs at most
+# half of it more counts as equal, so that the one of fewer bytes is taken. Prices err by far more.
 TIE = 1e-9
-# What is to be won, as HiGHS sees it: its gap of 1e-6 is then far below TIE.
-COST_SCALE = 1e6
-# Bytes of the budget's room, as HiGHS sees them at most: whole numbers of the units' common divisor where they can be.
-BYTE_SCALE = 1e6
+# Rounding of a sum of costs in float64, relative to the sum: a bound is passed only by more than this.
+ROUNDING = 1e-12
+# Halvings of the interval in which the Lagrange multiplier lies. Prices span many orders of magnitude.
+HALVINGS = 100
+# The first limit on what a choice may cost above the bound, as a share of what a known choice costs above it; the limit
+# grows by WIDER until the best choice lies within it. Small limits keep the front short.
+FIRST_LIMIT, WIDER = 1 / 64, 4
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Of every unit, in order, the width; their bytes and predicted KL."""
+    """The width of every unit, in order; their bytes and predicted KL."""
 
     widths: tuple[Priced, ...]
     bytes: int
@@ -45,7 +44,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class _Corner:
-    """A choice in the plane of (a, b), and the direction (u, v) in which it is the least: none is beyond that line."""
+    """A choice in the plane of (a, b). It is the least in the direction (u, v): no choice lies beyond that line."""
 
     picked: tuple[int, ...]
     a: float
@@ -55,13 +54,13 @@ class _Corner:
 
 
 def chosen(units: Sequence[UnitPrices], widths: Sequence[Priced], gain: float = 1.0) -> Choice:
-    """What a given choice takes and costs."""
+    """The bytes and the predicted KL of given widths, one for each unit."""
     parts = [unit.parts(width, gain) for unit, width in zip(units, widths, strict=True)]
     return Choice(tuple(widths), sum(width.bytes for width in widths), together(parts))
 
 
 def allocate(units: Sequence[UnitPrices], budget_bytes: int, gain: float = 1.0) -> Choice:
-    """The choice of least predicted KL within `budget_bytes`; of those that predict the same, the one of fewest bytes.
+    """The choice of least predicted KL within `budget_bytes`; among equal predictions, the one of fewest bytes.
 
     Raises FitError, which says the least bytes that any choice takes.
     """
@@ -69,20 +68,29 @@ def allocate(units: Sequence[UnitPrices], budget_bytes: int, gain: float = 1.0) 
     least = sum(min(width.bytes for width in widths) for widths in options)
     if least > budget_bytes:
         raise FitError(
-            f"the smallest widths of all units take {least:,} bytes ({least / 1e9:.2f} GB), and {budget_bytes:,} "
-            f"({budget_bytes / 1e9:.2f} GB) are there for them"
+            f"the smallest widths of all units take {least:,} bytes ({least / 1e9:.2f} GB), and the budget for them is "
+            f"{budget_bytes:,} ({budget_bytes / 1e9:.2f} GB)"
         )
     parts = [[unit.parts(width, gain) for width in widths] for unit, widths in zip(units, options, strict=True)]
-    program = _Program([[width.bytes for width in widths] for widths in options], budget_bytes)
+    sizes = [[width.bytes for width in widths] for widths in options]
     corners: list[_Corner] = []
 
+    def knapsack(u: float, v: float) -> Knapsack:
+        return Knapsack([[u * a + v * b for a, b in own] for own in parts], sizes, budget_bytes)
+
     def ask(u: float, v: float) -> _Corner:
-        picked = program.solve([[u * a + v * b for a, b in own] for own in parts])
+        picked = knapsack(u, v).best()
         taken = [own[i] for own, i in zip(parts, picked, strict=True)]
         corners.append(_Corner(picked, sum(a for a, _ in taken), sum(b for _, b in taken), u, v))
         return corners[-1]
 
-    between = [(ask(1.0, 0.0), ask(0.0, 1.0))]
+    # F is concave, so its best choice is also the least in the direction (1, 1 / (2 sqrt(b))), F's gradient there. Any
+    # known F is at least sqrt(b), and the relaxation bounds b from below: the direction lies between these two.
+    known = together(own[i] for own, i in zip(parts, knapsack(1.0, 0.0).relaxed.picked, strict=True))
+    least_b = knapsack(0.0, 1.0).relaxed.bound
+    first = (1.0, 0.5 / known) if known > 0 else (1.0, 0.0)
+    last = (1.0, 0.5 / sqrt(least_b)) if least_b > 0 else (0.0, 1.0)
+    between = [(ask(*first), ask(*last))]
     while between:
         left, right = between.pop()
         best = min(corner.a + sqrt(corner.b) for corner in corners)
@@ -100,8 +108,8 @@ def allocate(units: Sequence[UnitPrices], budget_bytes: int, gain: float = 1.0) 
 
 
 def _bound(left: _Corner, right: _Corner) -> float:
-    """F where the lines through both corners meet: of all that lies between them the least, F being concave and no
-    less at the corners themselves."""
+    """F where the lines through both corners meet. Nothing between the corners has a lower F, since F is concave and
+    no lower at the corners themselves."""
     (u, v), (x, y) = (left.u, left.v), (right.u, right.v)
     here, there = u * left.a + v * left.b, x * right.a + y * right.b
     turn = u * y - v * x
@@ -110,102 +118,106 @@ def _bound(left: _Corner, right: _Corner) -> float:
     return max(0.0, (here * y - v * there) / turn) + sqrt(max(0.0, (u * there - here * x) / turn))
 
 
-class _Program:
-    """The integer program: x_ij of 0 and 1, one j for each unit i, bytes within the budget."""
+@dataclass(frozen=True)
+class _Relaxed:
+    """A knapsack whose bytes have a price instead of a limit. No choice that fits costs less than `bound`, nor less
+    than `bound` and the sum of its penalties; `picked` fits. A penalty is the cost and price of an option above the
+    least of its unit."""
 
-    def __init__(self, sizes: Sequence[Sequence[int]], budget_bytes: int) -> None:
-        least = [min(own) for own in sizes]
-        self.over = [[size - low for size in own] for own, low in zip(sizes, least, strict=True)]
-        self.room = budget_bytes - sum(least)
-        step = gcd(*(over for own in self.over for over in own)) or 1
-        # Rounded down to whole steps: no choice lies between.
-        self.whole = self.room // step * step
-        self.scale = min(1 / step, BYTE_SCALE / max(1, self.whole))
-        # Choices that HiGHS gave and that do not fit, however little is missing: with none of their units smaller.
-        self.covers: list[tuple[int, ...]] = []
-        self.known: list[tuple[int, ...]] = [tuple(own.index(min(own)) for own in self.over)]
+    bound: float
+    picked: tuple[int, ...]
+    penalties: list[np.ndarray]
+    rounding: float
 
-    def solve(self, costs: Sequence[Sequence[float]]) -> tuple[int, ...]:
-        """Of every unit the option: least sum of costs, and about TIE of it for all bytes of the room."""
-        floor = [min(own) for own in costs]
-        excess = [[cost - low for cost in own] for own, low in zip(costs, floor, strict=True)]
-        while True:
-            # No better choice has an option that alone costs more than a known choice does.
-            most = min(sum(own[i] for own, i in zip(excess, known, strict=True)) for known in self.known)
-            usable = [
-                [j for j in range(len(own)) if own[j] <= most and not _beaten(j, own, over)]
-                for own, over in zip(excess, self.over, strict=True)
-            ]
-            total = most + sum(floor)
-            tie = TIE / 2 * total / max(1, self.room)
-            picked = self._milp(
-                [[own[j] + tie * over[j] for j in js] for own, over, js in zip(excess, self.over, usable, strict=True)],
-                usable,
-            )
-            if sum(own[i] for own, i in zip(self.over, picked, strict=True)) > self.room:
-                self.covers.append(picked)
-                continue
-            if picked in self.known:
-                return picked
-            self.known.append(picked)
-            # Costs were scaled to what was known: once more, if that was much more than what was found.
-            if sum(own[i] for own, i in zip(excess, picked, strict=True)) > 0.01 * most:
-                return picked
 
-    def _milp(self, costs: list[list[float]], usable: list[list[int]]) -> tuple[int, ...]:
-        owner = np.repeat(np.arange(len(usable)), [len(js) for js in usable])
-        flat = np.array([cost for own in costs for cost in own])
-        over = np.array([own[j] for own, js in zip(self.over, usable, strict=True) for j in js], dtype=float)
-        constraints = [
-            LinearConstraint((owner[None] == np.arange(len(usable))[:, None]).astype(float), 1, 1),
-            LinearConstraint(over[None] * self.scale, -np.inf, self.whole * self.scale),
+@dataclass(frozen=True)
+class Knapsack:
+    """One option for every unit: the least sum of costs whose sizes stay within `room`. At least one choice fits."""
+
+    costs: Sequence[Sequence[float]]
+    sizes: Sequence[Sequence[int]]
+    room: int
+
+    @cached_property
+    def _units(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(cost, size) of the options of each unit."""
+        return [
+            (np.array(cost, dtype=float), np.array(size, dtype=np.int64))
+            for cost, size in zip(self.costs, self.sizes, strict=True)
         ]
-        for cover in self.covers:
-            as_large = [
-                float(own[j] >= own[i]) for own, i, js in zip(self.over, cover, usable, strict=True) for j in js
-            ]
-            constraints.append(LinearConstraint(np.array([as_large]), -np.inf, len(usable) - 1))
-        with _stdout_aside():
-            found = milp(
-                flat * (COST_SCALE / (flat.max() or 1.0)),
-                integrality=np.ones(len(flat)),
-                bounds=Bounds(0, 1),
-                constraints=constraints,
-                options={"mip_rel_gap": 0.0},
+
+    def _cheapest(self, price: float) -> tuple[int, ...]:
+        """The option of least cost + price * size for each unit; among equal ones the smallest."""
+        return tuple(int(np.lexsort((size, cost + price * size))[0]) for cost, size in self._units)
+
+    def _fits(self, picked: Sequence[int]) -> bool:
+        return sum(own[i] for own, i in zip(self.sizes, picked, strict=True)) <= self.room
+
+    def _cost(self, picked: Sequence[int]) -> float:
+        return sum(own[i] for own, i in zip(self.costs, picked, strict=True))
+
+    @cached_property
+    def relaxed(self) -> _Relaxed:
+        """Bytes have the smallest price, about, at which the cheapest options fit."""
+        low, high = 0.0, sum(map(max, self.costs))
+        picked = tuple(int(np.lexsort((cost, size))[0]) for cost, size in self._units)  # the smallest fit at any price
+        cheapest = self._cheapest(0.0)
+        if self._fits(cheapest):
+            high, picked = 0.0, cheapest
+        for _ in range(HALVINGS if high else 0):
+            price = (low + high) / 2
+            cheapest = self._cheapest(price)
+            if self._fits(cheapest):
+                high, picked = price, cheapest
+            else:
+                low = price
+        priced = [cost + high * size for cost, size in self._units]
+        floors = [float(own.min()) for own in priced]
+        return _Relaxed(
+            bound=sum(floors) - high * self.room,
+            picked=picked,
+            penalties=[own - floor for own, floor in zip(priced, floors, strict=True)],
+            rounding=ROUNDING * sum(floors),
+        )
+
+    def best(self) -> tuple[int, ...]:
+        """The option of every unit: least cost, and among costs within TIE of it the least size."""
+        relaxed = self.relaxed
+        enough = self._cost(relaxed.picked) - relaxed.bound  # the best choice is no further above the bound
+        limit = enough * FIRST_LIMIT
+        while True:
+            found = self._best_within(limit + relaxed.rounding)
+            if found is not None:
+                enough = min(enough, self._cost(found) - relaxed.bound)
+            if limit >= enough:
+                assert found is not None, "the relaxation's own choice is within the last limit"
+                return found
+            limit = min(limit * WIDER, enough)
+
+    def _best_within(self, limit: float) -> tuple[int, ...] | None:
+        """The best of the choices that fit and whose penalties sum to at most `limit`."""
+        rest = sum(int(size.min()) for _, size in self._units)
+        size, cost, penalty = np.zeros(1, np.int64), np.zeros(1), np.zeros(1)
+        steps: list[tuple[np.ndarray, np.ndarray]] = []  # for each unit: the state before it, and the option
+        for (own_cost, own_size), own_penalty in zip(self._units, self.relaxed.penalties, strict=True):
+            rest -= int(own_size.min())
+            before, option = np.divmod(np.arange(len(size) * len(own_size)), len(own_size))
+            size, cost, penalty = (
+                so_far[before] + own[option]
+                for so_far, own in ((size, own_size), (cost, own_cost), (penalty, own_penalty))
             )
-        assert found.x is not None, found.message
-        taken = np.flatnonzero(found.x.round())
-        assert list(owner[taken]) == list(range(len(usable)))
-        starts = np.searchsorted(owner, np.arange(len(usable)))
-        return tuple(js[int(t - start)] for js, t, start in zip(usable, taken, starts, strict=True))
-
-
-def _beaten(j: int, costs: Sequence[float], sizes: Sequence[int]) -> bool:
-    """Whether another option of the unit costs no more and is no larger; of equal ones the first stays."""
-    mine = costs[j], sizes[j]
-    return any(
-        costs[k] <= mine[0] and sizes[k] <= mine[1] and ((costs[k], sizes[k]) != mine or k < j)
-        for k in range(len(costs))
-    )
-
-
-@contextmanager
-def _stdout_aside() -> Iterator[None]:
-    """HiGHS, as scipy 1.17 has it, prints a line to C's stdout where it solves an answer again with its integers fixed
-    (HighsMipSolverData.cpp, transformNewIntegerFeasibleSolution), whatever `disp` says; ours is one JSON line."""
-    flush = ctypes.CDLL(None).fflush
-    flush(None)
-    try:
-        kept = os.dup(1)
-    except OSError:  # closed, as a daemon's is
-        yield
-        return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 1)
-        yield
-    finally:
-        flush(None)
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(nowhere)
+            good = np.flatnonzero((penalty <= limit) & (size <= self.room - rest))
+            order = good[np.lexsort((cost[good], size[good]))]
+            # A state that costs no less than a smaller one is no part of a best choice.
+            cheapest_before = np.minimum.accumulate(np.concatenate([[np.inf], cost[order]]))[:-1]
+            front = order[cost[order] < cheapest_before]
+            size, cost, penalty = size[front], cost[front], penalty[front]
+            steps.append((before[front], option[front]))
+        if not len(size):
+            return None
+        at = int(np.flatnonzero(cost <= cost.min() * (1 + TIE / 2))[0])  # sizes rise along the front
+        picked = []
+        for before, option in reversed(steps):
+            picked.append(int(option[at]))
+            at = int(before[at])
+        return tuple(reversed(picked))

@@ -78,12 +78,3 @@ def together(parts: Iterable[tuple[float, float]]) -> float:
     """KL in nats of units that are rounded all together, from their parts."""
     listed = list(parts)
     return sum(smooth for smooth, _ in listed) + sqrt(sum(flip for _, flip in listed))
-
-
-def gain_of(units: Sequence[UnitPrices], widths: Sequence[Priced], kl_nats: float) -> float:
-    """The gain with which these widths, all together, cost `kl_nats`: of smooth g^2 + flip g = KL the positive root."""
-    parts = [unit.parts(width) for unit, width in zip(units, widths, strict=True)]
-    smooth, flip = sum(s for s, _ in parts), sqrt(sum(f for _, f in parts))
-    # The root with its sum below the line: where flips are all, the difference of the usual form is rounding.
-    both = flip + sqrt(flip**2 + 4 * smooth * kl_nats)
-    return 2 * kl_nats / both if both else 1.0

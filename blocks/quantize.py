@@ -103,7 +103,7 @@ class _Output:
 
 def quantize_block(job: BlockJob) -> dict[str, Any]:
     """Quantize the block and return its entry in the record. All its shards are on disk afterwards."""
-    shards = [shard for shard in job.plan.shards if shard.part == job.index]
+    shards = [shard for shard in job.plan.pieces if shard.part == job.index]
     output, step = _Output(ShardWriter(shards, job.shard_folder)), job.walk.step
     writer = output.writer
     if job.method.needs_statistics:

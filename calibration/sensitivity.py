@@ -39,6 +39,7 @@ import torch
 from torch import nn
 
 from ..core.rows import spacing
+from ..core.slices import TOKENS_PER_SLICE
 from ..models.adapter import Role, Site
 from ..models.block import Block
 from ..models.walk import HiddenRows
@@ -49,8 +50,6 @@ RESIDUAL = "residual"
 # Margins count by exp(-m^2 / 2 s^2); this share of a block's tokens has a margin below s. It is about twice the share
 # that changes its route in four bits.
 NEAR_SHARE = 0.15
-# Logits of 1024 tokens at a time: 0.8 GB for a vocabulary of 202,048.
-TOKENS_PER_SLICE = 1024
 
 # Near ties: margins [tokens], the two experts [tokens, 2], the slopes of their ranks [tokens, 2].
 Ties = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

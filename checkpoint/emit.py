@@ -8,11 +8,21 @@ import torch
 
 from ..core.errors import InputError
 from ..core.file_names import RECORD_NAME
-from ..core.layout import CARD_MARK, CARD_NAME, ShardPlan
+from ..core.layout import (
+    CARD_MARK,
+    CARD_NAME,
+    TEMPORARY,
+    ShardPlan,
+    StoredTensor,
+    file_bytes,
+    file_header,
+    in_file_order,
+)
 from ..core.record.reading import read_file_names
 from ..core.tensors import DTYPE_NAMES
 from . import files
 from .checksums import SUMS_NAME
+from .safetensors_header import read_header
 from .source import INDEX_NAME
 
 # A checkpoint's files other than weights: tokenizer, processor, templates, generation config, licences.
@@ -20,6 +30,8 @@ CARRIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "L
 WRITTEN = ("config.json", RECORD_NAME, SUMS_NAME)
 # GPTQ's own copy of its config block, which would be wrong beside weights in another format.
 GPTQ_CONFIG = "quantize_config.json"
+# What is copied at a time when files are joined.
+COPY_BYTES = 2**24
 NOT_CARRIED = (*WRITTEN, INDEX_NAME, GPTQ_CONFIG)
 
 
@@ -57,6 +69,27 @@ class ShardWriter:
     def check_complete(self) -> None:
         missing = self._home.keys() - self._seen
         assert not missing, f"planned and never put: {sorted(missing)[:5]}"
+
+
+def join_shards(pieces: Iterable[Path], tensors: Iterable[StoredTensor], target: Path) -> None:
+    """Copy the tensors of several safetensors files into one, which appears complete or not at all.
+
+    The bytes are those that the safetensors library would write. At most COPY_BYTES are in memory.
+    """
+    ordered = in_file_order(tensors)
+    homes = {name: (path, offset) for path in pieces for name, (_, offset) in read_header(path).items()}
+
+    def chunks() -> Iterator[bytes]:
+        yield file_header(ordered)
+        for tensor in ordered:
+            path, offset = homes[tensor.name]
+            with path.open("rb") as file:
+                file.seek(offset)
+                for begin in range(0, tensor.nbytes, COPY_BYTES):
+                    yield file.read(min(COPY_BYTES, tensor.nbytes - begin))
+
+    files.write_pieces(target, chunks())
+    assert target.stat().st_size == file_bytes(ordered), target
 
 
 def _side_files(source: Path) -> list[Path]:
@@ -107,8 +140,9 @@ def clear_checkpoint(out: Path) -> None:
     if CARD_MARK.encode() in _bytes(out / CARD_NAME):
         names.append(CARD_NAME)
     for name in ("config.json", *(name for name in names if name != RECORD_NAME), RECORD_NAME):
-        if (out / name).is_file() or (out / name).is_symlink():
-            (out / name).unlink()
+        for path in (out / name, out / (name + TEMPORARY)):  # a kill may have left the file half-written
+            if path.is_file() or path.is_symlink():
+                path.unlink()
 
 
 def _bytes(path: Path) -> bytes:

@@ -10,6 +10,7 @@ from ..core.layout import StoredTensor, file_bytes, index_json, json_bytes, shar
 from ..core.scheme import Scheme
 from ..core.tensors import TensorSource
 from ..models.adapter import Adapter
+from .source import INDEX_NAME, SINGLE_NAME
 
 # How a format stores one weight: (scheme, outputs, inputs, model dtype) -> suffix -> (dtype, shape).
 Layout = Callable[[Scheme, int, int, str], dict[str, tuple[str, tuple[int, ...]]]]
@@ -20,8 +21,8 @@ class Shard:
     """One file of the checkpoint."""
 
     file: str
-    # The block that it belongs to; the number of blocks for tensors outside the blocks.
-    part: int
+    # The block that it belongs to, or the number of blocks for tensors outside the blocks; None for the whole model.
+    part: int | None
     tensors: tuple[StoredTensor, ...]
 
     @cached_property
@@ -48,6 +49,9 @@ class Width:
 class Plan:
     """What a run will write."""
 
+    # What a run writes block by block into its work directory.
+    pieces: tuple[Shard, ...]
+    # The checkpoint's files: the pieces, or one file that is joined from them.
     shards: tuple[Shard, ...]
     # Module -> Scheme.
     schemes: dict[str, Scheme]
@@ -77,10 +81,16 @@ class Plan:
         """The tensors alone: `emitted_bytes` without the files' headers."""
         return sum(shard.data_bytes for shard in self.shards)
 
+    @property
+    def disk_bytes(self) -> int:
+        """The most that the files need on disk: a file that is joined from pieces lies beside them for a while."""
+        joined = self.shards != self.pieces
+        return self.emitted_bytes + (sum(piece.file_bytes for piece in self.pieces) if joined else 0)
+
     @cached_property
     def index_bytes(self) -> int:
-        """The index file, which maps each tensor to its shard."""
-        return len(json_bytes(index_json(self.shards)))
+        """The index file, which maps each tensor to its shard; 0 for a single file, which has none."""
+        return sum(map(len, index_files(self.shards).values()))
 
     @property
     def bits_per_weight(self) -> float:
@@ -159,8 +169,10 @@ def make_plan(
         return tensors
 
     parts = [[atom(name) for name in names] for names in by_part(adapter, shapes)]
+    pieces = pieces_of(parts, max_shard_bytes)
     return Plan(
-        shards=shards_of(parts, max_shard_bytes),
+        pieces=pieces,
+        shards=shards_of(pieces, max_shard_bytes),
         schemes=schemes,
         parameters=sum(prod(shape) for shape in shapes.values()),
         quantized_parameters=quantized,
@@ -181,10 +193,23 @@ def by_part(adapter: Adapter, names: Iterable[str]) -> list[list[str]]:
     return [*(by_prefix[prefix] for prefix in prefixes), rest]
 
 
-def shards_of(parts: list[list[list[StoredTensor]]], max_shard_bytes: int) -> tuple[Shard, ...]:
-    """The files for the tensors of each part; the inner lists of tensors stay together."""
+def pieces_of(parts: list[list[list[StoredTensor]]], max_shard_bytes: int) -> tuple[Shard, ...]:
+    """Files that each hold tensors of one part only; the inner lists of tensors stay together."""
     split = split_shards(parts, max_shard_bytes)
     return tuple(Shard(shard_name(i, len(split)), part, tuple(tensors)) for i, (part, tensors) in enumerate(split))
+
+
+def shards_of(pieces: tuple[Shard, ...], max_shard_bytes: int) -> tuple[Shard, ...]:
+    """A checkpoint's files: one if all tensors fit into `max_shard_bytes`, named as transformers does; otherwise the
+    pieces."""
+    whole = Shard(SINGLE_NAME, None, tuple(tensor for piece in pieces for tensor in piece.tensors))
+    return (whole,) if whole.file_bytes <= max_shard_bytes else pieces
+
+
+def index_files(shards: Iterable[Shard]) -> dict[str, bytes]:
+    """Name -> content of the index. A single file has none, as transformers writes it and loaders expect it."""
+    shards = tuple(shards)
+    return {} if [shard.file for shard in shards] == [SINGLE_NAME] else {INDEX_NAME: json_bytes(index_json(shards))}
 
 
 def _block_prefix(name: str, prefixes: dict[str, list[str]]) -> str | None:

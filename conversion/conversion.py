@@ -18,7 +18,7 @@ import torch
 from ..checkpoint.emit import ShardWriter
 from ..checkpoint.model import Model
 from ..checkpoint.packed import PackedSource
-from ..checkpoint.plan import Layout, Shard, make_plan, shards_of
+from ..checkpoint.plan import Layout, Shard, make_plan, pieces_of, shards_of
 from ..core.errors import InputError
 from ..core.layout import StoredTensor
 from ..core.quantized_weight import QuantizedWeight
@@ -46,7 +46,7 @@ class Conversion:
 
 def shards_for(parts: list[list[list[StoredTensor]]]) -> tuple[Shard, ...]:
     """The files for the tensors of each part of the model (checkpoint/plan.py)."""
-    return shards_of(parts, MAX_SHARD_BYTES)
+    return shards_of(pieces_of(parts, MAX_SHARD_BYTES), MAX_SHARD_BYTES)
 
 
 def write(conversion: Conversion, out: Path, step: Step) -> None:

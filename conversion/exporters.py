@@ -13,9 +13,9 @@ from ..checkpoint import files
 from ..checkpoint.emit import GPTQ_CONFIG
 from ..checkpoint.gguf import write as gguf_write
 from ..checkpoint.model import Model, said_name
-from ..checkpoint.source import INDEX_NAME
+from ..checkpoint.plan import index_files
 from ..core.errors import input_error
-from ..core.layout import index_json, json_bytes
+from ..core.layout import json_bytes
 from ..core.rows import Step
 from . import to_bf16, to_compressed_tensors, to_gptq, to_nf4
 from .conversion import Conversion, plain_config, write
@@ -52,15 +52,13 @@ def _safetensors(
 
     def plan(model: Model) -> Files:
         shards = lay_out(model).shards
-        index = json_bytes(index_json(shards))
-        more = [(name, len(content)) for name, content in beside(model).items()]
-        return [*((shard.file, shard.file_bytes) for shard in shards), (INDEX_NAME, len(index)), *more]
+        more = index_files(shards) | beside(model)
+        return [*((shard.file, shard.file_bytes) for shard in shards), *((name, len(more[name])) for name in more)]
 
     def put(model: Model, out: Path, step: Step) -> None:
         conversion = lay_out(model)
         write(conversion, out, step)
-        files.write_json(out / INDEX_NAME, index_json(conversion.shards))
-        for name, content in beside(model).items():
+        for name, content in (index_files(conversion.shards) | beside(model)).items():
             files.write_bytes(out / name, content)
 
     return Exporter(problems, plan, put, config, warnings)

@@ -7,14 +7,12 @@ loads.
 from pathlib import Path
 
 from ..checkpoint import files
-from ..checkpoint.emit import carry_side_files, clear_checkpoint
+from ..checkpoint.emit import carry_side_files, clear_checkpoint, join_shards
 from ..checkpoint.formats.shard_formats import SHARD_FORMATS
 from ..checkpoint.model import Model
-from ..checkpoint.plan import Plan
-from ..checkpoint.source import INDEX_NAME
+from ..checkpoint.plan import Plan, index_files
 from ..checkpoint.workdir import WorkDir
 from ..core.file_names import RECORD_NAME
-from ..core.layout import index_json
 from ..core.rows import Step
 from .exporters import FORMATS
 from .run_output import finished_run
@@ -32,11 +30,23 @@ def move_to_out(
     # The list of files goes first: a later --overwrite may clear a folder that has it.
     files.write_json(out / RECORD_NAME, {"files": names})
     if format_name in SHARD_FORMATS:
-        for shard in plan.shards:
-            finished = workdir.path / "shards" / shard.file
-            if finished.exists():
-                files.move(finished, out / shard.file)
-        files.write_json(out / INDEX_NAME, index_json(plan.shards))
+        _move_shards(plan, workdir.path / "shards", out)
     else:
         FORMATS[format_name].write(finished_run(model, plan, workdir.path / "shards"), out, step)
     carry_side_files(model.path, out)
+
+
+def _move_shards(plan: Plan, finished: Path, out: Path) -> None:
+    """Move the pieces from the folder `finished` to OUT, or join them there into one file.
+
+    Joined pieces stay in the work directory until the run is over, so that a run that was killed can join them anew.
+    """
+    if plan.shards == plan.pieces:
+        for shard in plan.shards:
+            if (finished / shard.file).exists():
+                files.move(finished / shard.file, out / shard.file)
+    else:
+        (whole,) = plan.shards
+        join_shards([finished / piece.file for piece in plan.pieces], whole.tensors, out / whole.file)
+    for name, content in index_files(plan.shards).items():
+        files.write_bytes(out / name, content)

@@ -18,9 +18,9 @@ from ..checkpoint.formats.shard_formats import SHARD_FORMATS
 from ..checkpoint.formats.stored_weight import StoredWeight
 from ..checkpoint.model import Model
 from ..checkpoint.packed import PackedSource, open_packed
-from ..checkpoint.plan import Plan
+from ..checkpoint.plan import Plan, index_files
 from ..checkpoint.source import INDEX_NAME, Folder, open_folder
-from ..core.layout import index_json, json_bytes
+from ..core.layout import index_json
 from ..core.tensors import TensorInfo
 from . import to_compressed_tensors, to_nf4
 from .exporters import FORMATS, Files, refuse_unheld
@@ -60,8 +60,8 @@ def planned_files(model: Model, plan: Plan, format_name: str) -> Files:
 
 def _shard_files(plan: Plan) -> Files:
     """The run's own shards, of the size that its recipe gives, and their index."""
-    index = json_bytes(index_json(plan.shards))
-    return [*((shard.file, shard.file_bytes) for shard in plan.shards), (INDEX_NAME, len(index))]
+    index = [(name, len(content)) for name, content in index_files(plan.shards).items()]
+    return [*((shard.file, shard.file_bytes) for shard in plan.shards), *index]
 
 
 def config_of_run(model: Model, plan: Plan, format_name: str) -> dict[str, Any]:
@@ -76,8 +76,8 @@ def _unread(parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tens
 
 
 def finished_run(model: Model, plan: Plan, shards: Path) -> Model:
-    """The complete shards of a run, in the folder `shards`, as a model that another format can be made from."""
-    files.write_json(shards / INDEX_NAME, index_json(plan.shards))
+    """The complete pieces of a run, in the folder `shards`, as a model that another format can be made from."""
+    files.write_json(shards / INDEX_NAME, index_json(plan.pieces))
     block = to_compressed_tensors.config(planned_run(model, plan))["quantization_config"]
     folder = open_folder(shards)
     return replace(model, folder=folder, source=open_packed(folder, block))

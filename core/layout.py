@@ -6,6 +6,7 @@ is repeated here, and a test compares the sizes with files that the library wrot
 """
 
 import json
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
@@ -81,19 +82,31 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def file_bytes(tensors: list[StoredTensor]) -> int:
-    """Exact size of the safetensors file that holds `tensors`."""
+def in_file_order(tensors: Iterable[StoredTensor]) -> list[StoredTensor]:
+    """The order in which the safetensors library lays tensors out."""
+    return sorted(tensors, key=lambda t: (-_RANK[t.dtype], t.name))
+
+
+def file_header(tensors: Iterable[StoredTensor]) -> bytes:
+    """The first bytes of the safetensors file that holds `tensors`, up to the data: the header and its length."""
     header: dict[str, object] = {"__metadata__": METADATA}
     offset = 0
-    for tensor in sorted(tensors, key=lambda t: (-_RANK[t.dtype], t.name)):
+    for tensor in in_file_order(tensors):
         header[tensor.name] = {
             "dtype": tensor.dtype,
             "shape": list(tensor.shape),
             "data_offsets": [offset, offset + tensor.nbytes],
         }
         offset += tensor.nbytes
-    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return 8 + (length + 7) // 8 * 8 + offset
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust((len(text) + 7) // 8 * 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def file_bytes(tensors: Iterable[StoredTensor]) -> int:
+    """Exact size of the safetensors file that holds `tensors`."""
+    tensors = list(tensors)
+    return len(file_header(tensors)) + sum(tensor.nbytes for tensor in tensors)
 
 
 def split_shards(parts: list[list[list[StoredTensor]]], max_bytes: int) -> list[tuple[int, list[StoredTensor]]]:

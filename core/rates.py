@@ -49,7 +49,8 @@ def uniform(flops_per_second: float) -> Rates:
 def measure_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Multiply-adds count two: a square matmul repeated for about half a second."""
     n = 4096 if device.type == "cuda" else 768
-    a = torch.randn(n, n, device=device, dtype=torch.float32).to(dtype)
+    generator = torch.Generator(device).manual_seed(0)  # a run's own random numbers stay as they are
+    a = torch.randn(n, n, generator=generator, device=device, dtype=torch.float32).to(dtype)
     a @ a
     count = 0
     begin = time.perf_counter()

@@ -14,6 +14,8 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from ..core.slices import COLUMNS_PER_SLICE, TOKENS_PER_SLICE
+
 # The number of likeliest tokens that are compared: the overlap of the top five is what is usually quoted.
 TOP = 5
 
@@ -107,10 +109,6 @@ def _likeliest(logits_TC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             index[tied] = logits_TC[tied].sort(dim=-1, descending=True, stable=True).indices[:, :TOP]
     index = index.sort(-1).values
     return logits_TC.gather(1, index), index
-
-
-# Logits of 1024 tokens x 16384 columns are 64 MiB in fp32; about six such arrays live at once.
-TOKENS_PER_SLICE, COLUMNS_PER_SLICE = 1024, 16384
 
 
 def compare_rows(

@@ -1,10 +1,15 @@
 """Rates of this machine at the work of one model and recipe: what `onecard plan --measure` measures and keeps.
 
-Each is the work itself, on random values of the model's true shapes, for a few seconds: rows through a block with its
-attention and its routing (where the block is larger than a quarter of the free memory, the products of its largest
-expert alone), matrix products for second moments, one site's matrices through the recipe's method (fewer rows of them
-where they are large), logits and their KL, and a file written to and read from the current folder. A busy machine
-measures slow, and is said to be as slow as that. Nothing here touches a model's weights.
+Each rate is measured at the work itself, on random values of the model's true shapes, for a few seconds:
+
+    forward   rows through a block with its attention and routing; if the block takes more than a quarter of the free
+              memory, the products of its largest expert alone
+    product   matrix products for second moments
+    solve     one site's matrices through the recipe's method; fewer rows of large ones
+    head      logits of both models and their KL
+    disk      a file written to and read from the current folder
+
+A busy machine measures slow, and counts as that slow. No weight of the model is read.
 """
 
 import json
@@ -13,6 +18,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -21,39 +27,36 @@ from torch import nn
 
 from ..checkpoint.plan import Plan
 from ..core.device import Compute, site_budget
-from ..core.method import Method
 from ..core.rates import Rates
 from ..core.scheme import Scheme
+from ..core.slices import COLUMNS_PER_SLICE, TOKENS_PER_SLICE
 from ..models.adapter import Adapter, Role, Site
 from ..models.block import Block
 from ..models.calls import Calls
-from ..planner.cost import HEAD_COLUMNS, HEAD_TOKENS
 from ..quantize.site import batch_slices, matrix_flops, quantize_batch
 from ..recipe import Recipe
 from ..report.resources import package_versions
 from .kl import compare
 
-# What each kind of work is repeated for; less jitters, more makes the user wait.
+# Each kind of work is repeated for this long: less gives unsteady rates, more makes the user wait.
 SECONDS = 4.0
-# So many operations of quantizing are enough to time: seconds on one core, and on a GPU less than one.
+# Operations of quantizing that are enough to time: they take seconds on one core, and under one on a GPU.
 SOLVE_FLOPS = {"cpu": 1.5e11, "cuda": 2e13}
-# A file longer than a disk's own cache, short enough for a slow disk.
+# Longer than a disk's own cache, short enough for a slow disk.
 FILE_BYTES = 2**28
 
 
 Clock = Callable[[], float]
-Random = Callable[..., torch.Tensor]
-Timed = Callable[..., float]
 
 
-def rates_key(adapter: Adapter, recipe: Recipe, device: torch.device, dtype: torch.dtype) -> str:
+def rates_key(adapter: Adapter, recipe: Recipe, compute: Compute) -> str:
     """All that rates depend on, as one line: machine, device, threads, versions, shapes and method."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    gpu = torch.cuda.get_device_name(compute.device) if compute.device.type == "cuda" else ""
     sites = adapter.sites(adapter.n_blocks - 1)
     told = {
         "machine": [platform.node(), platform.processor() or platform.machine(), os.cpu_count(), gpu],
         "threads": torch.get_num_threads(),
-        "dtype": str(dtype),
+        "dtype": str(compute.dtype),
         "versions": package_versions(),
         "sites": [[len(site.members), sum(site.out_features), site.in_features] for site in sites],
         "vocabulary": adapter.vocab_size,
@@ -64,131 +67,144 @@ def rates_key(adapter: Adapter, recipe: Recipe, device: torch.device, dtype: tor
 
 
 def measure_rates(
-    adapter: Adapter,
-    plan: Plan,
-    recipe: Recipe,
-    device: torch.device,
-    dtype: torch.dtype,
-    clock: Clock = time.perf_counter,
+    adapter: Adapter, plan: Plan, recipe: Recipe, compute: Compute, clock: Clock = time.perf_counter
 ) -> Rates:
-    """Takes about half a minute. Writes 256 MB into the current folder, and removes them. `clock`: a process's own
-    time on a CPU tells rates of a machine that does other work beside."""
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(device)
-
-    method = recipe.quantizer
-
-    def timed(work: Callable[[], object], seconds: float = SECONDS) -> float:
-        """Seconds that `work` takes."""
-        begin, count = clock(), 0
-        while clock() - begin < seconds or not count:
-            work()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            count += 1
-        return (clock() - begin) / count
-
+    """Takes about half a minute. Writes 256 MB into the current folder, and removes them. `clock`: seconds; a process's
+    own time on a CPU gives the rates of a machine that does other work at the same time. Raises OSError."""
+    bench = _Bench(adapter, plan, recipe, compute, clock, torch.Generator().manual_seed(0))
     read, write = disk_rates(Path.cwd())
-    forward = _forward(adapter, recipe, device, dtype, random, timed)
+    forward = bench.forward_flops()
     return Rates(
-        forward,
-        _products(adapter, recipe, device, random, timed),
-        _solve(adapter, plan, method, device, random, timed) if method.needs_statistics else forward,
-        _head(adapter, device, dtype, random, timed),
-        read,
-        write,
+        forward_flops=forward,
+        product_flops=bench.product_flops(),
+        solve_flops=bench.solve_flops() if recipe.quantizer.needs_statistics else forward,
+        head_flops=bench.head_flops(),
+        read_bytes=read,
+        write_bytes=write,
     )
 
 
-def _forward(
-    adapter: Adapter, recipe: Recipe, device: torch.device, dtype: torch.dtype, random: Random, timed: Timed
-) -> float:
-    """Rows of the evaluation's length through the last block, as a walk takes them."""
-    index = adapter.n_blocks - 1
-    sites = adapter.sites(index)
-    shares = [(site, adapter.top_k if site.role is Role.EXPERT else 1) for site in sites]
-    a_token = sum(2.0 * sum(site.out_features) * site.in_features * share for site, share in shares)
-    parameters = sum(sum(site.out_features) * site.in_features * len(site.members) for site in sites)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    length = recipe.texts.evaluation_row_tokens
-    rows = max(1, recipe.batch_tokens // length)
-    if parameters * torch.float32.itemsize > free // 4:
-        site = max(sites, key=lambda s: sum(s.out_features) * s.in_features * len(s.members))
-        each = max(1, rows * length * adapter.top_k // max(1, adapter.n_experts))
-        w_IO, x_TI = (
-            random(site.in_features, sum(site.out_features)).to(dtype),
-            random(each, site.in_features).to(dtype),
+@dataclass(frozen=True)
+class _Bench:
+    """One model's and recipe's work on this machine; each method gives the operations a second of one kind."""
+
+    adapter: Adapter
+    plan: Plan
+    recipe: Recipe
+    compute: Compute
+    clock: Clock
+    generator: torch.Generator
+
+    @property
+    def device(self) -> torch.device:
+        return self.compute.device
+
+    def random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.generator).to(self.device)
+
+    def timed(self, work: Callable[[], object], seconds: float | None = None) -> float:
+        """Seconds that `work` takes, from repeating it for `seconds`, once at least."""
+        least = SECONDS if seconds is None else seconds
+        begin, count = self.clock(), 0
+        while self.clock() - begin < least or not count:
+            work()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            count += 1
+        return (self.clock() - begin) / count
+
+    def forward_flops(self) -> float:
+        """Rows of the evaluation's length through the last block, as a walk takes them."""
+        adapter = self.adapter
+        sites = adapter.sites(adapter.n_blocks - 1)
+        parameters = sum(sum(site.out_features) * site.in_features * len(site.members) for site in sites)
+        on_gpu = self.device.type == "cuda"
+        free = torch.cuda.mem_get_info(self.device)[0] if on_gpu else psutil.virtual_memory().available
+        length = self.recipe.texts.evaluation_row_tokens
+        rows = max(1, self.recipe.batch_tokens // length)
+        if parameters * torch.float32.itemsize > free // 4:
+            site = max(sites, key=lambda s: sum(s.out_features) * s.in_features * len(s.members))
+            each = max(1, rows * length * adapter.top_k // max(1, adapter.n_experts))
+            w_IO = self.random(site.in_features, sum(site.out_features)).to(self.compute.dtype)
+            x_TI = self.random(each, site.in_features).to(self.compute.dtype)
+            return 2.0 * w_IO.numel() * each / self.timed(lambda: x_TI @ w_IO)
+        block = self._random_block()
+        hidden_NTH = self.random(rows, length, adapter.hidden_size).to(self.compute.dtype)
+        shares = [(site, adapter.top_k if site.role is Role.EXPERT else 1) for site in sites]
+        a_token = sum(2.0 * sum(site.out_features) * site.in_features * share for site, share in shares)
+        return a_token * rows * length / self.timed(lambda: block.forward(hidden_NTH))
+
+    def _random_block(self) -> Block:
+        """The last block with random weights."""
+        index = self.adapter.n_blocks - 1
+        block = Block(self.adapter, index, self.adapter.build_block(index), Calls(self.adapter, self.compute))
+        experts = {id(parameter) for parameter in block.experts.parameters()} if block.experts else set()
+        for name, parameter in list(block.layer.named_parameters()):
+            owner, _, leaf = name.rpartition(".")
+            shape = parameter.shape
+            value = torch.ones(shape, device=self.device) if parameter.dim() < 2 else self.random(*shape)
+            value = value / (shape[-1] ** 0.5 if parameter.dim() > 1 else 1.0)
+            # Experts are held as they are stored, and widened when they are used.
+            kept = torch.bfloat16 if id(parameter) in experts else self.compute.dtype
+            setattr(block.layer.get_submodule(owner), leaf, nn.Parameter(value.to(kept), requires_grad=False))
+        return block
+
+    def product_flops(self) -> float:
+        """A second moment of an expert's rows, fp32."""
+        hidden_size = self.adapter.hidden_size
+        rows = max(1, self.recipe.batch_tokens * self.adapter.top_k // max(1, self.adapter.n_experts))
+        x_TI = self.random(rows, hidden_size)
+        total_II = torch.zeros(hidden_size, hidden_size, device=self.device)
+        return 2.0 * rows * hidden_size**2 / self.timed(lambda: total_II.addmm_(x_TI.T, x_TI))
+
+    def solve_flops(self) -> float:
+        """One part of the site that takes longest. Large matrices get fewer outputs, then fewer inputs."""
+        adapter, plan, method = self.adapter, self.plan, self.recipe.quantizer
+
+        def with_metric(site: Site) -> bool:
+            return method.output_metric and (bool(site.feeds) or site.reaches_residual)
+
+        def flops(site: Site) -> float:
+            return len(site.members) * matrix_flops(sum(site.out_features), site.in_features, with_metric(site), method)
+
+        quantized = [s for b in range(adapter.n_blocks) for s in adapter.sites(b) if s.first_module in plan.schemes]
+        site = max(quantized, key=flops)
+        outputs, inputs, metric = sum(site.out_features), site.in_features, with_metric(site)
+        scheme: Scheme = plan.schemes[site.first_module]
+        most = SOLVE_FLOPS[self.device.type]
+        while outputs > 256 and matrix_flops(outputs, inputs, metric, method) > most:
+            outputs //= 2
+        while inputs % 16 == 0 and scheme.divides(inputs // 2) and matrix_flops(outputs, inputs, metric, method) > most:
+            inputs //= 2
+        budget = site_budget(self.device)
+        batch = next(batch_slices(len(site.members), outputs, inputs, budget, method, metric)).stop
+        batch = max(1, min(batch, int(most // matrix_flops(outputs, inputs, metric, method))))
+        moment_BII = self._moment(inputs).expand(batch, -1, -1).contiguous()
+        metric_BOO = self._moment(outputs).expand(batch, -1, -1).contiguous() if metric else None
+        w_BOI = self.random(batch, outputs, inputs)
+        seconds = self.timed(
+            lambda: quantize_batch(w_BOI, moment_BII, scheme, method, torch.bfloat16, metric_BOO), seconds=0.0
         )
-        return 2.0 * w_IO.numel() * each / timed(lambda: x_TI @ w_IO)
-    compute = Compute(device=device, dtype=dtype, batch_tokens=recipe.batch_tokens)
-    block = Block(adapter, index, adapter.build_block(index), Calls(adapter, compute))
-    experts = {id(parameter) for parameter in block.experts.parameters()} if block.experts else set()
-    for name, parameter in list(block.layer.named_parameters()):
-        owner, _, leaf = name.rpartition(".")
-        value = torch.ones(parameter.shape, device=device) if parameter.dim() < 2 else random(*parameter.shape)
-        value = value / (parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 1.0)
-        # Experts are held as they are stored, and widened when they are used.
-        kept = torch.bfloat16 if id(parameter) in experts else dtype
-        setattr(block.layer.get_submodule(owner), leaf, nn.Parameter(value.to(kept), requires_grad=False))
-    hidden_NTH = random(rows, length, adapter.hidden_size).to(dtype)
-    return a_token * rows * length / timed(lambda: block.forward(hidden_NTH))
+        return batch * matrix_flops(outputs, inputs, metric, method) / seconds
 
+    def _moment(self, size: int) -> torch.Tensor:
+        rows = self.random(2 * size, size)
+        return rows.T @ rows / len(rows)
 
-def _products(adapter: Adapter, recipe: Recipe, device: torch.device, random: Random, timed: Timed) -> float:
-    """A second moment of an expert's rows, fp32."""
-    rows = max(1, recipe.batch_tokens * adapter.top_k // max(1, adapter.n_experts))
-    x_TI = random(rows, adapter.hidden_size)
-    total_II = torch.zeros(adapter.hidden_size, adapter.hidden_size, device=device)
-    return 2.0 * rows * adapter.hidden_size**2 / timed(lambda: total_II.addmm_(x_TI.T, x_TI))
+    def head_flops(self) -> float:
+        """Logits of one slice by two heads, and their comparison."""
+        columns = min(self.adapter.vocab_size, COLUMNS_PER_SLICE)
+        h_TH = self.random(TOKENS_PER_SLICE, self.adapter.hidden_size)
+        heads = [self.random(columns, self.adapter.hidden_size).to(self.compute.dtype) for _ in range(2)]
+        place_T = torch.arange(TOKENS_PER_SLICE, device=self.device)
 
+        def work() -> None:
+            def slices() -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+                yield 0, h_TH @ heads[0].float().T, h_TH @ heads[1].float().T
 
-def _solve(adapter: Adapter, plan: Plan, method: Method, device: torch.device, random: Random, timed: Timed) -> float:
-    """The site that takes longest, as one cut of its matrices; of large ones fewer outputs, then fewer inputs."""
+            compare(slices(), place_T % columns, place_T, place_T)
 
-    def metric(site: Site) -> bool:
-        return method.output_metric and (bool(site.feeds) or site.reaches_residual)
-
-    def flops(site: Site) -> float:
-        return len(site.members) * matrix_flops(sum(site.out_features), site.in_features, metric(site), method)
-
-    quantized = [s for b in range(adapter.n_blocks) for s in adapter.sites(b) if s.first_module in plan.schemes]
-    site = max(quantized, key=flops)
-    outputs, inputs, measured = sum(site.out_features), site.in_features, metric(site)
-    scheme: Scheme = plan.schemes[site.first_module]
-    most = SOLVE_FLOPS[device.type]
-    while outputs > 256 and matrix_flops(outputs, inputs, measured, method) > most:
-        outputs //= 2
-    while inputs % 16 == 0 and scheme.divides(inputs // 2) and matrix_flops(outputs, inputs, measured, method) > most:
-        inputs //= 2
-    batch = next(batch_slices(len(site.members), outputs, inputs, site_budget(device), method, measured)).stop
-    batch = max(1, min(batch, int(most // matrix_flops(outputs, inputs, measured, method))))
-    rows_TI = random(2 * inputs, inputs)
-    moment_BII = (rows_TI.T @ rows_TI / len(rows_TI)).expand(batch, -1, -1).contiguous()
-    metric_BOO = None
-    if measured:
-        rows_TO = random(2 * outputs, outputs)
-        metric_BOO = (rows_TO.T @ rows_TO / len(rows_TO)).expand(batch, -1, -1).contiguous()
-    w_BOI = random(batch, outputs, inputs)
-    seconds = timed(lambda: quantize_batch(w_BOI, moment_BII, scheme, method, torch.bfloat16, metric_BOO), 0.0)
-    return batch * matrix_flops(outputs, inputs, measured, method) / seconds
-
-
-def _head(adapter: Adapter, device: torch.device, dtype: torch.dtype, random: Random, timed: Timed) -> float:
-    """Logits of one slice of tokens by two heads of at most so many columns, and what is told of them."""
-    columns = min(adapter.vocab_size, HEAD_COLUMNS)
-    h_TH = random(HEAD_TOKENS, adapter.hidden_size)
-    heads = [random(columns, adapter.hidden_size).to(dtype) for _ in range(2)]
-    place_T = torch.arange(HEAD_TOKENS, device=device)
-
-    def work() -> None:
-        def slices() -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-            yield 0, h_TH @ heads[0].float().T, h_TH @ heads[1].float().T
-
-        compare(slices(), place_T % columns, place_T, place_T)
-
-    return 2 * 2.0 * columns * adapter.hidden_size * HEAD_TOKENS / timed(work)
+        return 2 * 2.0 * columns * self.adapter.hidden_size * TOKENS_PER_SLICE / self.timed(work)
 
 
 def disk_rates(folder: Path) -> tuple[float, float]:

@@ -8,7 +8,6 @@ headers: engines move bits about when they load, they do not pad.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ..checkpoint.plan import Plan
 from ..models.adapter import Adapter, Role
 from ..models.cache import Split
 
@@ -52,16 +51,6 @@ def device_weights(adapter: Adapter, stored: Iterable[tuple[Place, int]]) -> Dev
     kv_heads = max(layer.kv_heads for layer in adapter.cache_layers())
     cut = sums[Split.OUTPUTS] + sums[Split.INPUTS]
     return DeviceWeights(cut, sums[Split.KV_HEADS], kv_heads, sums[Split.COPIED], sums[Role.VISION])
-
-
-def planned_weights(adapter: Adapter, plan: Plan) -> DeviceWeights:
-    """Of what a run will emit."""
-
-    def canonical(name: str) -> str:
-        module = name.rpartition(".")[0]
-        return f"{module}.weight" if module in plan.schemes else name
-
-    return device_weights(adapter, ((place_of(adapter, canonical(t.name)), t.nbytes) for _, t in plan.tensors()))
 
 
 def cut_problems(adapter: Adapter, tensor_parallel: int, groups: Mapping[str, int]) -> list[str]:

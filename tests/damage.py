@@ -17,7 +17,9 @@ Tensors = dict[str, torch.Tensor]
 
 
 def holder(folder: Path, tensor: str) -> Path:
-    """The shard of a tensor."""
+    """The file of a tensor: a shard, or the one file of a folder without an index."""
+    if not (folder / "model.safetensors.index.json").exists():
+        return folder / "model.safetensors"
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     return folder / str(index["weight_map"][tensor])
 

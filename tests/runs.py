@@ -6,12 +6,14 @@ A run counts its steps as `WorkDir.commit` does: `STAGES` of them, the last two 
 import errno
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import Result
 
 from command_line import run_onecard
@@ -83,6 +85,26 @@ def assert_whole_or_no_checkpoint(out: Path, *wholes: Contents) -> None:
 
 
 # --- killed and resumed
+
+
+def in_child(action: Callable[[], object]) -> int:
+    """Run `action` in a forked process and give the signal that ended it, or minus its exit code."""
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            signal.alarm(300)  # a child that hangs must not hang the tests
+            torch.set_num_threads(1)
+            result = action()
+            code = result.exit_code if isinstance(result, Result) else 0
+        finally:
+            os._exit(code)
+    status = os.waitpid(child, 0)[1]
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else -os.WEXITSTATUS(status)
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 STAGES = 6  # embed, two blocks, the rest, move, verify

@@ -18,7 +18,9 @@ import foreign
 from hollow import MAVERICK, QWEN3, SCOUT, published, write_hollow
 from onecard.checkpoint.assign import plan_for
 from onecard.checkpoint.model import Model, open_model
+from onecard.checkpoint.plan import Plan
 from onecard.core.errors import InputError
+from onecard.models.adapter import Adapter
 from onecard.models.cache import CacheLayer
 from onecard.planner.candidates import candidates_of, entries_of, own_candidate, recipe_candidate
 from onecard.planner.cards import CARDS, GIB, Card, find_card
@@ -35,7 +37,7 @@ from onecard.planner.fit import (
 )
 from onecard.planner.kv import cache_rates
 from onecard.planner.sizing import size_up
-from onecard.planner.weights import DeviceWeights, cut_problems, planned_weights
+from onecard.planner.weights import DeviceWeights, cut_problems, device_weights, place_of
 from onecard.planner.workspace import Sizes, workspace_bytes
 from onecard.recipe import Recipe, load_recipe
 
@@ -96,6 +98,16 @@ def test_a_candidate_weighs_what_the_planned_files_hold(
     baby: Callable[..., Path], recipe: Callable[..., Path], family: str, fields: dict[str, object]
 ) -> None:
     check_against_plan(open_model(str(baby(family))), load_recipe(str(recipe(method="rtn", **fields))))
+
+
+def planned_weights(adapter: Adapter, plan: Plan) -> DeviceWeights:
+    """The bytes of the plan's own tensors, by what becomes of them on several cards."""
+
+    def canonical(name: str) -> str:
+        module = name.rpartition(".")[0]
+        return f"{module}.weight" if module in plan.schemes else name
+
+    return device_weights(adapter, ((place_of(adapter, canonical(t.name)), t.nbytes) for _, t in plan.tensors()))
 
 
 def check_against_plan(model: Model, chosen: Recipe) -> None:

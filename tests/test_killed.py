@@ -15,29 +15,9 @@ from click.testing import Result
 
 from command_line import Refuse
 from onecard.checkpoint import files
-from runs import FAMILY, Contents, Run, assert_whole_or_no_checkpoint, contents, differences
+from runs import FAMILY, Contents, Run, assert_whole_or_no_checkpoint, contents, differences, in_child, kill
 
 # --- killed and resumed
-
-
-def in_child(action: Callable[[], object]) -> int:
-    """Run `action` in a forked process and give the signal that ended it, or minus its exit code."""
-    child = os.fork()
-    if child == 0:
-        code = 99
-        try:
-            signal.alarm(300)  # a child that hangs must not hang the tests
-            torch.set_num_threads(1)
-            result = action()
-            code = result.exit_code if isinstance(result, Result) else 0
-        finally:
-            os._exit(code)
-    status = os.waitpid(child, 0)[1]
-    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else -os.WEXITSTATUS(status)
-
-
-def kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def kill_at_rename(number: int, after: bool) -> None:

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from onecard.core.layout import METADATA, StoredTensor, file_bytes, shard_name, split_shards
+from onecard.core.layout import METADATA, StoredTensor, file_bytes, file_header, shard_name, split_shards
 from onecard.core.tensors import TORCH_DTYPES
 
 DTYPES = st.sampled_from(["BF16", "F16", "F32", "I32", "I64", "U8", "I8", "F64", "I16", "BOOL", "F8_E4M3", "F8_E5M2"])
@@ -25,6 +25,7 @@ def written_bytes(tensors: list[StoredTensor], folder: Path) -> int:
     values = {t.name: torch.zeros(t.shape, dtype=TORCH_DTYPES[t.dtype]) for t in tensors}
     assert all(v.nbytes == t.nbytes for v, t in zip(values.values(), tensors, strict=True))
     save_file(values, folder / "x.safetensors", metadata=METADATA)
+    assert (folder / "x.safetensors").read_bytes().startswith(file_header(tensors))
     return (folder / "x.safetensors").stat().st_size
 
 

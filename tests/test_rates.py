@@ -12,13 +12,15 @@ from click.testing import Result
 from command_line import refused
 from onecard import forecast
 from onecard.core import rates as rates_module
+from onecard.core.device import Compute
 from onecard.core.rates import Rates, keep_rates, kept_rates, rates_file, uniform
 from onecard.eval import machine_rates
 from onecard.forecast import cost_of, plan
+from onecard.planner.work import Tokens
 from onecard.recipe import load_recipe
 
 RATES = Rates(1e9, 2e9, 3e9, 4e9, 5e8, 6e8)
-CPU = torch.device("cpu")
+COMPUTE = Compute(device=torch.device("cpu"), dtype=torch.float32, batch_tokens=4096)
 
 
 @pytest.fixture(autouse=True)
@@ -124,7 +126,7 @@ def test_a_faster_machine_takes_less_time_and_no_other_memory(which: str) -> Non
     model, recipe = planned.model, planned.recipe
 
     def cost(rates: Rates) -> tuple[float, int, int]:
-        found = cost_of(model.adapter, planned.plan, recipe, rates, CPU, torch.float32, 10**5, 10**4)
+        found = cost_of(model.adapter, planned.plan, recipe, rates, COMPUTE, Tokens(10**5, 10**4))
         return found.seconds, found.ram_bytes, found.disk_bytes
 
     slow, fast = cost(RATES), cost(Rates(**{**asdict(RATES), which: 2 * asdict(RATES)[which]}))
@@ -137,7 +139,7 @@ def test_time_is_the_sum_of_its_parts_and_grows_with_tokens() -> None:
 
     def cost(calibration: int, evaluation: int) -> float:
         adapter, recipe = planned.model.adapter, planned.recipe
-        found = cost_of(adapter, planned.plan, recipe, uniform(1e10), CPU, torch.float32, calibration, evaluation)
+        found = cost_of(adapter, planned.plan, recipe, uniform(1e10), COMPUTE, Tokens(calibration, evaluation))
         assert found.seconds == pytest.approx(sum(found.seconds_by.values()))
         return found.seconds
 

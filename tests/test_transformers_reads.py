@@ -149,7 +149,7 @@ def test_what_is_not_quantized_is_byte_identical_to_the_source(run: Run) -> None
     adapter = run.emitted.adapter
     kept = {name for name in emitted if not name.rpartition(".")[2].startswith("weight_")}
     assert kept <= source.keys(), "nothing is renamed, and no fused name is left"
-    aimed = {f"{module}.weight" for block in run.record.blocks for module in block["aimed"]}
+    aimed = {f"{module}.weight" for block in run.record.blocks for module in block.aimed}
     for name in kept:
         assert emitted[name][:2] == source[name][:2], name
         assert (emitted[name] == source[name]) == (name not in aimed), name
