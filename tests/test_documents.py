@@ -17,7 +17,7 @@ from onecard.bits.fitting import GAINS
 from onecard.core.limits import Limits
 from onecard.core.method import Method
 from onecard.core.recipe_groups import FitKeys, Serving, TextKeys, Texts, Widths
-from onecard.planner.cost import VERIFICATION_SHARE
+from onecard.planner.work import VERIFICATION_SHARE
 from onecard.recipe import RECIPE_KEYS, Recipe, load_recipe
 
 ROOT = Path(onecard.__file__).parent
