@@ -11,7 +11,7 @@ from typing import Any
 
 from ..checkpoint.model import Model, said_name
 from ..core.errors import InputError, input_error
-from ..models.adapter import QUANTIZABLE
+from ..models.adapter import QUANTIZABLE, Adapter
 from ..recipe import Recipe
 from .candidates import Candidate, candidates_of
 from .cards import CARDS, Card
@@ -190,29 +190,21 @@ def _numbers(row: Row) -> dict[str, Any]:
     }
 
 
-def size_up(
-    model: Model,
-    request: Request,
-    card: Card | None = None,
-    recipe: Recipe | None = None,
-) -> Sizing:
-    """Everything that can be said of memory before a weight is read.
-
-    Raises InputError for what the engine cannot do, and for a number of cards that the model cannot be cut over.
-    """
-    rules = engine_named(request.engine, request.kv_dtype, request.tensor_parallel)
-    adapter = model.adapter
+def _refuse_images(adapter: Adapter, needs: Needs, request: Request) -> None:
+    """Images that nothing looks at, or that fill the context."""
     if request.images and not (adapter.has_vision and request.vision):
         why = "the vision tower is left out" if adapter.has_vision else f"{adapter.family} has none"
         raise InputError(f"--images {request.images} needs a vision tower, and {why}")
-    needs = Needs.of(adapter)
     if image_tokens(needs.sizes, request.images) > request.context:
         raise InputError(
             f"{request.images} images take up to {image_tokens(needs.sizes, request.images):,} tokens, and the context "
             f"has {request.context:,}: fewer images, or a longer context"
         )
-    found = candidates_of(model, recipe)
-    wanted = [c for c in found if recipe is None or c.name == recipe.name]
+
+
+def _allowed(model: Model, request: Request, wanted: list[Candidate]) -> list[Candidate]:
+    """Those of `wanted` that can be cut over the cards. Raises InputError where there are none."""
+    adapter = model.adapter
     allowed = [c for c in wanted if not cut_problems(adapter, request.tensor_parallel, c.groups)]
     if not allowed:
         raise input_error(
@@ -220,6 +212,21 @@ def size_up(
             cut_problems(adapter, request.tensor_parallel, wanted[-1].groups),
             "Take another number of cards, or a recipe with smaller groups.",
         )
+
+    return allowed
+
+
+def size_up(model: Model, request: Request, card: Card | None = None, recipe: Recipe | None = None) -> Sizing:
+    """Everything that can be said of memory before a weight is read.
+
+    Raises InputError for what the engine cannot do, and for a number of cards that the model cannot be cut over.
+    """
+    rules = engine_named(request.engine, request.kv_dtype, request.tensor_parallel)
+    adapter = model.adapter
+    needs = Needs.of(adapter)
+    _refuse_images(adapter, needs, request)
+    found = candidates_of(model, recipe)
+    allowed = _allowed(model, request, [c for c in found if recipe is None or c.name == recipe.name])
 
     def row(candidate: Candidate, on: Card, asked: Request) -> Row:
         weights = candidate.choice(rules.dequantizes).weights.on_card(asked.tensor_parallel, asked.vision)
