@@ -1,8 +1,8 @@
-"""What could be put on a card: what each recipe would emit of an original, or a checkpoint as it lies there.
+"""List what could be put on a card: what each recipe would emit for an original, or a checkpoint as it is.
 
-Bytes are those of the stored tensors, from headers and recipes alone. A plan lays out files, and takes a second for a
-model of many experts; here several recipes are weighed in that time, so sizes are asked of the format once for each
-scheme and shape. A test holds the sums against the plan's.
+Bytes are those of the stored tensors. They come from headers and recipes alone. A full plan lays out files, which takes
+a second for a model with many experts. This module weighs several recipes in that time, so it asks the format for sizes
+only once per scheme and shape. A test compares the sums with the plan's.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from ..core.shipped_recipes import recipe_names
 from ..core.tensors import TORCH_DTYPES
 from ..recipe import Recipe, load_recipe
 from .cards import find_card
-from .changes import Choice
+from .changes import Alternative
 from .weights import DeviceWeights, Place, device_weights, place_of
 
 AS_IT_IS = "as it is"
@@ -31,25 +31,28 @@ AS_IT_IS = "as it is"
 
 @dataclass(frozen=True)
 class Candidate:
-    """Something that could be put on the card. `weights` and, unpacked to the original's dtype, `dense`: its bytes by
-    what becomes of them on several cards. `groups`: module -> group size, where it is quantized. `widths` by role, for
-    the engines' remarks. `unpacked`: transformers unpacks it when it is loaded."""
+    """Weights that could be put on the card."""
 
     name: str
+    # The stored bytes, grouped by how they are split over several cards.
     weights: DeviceWeights
+    # The same, with every tensor unpacked to the original's dtype.
     dense: DeviceWeights
+    # Quantized module -> group size.
     groups: dict[str, int]
+    # By role. The engines' remarks need them.
     widths: tuple[Width, ...]
     symmetric: bool
+    # Whether transformers unpacks the weights when it loads them.
     unpacked: bool
 
-    def choice(self, dequantizes: bool) -> Choice:
-        return Choice(self.name, self.dense if dequantizes and self.unpacked else self.weights)
+    def choice(self, dequantizes: bool) -> Alternative:
+        return Alternative(self.name, self.dense if dequantizes and self.unpacked else self.weights)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A canonical tensor, looked up once for all recipes."""
+    """A canonical tensor. It is looked up once and used for all recipes."""
 
     name: str
     shape: tuple[int, ...]
@@ -74,18 +77,18 @@ def entries_of(model: Model) -> tuple[Entry, ...]:
 
 @cache
 def packed_bytes(scheme: Scheme, outputs: int, inputs: int, dtype: str) -> int:
-    """What the format stores for one weight."""
+    """The bytes that the format stores for one weight of shape (outputs, inputs)."""
     stored = ct.layout(scheme, outputs, inputs, dtype)
     return sum(StoredTensor(suffix, kind, shape).nbytes for suffix, (kind, shape) in stored.items())
 
 
 def bytes_at(entry: Entry, scheme: Scheme | None) -> int:
-    """What a tensor takes at a width; None: as the source has it."""
+    """The bytes of a tensor under a scheme. None means the dtype of the source."""
     return entry.dense_bytes if scheme is None else packed_bytes(scheme, *entry.shape, entry.dtype)
 
 
 def recipe_candidate(model: Model, entries: tuple[Entry, ...], recipe: Recipe) -> Candidate:
-    """What a run with the recipe would emit. Raises InputError where it does not suit the model."""
+    """What a run with the recipe would emit. Raises InputError if the recipe does not suit the model."""
     schemes = schemes_of(model.adapter, recipe)
 
     def scheme(entry: Entry) -> Scheme | None:
@@ -104,14 +107,14 @@ def recipe_candidate(model: Model, entries: tuple[Entry, ...], recipe: Recipe) -
 
 
 def own_candidate(model: Model, entries: tuple[Entry, ...]) -> Candidate:
-    """The checkpoint as it lies there."""
+    """The checkpoint as it is stored."""
     stored = stored_weights(model)
     groups, symmetric = {}, True
     for name, found in stored.items():
         try:
             scheme = Scheme.parse(found.width)
         except ValueError:
-            continue  # a dtype, or another format's words
+            continue  # The width is a dtype, or another format's name for a scheme.
         groups[name.removesuffix(".weight")] = scheme.group_size
         symmetric = symmetric and scheme.symmetric
     unpacked = model.quantized and getattr(model.source, "label", "").startswith(ct_config.NAME)
@@ -149,25 +152,30 @@ def _candidate(
 
 
 def candidates_of(model: Model, recipe: Recipe | None) -> list[Candidate]:
-    """What could be put on a card, the most bytes first: of an original what every shipped recipe that suits it would
-    emit, and it itself; of a quantized checkpoint it alone."""
+    """All candidates of a model, the most bytes first.
+
+    An original gives itself, the result of `recipe`, and the result of every shipped recipe that suits it. A quantized
+    checkpoint gives only itself. Raises InputError if `recipe` does not suit the model.
+    """
     entries = entries_of(model)
     found = [own_candidate(model, entries)]
     if not is_original(model):
         return found
     if recipe is not None:
         found.append(recipe_candidate(model, entries, recipe))
-    # The family's own recipes first, those for one card first of all: of two of one size the first is kept. Those for
-    # the demo are for its texts, and what `bits: fit` chooses is known only once its sensitivities are measured.
+    # Demo recipes are left out because they are made for the demo's texts.
     named = [load_recipe(name) for name in recipe_names() if not name.startswith("demo")]
-    # vLLM 0.32 has no loader for bitsandbytes' files.
+    # Recipes with `bits: fit` are left out because their widths are known only after sensitivities are measured.
+    # bitsandbytes is left out because vLLM 0.32 has no loader for its files.
     shipped = [each for each in named if each.widths.bits != "fit" and each.format != "bitsandbytes"]
+    # Of two results of the same size, the first is kept. So the family's own recipes come first, and among them those
+    # for the fewest cards.
     for each in sorted(shipped, key=lambda r: (r.family is None, find_card(r.card.gpu)[0] if r.card.gpu else 1)):
         if each.family in (None, model.adapter.family) and (recipe is None or each.name != recipe.name):
             try:
                 made = recipe_candidate(model, entries, each)
             except InputError:
-                continue  # it does not suit this model: its groups, or its roles
+                continue  # The recipe's groups or roles do not suit this model.
             if all(made.weights.total_bytes != other.weights.total_bytes for other in found):
                 found.append(made)
     return sorted(found, key=lambda c: -c.weights.total_bytes)

@@ -1,8 +1,6 @@
-"""Cards, and how much of each a program can use.
+"""The known cards, and how much memory of each a program can use.
 
-`driver_mib`: what nvidia-smi (rocm-smi) calls the whole memory. `visible_gib`: what a program sees of it, as torch says
-in its out-of-memory messages ("GPU 0 has a total capacity of 79.10 GiB"); drivers and error correction move it by a
-tenth of a GiB, so the least that was seen is planned with. Both from public logs of such cards, not measured here.
+The figures come from public logs of these cards. They were not measured here.
 """
 
 import re
@@ -15,13 +13,17 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Card:
-    """`batch_tokens`: what vLLM's server reads of prompts in one pass on it (engine/arg_utils.py, get_batch_defaults:
-    by the memory, the A100 excepted)."""
+    """One kind of card."""
 
     key: str
     name: str
+    # The total memory that nvidia-smi (rocm-smi) reports.
     driver_mib: int
+    # The memory that a program sees, as torch reports it in its out-of-memory messages ("GPU 0 has a total capacity of
+    # 79.10 GiB"). Drivers and error correction move it by a tenth of a GiB. This is the smallest value seen.
     visible_gib: float
+    # The prompt tokens that vLLM's server reads in one pass on this card. vLLM chooses them by memory, except on the
+    # A100 (engine/arg_utils.py, get_batch_defaults).
     batch_tokens: int
 
     @property
@@ -53,8 +55,11 @@ def _plain(name: str) -> str:
 
 
 def find_card(name: str) -> tuple[int, Card]:
-    """(how many, which) of 'h100-80gb' or '2x h100-80gb'. Case and signs are forgiven, and so is a name that only one
-    card begins with. Raises InputError."""
+    """Parse 'h100-80gb' or '2x h100-80gb' into (number of cards, card).
+
+    Case and punctuation do not matter. The start of a key is enough if only one card's key starts with it. Raises
+    InputError if the name matches no card or several, or if the number is 0.
+    """
     many, wanted = re.fullmatch(r"(?:(\d+) *[x*] *)?(.*)", name.strip(), re.IGNORECASE | re.DOTALL).groups()  # type: ignore[union-attr]
     exact = [card for card in CARDS if _plain(wanted) in (_plain(card.key), _plain(card.name))]
     found = exact or [card for card in CARDS if wanted and _plain(card.key).startswith(_plain(wanted))]

@@ -1,8 +1,9 @@
-"""The smallest changes that make it fit, the least painful first.
+"""Find the smallest changes that make a candidate fit, the least painful first.
 
 A change is a set of steps: prompts read in smaller passes (slower to the first token), an fp8 cache, another recipe, no
-vision tower. Only sets of which no part would do are offered, ranked by what they cost: first by what the answers may
-lose, then by their number. Beside them stand what can be had as it is: a shorter context, fewer sequences, more cards.
+vision tower. A set is offered only if no part of it would be enough. Sets are ranked by how much the answers may lose,
+then by their number of steps. A shorter context, fewer sequences and more cards are not changes: sizing.py reports them
+separately.
 """
 
 from collections.abc import Sequence
@@ -13,15 +14,16 @@ from .cards import Card
 from .fit import Fit, Needs, Request, fit, pass_tokens
 from .weights import DeviceWeights
 
-# Smaller passes than this make reading a prompt slow (vLLM's default on small cards).
+# Tokens of a small pass: vLLM's default on small cards. Still smaller passes make reading a prompt slow.
 SMALL_PASS = 2048
-# What a step costs, in no unit: nothing of the answers, a little, more the further down the recipe, or pictures at all.
+# The cost of each step, without a unit. Passes do not change the answers. An fp8 cache changes them a little. A recipe
+# costs more the smaller it is. Without the vision tower, the model reads no pictures.
 PASS_COST, KV_COST, RECIPE_COST, VISION_COST = 1, 10, 20, 60
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Something that could be put on the card: a recipe's result, or the checkpoint as it is."""
+class Alternative:
+    """Weights that could be put on the card: a recipe's result, or the checkpoint as it is."""
 
     name: str
     weights: DeviceWeights
@@ -29,23 +31,30 @@ class Choice:
 
 @dataclass(frozen=True)
 class Change:
-    """`steps`: what is changed, in words; `fit`: what becomes of it."""
+    """A set of steps that makes the request fit."""
 
+    # What is changed, in words.
     steps: tuple[str, ...]
     cost: int
+    # The name of the weights used after the change.
     choice: str
+    # The bytes after the change.
     fit: Fit
 
 
 def changes(
     needs: Needs,
     card: Card,
-    chosen: Choice,
-    others: Sequence[Choice],
+    chosen: Alternative,
+    others: Sequence[Alternative],
     request: Request,
     keep_tower: bool = False,
 ) -> list[Change]:
-    """`others`: what may take the chosen one's place, the most bytes first; only what is smaller is looked at."""
+    """The minimal changes that make the request fit, cheapest first.
+
+    `others` may replace `chosen`. They are ordered by bytes, largest first, and only those smaller than `chosen` are
+    tried. With `keep_tower`, no change drops the vision tower.
+    """
     own = chosen.weights.on_card(request.tensor_parallel, request.vision)
     smaller = [c for c in others if c.weights.on_card(request.tensor_parallel, request.vision) < own]
     passes = pass_tokens(card, request)
@@ -71,7 +80,7 @@ def changes(
             continue
         made = fit(needs, card, choice.weights.on_card(new.tensor_parallel, new.vision), new)
         if made.fits:
-            # Of recipes a weaker one that does is enough.
+            # All recipes count as one kind, so only the cheapest recipe that fits is offered.
             kinds = frozenset(step if not step.startswith("recipe") else "recipe" for step in steps)
             found.append((kinds, Change(tuple(steps), cost, choice.name, made)))
     least = [

@@ -1,8 +1,8 @@
-"""What an engine does with memory: blocks of its cache, types of its cache, how much of a card it takes.
+"""How each engine uses memory: its cache's blocks and dtypes, and its share of a card.
 
-Read in the sources, not measured: vLLM 0.32.0 (v1/kv_cache_interface.py, v1/core/kv_cache_utils.py, config/),
-transformers 5.23 (cache_utils.py), llama.cpp (src/llama-kv-cache-iswa.cpp). Where versions differ, the one that leaves
-less is taken.
+The facts were read in the sources, not measured: vLLM 0.32.0 (v1/kv_cache_interface.py, v1/core/kv_cache_utils.py,
+config/), transformers 5.23 (cache_utils.py), llama.cpp (src/llama-kv-cache-iswa.cpp). Where versions differ, the plan
+uses the one that leaves less memory.
 """
 
 from dataclasses import dataclass, field
@@ -10,47 +10,47 @@ from fractions import Fraction
 
 from ..core.errors import InputError
 
-# Bytes of one cached number. q8_0: 32 numbers of a byte share an fp16 scale.
+# Bytes of one cached number. In q8_0, 32 one-byte numbers share an fp16 scale.
 KV_DTYPES = {"bf16": Fraction(2), "fp8": Fraction(1), "q8_0": Fraction(34, 32)}
 
 
 @dataclass(frozen=True)
 class Engine:
-    """block_tokens:   what a cache's length is rounded up to
-    memory_share:      of the memory that a program sees, what the engine takes unless told otherwise
-    batch_tokens:      tokens of one forward pass while prompts are read; None: the whole prompt
-    batches_in_flight: passes whose tokens may lie in a local layer's cache beside its window
-    frees:             whether local layers' old tokens are given back, where nobody asks for anything else
-    dequantizes:       whether packed weights are unpacked to the original's dtype when they are loaded
-    """
+    """How one engine uses memory."""
 
     name: str
     kv_dtypes: tuple[str, ...]
+    # A cache's length is rounded up to a multiple of this.
     block_tokens: int
+    # The default fraction of the visible memory that the engine uses.
     memory_share: float
+    # Tokens of one forward pass while it reads prompts. None means the whole prompt.
     batch_tokens: int | None
+    # Passes whose tokens may be in a local layer's cache in addition to its window.
     batches_in_flight: int = 1
+    # Whether local layers give old tokens back by default.
     frees: bool = True
     tensor_parallel: bool = False
+    # Whether the engine unpacks packed weights to the original's dtype when it loads them.
     dequantizes: bool = False
     graphs: bool = False
     notes: tuple[str, ...] = field(default=())
 
 
 ENGINES = {
-    # 0.9 of old, 0.92 in version 0.32: the smaller one is planned with. Scheduling ahead (the default) holds two
-    # batches. 8192: what the server takes on cards of 70 GiB and more; cards.py has the others.
+    # Older versions take a share of 0.9, version 0.32 takes 0.92. The plan uses the smaller one. Scheduling ahead (the
+    # default) holds two batches. The server reads 8192 tokens on cards of 70 GiB and more; cards.py has the others.
     "vllm": Engine("vllm", ("bf16", "fp8"), 16, 0.9, 8192, batches_in_flight=2, tensor_parallel=True, graphs=True),
-    # A prompt is read in one pass unless generate() is given a prefill_chunk_size, and until the next token a local
-    # layer's cache is a view of the whole prompt's keys: nothing is freed when it counts.
+    # generate() reads a prompt in one pass unless it is given a prefill_chunk_size. Until the next token, a local
+    # layer's cache is a view of the whole prompt's keys. So nothing is freed yet when memory use peaks.
     "transformers": Engine("transformers", ("bf16",), 1, 1.0, None, frees=False, dequantizes=True),
-    # Cells are rounded to 256; a local layer has its window's and one micro-batch's.
+    # The number of cells is rounded up to 256. A local layer has cells for its window and one micro-batch.
     "llama.cpp": Engine("llama.cpp", ("bf16", "q8_0"), 256, 1.0, 512),
 }
 
 
 def engine_named(name: str, kv_dtype: str, tensor_parallel: int) -> Engine:
-    """Raises InputError for an engine that is not known, or that cannot do what is asked of it."""
+    """The engine of that name. Raises InputError if it is unknown, or lacks the cache dtype or tensor parallelism."""
     if name not in ENGINES:
         raise InputError(f"the engine {name!r} is not known: {', '.join(ENGINES)}")
     engine = ENGINES[name]

@@ -1,8 +1,8 @@
-"""Will it fit: a model or a finished checkpoint, a card or all of them, and what is asked for; reads headers only.
+"""Size up a model or a finished checkpoint for a request, on one card or on all known cards. Reads headers only.
 
-planner/fit.py has the sum. Here the candidates are found (what recipes would emit, or the checkpoint as it is), one is
-chosen, and everything that is said of it is gathered: how far it goes, what would make it fit, the other recipes, the
-other cards, and the traps that are known.
+planner/fit.py has the sum. This module finds the candidates (what recipes would emit, and the checkpoint as it is) and
+chooses one. It then gathers what the plan reports: the longest context and the most sequences, the changes that would
+make it fit, the other recipes, the other cards, and the known traps.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -34,13 +34,13 @@ from .traps import traps
 from .weights import cut_problems
 from .workspace import image_tokens
 
-# Points of a curve of memory against context.
+# Points on each curve of memory against context.
 CURVE_POINTS = 64
 
 
 @dataclass(frozen=True)
-class Row:
-    """One candidate or one card: how it does."""
+class CandidateFit:
+    """How one candidate fits on one card."""
 
     name: str
     fit: Fit
@@ -50,25 +50,28 @@ class Row:
 
 @dataclass(frozen=True)
 class CardRow:
-    """`best`: the candidate with the most bytes that fits, or None; `cards_needed`: how many the smallest takes."""
+    """One line of the table over all known cards."""
 
     card: Card
-    best: Row | None
+    # The candidate with the most bytes among those that fit.
+    best: CandidateFit | None
+    # How many of these cards the smallest candidate needs.
     cards_needed: int | None
 
 
 @dataclass(frozen=True)
 class Sizing:
-    """What `onecard plan` says of memory. `card` None: no card was named, only the table over cards was asked for."""
+    """What `onecard plan` reports about memory."""
 
     model: Model
     request: Request
     needs: Needs
+    # None if the user named no card and gets only the table over cards.
     card: Card | None
     chosen: Candidate
     candidates: tuple[Candidate, ...]
-    row: Row | None
-    rows: tuple[Row, ...]
+    row: CandidateFit | None
+    rows: tuple[CandidateFit, ...]
     changes: tuple[Change, ...]
     better: Change | None
     cards_needed: int | None
@@ -82,7 +85,7 @@ class Sizing:
 
     @cached_property
     def curves(self) -> list[dict[str, Any]]:
-        """Bytes on a card against the context, for every candidate."""
+        """The bytes needed on the card at each context, for every candidate. Empty if no card was named."""
         card = self.card
         if card is None or self.row is None:
             return []
@@ -99,8 +102,9 @@ class Sizing:
 
     @property
     def serve(self) -> str | None:
-        """How vLLM is to be started so that it does what was planned."""
-        longer = self.request.context > self.needs.most_context  # than vLLM lets a model be started with
+        """The vLLM command that serves the plan. None without vLLM or a card, or if the plan cannot be served."""
+        # vLLM does not start a model with a context longer than its positions.
+        longer = self.request.context > self.needs.most_context
         if self.request.engine != "vllm" or self.card is None or not self.fits or longer:
             return None
         r = self.request
@@ -118,7 +122,7 @@ class Sizing:
         return " ".join(parts)
 
     def facts(self) -> dict[str, Any]:
-        """All of it, for scripts and for a record."""
+        """The whole plan as plain data, for scripts and for the record."""
         r, rules = self.request, self.request.rules
         rates = cache_rates(self.needs.layers, rules, r.kv_dtype, r.tensor_parallel, r.frees)
         said: dict[str, Any] = {
@@ -176,7 +180,7 @@ def _change(change: Change) -> dict[str, Any]:
     return {"steps": list(change.steps), "candidate": change.choice, "left_bytes": change.fit.left_bytes}
 
 
-def _numbers(row: Row) -> dict[str, Any]:
+def _numbers(row: CandidateFit) -> dict[str, Any]:
     made = row.fit
     return {
         "weight_bytes": made.weight_bytes,
@@ -191,19 +195,19 @@ def _numbers(row: Row) -> dict[str, Any]:
 
 
 def _refuse_images(adapter: Adapter, needs: Needs, request: Request) -> None:
-    """Images that nothing looks at, or that fill the context."""
+    """Raise InputError if no vision tower would read the images, or if they take more tokens than the context has."""
     if request.images and not (adapter.has_vision and request.vision):
         why = "the vision tower is left out" if adapter.has_vision else f"{adapter.family} has none"
         raise InputError(f"--images {request.images} needs a vision tower, and {why}")
     if image_tokens(needs.sizes, request.images) > request.context:
         raise InputError(
             f"{request.images} images take up to {image_tokens(needs.sizes, request.images):,} tokens, and the context "
-            f"has {request.context:,}: fewer images, or a longer context"
+            f"has {request.context:,}: ask for fewer images, or a longer context"
         )
 
 
 def _allowed(model: Model, request: Request, wanted: list[Candidate]) -> list[Candidate]:
-    """Those of `wanted` that can be cut over the cards. Raises InputError where there are none."""
+    """The candidates of `wanted` that can be cut over the request's cards. Raises InputError if there are none."""
     adapter = model.adapter
     allowed = [c for c in wanted if not cut_problems(adapter, request.tensor_parallel, c.groups)]
     if not allowed:
@@ -217,9 +221,10 @@ def _allowed(model: Model, request: Request, wanted: list[Candidate]) -> list[Ca
 
 
 def size_up(model: Model, request: Request, card: Card | None = None, recipe: Recipe | None = None) -> Sizing:
-    """Everything that can be said of memory before a weight is read.
+    """Plan the memory for a request without reading any weight.
 
-    Raises InputError for what the engine cannot do, and for a number of cards that the model cannot be cut over.
+    Raises InputError if the engine cannot do what is asked, if the images cannot be used, or if the model cannot be cut
+    over the number of cards.
     """
     rules = engine_named(request.engine, request.kv_dtype, request.tensor_parallel)
     adapter = model.adapter
@@ -228,15 +233,15 @@ def size_up(model: Model, request: Request, card: Card | None = None, recipe: Re
     found = candidates_of(model, recipe)
     allowed = _allowed(model, request, [c for c in found if recipe is None or c.name == recipe.name])
 
-    def row(candidate: Candidate, on: Card, asked: Request) -> Row:
+    def row(candidate: Candidate, on: Card, asked: Request) -> CandidateFit:
         weights = candidate.choice(rules.dequantizes).weights.on_card(asked.tensor_parallel, asked.vision)
         made = fit(needs, on, weights, asked)
-        return Row(
+        return CandidateFit(
             candidate.name, made, max_context(needs, on, weights, asked), max_sequences(needs, on, weights, asked)
         )
 
-    def best(on: Card) -> Row | None:
-        """The first that fits, or None."""
+    def best(on: Card) -> CandidateFit | None:
+        """The first candidate that fits, or None. The one with the most bytes comes first."""
         return next((made for made in (row(c, on, request) for c in allowed) if made.fit.fits), None)
 
     def cards(candidate: Candidate, on: Card) -> int | None:
@@ -254,7 +259,7 @@ def size_up(model: Model, request: Request, card: Card | None = None, recipe: Re
     offered: list[Change] = []
     needed = bits = better = None
     if card is not None and own is not None and own.fit.fits and recipe is None:
-        # Of what keeps more, the first that smaller passes let in: they cost nothing of the answers.
+        # Find the first larger candidate that fits with smaller passes alone. Those do not change the answers.
         for larger in (c for c in allowed[: allowed.index(chosen)] if c.name in by_name):
             ways = changes(needs, card, larger.choice(rules.dequantizes), [], request, keep_tower=True)
             better = better or next((way for way in ways if way.cost <= PASS_COST), None)

@@ -1,4 +1,4 @@
-"""What goes wrong although the sum was right: known traps of a model, an engine and a card, said with the plan."""
+"""Known traps of a model, an engine and a card: what can go wrong although the plan's sum is right."""
 
 from dataclasses import replace
 
@@ -12,12 +12,12 @@ from .fit import Needs, Request, fit, max_context
 from .kv import cache_rates
 from .workspace import image_tokens
 
-# A context that models are sold with and that no card's cache holds.
+# Some models are sold with a context this long, although no card's cache holds it.
 LONG_CONTEXT = 1_000_000
 
 
 def traps(model: Model, needs: Needs, chosen: Candidate, request: Request, card: Card | None) -> list[str]:
-    """Sentences, the plan's own first. `card` None: what holds on any."""
+    """Warnings about the plan, then those of the model. Without a card, only warnings that hold on any card."""
     found = _of_context(needs, chosen, request, card)
     if any(layer.local for layer in needs.layers):
         found += _of_local_layers(needs, chosen, request, card)

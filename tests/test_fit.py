@@ -24,7 +24,7 @@ from onecard.models.adapter import Adapter
 from onecard.models.cache import CacheLayer
 from onecard.planner.candidates import candidates_of, entries_of, own_candidate, recipe_candidate
 from onecard.planner.cards import CARDS, GIB, Card, find_card
-from onecard.planner.changes import Choice, changes
+from onecard.planner.changes import Alternative, changes
 from onecard.planner.fit import (
     Needs,
     Request,
@@ -276,7 +276,7 @@ def test_changes_fit_and_no_part_of_one_would_do(request: Request, memory: int) 
     needs = Needs((CacheLayer("chunked", 64, 128, 2),) * 3 + (CacheLayer("global", 64, None, 2),), SIZES)
     card = small_card(memory)
     choices = [
-        Choice(name, DeviceWeights(size, 0, 2, 0, 200_000_000))
+        Alternative(name, DeviceWeights(size, 0, 2, 0, 200_000_000))
         for name, size in (("large", 2_000_000_000), ("middle", 1_200_000_000), ("small", 600_000_000))
     ]
 
