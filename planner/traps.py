@@ -63,7 +63,7 @@ def _of_local_layers(needs: Needs, chosen: Candidate, request: Request, card: Ca
     rate = f"{kept.per_token_bytes / 1024:,.0f} KiB a token"
     said = f"{len(local)} of {len(needs.layers)} layers see at most {local[0].window:,} tokens"
     if request.frees is False:
-        return [f"{said}, and are planned as kept whole: {rate}"]
+        return [f"{said}, and the plan keeps their whole cache: {rate}"]
     reach = ""
     if card is not None:
         whole = max_context(needs, card, _weights(chosen, request), replace(request, frees=False))
@@ -89,5 +89,5 @@ def _of_engine(model: Model, chosen: Candidate, request: Request) -> list[str]:
         size = _weights(chosen, request) / GIB
         found.append(f"transformers unpacks compressed-tensors experts when it loads them: {size:,.1f} GiB of weights")
     if request.engine == "llama.cpp":
-        found.append("llama.cpp loads GGUF files: the weights are planned with the bytes that they have here")
+        found.append("llama.cpp loads GGUF files: the plan counts the weights' bytes in this format, not in GGUF")
     return found
