@@ -76,5 +76,7 @@ def cut_problems(adapter: Adapter, tensor_parallel: int, groups: Mapping[str, in
             group = max(1, groups.get(module, 1))  # below 1: one scale per row, no groups
             if site.in_features % (tensor_parallel * group):
                 each = f"{site.in_features / tensor_parallel:g} inputs of {module} on each of {tensor_parallel} cards"
-                found.append(f"{each} are no multiple of its group size {group}" if group > 1 else f"{each}")
+                found.append(
+                    f"{each} are no multiple of its group size {group}" if group > 1 else f"{each} are no whole number"
+                )
     return found
