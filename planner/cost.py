@@ -1,10 +1,12 @@
-"""What a run will take: time, RAM, device memory and disk. Estimates; the plan's bytes are exact.
+"""Estimates a run's time, RAM, device memory and disk. The bytes of the plan itself are exact.
 
-Time is each kind of work, counted in operations or bytes (work.py), over its rate on this machine (core/rates.py): the
-rates that `onecard plan --measure` kept, or one matrix product of half a second for all of them, which errs low where
-matrices are small and attention long. It counts the tokens that a recipe wants: texts that hold fewer take less. With
-measured rates it came out 15 to 30 % below the processor time of runs on the embedded model (benchmarks/plan_cost.py):
-what is not arithmetic (figures, intervals, files) is in no rate.
+work.py counts each kind of work in operations or bytes. The time is that count divided by this machine's rate
+(core/rates.py). The rates are those that `onecard plan --measure` kept. Without them, one matrix product of half a
+second gives a rate for every kind; the estimate is then too low for small matrices and long attention.
+
+The estimate counts the tokens that the recipe wants, so texts with fewer tokens take less time. With measured rates it
+was 15 to 30 % below the processor time of runs on the embedded model (benchmarks/plan_cost.py), because no rate covers
+work that is not arithmetic (figures, intervals, files).
 """
 
 from dataclasses import dataclass
@@ -23,16 +25,16 @@ from .work import MethodCosts, RunWork, Tokens
 
 @dataclass(frozen=True)
 class Cost:
-    """Estimates."""
+    """The estimates for one run."""
 
     flops: float
-    # Of all computing together.
+    # Averaged over all computation, without disk time.
     flops_per_second: float
     # Checking the source, quantizing and verifying.
     seconds: float
-    # Its parts by kind of work.
+    # The same seconds by kind of work.
     seconds_by: dict[str, float]
-    # Its parts by stage of the run, in order.
+    # The same seconds by stage of the run, in order.
     stages: tuple[Expected, ...]
     ram_bytes: int
     # 0 on a CPU.
@@ -42,11 +44,12 @@ class Cost:
 
 @dataclass(frozen=True)
 class Machine:
-    """What an estimate depends on of the machine, beside its rates. `itemsize`: bytes of a computed number;
-    `site_budget_bytes`: what quantizing one part of a site may take."""
+    """The facts about a machine, apart from its rates, that an estimate depends on."""
 
     device: torch.device
+    # Bytes of a number in the compute dtype.
     itemsize: int
+    # The most memory for quantizing one part of a site.
     site_budget_bytes: int
 
     @classmethod

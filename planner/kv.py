@@ -1,14 +1,17 @@
-"""Bytes of a key-value cache, as an engine lays it out, exactly.
+"""The exact bytes of a key-value cache in each engine's layout.
 
-vLLM (v1/core/kv_cache_utils.py). Layers of one kind and window are a bucket; with more than one bucket each is cut into
-groups of equally many layers (as many as the smallest bucket has; the largest's number if that is less than 1.5 times
-as many), the last group padded. A block holds 16 tokens of one group, and all groups take theirs from one pool, of
-which block 0 is never used. A sequence takes, of every group, the blocks of all its tokens; of a local group (sliding,
-chunked) those of its window, and for as long as tokens are in flight (two batches) those of these too: several
-sequences share the batches. Without the hybrid manager local layers beside global ones are kept whole.
+vLLM (v1/core/kv_cache_utils.py): layers of the same kind and window form a bucket. If there are several buckets, each
+is cut into groups of equal size, and the last group is padded. The group size is the smallest bucket's number of
+layers, or the largest bucket's if that is less than 1.5 times the smallest's. A block holds 16 tokens of one group. All
+groups draw blocks from one pool, and block 0 of the pool is never used. In a global group, a sequence holds blocks for
+all its tokens. In a local group (sliding or chunked), it holds blocks for its window and for the tokens in flight. At
+most two batches are in flight, and the sequences share them. Without the hybrid manager, local layers keep every token
+if the model also has global layers.
 
-transformers: exactly as many tokens as there are, and while a layer's cache grows its old copy lies beside the new one.
-llama.cpp: whole cells for the longest context, a local layer min(context, window + micro-batch), rounded to 256.
+transformers: the cache holds exactly the tokens there are. While a layer's cache grows, the old copy and the new one
+are both in memory.
+llama.cpp: each layer has cells for the longest context, a local layer for min(context, window + micro-batch). Both
+counts are rounded up to a multiple of 256.
 """
 
 from collections.abc import Sequence
@@ -21,11 +24,13 @@ from .engines import KV_DTYPES, Engine
 
 @dataclass(frozen=True)
 class CacheBytes:
-    """On one card. sequences: what all of them hold between passes. in_flight: what a pass needs beside that.
-    reserved: what the engine keeps back."""
+    """Cache bytes on one card."""
 
+    # All sequences together, between passes.
     sequences_bytes: int
+    # Needed in addition during a pass.
     in_flight_bytes: int = 0
+    # Allocated by the engine but never used.
     reserved_bytes: int = 0
 
     @property
@@ -38,7 +43,7 @@ def rounded_up(count: int, step: int) -> int:
 
 
 def values_on_card(layer: CacheLayer, tensor_parallel: int) -> int:
-    """Numbers cached for a token on one of the cards: whole KV heads, at least one of them; a latent vector whole."""
+    """Numbers that one card caches per token. A card holds whole KV heads, at least one; it never splits a latent."""
     heads = max(1, rounded_up(layer.kv_heads, tensor_parallel))
     return layer.values_per_token * heads // layer.kv_heads
 
@@ -53,8 +58,11 @@ def cache_bytes(
     batch_tokens: int | None = None,
     frees: bool | None = None,
 ) -> CacheBytes:
-    """Bytes on one card for `sequences` of `context` tokens each. `batch_tokens`: tokens of one pass, None: the
-    engine's own; `frees`: whether local layers give back what they no longer see, None: as the engine does."""
+    """Bytes on one card for `sequences` sequences of `context` tokens each.
+
+    `batch_tokens` is the number of tokens in one pass. `frees` says whether local layers free the tokens outside their
+    window. None stands for the engine's own setting in both.
+    """
     frees = engine.frees if frees is None else frees
     batch = engine.batch_tokens if batch_tokens is None else batch_tokens
     if engine.name == "vllm":
@@ -99,7 +107,7 @@ def _vllm(
         buckets = {("global", None): len(layers)}
     most, least = max(buckets.values()), min(buckets.values())
     group = most if most < 1.5 * least else least
-    # Layers of different widths (none of the families here) would be padded to the widest.
+    # vLLM would pad layers of different widths to the widest; no family here has them.
     page = ceil(block * max(values_on_card(layer, tensor_parallel) for layer in layers) * KV_DTYPES[kv_dtype])
     held = flying = 0
     for (kind, window), count in buckets.items():
@@ -107,7 +115,7 @@ def _vllm(
         if window is None:
             held += groups * sequences * rounded_up(context, block)
             continue
-        # A sliding window need not begin where a block does; a chunk does.
+        # A sliding window can begin inside a block and then touches one block more; a chunk begins with a block.
         more = 1 if kind == "sliding" else 0
         between = rounded_up(min(window, context), block) + more
         seen = window - 1 if kind == "sliding" else window
@@ -119,10 +127,11 @@ def _vllm(
 
 @dataclass(frozen=True)
 class CacheRates:
-    """What is said of a cache in a line: bytes on one card that each further token of a sequence takes, and that a
-    sequence takes at most for its local layers; unrounded."""
+    """A cache's growth in bytes on one card, for a one-line summary. Counts are not rounded up to whole blocks."""
 
+    # For each further token of a sequence.
     per_token_bytes: int
+    # The most that one sequence takes in its local layers.
     per_sequence_bytes: int
 
 
@@ -131,7 +140,7 @@ def cache_rates(
 ) -> CacheRates:
     frees = engine.frees if frees is None else frees
     alone = all(layer.local for layer in layers) and len({layer.window for layer in layers}) == 1
-    # Without the hybrid manager vLLM still frees where all layers are local alike.
+    # Even without the hybrid manager, vLLM frees old tokens if all layers are local with the same window.
     frees = frees or (alone and engine.name == "vllm")
     width = KV_DTYPES[kv_dtype]
     whole = sum(values_on_card(layer, tensor_parallel) for layer in layers if not (frees and layer.local))

@@ -1,14 +1,14 @@
-"""The memory and the disk that a run takes: estimates in bytes, from the counted work."""
+"""Estimates the memory and disk of a run, in bytes, from its counted work (work.py)."""
 
 from ..core.slices import ARRAYS_PER_SLICE, COLUMNS_PER_SLICE, TOKENS_PER_SLICE
 from .work import RunWork
 
-# Experts are held as they are stored, in bf16.
+# A run holds experts in their stored type, bf16.
 STORED_BYTES = 2
-# For a parameter that is tuned: as it was, its gradient, master, master's gradient, and the optimizer's two moments.
+# Per tuned parameter: the original, its gradient, the master copy, the master's gradient, the optimizer's two moments.
 TUNING_BYTES = 2 + 2 + 4 + 4 + 8
-# The interpreter with torch and transformers imported, texts and tokenizer: 0.45 GB before the first block, and 0.1 to
-# 0.2 GB of buffers that come and go. Measured on the embedded model, whose weights are small beside it.
+# The interpreter with torch, transformers, texts and tokenizer takes 0.45 GB before the first block. Temporary buffers
+# take another 0.1 to 0.2 GB. Both were measured on the embedded model, whose own weights are small beside them.
 BASE_RAM_BYTES = 550_000_000
 
 
@@ -17,21 +17,24 @@ def largest_block_bytes(work: RunWork) -> int:
 
 
 def compute_bytes(work: RunWork, site_budget_bytes: int) -> int:
-    """What lies on the device at once, at most: RAM on a CPU."""
+    """Peak bytes on the compute device, which is RAM on a CPU. `site_budget_bytes` limits one part of a site."""
     needed = _verifying_bytes(work)
     return max(needed, _quantizing_bytes(work, site_budget_bytes)) if work.method.statistics else needed
 
 
 def _verifying_bytes(work: RunWork) -> int:
-    """Both versions of one block, a slice of the logits, and both heads."""
+    """Both versions of the largest block, one slice of the logits, and both versions of the head."""
     vocabulary = work.adapter.vocab_size
     logits = 4 * ARRAYS_PER_SLICE * TOKENS_PER_SLICE * min(COLUMNS_PER_SLICE, vocabulary)
     return 2 * largest_block_bytes(work) + logits + 2 * STORED_BYTES * vocabulary * work.adapter.hidden_size
 
 
 def _quantizing_bytes(work: RunWork, site_budget_bytes: int) -> int:
-    """The block as it was and as it becomes; beside them the moments of one turn and one part of a site, which holds a
-    matrix at least; or, before there are moments, what tuning holds."""
+    """The original and the quantized block, and the larger of two amounts that are never held together.
+
+    One is the moments of one turn with one part of a site, which is at least one matrix. The other is what tuning
+    holds before there are moments.
+    """
     moments = max(block.moment_bytes for block in work.blocks)
     matrix = max(block.matrix_bytes for block in work.blocks)
     tuned = max(block.feed_forward_parameters for block in work.blocks) if work.method.tune_epochs else 0
@@ -39,15 +42,15 @@ def _quantizing_bytes(work: RunWork, site_budget_bytes: int) -> int:
 
 
 def ram_bytes(work: RunWork, compute: int, on_cpu: bool) -> int:
-    """`compute`: of compute_bytes."""
+    """Peak RAM. `compute` is the result of compute_bytes."""
     largest_shard = max(shard.data_bytes for shard in work.plan.pieces)
     return BASE_RAM_BYTES + largest_shard + (compute if on_cpu else largest_block_bytes(work) // 16)
 
 
 def disk_bytes(work: RunWork) -> int:
-    """The most that the work directory and OUT hold together."""
+    """Peak bytes of the work directory and OUT together."""
     emitted = work.plan.disk_bytes
-    # Verification keeps its rows before and after a block, of both versions.
+    # Verification keeps the rows before and after a block, for both versions of the model.
     needed = emitted + 4 * work.tokens.evaluation * work.adapter.hidden_size * work.itemsize
     if not work.method.statistics:
         return needed

@@ -1,4 +1,4 @@
-"""What the pricing pass of `bits: fit` takes (pricing.py): an estimate, by the same rates as the run's (cost.py)."""
+"""Estimates the time and disk of the pricing pass of `bits: fit` (pricing.py), with the rates of cost.py."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,13 +9,15 @@ from ..models.adapter import Adapter, Role
 
 @dataclass(frozen=True)
 class PricingCost:
-    """streams: stream_count. disk_bytes: hidden_bytes, which is the most; rows are written and read once a block, half
-    of the streams on the mean."""
+    """The estimate. Each block reads and writes its rows once, on average for half of the streams."""
 
+    # As stream_count gives it.
     streams: int
+    # Tokens of each stream.
     tokens: int
     flops: float
     seconds: float
+    # The peak, as hidden_bytes gives it.
     disk_bytes: int
 
     def facts(self) -> dict[str, float]:
@@ -29,24 +31,27 @@ class PricingCost:
 
 
 def stream_count(units: int, widths: int) -> int:
-    """Variant streams: one a unit and width, and one a width with every unit at it."""
+    """Number of variant streams: one per unit and width, and one per width with all units at that width."""
     return (units + 1) * widths
 
 
 def hidden_bytes(hidden_size: int, streams: int, tokens: int, other_tokens: int, itemsize: int) -> int:
-    """Hidden rows on disk while the last block is done, in front of it and behind it: of the streams and the reference,
-    and of the rows that give the statistics."""
+    """Bytes of hidden rows on disk during the last block, when both its inputs and its outputs are kept.
+
+    The rows are those of all streams, of the reference and of the statistics. `itemsize` is bytes per number.
+    """
     return 2 * hidden_size * itemsize * ((streams + 1) * tokens + other_tokens)
 
 
 def pricing_cost(
     adapter: Adapter, units: Sequence[str], widths: int, tokens: int, other_tokens: int, itemsize: int, rates: Rates
 ) -> PricingCost:
-    """`tokens`: what every stream reads; `other_tokens`: what gives the statistics.
+    """Every stream reads `tokens`; the statistics are taken from `other_tokens`. Operations by kind:
 
-    forward: 2 x outputs x inputs a row, tokens x (streams / 2 + 1) and other_tokens x 2; statistics: 2 x inputs^2 a
-    row; rounding: plain GPTQ with a round of refinement, 4 x outputs x inputs^2 + 3 x inputs^3 a matrix and width;
-    head: every stream and the reference beside it.
+    forward     2 x outputs x inputs per row, for tokens x (streams / 2 + 1) + other_tokens x 2 rows
+    statistics  2 x inputs^2 per row of other_tokens
+    rounding    4 x outputs x inputs^2 + 3 x inputs^3 per matrix and width: plain GPTQ and one round of refinement
+    head        each stream, and the reference once for each stream
     """
     forward = statistics = rounding = 0.0
     for block in range(adapter.n_blocks):

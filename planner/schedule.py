@@ -1,8 +1,8 @@
-"""The stages of a run or a verification with their seconds, for the ETA: planner/work.py by stage.
+"""Splits the work of planner/work.py into the stages of a run or verification, with their seconds, for the ETA.
 
-The stages of a run add up to the estimate of `onecard plan`, and what that leaves out is added where it is known:
-choosing rows from a pool, writing another format than that of the work directory, and the digests at the end. Stages
-that nothing is counted for (embedding, figures) have no seconds.
+The stages of run_stages add up to the estimate of `onecard plan`. run_schedule adds what that estimate leaves out:
+choosing rows from a pool, writing a format other than the work directory's, and the digests at the end. Stages without
+counted work (embedding, figures) have zero seconds.
 """
 
 from dataclasses import replace
@@ -19,7 +19,7 @@ VERIFYING = ("verify: reference", "verify: quantized", "verify: errors")
 
 
 def run_stages(work: RunWork, rates: Rates) -> tuple[Expected, ...]:
-    """All stages in order; their seconds are the estimate's."""
+    """All stages of a run in order. Their seconds add up to the estimate of cost.py."""
     blocks = [
         Expected(
             name=f"block {index + 1}",
@@ -44,8 +44,11 @@ def run_stages(work: RunWork, rates: Rates) -> tuple[Expected, ...]:
 def run_schedule(
     work: RunWork, rates: Rates, *, pool_tokens: int = 0, written_again: int = 0, with_tasks: bool = False
 ) -> Schedule:
-    """`pool_tokens`: of a pool whose rows are counted first; `written_again`: bytes of another format than the work
-    directory's; `with_tasks`: questions are verified beside the texts."""
+    """The stages of a run with the work that the plan's estimate leaves out.
+
+    `pool_tokens` is the size of a pool whose rows are counted first, 0 without a pool. `written_again` is the bytes
+    written in a format other than the work directory's. `with_tasks` says whether questions are verified too.
+    """
     emitted = written_again or work.plan.emitted_bytes
     stages: list[Expected] = []
     for stage in run_stages(work, rates):
@@ -60,7 +63,10 @@ def run_schedule(
 def verification_schedule(
     adapter: Adapter, source_bytes: int, emitted_bytes: int, tokens: int, rates: Rates, *, with_tasks: bool
 ) -> Schedule:
-    """For `onecard verify` and `flips`: both folders are looked through, then walked."""
+    """The stages of `onecard verify` and `flips`: both folders are checked, then walked block by block.
+
+    `tokens` is the number of evaluation tokens. `with_tasks` says whether questions are verified too.
+    """
     read = source_bytes + emitted_bytes
     blocks = tuple(pass_work(adapter, index) for index in range(adapter.n_blocks))
     flops = sum(block.pass_flops for block in blocks)
@@ -75,8 +81,12 @@ def verification_schedule(
 
 
 def _sensitivities(work: RunWork, rates: Rates) -> list[Expected]:
-    """The walk as calibration/sensitivity.py does it: forward to the head, then stretch by stretch forward again (not
-    in the last one) and back. Back counts three passes, or four where the count's third forward pass is not made."""
+    """The walk of calibration/sensitivity.py: forward to the head, then each stretch of blocks forward again and back.
+
+    The last stretch is not walked forward again, and neither is the last block of any stretch. RunWork.sensitivity
+    counts five passes per block: one forward, one forward again, three back. Where the second forward pass is not made,
+    its share goes to the way back, which then counts four.
+    """
     whole = work.sensitivity()
     if not whole.flops:
         return []
@@ -104,7 +114,7 @@ def _sensitivities(work: RunWork, rates: Rates) -> list[Expected]:
 def _verification(
     adapter: Adapter, blocks: tuple[BlockWork, ...], whole: Work, tokens: int, rates: Rates
 ) -> list[Expected]:
-    """`whole` by block, and the head. Bytes go with the parameters of the blocks."""
+    """Splits `whole` into the blocks and the head. Bytes are split in proportion to the blocks' parameters."""
     parameters = sum(block.parameters for block in blocks)
     parts = [
         Work(
@@ -135,7 +145,7 @@ def _verification(
 
 
 def _counting(work: RunWork, index: int, tokens: int, rates: Rates) -> Expected:
-    """The pool's rows go through a block once."""
+    """One pass of the pool's rows through one block."""
     seconds = Work(forward_flops=tokens * work.blocks[index].pass_flops).seconds(rates)
     return Expected(f"count block {index + 1}", "count", seconds, ("coverage: count",), index, tokens)
 
@@ -146,7 +156,7 @@ def _single(task: str, work: Work, rates: Rates) -> Expected:
 
 
 def _share(blocks: tuple[BlockWork, ...], index: int) -> float:
-    """One block's share of a pass through all."""
+    """One block's share of the operations of a pass through all blocks."""
     return blocks[index].pass_flops / sum(block.pass_flops for block in blocks)
 
 
@@ -155,5 +165,5 @@ def _kind(adapter: Adapter, index: int) -> str:
 
 
 def _without_tokens(stages: list[Expected]) -> tuple[Expected, ...]:
-    """Questions take more tokens through the verification than the texts have."""
+    """Drops the token counts of the verification stages: with questions, more tokens pass than the texts have."""
     return tuple(replace(stage, tokens=0) if stage.kind.startswith("verify") else stage for stage in stages)

@@ -1,8 +1,8 @@
-"""How much of a checkpoint's tensors lies on each card.
+"""Counts the bytes of a checkpoint's tensors on each card.
 
-Tensor parallelism cuts a matrix by its outputs or by its inputs, scales with it; k and v by whole KV heads, of which
-every card has at least one; everything else lies on every card (models/cache.py). Sizes are the stored ones, without
-headers: engines move bits about when they load, they do not pad.
+Tensor parallelism cuts a matrix, with its scales, along its outputs or its inputs. It cuts k and v by whole KV heads,
+and every card holds at least one head. Every card holds a full copy of all other tensors (models/cache.py). Sizes are
+the stored ones without file headers: engines rearrange bits when they load, but do not pad.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,13 +14,14 @@ from ..models.cache import Split
 
 @dataclass(frozen=True)
 class DeviceWeights:
-    """Bytes of all tensors, by what becomes of them. `kv_bytes` are cut over `kv_heads` heads, `vision_bytes` are on
-    every card or, with the tower left out, on none."""
+    """Bytes of all tensors, by the way they are placed on several cards."""
 
     cut_bytes: int
+    # Cut by whole KV heads, at most into `kv_heads` parts.
     kv_bytes: int
     kv_heads: int
     copied_bytes: int
+    # On every card, or on none if the vision tower is left out.
     vision_bytes: int
 
     @property
@@ -28,23 +29,23 @@ class DeviceWeights:
         return self.cut_bytes + self.kv_bytes + self.copied_bytes + self.vision_bytes
 
     def on_card(self, tensor_parallel: int = 1, vision: bool = True) -> int:
-        """Bytes on one of so many cards."""
+        """Bytes on each of `tensor_parallel` cards. `vision` says whether the vision tower is loaded."""
         cut = -(-self.cut_bytes // tensor_parallel) - (-self.kv_bytes // min(tensor_parallel, self.kv_heads))
         return cut + self.copied_bytes + (self.vision_bytes if vision else 0)
 
 
-# What becomes of a tensor on several cards: its cut, or the vision tower's all-or-nothing.
+# How a tensor is placed on several cards. The role VISION marks the tower, which a card holds whole or not at all.
 Place = Split | Role
 
 
 def place_of(adapter: Adapter, name: str) -> Place:
-    """Of a canonical tensor."""
+    """The place of the tensor with the canonical name `name`."""
     split = adapter.split(name)
     return Role.VISION if split is Split.COPIED and adapter.role(name) is Role.VISION else split
 
 
 def device_weights(adapter: Adapter, stored: Iterable[tuple[Place, int]]) -> DeviceWeights:
-    """`stored`: (place, bytes) of every tensor, a weight's parts together or one by one."""
+    """Sums `stored`, the (place, bytes) of every tensor. A weight's parts may be one entry or several."""
     sums: dict[Place, int] = dict.fromkeys((*Split, Role.VISION), 0)
     for place, count in stored:
         sums[place] += count
@@ -54,7 +55,10 @@ def device_weights(adapter: Adapter, stored: Iterable[tuple[Place, int]]) -> Dev
 
 
 def cut_problems(adapter: Adapter, tensor_parallel: int, groups: Mapping[str, int]) -> list[str]:
-    """Why a checkpoint cannot be cut over so many cards. `groups`: module -> group size where it is quantized."""
+    """Reasons why a checkpoint cannot be cut over `tensor_parallel` cards; empty if it can.
+
+    `groups` maps each quantized module to its group size.
+    """
     found = []
     heads = adapter.text_config.num_attention_heads
     if heads % tensor_parallel:
@@ -69,8 +73,10 @@ def cut_problems(adapter: Adapter, tensor_parallel: int, groups: Mapping[str, in
             if (site.key, site.in_features) in said or adapter.split(f"{module}.weight") is not Split.INPUTS:
                 continue
             said.add((site.key, site.in_features))
-            group = max(1, groups.get(module, 1))  # one scale a row: no groups
+            group = max(1, groups.get(module, 1))  # below 1: one scale per row, no groups
             if site.in_features % (tensor_parallel * group):
                 each = f"{site.in_features / tensor_parallel:g} inputs of {module} on each of {tensor_parallel} cards"
-                found.append(f"{each} are no multiple of its group size {group}" if group > 1 else f"{each}")
+                found.append(
+                    f"{each} are no multiple of its group size {group}" if group > 1 else f"{each} are no whole number"
+                )
     return found

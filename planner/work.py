@@ -1,17 +1,21 @@
-"""The work of a run, counted in operations and bytes, by its stages and by kind. Nothing is measured here.
+"""Counts the work of a run in operations and bytes, by stage and by kind. Nothing is measured here.
 
-A token, at a site with O outputs and I inputs; an expert site counts top-k times:
+Operations per token at a site with O outputs and I inputs; an expert site counts top-k times:
 
     forward     2 O I
-    statistics  4 I^2 for the two second moments; for the slopes of gates and ups 2 O^2, and 2 O I for one more forward
-    quantize    quantize/site.matrix_flops for each matrix
+    statistics  4 I^2 for the two second moments. Slopes of gates and ups add 2 O^2, and 2 O I for one more forward
+    quantize    quantize/site.matrix_flops for each matrix (per matrix, not per token)
 
-How often calibration rows go through a half of a block: the quantized stream once through attention; through the
-feed-forward half once for every turn of its sites and once more. The reference stream once through either, and through
-the feed-forward half once more for every later turn that reads inner inputs. Both go through attention once more for
-each turn that reads inside it (MLA's latents). An epoch of tuning takes them through the feed-forward half forward and
-back, three times a forward. The walk back for metrics or token weights takes them through every block three times
-forward and once back. Evaluation rows go twice through each block and twice through the head.
+Passes of the calibration rows through the halves of a block:
+
+- The quantized stream passes attention once. It passes the feed-forward half once per turn of its sites, and once more.
+- The reference stream passes each half once. It passes the feed-forward half once more for each later turn that reads
+  inner inputs.
+- Both streams pass attention once more for each turn that reads inside it (MLA's latents).
+- An epoch of tuning goes forward and back through the feed-forward half, which costs three forward passes.
+- The walk back for metrics or token weights goes through every block three times forward and once back.
+
+Evaluation rows pass each block twice and the head twice.
 """
 
 from collections.abc import Callable
@@ -25,24 +29,26 @@ from ..models.adapter import Adapter, Half, Role, Site
 from ..quantize.site import matrix_flops, working_bytes
 from ..recipe import Recipe
 
-# Verification beside its two forward walks: attribution of errors, intervals, files. docs/benchmarks.md measured 1.29.
+# Verification's cost relative to its two forward walks. The excess is error attribution, intervals and files.
+# docs/benchmarks.md measured 1.29.
 VERIFICATION_SHARE = 1.3
 
 
 @dataclass(frozen=True)
 class MethodCosts:
-    """What of a quantization method costs time and memory. Round-to-nearest has no statistics and none of the rest."""
+    """The traits of a quantization method that cost time or memory. Round-to-nearest has none of them."""
 
     statistics: bool
-    # Statistics are taken anew for every turn of a half's sites, not once for the half.
+    # Whether statistics are taken anew for each turn of a half's sites, rather than once for the half.
     by_turn: bool
     output_metric: bool
-    # Number of blocks -> places of the model whose rows lie on disk at once during the walk back. None: no such walk.
+    # Maps the number of blocks to the number of places in the model whose rows are on disk at once during the walk
+    # back. None if the method has no such walk.
     walk_back: Callable[[int], int] | None
     tune_epochs: int
-    # Tokens count by each site's own gradients, so sites share no statistics.
+    # Whether each site's own gradients weight the tokens; sites then share no statistics.
     token_gradients: bool
-    # (outputs, inputs, whether with an output metric) of one matrix -> what quantizing it holds, and takes.
+    # Bytes and operations for quantizing one matrix, from (outputs, inputs, whether it has an output metric).
     matrix_bytes: Callable[[int, int, bool], int]
     matrix_flops: Callable[[int, int, bool], float]
 
@@ -63,7 +69,7 @@ class MethodCosts:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens of the rows that a run reads; round-to-nearest reads none for calibration."""
+    """Tokens of the rows that a run reads. Round-to-nearest reads none for calibration."""
 
     calibration: int
     evaluation: int
@@ -71,7 +77,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Work:
-    """Amounts of work by kind. core/rates.Rates has a speed for each."""
+    """Amounts of work by kind. core/rates.Rates holds the speed of each kind."""
 
     forward_flops: float = 0.0
     product_flops: float = 0.0
@@ -88,7 +94,7 @@ class Work:
         return self.forward_flops + self.product_flops + self.head_flops + self.solve_flops
 
     def seconds_by(self, rates: Rates) -> dict[str, float]:
-        """Kind of work -> seconds."""
+        """Seconds by kind of work."""
         return {
             "forward": self.forward_flops / rates.forward_flops,
             "statistics": self.product_flops / rates.product_flops,
@@ -103,14 +109,14 @@ class Work:
 
 @dataclass(frozen=True)
 class QuantizedSite:
-    """Work at one site that is quantized. Statistics that it shares with an earlier site cost nothing here."""
+    """Work at one quantized site. Statistics shared with an earlier site count as zero."""
 
     site: Site
     turn: int
-    statistics_flops: float  # a calibration token
+    statistics_flops: float  # per calibration token
     moment_bytes: int
     solve_flops: float
-    matrix_bytes: int  # of quantizing one matrix
+    matrix_bytes: int  # held while one matrix is quantized
 
     @property
     def parameters(self) -> int:
@@ -124,15 +130,16 @@ class QuantizedSite:
 
 @dataclass(frozen=True)
 class BlockWork:
-    """Work at one block. `forward_flops`: of one pass, a token, by half."""
+    """Work at one block."""
 
     parameters: int
+    # By half, for one pass of one token.
     forward_flops: dict[Half, float]
     sites: tuple[QuantizedSite, ...]
 
     @property
     def pass_flops(self) -> float:
-        """One pass through the whole block, a token."""
+        """Operations of one pass of one token through the block."""
         return sum(self.forward_flops.values())
 
     @property
@@ -140,7 +147,7 @@ class BlockWork:
         return sum(site.statistics_flops for site in self.sites)
 
     def calibration_flops(self, tune_epochs: int) -> float:
-        """All passes of the calibration rows, a token."""
+        """Operations per token of all passes of the calibration rows."""
         attention = 2 + 2 * len({site.site.turn for site in self.sites if site.reads_inside_attention})
         later = [site for site in self.sites if site.site.half is Half.FEED_FORWARD]
         turns = {site.turn for site in later}
@@ -152,7 +159,7 @@ class BlockWork:
 
     @property
     def moment_bytes(self) -> int:
-        """The second moments of the turn that has most of them."""
+        """Bytes of the second moments in the turn that holds the most."""
         sums: dict[tuple[Half, int], int] = {}
         for site in self.sites:
             key = site.site.half, site.turn
@@ -165,7 +172,7 @@ class BlockWork:
 
     @property
     def feed_forward_parameters(self) -> int:
-        """Those that are quantized."""
+        """The quantized parameters of the feed-forward half."""
         return sum(site.parameters for site in self.sites if site.site.half is Half.FEED_FORWARD)
 
 
@@ -174,12 +181,12 @@ def _parameters(site: Site) -> int:
 
 
 def _share(adapter: Adapter, site: Site) -> int:
-    """How often a token goes through the site."""
+    """How many of the site's members a token passes: top-k for experts, otherwise one."""
     return adapter.top_k if site.role is Role.EXPERT else 1
 
 
 def pass_work(adapter: Adapter, block: int) -> BlockWork:
-    """Passes through a block without quantizing it."""
+    """Work of a block's forward passes, without quantized sites."""
     forward = dict.fromkeys(Half, 0.0)
     for site in adapter.sites(block):
         forward[site.half] += 2.0 * sum(site.out_features) * site.in_features * _share(adapter, site)
@@ -201,7 +208,7 @@ def _count_site(adapter: Adapter, method: MethodCosts, site: Site, shares_moment
     outputs, inputs, count = sum(site.out_features), site.in_features, len(site.members)
     metric = method.output_metric and (bool(site.feeds) or site.reaches_residual)
     slopes = outputs if method.output_metric and site.feeds else 0
-    miss = outputs if site.adds_to_residual else inputs  # what the quantized stream misses of the reference
+    miss = outputs if site.adds_to_residual else inputs  # width of the gap between the two streams
     a_token = (4.0 * inputs**2 + 2.0 * slopes**2 + 2.0 * slopes * inputs) * _share(adapter, site)
     return QuantizedSite(
         site=site,
@@ -215,12 +222,13 @@ def _count_site(adapter: Adapter, method: MethodCosts, site: Site, shares_moment
 
 @dataclass(frozen=True)
 class RunWork:
-    """All work of a run. `itemsize`: bytes of a number in the hidden rows."""
+    """All work of a run."""
 
     adapter: Adapter
     plan: Plan
     method: MethodCosts
     tokens: Tokens
+    # Bytes of a number in the hidden rows.
     itemsize: int
     blocks: tuple[BlockWork, ...]
 
@@ -231,33 +239,35 @@ class RunWork:
 
     @property
     def pass_flops(self) -> float:
-        """One pass through all blocks, a token."""
+        """Operations of one pass of one token through all blocks."""
         return sum(block.pass_flops for block in self.blocks)
 
     @property
     def head_flops(self) -> float:
-        """A token, at the head."""
+        """Operations of one token at the head."""
         return 2.0 * self.adapter.vocab_size * self.adapter.hidden_size
 
     @property
     def stream_bytes(self) -> int:
-        """The hidden rows of one stream of the calibration rows, at one place of the model."""
+        """Bytes of the calibration rows' hidden rows, for one stream at one place in the model."""
         return self.tokens.calibration * self.adapter.hidden_size * self.itemsize
 
     def check(self) -> Work:
-        """The source is looked through for numbers that are not finite."""
+        """The search of the source for non-finite numbers."""
         return Work(read_bytes=self.plan.source_bytes)
 
     def sensitivity(self) -> Work:
-        """The walk forward and back for metrics and token weights."""
+        """The walk forward and back for metrics and token weights; no work if the method has no such walk."""
         if not self.method.statistics or self.method.walk_back is None:
             return Work()
         tokens = self.tokens.calibration
         return Work(forward_flops=tokens * 5 * self.pass_flops, head_flops=tokens * 2 * self.head_flops)
 
     def quantizing(self, blocks: tuple[BlockWork, ...] | None = None) -> Work:
-        """Blocks, all by default: the source is read, rows go through, shards are written. Streams are written and read
-        several times a block."""
+        """Reading the source, passing the rows and writing the shards, for `blocks` or for all blocks.
+
+        Each block reads and writes the rows of a stream four times.
+        """
         chosen = self.blocks if blocks is None else blocks
         share = 1.0
         if blocks is not None:
@@ -275,7 +285,7 @@ class RunWork:
         )
 
     def verification(self) -> Work:
-        """The source and the emitted files are read, and rows go through both. The digests are taken on the way."""
+        """Reading the source and the emitted files, and passing the rows through both. Digests are taken meanwhile."""
         tokens = 2 * self.tokens.evaluation
         return Work(
             forward_flops=tokens * self.pass_flops * VERIFICATION_SHARE,

@@ -1,16 +1,18 @@
-"""What a card holds beside weights and cache: an estimate, and its formula.
+"""Estimates the memory that a card needs beside weights and cache.
 
-    fixed         CUDA context and kernels, and with several cards the communicator's buffers
-    graphs        CUDA graphs, where the engine captures them
-    activations   T x (4 H + A / tp + widest feed-forward half) numbers of two bytes; that half: 3 F / tp for dense and
-                  shared MLPs, and for K experts a token K x (max(2 F / tp, H) + max(F / tp, H)) + H
-    logits        N V 22 bytes: bf16 and fp32 logits, sorted copies with their indices, probabilities
-    vision        what the tower holds for the tiles of one request, and their features
+    fixed         CUDA context and kernels; with several cards also the communicator's buffers
+    graphs        CUDA graphs, if the engine captures them
+    activations   T x (4 H + A / tp + widest feed-forward half) numbers of two bytes. The half is 3 F / tp for dense and
+                  shared MLPs, plus K x (max(2 F / tp, H) + max(F / tp, H)) + H for K experts per token
+    logits        22 N V bytes: bf16 and fp32 logits, sorted copies with their indices, probabilities
+    vision        the tower's activations for the tiles of one request, and the tiles' features
 
-T tokens of one pass, H hidden size, A widths of queries, keys, values and what attention gives, F a feed-forward width,
-N sequences, V vocabulary, tp cards. The experts' term is vLLM's own (fused_moe/experts/marlin_moe.py,
-workspace_shapes). It was held against no card: fixed and graphs may be half a GB off either way, activations a third
-too small where an engine holds more rows at once. MLA's prefill buffers are not in it.
+T is the tokens of one pass, H the hidden size, A the summed widths of queries, keys, values and attention output, F a
+feed-forward width, N the sequences, V the vocabulary size and tp the cards. The experts' term is vLLM's own
+(fused_moe/experts/marlin_moe.py, workspace_shapes).
+
+The estimate has not been compared with a real card. Fixed and graphs may be half a GB too large or too small.
+Activations may be a third too small if an engine holds more rows at once. MLA's prefill buffers are not counted.
 """
 
 from dataclasses import dataclass
@@ -20,24 +22,25 @@ from .engines import Engine
 
 NUMBER_BYTES = 2
 LOGIT_BYTES = 2 + 4 + 4 + 8 + 4
-# A context with torch's and the engine's kernels, assumed; it errs high on small cards.
+# A CUDA context with the kernels of torch and the engine. The figure is assumed and too high for small cards.
 CONTEXT_BYTES = 600_000_000
-# Channels of NCCL and buffers of custom all-reduce on one card, assumed; it errs high for two cards.
+# NCCL channels and custom all-reduce buffers on one card. The figure is assumed and too high for two cards.
 COMMUNICATOR_BYTES = 600_000_000
-# Graphs of up to 512 tokens (vLLM's default) grow with the number of blocks; assumed, either way.
+# Graphs for up to 512 tokens (vLLM's default) grow with the number of blocks. The figure is assumed and may be too
+# high or too low.
 GRAPH_BYTES_A_BLOCK = 16_000_000
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a model what workspace and cards depend on. `dense`, `experts`: by block kind, F of what is computed for
-    every token (summed), and F of one expert."""
+    """The sizes of a model that determine its workspace and the cards it fits."""
 
     hidden: int
     vocabulary: int
     blocks: int
     heads: int
     attention: int
+    # For each kind of block: the summed F of the MLPs that every token passes, and the F of one expert (0 without).
     halves: tuple[tuple[int, int], ...]
     top_k: int
     tile_tokens: int
@@ -59,7 +62,7 @@ class Workspace:
 
 
 def sizes_of(adapter: Adapter) -> Sizes:
-    """One block of each kind is looked at: with experts and without."""
+    """Reads the sizes from one block with experts and one block without, where the model has them."""
     text = adapter.text_config
     kinds: dict[bool, int] = {}
     for block in range(adapter.n_blocks):
@@ -73,7 +76,7 @@ def sizes_of(adapter: Adapter) -> Sizes:
             if site.feeds:
                 width = site.out_features[0]
                 dense, expert = (dense, width) if site.role is Role.EXPERT else (dense + width, expert)
-        # Whatever attention's matrices write, and what its last one reads.
+        # A: the outputs of all attention matrices but the last, and the inputs of the last.
         written = [(sum(s.out_features), s.in_features) for s in sites if s.half is Half.ATTENTION]
         attention = max(attention, sum(out for out, _ in written[:-1]) + written[-1][1])
         halves.append((dense, expert))
@@ -92,7 +95,7 @@ def sizes_of(adapter: Adapter) -> Sizes:
 
 
 def image_tokens(sizes: Sizes, images: int) -> int:
-    """Tokens of the context that so many images take at most."""
+    """The most tokens of context that `images` images take."""
     return images * sizes.tiles * sizes.tile_tokens
 
 
@@ -105,7 +108,7 @@ def workspace_bytes(
     batch_tokens: int | None = None,
     images: int = 0,
 ) -> Workspace:
-    """Of one card. `batch_tokens`: tokens of one pass, None: the engine's own."""
+    """The workspace of one card. `batch_tokens` is the number of tokens in one pass; None takes the engine's own."""
     batch = engine.batch_tokens if batch_tokens is None else batch_tokens
     tokens = sequences * context if batch is None else min(batch, sequences * context)
     return Workspace(
@@ -113,7 +116,7 @@ def workspace_bytes(
         graph_bytes=GRAPH_BYTES_A_BLOCK * sizes.blocks if engine.graphs else 0,
         activation_bytes=NUMBER_BYTES * tokens * _numbers_a_token(sizes, tensor_parallel),
         logit_bytes=LOGIT_BYTES * sequences * sizes.vocabulary,
-        # Scout's tower needs about 0.2 GB for 16 tiles of 144 tokens: 13 MB a tile, nine rows a token.
+        # Scout's tower needs about 0.2 GB for 16 tiles of 144 tokens: 13 MB per tile, or nine hidden rows per token.
         vision_bytes=NUMBER_BYTES * image_tokens(sizes, images) * 9 * sizes.hidden,
     )
 

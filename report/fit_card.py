@@ -1,7 +1,7 @@
-"""What a plan says of a card's memory, drawn for people: the sum, how far it goes, what would help, the other cards.
+"""Draws a plan's use of a card's memory: the sum, the longest context, what would make it fit, the other cards.
 
-Drawn from the facts alone (sizing.Sizing.facts), so that a record that holds them draws the same. Made for 80 columns.
-Memory is in GiB, as drivers and engines count it; files are in GB, as hubs do.
+The drawing uses only the facts (sizing.Sizing.facts), so a record that holds them gives the same picture. It is made
+for 80 columns. Memory is in GiB, as drivers and engines count it; files are in GB, as hubs count them.
 """
 
 from collections.abc import Mapping
@@ -18,14 +18,14 @@ from .card import labelled
 
 GIB = 2**30
 ENGINES = {"vllm": "vLLM", "transformers": "transformers", "llama.cpp": "llama.cpp"}
-# What lies on a card: its name, its key, how it is painted and what it is drawn with.
+# The parts of a card's memory: name, key in the facts, colour, and the character that draws it.
 PARTS = (
     ("weights", "weight_bytes", "blue", "█"),
     ("KV cache", "kv_bytes", "magenta", "▓"),
     ("workspace", "workspace_bytes", "cyan", "▒"),
 )
 BAR_CELLS = 56
-# Bits a weight that engines load at least: int4 with a bf16 scale for 128 weights.
+# The fewest bits per weight that engines load: int4 with one bf16 scale for every 128 weights.
 LEAST_BITS = 4.125
 
 
@@ -34,7 +34,7 @@ def gib(count: float, digits: int = 1) -> str:
 
 
 def short(count: int) -> str:
-    """Tokens for a narrow column: 131k, 1.2M."""
+    """A token count for a narrow column: 131k, 1.2M."""
     if count >= 10_000_000:
         return f"{count / 1e6:.0f}M"
     if count >= 1_000_000:
@@ -43,13 +43,13 @@ def short(count: int) -> str:
 
 
 def on_cards(facts: Mapping[str, Any]) -> str:
-    """'H100 80 GB', '2 x L40S 48 GB'."""
+    """The plan's cards in words: 'H100 80 GB', '2 x L40S 48 GB'."""
     name = next(entry["name"] for entry in facts["table"] if entry["gpu"] == facts["gpu"])
     return f"{facts['cards']} x {name}" if facts["cards"] > 1 else str(name)
 
 
 def asked(facts: Mapping[str, Any]) -> str:
-    """What the plan was made for."""
+    """The load that the plan was made for: sequences, context, cache type, engine, images."""
     tower = ", no vision tower" if not facts["vision"] else ""
     images = f", {counted(facts['images'], 'image')} a request" if facts["images"] else ""
     return (
@@ -59,7 +59,7 @@ def asked(facts: Mapping[str, Any]) -> str:
 
 
 def reach(facts: Mapping[str, Any], row: Mapping[str, Any]) -> str:
-    """How far it goes at most."""
+    """The longest context and the most sequences that fit, in words. `row` holds both limits."""
     if facts["weight_bytes"] > facts["usable_bytes"]:
         return "not one token: the weights alone are more than the card has"
     own = " (the model's own limit)" if row["max_context"] >= facts["model_max_context"] else ""
@@ -69,7 +69,7 @@ def reach(facts: Mapping[str, Any], row: Mapping[str, Any]) -> str:
 
 
 def misfit(facts: Mapping[str, Any]) -> str:
-    """One line: what is missing, and the way out."""
+    """One line: how much memory is missing, and the least change that makes the model fit."""
     if facts["candidate"] and facts["changes"]:
         way = ", ".join(facts["changes"][0]["steps"])
         out = f"The least change that does: {way}"
@@ -84,7 +84,7 @@ def misfit(facts: Mapping[str, Any]) -> str:
 
 
 def bar(facts: Mapping[str, Any], cells: int = BAR_CELLS) -> Text:
-    """The card as a line, its parts and what is left; where it does not fit, the parts and a mark at the card's end."""
+    """The card's memory as one line: its parts, then what is left. If they do not fit, a mark shows the card's end."""
     whole = max(facts["usable_bytes"], sum(facts[key] for _, key, _, _ in PARTS))
     line, drawn, total = Text(), 0, 0
     for _, key, colour, sign in PARTS:
@@ -100,7 +100,7 @@ def bar(facts: Mapping[str, Any], cells: int = BAR_CELLS) -> Text:
 
 
 def draw_fit(facts: Mapping[str, Any], console: Console) -> None:
-    """`facts`: of sizing.Sizing.facts()."""
+    """Prints the card. `facts` is the result of sizing.Sizing.facts()."""
     parts: list[Any] = [_head(facts)]
     if len(facts["candidates"]) > 1:
         parts.append(_candidates(facts))
@@ -158,7 +158,7 @@ def _cache(facts: Mapping[str, Any]) -> str:
 
 
 def _listing(title: str, *columns: str) -> Table:
-    """Columns that begin with `<` hold words."""
+    """An empty table. A column whose name begins with `<` holds words and is aligned left; the others align right."""
     table = Table(
         title=f"\n{title}",
         title_justify="left",
@@ -175,7 +175,7 @@ def _listing(title: str, *columns: str) -> Table:
 
 
 def letter(facts: Mapping[str, Any], name: str) -> str:
-    """What a candidate is called in the table of cards."""
+    """The letter that stands for a candidate in the table of cards."""
     return "abcdefghijklmnopqrstuvwxyz"[[c["name"] for c in facts["candidates"]].index(name) % 26]
 
 
@@ -193,7 +193,7 @@ def _candidates(facts: Mapping[str, Any]) -> Table:
         for row in facts["candidates"]:
             table.add_row(letter(facts, row["name"]), Text(row["name"]), f"{row['weight_bytes'] / GIB:,.1f}")
         return table
-    title = f"Recipes on {on_cards(facts)} (GiB)"  # no longer than the narrowest table, or it is wrapped
+    title = f"Recipes on {on_cards(facts)} (GiB)"  # a title wider than the narrowest table would wrap
     table = _listing(title, "<", "<recipe", "weights", "left", "context", "sequences")
     for row in facts["candidates"]:
         style = "bold" if row["name"] == facts["candidate"] else ""

@@ -1,4 +1,4 @@
-"""`onecard plan` and `onecard inspect`, drawn for people."""
+"""Draws the cards of `onecard plan` and `onecard inspect` for people."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from .card import labelled
 
 
 def draw_plan(result: Any, tensors: bool, console: Console) -> None:
-    """`result` is inspection.PlanResult."""
+    """Prints the plan. `result` is an inspection.PlanResult; `tensors` also lists every tensor."""
     plan, cost = result.plan, result.cost
     if tensors:
         rows = [("tensor", "dtype", "shape", "bytes", "file")] + [
@@ -21,7 +21,7 @@ def draw_plan(result: Any, tensors: bool, console: Console) -> None:
             for shard, tensor in plan.tensors()
         ]
         name, dtype, shape, count, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
-        for row in rows:  # lines, not a table: a table would cut long names
+        for row in rows:  # lines, because a table would cut long names
             console.print(
                 f"{row[0]:{name}}  {row[1]:{dtype}}  {row[2]:{shape}}  {row[3]:>{count}}  {row[4]}", soft_wrap=True
             )
@@ -67,7 +67,7 @@ def draw_plan(result: Any, tensors: bool, console: Console) -> None:
 
 
 def draw_inspection(facts: Mapping[str, Any], console: Console) -> None:
-    """`facts` is what inspection.inspect returns."""
+    """Prints the inspection. `facts` is the result of inspection.inspect."""
     grid = labelled()
     grid.add_row("model", Text(f"{facts['model']} ({facts['family']})"))
     grid.add_row(

@@ -1,7 +1,8 @@
-"""Memory against context for each recipe, drawn in a terminal of 80 columns with braille dots.
+"""Plots memory against context for each recipe in a terminal of 80 columns, with braille dots.
 
-plotext would draw it too; it is another package to install for sixty lines, and it colours what a log cannot show. Each
-curve has the letter of its recipe where it ends and in the legend; the card's usable memory is a line of dashes.
+Each curve's end and its entry in the legend show the letter of its recipe. A dashed line marks the card's usable
+memory. plotext could draw this too, but it would be another package to install in place of sixty lines, and it tells
+curves apart by colours that a log cannot show.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,15 +15,16 @@ from .fit_card import GIB, letter, on_cards, short
 
 COLOURS = ("blue", "magenta", "cyan", "green", "yellow", "red")
 ROWS = 16
-# Of a braille character's eight dots, by row and column (Unicode 28xx).
+# The bits of a braille character's eight dots, by row and column (Unicode 28xx).
 DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
-# Left of the picture: '1,234 ┤'. What is much above the card is not drawn.
+# Columns left of the picture: '1,234 ┤'.
 MARGIN = 8
+# The picture ends at this multiple of the card's usable memory.
 HEADROOM = 1.25
 
 
 def draw_plot(facts: Mapping[str, Any], console: Console) -> None:
-    """`facts`: of sizing.Sizing.facts(), with curves."""
+    """Prints the plot. `facts` is the result of sizing.Sizing.facts(); nothing is printed if it holds no curves."""
     curves = facts.get("curves")  # a plan without a card has none
     if not curves:
         return
@@ -31,9 +33,9 @@ def draw_plot(facts: Mapping[str, Any], console: Console) -> None:
     usable = facts["usable_bytes"]
     ends = [min(curve["bytes"]) for curve in curves] + [usable]
     top = min(max(max(curve["bytes"]) for curve in curves), HEADROOM * usable)
-    # Where every recipe is far above the card, the least of them is drawn all the same: how far is the question.
+    # If every recipe is far above the card, the smallest is still drawn, to show how far above it is.
     top = max(top, 1.05 * usable, 1.05 * min(max(curve["bytes"]) for curve in curves))
-    # Weights are most of it: the axis begins a little below the least of them.
+    # Weights take most of the memory, so the axis begins a little below the smallest recipe's curve, not at zero.
     low = max(0.0, min(ends) - 0.1 * (top - min(ends)))
     grid = [[0] * columns for _ in range(ROWS)]
     paint = [[-1] * columns for _ in range(ROWS)]
@@ -84,8 +86,11 @@ def draw_plot(facts: Mapping[str, Any], console: Console) -> None:
 
 
 def _letters(facts: Mapping[str, Any], curves: Sequence[Any], top: float, low: float) -> dict[int, str]:
-    """Row -> the letter of the curve that ends there, as in the table of recipes; where two end in one row, the lower
-    curve's goes below. Curves that leave the picture earlier have none: their place is above the others."""
+    """Maps a row to the letter, as in the table of recipes, of the curve that ends there.
+
+    If two curves end in one row, the lower curve's letter moves down to the next free row. A curve that leaves the
+    picture at the top has no letter.
+    """
     found: dict[int, str] = {}
     for curve in sorted(curves, key=lambda curve: -curve["bytes"][-1]):
         if curve["bytes"][-1] > top:
@@ -97,7 +102,7 @@ def _letters(facts: Mapping[str, Any], curves: Sequence[Any], top: float, low: f
 
 
 def at(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
-    """Between two points of a curve, straight; outside, its end."""
+    """The curve's value at `x`: linear between two points, and the value of the nearest end outside them."""
     for left, right, low, high in zip(xs, xs[1:], ys, ys[1:], strict=False):
         if x <= right:
             return low + (high - low) * max(0.0, x - left) / (right - left)

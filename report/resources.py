@@ -1,4 +1,4 @@
-"""What a process uses: peak resident memory, peak device memory, and what machine it is on."""
+"""Reports a process's peak memory, its peak device memory, its package versions and its machine."""
 
 import os
 import platform
@@ -22,8 +22,8 @@ PACKAGES = (
 
 
 def peak_rss_bytes() -> int:
-    """Peak resident set of this process so far."""
-    # Linux counts a parent's peak into the ru_maxrss of the program that it starts; this one begins anew with it.
+    """Peak resident set size of this process so far, in bytes."""
+    # On Linux, ru_maxrss of a started program includes its parent's peak. VmHWM starts anew with the program.
     status = Path("/proc/self/status")
     found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
     if found:
@@ -33,14 +33,14 @@ def peak_rss_bytes() -> int:
 
 
 def peak_device_bytes() -> int:
-    """Peak device memory that torch's allocator took, 0 without a GPU."""
+    """Peak bytes of device memory that torch's allocator handed out; 0 without a GPU."""
     import torch
 
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of what a run's bytes depend on."""
+    """Versions of Python and of the packages that the bytes of a run depend on."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -51,7 +51,7 @@ def package_versions() -> dict[str, str]:
 
 
 def describe_machine(device: str) -> dict[str, Any]:
-    """Facts about this machine that a figure of time or memory means nothing without."""
+    """The facts about this machine that are needed to interpret a time or a memory figure."""
     import torch
 
     return {
