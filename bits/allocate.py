@@ -1,14 +1,14 @@
-"""Which unit gets which width: the least predicted KL that a budget of bytes can buy, exactly.
+"""Choose a width for every unit: the least predicted KL within a budget of bytes, solved exactly.
 
-This is a multiple-choice knapsack: one width for every unit, all bytes within the budget. It minimises
-F = a + sqrt(b) with a = sum a_i and b = sum b_i (prices.together). F is not linear, but it is concave, so its minimum
-over all choices lies at a corner of their convex hull in the plane of (a, b), and a knapsack with the linear cost
-u a + v b finds such a corner. The corners between two known ones are found along the line through both (Eisner and
-Severance 1976). Where F could not be lower nothing is asked, which is most of the hull. A greedy choice would not do:
-bytes come in lumps of a whole layer's experts.
+This is a multiple-choice knapsack: one width for each unit, total bytes within the budget. It minimises
+F = a + sqrt(b) with a = sum a_i and b = sum b_i (prices.together). F is not linear, but it is concave. Its minimum over
+all choices is therefore a corner of their convex hull in the plane of (a, b), and a knapsack with the linear cost
+u a + v b finds such a corner. The line through two known corners gives the direction in which to look for corners
+between them (Eisner and Severance 1976). Stretches of the hull where F cannot be lower are skipped, which is most of
+it. A greedy choice would not be exact: bytes come in lumps as large as all experts of a layer.
 
-Each linear knapsack is solved by a dynamic program over the Pareto front of (bytes, cost), unit by unit. A Lagrange
-multiplier prices the bytes; a partial choice whose bound shows that it cannot become the best is dropped.
+A dynamic program over the Pareto front of (bytes, cost) solves each linear knapsack, unit by unit. A Lagrange
+multiplier prices the bytes. A partial choice is dropped once its bound shows that it cannot become the best.
 """
 
 from collections.abc import Sequence
@@ -21,21 +21,21 @@ import numpy as np
 from ..core.errors import FitError
 from .prices import Priced, UnitPrices, together
 
-# Relative to the predicted KL: a corner that promises less than this is not looked for, and a choice that costs at most
-# half of it more counts as equal, so that the one of fewer bytes is taken. Prices err by far more.
+# Relative to the predicted KL. A corner that promises a smaller gain is not looked for. Choices within half of it count
+# as equal, and the one with fewer bytes wins. The error of prices is far larger.
 TIE = 1e-9
-# Rounding of a sum of costs in float64, relative to the sum: a bound is passed only by more than this.
+# Rounding error of a sum of costs in float64, relative to the sum. Only a larger excess counts as exceeding a bound.
 ROUNDING = 1e-12
-# Halvings of the interval in which the Lagrange multiplier lies. Prices span many orders of magnitude.
+# Halvings of the interval that holds the Lagrange multiplier. There are many, since prices span orders of magnitude.
 HALVINGS = 100
-# The first limit on what a choice may cost above the bound, as a share of what a known choice costs above it; the limit
-# grows by WIDER until the best choice lies within it. Small limits keep the front short.
+# First limit on a choice's cost above the bound, as a share of a known choice's cost above it. The limit grows by the
+# factor WIDER until the best choice lies within it. Small limits keep the front short.
 FIRST_LIMIT, WIDER = 1 / 64, 4
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The width of every unit, in order; their bytes and predicted KL."""
+    """The width of every unit, in the units' order, with the total bytes and the predicted KL."""
 
     widths: tuple[Priced, ...]
     bytes: int
@@ -44,7 +44,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class _Corner:
-    """A choice in the plane of (a, b). It is the least in the direction (u, v): no choice lies beyond that line."""
+    """A choice in the plane of (a, b). No choice has a smaller u a + v b."""
 
     picked: tuple[int, ...]
     a: float
@@ -54,15 +54,15 @@ class _Corner:
 
 
 def chosen(units: Sequence[UnitPrices], widths: Sequence[Priced], gain: float = 1.0) -> Choice:
-    """The bytes and the predicted KL of given widths, one for each unit."""
+    """Total bytes and predicted KL of the given widths, one for each unit."""
     parts = [unit.parts(width, gain) for unit, width in zip(units, widths, strict=True)]
     return Choice(tuple(widths), sum(width.bytes for width in widths), together(parts))
 
 
 def allocate(units: Sequence[UnitPrices], budget_bytes: int, gain: float = 1.0) -> Choice:
-    """The choice of least predicted KL within `budget_bytes`; among equal predictions, the one of fewest bytes.
+    """The choice of least predicted KL within `budget_bytes`. Among equal predictions, the one with the fewest bytes.
 
-    Raises FitError, which says the least bytes that any choice takes.
+    Raises FitError if no choice is within the budget; it states the fewest bytes that a choice takes.
     """
     options = [unit.widths for unit in units]
     least = sum(min(width.bytes for width in widths) for widths in options)
@@ -84,8 +84,9 @@ def allocate(units: Sequence[UnitPrices], budget_bytes: int, gain: float = 1.0) 
         corners.append(_Corner(picked, sum(a for a, _ in taken), sum(b for _, b in taken), u, v))
         return corners[-1]
 
-    # F is concave, so its best choice is also the least in the direction (1, 1 / (2 sqrt(b))), F's gradient there. Any
-    # known F is at least sqrt(b), and the relaxation bounds b from below: the direction lies between these two.
+    # F is concave, so its best choice also minimises the linear cost along F's gradient there, (1, 1 / (2 sqrt(b))).
+    # Any known F bounds that sqrt(b) from above, and the relaxation bounds b from below: start with these two
+    # directions.
     known = together(own[i] for own, i in zip(parts, knapsack(1.0, 0.0).relaxed.picked, strict=True))
     least_b = knapsack(0.0, 1.0).relaxed.bound
     first = (1.0, 0.5 / known) if known > 0 else (1.0, 0.0)
@@ -108,8 +109,8 @@ def allocate(units: Sequence[UnitPrices], budget_bytes: int, gain: float = 1.0) 
 
 
 def _bound(left: _Corner, right: _Corner) -> float:
-    """F where the lines through both corners meet. Nothing between the corners has a lower F, since F is concave and
-    no lower at the corners themselves."""
+    """F where the two corners' lines meet. No choice between the corners has a lower F, unless a corner itself does:
+    F is concave."""
     (u, v), (x, y) = (left.u, left.v), (right.u, right.v)
     here, there = u * left.a + v * left.b, x * right.a + y * right.b
     turn = u * y - v * x
@@ -120,9 +121,11 @@ def _bound(left: _Corner, right: _Corner) -> float:
 
 @dataclass(frozen=True)
 class _Relaxed:
-    """A knapsack whose bytes have a price instead of a limit. No choice that fits costs less than `bound`, nor less
-    than `bound` and the sum of its penalties; `picked` fits. A penalty is the cost and price of an option above the
-    least of its unit."""
+    """A knapsack whose bytes have a price instead of a limit. `picked` fits.
+
+    An option's penalty is its priced cost minus the least priced cost of its unit. Every choice that fits costs at
+    least `bound` plus the sum of its penalties.
+    """
 
     bound: float
     picked: tuple[int, ...]
@@ -132,7 +135,7 @@ class _Relaxed:
 
 @dataclass(frozen=True)
 class Knapsack:
-    """One option for every unit: the least sum of costs whose sizes stay within `room`. At least one choice fits."""
+    """Pick one option for each unit: the least total cost with a total size within `room`. At least one choice fits."""
 
     costs: Sequence[Sequence[float]]
     sizes: Sequence[Sequence[int]]
@@ -140,14 +143,14 @@ class Knapsack:
 
     @cached_property
     def _units(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(cost, size) of the options of each unit."""
+        """For each unit, the costs (float64) and sizes (int64) of its options."""
         return [
             (np.array(cost, dtype=float), np.array(size, dtype=np.int64))
             for cost, size in zip(self.costs, self.sizes, strict=True)
         ]
 
     def _cheapest(self, price: float) -> tuple[int, ...]:
-        """The option of least cost + price * size for each unit; among equal ones the smallest."""
+        """For each unit, the option of least cost + price * size. Among equal ones, the smallest."""
         return tuple(int(np.lexsort((size, cost + price * size))[0]) for cost, size in self._units)
 
     def _fits(self, picked: Sequence[int]) -> bool:
@@ -158,9 +161,11 @@ class Knapsack:
 
     @cached_property
     def relaxed(self) -> _Relaxed:
-        """Bytes have the smallest price, about, at which the cheapest options fit."""
+        """The relaxation at about the smallest price of bytes for which the cheapest options fit."""
         low, high = 0.0, sum(map(max, self.costs))
-        picked = tuple(int(np.lexsort((cost, size))[0]) for cost, size in self._units)  # the smallest fit at any price
+        picked = tuple(
+            int(np.lexsort((cost, size))[0]) for cost, size in self._units
+        )  # the smallest options always fit
         cheapest = self._cheapest(0.0)
         if self._fits(cheapest):
             high, picked = 0.0, cheapest
@@ -181,7 +186,7 @@ class Knapsack:
         )
 
     def best(self) -> tuple[int, ...]:
-        """The option of every unit: least cost, and among costs within TIE of it the least size."""
+        """The option of each unit: least total cost. Among totals within TIE of it, the least size."""
         relaxed = self.relaxed
         enough = self._cost(relaxed.picked) - relaxed.bound  # the best choice is no further above the bound
         limit = enough * FIRST_LIMIT
@@ -195,7 +200,7 @@ class Knapsack:
             limit = min(limit * WIDER, enough)
 
     def _best_within(self, limit: float) -> tuple[int, ...] | None:
-        """The best of the choices that fit and whose penalties sum to at most `limit`."""
+        """The best choice that fits and whose penalties sum to at most `limit`; None if there is none."""
         rest = sum(int(size.min()) for _, size in self._units)
         size, cost, penalty = np.zeros(1, np.int64), np.zeros(1), np.zeros(1)
         steps: list[tuple[np.ndarray, np.ndarray]] = []  # for each unit: the state before it, and the option
@@ -208,7 +213,7 @@ class Knapsack:
             )
             good = np.flatnonzero((penalty <= limit) & (size <= self.room - rest))
             order = good[np.lexsort((cost[good], size[good]))]
-            # A state that costs no less than a smaller one is no part of a best choice.
+            # Drop a state if a smaller one costs no more.
             cheapest_before = np.minimum.accumulate(np.concatenate([[np.inf], cost[order]]))[:-1]
             front = order[cost[order] < cheapest_before]
             size, cost, penalty = size[front], cost[front], penalty[front]

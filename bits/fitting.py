@@ -1,8 +1,8 @@
-"""`bits: fit`: from prices and a budget to the width of every unit, and to the recipe that says so.
+"""`bits: fit`: choose the width of every unit from prices and a budget, and write the choice into a recipe.
 
-The budget is what a card leaves for weights beside the context, sequences and engine of the recipe (planner/fit.py),
-or so many bytes of files. What is priced are the units of the recipe's roles, but for those that its `schemes` or
-`keep_modules` settle. Bytes of a width are those that the plan lays out.
+The budget is either a size of the checkpoint's files, or the memory that a card leaves for weights beside the recipe's
+context, sequences and engine (planner/fit.py). Priced are the units in the recipe's `quantize_roles`, except those
+whose width `schemes` or `keep_modules` already sets. The planner's layout gives the bytes of each width.
 """
 
 import json
@@ -36,16 +36,16 @@ from .allocate import Choice, allocate, chosen
 from .prices import Priced, UnitPrices
 from .pricing import Prices, identity_of, is_begun, price, priced_rows
 
-# By how much the errors of a method are smaller than those of the quantizer that prices are taken with, when the whole
-# model is rounded: it is aimed at the reference and searched. Measured on the embedded model and on a small Qwen3-MoE
-# (benchmarks/fit.py); too high a value overstates the predicted KL and changes few choices.
+# Each method's error divided by the error of the quantizer used for pricing, with the whole model rounded. Methods aim
+# at the reference and search, so they leave less. Measured on the embedded model and on a small Qwen3-MoE
+# (benchmarks/fit.py). A value that is too high overstates the predicted KL and changes few choices.
 GAINS = {"rtn": 1.0, "fast": 0.79, "balanced": 0.7, "best": 0.68}
 GB = 10**9
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A choice for a model. `recipe` says it, module by module; `request`: what of a card was asked, None without."""
+    """The widths chosen for a model. `recipe` names them module by module. `request` is None for a budget of files."""
 
     recipe: Recipe
     choice: Choice
@@ -54,7 +54,7 @@ class Fitted:
     request: Request | None
 
     def facts(self, adapter: Adapter) -> dict[str, Any]:
-        """For the record: of every unit where it is too, as its family says."""
+        """Data for the record. Each unit has its block, and its name within the block (`kind`)."""
         prefixes = {block: adapter.block_prefix(block) for block in range(adapter.n_blocks)}
         of = {unit.unit: next(b for b, p in prefixes.items() if unit.unit.startswith(p)) for unit in self.units}
         return {
@@ -80,8 +80,10 @@ def menu_of(recipe: Recipe) -> tuple[Scheme, ...]:
 
 
 def priced_units(adapter: Adapter, recipe: Recipe) -> dict[str, list[str]]:
-    """Unit -> its modules, of all whose width the recipe leaves open. Raises InputError where a width of the menu does
-    not suit an input, or nothing is left to choose."""
+    """Unit -> its modules, for every unit whose width the recipe leaves open.
+
+    Raises InputError if a scheme of the menu does not divide a matrix's inputs, or if no unit is left to choose for.
+    """
     found: dict[str, list[str]] = {}
     problems: dict[str, None] = {}
     menu = menu_of(recipe)
@@ -101,10 +103,12 @@ def priced_units(adapter: Adapter, recipe: Recipe) -> dict[str, list[str]]:
                 if not scheme.divides(inputs)
             }
     if not found and not problems:
-        problems["quantize_roles, schemes and keep_modules leave no module whose width could be chosen"] = None
+        problems["quantize_roles, schemes and keep_modules leave no module to choose a width for"] = None
     if problems:
         raise input_error(
-            f"the recipe {recipe.name} cannot be fitted to this model:", problems, "Name widths in fit_schemes that do."
+            f"the recipe {recipe.name} cannot be fitted to this model:",
+            problems,
+            "Change fit_schemes, quantize_roles, schemes or keep_modules.",
         )
     return found
 
@@ -112,7 +116,7 @@ def priced_units(adapter: Adapter, recipe: Recipe) -> dict[str, list[str]]:
 def bytes_of_units(
     model: Model, units: dict[str, list[str]], menu: Iterable[Scheme]
 ) -> dict[tuple[str, Scheme | None], int]:
-    """(unit, width) -> bytes of its tensors; None: as the source has them."""
+    """(unit, width) -> bytes of the unit's tensors. Width None keeps them as they are in the source."""
     entries = {entry.name: entry for entry in entries_of(model)}
     widths: list[Scheme | None] = [*menu, None]
     return {
@@ -123,7 +127,7 @@ def bytes_of_units(
 
 
 def request_of(recipe: Recipe) -> tuple[Request, Card] | None:
-    """What the recipe asks of a card, and the card. Raises InputError for one that is not known."""
+    """The recipe's request and its card; None if the recipe names no card. Raises InputError for an unknown card."""
     served = recipe.card
     if served.gpu is None:
         return None
@@ -141,7 +145,7 @@ def request_of(recipe: Recipe) -> tuple[Request, Card] | None:
 
 
 def resolved(recipe: Recipe, modules: dict[str, list[str]], widths: dict[str, Scheme | None]) -> Recipe:
-    """The recipe with the width of every unit written down: any reader of a recipe then knows what was chosen."""
+    """The recipe with every unit's width in `schemes`, so that any reader of a recipe sees the choice."""
     said: dict[str, str] = {}
     for unit, names in modules.items():
         words = KEEP if widths[unit] is None else str(widths[unit])
@@ -153,9 +157,9 @@ def resolved(recipe: Recipe, modules: dict[str, list[str]], widths: dict[str, Sc
 
 
 def fit_to(model: Model, recipe: Recipe, prices: Prices, budget_bytes: int | None = None) -> Fitted:
-    """The best choice within the recipe's budget, or within `budget_bytes` of files.
+    """The best choice within `budget_bytes` of files, or within the recipe's budget if that is None.
 
-    Raises FitError with the least that can be had.
+    Raises FitError, which states the smallest possible size, or InputError if nothing needs to be quantized.
     """
     modules = priced_units(model.adapter, recipe)
     allowed = [*menu_of(recipe), *([None] if KEEP in recipe.fit.fit_schemes else [])]
@@ -166,8 +170,8 @@ def fit_to(model: Model, recipe: Recipe, prices: Prices, budget_bytes: int | Non
     least = [min(unit.widths, key=lambda width: width.bytes) for unit in local]
     smallest = meter.taken(_resolved_to(recipe, modules, local, least))
     room = budget - (smallest - sum(width.bytes for width in least))
-    # Headers grow and shrink with the shapes in them, and cards round up what is cut: what a choice takes too much is
-    # taken off the room.
+    # The sum over units is not exact: header sizes depend on the shapes in them, and a tensor cut over cards rounds up.
+    # Shrink the room by each choice's excess until one fits.
     while True:
         room = max(room, sum(width.bytes for width in least))
         widths = allocate(local, room, gain).widths
@@ -183,13 +187,13 @@ def fit_to(model: Model, recipe: Recipe, prices: Prices, budget_bytes: int | Non
 
 
 def refuse_unmeetable(model: Model, recipe: Recipe) -> None:
-    """What fit_to would refuse whatever the prices are, before they are measured. Raises InputError or FitError."""
+    """Raise fit_to's errors that do not depend on prices, before any are measured: InputError or FitError."""
     _met(model, recipe, None)
 
 
 @dataclass(frozen=True)
 class _Meter:
-    """How a budget is measured: in bytes of files, or on each card."""
+    """Counts bytes against the budget: bytes of files if `request` is None, else bytes on each card."""
 
     model: Model
     request: Request | None
@@ -199,15 +203,17 @@ class _Meter:
         return {entry.name: entry for entry in entries_of(self.model)}
 
     def taken(self, recipe: Recipe) -> int:
-        """Bytes that a fitted recipe takes of the budget."""
+        """Bytes of the budget that a fitted recipe uses."""
         if self.request is None:
             return plan_for(self.model, recipe).emitted_bytes
         made = recipe_candidate(self.model, tuple(self.entries.values()), recipe)
         return made.weights.on_card(self.request.tensor_parallel, self.request.vision)
 
     def seen(self, unit: UnitPrices, modules: list[str]) -> UnitPrices:
-        """The unit with the bytes of its widths as the budget counts them: on several cards a module is cut, by whole
-        KV heads, or not."""
+        """The unit with each width's bytes as the budget counts them.
+
+        Over several cards a module is split, split by whole KV heads, or copied to each.
+        """
         request = self.request
         if request is None:
             return unit
@@ -221,23 +227,26 @@ class _Meter:
 
 
 def _met(model: Model, recipe: Recipe, budget_bytes: int | None) -> tuple[_Meter, int]:
-    """How the budget is measured, and the budget. Raises FitError where nothing meets it, InputError for widths that
-    cannot be cut over the cards."""
+    """The meter, and the budget in bytes.
+
+    Raises FitError if no choice meets the budget. Raises InputError if a width cannot be split over the cards, or if
+    nothing needs to be quantized.
+    """
     modules, menu = priced_units(model.adapter, recipe), menu_of(recipe)
     sizes = bytes_of_units(model, modules, menu)
     allowed = [*menu, *([None] if KEEP in recipe.fit.fit_schemes else [])]
     least = resolved(recipe, modules, {unit: min(allowed, key=lambda s: sizes[unit, s]) for unit in modules})
     asked = request_of(recipe) if budget_bytes is None and recipe.fit.budget_gb is None else None
     if asked is None:
-        assert budget_bytes is not None or recipe.fit.budget_gb is not None, "a recipe that is fitted has a budget"
+        assert budget_bytes is not None or recipe.fit.budget_gb is not None, "a fitted recipe has a budget"
         budget = round((recipe.fit.budget_gb or 0) * GB) if budget_bytes is None else budget_bytes
         meter = _Meter(model, None)
         smallest = meter.taken(least)
         if smallest > budget:
             raise FitError(
-                f"{budget:,} bytes ({budget / GB:.4g} GB) cannot be met: the smallest checkpoint that {recipe.name} "
-                f"can make of {model.name} has {smallest:,} bytes ({smallest / GB:.4g} GB). Below four bits a weight "
-                "nothing is offered: take a smaller model, or more cards. Nothing was written"
+                f"{budget:,} bytes ({budget / GB:.4g} GB) are too few: the smallest checkpoint that {recipe.name} "
+                f"can make of {model.name} has {smallest:,} bytes ({smallest / GB:.4g} GB). onecard has no width below "
+                "four bits a weight: take a smaller model, or more cards. Nothing was written"
             )
         kept = smallest + sum(sizes[unit, None] - min(sizes[unit, s] for s in allowed) for unit in modules)
         _refuse_needless(model, recipe, modules, kept, budget)
@@ -262,9 +271,9 @@ def _met(model: Model, recipe: Recipe, budget_bytes: int | None) -> tuple[_Meter
     if smallest > budget:
         raise FitError(
             f"{recipe.card.gpu} leaves {budget / GB:.2f} GB for weights beside {request.context:,} tokens of context x "
-            f"{request.sequences}, and the smallest checkpoint that {recipe.name} can make of {model.name} takes "
-            f"{smallest / GB:.2f} GB there: a shorter context, fewer sequences, an fp8 cache, or more cards "
-            "(`onecard plan` says which). Nothing was written"
+            f"{request.sequences}. The smallest checkpoint that {recipe.name} can make of {model.name} takes "
+            f"{smallest / GB:.2f} GB there. Choose a shorter context, fewer sequences, an fp8 cache, or more cards: "
+            "`onecard plan` says which would fit. Nothing was written"
         )
     dense = recipe_candidate(model, tuple(meter.entries.values()), least).dense
     _refuse_needless(model, recipe, modules, dense.on_card(request.tensor_parallel, request.vision), budget)
@@ -272,15 +281,15 @@ def _met(model: Model, recipe: Recipe, budget_bytes: int | None) -> tuple[_Meter
 
 
 def _refuse_needless(model: Model, recipe: Recipe, modules: dict[str, list[str]], kept_bytes: int, budget: int) -> None:
-    """Raises InputError where the best choice is to quantize nothing at all."""
+    """Raises InputError if all open units fit unquantized and the recipe quantizes nothing else."""
     if KEEP not in recipe.fit.fit_schemes or kept_bytes > budget:
         return
     try:
         schemes_of(model.adapter, resolved(recipe, modules, dict.fromkeys(modules)))
     except InputError:
         raise InputError(
-            f"{model.name} has {kept_bytes / GB:.4g} GB as it is, and there is room for {budget / GB:.4g} GB: nothing "
-            f"needs to be quantized. A smaller budget, or fit_schemes without '{KEEP}', quantizes all the same"
+            f"{model.name} takes {kept_bytes / GB:.4g} GB as it is, and the budget is {budget / GB:.4g} GB: nothing "
+            f"needs to be quantized. To quantize it anyway, lower the budget or remove '{KEEP}' from fit_schemes"
         ) from None
 
 
@@ -291,7 +300,10 @@ def _resolved_to(
 
 
 def price_model(walk: Walk, model: Model, recipe: Recipe, rows: list[Row], folder: Path) -> Prices:
-    """Prices of all units that the recipe leaves open. Raises ResourceError where the disk cannot hold the streams."""
+    """Measure the prices of every unit whose width the recipe leaves open; `folder` holds the pass's state.
+
+    Raises ResourceError if the disk cannot hold the streams.
+    """
     units, menu = priced_units(model.adapter, recipe), menu_of(recipe)
     if not is_begun(folder):
         read_by_variants, others = priced_rows(rows, recipe)
@@ -309,7 +321,10 @@ def save_prices(path: Path, prices: Prices, model: Model, recipe: Recipe, rows: 
 
 
 def load_prices(path: Path, model: Model, recipe: Recipe, rows: list[Row], compute: Compute) -> Prices:
-    """Prices that were taken before. Raises InputError for a file that is not one, or is of something else."""
+    """Read prices that save_prices wrote.
+
+    Raises InputError if the file holds no prices, or prices of another model, recipe, texts or compute type.
+    """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         old, prices = {str(k): str(v) for k, v in data["identity"].items()}, Prices.from_facts(data["prices"])
@@ -318,13 +333,15 @@ def load_prices(path: Path, model: Model, recipe: Recipe, rows: list[Row], compu
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{path} holds no prices: `onecard pareto MODEL --prices FILE` writes them") from None
     new = identity_of(model, recipe, rows, compute)
-    refuse_changed(old, new, f"the prices {path} are of something else:", "Take them anew, in another file.")
+    refuse_changed(old, new, f"the prices {path} do not belong to this run:", "Measure new ones into another file.")
     return prices
 
 
 def on_its_card(model: Model, recipe: Recipe) -> dict[str, Any]:
-    """How the recipe's checkpoint does on the card that it names, for the record; empty without one, or before its
-    widths are chosen. Raises FitError where it does not fit."""
+    """Sizing facts of the recipe's checkpoint on the recipe's card, for the record.
+
+    Empty if the recipe names no card or its widths are not chosen yet. Raises FitError if the checkpoint does not fit.
+    """
     asked = request_of(recipe)
     if asked is None or recipe.widths.bits == "fit":
         return {}

@@ -1,5 +1,8 @@
-"""`onecard pareto`: predicted KL against bytes, before anything is quantized: the best choice for each of many budgets,
-and beside that curve the choices that people make without prices."""
+"""`onecard pareto`: predicted KL against bytes, before anything is quantized.
+
+A curve gives the best choice for each of many budgets. Named points beside it are uniform widths and rules of thumb:
+the choices that people make without prices.
+"""
 
 import tempfile
 from dataclasses import dataclass, replace
@@ -36,15 +39,16 @@ from .prices import Priced
 from .pricing import Prices, priced_rows
 from .schedule import pricing_schedule
 
-# Budgets of the curve, from the least to all kept, in steps that grow: KL falls fastest at the low end.
+# Number of budgets on the curve, from the smallest choice to the largest. Steps grow, since KL falls fastest at the low
+# end.
 CURVE_POINTS = 33
-# What people quantize least when they have bytes to spare (llama.cpp's and Unsloth's files do).
+# Roles that rules of thumb give more bits when bytes are to spare, as llama.cpp's and Unsloth's files do.
 FIRST = (Role.ATTENTION.value, Role.SHARED.value)
 
 
 @dataclass(frozen=True)
 class Point:
-    """A choice of widths by name; bytes of its safetensors files, to the header's last few."""
+    """A named choice of widths. `bytes`: size of its safetensors files, exact but for a few bytes of headers."""
 
     name: str
     bytes: int
@@ -53,8 +57,8 @@ class Point:
 
 @dataclass(frozen=True)
 class Pareto:
-    """`named`: uniform widths and rules of thumb; `curve`: the best choice for each budget; `asked`: for the recipe's
-    own budget, if it has one."""
+    """`named`: uniform widths and rules of thumb. `curve`: the best choice for each budget. `asked`: the best for the
+    recipe's own budget, if it has one."""
 
     model: str
     recipe: str
@@ -65,7 +69,7 @@ class Pareto:
     prices: Prices
 
     def facts(self) -> dict[str, Any]:
-        """For scripts."""
+        """As data for JSON, for scripts and report/pareto_card.py."""
 
         def said(point: Point) -> dict[str, Any]:
             bits = point.bytes * 8 / self.parameters
@@ -89,8 +93,11 @@ class Pareto:
 
 
 def rules_of_thumb(menu: tuple[Scheme, ...]) -> dict[str, tuple[Scheme, Scheme]]:
-    """Name -> the widths of attention and shared experts, and of the rest: one for all, and the finest integers for the
-    first beside each narrower width."""
+    """Name -> (width of attention and shared experts, width of the rest).
+
+    Each width of the menu once for all units, then the widest for attention and shared experts with each narrower one
+    for the rest.
+    """
     finest = max(menu, key=lambda scheme: scheme.bits)
     narrower = [scheme for scheme in menu if scheme.bits < finest.bits]
     rules = {f"all {scheme}": (scheme, scheme) for scheme in menu}
@@ -107,19 +114,22 @@ def pareto(
     console: Console | None = None,
     quiet: bool = False,
 ) -> Pareto:
-    """Prices (read from `prices_file` if it is there, else measured and written to it), and what they buy."""
+    """Read the prices from `prices_file`, or measure them and write them there; then draw the curve from them.
+
+    Raises InputError for a model, recipe, texts or prices that cannot be used, FitError for a budget that is too small.
+    """
     compute = choose_compute(device_name, recipe.compute_dtype, recipe.batch_tokens)
     model = open_source(model_name)
-    priced_units(model.adapter, recipe)  # refuses at once what could not be chosen
+    priced_units(model.adapter, recipe)  # raises early if there is no width to choose
     if recipe.widths.bits == "fit":
         refuse_unmeetable(model, recipe)
     rows = prepare_texts(model, recipe, calibration, None, needs_calibration=True).calibration
-    priced_rows(rows, recipe)  # refuses too few
+    priced_rows(rows, recipe)  # raises if there are too few rows
     if prices_file is not None and prices_file.exists():
         prices = load_prices(prices_file, model, recipe, rows, compute)
     else:
         with (
-            # Beside the prices, which the user has put where there is room, and not in a small /tmp.
+            # Beside the prices file, where the user has room: /tmp may be small.
             tempfile.TemporaryDirectory(
                 prefix=".onecard-prices-", dir=prices_file.absolute().parent if prices_file is not None else None
             ) as folder,
@@ -135,7 +145,7 @@ def pareto(
 
 
 def drawn_from(model: Model, recipe: Recipe, prices: Prices) -> Pareto:
-    """The curve and the named points of these prices."""
+    """The curve and the named points that these prices predict."""
     menu, gain = menu_of(recipe), GAINS[recipe.quantizer.method]
     keeps = KEEP in recipe.fit.fit_schemes
     units = [replace(u, widths=tuple(w for w in u.widths if keeps or w.scheme is not None)) for u in prices.held]

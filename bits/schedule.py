@@ -1,4 +1,4 @@
-"""What the pricing pass of `bits: fit` will do, for the ETA: its blocks and its head, with the seconds of the plan."""
+"""The stages of the pricing pass of `bits: fit`, for the ETA: each block and the head, with the plan's seconds."""
 
 from ..core.device import Compute
 from ..core.rates import Rates
@@ -14,7 +14,10 @@ IN_A_BLOCK = ("price: streams", "price: statistics", "price: round")
 
 
 def pricing_schedule(adapter: Adapter, recipe: Recipe, rows: list[Row], compute: Compute, rates: Rates) -> Schedule:
-    """`rows`: the calibration rows. Streams begin at every block, so each block takes longer than the one before."""
+    """The expected stages. `rows` are the calibration rows.
+
+    Every block adds streams, so each block takes longer than the one before.
+    """
     tokens, others = (sum(len(row.tokens) for row in part) for part in priced_rows(rows, recipe))
     units, widths = list(priced_units(adapter, recipe)), len(menu_of(recipe))
     cost = pricing_cost(adapter, units, widths, tokens, others, compute.dtype.itemsize, rates)

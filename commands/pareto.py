@@ -1,4 +1,4 @@
-"""`onecard pareto`: what each budget of bytes buys, from prices that are measured once."""
+"""`onecard pareto`: the best predicted KL for each size, from prices that are measured once."""
 
 import json
 from pathlib import Path
@@ -8,24 +8,24 @@ import click
 from .options import budget_option, device_option, model_argument, recipe_option, texts_option
 from .shared import make_console, print_line, verb
 
-PRICES_HELP = "Where the measured prices are kept: read if it is there, else written."
+PRICES_HELP = "File of measured prices. Read if it exists, else measured and written."
 
 
 @click.command()
 @model_argument()
 @recipe_option(required=True)
 @click.option("--prices", type=click.Path(path_type=Path), help=PRICES_HELP)
-@budget_option("Mark the best choice within so many GB.")
+@budget_option("Mark the best choice within this many GB.")
 @texts_option("calibration")
 @device_option()
 @verb
 def pareto(
     model: str, recipe: str, prices: Path | None, budget_gb: float | None, calibration: Path | None, device: str
 ) -> None:
-    """Draw predicted KL against bytes for MODEL: the best widths for every size, uniform ones and rules of thumb.
+    """Draw predicted KL against bytes for MODEL: the best widths for each size, uniform widths and rules of thumb.
 
-    Every unit (what an engine fuses: the experts of a layer, q/k/v, ...) is rounded alone to each width, and its KL
-    measured at the head, in one pass over the model. `quantize --prices FILE` uses the same prices for `bits: fit`.
+    A unit is what an engine fuses: the experts of a layer, q/k/v, ... One pass over the model rounds each unit alone to
+    each width, and measures the KL at the head. `quantize --prices FILE` uses the same prices for `bits: fit`.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""`onecard plan`: will it fit, and what does quantizing emit and take; before any weight is read."""
+"""`onecard plan`: whether a model fits a card, and what quantizing emits and costs. It reads no weights."""
 
 import json
 from dataclasses import replace
@@ -8,32 +8,34 @@ import click
 from .options import device_option, gpu_option, model_argument, recipe_option
 from .shared import make_console, print_line, verb
 
-GPU_HELP = "The card, e.g. h100-80gb, or several of a kind, 2xl40s; without it all cards are tabled."
-KV_HELP = "What the cache is kept in. [default: bf16; llama.cpp has q8_0 too]"
-BATCH_HELP = "Tokens of one pass while prompts are read (vLLM's --max-num-batched-tokens). [default: the engine's]"
-LOCAL_HELP = "Sliding and chunked layers keep every token, as without vLLM's hybrid KV cache manager."
-SHARE_HELP = "Share of the card that the engine takes. [default: vllm 0.9, others 1]"
+GPU_HELP = "The card, e.g. h100-80gb, or several of one kind, e.g. 2xl40s. Without it, a table of all cards."
+KV_HELP = "Data type of the KV cache; q8_0 is for llama.cpp. [default: bf16]"
+BATCH_HELP = "Prompt tokens in one forward pass (vLLM's --max-num-batched-tokens). [default: the engine's]"
+LOCAL_HELP = "Cache every token in sliding and chunked layers too, as vLLM does without its hybrid KV cache manager."
+SHARE_HELP = "Share of the card's memory that the engine may use. [default: vllm 0.9, others 1]"
 
 
 @click.command()
 @model_argument()
-@recipe_option(more="[default: whichever shipped one keeps most and fits]")
+@recipe_option(more="[default: the shipped recipe that keeps most and still fits]")
 @gpu_option(GPU_HELP)
-@click.option("--context", type=click.IntRange(1), help="Tokens of each sequence. [default: the recipe's, or 32768]")
-@click.option("--sequences", type=click.IntRange(1), help="Sequences at once. [default: the recipe's, or 1]")
+@click.option("--context", type=click.IntRange(1), help="Tokens per sequence. [default: the recipe's, or 32768]")
+@click.option("--sequences", type=click.IntRange(1), help="Concurrent sequences. [default: the recipe's, or 1]")
 @click.option("--kv-dtype", type=click.Choice(["bf16", "fp8", "q8_0"]), help=KV_HELP)
 @click.option("--engine", type=click.Choice(["vllm", "transformers", "llama.cpp"]), help="[default: vllm]")
 @click.option("--tensor-parallel", type=click.IntRange(1), help="Cards that share the model. [default: those of --gpu]")
 @click.option("--no-vision", is_flag=True, help="Plan without the vision tower.")
-@click.option("--images", default=0, show_default=True, type=click.IntRange(0), help="Images of one request.")
+@click.option("--images", default=0, show_default=True, type=click.IntRange(0), help="Images per request.")
 @click.option("--batch-tokens", type=click.IntRange(16), help=BATCH_HELP)
 @click.option("--memory-share", type=click.FloatRange(0, 1, min_open=True), help=SHARE_HELP)
 @click.option("--keep-local", is_flag=True, help=LOCAL_HELP)
 @click.option("--plot", is_flag=True, help="Draw memory against context for each recipe.")
 @click.option("--tensors", is_flag=True, help="List every tensor that the recipe will emit.")
-@click.option("--measure", is_flag=True, help="Measure this machine for half a minute, and keep its rates for later.")
-@click.option("--json", "only_json", is_flag=True, help="The JSON line alone, without the card.")
-@device_option("Where it would be quantized:")
+@click.option(
+    "--measure", is_flag=True, help="Measure this machine's rates for half a minute, and keep them for later plans."
+)
+@click.option("--json", "only_json", is_flag=True, help="Print the JSON line only, without the card.")
+@device_option("Device that would quantize:")
 @verb
 def plan(
     model: str,
@@ -57,7 +59,7 @@ def plan(
 ) -> None:
     """Say whether MODEL fits a card with the context that you need, and what would make it fit; reads no weights.
 
-    MODEL is an original (what recipes would emit of it is planned) or a finished checkpoint. With --recipe also: what
+    MODEL is a finished checkpoint, or an original, for which the output of recipes is planned. --recipe adds what
     quantizing emits, to the byte, and what it takes. Exit code 3: it does not fit.
 
     \b
@@ -98,7 +100,7 @@ def plan(
     facts = found.sizing.facts()
     if not only_json:
         if found.quantizing is not None:
-            # What the memory's card says is not said twice.
+            # The fit card below prints its own warnings: do not print them twice.
             own = [warning for warning in found.quantizing.warnings if warning not in facts["fit_warnings"]]
             draw_plan(replace(found.quantizing, warnings=own), tensors, console)
         draw_fit(facts, console)

@@ -1,4 +1,4 @@
-"""`onecard pareto`, drawn for people at 80 columns: a curve of predicted KL against bytes, named points beside it."""
+"""The terminal card of `onecard pareto`, 80 columns wide: a curve of predicted KL against bytes, with named points."""
 
 from collections.abc import Mapping
 from math import log10
@@ -14,15 +14,15 @@ from ..core.units import size
 
 ROWS, COLUMNS = 14, 62
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-# Points of the curve that stand in the table: enough to choose a budget by.
+# The table lists about this many points of the curve: enough to choose a budget.
 IN_TABLE = 6
-# The picture's axis ends at this share of the largest KL: what costs next to nothing would take most of its height.
+# The KL axis ends at this share of the largest KL. Otherwise points that cost almost nothing take most of its height.
 SHOWN_DOWN_TO = 1e-3
 WIDEST = 80
 
 
 def draw_pareto(facts: Mapping[str, Any], console: Console) -> None:
-    """`facts`: of pareto.Pareto.facts()."""
+    """Print the card. `facts` comes from bits.pareto.Pareto.facts()."""
     named, curve = facts["named"], [point for point in facts["curve"] if point["predicted_kl_nats"] > 0]
     asked = facts["asked"]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
@@ -48,13 +48,13 @@ def draw_pareto(facts: Mapping[str, Any], console: Console) -> None:
         style="dim",
     )
     parts: list[Any] = [_picture(curve, named, asked), table, note] if curve else [table, note]
-    # A path as long as a title may be does not widen the card.
+    # A long path in the title must not widen the card.
     panel = Panel(Group(*parts), title=f"onecard pareto {facts['model']}", box=box.ROUNDED, expand=False)
     console.print(panel, width=min(WIDEST, console.width))
 
 
 def _picture(curve: list[Any], named: list[Any], asked: Mapping[str, Any] | None) -> Text:
-    """KL on a logarithmic axis, since it spans orders of magnitude."""
+    """The plot. Its KL axis is logarithmic, since KL spans orders of magnitude."""
     floor = SHOWN_DOWN_TO * max(p["predicted_kl_nats"] for p in [*curve, *named])
     shown = [point for point in [*curve, *named] if point["predicted_kl_nats"] >= floor]
     left, right = min(p["bytes"] for p in shown), max(p["bytes"] for p in shown)

@@ -71,7 +71,7 @@ def test_a_card_that_is_too_small(hollow: Callable[[str], Model]) -> None:
     model = hollow(SCOUT)
     recipe = card_recipe()
     prices = made_up(model, recipe)
-    with pytest.raises(FitError, match=r"rtx-4090 leaves .* GB there: a shorter context"):
+    with pytest.raises(FitError, match=r"rtx-4090 leaves .* GB there\. Choose a shorter context"):
         fit_to(model, recipe.changed(gpu="rtx-4090"), prices)
 
 
