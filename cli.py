@@ -21,8 +21,11 @@ from .commands.quantize import quantize
 from .commands.report import report
 from .commands.verify import flips, verify
 
+# A verb has them without the group too: click keeps the help option of the first context that asks for it.
+HELP_NAMES = ["-h", "--help"]
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+
+@click.group(context_settings={"help_option_names": HELP_NAMES, "max_content_width": 110})
 @click.version_option(__version__, prog_name="onecard")
 def main() -> None:
     """Pack a mixture-of-experts model onto one GPU: Int4 experts, measured against the bf16 model.
@@ -55,4 +58,5 @@ VERBS = {
 }
 for command, line in VERBS.items():
     command.short_help = line
+    command.context_settings["help_option_names"] = HELP_NAMES
     main.add_command(command)

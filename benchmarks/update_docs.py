@@ -224,7 +224,9 @@ def commands_of(group: click.Group, path: str) -> Iterator[tuple[str, click.Comm
 
 
 def help_of(name: str, command: click.Command) -> str:
-    shown = command.get_help(click.Context(command, info_name=name, terminal_width=100, max_content_width=100))
+    shown = command.get_help(
+        command.make_context(name, [], resilient_parsing=True, terminal_width=100, max_content_width=100)
+    )
     return "\n".join(f"    {line}".rstrip() for line in shown.splitlines() if "--help" not in line)
 
 

@@ -189,7 +189,7 @@ def test_texts_scored_whole_are_cut_into_windows(
         walked.update(zip(requests, scores, strict=True))
         return scores
 
-    reference = twin_lm.Twin(pair.encoder, walk, window_tokens=6).reference
+    reference = twin_lm.TwinModels(pair.encoder, walk, window_tokens=6).reference
     text = "abcdefghijklm"
     found = reference.loglikelihood_rolling([SimpleNamespace(args=(text,)), SimpleNamespace(args=("ab",))])
     assert sum(len(request.continuation) for request in walked) == len(text) + 2
