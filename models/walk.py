@@ -104,8 +104,9 @@ class Walk:
         """Block `index` on the device, read expert by expert.
 
         Weights take the walk's dtype, but the router is fp32: its logits are never rounded, whatever the rows are. (In
-        bf16 transformers rounds them, which sends tokens near a tie elsewhere: that is left out.) Expert stacks stay in the checkpoint's dtype where that is narrower, and each
-        expert is widened when it is used: an fp32 walk over a bf16 model then needs half the memory.
+        bf16 transformers rounds them, which sends tokens near a tie elsewhere: that is left out.) Expert stacks stay in
+        the checkpoint's dtype where that is narrower, and each expert is widened when it is used: an fp32 walk over a
+        bf16 model then needs half the memory.
         """
         block = Block(self.adapter, index, self.adapter.build_block(index), self.calls)
         layer, experts, prefix = block.layer, find_experts(block.layer), self.adapter.block_prefix(index)
