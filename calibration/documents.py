@@ -8,12 +8,12 @@ The object is {"text": ...} or {"messages": [...]}. A message's content is a str
 import base64
 import binascii
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import input_error
+from ..core.json_text import json_text
 
 # The path of an image file, or its bytes.
 Picture = Path | bytes
@@ -44,7 +44,7 @@ class Document:
 
     def _digest(self, content: Any) -> str:
         sha = hashlib.sha256()
-        sha.update(json.dumps(content, sort_keys=True, ensure_ascii=False).encode())
+        sha.update(json_text(content, sort_keys=True, ensure_ascii=False).encode())
         for picture in self.images:
             content = picture if isinstance(picture, bytes) else picture.read_bytes()
             sha.update(hashlib.sha256(content).digest())

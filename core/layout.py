@@ -5,13 +5,13 @@ header's length depends on the order in which the library lays tensors out (fall
 is repeated here, and a test compares the sizes with files that the library wrote.
 """
 
-import json
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol
 
+from .json_text import json_text
 from .tensors import TORCH_DTYPES
 
 # The safetensors library's order of dtypes (its Dtype enumeration).
@@ -24,6 +24,7 @@ _RANK = {
             "I8",
             "F8_E5M2",
             "F8_E4M3",
+            "F8_E8M0",
             "I16",
             "U16",
             "F16",
@@ -79,7 +80,7 @@ def index_json(shards: Iterable[ShardPlan]) -> dict[str, Any]:
 
 def json_bytes(value: Any) -> bytes:
     """How every JSON file of a checkpoint is written."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json_text(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def in_file_order(tensors: Iterable[StoredTensor]) -> list[StoredTensor]:
@@ -98,7 +99,7 @@ def file_header(tensors: Iterable[StoredTensor]) -> bytes:
             "data_offsets": [offset, offset + tensor.nbytes],
         }
         offset += tensor.nbytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = json_text(header, separators=(",", ":"), ensure_ascii=False).encode()
     text = text.ljust((len(text) + 7) // 8 * 8)
     return struct.pack("<Q", len(text)) + text
 

@@ -41,9 +41,9 @@ class Llama4Moe(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x_TH = hidden.reshape(-1, hidden.shape[-1])
-        logits_TE = nn.functional.linear(x_TH, self.router.weight)
+        logits_TE = nn.functional.linear(x_TH.float(), self.router.weight)  # fp32: see Walk.load
         top, experts_TK = torch.topk(logits_TE, self.top_k, dim=-1)
-        scores_TK = torch.sigmoid(top.float()).to(x_TH.dtype)
+        scores_TK = torch.sigmoid(top).to(x_TH.dtype)
         return self.shared_expert(x_TH) + self.experts(x_TH, experts_TK, scores_TK), logits_TE
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from ..core.device import Compute
 from ..core.rows import Row, RowStore, Step, Unwatched, batches
 from ..core.tensors import TensorSource
-from .adapter import Adapter, read, stored_dtype
+from .adapter import Adapter, Role, read, stored_dtype
 from .block import Block, find_experts
 from .calls import Calls
 
@@ -104,8 +104,10 @@ class Walk:
     def load(self, index: int) -> Block:
         """Block `index` on the device, read expert by expert.
 
-        Weights take the walk's dtype. Expert stacks stay in the checkpoint's dtype where that is narrower, and each
-        expert is widened when it is used: an fp32 walk over a bf16 model then needs half the memory.
+        Weights take the walk's dtype, but the router is fp32: its logits are never rounded, whatever the rows are. (In
+        bf16 transformers rounds them, which sends tokens near a tie elsewhere: that is left out.) Expert stacks stay in
+        the checkpoint's dtype where that is narrower, and each expert is widened when it is used: an fp32 walk over a
+        bf16 model then needs half the memory.
         """
         block = Block(self.adapter, index, self.adapter.build_block(index), self.calls)
         layer, experts, prefix = block.layer, find_experts(block.layer), self.adapter.block_prefix(index)
@@ -115,7 +117,8 @@ class Walk:
             if id(parameter) in of_experts:
                 value = torch.empty(parameter.shape, device=self.device, dtype=self._expert_dtype(index))
             else:
-                value = self.read(prefix + name).to(self.device, self.compute.dtype)
+                is_router = self.adapter.role(prefix + name) is Role.ROUTER
+                value = self.read(prefix + name).to(self.device, torch.float32 if is_router else self.compute.dtype)
             setattr(layer.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
         # Stored buffers (the bias that a router ranks with) keep their dtype.
         for name in layer.state_dict().keys() - dict(layer.named_parameters()).keys():
