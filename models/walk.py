@@ -8,7 +8,7 @@ batch have one length.
 Shape legend: N rows, T tokens a row, H hidden size.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -70,8 +70,9 @@ class Walk:
         return cls(adapter=adapter, source=source, compute=compute, step=step or Unwatched(), calls=calls)
 
     def beside(self, adapter: Adapter, source: TensorSource) -> "Walk":
-        """The walk over another checkpoint of the same model. Its layers are called with the same arguments."""
-        return replace(self, adapter=adapter, source=source)
+        """The walk over another checkpoint of the same model, on the same device. Its layers are called with what its
+        own config.json makes of a row's length."""
+        return Walk.over(adapter, source, self.compute, self.step)
 
     @property
     def device(self) -> torch.device:
