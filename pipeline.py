@@ -148,7 +148,7 @@ def _identity(model: Model, recipe: Recipe, texts: RunTexts, compute: Compute) -
         "tokenizer and other files beside the weights": side_files_digest(model.path),
         # Another card has other kernels, and memory for other batches.
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "compute dtype": str(compute.dtype).removeprefix("torch."),
+        "compute dtype": compute.dtype_name,
         # Sums over another number of threads round differently.
         "threads (OMP_NUM_THREADS)": str(torch.get_num_threads()),
     }

@@ -194,7 +194,7 @@ def copy_rest(job: StageJob) -> None:
     outside = [shard for shard in job.run.plan.pieces if shard.part == job.run.adapter.n_blocks]
     writer = ShardWriter(outside, job.shards)
     for name in writer.names():
-        writer.put(name, job.run.model.source.get(name))
+        writer.put(name, job.walk.read(name))
 
 
 def move(job: StageJob) -> None:

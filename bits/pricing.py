@@ -139,7 +139,7 @@ def identity_of(model: Model, recipe: Recipe, rows: list[Row], compute: Compute)
         "token weighting": _weighting(recipe),
         "widths": ", ".join(words for words in recipe.fit.fit_schemes if words != KEEP),
         "device": compute.device.type,
-        "compute dtype": str(compute.dtype).removeprefix("torch."),
+        "compute dtype": compute.dtype_name,
         **{f"recipe's {key}": str(flat[key]) for key in fields},
     }
 

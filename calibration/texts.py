@@ -20,9 +20,9 @@ from ..models.known import demo_folder
 from ..recipe import Recipe
 from .columns import Columns
 from .documents import Document, refuse_shared
-from .packing import RowLayout, distinct, document_rows, mixed, pack
+from .packing import RowLayout, document_heads, document_rows, mixed, pack
 from .sources import SUFFIXES, ReadLimit, Source, SourceDocuments, read_source, split_by_digest
-from .text_facts import Gathered, facts_of, left_out_warnings, short_share_warnings
+from .text_facts import Gathered, facts_of, left_out_warnings, repeated_warnings, short_share_warnings
 from .tokens import Encoder
 
 # The user's own evaluation texts get a warning when less than this share of their tokens is evaluated.
@@ -181,14 +181,13 @@ def prepare_texts(
     theirs = sources_of(recipe.texts.evaluation, "evaluation", evaluation, recipe.folder)
     evaluated = gather(recipe, theirs, ours, encoder, evaluated=True)
     rows = [row for part in evaluated for row in part.rows]
-    unlike = distinct(rows)
-    used = document_rows(unlike, recipe.texts.evaluation_row_tokens, recipe.texts.evaluation_rows)
+    row_tokens = recipe.texts.evaluation_row_tokens
+    used = document_rows(rows, row_tokens, recipe.texts.evaluation_rows)
     facts = {"evaluation": facts_of(evaluated, used)}
     warnings = left_out_warnings(evaluated, "evaluation")
     if evaluation is not None:
         warnings += _unused_warnings(recipe, evaluation.name, facts["evaluation"])
-    if len(unlike) < len(rows):
-        warnings.append(f"{len(rows) - len(unlike)} of the evaluation texts repeat others and are left out")
+    warnings += repeated_warnings(document_heads(rows, row_tokens), used, row_tokens)
     if calibration is not None and not calibration.exists():
         # Refused even where the method needs no calibration: the name is mistyped.
         raise InputError(f"the texts {calibration} do not exist")

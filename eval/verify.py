@@ -61,14 +61,17 @@ WITHOUT_VISION = "{name} has no vision tower: no text with a picture is evaluate
 
 @dataclass(frozen=True)
 class Measured:
-    """The record's `kl`, `errors` and `flips`, each None if it was not asked for, and warnings for the user."""
+    """The record's `kl`, `errors` and `flips`, each None if it was not asked for, the dtype that they were computed in,
+    and warnings for the user."""
 
+    compute_dtype: str
     kl: KlSummary | None
     errors: ErrorSummary | None
     flips: FlipSummary | None
     warnings: list[str]
 
     def put_into(self, record: Record) -> None:
+        record.compute_dtype = self.compute_dtype
         record.kl, record.errors, record.flips = self.kl, self.errors, self.flips
         record.warnings += self.warnings
 
@@ -120,7 +123,7 @@ def measure(
     if twin.answers is not None:
         scored = iter(scores(asking, twin.answers))
         flips = flip_summary(tasks, [list(islice(scored, len(own))) for own in requests])
-    return Measured(kl, errors, flips, warnings)
+    return Measured(walk.compute.dtype_name, kl, errors, flips, warnings)
 
 
 def rows_of_experts(blocks: list[BlockFacts]) -> dict[int, list[int]]:

@@ -295,9 +295,20 @@ class Adapter(ABC):
         """The text that replaces the chat template's image marker: markers and placeholders of one tile."""
         raise AssertionError(f"{self.family} has no vision tower")
 
-    def left_aside(self, name: str) -> bool:
-        """Whether a stored tensor of the family is neither read nor emitted; `faults` says so."""
-        return False
+    @property
+    def tied_copy(self) -> str | None:
+        """The name under which a file may hold a copy of a tied head, which is the embedding; None without one."""
+        return f"{self.embedding_name.rpartition('model.')[0]}lm_head.weight" if self.tied_head else None
+
+    def left_aside(self, available: Collection[str]) -> set[str]:
+        """The stored tensors that are neither read nor emitted, since they say nothing that the others do not: a copy
+        of a tied head (checkpoint/source_checks.py compares it), and frequencies that follow from config.json. What a
+        family adds to them, `aside_warnings` tells."""
+        return {name for name in available if name == self.tied_copy or name.endswith(".rotary_emb.inv_freq")}
+
+    def aside_warnings(self, available: Collection[str]) -> list[str]:
+        """What a measurement and the result lack because of `left_aside`, as far as config.json does not say it."""
+        return []
 
     @staticmethod
     def mended(raw_config: dict[str, Any]) -> dict[str, Any]:

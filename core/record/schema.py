@@ -171,6 +171,8 @@ class Record(BaseModel):
     fallbacks: dict[str, int] = Field(default_factory=dict)
     warnings: list[str] = []
     checkpoint: CheckpointFacts | None = None
+    # The dtype that `kl`, `errors` and `flips` were computed in; unset in records of an older onecard.
+    compute_dtype: str | None = None
     kl: KlSummary | None = None
     errors: ErrorSummary | None = None
     flips: FlipSummary | None = None
@@ -188,6 +190,12 @@ class Record(BaseModel):
             return data
         return data | {key: None for key in SECTIONS if data.get(key) == {}}
 
+    @property
+    def measured_dtype(self) -> str | None:
+        """The dtype that the figures were computed in. An older record of a run says it in its identity; None where
+        nothing does."""
+        return self.compute_dtype or self.identity.get("compute dtype")
+
     def called(self, name: str) -> "Record":
         """The record with a name for its checkpoint, where it has none and there is a checkpoint."""
         if self.checkpoint is None or self.checkpoint.name is not None:
@@ -195,8 +203,9 @@ class Record(BaseModel):
         return self.model_copy(update={"checkpoint": self.checkpoint.model_copy(update={"name": name})})
 
     def to_json(self) -> dict[str, Any]:
-        """As the file holds it: every section, empty where nothing was asked for."""
-        return {name: _plain(value) for name, value in self}
+        """As the file holds it: every section, empty where nothing was asked for. A dtype that is not known is left
+        out, as older records do."""
+        return {name: _plain(value) for name, value in self if name != "compute_dtype" or value is not None}
 
 
 # What a record holds None for where the file has an empty object.
