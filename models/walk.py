@@ -16,7 +16,7 @@ from torch import nn
 from ..core.device import Compute
 from ..core.rows import Row, RowStore, Step, Unwatched, batches
 from ..core.tensors import TensorSource
-from .adapter import Adapter, Role, read, stored_dtype
+from .adapter import Adapter, Role, Site, read, scale_dtype, site_dtypes, stored_dtype
 from .block import Block, find_experts
 from .calls import Calls
 
@@ -86,6 +86,14 @@ class Walk:
         """The dtype in which the canonical tensor `name` is stored."""
         return stored_dtype(self.adapter, self.source, name)
 
+    def site_dtypes(self, site: Site) -> frozenset[torch.dtype]:
+        """The dtypes in which the weights of a site are stored."""
+        return site_dtypes(self.adapter, self.source, site)
+
+    def scale_dtype(self, site: Site) -> torch.dtype:
+        """The dtype of the scales that a site gets."""
+        return scale_dtype(self.adapter, self.source, site)
+
     def final_norm(self) -> nn.Module:
         """The norm behind the last block, loaded."""
         norm = self.adapter.text_skeleton().get_submodule("norm")
@@ -131,10 +139,11 @@ class Walk:
         return block
 
     def _expert_dtype(self, index: int) -> torch.dtype:
-        """The narrower of the dtype in which the block's experts are stored and the walk's own."""
-        name = next(name for _, name, _, _ in self.adapter.modules(index) if ".experts." in name)
-        stored, own = self.stored_dtype(f"{name}.weight"), self.compute.dtype
-        return stored if stored.itemsize < own.itemsize else own
+        """The narrower of the dtype in which the block's experts are stored and the walk's own. The walk's own if they
+        are stored in several, none of which holds the others' values."""
+        sites = [site for site in self.adapter.sites(index) if site.role is Role.EXPERT]
+        stored, own = frozenset[torch.dtype]().union(*map(self.site_dtypes, sites)), self.compute.dtype
+        return next((dtype for dtype in stored if len(stored) == 1 and dtype.itemsize < own.itemsize), own)
 
 
 @dataclass(frozen=True)
