@@ -13,6 +13,7 @@ from huggingface_hub import snapshot_download
 
 from ..core.errors import InputError, ResourceError
 from ..models.adapter import Adapter
+from ..models.config_keys import forward_fields
 from ..models.families import adapter_of, load_adapter
 from ..models.known import demo_folder, on_hub, read_config
 from .formats.fp8_read import FP8_BLOCKS
@@ -88,6 +89,7 @@ class Model:
             "digest": self.folder.digest,
             "hub": hub_origin(self.path),
             "card": source_card(self.path),
+            "config": forward_fields(self.adapter.config),
         }
 
 

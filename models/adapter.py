@@ -269,6 +269,10 @@ class Adapter(ABC):
         family's own RoPE rotates neighbours. All that belongs to a row (codes, scales, zero points) must move along."""
         return False
 
+    def otherwise_in_vllm(self) -> list[str]:
+        """The config.json keys with which vLLM computes another model than transformers does; a line each."""
+        return []
+
     def cache_layers(self) -> tuple[CacheLayer, ...]:
         """The cache of each decoder layer, in order."""
         return attention_caches(self.text_config)

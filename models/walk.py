@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..core.device import Compute
+from ..core.errors import InputError
 from ..core.rows import Row, RowStore, Step, Unwatched, batches
 from ..core.tensors import TensorSource
 from .adapter import Adapter, Role, Site, read, scale_dtype, site_dtypes, stored_dtype
@@ -48,7 +49,12 @@ class Embedder:
         for i, number in enumerate(numbers):
             if number in self.features:
                 mask = input_ids[i].eq(self.walk.adapter.image_token_id or 0)
-                assert int(mask.sum()) == len(self.features[number]), "one feature row for each image placeholder"
+                if int(mask.sum()) != len(self.features[number]):
+                    raise InputError(
+                        f"{self.rows[number].document} has {len(self.features[number])} placeholders of pictures, and "
+                        f"{int(mask.sum())} tokens are image_token_index of config.json "
+                        f"({self.walk.adapter.image_token_id}): it is not the config of the tokenizer that gave the row"
+                    )
                 hidden[i, mask.to(device)] = self.features[number].to(device, dtype)
         return hidden
 
