@@ -321,7 +321,7 @@ def _round_site(
 ) -> tuple[float, int]:
     """Rounds the site of `target`; returns (relative output error, weights)."""
     outputs = sum(site.out_features)
-    stored = task.walk.stored_dtype(f"{site.first_module}.weight")
+    stored = task.walk.scale_dtype(site)
     total = 0.0
     for cut in batch_slices(len(site.members), outputs, site.in_features, site_budget(task.walk.device), task.method):
         members = site.members[cut]

@@ -261,13 +261,14 @@ def _quantize_site(
     """All experts of one site, cut to the memory budget. `aimed`: at the reference stream, if misses were taken."""
     assert job.format.pack is not None
     scheme = job.plan.schemes[site.first_module]
-    stored = job.walk.stored_dtype(f"{site.first_module}.weight")
+    stored = job.walk.scale_dtype(site)
     outputs, budget_bytes = sum(site.out_features), site_budget(job.walk.device)
     measured = bool(job.sensitivity.metrics) and moments is not None
     for cut in batch_slices(len(site.members), outputs, site.in_features, budget_bytes, job.method, measured):
         members = site.members[cut]
-        # A block held in bf16 has rounded weights that are stored wider.
-        exact = block if job.walk.compute.dtype == torch.float32 or stored == torch.bfloat16 else None
+        # A block held in bf16 has rounded weights that are stored otherwise.
+        as_stored = job.walk.compute.dtype == torch.float32 or job.walk.site_dtypes(site) == {torch.bfloat16}
+        exact = block if as_stored else None
         w_BOI = torch.stack([_stacked(job, exact, member) for member in members]).to(job.walk.device)
         moment = metric = None
         if moments is not None and block is not None:
@@ -301,13 +302,14 @@ def _refuse_nonfinite(job: BlockJob, site: Site, result: SiteResult, first: int)
 
 
 def _hand_over(job: BlockJob, site: Site, output: _Output) -> None:
-    """A site in a format that quantizes by itself: it gets each weight as the source stores it."""
+    """A site in a format that quantizes by itself: it gets each weight as the source stores it, but in one dtype."""
     assert job.format.quantize is not None
+    dtype = job.walk.scale_dtype(site)
     for member in site.members:
         before, after = [], []
         for name in member:
             weight = job.walk.read(f"{name}.weight")
-            parts, stored = job.format.quantize(weight, job.plan.schemes[name])
+            parts, stored = job.format.quantize(weight.to(dtype), job.plan.schemes[name])
             if not torch.isfinite(stored).all():  # bitsandbytes rounds to fp16 before it quantizes to int8
                 raise InputError(
                     f"{name} holds weights that {job.method.method} cannot hold: keep it as it is (keep_modules), or "

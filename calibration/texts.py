@@ -44,6 +44,8 @@ class RunTexts:
     warnings: list[str]
     # Row length -> how many calibration rows of it the run uses. Fewer than there are: `calibration` is a pool.
     wanted: dict[int, int]
+    # The documents that gave the evaluation rows.
+    documents: tuple[Document, ...] = ()
 
     @property
     def is_pool(self) -> bool:
@@ -190,7 +192,7 @@ def prepare_texts(
         # Refused even where the method needs no calibration: the name is mistyped.
         raise InputError(f"the texts {calibration} do not exist")
     if not needs_calibration:
-        return RunTexts([], used, facts, warnings, {})
+        return RunTexts([], used, facts, warnings, {}, _documents_of(used, evaluated))
     calibrated = gather(recipe, ours, theirs, encoder, evaluated=False)
     refuse_shared([d for part in calibrated for d in part.documents], [d for part in evaluated for d in part.documents])
     packed, wanted = packed_rows(recipe, model.adapter, calibrated)
@@ -202,7 +204,13 @@ def prepare_texts(
             f"{', '.join(both)}: named for calibration and evaluation both, so one document in eight, by its digest, "
             "is evaluated and the others calibrate"
         )
-    return RunTexts(packed, used, facts, warnings, wanted)
+    return RunTexts(packed, used, facts, warnings, wanted, _documents_of(used, evaluated))
+
+
+def _documents_of(rows: list[Row], gathered: list[Gathered]) -> tuple[Document, ...]:
+    """The documents that gave these rows, one a document."""
+    names = {row.document for row in rows}
+    return tuple(document for part in gathered for document in part.documents if document.id in names)
 
 
 def _unused_warnings(recipe: Recipe, name: str, facts: dict[str, Any]) -> list[str]:

@@ -43,6 +43,7 @@ from ..report.resources import describe_machine, package_versions, peak_device_b
 from .breakdown import break_down
 from .choice import ask, scores
 from .intervals import FEW_DOCUMENTS
+from .sides import compare_sides
 from .summary import summarize
 from .task_requests import requests_of
 from .tasks import Task, flip_summary, load_tasks
@@ -242,7 +243,10 @@ def flips(
 
 
 def _rows(asked: _Asked, source: Model, quantized: Model, record: Record) -> list[Row]:
-    """The evaluation rows; the record gets what it says of them."""
+    """The evaluation rows; the record gets what it says of them, and of what else differs between the two sides."""
+    if not asked.with_texts:
+        compare_sides(source, quantized, (), asked.tasks).put_into(record)
+        return []
     reader = source
     if source.adapter.has_vision and not quantized.adapter.has_vision:
         reader = replace(source, adapter=source.adapter.text_only())
@@ -250,6 +254,7 @@ def _rows(asked: _Asked, source: Model, quantized: Model, record: Record) -> lis
     texts = prepare_texts(reader, asked.recipe, None, asked.evaluation, needs_calibration=False)
     record.texts = {which: TextFacts(**facts) for which, facts in texts.facts.items()}
     record.warnings += texts.warnings
+    compare_sides(source, quantized, texts.documents, asked.tasks).put_into(record)
     return texts.evaluation
 
 
@@ -269,7 +274,7 @@ def _measured_pair(asked: _Asked, device_name: str, console: Console | None, qui
     compute = choose_compute(device_name, asked.recipe.compute_dtype, asked.recipe.batch_tokens)
     source, quantized = open_pair(asked.source_name, asked.checkpoint)
     record = pair_record(asked.command, source, quantized)
-    rows = _rows(asked, source, quantized, record) if asked.with_texts else []
+    rows = _rows(asked, source, quantized, record)
     with (
         tempfile.TemporaryDirectory(prefix="onecard-verify-") as folder,
         Progress(f"onecard {asked.command} {asked.checkpoint}", source.adapter.n_blocks, console, quiet) as progress,

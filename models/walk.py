@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from ..core.device import Compute
+from ..core.errors import InputError
 from ..core.finite import all_true, nonfinite_error, row_flags
 from ..core.rows import Row, RowStore, Step, Unwatched, batches
 from ..core.tensors import TensorSource
-from .adapter import Adapter, Role, read, stored_dtype
+from .adapter import Adapter, Role, Site, read, scale_dtype, site_dtypes, stored_dtype
 from .block import Block, find_experts
 from .calls import Calls
 
@@ -49,7 +50,12 @@ class Embedder:
         for i, number in enumerate(numbers):
             if number in self.features:
                 mask = input_ids[i].eq(self.walk.adapter.image_token_id or 0)
-                assert int(mask.sum()) == len(self.features[number]), "one feature row for each image placeholder"
+                if int(mask.sum()) != len(self.features[number]):
+                    raise InputError(
+                        f"{self.rows[number].document} has {len(self.features[number])} placeholders of pictures, and "
+                        f"{int(mask.sum())} tokens are image_token_index of config.json "
+                        f"({self.walk.adapter.image_token_id}): it is not the config of the tokenizer that gave the row"
+                    )
                 hidden[i, mask.to(device)] = self.features[number].to(device, dtype)
         if not all_true(row_flags(hidden)):
             raise nonfinite_error(self.walk.original, "what the embedding or the vision tower gives")
@@ -90,6 +96,14 @@ class Walk:
     def stored_dtype(self, name: str) -> torch.dtype:
         """The dtype in which the canonical tensor `name` is stored."""
         return stored_dtype(self.adapter, self.source, name)
+
+    def site_dtypes(self, site: Site) -> frozenset[torch.dtype]:
+        """The dtypes in which the weights of a site are stored."""
+        return site_dtypes(self.adapter, self.source, site)
+
+    def scale_dtype(self, site: Site) -> torch.dtype:
+        """The dtype of the scales that a site gets."""
+        return scale_dtype(self.adapter, self.source, site)
 
     def final_norm(self) -> nn.Module:
         """The norm behind the last block, loaded."""
@@ -138,10 +152,11 @@ class Walk:
         return block
 
     def _expert_dtype(self, index: int) -> torch.dtype:
-        """The narrower of the dtype in which the block's experts are stored and the walk's own."""
-        name = next(name for _, name, _, _ in self.adapter.modules(index) if ".experts." in name)
-        stored, own = self.stored_dtype(f"{name}.weight"), self.compute.dtype
-        return stored if stored.itemsize < own.itemsize else own
+        """The narrower of the dtype in which the block's experts are stored and the walk's own. The walk's own if they
+        are stored in several, none of which holds the others' values."""
+        sites = [site for site in self.adapter.sites(index) if site.role is Role.EXPERT]
+        stored, own = frozenset[torch.dtype]().union(*map(self.site_dtypes, sites)), self.compute.dtype
+        return next((dtype for dtype in stored if len(stored) == 1 and dtype.itemsize < own.itemsize), own)
 
 
 @dataclass(frozen=True)

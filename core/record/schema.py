@@ -31,7 +31,8 @@ class HubOrigin(RecordPart):
 
 
 class ModelFacts(RecordPart):
-    """The original. `card`: what the front matter of its README says of licence and languages."""
+    """The original. `card`: what the front matter of its README says of licence and languages. `config`: every field of
+    its config.json that takes part in the forward pass."""
 
     name: str
     family: str | None = None
@@ -40,6 +41,18 @@ class ModelFacts(RecordPart):
     digest: str | None = None
     hub: HubOrigin = HubOrigin()
     card: dict[str, str | list[str]] = Field(default_factory=dict)
+    config: dict[str, Any] = Field(default_factory=dict)
+
+
+class ConfigField(RecordPart):
+    """A field of config.json in which the checkpoint differs from the original. `use`: 'followed' and 'fixed' are
+    computed with, 'engines' by engines alone. `does`: what the field sets, in words."""
+
+    field: str
+    original: Any
+    checkpoint: Any
+    use: str
+    does: str
 
 
 class CheckpointFacts(RecordPart):
@@ -48,6 +61,9 @@ class CheckpointFacts(RecordPart):
     name: str | None = None
     digest: str | None = None
     bytes: int | None = None
+    config_differences: Many[ConfigField] = ()
+    # Evaluation texts and tasks that its own tokenizer and template encode otherwise; None: it has no tokenizer.
+    texts_encoded_otherwise: int | None = None
 
 
 class WidthBytes(RecordPart):
