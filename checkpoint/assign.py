@@ -9,7 +9,7 @@ from ..models.adapter import QUANTIZABLE, Adapter
 from ..recipe import Recipe, matches
 from .formats.shard_formats import shard_format
 from .model import Model
-from .plan import Plan, make_plan
+from .plan import Plan, make_plan, scale_dtypes
 
 
 @dataclass
@@ -94,4 +94,12 @@ def plan_for(model: Model, recipe: Recipe) -> Plan:
     if recipe.family not in (None, model.adapter.family):
         raise InputError(f"the recipe {recipe.name} is for {recipe.family}, and {model.name} is {model.adapter.family}")
     schemes, layout = schemes_of(model.adapter, recipe), shard_format(recipe.format).layout
-    return make_plan(model.adapter, model.source, schemes, layout, recipe.max_shard_bytes, model.folder.file_bytes)
+    return make_plan(
+        model.adapter,
+        model.source,
+        schemes,
+        layout,
+        recipe.max_shard_bytes,
+        model.folder.file_bytes,
+        scale_dtypes(model.adapter, model.source),
+    )

@@ -46,6 +46,11 @@ class Half(StrEnum):
     ATTENTION = "attention"
     FEED_FORWARD = "feed_forward"
 
+    @property
+    def said(self) -> str:
+        """In a message."""
+        return f"{self.value.replace('_', '-')} half"
+
 
 @dataclass(frozen=True)
 class Location:
@@ -346,3 +351,15 @@ def read(adapter: Adapter, source: TensorSource, name: str) -> torch.Tensor:
 def stored_dtype(adapter: Adapter, source: TensorSource, name: str) -> torch.dtype:
     """The dtype in which the checkpoint stores the canonical tensor `name`."""
     return TORCH_DTYPES[source.info(adapter.locate(name, source.names).tensor).dtype]
+
+
+def site_dtypes(adapter: Adapter, source: TensorSource, site: Site) -> frozenset[torch.dtype]:
+    """The dtypes in which the checkpoint stores the weights of a site; nearly always one."""
+    return frozenset(stored_dtype(adapter, source, f"{name}.weight") for member in site.members for name in member)
+
+
+def scale_dtype(adapter: Adapter, source: TensorSource, site: Site) -> torch.dtype:
+    """The dtype of the scales that a site gets, which plan and run must agree on: the one of its weights; bf16 where
+    they differ, because engines keep one for all experts, and bf16 has the range of each."""
+    found = site_dtypes(adapter, source, site)
+    return next(iter(found)) if len(found) == 1 else torch.bfloat16
