@@ -250,8 +250,8 @@ def config_keys() -> str:
 
 
 def broken_configs() -> str:
-    """docs/config-fields.md: every edit of a finished checkpoint's config.json that changes transformers' model, or that
-    `verify` refuses or measures."""
+    """docs/config-fields.md: every edit of a finished checkpoint's config.json that changes transformers' model or that
+    `verify` refuses."""
     lines = json.loads((ROOT / "docs" / "results" / "broken_configs.json").read_text(encoding="utf-8"))
     body = []
     for line in lines:
