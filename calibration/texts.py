@@ -20,9 +20,11 @@ from ..models.known import demo_folder
 from ..recipe import Recipe
 from .columns import Columns
 from .documents import Document, refuse_shared
+from .folders import SUFFIXES, WANTED
 from .packing import RowLayout, distinct, document_rows, mixed, pack
-from .sources import SUFFIXES, ReadLimit, Source, SourceDocuments, read_source, split_by_digest
-from .text_facts import Gathered, facts_of, left_out_warnings, short_share_warnings
+from .source import ReadLimit, Source, SourceDocuments
+from .sources import read_source, split_by_digest
+from .text_facts import Gathered, facts_of, left_out_warnings, reading_notes, repeated_warnings, short_share_warnings
 from .tokens import Encoder
 
 # The user's own evaluation texts get a warning when less than this share of their tokens is evaluated.
@@ -75,7 +77,7 @@ def layout_of(recipe: Recipe, adapter: Adapter) -> RowLayout:
 def sources_of(texts: Texts, which: str, override: Path | None, folder: Path) -> list[Source]:
     """The sources of `texts`, or the user's own `override`. Relative paths of a recipe start at `folder`."""
     if override is not None:
-        return [Source(override.name, override)]
+        return [Source(override.name, override, splits=WANTED[which])]
     return [_source(item, which, folder) for item in texts.mixture or (texts,)]
 
 
@@ -88,7 +90,8 @@ def _source(item: TextSource, which: str, folder: Path) -> Source:
     path = folder / Path(item.source).expanduser()
     named_as_path = item.source.startswith(("/", "./", "../", "~")) or Path(item.source).suffix.lower() in SUFFIXES
     if path.exists() or named_as_path:
-        return Source(item.source, path, columns=columns, kind=item.kind, weight=item.weight)
+        splits = (item.split,) if "split" in item.model_fields_set else WANTED[which]
+        return Source(item.source, path, columns=columns, kind=item.kind, weight=item.weight, splits=splits)
     label = item.source if item.config is None else f"{item.source} {item.config}"
     return Source(label, None, item.source, item.config, item.split, columns, item.kind, item.weight)
 
@@ -163,7 +166,7 @@ def _encoded(
     if len(rows) < len(documents):
         left_out += len(documents) - len(rows)
         reason = reason or "the model cannot take them"
-    return Gathered(source, documents, rows, left_out, reason)
+    return Gathered(source, documents, rows, left_out, reason, read)
 
 
 def prepare_texts(
@@ -182,7 +185,7 @@ def prepare_texts(
     unlike = distinct(rows)
     used = document_rows(unlike, recipe.texts.evaluation_row_tokens, recipe.texts.evaluation_rows)
     facts = {"evaluation": facts_of(evaluated, used)}
-    warnings = left_out_warnings(evaluated, "evaluation")
+    warnings = left_out_warnings(evaluated, "evaluation") + reading_notes(evaluated, "evaluation")
     if evaluation is not None:
         warnings += _unused_warnings(recipe, evaluation.name, facts["evaluation"])
     if len(unlike) < len(rows):
@@ -197,6 +200,7 @@ def prepare_texts(
     packed, wanted = packed_rows(recipe, model.adapter, calibrated)
     facts["calibration"] = facts_of(calibrated, packed)
     warnings += left_out_warnings(calibrated, "calibration") + short_share_warnings(calibrated, facts["calibration"])
+    warnings += reading_notes(calibrated, "calibration") + repeated_warnings(facts["calibration"])
     both = sorted({source.label for source in ours} & {s.label for s in theirs if s.place in {o.place for o in ours}})
     if both:
         warnings.append(

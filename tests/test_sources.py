@@ -13,7 +13,8 @@ from click.testing import Result
 
 from command_line import Refuse
 from documents import parquet, png, read_documents
-from onecard.calibration.sources import ReadLimit, Source, read_source
+from onecard.calibration.source import ReadLimit, Source
+from onecard.calibration.sources import read_source
 from onecard.calibration.texts import prepare_texts
 from onecard.checkpoint.model import open_model
 from onecard.core.errors import InputError

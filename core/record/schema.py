@@ -76,7 +76,8 @@ class PlanSummary(RecordPart):
 
 
 class SourceFacts(RecordPart):
-    """One source of a mixture of texts. `left_out`: rows that could not be used."""
+    """One source of a mixture of texts. `left_out`: rows that could not be used. `read` and `passed_over`: files of a
+    folder."""
 
     source: str
     kind: str | None = None
@@ -85,14 +86,18 @@ class SourceFacts(RecordPart):
     left_out: int | None = None
     tokens_given: int | None = None
     digest: str | None = None
+    read: Many[str] = ()
+    passed_over: Many[str] = ()
 
 
 class TextFacts(RecordPart):
-    """Calibration or evaluation texts. `digest` is of the documents, `rows_digest` of the token rows."""
+    """Calibration or evaluation texts. `digest` is of the documents, `rows_digest` of the token rows; `repeated` counts
+    documents that are the same tokens as another."""
 
     source: str | None = None
     digest: str | None = None
     documents: int | None = None
+    repeated: int | None = None
     tokens_given: int | None = None
     sources: Many[SourceFacts] = ()
     rows: int | None = None
