@@ -6,7 +6,6 @@ a pattern that matches no module, which is found when the recipe meets a model. 
 """
 
 import hashlib
-import json
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -23,6 +22,7 @@ from pydantic import (
 )
 
 from .core.errors import InputError, input_error
+from .core.json_text import json_text
 from .core.limits import Limits, named_limits
 from .core.method import PRESETS, Method
 from .core.recipe_groups import KEEP, FitKeys, Group, Serving, TextKeys, Texts, Widths
@@ -192,7 +192,7 @@ class Recipe(Group):
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json_text(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
 def load_recipe(name: str | Path) -> Recipe:

@@ -5,7 +5,6 @@ what the run's identity holds, so a resumed run reads it and does not walk again
 """
 
 import hashlib
-import json
 import shutil
 import tempfile
 from collections import Counter
@@ -23,6 +22,7 @@ from ..checkpoint.workdir import Activations, read_json
 from ..core.device import choose_compute
 from ..core.errors import InputError
 from ..core.file_names import RECORD_NAME
+from ..core.json_text import json_text
 from ..core.rows import Row
 from ..models.walk import Walk
 from ..recipe import Recipe
@@ -103,7 +103,7 @@ def balanced(
         facts = {
             "pool_rows": len(texts.calibration),
             "pool_rows_digest": texts.facts["calibration"]["rows_digest"],
-            "chosen_digest": hashlib.sha256(json.dumps(choice.rows).encode()).hexdigest(),
+            "chosen_digest": hashlib.sha256(json_text(choice.rows).encode()).hexdigest(),
             "worth": choice.worth,
             "worth_drawn": choice.worth_drawn,
             "least_rows_of_an_expert": int(routes.of(choice.rows).min()),

@@ -8,12 +8,12 @@ The object is {"text": ...} or {"messages": [...]}. A message's content is a str
 import base64
 import binascii
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import input_error
+from ..core.json_text import json_text, nonfinite
 from .messages import normalized, objects, refuse_half_characters
 
 # The path of an image file, or its bytes.
@@ -52,7 +52,7 @@ class Document:
 
     def _digest(self, content: Any) -> str:
         sha = hashlib.sha256()
-        sha.update(json.dumps(content, sort_keys=True, ensure_ascii=False).encode())
+        sha.update(json_text(content, sort_keys=True, ensure_ascii=False).encode())
         for picture in self.images:
             content = picture if isinstance(picture, bytes) else picture.read_bytes()
             sha.update(hashlib.sha256(content).digest())
@@ -106,6 +106,8 @@ def document_of(row: Any, default_id: str, folder: Path | None, source: str = ""
     messages, tools = [normalized(message) for message in given], objects("tools", row.get("tools"))
     refuse_half_characters("messages", messages)
     refuse_half_characters("tools", tools)
+    for place, word in nonfinite({"messages": messages, "tools": tools}):
+        raise ValueError(f"has {word} as a number, at {place}")
     images = [_picture(part, folder) for message in messages for part in _parts(message) if part["type"] == "image"]
     return Document(name, kind, None, messages, tuple(images), source, tools or None)
 

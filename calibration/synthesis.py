@@ -27,6 +27,7 @@ from ..checkpoint.model import Model, open_source
 from ..checkpoint.source_checks import refuse_nonfinite
 from ..core.device import Compute, choose_compute
 from ..core.errors import InputError
+from ..core.json_text import json_text
 from ..core.rates import DISK_BYTES_PER_SECOND, measure_flops
 from ..core.rows import Row
 from ..core.schedule import Expected, Schedule
@@ -86,7 +87,7 @@ class Writer:
             "model": self.model.folder.digest,
             "tokenizer and other files beside the weights": side_files_digest(self.model.path),
             "conversations": hashlib.sha256(prompts.encode()).hexdigest(),
-            "settings": json.dumps(vars(self.settings)),
+            "settings": json_text(vars(self.settings)),
             "written": f"{way}, {str(self.compute.dtype).removeprefix('torch.')}, {self.compute.device.type}",
         }
 
@@ -244,12 +245,12 @@ def synthesize(
         progress.begin("check weights")
         refuse_nonfinite(model.folder, model.name)
         writer.write(journal, progress)
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json_text(identity, sort_keys=True).encode()).hexdigest()
     made = {"model": model.folder.digest, "settings": digest, "onecard": "synthesize"}
     rows = [spelled(c.finished()) | {"synthesized": made} for c in writer.conversations if any(c.answers)]
     if not rows:
         raise InputError("the model ended every answer at once: is it a chat model?")
-    files.write_bytes(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    files.write_bytes(out, "".join(json_text(row, ensure_ascii=False) + "\n" for row in rows).encode())
     journal.path.unlink(missing_ok=True)
     return {
         "out": str(out),

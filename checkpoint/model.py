@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download
 
 from ..core.errors import InputError, ResourceError
 from ..models.adapter import Adapter
-from ..models.families import load_adapter
+from ..models.families import adapter_of, load_adapter
 from ..models.known import demo_folder, on_hub, read_config
 from .formats.fp8_read import FP8_BLOCKS
 from .formats.stored_weight import StoredWeight
@@ -137,9 +137,12 @@ def open_headers(name: str) -> Model:
 
 
 def open_written(model: Model, path: Path, config: dict[str, Any]) -> Model:
-    """Open what was made from `model` in the folder `path`, before its config.json, with content `config`, is
-    written."""
-    return checked_model(str(path), config, model.adapter, path)
+    """Open what was made from `model` in the folder `path`, before its config.json, with content `config`, is written.
+
+    It is read by that content alone, as a stranger will read it: nothing is taken from `model`.
+    """
+    as_written = json.loads(json.dumps(config))
+    return checked_model(str(path), as_written, adapter_of(path / "config.json", as_written), path)
 
 
 def checked_model(name: str, config: dict[str, Any], adapter: Adapter, where: Folder | Path) -> Model:

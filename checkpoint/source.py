@@ -21,7 +21,7 @@ import torch
 
 from ..core.errors import InputError, ResourceError, input_error
 from ..core.tensors import TORCH_DTYPES, Index, TensorInfo
-from .safetensors_header import Header, read_header
+from .safetensors_header import Header, UnreadDtypeError, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -143,6 +143,7 @@ def open_folder(path: Path) -> Folder:
     root = allowed_root(path)
     shard_names, weight_map = shards_of(path, {p.name for p in path.iterdir() if p.exists()}, str(path))
     problems: list[str] = []
+    unread: list[str] = []
     headers: dict[str, Header] = {}
     for name in shard_names:
         shard = path / name
@@ -157,8 +158,16 @@ def open_folder(path: Path) -> Folder:
             continue
         try:
             headers[name] = read_header(shard)
+        except UnreadDtypeError as error:
+            unread.append(f"{name} {error}")
         except ValueError as error:
             problems.append(f"{name} {error}")
+    if unread and not problems:
+        raise input_error(
+            f"{path} is sound, and stored in dtypes that onecard does not read:",
+            unread,
+            f"Use a version of the checkpoint in bf16, fp16 or fp32, or one of {', '.join(TORCH_DTYPES)}.",
+        )
     return Folder(path, *join_headers(path, headers, weight_map, problems))
 
 

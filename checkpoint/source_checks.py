@@ -64,7 +64,8 @@ def nonfinite(folder: Folder, name: str) -> str | None:
     if not TORCH_DTYPES[folder.infos[name].dtype].is_floating_point:
         return None
     nan = inf = 0
-    for _, part in pieces(folder, name):
+    for _, stored in pieces(folder, name):
+        part = stored.float() if stored.dtype.itemsize == 1 else stored  # torch has no isinf for fp8
         # A sum of finite bf16 values in fp64 is finite, so one cheap pass is usually enough.
         if not torch.isfinite(part.sum(dtype=torch.float64)):
             nan += int(torch.isnan(part).sum())

@@ -1,6 +1,5 @@
 """The verbs of `onecard calibration`: show rows, count the rows of every expert, let the model write answers."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import click
 
 from .options import ModelOrRun, device_option, model_argument, recipe_option, texts_option
-from .shared import make_console, print_line, verb
+from .shared import make_console, print_json, verb
 
 ROWS_HELP = "Write at most this many conversations."
 ANSWER_HELP = "At most this many tokens in an answer."
@@ -73,7 +72,7 @@ def show(
 
     found = example_rows(model, _recipe(model, recipe), rows, calibration, evaluation)
     found.draw(whole, make_console())
-    print_line(json.dumps(found.line()))
+    print_json(found.line())
 
 
 @calibration.command()
@@ -112,7 +111,7 @@ def coverage(
     heatmap.draw_coverage(found.title, found.blocks, found.counts, found.enough, console)
     if svg is not None:
         files.write_bytes(svg, heatmap.svg(found.title, found.blocks, found.counts, found.enough).encode())
-    print_line(json.dumps(found.line()))
+    print_json(found.line())
 
 
 @calibration.command()
@@ -178,4 +177,4 @@ def synthesize(
     except KeyboardInterrupt:
         click.echo(f"stopped: what is finished is in {out}.unfinished. Go on with the same command.", err=True)
         sys.exit(130)
-    print_line(json.dumps(line))
+    print_json(line)

@@ -1,6 +1,5 @@
 """`onecard export`: writes a checkpoint in another format."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import click
 
 from ..conversion.names import FORMAT_NAMES
 from .options import FormatName, model_argument
-from .shared import make_console, print_line, verb
+from .shared import make_console, print_json, verb
 
 
 @click.command()
@@ -47,4 +46,4 @@ def export(checkpoint: str, format_name: str, out: Path, overwrite: bool, dry_ru
         click.echo(f"stopped: {out} is not a checkpoint yet. The same command with --overwrite starts again.", err=True)
         sys.exit(130)
     draw_export(done.line(), console)
-    print_line(json.dumps(done.line()))
+    print_json(done.line())

@@ -1,12 +1,11 @@
 """The verbs `gate` and `baseline`: is a report good enough, and no worse than a frozen one?"""
 
-import json
 import sys
 from pathlib import Path
 
 import click
 
-from .shared import make_console, print_line, verb
+from .shared import make_console, print_json, verb
 
 
 @click.command()
@@ -90,7 +89,7 @@ def gate(
     if summary is not None:
         with files.disk_errors(summary), summary.open("a", encoding="utf-8") as file:
             file.write(markdown(verdict))
-    print_line(json.dumps(verdict.to_json(), allow_nan=False))
+    print_json(verdict.to_json())
     if not verdict.passed:
         sys.exit(LimitError.exit_code)
 
@@ -108,4 +107,4 @@ def baseline(report: Path, out: Path) -> None:
     """
     from ..eval.baseline import freeze
 
-    print_line(json.dumps(freeze(report, out), allow_nan=False))
+    print_json(freeze(report, out))

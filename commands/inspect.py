@@ -1,12 +1,11 @@
 """The verbs that show something: `onecard inspect`, `onecard generate` and `onecard recipes`."""
 
-import json
 from pathlib import Path
 
 import click
 
 from .options import model_argument
-from .shared import make_console, print_line, verb
+from .shared import make_console, print_json, print_line, verb
 
 
 @click.command()
@@ -24,7 +23,7 @@ def inspect(model: str) -> None:
 
     facts = run(model)
     draw_inspection(facts, make_console())
-    print_line(json.dumps(facts))
+    print_json(facts)
 
 
 @click.command()

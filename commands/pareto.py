@@ -1,12 +1,11 @@
 """`onecard pareto`: the best predicted KL for each size, from prices that are measured once."""
 
-import json
 from pathlib import Path
 
 import click
 
 from .options import budget_option, device_option, model_argument, recipe_option, texts_option
-from .shared import make_console, print_line, verb
+from .shared import make_console, print_json, verb
 
 PRICES_HELP = "File of measured prices. Read if it exists, else measured and written."
 
@@ -42,4 +41,4 @@ def pareto(
     console = make_console()
     facts = run(model, loaded, prices_file=prices, calibration=calibration, device_name=device, console=console).facts()
     draw_pareto(facts, console)
-    print_line(json.dumps(facts))
+    print_json(facts)

@@ -1,12 +1,11 @@
 """`onecard plan`: whether a model fits a card, and what quantizing emits and costs. It reads no weights."""
 
-import json
 from dataclasses import replace
 
 import click
 
 from .options import device_option, gpu_option, model_argument, recipe_option
-from .shared import make_console, print_line, verb
+from .shared import make_console, print_json, verb
 
 GPU_HELP = "The card, e.g. h100-80gb, or several of one kind, e.g. 2xl40s. Without it, a table of all cards."
 KV_HELP = "Data type of the KV cache; q8_0 is for llama.cpp. [default: bf16]"
@@ -106,6 +105,6 @@ def plan(
         draw_fit(facts, console)
         if plot:
             draw_plot(facts, console)
-    print_line(json.dumps(found.line()))
+    print_json(found.line())
     if found.fits is False:
         raise FitError(misfit(facts))

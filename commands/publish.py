@@ -1,12 +1,11 @@
 """The verbs of a finished checkpoint: check it, write its model card, publish it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
-from .shared import make_console, print_line, verb
+from .shared import make_console, print_json, verb
 
 
 @click.command()
@@ -47,7 +46,7 @@ def check(checkpoint: str, engines: tuple[str, ...], tensor_parallel: int | None
     with Progress(f"onecard check {checkpoint}", 1, console) as progress:
         found = run(checkpoint, progress)
     draw_check(found.line(), console)
-    print_line(json.dumps(found.line()))
+    print_json(found.line())
     found.refuse()
 
 
@@ -60,7 +59,7 @@ def _check_engines(checkpoint: str, engines: tuple[str, ...], tensor_parallel: i
         raise InputError("--tensor-parallel is a setting of vLLM: give --engine vllm with it")
     held = hold_against(checkpoint, engines, tensor_parallel or 1)
     draw_engines(held.line(), make_console())
-    print_line(json.dumps(held.line()))
+    print_json(held.line())
     held.refuse()
 
 
@@ -104,7 +103,7 @@ def card(checkpoint: str, out: Path | None, overwrite: bool, **wishes: Any) -> N
     for problem in lacking:
         click.echo(f"warning: {problem}", err=True)
     click.echo(f"written: {', '.join(written)}", err=True)
-    print_line(json.dumps({"checkpoint": checkpoint, "written": written, "lacking": lacking}))
+    print_json({"checkpoint": checkpoint, "written": written, "lacking": lacking})
 
 
 @click.command()
@@ -138,5 +137,5 @@ def publish(checkpoint: str, repo: str, dry_run: bool, private: bool, force: boo
             line |= send(found, private, progress)
     draw_publication(line, dry_run, console)
     if dry_run or not found.refused:
-        print_line(json.dumps(line))
+        print_json(line)
     found.refuse()

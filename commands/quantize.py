@@ -1,13 +1,12 @@
 """`onecard quantize`: calibrate, quantize, emit and verify."""
 
-import json
 import sys
 from pathlib import Path
 
 import click
 
 from .options import budget_option, device_option, model_argument, recipe_option, texts_option
-from .shared import make_console, print_line, verb
+from .shared import make_console, print_json, verb
 
 
 @click.command()
@@ -89,5 +88,5 @@ def quantize(
         )
         sys.exit(130)
     draw_card(record, str(out), console)
-    print_line(json.dumps(result_line(record, str(out))))
+    print_json(result_line(record, str(out)))
     refuse_failed(record, str(out))

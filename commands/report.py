@@ -1,11 +1,10 @@
 """The verb that draws a record as a page."""
 
-import json
 from pathlib import Path
 
 import click
 
-from .shared import make_console, print_line, verb
+from .shared import make_console, print_json, verb
 
 
 @click.command()
@@ -49,4 +48,4 @@ def report(run: Path, output: Path, overwrite: bool) -> None:
         soft_wrap=True,
         highlight=False,
     )
-    print_line(json.dumps(line))
+    print_json(line)

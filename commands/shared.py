@@ -5,13 +5,14 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
 
 import click
 
 from ..core.errors import OnecardError, ResourceError
+from ..core.json_text import json_text
 from ..core.libraries import quiet_libraries, quiet_loaded_libraries
 from .options import refuse_early
 
@@ -30,6 +31,12 @@ def print_line(text: str) -> None:
         raise ResourceError(
             f"standard output could not be written ({error.strerror}). The files that the command wrote are complete"
         ) from error
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """Prints a verb's JSON line on stdout. Raises NonfiniteError for a figure that JSON cannot hold, ResourceError as
+    `print_line` does."""
+    print_line(json_text(value))
 
 
 def verb(function: Callable[..., None]) -> Callable[..., None]:

@@ -1,13 +1,12 @@
 """The verbs that measure a checkpoint against its original: `onecard verify` and `onecard flips`."""
 
-import json
 import os
 from pathlib import Path
 
 import click
 
 from .options import device_option, model_argument, recipe_option, texts_option
-from .shared import make_console, print_line, verb
+from .shared import make_console, print_json, verb
 
 RECORD_HELP = "Write the whole record, every figure of the run, as JSON to this file."
 
@@ -80,7 +79,7 @@ def verify(
     draw_card(found, checkpoint, console)
     if record is not None:
         write_json(record, found.to_json())
-    print_line(json.dumps(result_line(found, checkpoint)))
+    print_json(result_line(found, checkpoint))
 
 
 @click.command()
@@ -126,4 +125,4 @@ def flips(
     draw_card(found, checkpoint, console)
     if record is not None:
         write_json(record, found.to_json())
-    print_line(json.dumps(result_line(found, checkpoint)))
+    print_json(result_line(found, checkpoint))

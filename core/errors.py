@@ -25,6 +25,15 @@ class DamageError(OnecardError):
     exit_code = 1
 
 
+class NonfiniteError(OnecardError):
+    """A number that is computed from a checkpoint, or from its quantization, is NaN or infinite. Finished work is kept.
+
+    Where the original itself gives such numbers, the model cannot be used: that is an InputError.
+    """
+
+    exit_code = 1
+
+
 class InputError(OnecardError):
     """The model, recipe, texts or paths that were given cannot be used. Nothing was written."""
 

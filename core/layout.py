@@ -5,13 +5,13 @@ header's length depends on the order in which the library lays tensors out (fall
 is repeated here, and a test compares the sizes with files that the library wrote.
 """
 
-import json
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol
 
+from .json_text import json_text
 from .tensors import TORCH_DTYPES
 
 # The safetensors library's order of dtypes (its Dtype enumeration).
@@ -24,6 +24,7 @@ _RANK = {
             "I8",
             "F8_E5M2",
             "F8_E4M3",
+            "F8_E8M0",
             "I16",
             "U16",
             "F16",
@@ -83,7 +84,7 @@ def json_bytes(value: Any) -> bytes:
     Half of a surrogate pair, which may come with a file's name, has no UTF-8: JSON spells it with a backslash, and
     reads it back.
     """
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+    return (json_text(value, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 def in_file_order(tensors: Iterable[StoredTensor]) -> list[StoredTensor]:
@@ -102,7 +103,7 @@ def file_header(tensors: Iterable[StoredTensor]) -> bytes:
             "data_offsets": [offset, offset + tensor.nbytes],
         }
         offset += tensor.nbytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = json_text(header, separators=(",", ":"), ensure_ascii=False).encode()
     text = text.ljust((len(text) + 7) // 8 * 8)
     return struct.pack("<Q", len(text)) + text
 

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from .json_text import json_text
+
 # Sequential rate of a plain NVMe disk; a network disk is slower, a warm page cache faster.
 DISK_BYTES_PER_SECOND = 1e9
 SCHEMA = 1
@@ -101,7 +103,7 @@ def keep_rates(key: str, rates: Rates) -> str | None:
     with suppress(OSError, ValueError, RecursionError):
         kept = _entries(path)
     kept = {other: value for other, value in kept.items() if other != key} | {key: asdict(rates)}
-    text = json.dumps({"schema": SCHEMA, "rates": dict(list(kept.items())[-MOST_KEPT:])}, indent=2)
+    text = json_text({"schema": SCHEMA, "rates": dict(list(kept.items())[-MOST_KEPT:])}, indent=2)
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,13 +8,13 @@ Two reports that measure different things are refused, with every reason at once
 than none.
 """
 
-import json
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import files
 from ..core.errors import InputError, input_error
+from ..core.json_text import json_text
 from ..core.outputs import refuse_unwritable
 from ..core.record.flips import TaskFlips
 from ..core.record.reading import file_of, read_record
@@ -147,7 +147,7 @@ def freeze(name: Path, out: Path) -> dict[str, Any]:
         raise InputError(f"the baseline would take the place of the record {out}: name another file")
     record = read_report(name)
     frozen = _frozen(record)
-    frozen["baseline"] = {"digest": sha256(json.dumps(frozen, sort_keys=True).encode()).hexdigest()}
+    frozen["baseline"] = {"digest": sha256(json_text(frozen, sort_keys=True).encode()).hexdigest()}
     files.write_json(out, frozen)
     return {
         "baseline": str(out),

@@ -12,7 +12,6 @@ Each rate is measured at the work itself, on random values of the model's true s
 A busy machine measures slow, and counts as that slow. No weight of the model is read.
 """
 
-import json
 import os
 import platform
 import tempfile
@@ -27,6 +26,7 @@ from torch import nn
 
 from ..checkpoint.plan import Plan
 from ..core.device import Compute, site_budget
+from ..core.json_text import json_text
 from ..core.rates import Rates
 from ..core.scheme import Scheme
 from ..core.slices import COLUMNS_PER_SLICE, TOKENS_PER_SLICE
@@ -63,7 +63,7 @@ def rates_key(adapter: Adapter, recipe: Recipe, compute: Compute) -> str:
         "rows": [recipe.batch_tokens, recipe.texts.evaluation_row_tokens],
         "method": [*recipe.quantizer.model_dump().values(), str(recipe.scheme), *recipe.widths.schemes.values()],
     }
-    return json.dumps(told, separators=(",", ":"))
+    return json_text(told, separators=(",", ":"))
 
 
 def measure_rates(

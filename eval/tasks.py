@@ -9,13 +9,13 @@ task_items.py reads items, task_requests.py words and encodes them.
 """
 
 import hashlib
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import InputError
+from ..core.json_text import json_text
 from ..core.record.flips import FlipSummary
 from ..models.known import demo_folder
 from .choice import Scored
@@ -47,7 +47,7 @@ class Task:
         asked = [[i.question, i.choices, i.right, i.group, i.pairs] for i in self.items]
         shown = {group: [[i.question, i.choices, i.right] for i in items] for group, items in self.examples.items()}
         said = [self.style, self.normalized, asked, shown]
-        return hashlib.sha256(json.dumps(said, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json_text(said, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
 
 
 def load_tasks(names: Sequence[str], shots: int, limit: int | None, folder: Path = Path()) -> list[Task]:

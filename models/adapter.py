@@ -283,6 +283,10 @@ class Adapter(ABC):
         """Vision tower and projector: pixels fp32 [N, 3, S, S] -> features [N * tokens per tile, H] on the CPU."""
         raise AssertionError(f"{self.family} has no vision tower")
 
+    def run_picture(self) -> None:
+        """A picture through vision tower and projector on the meta device. Raises what transformers raises."""
+        raise AssertionError(f"{self.family} has no vision tower")
+
     def image_token_count(self) -> int:
         """Placeholder tokens of one image tile in a row."""
         raise AssertionError(f"{self.family} has no vision tower")

@@ -11,7 +11,6 @@ from torch import nn
 
 from ..core.device import Compute
 from .adapter import Adapter
-from .meta import materialize_buffers
 
 
 class _Recorder(nn.Module):
@@ -32,9 +31,6 @@ class Calls:
     def __init__(self, adapter: Adapter, compute: Compute) -> None:
         self.adapter, self.compute = adapter, compute
         self._model = adapter.text_skeleton()
-        rotary = self._model.get_submodule("rotary_emb")
-        # Its tables are computed when it is built. On the meta device they have no values.
-        materialize_buffers(rotary, type(rotary)(config=adapter.text_config).to(compute.device))
         self._recorders = [_Recorder() for _ in range(adapter.n_blocks)]
         self._model.layers = nn.ModuleList(self._recorders)
         self._model.norm = nn.Identity()
@@ -44,6 +40,10 @@ class Calls:
         """What block `index` is called with for rows of `tokens` tokens."""
         if tokens not in self._known:
             shape = (1, tokens, self.adapter.hidden_size)
+            # Its tables are computed when it is built; on the meta device they have no values. Some rope types change
+            # them with the longest row seen so far: each length gets tables of its own.
+            rotary = type(self._model.get_submodule("rotary_emb"))
+            self._model.rotary_emb = rotary(config=self.adapter.text_config).to(self.compute.device)
             empty = torch.zeros(shape, device=self.compute.device, dtype=self.compute.dtype)
             # Tensors of inference mode could not be used where gradients are computed.
             with torch.inference_mode(False), torch.no_grad():

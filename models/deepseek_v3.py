@@ -26,8 +26,8 @@ from .experts import RoutedExperts
 from .meta import meta_module
 from .unfused import UnfusedAdapter
 
-# transformers' class computes this, whatever config.json says. A config with another value is another model.
-ONLY = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1, "attention_bias": False}
+# transformers' class computes this, and config_keys.py refuses anything else. vLLM has other defaults.
+UNSAID = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 MTP = "num_nextn_predict_layers"
 
 
@@ -44,7 +44,7 @@ class DeepseekV3Moe(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         x_TH = hidden.reshape(-1, hidden.shape[-1])
-        _, weights_TK, experts_TK = self.gate(x_TH)
+        _, weights_TK, experts_TK = self.gate(x_TH.float())  # fp32: see Walk.load
         return self.experts(x_TH, experts_TK, weights_TK).reshape(hidden.shape) + self.shared_experts(hidden)
 
 
@@ -67,9 +67,7 @@ class DeepseekV3Adapter(UnfusedAdapter):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        other = [
-            f"{key} is {getattr(config, key)!r}" for key, value in ONLY.items() if getattr(config, key, value) != value
-        ]
+        other = []
         if not config.n_shared_experts:
             other.append(f"n_shared_experts is {config.n_shared_experts!r}")
         if not config.n_group or config.n_routed_experts % config.n_group:
@@ -166,10 +164,10 @@ class DeepseekV3Adapter(UnfusedAdapter):
                 f"{MTP} is {raw_config[MTP]}: the layers of multi-token prediction (from {first} on) are neither "
                 "measured nor emitted, so an engine cannot draft tokens with the result"
             )
-        unsaid = [key for key in ("scoring_func", "topk_method") if key not in raw_config]
+        unsaid = [key for key in UNSAID if key not in raw_config]
         if unsaid:
             found.append(
                 f"config.json has no {' and no '.join(unsaid)}: transformers then takes DeepSeek-V3's own "
-                f"({', '.join(str(ONLY[key]) for key in unsaid)}), vLLM a softmax, or no bias for the router"
+                f"({', '.join(UNSAID[key] for key in unsaid)}), vLLM a softmax, or no bias for the router"
             )
         return found

@@ -1,16 +1,19 @@
 """The look-up from config.json's model_type to the family's adapter."""
 
 from pathlib import Path
+from typing import Any
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..core.errors import InputError
 from .adapter import Adapter
+from .config_keys import refused
 from .deepseek_v3 import DeepseekV3Adapter
 from .known import known_model_type, read_config, refuse_remote_code
 from .llama4 import Llama4Adapter
 from .mixtral import MixtralAdapter
 from .qwen3_moe import Qwen3MoeAdapter
+from .short_row import run_short_row
 
 ADAPTERS: dict[str, type[Adapter]] = {
     "deepseek_v3": DeepseekV3Adapter,
@@ -45,12 +48,23 @@ SIZES = (
 
 
 def load_adapter(folder: Path) -> Adapter:
-    """The adapter of the checkpoint in `folder`. No code of the checkpoint is ever run."""
-    path, raw = folder / "config.json", read_config(folder)
+    """The adapter of the checkpoint in `folder`. Raises InputError."""
+    return adapter_of(folder / "config.json", read_config(folder))
+
+
+def adapter_of(path: Path, raw: dict[str, Any]) -> Adapter:
+    """The adapter for `raw`, the content of the config.json at `path`. No code of the checkpoint is ever run.
+
+    Raises InputError for a config that contradicts itself, that no layer can be built or called with, or that has a
+    value with which onecard does not compute (config_keys.py).
+    """
     model_type = known_model_type(path, raw)
     refuse_remote_code(path, raw, ADAPTERS[model_type].known_code)
     try:
         config = CONFIG_MAPPING[model_type].from_dict(ADAPTERS[model_type].mended(raw))
+        other = refused(config)
+        if other:
+            raise ValueError("; ".join(other))
         adapter = ADAPTERS[model_type](config)
         problems = [
             f"{key} is {getattr(adapter.text_config, key)}"
@@ -61,7 +75,9 @@ def load_adapter(folder: Path) -> Adapter:
             raise ValueError(", ".join(problems))
         if adapter.top_k > adapter.n_experts:
             raise ValueError(f"{adapter.top_k} experts a token of {adapter.n_experts}")
-        adapter.expected()  # transformers finds most contradictions only when it builds the model
+        # transformers finds most contradictions only when it builds the model, and the rest when it calls a layer.
+        adapter.expected()
+        run_short_row(adapter)
         return adapter
     except Exception as error:  # transformers raises many kinds for a contradictory config
         what = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"

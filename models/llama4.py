@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from transformers.models.llama4 import modeling_llama4 as hf
+from transformers.models.llama4.configuration_llama4 import Llama4TextConfig
 
 from ..core.device import Compute
 from ..core.tensors import TensorSource
@@ -21,6 +22,7 @@ from .meta import meta_module, meta_shapes
 
 # Early published configs have a number here (transformers 4.51). It is a switch now.
 TUNING = "attn_temperature_tuning"
+CHUNK = "attention_chunk_size"
 
 
 class Llama4Moe(nn.Module):
@@ -39,9 +41,9 @@ class Llama4Moe(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x_TH = hidden.reshape(-1, hidden.shape[-1])
-        logits_TE = nn.functional.linear(x_TH, self.router.weight)
+        logits_TE = nn.functional.linear(x_TH.float(), self.router.weight)  # fp32: see Walk.load
         top, experts_TK = torch.topk(logits_TE, self.top_k, dim=-1)
-        scores_TK = torch.sigmoid(top.float()).to(x_TH.dtype)
+        scores_TK = torch.sigmoid(top).to(x_TH.dtype)
         return self.shared_expert(x_TH) + self.experts(x_TH, experts_TK, scores_TK), logits_TE
 
 
@@ -179,9 +181,23 @@ class Llama4Adapter(Adapter):
         # As transformers' Llama4Processor writes an image of one tile.
         return "<|image_start|><|image|>" + "<|patch|>" * self.image_token_count() + "<|image_end|>"
 
+    def run_picture(self) -> None:
+        v = self.config.vision_config
+        tower, projector = self._vision()
+        features = tower(torch.empty(1, v.num_channels, v.image_size, v.image_size, device="meta")).last_hidden_state
+        projected = projector(features.reshape(-1, features.shape[-1]))
+        if projected.shape != (self.image_token_count(), self.hidden_size):
+            raise ValueError(f"a picture gives {list(projected.shape)} instead of {self.image_token_count()} tokens")
+
+    def _vision(self) -> tuple[Any, Any]:
+        """Vision tower and projector on the meta device."""
+        return (
+            meta_module(hf.Llama4VisionModel, self.config.vision_config),
+            meta_module(hf.Llama4MultiModalProjector, self.config),
+        )
+
     def image_features(self, source: TensorSource, pixels: torch.Tensor, compute: Compute) -> torch.Tensor:
-        tower = meta_module(hf.Llama4VisionModel, self.config.vision_config)
-        projector = meta_module(hf.Llama4MultiModalProjector, self.config)
+        tower, projector = self._vision()
         for module, prefix in ((tower, "vision_model."), (projector, "multi_modal_projector.")):
             state = {name: source.get(prefix + name).to(compute.device, compute.dtype) for name in module.state_dict()}
             module.load_state_dict(state, assign=True)
@@ -197,10 +213,12 @@ class Llama4Adapter(Adapter):
     @staticmethod
     def mended(raw_config: dict[str, Any]) -> dict[str, Any]:
         nested = isinstance(raw_config.get("text_config"), dict)
-        text = raw_config["text_config"] if nested else raw_config
-        if type(text.get(TUNING)) is not int:
-            return raw_config
-        text = text | {TUNING: bool(text[TUNING])}
+        text = dict(raw_config["text_config"] if nested else raw_config)
+        if type(text.get(TUNING)) is int:
+            text[TUNING] = bool(text[TUNING])
+        if CHUNK in text and text[CHUNK] is None:
+            # null means that no layer is chunked. transformers' masks need a number: one that no text passes.
+            text[CHUNK] = text.get("max_position_embeddings") or Llama4TextConfig.max_position_embeddings
         return raw_config | {"text_config": text} if nested else text
 
     def faults(self, raw_config: dict[str, Any]) -> list[str]:
@@ -210,6 +228,11 @@ class Llama4Adapter(Adapter):
             found.append(
                 f"{TUNING} is {text[TUNING]}, as in early copies of config.json: it is a switch, read and emitted "
                 f"as {str(bool(text[TUNING])).lower()}"
+            )
+        if CHUNK in text and text[CHUNK] is None:
+            found.append(
+                f"{CHUNK} is null (no chunk), with which transformers cannot run: it is read and emitted as "
+                f"max_position_embeddings, which is the same model"
             )
         rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
         if rope.get("rope_type") == "llama3" and (rope.get("factor"), rope.get("high_freq_factor")) == (8.0, 4.0):

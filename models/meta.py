@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from torch import nn
 
 
 def meta_module(cls: Any, config: Any, *args: Any) -> Any:
@@ -16,10 +15,3 @@ def meta_module(cls: Any, config: Any, *args: Any) -> Any:
 def meta_shapes(cls: Any, config: Any) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every stored tensor of the transformers model `cls`."""
     return {name: tuple(tensor.shape) for name, tensor in meta_module(cls, config).state_dict().items()}
-
-
-def materialize_buffers(module: nn.Module, fresh: nn.Module) -> None:
-    """Give `module`, which is on meta, the buffers of `fresh`, the same module built on a real device."""
-    for name, buffer in fresh.named_buffers():
-        owner, _, leaf = name.rpartition(".")
-        module.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)

@@ -30,7 +30,7 @@ class MixtralMoe(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         x_TH = hidden.reshape(-1, hidden.shape[-1])
-        _, weights_TK, experts_TK = self.gate(x_TH)
+        _, weights_TK, experts_TK = self.gate(x_TH.float())  # fp32: see Walk.load
         return self.experts(x_TH, experts_TK, weights_TK).reshape(hidden.shape)
 
 

@@ -13,7 +13,7 @@ from .unfused import UnfusedAdapter
 
 
 class Qwen3Moe(nn.Module):
-    """The feed-forward half with RoutedExperts; the softmax is in fp32, as in the family's own code."""
+    """The feed-forward half with RoutedExperts. Logits and softmax are fp32 (Walk.load holds the router so)."""
 
     def __init__(self, block: Any, config: Any) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Qwen3Moe(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         x_TH = hidden.reshape(-1, hidden.shape[-1])
-        probs_TE = torch.softmax(nn.functional.linear(x_TH, self.gate.weight), dim=-1, dtype=torch.float32)
+        probs_TE = torch.softmax(nn.functional.linear(x_TH.float(), self.gate.weight), dim=-1)
         weights_TK, experts_TK = torch.topk(probs_TE, self.top_k, dim=-1)
         if self.normalize:
             weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)

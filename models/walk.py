@@ -8,7 +8,7 @@ batch have one length.
 Shape legend: N rows, T tokens a row, H hidden size.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from torch import nn
 from ..core.device import Compute
 from ..core.rows import Row, RowStore, Step, Unwatched, batches
 from ..core.tensors import TensorSource
-from .adapter import Adapter, read, stored_dtype
+from .adapter import Adapter, Role, read, stored_dtype
 from .block import Block, find_experts
 from .calls import Calls
 
@@ -70,8 +70,9 @@ class Walk:
         return cls(adapter=adapter, source=source, compute=compute, step=step or Unwatched(), calls=calls)
 
     def beside(self, adapter: Adapter, source: TensorSource) -> "Walk":
-        """The walk over another checkpoint of the same model. Its layers are called with the same arguments."""
-        return replace(self, adapter=adapter, source=source)
+        """The walk over another checkpoint of the same model, on the same device. Its layers are called with what its
+        own config.json makes of a row's length."""
+        return Walk.over(adapter, source, self.compute, self.step)
 
     @property
     def device(self) -> torch.device:
@@ -103,8 +104,10 @@ class Walk:
     def load(self, index: int) -> Block:
         """Block `index` on the device, read expert by expert.
 
-        Weights take the walk's dtype. Expert stacks stay in the checkpoint's dtype where that is narrower, and each
-        expert is widened when it is used: an fp32 walk over a bf16 model then needs half the memory.
+        Weights take the walk's dtype, but the router is fp32: its logits are never rounded, whatever the rows are. (In
+        bf16 transformers rounds them, which sends tokens near a tie elsewhere: that is left out.) Expert stacks stay in
+        the checkpoint's dtype where that is narrower, and each expert is widened when it is used: an fp32 walk over a
+        bf16 model then needs half the memory.
         """
         block = Block(self.adapter, index, self.adapter.build_block(index), self.calls)
         layer, experts, prefix = block.layer, find_experts(block.layer), self.adapter.block_prefix(index)
@@ -114,7 +117,8 @@ class Walk:
             if id(parameter) in of_experts:
                 value = torch.empty(parameter.shape, device=self.device, dtype=self._expert_dtype(index))
             else:
-                value = self.read(prefix + name).to(self.device, self.compute.dtype)
+                is_router = self.adapter.role(prefix + name) is Role.ROUTER
+                value = self.read(prefix + name).to(self.device, torch.float32 if is_router else self.compute.dtype)
             setattr(layer.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
         # Stored buffers (the bias that a router ranks with) keep their dtype.
         for name in layer.state_dict().keys() - dict(layer.named_parameters()).keys():

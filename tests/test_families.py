@@ -136,7 +136,7 @@ def test_a_layer_that_no_config_announces_is_refused(copied: Callable[..., Path]
         ("deepseek", {"auto_map": {"AutoModel": "modeling_other.Other"}}, ["AutoModel", "remote code"]),
         ("mixtral", {"auto_map": {"AutoModel": "modeling_deepseek.DeepseekV3Model"}}, ["remote code"]),
         ("deepseek", {"scoring_func": "softmax"}, ["scoring_func is 'softmax'"]),
-        ("deepseek", {"attention_bias": True}, ["attention_bias is True"]),
+        ("deepseek", {"attention_bias": True}, ["attention_bias is true"]),
         ("deepseek", {"n_group": 3}, ["8 experts in 3 groups"]),
         ("deepseek", {"n_shared_experts": 0}, ["n_shared_experts is 0"]),
         ("mixtral", {"sliding_window": 0}, ["sliding_window is 0"]),

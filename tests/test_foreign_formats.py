@@ -205,6 +205,17 @@ def test_fp8_is_what_the_slow_twin_reads(
     assert any("activations" in warning for warning in source.warnings)
 
 
+def test_scales_that_are_powers_of_two_are_read(tmp_path: Path) -> None:
+    """`scale_fmt: ue8m0` stores them as F8_E8M0, of which dense weights could not be made: they get bf16."""
+    parts, _ = foreign.fp8(a_weight())
+    scale = parts["weight_scale_inv"].to(torch.float8_e8m0fnu)
+    source = opened(tmp_path, parts | {"weight_scale_inv": scale, "norm": torch.ones(4).bfloat16()}, FP8)
+    exponents = scale.view(torch.uint8).double() - 127
+    meant = parts["weight"].double() * (2**exponents).repeat_interleave(32, 0).repeat_interleave(32, 1)
+    assert torch.equal(source.dense("m.weight", torch.float64), meant)
+    assert source.info("m.weight").dtype == "BF16"
+
+
 def test_one_expert_of_a_fused_tensor_is_read_without_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,12 +10,12 @@ Specification: bitsandbytes `functional.quantize_4bit`, `QuantState.as_dict`, `n
 Dettmers et al., arXiv 2305.14314 (NF4, double quantization) and 2208.07339 (LLM.int8()).
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from ...core.json_text import json_text
 from ...core.scheme import INT8_ROWS, NF4, Scheme
 from ...core.tensors import DTYPE_NAMES
 from .bitsandbytes_read import DTYPES, LEVELS, NAME, NESTED_LEVELS, STATE, dense_4bit
@@ -55,7 +55,7 @@ def _state_bytes(scheme: Scheme, outputs: int, inputs: int, model_dtype: str) ->
         "nested_dtype": "float32",
         "nested_offset": 0,
     }
-    return len(json.dumps(without_offset)) - 1 + MOST_FLOAT_CHARS
+    return len(json_text(without_offset)) - 1 + MOST_FLOAT_CHARS
 
 
 def quantize(weight_OI: torch.Tensor, scheme: Scheme) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -78,7 +78,7 @@ def _nf4(weight_OI: torch.Tensor, scheme: Scheme) -> tuple[dict[str, torch.Tenso
     said = {key: value for key, value in facts.items() if key not in beside}
     outputs, inputs = weight_OI.shape
     length = _state_bytes(scheme, outputs, inputs, DTYPE_NAMES[weight_OI.dtype])
-    written = json.dumps(said).ljust(length)
+    written = json_text(said).ljust(length)
     assert len(written) == length, (written, length)
     parts = {"weight": codes, **{f"weight.{key}": value for key, value in beside.items()}}
     parts[STATE_PART] = torch.frombuffer(bytearray(written.encode()), dtype=torch.uint8)

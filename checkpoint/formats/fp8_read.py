@@ -2,10 +2,10 @@
 (Meta's).
 
 A weight is stored as F8_E4M3 (or E5M2) under its own name. Beside it lies `X_scale_inv` or `X_scale`; either name means
-a factor to multiply by. The scale has one value, one per row, or one per block of `weight_block_size` (the last block
-of an axis may be cut). Scales of fused experts `[experts, ., .]` have an axis of experts, so one expert can be read
-alone. fbgemm_fp8 stores Llama 4's experts as `[experts, in, out]` with one scale per output, of shape
-`[experts, 1, out]` for gate and up and `[experts, out, 1]` for down.
+a factor to multiply by, stored as a float or as a power of two (F8_E8M0). The scale has one value, one per row, or one
+per block of `weight_block_size` (the last block of an axis may be cut). Scales of fused experts `[experts, ., .]` have
+an axis of experts, so one expert can be read alone. fbgemm_fp8 stores Llama 4's experts as `[experts, in, out]` with
+one scale per output, of shape `[experts, 1, out]` for gate and up and `[experts, out, 1]` for down.
 
 The dense weight is the product, rounded once to the dtype of the unquantized weights (bf16), as the formats' own
 dequantizers do. An engine multiplies in fp8 and quantizes activations too; a warning says that this is not measured.
@@ -29,6 +29,8 @@ FP8_BLOCKS, FBGEMM = "fp8", "fbgemm_fp8"
 NAMES = (FP8_BLOCKS, FBGEMM)
 FP8 = ("F8_E4M3", "F8_E5M2")
 SCALES = ("_scale_inv", "_scale")
+# Scales that are powers of two (config.json: `scale_fmt: ue8m0`).
+POWERS = "F8_E8M0"
 # Tensors of activations and of the key-value cache.
 ASIDE = ("input_scale", "activation_scale", "input_scale_ub", "output_scale", "k_scale", "v_scale")
 
@@ -100,8 +102,8 @@ def _weight(
     if scale is None:
         raise ValueError(f"is {info.dtype} and has neither {' nor '.join(name + s for s in SCALES)}")
     of = infos[scale]
-    if of.dtype not in FLOATS:
-        raise ValueError(f"has a scale of {of.dtype}: {', '.join(FLOATS)} are read")
+    if of.dtype not in (*FLOATS, POWERS):
+        raise ValueError(f"has a scale of {of.dtype}: {', '.join((*FLOATS, POWERS))} are read")
     by_last = fbgemm and len(info.shape) == 3
     shape = aligned(of.shape, info.shape)
     if by_last and of.shape in ((info.shape[0], 1, info.shape[2]), (info.shape[0], info.shape[2], 1)):
@@ -120,7 +122,7 @@ def _weight(
         width = f"block {block[0]}x{block[1]}" if any(last) else "by row"
     by_expert = frozenset({"weight"} | ({"scale"} if shape[0] > 1 else set())) if len(info.shape) == 3 else frozenset()
     return StoredWeight(
-        TensorInfo(info.shape, of.dtype if of.dtype != "F32" else kept),
+        TensorInfo(info.shape, kept if of.dtype in ("F32", POWERS) else of.dtype),
         f"fp8 {width}",
         {"weight": name, "scale": scale},
         partial(dense, block=block, by_last=by_last),

@@ -5,7 +5,6 @@ fault and ends with the way out. Keys that this version does not know are kept a
 """
 
 import json
-import math
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from ..errors import InputError, input_error
 from ..file_names import RECORD_NAME
+from ..json_text import nonfinite
 from .schema import READABLE_VERSIONS, Record
 
 WAY_OUT = (
@@ -73,7 +73,7 @@ def check_record(data: Any, name: str) -> Record:
 
 def validated(kind: type[B], data: Any, name: str) -> B:
     """`data`, parsed JSON, as a value of `kind`; messages call it `name`. Raises InputError with every fault."""
-    faults = [f"{place}: {value} is not a finite number" for place, value in _nonfinite(data)]
+    faults = [f"{place}: {value} is not a finite number" for place, value in nonfinite(data)]
     if not faults:
         try:
             return kind.model_validate(data)
@@ -89,21 +89,6 @@ def _parsed(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file} is no record: it cannot be read as JSON ({error}). {WAY_OUT}") from None
-
-
-def _nonfinite(data: Any) -> list[tuple[str, str]]:
-    """(place, what stands there) of every number that JSON does not have, though Python reads it."""
-    found: list[tuple[str, str]] = []
-    todo: list[tuple[tuple[object, ...], Any]] = [((), data)]
-    while todo:
-        place, value = todo.pop()
-        if isinstance(value, dict):
-            todo += [((*place, key), entry) for key, entry in value.items()]
-        elif isinstance(value, list):
-            todo += [((*place, number), entry) for number, entry in enumerate(value)]
-        elif isinstance(value, float) and not math.isfinite(value):
-            found.append((".".join(map(str, place)), {math.inf: "Infinity", -math.inf: "-Infinity"}.get(value, "NaN")))
-    return found[::-1]
 
 
 def _is_plain(name: str) -> bool:
