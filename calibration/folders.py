@@ -4,8 +4,8 @@ A folder is the user's own, or a data set as the hub gives it: files of several 
 
     read           .jsonl, .ndjson, .json, .parquet, .txt, .md; all but .parquet may be packed (.gz, .zst)
     other splits   a file that is named after another split than the wanted one: data/test-00000-of-00001.parquet,
-                   train.jsonl, validation/part.jsonl. A file that names no split counts as train. Plain text is of a
-                   split only if the whole name is the split's: a page called testing.md is no test split
+                   train.jsonl, validation/part.jsonl. A file that names no split counts as train. Of plain texts only
+                   test.txt and the like are of a split: a page called test/drive.txt or testing.md is not
     papers         README, LICENSE and the like beside data files; dataset_info.json and other papers of the library
     hidden         whatever begins with a dot; not even named
 """
@@ -52,7 +52,8 @@ def split_of(path: Path) -> tuple[str, str]:
     stem = text_stem(path)
     shard = _SHARD.match(stem)
     if text_suffix(path) in PLAIN:
-        return (_SPLIT_WORDS.get(stem.lower(), "train"),) * 2
+        whole = _SPLIT_WORDS.get(stem.lower(), "train") if text_suffix(path) == ".txt" else "train"
+        return whole, whole
     for name in (stem, *reversed(path.parts[:-1])):
         words = re.split(r"[^a-z]+", name.lower())
         found = next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), None)

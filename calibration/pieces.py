@@ -75,14 +75,16 @@ def _window(tokenizer: Any, text: str, begin: int, end: int) -> _Window:
 
 def _pieces(tokenizer: Any, text: str, piece: int, context: int) -> Iterator[torch.Tensor]:
     """The ids of one piece after another."""
-    window, start, wanted = _window(tokenizer, text, 0, piece + context), 0, piece
+    window, start = _window(tokenizer, text, 0, piece + context), 0
+    last, wanted = 0, piece
     while window.end < len(text):
-        for place in _places(text, wanted, context):
+        for place in _places(text, max(last, wanted - context // 2), wanted):
             following = _window(tokenizer, text, place - context, place + piece + context)
             stop, begin = window.before(place), following.before(place)
             if stop is not None and begin is not None and _agree(window, following, place, context // 2):
                 yield torch.from_numpy(window.ids_T[start:stop])
-                window, start, wanted = following, begin, place + piece
+                window, start = following, begin
+                last, wanted = place, place + piece
                 break
         else:  # the same window, with twice the room
             wanted += wanted - window.begin
@@ -90,16 +92,16 @@ def _pieces(tokenizer: Any, text: str, piece: int, context: int) -> Iterator[tor
     yield torch.from_numpy(window.ids_T[start:])
 
 
-def _places(text: str, wanted: int, context: int) -> list[int]:
-    """Where a piece may end, the best first: behind a word, or before one that begins a line."""
+def _places(text: str, after: int, most: int) -> list[int]:
+    """Where a piece may end, the last first: behind a word, or before one that begins a line."""
 
     def ends(place: int) -> bool:
-        last, following = text[place - 1], text[place]
-        return (last.isalnum() and not following.isalnum() and following not in "'’") or (
-            last == "\n" and following.isalnum()
-        )
+        before, behind = text[place - 1], text[place]
+        if before.isalnum():
+            return not behind.isalnum() and behind not in "'’"
+        return before == "\n" and behind.isalnum()
 
-    return list(islice((p for p in range(wanted, max(0, wanted - context // 2), -1) if ends(p)), MOST_TRIED))
+    return list(islice((place for place in range(most, after, -1) if ends(place)), MOST_TRIED))
 
 
 def _agree(left: _Window, right: _Window, place: int, reach: int) -> bool:

@@ -19,6 +19,8 @@ from transformers.utils import chat_template_utils
 
 from .messages import names_called
 
+# The part of a run's identity that a resume takes over.
+DATE = "date that the chat template is told"
 # The first number that is tried as a mark: it is in no text as a rule.
 _FIRST_MARK = 7_340_061
 _ASKS_FOR_THE_DATE = "{{ strftime_now('%Y-%m-%d') }}"
@@ -34,12 +36,12 @@ class ChatTemplate:
             asked = [{"role": "user", "content": ""}]
             with _pinned(date):
                 said = tokenizer.apply_chat_template(asked, tokenize=False, chat_template=_ASKS_FOR_THE_DATE)
-            assert said == self.date, "transformers gives chat templates another date than the pinned one"
+            assert said == date.isoformat(), "transformers gives chat templates another date than the pinned one"
 
     @property
-    def date(self) -> str | None:
-        """The pinned date, YYYY-MM-DD, if the template asks for one."""
-        return self._date.isoformat() if "strftime_now" in str(self._tokenizer.chat_template) else None
+    def date(self) -> dates.date | None:
+        """The pinned date, if the template asks for one."""
+        return self._date if "strftime_now" in str(self._tokenizer.chat_template) else None
 
     def write(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, ask: bool = False
@@ -93,7 +95,7 @@ def _marked(message: dict[str, Any], mark: str) -> tuple[dict[str, Any], int]:
         places += bool(words.strip())
         return words + mark if words.strip() else words
 
-    changed = copy.deepcopy({key: message[key] for key in message.keys() - {"content"}})
+    changed = copy.deepcopy({key: value for key, value in message.items() if key != "content"})
     content = message["content"]
     if isinstance(content, str):
         changed["content"] = behind(content)

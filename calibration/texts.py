@@ -4,6 +4,7 @@ Calibration and evaluation share no document. When both name the same file or th
 in eight is evaluated, chosen by its digest, and the others calibrate. The record says so.
 """
 
+import datetime as dates
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -46,6 +47,8 @@ class RunTexts:
     warnings: list[str]
     # Row length -> how many calibration rows of it the run uses. Fewer than there are: `calibration` is a pool.
     wanted: dict[int, int]
+    # The date that the chat template was told, if it asks for one.
+    date: dates.date | None = None
 
     @property
     def is_pool(self) -> bool:
@@ -170,14 +173,21 @@ def _encoded(
 
 
 def prepare_texts(
-    model: Model, recipe: Recipe, calibration: Path | None, evaluation: Path | None, needs_calibration: bool
+    model: Model,
+    recipe: Recipe,
+    calibration: Path | None,
+    evaluation: Path | None,
+    needs_calibration: bool,
+    date: dates.date | None = None,
 ) -> RunTexts:
     """Reads, checks and tokenizes both sets of texts. `calibration` and `evaluation` replace the recipe's.
+
+    `date` is what a chat template that asks for it is told; None: the recipe's date, or today.
 
     Raises InputError for unusable texts and for a document that is in both sets, ResourceError when a data set cannot
     be fetched.
     """
-    encoder = Encoder(model.path, model.adapter)
+    encoder = Encoder(model.path, model.adapter, date or recipe.texts.template_date)
     ours = sources_of(recipe.texts.calibration, "calibration", calibration, recipe.folder)
     theirs = sources_of(recipe.texts.evaluation, "evaluation", evaluation, recipe.folder)
     evaluated = gather(recipe, theirs, ours, encoder, evaluated=True)
@@ -194,7 +204,7 @@ def prepare_texts(
         # Refused even where the method needs no calibration: the name is mistyped.
         raise InputError(f"the texts {calibration} do not exist")
     if not needs_calibration:
-        return RunTexts([], used, facts, warnings, {})
+        return RunTexts([], used, facts, warnings, {}, encoder.template.date)
     calibrated = gather(recipe, ours, theirs, encoder, evaluated=False)
     refuse_shared([d for part in calibrated for d in part.documents], [d for part in evaluated for d in part.documents])
     packed, wanted = packed_rows(recipe, model.adapter, calibrated)
@@ -207,7 +217,7 @@ def prepare_texts(
             f"{', '.join(both)}: named for calibration and evaluation both, so one document in eight, by its digest, "
             "is evaluated and the others calibrate"
         )
-    return RunTexts(packed, used, facts, warnings, wanted)
+    return RunTexts(packed, used, facts, warnings, wanted, encoder.template.date)
 
 
 def _unused_warnings(recipe: Recipe, name: str, facts: dict[str, Any]) -> list[str]:

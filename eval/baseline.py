@@ -29,6 +29,7 @@ _KEPT: Any = {
     "flips": {"all": True, "tasks": True},
     "recipe": {"name", "method", "digest"},
     "machine": {"device"},
+    "template_date": True,
 }
 _LEFT_OUT: Any = {
     "kl": {
@@ -104,6 +105,10 @@ def refuse_unlike(report: Record, baseline: Record) -> None:
         same(f"the digest of the task {name}", now[name].digest, before[name].digest)
         same(f"the shots of the task {name}", now[name].shots, before[name].shots)
         same(f"the items of the task {name}", now[name].items, before[name].items)
+    now_told, told = report.template_date, baseline.template_date
+    rows_differ = evaluation_digest(report) != evaluation_digest(baseline)
+    if now_told is not None and told is not None and (rows_differ or report.flips is not None):
+        same("the date that the chat template was told (pin it with --date, or template_date)", now_told, told)
     if problems:
         raise input_error(
             "the report and the baseline do not measure the same thing:",

@@ -148,6 +148,8 @@ class Record(BaseModel):
     recipe: dict[str, Any] = Field(default_factory=dict)
     # By "calibration" and "evaluation".
     texts: dict[str, TextFacts] = Field(default_factory=dict)
+    # The date that the chat template was told, YYYY-MM-DD. None, and not in the file, where it asks for none.
+    template_date: str | None = None
     plan: PlanSummary | None = None
     fit: FitSummary | None = None
     allocation: Allocation | None = None
@@ -185,7 +187,7 @@ class Record(BaseModel):
 
     def to_json(self) -> dict[str, Any]:
         """As the file holds it: every section, empty where nothing was asked for."""
-        return {name: _plain(value) for name, value in self}
+        return {name: _plain(value) for name, value in self if value is not None or name != "template_date"}
 
 
 # What a record holds None for where the file has an empty object.
