@@ -121,9 +121,8 @@ def test_a_name_that_is_no_utf8_is_refused_before_anything_is_written(
     path = Path(os.fsdecode(os.fsencode(tmp_path / "own") + b"/" + name))
     path.parent.mkdir(parents=True)
     path.write_text('{"text": "a text of many words"}\n')
-    for given in (path, tmp_path / "own"):
-        if given.is_dir() or path.parent.name == "own":
-            refuse(baby("llama4-text"), "\\udce9", "rename it", arguments=["--calibration", given])
+    for texts in (path, tmp_path / "own") if path.parent.name == "own" else (tmp_path / "own",):
+        refuse(baby("llama4-text"), "\\udce9", "rename it", arguments=["--calibration", texts])
 
 
 @given(value=st.recursive(st.text(st.characters()), lambda part: st.lists(part) | st.dictionaries(st.text(), part)))
