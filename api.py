@@ -178,14 +178,16 @@ def gate(
     *,
     limits: AnyPath | None = None,
     tolerances: Tolerances | None = None,
+    across_dtypes: bool = False,
 ) -> Verdict:
     """Hold a record, or the folder of a checkpoint, against limits and a baseline. `passed` is the answer.
 
-    `limits` is a YAML file in place of the limits that the record names. Raises InputError for records that cannot be
+    `limits` is a YAML file in place of the limits that the record names. `across_dtypes` compares two that were
+    computed in different dtypes, and notes it. Raises InputError for records that cannot be
     compared.
     """
     named = None if limits is None else load_limits(Path(limits))
-    return run_gate(Path(report), _path(baseline), named, tolerances or Tolerances())
+    return run_gate(Path(report), _path(baseline), named, tolerances or Tolerances(), across_dtypes)
 
 
 def export(

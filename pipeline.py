@@ -8,6 +8,8 @@ committed after every stage, so a killed run goes on where it was.
 import datetime as dates
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from .calibration.texts import RunTexts, prepare_texts
 from .checkpoint import files
 from .checkpoint.assign import plan_for
 from .checkpoint.checksums import write_sums
-from .checkpoint.emit import emitted_before, side_files_digest
+from .checkpoint.emit import clear_checkpoint, emitted_before, side_files_digest
 from .checkpoint.formats.shard_formats import SHARD_FORMATS
 from .checkpoint.model import Model, open_source
 from .checkpoint.paths import check_paths, check_space, occupied
@@ -33,7 +35,7 @@ from .checkpoint.source_checks import refuse_nonfinite
 from .checkpoint.workdir import WorkDir, has_run, kept_identity, read_json, refuse_resumed
 from .conversion.run_output import config_of_run, planned_files, weight_bytes
 from .core.device import Compute, choose_compute
-from .core.errors import InputError
+from .core.errors import InputError, UnusableModelError
 from .core.file_names import RECORD_NAME
 from .core.layout import json_bytes
 from .core.rates import Rates, first_guess
@@ -99,12 +101,28 @@ def quantize(
                 walk = Walk.over(run.adapter, run.model.source, run.compute, progress)
                 rates = first_guess(run.compute.device, run.compute.dtype)
                 progress.expect(_schedule(run, rates))
-                if recipe.widths.bits == "fit":
-                    run = _fitted(run, walk, workdir, given)
-                    progress.expect(_schedule(run, rates))
-                finished = _carried_out(run, walk, workdir, progress)
+                with _removed_if_unusable(workdir, out):
+                    if recipe.widths.bits == "fit":
+                        run = _fitted(run, walk, workdir, given)
+                        progress.expect(_schedule(run, rates))
+                    finished = _carried_out(run, walk, workdir, progress)
         workdir.remove()
     return finished
+
+
+@contextmanager
+def _removed_if_unusable(workdir: WorkDir, out: Path) -> Iterator[None]:
+    """A run that finds its model unusable leaves nothing behind, for a resume would end where this run does. A method
+    without statistics finds it in the verification only, when OUT has all files but config.json."""
+    try:
+        yield
+    except UnusableModelError:
+        if workdir.moving_to is not None:
+            clear_checkpoint(out)
+            with suppress(OSError):  # other files stay
+                out.rmdir()
+        workdir.remove()
+        raise
 
 
 def _prepared(model_name: str, out: Path, recipe: Recipe, options: Options) -> tuple[Run, Path]:
@@ -151,7 +169,7 @@ def _identity(model: Model, recipe: Recipe, texts: RunTexts, compute: Compute) -
         "tokenizer and other files beside the weights": side_files_digest(model.path),
         # Another card has other kernels, and memory for other batches.
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "compute dtype": str(compute.dtype).removeprefix("torch."),
+        "compute dtype": compute.dtype_name,
         # Sums over another number of threads round differently.
         "threads (OMP_NUM_THREADS)": str(torch.get_num_threads()),
     }

@@ -37,6 +37,7 @@ from .core.record.reading import validated
 from .core.record.schema import CheckpointFacts, ExportFacts, ModelFacts, PlanSummary, Record, TextFacts
 from .core.record.sizes import Allocation, FitSummary
 from .eval.gate import gate_of_run
+from .eval.sides import compare_sides
 from .eval.tasks import Task
 from .eval.verify import WITHOUT_VISION, close_machine, measure, rows_of_experts
 from .models.adapter import Adapter
@@ -195,7 +196,7 @@ def copy_rest(job: StageJob) -> None:
     outside = [shard for shard in job.run.plan.pieces if shard.part == job.run.adapter.n_blocks]
     writer = ShardWriter(outside, job.shards)
     for name in writer.names():
-        writer.put(name, job.run.model.source.get(name))
+        writer.put(name, job.walk.read(name))
 
 
 def move(job: StageJob) -> None:
@@ -235,6 +236,10 @@ def verify(job: StageJob) -> None:
     )
     measured.put_into(record)
     record.checkpoint = CheckpointFacts(bytes=emitted_bytes)
+    documents = run.texts.documents
+    if run.adapter.has_vision and not emitted.adapter.has_vision:
+        documents = tuple(document for document in documents if not document.images)
+    compare_sides(run.model, emitted, documents, run.tasks).put_into(record)
     record.gate = gate_of_run(record, RECORD_NAME, run.recipe)
     close_machine(record, job.progress, run.compute.device, run.began)
     files.write_json(job.workdir.path / RECORD, record.to_json())

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from ..calibration.moments import SiteMoments
 from ..calibration.sensitivity import RESIDUAL, token_weights
 from ..core.quantized_weight import QuantizedWeight
-from ..models.adapter import Half, Site
+from ..models.adapter import Half, Role, Site
 from ..models.block import Block
 from ..models.walk import HiddenRows
 from ..quantize.metric import swiglu_slopes
@@ -194,6 +194,9 @@ def take_statistics(job: HalfJob, sites: Sequence[Site], known: Known) -> tuple[
             alike = (seen.routes == routes[k]).all(-1)
             missed = against - seen.out if len(inner) < len(own) else None
             _add_misses(own, moments, seen, weights, alike, theirs, missed)
+    for site in own:
+        where = f"block {job.index}, {job.half.said}, {site.key}"
+        moments[site.key].refuse_nonfinite(job.target.original, where, site.role is Role.EXPERT)
     found = {key: moments[source] for key, source in shared.items()}
     return found, Known(routes=tuple(routes) if job.correct else None, before_o=keep or known.before_o)
 

@@ -10,6 +10,7 @@ token 1.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 
@@ -204,28 +205,45 @@ class _Spans:
         return tuple(out)
 
 
-def distinct(encoded: list[Row]) -> list[Row]:
-    """The rows without repetitions: a document is one draw of the evaluation, however often it is given."""
-    first: dict[bytes, Row] = {}
-    for row in encoded:
-        pixels = b"" if row.pixels is None else row.pixels.numpy().tobytes()
-        first.setdefault(row.tokens.numpy().tobytes() + pixels, row)
+def document_heads(encoded: list[Row], row_tokens: int) -> list[Row]:
+    """The rows that documents give to an evaluation: each is one document, cut at `row_tokens`. Documents of fewer than
+    two tokens are left out, and those whose pictures would be cut."""
+    usable = (row for row in encoded if len(row.tokens) >= 2)
+    return [
+        row if row.pixels is not None else cut(row, 0, row_tokens)
+        for row in usable
+        if row.pixels is None or len(row.tokens) <= row_tokens
+    ]
+
+
+def distinct(heads: list[Row]) -> list[Row]:
+    """The first of all rows in which a model sees the same. Equal rows have equal figures: they are one draw of the
+    evaluation, however often it is given."""
+    first: dict[str, Row] = {}
+    for row in heads:
+        first.setdefault(row.digest, row)
     return list(first.values())
 
 
 def document_rows(encoded: list[Row], row_tokens: int, max_rows: int) -> list[Row]:
-    """One row for each document, cut at `row_tokens`, at most `max_rows`.
-
-    Documents of fewer than two tokens are left out, and those whose pictures would be cut. Raises InputError when none
-    remains.
-    """
-    rows = []
-    for row in encoded:
-        if len(row.tokens) < 2 or (row.pixels is not None and len(row.tokens) > row_tokens):
-            continue
-        rows.append(row if row.pixels is not None else cut(row, 0, row_tokens))
-        if len(rows) == max_rows:
-            break
+    """The distinct heads of documents, at most `max_rows`. Raises InputError when none remains."""
+    rows = distinct(document_heads(encoded, row_tokens))[:max_rows]
     if not rows:
         raise InputError("the evaluation texts hold no document of two tokens or more")
     return rows
+
+
+def repeated_share(rows: list[Row]) -> float:
+    """The share of tokens that stand in a row as in another, with the same tokens before them: there both models say
+    the same again. Rows with pictures share nothing."""
+    total = sum(len(row.tokens) for row in rows)
+    listed = sorted(row.tokens.tolist() for row in rows if row.pixels is None)
+    # Sorted rows are neighbours where they share most: what each shares with the one before it is new to nobody.
+    shared = sum(_common(one, other) for one, other in pairwise(listed))
+    return shared / total if total else 0.0
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    """The length of the beginning that the two share."""
+    shorter = min(len(one), len(other))
+    return next((n for n in range(shorter) if one[n] != other[n]), shorter)

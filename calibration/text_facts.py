@@ -8,9 +8,11 @@ from typing import Any
 
 from ..core.rows import Row
 from .documents import Document
-from .packing import distinct
+from .packing import distinct, repeated_share
 from .source import Source, SourceDocuments
 
+# Evaluation texts get a warning when more than this share of their scored tokens says nothing new.
+MOST_IS_REPEATED = 0.5
 # A source gets a warning when this share of its rows is unusable, or when it gives this much less than its weight's
 # share of the tokens.
 SHORT_BY = 0.1
@@ -107,7 +109,7 @@ def reading_notes(gathered: list[Gathered], which: str) -> list[str]:
     return notes
 
 
-def repeated_warnings(facts: dict[str, Any]) -> list[str]:
+def repeated_calibration(facts: dict[str, Any]) -> list[str]:
     """A warning about calibration texts that stand there twice: each counts as often as it stands there."""
     if not facts["repeated"]:
         return []
@@ -115,6 +117,24 @@ def repeated_warnings(facts: dict[str, Any]) -> list[str]:
         f"{facts['repeated']:,} of the {facts['documents']:,} calibration texts repeat others and count again: leave "
         "them out, unless they should weigh more"
     ]
+
+
+def repeated_warnings(heads: list[Row], used: list[Row], row_tokens: int) -> list[str]:
+    """Warnings about evaluation texts that say the same again. `heads`: all documents, cut at `row_tokens`; `used`: the
+    rows that are scored."""
+    warnings, repeats = [], len(heads) - len(distinct(heads))
+    if repeats:
+        warnings.append(
+            f"{repeats} of the evaluation texts repeat others in their first {row_tokens:,} tokens, which are all that "
+            "is scored of a text, and are left out. Raise evaluation_row_tokens if they differ later"
+        )
+    share = repeated_share(used)
+    if share > MOST_IS_REPEATED:
+        warnings.append(
+            f"{share:.0%} of the scored tokens stand in a beginning that several evaluation texts share, and are "
+            "scored again for each of them (a system prompt?): raise evaluation_row_tokens, or give texts without it"
+        )
+    return warnings
 
 
 def short_share_warnings(gathered: list[Gathered], facts: dict[str, Any]) -> list[str]:

@@ -22,10 +22,18 @@ from ..recipe import Recipe
 from .columns import Columns
 from .documents import Document, refuse_shared
 from .folders import SUFFIXES, WANTED
-from .packing import RowLayout, distinct, document_rows, mixed, pack
+from .packing import RowLayout, document_heads, document_rows, mixed, pack
 from .source import ReadLimit, Source, SourceDocuments
 from .sources import read_source, split_by_digest
-from .text_facts import Gathered, facts_of, left_out_warnings, reading_notes, repeated_warnings, short_share_warnings
+from .text_facts import (
+    Gathered,
+    facts_of,
+    left_out_warnings,
+    reading_notes,
+    repeated_calibration,
+    repeated_warnings,
+    short_share_warnings,
+)
 from .tokens import Encoder
 
 # The user's own evaluation texts get a warning when less than this share of their tokens is evaluated.
@@ -47,6 +55,8 @@ class RunTexts:
     warnings: list[str]
     # Row length -> how many calibration rows of it the run uses. Fewer than there are: `calibration` is a pool.
     wanted: dict[int, int]
+    # The documents that gave the evaluation rows.
+    documents: tuple[Document, ...] = ()
     # The date that the chat template was told, if it asks for one.
     date: dates.date | None = None
 
@@ -192,32 +202,37 @@ def prepare_texts(
     theirs = sources_of(recipe.texts.evaluation, "evaluation", evaluation, recipe.folder)
     evaluated = gather(recipe, theirs, ours, encoder, evaluated=True)
     rows = [row for part in evaluated for row in part.rows]
-    unlike = distinct(rows)
-    used = document_rows(unlike, recipe.texts.evaluation_row_tokens, recipe.texts.evaluation_rows)
+    row_tokens = recipe.texts.evaluation_row_tokens
+    used = document_rows(rows, row_tokens, recipe.texts.evaluation_rows)
     facts = {"evaluation": facts_of(evaluated, used)}
     warnings = left_out_warnings(evaluated, "evaluation") + reading_notes(evaluated, "evaluation")
     if evaluation is not None:
         warnings += _unused_warnings(recipe, evaluation.name, facts["evaluation"])
-    if len(unlike) < len(rows):
-        warnings.append(f"{len(rows) - len(unlike)} of the evaluation texts repeat others and are left out")
+    warnings += repeated_warnings(document_heads(rows, row_tokens), used, row_tokens)
     if calibration is not None and not calibration.exists():
         # Refused even where the method needs no calibration: the name is mistyped.
         raise InputError(f"the texts {calibration} do not exist")
     if not needs_calibration:
-        return RunTexts([], used, facts, warnings, {}, encoder.template.date)
+        return RunTexts([], used, facts, warnings, {}, _documents_of(used, evaluated), encoder.template.date)
     calibrated = gather(recipe, ours, theirs, encoder, evaluated=False)
     refuse_shared([d for part in calibrated for d in part.documents], [d for part in evaluated for d in part.documents])
     packed, wanted = packed_rows(recipe, model.adapter, calibrated)
     facts["calibration"] = facts_of(calibrated, packed)
     warnings += left_out_warnings(calibrated, "calibration") + short_share_warnings(calibrated, facts["calibration"])
-    warnings += reading_notes(calibrated, "calibration") + repeated_warnings(facts["calibration"])
+    warnings += reading_notes(calibrated, "calibration") + repeated_calibration(facts["calibration"])
     both = sorted({source.label for source in ours} & {s.label for s in theirs if s.place in {o.place for o in ours}})
     if both:
         warnings.append(
             f"{', '.join(both)}: named for calibration and evaluation both, so one document in eight, by its digest, "
             "is evaluated and the others calibrate"
         )
-    return RunTexts(packed, used, facts, warnings, wanted, encoder.template.date)
+    return RunTexts(packed, used, facts, warnings, wanted, _documents_of(used, evaluated), encoder.template.date)
+
+
+def _documents_of(rows: list[Row], gathered: list[Gathered]) -> tuple[Document, ...]:
+    """The documents that gave these rows, one a document."""
+    names = {row.document for row in rows}
+    return tuple(document for part in gathered for document in part.documents if document.id in names)
 
 
 def _unused_warnings(recipe: Recipe, name: str, facts: dict[str, Any]) -> list[str]:

@@ -19,6 +19,8 @@ from .documents import Document, Picture
 from .pieces import token_ids
 from .templates import ChatTemplate
 
+# The files of which a tokenizer has one.
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
 # Pillow's number for bilinear resampling, as preprocessor_config.json stores it; Llama 4's choice.
 _BILINEAR = 2
 
@@ -32,6 +34,9 @@ class Encoder:
 
         self.folder = folder
         self.adapter = adapter
+        if not any(path for pattern in VOCABULARIES for path in folder.glob(pattern)):
+            # transformers would make an empty tokenizer of the family.
+            raise InputError(f"{folder} has no tokenizer: put the model's own files there (tokenizer.json and others)")
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(
                 str(folder), config=adapter.config, local_files_only=True, trust_remote_code=False

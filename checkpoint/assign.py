@@ -9,7 +9,7 @@ from ..models.adapter import QUANTIZABLE, Adapter
 from ..recipe import Recipe, matches
 from .formats.shard_formats import shard_format
 from .model import Model
-from .plan import Plan, make_plan
+from .plan import Plan, make_plan, scale_dtypes
 
 
 @dataclass
@@ -34,7 +34,7 @@ def schemes_of(adapter: Adapter, recipe: Recipe) -> dict[str, Scheme]:
     size that does not divide the inputs, and when nothing is quantized.
     """
     found = _assign(adapter, recipe)
-    problems = [*_unused(found.used, recipe), *_conflicts(found)]
+    problems = [*_unused(found.used, adapter, recipe), *_conflicts(found)]
     if not found.chosen and not problems:
         problems.append(
             "it keeps every module that would be quantized"
@@ -67,10 +67,12 @@ def _assign(adapter: Adapter, recipe: Recipe) -> _Assignment:
     return found
 
 
-def _unused(used: set[str], recipe: Recipe) -> Iterable[str]:
+def _unused(used: set[str], adapter: Adapter, recipe: Recipe) -> Iterable[str]:
+    # Routers, norms and the head stay anyway, and so does what no role quantizes: whoever names one gets what he wants.
+    modules = [name.rpartition(".")[0] for name in (*adapter.expected(), "lm_head.weight")]
     for pattern in recipe.widths.keep_modules:
-        if pattern not in used:
-            yield f"keep_modules pattern {pattern!r} matches no module that would be quantized"
+        if pattern not in used and not any(matches(pattern, module) for module in modules):
+            yield f"keep_modules pattern {pattern!r} matches no module of this model"
     roles = [role.value for role in QUANTIZABLE]
     for entry in recipe.widths.schemes:
         if entry not in used and entry not in roles:
@@ -92,4 +94,12 @@ def plan_for(model: Model, recipe: Recipe) -> Plan:
     if recipe.family not in (None, model.adapter.family):
         raise InputError(f"the recipe {recipe.name} is for {recipe.family}, and {model.name} is {model.adapter.family}")
     schemes, layout = schemes_of(model.adapter, recipe), shard_format(recipe.format).layout
-    return make_plan(model.adapter, model.source, schemes, layout, recipe.max_shard_bytes, model.folder.file_bytes)
+    return make_plan(
+        model.adapter,
+        model.source,
+        schemes,
+        layout,
+        recipe.max_shard_bytes,
+        model.folder.file_bytes,
+        scale_dtypes(model.adapter, model.source),
+    )

@@ -13,6 +13,7 @@ from huggingface_hub import snapshot_download
 
 from ..core.errors import InputError, ResourceError
 from ..models.adapter import Adapter
+from ..models.config_keys import forward_fields
 from ..models.families import adapter_of, load_adapter
 from ..models.known import demo_folder, on_hub, read_config
 from .formats.fp8_read import FP8_BLOCKS
@@ -22,7 +23,7 @@ from .packed import PackedSource, open_packed
 from .provenance import hub_origin, source_card
 from .remote import hub_error, open_remote
 from .source import Folder, open_folder
-from .source_checks import check_shapes
+from .source_checks import check_shapes, refuse_untied_copy
 
 # The files to fetch from the hub: no pickles, no code.
 HUB_PATTERNS = [
@@ -65,7 +66,8 @@ class Model:
     @property
     def warnings(self) -> list[str]:
         """What a measurement of these files does not cover."""
-        found = self.source.warnings if isinstance(self.source, PackedSource) else ()
+        found = [*self.source.warnings] if isinstance(self.source, PackedSource) else []
+        found += self.adapter.aside_warnings(self.source.names)
         return [f"{self.name}: {warning}" for warning in found]
 
     @property
@@ -87,6 +89,7 @@ class Model:
             "digest": self.folder.digest,
             "hub": hub_origin(self.path),
             "card": source_card(self.path),
+            "config": forward_fields(self.adapter.config),
         }
 
 
@@ -109,8 +112,8 @@ def resolve_model(name: str) -> Path:
 
 
 def open_model(name: str) -> Model:
-    """Open a checkpoint and check its names and shapes against config.json. Reads no weights, but downloads all files
-    of a hub id. Raises InputError or ResourceError."""
+    """Open a checkpoint and check its names and shapes against config.json. Reads no weights but a copy of a tied head,
+    and downloads all files of a hub id. Raises InputError or ResourceError."""
     path = resolve_model(name)
     if not path.is_dir():
         raise InputError(f"{path} is a file: name the folder that holds it and its config.json")
@@ -155,7 +158,9 @@ def checked_model(name: str, config: dict[str, Any], adapter: Adapter, where: Fo
     folder = open_folder(path) if isinstance(where, Path) else where
     block = quantization_block(path, config)
     source = folder if block is None else open_packed(folder, block)
-    check_shapes(path, source, adapter.disk_shapes(source.names), adapter.left_aside)
+    check_shapes(path, source, adapter.disk_shapes(source.names), adapter.left_aside(source.names))
+    if isinstance(where, Path):  # otherwise only headers are here
+        refuse_untied_copy(folder, adapter)
     return Model(name, path, config, adapter, folder, source)
 
 

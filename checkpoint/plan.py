@@ -1,6 +1,6 @@
 """Plan: every tensor that a run will write, in its shard, with exact sizes, computed from headers alone."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import prod
@@ -8,8 +8,8 @@ from typing import Any
 
 from ..core.layout import StoredTensor, file_bytes, index_json, json_bytes, shard_name, split_shards
 from ..core.scheme import Scheme
-from ..core.tensors import TensorSource
-from ..models.adapter import Adapter
+from ..core.tensors import DTYPE_NAMES, TensorSource
+from ..models.adapter import Adapter, scale_dtype
 from .source import INDEX_NAME, SINGLE_NAME
 
 # How a format stores one weight: (scheme, outputs, inputs, model dtype) -> suffix -> (dtype, shape).
@@ -145,8 +145,10 @@ def make_plan(
     layout: Layout,
     max_shard_bytes: int,
     source_bytes: int,
+    scale_dtypes: Mapping[str, str] | None = None,
 ) -> Plan:
-    """Lay out the whole checkpoint from names and shapes alone."""
+    """Lay out the whole checkpoint from names and shapes alone. `scale_dtypes`: module -> the dtype of its scales;
+    without one, a module's scales have the dtype of its weight."""
     shapes = adapter.expected()
     quantized = quantized_bytes = 0
     widths: list[Width] = []
@@ -157,7 +159,7 @@ def make_plan(
         module = name.removesuffix(".weight")
         if module in schemes and name.endswith(".weight"):
             outputs, inputs = shapes[name]
-            stored = layout(schemes[module], outputs, inputs, dtype)
+            stored = layout(schemes[module], outputs, inputs, (scale_dtypes or {}).get(module, dtype))
             tensors = [StoredTensor(f"{module}.{suffix}", d, s) for suffix, (d, s) in stored.items()]
             quantized += outputs * inputs
             quantized_bytes += sum(t.nbytes for t in tensors)
@@ -180,6 +182,18 @@ def make_plan(
         source_bytes=source_bytes,
         widths=tally(widths),
     )
+
+
+def scale_dtypes(adapter: Adapter, source: TensorSource) -> dict[str, str]:
+    """Quantizable module -> the dtype of the scales that a run gives it."""
+    return {
+        name: dtype
+        for block in range(adapter.n_blocks)
+        for site in adapter.sites(block)
+        for dtype in [DTYPE_NAMES[scale_dtype(adapter, source, site)]]
+        for member in site.members
+        for name in member
+    }
 
 
 def by_part(adapter: Adapter, names: Iterable[str]) -> list[list[str]]:

@@ -101,8 +101,9 @@ def _scheme(folder: Folder, module: str, parts: Collection[str], expected: Shape
     return problems or scheme
 
 
-def shape_problems(stored: Stored, expected: Shapes) -> Iterator[str]:
-    """Promised tensors that are missing or have another shape, and tensors that config.json does not promise."""
+def shape_problems(stored: Stored, expected: Shapes, left_aside: Collection[str]) -> Iterator[str]:
+    """Promised tensors that are missing or have another shape, and tensors that config.json does not promise and that
+    are not `left_aside`."""
     packed = {f"{module}.weight" for module in (*stored.schemes, *stored.broken)}
     for name in sorted(expected):
         if name in packed:
@@ -111,7 +112,7 @@ def shape_problems(stored: Stored, expected: Shapes) -> Iterator[str]:
             yield f"{name} is missing"
         elif stored.plain[name].shape != expected[name]:
             yield f"{name} is {list(stored.plain[name].shape)}, and config.json says {list(expected[name])}"
-    for name in sorted(stored.plain.keys() - expected.keys()):
+    for name in sorted(stored.plain.keys() - expected.keys() - {*left_aside}):
         yield f"{name} is in the folder and config.json knows no such tensor"
 
 

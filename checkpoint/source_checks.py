@@ -1,21 +1,22 @@
 """Checks of a checkpoint's tensors: names and shapes against config.json, and every value finite."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
 
-from ..core.errors import input_error
+from ..core.errors import InputError, input_error
 from ..core.tensors import TORCH_DTYPES, TensorSource
+from ..models.adapter import Adapter
 from .source import Folder
 
 
 def check_shapes(
-    path: Path, source: TensorSource, expected: dict[str, tuple[int, ...]], left_aside: Callable[[str], bool]
+    path: Path, source: TensorSource, expected: dict[str, tuple[int, ...]], left_aside: Collection[str]
 ) -> None:
     """Check that the source has every tensor that config.json promises, in its shape and a floating-point dtype.
 
-    `left_aside` says which other tensors may be there. Raises InputError with all problems (40 shown).
+    `left_aside`: other tensors that may be there. Raises InputError with all problems (40 shown).
     """
     problems = [f"{name} is missing" for name in expected if name not in source.names]
     for name in expected.keys() & source.names:
@@ -24,7 +25,7 @@ def check_shapes(
             problems.append(f"{name} is {list(info.shape)}, and config.json says {list(shape)}")
         if info.dtype not in ("BF16", "F16", "F32"):
             problems.append(f"{name} is stored as {info.dtype}: onecard reads BF16, F16 and F32 weights")
-    unknown = [name for name in source.names if name not in expected and not left_aside(name)]
+    unknown = [name for name in source.names if name not in expected and name not in left_aside]
     problems.sort()
     problems += [f"{name} is in the checkpoint and config.json knows no such tensor" for name in unknown]
     if problems:
@@ -33,6 +34,33 @@ def check_shapes(
             f"{path} contradicts its config.json:",
             shown,
             "Fetch the original checkpoint, config.json and all weights of one revision, in bf16, fp16 or fp32.",
+        )
+
+
+def untied_copy(folder: Folder, adapter: Adapter) -> str | None:
+    """What is wrong with a stored copy of a tied head: it must have the embedding's bytes. None: there is none, or it
+    is equal. Raises ResourceError."""
+    copy, embedding = adapter.tied_copy, adapter.embedding_name
+    if copy is None or copy not in folder.infos:
+        return None
+    if folder.infos.get(embedding) == folder.infos[copy] and all(
+        torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+        for (_, ours), (_, theirs) in zip(pieces(folder, copy), pieces(folder, embedding), strict=True)
+    ):
+        return None
+    return (
+        f"{copy} is not {embedding}, though config.json ties them (tie_word_embeddings): some engines would take the "
+        "one for the head, some the other"
+    )
+
+
+def refuse_untied_copy(folder: Folder, adapter: Adapter) -> None:
+    """Raises InputError for what `untied_copy` finds."""
+    problem = untied_copy(folder, adapter)
+    if problem is not None:
+        raise InputError(
+            f"{folder.path}: {problem}. If the stored head is meant, set tie_word_embeddings to false in config.json; "
+            "if not, remove it from the files"
         )
 
 

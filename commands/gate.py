@@ -37,6 +37,11 @@ from .shared import make_console, print_json, verb
     show_default=True,
     help="The share of changed answers of each task may rise by this much.",
 )
+@click.option(
+    "--across-dtypes",
+    is_flag=True,
+    help="Compare although REPORT and the baseline were computed in different dtypes; a note says so.",
+)
 @click.option("--junit", type=click.Path(path_type=Path), help="Write the checks into this file as JUnit XML.")
 @click.option(
     "--summary",
@@ -52,6 +57,7 @@ def gate(
     tolerance: float,
     tolerance_top1: float,
     tolerance_flips: float,
+    across_dtypes: bool,
     junit: Path | None,
     summary: Path | None,
 ) -> None:
@@ -82,6 +88,7 @@ def gate(
         baseline,
         None if limits is None else load_limits(limits),
         Tolerances(tolerance, tolerance_top1, tolerance_flips),
+        across_dtypes,
     )
     draw_verdict(verdict, make_console())
     if junit is not None:

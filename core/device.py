@@ -15,6 +15,11 @@ class Compute:
     dtype: torch.dtype
     batch_tokens: int
 
+    @property
+    def dtype_name(self) -> str:
+        """As recipes and records say it: float32 or bfloat16."""
+        return str(self.dtype).removeprefix("torch.")
+
 
 def choose_device(name: str) -> torch.device:
     """The torch device for cpu, cuda, cuda:N or auto (a GPU if there is one). Raises InputError for a missing one."""

@@ -1,5 +1,6 @@
 """Row: the token ids of one document, or of several packed ones, with its images; and protocols of a walk."""
 
+import hashlib
 from dataclasses import dataclass
 from math import isqrt
 from typing import Protocol
@@ -29,6 +30,14 @@ class Row:
     tokens: torch.Tensor
     pixels: torch.Tensor | None = None
     parts: tuple[Part, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits from all that a model sees of the row: tokens and pixels."""
+        sha = hashlib.sha256(self.tokens.numpy().tobytes())
+        if self.pixels is not None:
+            sha.update(self.pixels.numpy().tobytes())
+        return sha.hexdigest()[:16]
 
 
 def batches(rows: list[Row], tokens_per_batch: int) -> list[list[int]]:

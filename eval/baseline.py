@@ -1,11 +1,8 @@
-"""Reports as the gate reads them, and the verb `baseline`, which freezes one for later comparisons.
+"""The verb `baseline`: freezes a report for later comparisons.
 
-A report is a record of `quantize`, `verify` or `flips` (a JSON file, or a checkpoint folder with its onecard.json), or
-a baseline. A baseline is a record without what a comparison does not need: it holds no text of the evaluation, no
-errors of weights, no times, and of the machine only its device. It is small and safe to keep beside the code.
-
-Two reports that measure different things are refused, with every reason at once: a gate that compares them is worse
-than none.
+A baseline is a record without what a comparison does not need: it holds no text of the evaluation, no errors of
+weights, no times, and of the machine only its device. It is small and safe to keep beside the code. What no gate could
+compare with is refused here, and not only when the next report comes.
 """
 
 from hashlib import sha256
@@ -13,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import files
-from ..core.errors import InputError, input_error
+from ..core.errors import InputError
 from ..core.json_text import json_text
 from ..core.outputs import refuse_unwritable
-from ..core.record.flips import TaskFlips
-from ..core.record.reading import file_of, read_record
-from ..core.record.schema import SCHEMA_VERSION, Record
+from ..core.record.reading import check_record, file_of
+from ..core.record.schema import Record
+from .comparison import Tolerances, check_baseline
+from .reports import read_report, tasks
 
 # What a baseline keeps of a record, as pydantic's `include` and `exclude`. worst_tokens hold the evaluation's text.
 _KEPT: Any = {
@@ -41,92 +39,6 @@ _LEFT_OUT: Any = {
 }
 
 
-def read_report(name: Path) -> Record:
-    """The record that `name` is or holds, with all that a comparison needs. Raises InputError."""
-    record = read_record(name)
-    if name.is_dir() and not (name / "config.json").exists():
-        raise InputError(f"{name} is not finished: go on with `onecard quantize … --resume`")
-    if record.schema_version != SCHEMA_VERSION:
-        raise InputError(
-            f"the record {name} has schema version {record.schema_version}, and the gate reads {SCHEMA_VERSION}: make "
-            "it anew with this version, or use the onecard that wrote it"
-        )
-    problems = _lacking(record)
-    if problems:
-        raise input_error(f"the record {name} cannot be used:", problems, "Make it anew with `onecard verify`.")
-    return record
-
-
-def _lacking(record: Record) -> list[str]:
-    """What a gate needs beyond what every record has."""
-    kl, flips = record.kl, record.flips
-    if kl is None and flips is None:
-        return ["it holds no measurement, neither KL nor flips"]
-    # A section may be empty, but every record that the gate reads was written with it.
-    needed: dict[str, object] = {name: record.model_fields_set & {name} or None for name in ("texts", "plan")}
-    if flips is not None:
-        needed["flips.tasks"] = flips.model_fields_set & {"tasks"} or None
-    if kl is not None:
-        needed |= {"texts": record.texts or None, "kl.kl_p99_nats": kl.kl_p99_nats, "kl.same_top1": kl.same_top1}
-        for number, document in enumerate(kl.by_document):
-            needed[f"kl.by_document.{number}.digest"] = document.digest
-            needed[f"kl.by_document.{number}.same_top1"] = document.same_top1
-    found = [f"{place}: Field required" for place, value in needed.items() if value is None]
-    return found[:8] + ([f"and {len(found) - 8} more"] if len(found) > 8 else [])
-
-
-def evaluation_digest(record: Record) -> str | None:
-    """The digest of the token rows that were evaluated."""
-    return record.texts["evaluation"].rows_digest if "evaluation" in record.texts else None
-
-
-def refuse_unlike(report: Record, baseline: Record) -> None:
-    """Raises InputError unless the two measure the same thing: same original, same evaluation rows, same items."""
-    problems = []
-
-    def same(what: str, now: object, before: object) -> None:
-        if now != before:
-            problems.append(f"{what}: {_short(now)}, and the baseline's is {_short(before)}")
-
-    same("the original model", report.model.digest, baseline.model.digest)
-    same("its family", report.model.family, baseline.model.family)
-    same("its number of blocks", report.model.blocks, baseline.model.blocks)
-    if report.kl is not None and baseline.kl is not None:
-        same("the evaluation rows", evaluation_digest(report), evaluation_digest(baseline))
-        same("the number of tokens", report.kl.tokens, baseline.kl.tokens)
-        same("the number of documents", report.kl.documents, baseline.kl.documents)
-    elif report.kl is not baseline.kl:
-        problems.append("KL is measured in only one of the two")
-    now, before = tasks(report), tasks(baseline)
-    for name in before:
-        if name not in now:
-            problems.append(f"the task {name}: only the baseline has it")
-            continue
-        same(f"the digest of the task {name}", now[name].digest, before[name].digest)
-        same(f"the shots of the task {name}", now[name].shots, before[name].shots)
-        same(f"the items of the task {name}", now[name].items, before[name].items)
-    now_told, told = report.template_date, baseline.template_date
-    rows_differ = evaluation_digest(report) != evaluation_digest(baseline)
-    if now_told is not None and told is not None and (rows_differ or report.flips is not None):
-        same("the date that the chat template was told (pin it with --date, or template_date)", now_told, told)
-    if problems:
-        raise input_error(
-            "the report and the baseline do not measure the same thing:",
-            problems,
-            "Measure with the baseline's model, texts and tasks, or freeze another baseline with `onecard baseline`.",
-        )
-
-
-def tasks(record: Record) -> dict[str, TaskFlips]:
-    """The tasks of a record's flips, by name."""
-    return {} if record.flips is None else {task.task: task for task in record.flips.tasks}
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return f"{text[:12]}…" if len(text) == 64 else text
-
-
 def _without_folder(facts: dict[str, Any]) -> dict[str, Any]:
     """A baseline is passed on, so of a local path it keeps the last part; a hub id stays whole."""
     path = Path(str(facts.get("name", "")))
@@ -142,7 +54,17 @@ def _frozen(record: Record) -> dict[str, Any]:
     }
     frozen = sections | {name: value for name, value in kept.items() if value is not None}
     frozen["texts"] = {"evaluation": {}} | frozen["texts"]
-    return frozen | {name: _without_folder(frozen[name]) for name in ("model", "checkpoint")}
+    # An older record of a run has its dtype in its identity, which a baseline does not keep.
+    dtype = {} if record.measured_dtype is None else {"compute_dtype": record.measured_dtype}
+    return frozen | {name: _without_folder(frozen[name]) for name in ("model", "checkpoint")} | dtype
+
+
+def _refuse_useless(frozen: Record, name: Path) -> None:
+    """Raises InputError for a baseline that no gate could use. Whether one can is seen by comparing it with itself."""
+    try:
+        check_baseline(frozen, frozen, Tolerances())
+    except InputError as error:
+        raise InputError(f"{name} cannot serve as a baseline, since no gate could use it: {error}") from None
 
 
 def freeze(name: Path, out: Path) -> dict[str, Any]:
@@ -152,6 +74,7 @@ def freeze(name: Path, out: Path) -> dict[str, Any]:
         raise InputError(f"the baseline would take the place of the record {out}: name another file")
     record = read_report(name)
     frozen = _frozen(record)
+    _refuse_useless(check_record(frozen, str(name)), name)
     frozen["baseline"] = {"digest": sha256(json_text(frozen, sort_keys=True).encode()).hexdigest()}
     files.write_json(out, frozen)
     return {

@@ -5,7 +5,6 @@ People read them on the page, and the gate compares two runs document by documen
 Shape legend: T tokens.
 """
 
-import hashlib
 from collections.abc import Callable
 
 import torch
@@ -22,14 +21,6 @@ SHOWN_OF_TOP = 3
 AFTER_AN_IMAGE = "after an image"
 
 Decode = Callable[[list[int]], str]
-
-
-def row_digest(row: Row) -> str:
-    """16 hexadecimal digits from all that a model sees of a row: tokens and pixels."""
-    sha = hashlib.sha256(row.tokens.numpy().tobytes())
-    if row.pixels is not None:
-        sha.update(row.pixels.numpy().tobytes())
-    return sha.hexdigest()[:16]
 
 
 def kinds(results: TokenResults, rows: list[Row], placeholder: int | None) -> list[str]:
@@ -76,7 +67,7 @@ def documents(results: TokenResults, rows: list[Row]) -> tuple[DocumentKl, ...]:
     return tuple(
         DocumentKl(
             document=row.document,
-            digest=row_digest(row),
+            digest=row.digest,
             kind=row.kind,
             source=row.parts[0].source if row.parts else "",
             tokens=int(tokens[n]),

@@ -1,8 +1,8 @@
 """A report against a baseline: is it worse by more than the tolerance, beyond noise?
 
 The same documents and items are compared as pairs (regression.py). A record without its documents gives no pairs: means
-are then compared with their standard errors, which finds less, and a note says so. Before this, baseline.refuse_unlike
-has settled that both measure the same thing.
+are then compared with their standard errors, which finds less, and a note says so. Records that measure different
+things are refused (reports.py).
 """
 
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ from ..core.record.flips import TaskFlips
 from ..core.record.kl import DocumentKl, KlSummary
 from ..core.record.schema import Record
 from ..core.record.verdict import BASELINE, Check
-from .baseline import tasks
 from .intervals import FEW_DOCUMENTS
 from .regression import Exceedance, ratio_exceeds, share_rise_exceeds, unpaired_ratio_exceeds, unpaired_rise_exceeds
+from .reports import refuse_unlike, tasks
 
 # A 95 % interval is this many standard errors to each side.
 _HALF_INTERVAL = 1.96
@@ -55,9 +55,14 @@ class _Change:
         return f"{self.documents} documents as pairs" if self.documents else "unpaired"
 
 
-def check_baseline(report: Record, baseline: Record, tolerances: Tolerances) -> tuple[list[Check], list[str]]:
-    """(checks, notes) of two records that measure the same thing."""
-    checks, notes = [], []
+def check_baseline(
+    report: Record, baseline: Record, tolerances: Tolerances, across_dtypes: bool = False
+) -> tuple[list[Check], list[str]]:
+    """(checks, notes). Raises InputError for records that do not measure the same thing (with `across_dtypes` they may
+    have been computed in different dtypes), and for those that cannot be compared."""
+    refuse_unlike(report, baseline, across_dtypes)
+    checks: list[Check] = []
+    notes = _dtype_notes(report, baseline)
     if report.kl is not None and baseline.kl is not None:
         pairs = _pairs(report.kl, baseline.kl)
         if pairs is None:
@@ -72,12 +77,26 @@ def check_baseline(report: Record, baseline: Record, tolerances: Tolerances) -> 
     now, before = tasks(report), tasks(baseline)
     checks += [_check_flips(now[name], before[name], tolerances) for name in before]
     notes += [f"the task {name} is not in the baseline: not compared" for name in now if name not in before]
+    if not checks:
+        raise InputError("there is nothing to compare: the baseline holds neither KL nor a task. Measure one of them")
     device, old_device = report.machine.device, baseline.machine.device
     if device is not None and old_device is not None and device != old_device:
         notes.append(
             f"measured on {device}, the baseline on {old_device}: a difference of the devices falls on all documents"
         )
     return checks, notes
+
+
+def _dtype_notes(report: Record, baseline: Record) -> list[str]:
+    """A note where the two were not computed in one dtype for sure."""
+    now, before = report.measured_dtype, baseline.measured_dtype
+    if now == before and now is not None:
+        return []
+    if now is None or before is None:
+        which = "the report" if now is None else "the baseline"
+        both = "the two" if now is before is None else which
+        return [f"the compute dtype of {both} is not recorded: a difference of dtypes would fall on all documents"]
+    return [f"computed in {now}, the baseline in {before}: the difference of the dtypes falls on all documents"]
 
 
 def _pairs(report: KlSummary, baseline: KlSummary) -> list[tuple[_Sums, _Sums]] | None:
@@ -110,7 +129,7 @@ def _by_digest(documents: tuple[DocumentKl, ...]) -> dict[str, _Sums]:
 
 def _paired(pairs: list[tuple[_Sums, _Sums]], tolerances: Tolerances) -> list[Check]:
     if len(pairs) < 2:
-        raise InputError("one document cannot be compared with a baseline: noise shows between documents only")
+        raise InputError("one document cannot be compared: noise shows between documents only")
     tokens = [now.tokens for now, _ in pairs]
     total, documents = sum(tokens), len(pairs)
     kl_now, kl_before = ([sums.kl for sums in side] for side in zip(*pairs, strict=True))

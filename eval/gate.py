@@ -2,7 +2,7 @@
 
 A limit is compared with the measured figure, not with an end of its interval: the same files on the same texts then
 always get the same answer. The interval is shown beside it, and a note says when it reaches over the limit. The
-comparison with a baseline is in comparison.py; reports that measure different things are refused (baseline.py).
+comparison with a baseline is in comparison.py; reports that measure different things are refused (reports.py).
 """
 
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from ..core.limits import named_limits
 from ..core.record.schema import Record
 from ..core.record.verdict import LIMIT, Check, Verdict, verdict_of
 from ..recipe import Recipe, recorded_limits
-from .baseline import read_report, refuse_unlike
 from .comparison import Tolerances, check_baseline
+from .reports import read_report
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,10 @@ def run_gate(
     baseline_name: Path | None,
     limits: dict[str, float] | None,
     tolerances: Tolerances,
+    across_dtypes: bool = False,
 ) -> Verdict:
-    """Read both, then refuse or judge. `limits` of None: those of the report's own recipe. Raises InputError."""
+    """Read both, then refuse or judge. `limits` of None: those of the report's own recipe. `across_dtypes`: compare
+    although the two were computed in different dtypes. Raises InputError."""
     report = read_report(report_name)
     baseline = None if baseline_name is None else read_report(baseline_name)
     if limits is None:
@@ -42,15 +44,13 @@ def run_gate(
             f"there is nothing to compare {report_name} with: its recipe, or the file of limits, names no limit. Add "
             "--limits FILE or --baseline BASELINE"
         )
-    if baseline is not None:
-        refuse_unlike(report, baseline)
-    checks = check_limits(report, limits)
+    against: list[Check] = []
     notes: list[str] = []
     if baseline is not None:
-        against, notes = check_baseline(report, baseline, tolerances)
-        checks += against
-        if not limits:
-            notes.append("no limits were looked at: the report names none (one of `verify` or `flips` never does)")
+        against, notes = check_baseline(report, baseline, tolerances, across_dtypes)
+    checks = check_limits(report, limits) + against
+    if baseline is not None and not limits:
+        notes.append("no limits were looked at: the report names none (one of `verify` or `flips` never does)")
     name = None if baseline_name is None else str(baseline_name)
     return verdict_of(str(report_name), name, checks, [*_reaching(checks), *notes])
 

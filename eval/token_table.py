@@ -11,7 +11,6 @@ import torch
 
 from ..core.layout import TEMPORARY
 from ..core.rows import Row
-from .breakdown import row_digest
 from .kl import TokenResults
 
 
@@ -29,7 +28,7 @@ def columns(results: TokenResults, rows: list[Row]) -> dict[str, Any]:
 
     return {
         "document": by_row([row.document for row in rows]),
-        "document_digest": by_row([row_digest(row) for row in rows]),
+        "document_digest": by_row([row.digest for row in rows]),
         "kind": by_row([row.kind for row in rows]),
         "source": by_row([row.parts[0].source if row.parts else "" for row in rows]),
         "position": position,

@@ -44,6 +44,7 @@ from ..report.resources import describe_machine, package_versions, peak_device_b
 from .breakdown import break_down
 from .choice import ask, scores
 from .intervals import FEW_DOCUMENTS
+from .sides import compare_sides
 from .summary import summarize
 from .task_requests import requests_of
 from .tasks import Task, flip_summary, load_tasks
@@ -61,14 +62,17 @@ WITHOUT_VISION = "{name} has no vision tower: no text with a picture is evaluate
 
 @dataclass(frozen=True)
 class Measured:
-    """The record's `kl`, `errors` and `flips`, each None if it was not asked for, and warnings for the user."""
+    """The record's `kl`, `errors` and `flips`, each None if it was not asked for, the dtype that they were computed in,
+    and warnings for the user."""
 
+    compute_dtype: str
     kl: KlSummary | None
     errors: ErrorSummary | None
     flips: FlipSummary | None
     warnings: list[str]
 
     def put_into(self, record: Record) -> None:
+        record.compute_dtype = self.compute_dtype
         record.kl, record.errors, record.flips = self.kl, self.errors, self.flips
         record.warnings += self.warnings
 
@@ -121,7 +125,7 @@ def measure(
     if twin.answers is not None:
         scored = iter(scores(asking, twin.answers))
         flips = flip_summary(tasks, [list(islice(scored, len(own))) for own in requests])
-    return Measured(kl, errors, flips, warnings)
+    return Measured(walk.compute.dtype_name, kl, errors, flips, warnings)
 
 
 def rows_of_experts(blocks: list[BlockFacts]) -> dict[int, list[int]]:
@@ -256,7 +260,10 @@ def flips(
 
 
 def _rows(asked: _Asked, source: Model, quantized: Model, record: Record, date: dates.date | None) -> list[Row]:
-    """The evaluation rows; the record gets what it says of them."""
+    """The evaluation rows; the record gets what it says of them, and of what else differs between the two sides."""
+    if not asked.with_texts:
+        compare_sides(source, quantized, (), asked.tasks).put_into(record)
+        return []
     reader = source
     if source.adapter.has_vision and not quantized.adapter.has_vision:
         reader = replace(source, adapter=source.adapter.text_only())
@@ -264,6 +271,7 @@ def _rows(asked: _Asked, source: Model, quantized: Model, record: Record, date: 
     texts = prepare_texts(reader, asked.recipe, None, asked.evaluation, needs_calibration=False, date=date)
     record.texts = {which: TextFacts(**facts) for which, facts in texts.facts.items()}
     record.warnings += texts.warnings
+    compare_sides(source, quantized, texts.documents, asked.tasks).put_into(record)
     return texts.evaluation
 
 
@@ -286,7 +294,7 @@ def _measured_pair(asked: _Asked, device_name: str, console: Console | None, qui
     date = asked.recipe.texts.template_date or recorded_date(quantized) or dates.date.today()
     encoder = Encoder(source.path, source.adapter, date)
     record.template_date = None if encoder.template.date is None else date.isoformat()
-    rows = _rows(asked, source, quantized, record, date) if asked.with_texts else []
+    rows = _rows(asked, source, quantized, record, date)
     with (
         tempfile.TemporaryDirectory(prefix="onecard-verify-") as folder,
         Progress(f"onecard {asked.command} {asked.checkpoint}", source.adapter.n_blocks, console, quiet) as progress,

@@ -46,6 +46,11 @@ class Half(StrEnum):
     ATTENTION = "attention"
     FEED_FORWARD = "feed_forward"
 
+    @property
+    def said(self) -> str:
+        """In a message."""
+        return f"{self.value.replace('_', '-')} half"
+
 
 @dataclass(frozen=True)
 class Location:
@@ -269,6 +274,10 @@ class Adapter(ABC):
         family's own RoPE rotates neighbours. All that belongs to a row (codes, scales, zero points) must move along."""
         return False
 
+    def otherwise_in_vllm(self) -> list[str]:
+        """The config.json keys with which vLLM computes another model than transformers does; a line each."""
+        return []
+
     def cache_layers(self) -> tuple[CacheLayer, ...]:
         """The cache of each decoder layer, in order."""
         return attention_caches(self.text_config)
@@ -295,9 +304,20 @@ class Adapter(ABC):
         """The text that replaces the chat template's image marker: markers and placeholders of one tile."""
         raise AssertionError(f"{self.family} has no vision tower")
 
-    def left_aside(self, name: str) -> bool:
-        """Whether a stored tensor of the family is neither read nor emitted; `faults` says so."""
-        return False
+    @property
+    def tied_copy(self) -> str | None:
+        """The name under which a file may hold a copy of a tied head, which is the embedding; None without one."""
+        return f"{self.embedding_name.rpartition('model.')[0]}lm_head.weight" if self.tied_head else None
+
+    def left_aside(self, available: Collection[str]) -> set[str]:
+        """The stored tensors that are neither read nor emitted, since they say nothing that the others do not: a copy
+        of a tied head (checkpoint/source_checks.py compares it), and frequencies that follow from config.json. What a
+        family adds to them, `aside_warnings` tells."""
+        return {name for name in available if name == self.tied_copy or name.endswith(".rotary_emb.inv_freq")}
+
+    def aside_warnings(self, available: Collection[str]) -> list[str]:
+        """What a measurement and the result lack because of `left_aside`, as far as config.json does not say it."""
+        return []
 
     @staticmethod
     def mended(raw_config: dict[str, Any]) -> dict[str, Any]:
@@ -331,3 +351,15 @@ def read(adapter: Adapter, source: TensorSource, name: str) -> torch.Tensor:
 def stored_dtype(adapter: Adapter, source: TensorSource, name: str) -> torch.dtype:
     """The dtype in which the checkpoint stores the canonical tensor `name`."""
     return TORCH_DTYPES[source.info(adapter.locate(name, source.names).tensor).dtype]
+
+
+def site_dtypes(adapter: Adapter, source: TensorSource, site: Site) -> frozenset[torch.dtype]:
+    """The dtypes in which the checkpoint stores the weights of a site; nearly always one."""
+    return frozenset(stored_dtype(adapter, source, f"{name}.weight") for member in site.members for name in member)
+
+
+def scale_dtype(adapter: Adapter, source: TensorSource, site: Site) -> torch.dtype:
+    """The dtype of the scales that a site gets, which plan and run must agree on: the one of its weights; bf16 where
+    they differ, because engines keep one for all experts, and bf16 has the range of each."""
+    found = site_dtypes(adapter, source, site)
+    return next(iter(found)) if len(found) == 1 else torch.bfloat16

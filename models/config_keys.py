@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-import torch
-
 
 class Use(StrEnum):
     """Who computes with a key."""
@@ -28,7 +26,7 @@ class Use(StrEnum):
 
 @dataclass(frozen=True)
 class Key:
-    """`does` completes 'it sets ...'. `only` are the values of a FIXED key; `way_out` is for a user who has another."""
+    """`does` says what the key sets. `only` are the values of a FIXED key; `way_out` is for a user who has another."""
 
     use: Use
     does: str
@@ -49,7 +47,7 @@ class Difference:
     def told(self) -> str:
         """One line for people."""
         values = f"{self.field} is {_said(self.checkpoint)}, and the original has {_said(self.original)}"
-        return f"{values}: it sets {self.does}"
+        return f"{values} ({self.does})"
 
 
 def _followed(**does: str) -> dict[str, Key]:
@@ -252,7 +250,7 @@ KEYS: dict[str, dict[str, Key]] = {
 PAPERS = ("quantization_config", "compression_config", "auto_map")
 NESTED = ("text_config", "vision_config")
 # A key that no class knows. transformers sets it as an attribute and its layers never look at it.
-UNKNOWN = Key(Use.ENGINES, "something that transformers' class does not read; an engine may")
+UNKNOWN = Key(Use.ENGINES, "transformers' class does not read it, an engine may")
 CONSTANTS = (True, False, None)
 
 
@@ -263,16 +261,11 @@ def _said(value: Any) -> str:
 
 
 def fields(config: Any, path: str = "") -> Iterator[tuple[str, Key, Any]]:
-    """(field, its key, its value) of a transformers config and its nested ones. A dict (`rope_parameters`) gives one
-    field for each entry."""
+    """(field, its key, its value as JSON has it) of a transformers config and its nested ones."""
     known = KEYS[config.model_type]
     for name, value in sorted(config.to_dict().items()):
-        key = known.get(name, UNKNOWN)
-        if name in PAPERS or name in NESTED:
-            continue
-        for leaf, entry in value.items() if isinstance(value, dict) and key.use is Use.FOLLOWED else (("", value),):
-            plain = str(entry).removeprefix("torch.") if isinstance(entry, torch.dtype) else entry
-            yield f"{path}{name}.{leaf}" if leaf else f"{path}{name}", key, plain
+        if name not in PAPERS and name not in NESTED:
+            yield f"{path}{name}", known.get(name, UNKNOWN), value
     for name in NESTED:
         nested = getattr(config, name, None)
         if nested is not None:
@@ -286,14 +279,33 @@ def forward_fields(config: Any) -> dict[str, Any]:
 
 def differences(original: Any, checkpoint: Any) -> list[Difference]:
     """Every field in which two transformers configs of one class differ, but for those that no forward pass uses."""
-    ours, theirs = ({field: (key, value) for field, key, value in fields(c)} for c in (original, checkpoint))
+    return _differences({field: value for field, _, value in fields(original)}, original, checkpoint)
+
+
+def differences_from(recorded: dict[str, Any], checkpoint: Any) -> list[Difference]:
+    """As `differences`, where of the original only its `forward_fields` are known."""
+    found = _differences(recorded, checkpoint, checkpoint)
+    return [d for d in found if d.field in recorded or d.field.rpartition(".")[0] in recorded]
+
+
+def _differences(original: dict[str, Any], like: Any, checkpoint: Any) -> list[Difference]:
+    """`like`: a config with the keys of `original`."""
+    theirs = {field: value for field, _, value in fields(checkpoint)}
+    keys = {field: key for config in (like, checkpoint) for field, key, _ in fields(config)}
     found = []
-    for field in sorted(ours.keys() | theirs.keys()):
-        key = (ours.get(field) or theirs[field])[0]
-        a, b = (side.get(field, (key, None))[1] for side in (ours, theirs))
-        if a != b and key.use is not Use.UNUSED:
-            found.append(Difference(field, a, b, key.use, key.does))
+    for field in sorted(original.keys() | theirs.keys()):
+        key = keys.get(field, UNKNOWN)
+        if key.use is not Use.UNUSED:
+            parts = _parts(original.get(field), theirs.get(field))
+            found += [Difference(f"{field}{leaf}", a, b, key.use, key.does) for leaf, a, b in parts if a != b]
     return found
+
+
+def _parts(a: Any, b: Any) -> list[tuple[str, Any, Any]]:
+    """(what follows the field's name, value, value): of two dicts (`rope_parameters`) entry by entry."""
+    if not isinstance(a, dict) or not isinstance(b, dict):
+        return [("", a, b)]
+    return [(f".{leaf}", a.get(leaf), b.get(leaf)) for leaf in sorted(a.keys() | b.keys())]
 
 
 def refused(config: Any) -> list[str]:

@@ -14,6 +14,8 @@ they hold the layers of multi-token prediction, which draft tokens. Those are no
 here: they are neither read nor emitted, and the emitted config.json says that there are none.
 """
 
+import re
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +31,8 @@ from .unfused import UnfusedAdapter
 # transformers' class computes this, and config_keys.py refuses anything else. vLLM has other defaults.
 UNSAID = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 MTP = "num_nextn_predict_layers"
+# A tensor that only a layer of multi-token prediction has: it joins a hidden row with the next token's embedding.
+DRAFTS = re.compile(r"(model\.layers\.(\d+)\.)eh_proj\.weight")
 
 
 class DeepseekV3Moe(nn.Module):
@@ -137,9 +141,26 @@ class DeepseekV3Adapter(UnfusedAdapter):
         c = self.config
         return (CacheLayer("latent", c.kv_lora_rank + c.qk_rope_head_dim),) * self.n_blocks
 
-    def left_aside(self, name: str) -> bool:
-        more = range(self.n_blocks, self.n_blocks + (getattr(self.config, MTP, None) or 0))
-        return name.startswith(tuple(self.block_prefix(block) for block in more))
+    def left_aside(self, available: Collection[str]) -> set[str]:
+        prefixes = (*self._announced_drafting(), *self._other_drafting(available))
+        return super().left_aside(available) | {name for name in available if name.startswith(prefixes)}
+
+    def _announced_drafting(self) -> list[str]:
+        """The prefixes of the layers of multi-token prediction that config.json announces."""
+        count = getattr(self.config, MTP, None) or 0
+        return [self.block_prefix(block) for block in range(self.n_blocks, self.n_blocks + count)]
+
+    def _other_drafting(self, available: Collection[str]) -> list[str]:
+        """The prefixes of stored layers that are such by their tensors, and that config.json does not announce."""
+        found = {match[1] for name in available if (match := DRAFTS.fullmatch(name)) and int(match[2]) >= self.n_blocks}
+        return sorted(found - {*self._announced_drafting()})
+
+    def aside_warnings(self, available: Collection[str]) -> list[str]:
+        return [
+            f"{prefix}* is a layer of multi-token prediction, which config.json does not announce ({MTP}): it is "
+            "neither measured nor emitted"
+            for prefix in self._other_drafting(available)
+        ]
 
     def build_block(self, block: int) -> nn.Module:
         layer = meta_module(hf.DeepseekV3DecoderLayer, self.config, block)

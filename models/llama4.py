@@ -103,6 +103,20 @@ class Llama4Adapter(Adapter):
         # For RoPE: vLLM permutes every q and k of the text model (models/llama4.py, `permute_qk_weight_for_rotary`).
         return self.role(f"{module_name}.weight") is Role.ATTENTION and module_name.endswith((".q_proj", ".k_proj"))
 
+    def otherwise_in_vllm(self) -> list[str]:
+        c, found = self.text_config, []
+        step = c.interleave_moe_layer_step
+        sparse = [block for block in range(self.n_blocks) if step > 0 and (block + 1) % step == 0]
+        if sparse != list(c.moe_layers):
+            found.append(f"moe_layers is {list(c.moe_layers)}, and interleave_moe_layer_step {step} gives {sparse}")
+        chunked = [block for block, kind in enumerate(c.layer_types) if kind == "chunked_attention"]
+        with_rope = [block for block in range(self.n_blocks) if c.no_rope_layers[block]]
+        if chunked != with_rope:
+            found.append(f"layer_types has chunks in the layers {chunked}, and no_rope_layers gives {with_rope}")
+        if c.attention_bias:
+            found.append("attention_bias is true")
+        return found
+
     def expected(self) -> dict[str, tuple[int, ...]]:
         shapes = dict(self._fused_shapes)
         for block in range(self.n_blocks):

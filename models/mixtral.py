@@ -63,16 +63,15 @@ class MixtralAdapter(UnfusedAdapter):
 
     def sites(self, block: int) -> tuple[Site, ...]:
         c, p, key = self.config, self.block_prefix(block), "block_sparse_moe.experts."
-        head_dim = c.head_dim or c.hidden_size // c.num_attention_heads
-        q, kv = c.num_attention_heads * head_dim, c.num_key_value_heads * head_dim
+        q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         experts = [f"{p}{key}{e}." for e in range(self.n_experts)]
         return (
             *self.attention_sites(p, q, kv, c.hidden_size),
             *self.swiglu_sites(key, Role.EXPERT, experts, c.intermediate_size),
         )
 
-    def published_name(self, name: str) -> str:
-        return name.replace(".mlp.gate.", ".block_sparse_moe.gate.")
+    def memory_name(self, name: str) -> str:
+        return name.replace(".block_sparse_moe", ".mlp")
 
     def build_block(self, block: int) -> nn.Module:
         return meta_module(MixtralLayer, self.config, block)

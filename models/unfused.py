@@ -1,5 +1,11 @@
-"""The common part of the text models whose files hold one tensor per expert matrix, under `model.`: Qwen3-MoE,
-DeepSeek-V3 and Mixtral. transformers 5 fuses the experts in memory; these files never do."""
+"""The common part of the text models whose published files hold one tensor per expert matrix, under `model.`:
+Qwen3-MoE, DeepSeek-V3 and Mixtral.
+
+transformers 5 stacks the experts of a layer in memory, and `save_pretrained(..., save_original_format=False)` writes
+them so: `mlp.experts.gate_up_proj` is `[experts, gates then ups, in]` and `mlp.experts.down_proj` `[experts, out, in]`,
+in torch's order of axes, unlike Llama 4's fused experts. Both layouts are read, block by block. What is emitted has the
+published one.
+"""
 
 from collections.abc import Collection
 from functools import cached_property
@@ -21,6 +27,8 @@ class UnfusedAdapter(Adapter):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
+        if getattr(config, "head_dim", None) is None:  # configs of Qwen3-MoE and Mixtral may leave it out
+            config.head_dim = config.hidden_size // config.num_attention_heads
         self.n_blocks = config.num_hidden_layers
         self.n_experts = getattr(config, self.experts_key)
         self.top_k = config.num_experts_per_tok
@@ -38,8 +46,8 @@ class UnfusedAdapter(Adapter):
     def block_prefix(self, block: int) -> str:
         return f"model.layers.{block}."
 
-    def published_name(self, name: str) -> str:
-        """The name in the files of a tensor of transformers' module."""
+    def memory_name(self, name: str) -> str:
+        """The name that a canonical tensor or module outside the experts has in transformers' module."""
         return name
 
     def expected(self) -> dict[str, tuple[int, ...]]:
@@ -48,7 +56,13 @@ class UnfusedAdapter(Adapter):
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         found = meta_shapes(self.causal_class, self.config)
-        shapes = {self.published_name(name): shape for name, shape in found.items() if ".experts." not in name}
+        routers = {f"{self.block_prefix(block)}{self.router_name}" for block in range(self.n_blocks)}
+        published = {self.memory_name(name): name for name in routers}
+        shapes = {}
+        for name, shape in found.items():
+            module, _, leaf = name.rpartition(".")
+            if ".experts." not in name:
+                shapes[f"{published.get(module, module)}.{leaf}"] = shape
         for block in range(self.n_blocks):
             for _, name, out, inp in self.modules(block):
                 shapes.setdefault(f"{name}.weight", (out, inp))
@@ -57,10 +71,32 @@ class UnfusedAdapter(Adapter):
         return shapes
 
     def disk_shapes(self, available: Collection[str]) -> dict[str, tuple[int, ...]]:
-        return self.expected()
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, shape in self._shapes.items():
+            where = self.locate(name, available)
+            if not where.index:
+                shapes[where.tensor] = shape
+            elif where.tensor.endswith("gate_up_proj"):
+                shapes[where.tensor] = (self.n_experts, 2 * shape[0], shape[1])
+            else:
+                shapes[where.tensor] = (self.n_experts, *shape)
+        return shapes
 
     def locate(self, name: str, available: Collection[str]) -> Location:
-        return Location(name)
+        if name in available:
+            return Location(name)
+        stem, _, rest = name.partition(".experts.")
+        if not rest:
+            other = self.memory_name(name)
+            return Location(other if other in available else name)
+        expert, projection, _ = rest.split(".")
+        both, down = (f"{self.memory_name(stem)}.experts.{stack}" for stack in ("gate_up_proj", "down_proj"))
+        gate, up, _ = self.projections
+        if projection not in (gate, up):
+            return Location(down, (int(expert),)) if down in available else Location(name)
+        width = self._shapes[name][0]
+        rows = slice(0, width) if projection == gate else slice(width, 2 * width)
+        return Location(both, (int(expert), rows)) if both in available else Location(name)
 
     def role(self, name: str) -> Role:
         if ".embed_tokens." in name:
@@ -73,6 +109,7 @@ class UnfusedAdapter(Adapter):
             return Role.EXPERT
         if self.shared is not None and self.shared in name:
             return Role.SHARED
-        if f".{self.router_name}." in name:
+        router = f".{self.router_name}."
+        if router in name or self.memory_name(router) in name:
             return Role.ROUTER
         return Role.ATTENTION if ".self_attn." in name else Role.MLP

@@ -8,15 +8,17 @@ batch have one length.
 Shape legend: N rows, T tokens a row, H hidden size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from ..core.device import Compute
+from ..core.errors import InputError
+from ..core.finite import all_true, nonfinite_error, row_flags
 from ..core.rows import Row, RowStore, Step, Unwatched, batches
 from ..core.tensors import TensorSource
-from .adapter import Adapter, Role, read, stored_dtype
+from .adapter import Adapter, Role, Site, read, scale_dtype, site_dtypes, stored_dtype
 from .block import Block, find_experts
 from .calls import Calls
 
@@ -48,8 +50,15 @@ class Embedder:
         for i, number in enumerate(numbers):
             if number in self.features:
                 mask = input_ids[i].eq(self.walk.adapter.image_token_id or 0)
-                assert int(mask.sum()) == len(self.features[number]), "one feature row for each image placeholder"
+                if int(mask.sum()) != len(self.features[number]):
+                    raise InputError(
+                        f"{self.rows[number].document} has {len(self.features[number])} placeholders of pictures, and "
+                        f"{int(mask.sum())} tokens are image_token_index of config.json "
+                        f"({self.walk.adapter.image_token_id}): it is not the config of the tokenizer that gave the row"
+                    )
                 hidden[i, mask.to(device)] = self.features[number].to(device, dtype)
+        if not all_true(row_flags(hidden)):
+            raise nonfinite_error(self.walk.original, "what the embedding or the vision tower gives")
         return hidden
 
 
@@ -63,6 +72,8 @@ class Walk:
     compute: Compute
     step: Step  # told how far the walk is
     calls: Calls
+    # Whether the model is the original: whose fault it is what is not finite.
+    original: bool = True
 
     @classmethod
     def over(cls, adapter: Adapter, source: TensorSource, compute: Compute, step: Step | None = None) -> "Walk":
@@ -72,7 +83,7 @@ class Walk:
     def beside(self, adapter: Adapter, source: TensorSource) -> "Walk":
         """The walk over another checkpoint of the same model, on the same device. Its layers are called with what its
         own config.json makes of a row's length."""
-        return Walk.over(adapter, source, self.compute, self.step)
+        return replace(Walk.over(adapter, source, self.compute, self.step), original=False)
 
     @property
     def device(self) -> torch.device:
@@ -85,6 +96,14 @@ class Walk:
     def stored_dtype(self, name: str) -> torch.dtype:
         """The dtype in which the canonical tensor `name` is stored."""
         return stored_dtype(self.adapter, self.source, name)
+
+    def site_dtypes(self, site: Site) -> frozenset[torch.dtype]:
+        """The dtypes in which the weights of a site are stored."""
+        return site_dtypes(self.adapter, self.source, site)
+
+    def scale_dtype(self, site: Site) -> torch.dtype:
+        """The dtype of the scales that a site gets."""
+        return scale_dtype(self.adapter, self.source, site)
 
     def final_norm(self) -> nn.Module:
         """The norm behind the last block, loaded."""
@@ -107,9 +126,10 @@ class Walk:
         Weights take the walk's dtype, but the router is fp32: its logits are never rounded, whatever the rows are. (In
         bf16 transformers rounds them, which sends tokens near a tie elsewhere: that is left out.) Expert stacks stay in
         the checkpoint's dtype where that is narrower, and each expert is widened when it is used: an fp32 walk over a
-        bf16 model then needs half the memory.
+        bf16 model then needs half the memory. Raises UnusableModelError or NonfiniteError for a weight that is not
+        finite as it is read back: a product of code and scale can be, where both are finite.
         """
-        block = Block(self.adapter, index, self.adapter.build_block(index), self.calls)
+        block = Block(self.adapter, index, self.adapter.build_block(index), self.calls, self.original)
         layer, experts, prefix = block.layer, find_experts(block.layer), self.adapter.block_prefix(index)
         of_experts = {id(p) for p in experts.parameters()} if experts else set()
         for name, parameter in list(layer.named_parameters()):
@@ -128,13 +148,15 @@ class Walk:
             for _, module_name, _, _ in self.adapter.modules(index):
                 if ".experts." in module_name:
                     block.weight(module_name).copy_(self.read(f"{module_name}.weight"))
+        block.refuse_nonfinite_weights()
         return block
 
     def _expert_dtype(self, index: int) -> torch.dtype:
-        """The narrower of the dtype in which the block's experts are stored and the walk's own."""
-        name = next(name for _, name, _, _ in self.adapter.modules(index) if ".experts." in name)
-        stored, own = self.stored_dtype(f"{name}.weight"), self.compute.dtype
-        return stored if stored.itemsize < own.itemsize else own
+        """The narrower of the dtype in which the block's experts are stored and the walk's own. The walk's own if they
+        are stored in several, none of which holds the others' values."""
+        sites = [site for site in self.adapter.sites(index) if site.role is Role.EXPERT]
+        stored, own = frozenset[torch.dtype]().union(*map(self.site_dtypes, sites)), self.compute.dtype
+        return next((dtype for dtype in stored if len(stored) == 1 and dtype.itemsize < own.itemsize), own)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ..checkpoint.assign import schemes_of
 from ..checkpoint.formats import compressed_tensors_config as ct_config
 from ..checkpoint.formats import compressed_tensors_write as ct
 from ..checkpoint.model import Model, is_original
-from ..checkpoint.plan import Width, tally, width_name
+from ..checkpoint.plan import Width, scale_dtypes, tally, width_name
 from ..checkpoint.stored_widths import stored_weights
 from ..core.errors import InputError
 from ..core.layout import StoredTensor
@@ -59,6 +59,8 @@ class Entry:
     dtype: str
     role: str
     place: Place
+    # The dtype of its scales where a run quantizes it; None for a tensor that is never quantized.
+    scale_dtype: str | None = None
 
     @property
     def dense_bytes(self) -> int:
@@ -67,10 +69,12 @@ class Entry:
 
 def entries_of(model: Model) -> tuple[Entry, ...]:
     adapter, source = model.adapter, model.source
+    scales = scale_dtypes(adapter, source)
 
     def entry(name: str, shape: tuple[int, ...]) -> Entry:
         dtype = source.info(adapter.locate(name, source.names).tensor).dtype
-        return Entry(name, shape, dtype, adapter.role(name).value, place_of(adapter, name))
+        of_scales = scales.get(name.removesuffix(".weight"))
+        return Entry(name, shape, dtype, adapter.role(name).value, place_of(adapter, name), of_scales)
 
     return tuple(entry(name, shape) for name, shape in adapter.expected().items())
 
@@ -84,7 +88,7 @@ def packed_bytes(scheme: Scheme, outputs: int, inputs: int, dtype: str) -> int:
 
 def bytes_at(entry: Entry, scheme: Scheme | None) -> int:
     """The bytes of a tensor under a scheme. None means the dtype of the source."""
-    return entry.dense_bytes if scheme is None else packed_bytes(scheme, *entry.shape, entry.dtype)
+    return entry.dense_bytes if scheme is None else packed_bytes(scheme, *entry.shape, entry.scale_dtype or entry.dtype)
 
 
 def recipe_candidate(model: Model, entries: tuple[Entry, ...], recipe: Recipe) -> Candidate:

@@ -17,6 +17,8 @@ from ..core.file_names import RECORD_NAME
 from ..core.record.reading import UnfinishedError, UnknownVersionError, read_record
 from ..core.record.schema import Record
 from ..core.rows import Step
+from ..models.adapter import Adapter
+from ..models.config_keys import differences_from
 from ..models.families import load_adapter
 from ..models.known import read_config
 from .findings import Checked, offenders
@@ -42,6 +44,7 @@ def check(checkpoint: str, step: Step | None = None) -> Checked:
         if not papers:
             raise
         return _stop(found, offenders(error), "config.json cannot be used")
+    _compare_config(adapter, record, found)
     try:
         packed = open_gguf(path, adapter.text_only()) if holds_gguf(path) else None
         folder = packed.folder if packed is not None else open_folder(path)
@@ -118,6 +121,18 @@ def _record(path: Path, found: Checked, sums: dict[str, str] | None) -> Record |
         gone = [name for name in names if not (path / name).is_file()]
         found.problems += [f"{name} is missing, and {RECORD_NAME} names it" for name in gone]
     return record
+
+
+def _compare_config(adapter: Adapter, record: Record | None, found: Checked) -> None:
+    """config.json against the original's fields in the record."""
+    if record is None:
+        return
+    if not record.model.config:
+        found.unchecked.append(f"config.json against the original's: {RECORD_NAME} does not hold its fields")
+        return
+    found.problems += [
+        f"config.json: {difference.told()}" for difference in differences_from(record.model.config, adapter.config)
+    ]
 
 
 def _strays(path: Path, folder: Folder, sums: dict[str, str] | None) -> Iterator[str]:

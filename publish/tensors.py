@@ -19,6 +19,7 @@ from ..checkpoint.model import quantization_block
 from ..checkpoint.packed import READERS, PackedSource, open_packed
 from ..checkpoint.soundness import Stored, shape_problems, stored_modules, value_problems
 from ..checkpoint.source import Folder
+from ..checkpoint.source_checks import untied_copy
 from ..core.errors import InputError
 from ..core.file_names import RECORD_NAME
 from ..core.record.schema import ExportFacts, Record
@@ -84,6 +85,7 @@ def check_tensors(tensors: Tensors, found: Checked, step: Step | None) -> None:
         stored, expected = _by_parts(tensors, block, found)
     if step is not None:
         step.begin("values")
+    found.problems += filter(None, [untied_copy(folder, adapter)])
     found.problems += value_problems(folder, stored, expected)
 
 
@@ -94,7 +96,7 @@ def _by_parts(tensors: Tensors, block: object, found: Checked) -> tuple[Stored, 
     stored, problems = stored_modules(folder, canonical)
     expected = canonical if stored.schemes or stored.broken else adapter.disk_shapes(folder.names)
     found.problems += problems
-    found.problems += shape_problems(stored, expected)
+    found.problems += shape_problems(stored, expected, adapter.left_aside(folder.names))
     # A missing weight has been named, and has no width.
     packed = {f"{module}.weight" for module in (*stored.schemes, *stored.broken)}
     absent = {name.removesuffix(".weight") for name in expected.keys() - stored.plain.keys() - packed}
@@ -119,7 +121,7 @@ def _by_reader(folder: Folder, block: object, adapter: Adapter, found: Checked) 
     try:
         source = open_packed(folder, block)
         read_as = Stored(plain={name: source.info(name) for name in source.names})
-        found.problems += shape_problems(read_as, adapter.disk_shapes(source.names))
+        found.problems += shape_problems(read_as, adapter.disk_shapes(source.names), adapter.left_aside(source.names))
         _unpack_all(source, found)
     except InputError as error:
         found.problems += offenders(error)

@@ -84,7 +84,13 @@ def _add_kl(grid: Table, kl: KlSummary, reference: str, other: str) -> None:
     if kl.changed_routes is not None:
         block, worst = max(kl.changed_routes_by_block.items(), key=lambda item: item[1])
         grid.add_row("changed routes", f"{kl.changed_routes:.2%} of tokens a layer, most in block {block}: {worst:.2%}")
-    grid.add_row("perplexity", f"{kl.perplexity_reference:.3f} {reference}, {kl.perplexity_quantized:.3f} {other}")
+    before, after = _perplexity(kl.perplexity_reference), _perplexity(kl.perplexity_quantized)
+    grid.add_row("perplexity", f"{before} {reference}, {after} {other}")
+
+
+def _perplexity(value: float | None) -> str:
+    """A record of our own has none only where e^nats is beyond every number."""
+    return "too large a number" if value is None else f"{value:.3f}"
 
 
 def _add_worst_expert(grid: Table, errors: ErrorSummary) -> None:

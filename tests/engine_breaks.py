@@ -154,12 +154,25 @@ def groups_of(size: int) -> Callable[[Draft], None]:
     return change
 
 
+def text_config(**changes: Any) -> Callable[[Draft], None]:
+    def change(draft: Draft) -> None:
+        for key, value in changes.items():
+            setattr(draft.adapter.text_config, key, value)
+
+    return change
+
+
 # (engine, rule) -> (family, layout, modules kept in bf16, the change that breaks it, words of the offender's message)
 Broken = tuple[str, Callable[..., views.Infos] | None, tuple[str, ...], Callable[[Draft], None], str]
 SCOUT = ("scout", packed, ())
 BROKEN: dict[tuple[str, str], Broken] = {
     ("vllm", "config"): (*SCOUT, settings(config_groups={"group_0": {"targets": ["Linear"], "weights": 4}}), "weights"),
     ("vllm", "method"): (*SCOUT, settings(quant_method="exl3"), "exl3"),
+    ("vllm", "config-keys"): (
+        *SCOUT,
+        text_config(interleave_moe_layer_step=2),
+        "interleave_moe_layer_step 2 gives [1]",
+    ),
     ("vllm", "fused-experts"): (*SCOUT, unfuse_not, "feed_forward.experts.gate_up_proj (BF16 [8, 64, 192])"),
     ("vllm", "missing-scales"): (
         *SCOUT,

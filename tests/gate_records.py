@@ -52,6 +52,7 @@ def record(factor: float = 1.0, seed: int = 0, **changes: Any) -> dict[str, Any]
         "plan": {"emitted_bytes": 1000},
         "versions": {},
         "identity": {},
+        "compute_dtype": "float32",
         "files": [],
         "warnings": [],
         "blocks": [{"block": 0, "expert_rows": [70, 300]}],

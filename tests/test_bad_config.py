@@ -12,9 +12,13 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
+from transformers import AutoModelForCausalLM, Llama4TextConfig
 
 from babies import edit_json
 from command_line import Refuse
+from onecard.checkpoint.model import open_model
+from onecard.core.rows import Row
+from walking import relative, walk_logits, whole_logits
 
 # --- config.json
 
@@ -216,3 +220,62 @@ def test_tokenizer_of_another_model(copied: Callable[..., Path], refuse: Refuse)
 
     edit_json(model / "tokenizer.json", shift)
     refuse(model, model, "tokenizer", "vocabulary")
+
+
+def test_a_contradiction_in_the_attention_is_told_when_the_model_is_opened(
+    copied: Callable[..., Path], refuse_model: Refuse
+) -> None:
+    """Half of a head rotates, and Qwen3's layer rotates all of it."""
+    model = copied("qwen3")
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    edit_json(model / "config.json", lambda c: c.update(rope_parameters=rope))
+    refuse_model(model, "is not a valid qwen3_moe config", "size of tensor")
+
+
+def test_a_contradiction_in_the_vision_tower_is_told_when_the_model_is_opened(
+    copied: Callable[..., Path], refuse_model: Refuse
+) -> None:
+    model = copied("scout")
+    edit_json(model / "config.json", lambda c: c["vision_config"].update(pixel_shuffle_ratio=0.25))
+    refuse_model(model, "is not a valid llama4 config")
+
+
+def test_another_activation_is_refused_with_the_reason(copied: Callable[..., Path], refuse_model: Refuse) -> None:
+    model = copied("mixtral")
+    edit_json(model / "config.json", lambda c: c.update(hidden_act="gelu"))
+    refuse_model(model, "hidden_act is 'gelu', and onecard computes with 'silu' alone")
+
+
+def test_settings_of_single_layers_are_refused(copied: Callable[..., Path], refuse_model: Refuse) -> None:
+    model = copied("qwen3")
+    edit_json(model / "config.json", lambda c: c.update(per_layer_config={"0": {"rms_norm_eps": 0.1}}))
+    refuse_model(model, "per_layer_config")
+
+
+def test_no_attention_chunk_means_that_every_layer_sees_everything(
+    copied: Callable[..., Path],
+    onecard: Callable[..., Result],
+    recipe: Callable[..., Path],
+    texts: list[str],
+    tmp_path: Path,
+) -> None:
+    """transformers cannot run with null: read and emitted is a number that no text reaches."""
+    model, out = copied("llama4-text"), tmp_path / "out"
+    edit_json(model / "config.json", lambda c: c.update(attention_chunk_size=None))
+    result = onecard("quantize", model, out, "--recipe", recipe(method="rtn"), *texts)
+    assert result.exit_code == 0, result.stderr
+    assert "attention_chunk_size is null" in " ".join(result.stderr.split())
+    config = json.loads((out / "config.json").read_text())
+    assert config["attention_chunk_size"] == config["max_position_embeddings"] == 256
+    # The judge: transformers on the same weights, all layers with full attention.
+    whole = AutoModelForCausalLM.from_pretrained(str(model), config=full_attention(model), dtype=torch.float32).eval()
+    opened, row = open_model(str(model)), Row("x", "text", torch.arange(3, 36))
+    assert len(row.tokens) > 8, "longer than the baby's own chunk"
+    (walked,) = walk_logits(opened.adapter, opened.source, [row])
+    assert relative(walked, whole_logits(whole, row)) < 1e-5
+
+
+def full_attention(model: Path) -> Any:
+    """A config without chunked layers; its chunk is of no account."""
+    raw = json.loads((model / "config.json").read_text())
+    return Llama4TextConfig(**raw | {"layer_types": ["full_attention"] * 2, "attention_chunk_size": 8})

@@ -216,7 +216,60 @@ def test_what_is_no_report(
     assert not (tmp_path / "new.json").exists()
 
 
-def test_one_document_cannot_be_compared(onecard: Command, write: Callable[..., Path], refused: Refuse) -> None:
-    one = record()
-    one["kl"]["by_document"] = one["kl"]["by_document"][:1]
-    refused(against(onecard, write, one, one), "one document")
+# --- what no gate can use
+
+
+def without_spread() -> dict[str, Any]:
+    """Neither documents nor a standard error: a mean alone."""
+    made = record(flips={})
+    del made["kl"]["by_document"], made["kl"]["kl_standard_error_nats"]
+    return made
+
+
+USELESS = {
+    "one document cannot be compared": changed(kl__by_document=record()["kl"]["by_document"][:1]),
+    "without documents, and without the standard error": without_spread(),
+    "the task demo cannot be compared item by item": changed(
+        flips__tasks=[record()["flips"]["tasks"][0] | {"answers": []}]
+    ),
+    "there is nothing to compare": record(kl={}, flips={"all": record()["flips"]["all"], "tasks": []}),
+    "texts.evaluation.rows_digest: Field required": changed(texts__evaluation={"rows": DOCUMENTS}),
+    "model.digest: Field required": changed(model__digest=None),
+    "flips.tasks.0.digest: Field required": changed(
+        flips__tasks=[{k: v for k, v in record()["flips"]["tasks"][0].items() if k != "digest"}]
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", USELESS)
+def test_a_baseline_that_no_gate_can_use_is_not_frozen(
+    onecard: Command, write: Callable[..., Path], refused: Refuse, reason: str, tmp_path: Path
+) -> None:
+    """`baseline` refuses it for the reason for which `gate` would, and writes nothing."""
+    report = write("report.json", USELESS[reason])
+    refused(onecard("gate", report, "--baseline", report), reason)
+    refused(onecard("baseline", report, "-o", tmp_path / "baseline.json"), reason)
+    assert not (tmp_path / "baseline.json").exists()
+
+
+# --- one dtype
+
+
+def test_two_compute_dtypes_are_never_compared_silently(
+    onecard: Command, write: Callable[..., Path], refused: Refuse
+) -> None:
+    """Refused; with --across-dtypes compared, and the verdict says so. The dtype of an older record of a run stands in
+    its identity; where none is recorded, a note says that."""
+    bf16 = record(compute_dtype="bfloat16")
+    refused(against(onecard, write, bf16, record()), "the compute dtype: bfloat16", "is float32", "--across-dtypes")
+    said = "computed in bfloat16, the baseline in float32"
+    result = against(onecard, write, bf16, record(), "--across-dtypes")
+    assert any(said in note for note in line(result, 0)["notes"])
+    assert said in result.stderr
+    older = without("compute_dtype", identity={"compute dtype": "bfloat16"})
+    refused(against(onecard, write, older, record()), "the compute dtype: bfloat16")
+    refused(against(onecard, write, record(), older), "the compute dtype: float32")
+    unknown = without("compute_dtype")
+    for now, before, which in ((unknown, record(), "the report"), (record(), unknown, "the baseline")):
+        notes = line(against(onecard, write, now, before), 0)["notes"]
+        assert any(f"the compute dtype of {which} is not recorded" in note for note in notes)

@@ -19,7 +19,6 @@ from onecard.eval.breakdown import (
     break_down,
     documents,
     kinds,
-    row_digest,
     worst_tokens,
 )
 from onecard.eval.kl import TokenResults
@@ -111,8 +110,8 @@ def test_a_digest_names_what_a_model_sees(rows: list[Row]) -> None:
         Row("a", "prose", tokens, pixels),
         Row("a", "prose", tokens, 1 - pixels),
     ]
-    assert len({row_digest(row) for row in seen}) == 4
-    assert row_digest(seen[2]) == row_digest(Row("other", "code", tokens.clone(), pixels.clone()))
+    assert len({row.digest for row in seen}) == 4
+    assert seen[2].digest == Row("other", "code", tokens.clone(), pixels.clone()).digest
 
 
 # Worst tokens
@@ -221,7 +220,7 @@ def test_the_file_of_every_token(results: TokenResults, rows: list[Row], tmp_pat
         overlap = len(set(results.top_reference[i].tolist()) & set(results.top_quantized[i].tolist())) / 5
         assert line == {
             "document": row.document,
-            "document_digest": row_digest(row),
+            "document_digest": row.digest,
             "kind": row.kind,
             "source": row.parts[0].source,
             "position": position + 1,

@@ -317,3 +317,23 @@ def test_arguments_that_contradict_each_other(
     refused(onecard("check", tmp_path / "nowhere", "--engine", "vllm"), "is no folder")
     refused(onecard("check", tmp_path, "--engine", "vllm"), "config.json")
     assert onecard("check", files, "--engine", "sglang").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "needle"),
+    [
+        (
+            {"layer_types": ["full_attention"] * 2},
+            "layer_types has chunks in the layers [], and no_rope_layers gives [0, 1]",
+        ),
+        ({"attention_bias": True}, "attention_bias is true"),
+        ({}, None),
+    ],
+)
+def test_keys_that_vllm_computes_otherwise_are_named(
+    changes: dict[str, object], needle: str | None, baby: Callable[..., Path]
+) -> None:
+    adapter = load_adapter(baby("scout"))
+    for key, value in changes.items():
+        setattr(adapter.text_config, key, value)
+    assert adapter.otherwise_in_vllm() == ([] if needle is None else [needle])

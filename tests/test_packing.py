@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onecard.calibration.documents import Document
-from onecard.calibration.packing import RowLayout, document_rows, mixed, pack, pack_rows, quotas
+from onecard.calibration.packing import RowLayout, document_rows, mixed, pack, pack_rows, quotas, repeated_share
 from onecard.calibration.sources import split_by_digest
 from onecard.core.errors import InputError
 from onecard.core.rows import Part, Row, batches
@@ -93,6 +93,28 @@ def test_evaluation_rows_are_the_heads_of_documents(documents: list[Row], length
     for row, document in zip(rows, usable, strict=False):
         assert row.tokens.tolist() == document.tokens.tolist()[:length]
         assert row.pixels is document.pixels
+
+
+SPELLED = st.lists(st.lists(st.integers(0, 1), min_size=2, max_size=9), min_size=1, max_size=9)
+
+
+@given(SPELLED, st.integers(2, 9), st.integers(1, 9))
+def test_documents_count_once_for_each_row_that_is_scored(texts: list[list[int]], length: int, most: int) -> None:
+    """Whatever follows the cut: rows are the distinct heads in their order, each from the first document that has it.
+    `most` counts rows, not documents."""
+    rows = document_rows([Row(str(n), "text", torch.tensor(t)) for n, t in enumerate(texts)], length, most)
+    heads = [tuple(text[:length]) for text in texts]
+    assert [tuple(row.tokens.tolist()) for row in rows] == list(dict.fromkeys(heads))[:most]
+    assert all(heads.index(tuple(row.tokens.tolist())) == int(row.document) for row in rows)
+
+
+@given(SPELLED)
+def test_what_rows_share_is_what_one_tree_of_them_saves(texts: list[list[int]]) -> None:
+    """Every distinct beginning is one prediction; all others say the same again."""
+    rows = [Row(str(n), "text", torch.tensor(t)) for n, t in enumerate(texts)]
+    beginnings = {tuple(t[: n + 1]) for t in texts for n in range(len(t))}
+    total = sum(map(len, texts))
+    assert repeated_share(rows) == pytest.approx(1 - len(beginnings) / total)
 
 
 @given(st.lists(st.integers(1, 9), max_size=40), st.integers(1, 30))

@@ -44,6 +44,50 @@ def test_a_text_that_stands_there_twice_is_one_draw(
     assert any("2 of the evaluation texts repeat others" in warning for warning in record["warnings"])
 
 
+PROMPT = "a long beginning that all texts share "
+
+
+def test_texts_that_differ_behind_the_cut_are_one_draw_without_an_interval(
+    baby: Callable[..., Path],
+    emitted: Callable[..., tuple[Path, Result]],
+    onecard: Callable[..., Result],
+    recipe: Callable[..., Path],
+    jsonl: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    """24 texts, cut where they are still alike, are one row. A record of one row serves no gate, and `baseline` says
+    so at once."""
+    same = jsonl("same.jsonl", [{"text": f"{PROMPT}{number}"} for number in range(24)])
+    arguments = ["--recipe", recipe(evaluation_rows=24), "--evaluation", same]
+    result = onecard("verify", baby("qwen3"), emitted("qwen3")[0], *arguments, "--record", tmp_path / "r.json")
+    assert result.exit_code == 0, result.stderr
+    record = json.loads((tmp_path / "r.json").read_text())
+    kl = record["kl"]
+    assert (kl["documents"], record["texts"]["evaluation"]["rows"]) == (1, 1)
+    assert (kl["kl_low_nats"], kl["kl_high_nats"], kl["same_top1_low"]) == (None, None, None)
+    _, repeats, few = record["warnings"]
+    assert repeats.startswith("23 of the evaluation texts repeat others in their first 24 tokens")
+    assert few.startswith("1 evaluation document")
+
+
+def test_texts_that_share_most_of_their_rows_get_a_warning(
+    baby: Callable[..., Path],
+    emitted: Callable[..., tuple[Path, Result]],
+    onecard: Callable[..., Result],
+    recipe: Callable[..., Path],
+    jsonl: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    same = jsonl("same.jsonl", [{"text": f"{PROMPT}{number}"} for number in range(24)])
+    arguments = ["--recipe", recipe(evaluation_rows=24, evaluation_row_tokens=60), "--evaluation", same]
+    result = onecard("verify", baby("qwen3"), emitted("qwen3")[0], *arguments, "--record", tmp_path / "r.json")
+    assert result.exit_code == 0, result.stderr
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert record["kl"]["documents"] == 24
+    (warning,) = record["warnings"]
+    assert "of the scored tokens stand in a beginning that several evaluation texts share" in warning
+
+
 def test_texts_of_which_most_is_not_used(
     baby: Callable[..., Path],
     onecard: Callable[..., Result],

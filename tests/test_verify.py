@@ -164,6 +164,8 @@ def test_the_record_says_what_was_measured_on_what(proof: Proof) -> None:
         "name": "scout",
         "digest": folder.digest,
         "bytes": sum(f.stat().st_size for f in proof.checkpoint.glob("*.safetensors")),
+        "config_differences": [],
+        "texts_encoded_otherwise": 0,
     }
     assert record["model"]["digest"] == open_folder(proof.source).digest
     made = strict((proof.checkpoint / "onecard.json").read_text())

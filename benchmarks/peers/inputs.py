@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from texts import DEMO, HELD_OUT
 
-from onecard.calibration.packing import distinct, document_rows, pack_rows
+from onecard.calibration.packing import document_rows, pack_rows
 from onecard.calibration.sources import read_jsonl
 from onecard.calibration.tokens import Encoder
 from onecard.checkpoint.source import open_folder
@@ -80,4 +80,4 @@ def evaluation_rows(model: Path, which: str, folder: Path) -> list[Row]:
     """One row a document, cut at ROW_TOKENS, of the choice set or of the test set (for the final run only)."""
     path = HELD_OUT if which == "test" else folder / "choice.jsonl"
     encoded = Encoder(model, load_adapter(model)).encode_all(read_jsonl(path))
-    return document_rows(distinct(encoded), ROW_TOKENS, EVALUATION_ROWS)
+    return document_rows(encoded, ROW_TOKENS, EVALUATION_ROWS)

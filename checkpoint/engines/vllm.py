@@ -43,6 +43,10 @@ def qk_version(view: View) -> Iterator[str]:
             yield f"{matrix.module} is {matrix.width}"
 
 
+def config_keys(view: View) -> Iterator[str]:
+    yield from view.adapter.otherwise_in_vllm()
+
+
 def linear_target(view: View) -> Iterator[str]:
     packed = [m for m in view.experts if m.kind in (Kind.PACKED, Kind.CODES)]
     if view.groups and packed and not any("Linear" in group.targets for group in view.groups):
@@ -92,6 +96,14 @@ RULES = (
         method,
         "These rules know bf16, compressed-tensors and GPTQ alone: see vLLM's own list of formats.",
         "vllm/model_executor/layers/quantization/__init__.py",
+    ),
+    Rule(
+        "config-keys",
+        "error",
+        config_keys,
+        "vLLM goes by interleave_moe_layer_step and no_rope_layers, and has no bias: it computes another model than "
+        "transformers does. Let the keys of config.json agree.",
+        f"{LLAMA4}, Llama4DecoderLayer and Llama4Attention",
     ),
     Rule(
         "fused-experts",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 
 from ...core.errors import InputError, input_error
@@ -114,6 +114,25 @@ def open_gguf(path: Path, adapter: Adapter) -> PackedSource:
         weights=weights,
         virtual=virtual,
         warnings=(ACTIVATIONS,) if weights else (),
+    )
+
+
+@dataclass(frozen=True)
+class StoredTokenizer:
+    """What a GGUF file says of its tokenizer; `template` is None where it has no chat template."""
+
+    tokens: tuple[str, ...]
+    template: str | None
+
+
+def stored_tokenizer(path: Path) -> StoredTokenizer | None:
+    """The tokenizer in the GGUF file of a folder that was opened, by the gguf package; None for other folders."""
+    if not holds_gguf(path):
+        return None
+    fields = GGUFReader(_only_file(path)).fields
+    tokens, template = fields.get("tokenizer.ggml.tokens"), fields.get("tokenizer.chat_template")
+    return StoredTokenizer(
+        tuple(tokens.contents()) if tokens is not None else (), template.contents() if template is not None else None
     )
 
 

@@ -31,7 +31,8 @@ class HubOrigin(RecordPart):
 
 
 class ModelFacts(RecordPart):
-    """The original. `card`: what the front matter of its README says of licence and languages."""
+    """The original. `card`: what the front matter of its README says of licence and languages. `config`: every field of
+    its config.json that takes part in the forward pass."""
 
     name: str
     family: str | None = None
@@ -40,6 +41,18 @@ class ModelFacts(RecordPart):
     digest: str | None = None
     hub: HubOrigin = HubOrigin()
     card: dict[str, str | list[str]] = Field(default_factory=dict)
+    config: dict[str, Any] = Field(default_factory=dict)
+
+
+class ConfigField(RecordPart):
+    """A field of config.json in which the checkpoint differs from the original. `use`: 'followed' and 'fixed' are
+    computed with, 'engines' by engines alone. `does`: what the field sets, in words."""
+
+    field: str
+    original: Any
+    checkpoint: Any
+    use: str
+    does: str
 
 
 class CheckpointFacts(RecordPart):
@@ -48,6 +61,9 @@ class CheckpointFacts(RecordPart):
     name: str | None = None
     digest: str | None = None
     bytes: int | None = None
+    config_differences: Many[ConfigField] = ()
+    # Evaluation texts and tasks that its own tokenizer and template encode otherwise; None: it has no tokenizer.
+    texts_encoded_otherwise: int | None = None
 
 
 class WidthBytes(RecordPart):
@@ -162,6 +178,8 @@ class Record(BaseModel):
     fallbacks: dict[str, int] = Field(default_factory=dict)
     warnings: list[str] = []
     checkpoint: CheckpointFacts | None = None
+    # The dtype that `kl`, `errors` and `flips` were computed in; unset in records of an older onecard.
+    compute_dtype: str | None = None
     kl: KlSummary | None = None
     errors: ErrorSummary | None = None
     flips: FlipSummary | None = None
@@ -179,6 +197,12 @@ class Record(BaseModel):
             return data
         return data | {key: None for key in SECTIONS if data.get(key) == {}}
 
+    @property
+    def measured_dtype(self) -> str | None:
+        """The dtype that the figures were computed in. An older record of a run says it in its identity; None where
+        nothing does."""
+        return self.compute_dtype or self.identity.get("compute dtype")
+
     def called(self, name: str) -> "Record":
         """The record with a name for its checkpoint, where it has none and there is a checkpoint."""
         if self.checkpoint is None or self.checkpoint.name is not None:
@@ -186,10 +210,13 @@ class Record(BaseModel):
         return self.model_copy(update={"checkpoint": self.checkpoint.model_copy(update={"name": name})})
 
     def to_json(self) -> dict[str, Any]:
-        """As the file holds it: every section, empty where nothing was asked for."""
-        return {name: _plain(value) for name, value in self if value is not None or name != "template_date"}
+        """As the file holds it: every section, empty where nothing was asked for. Of newer keys none that holds nothing
+        is written, as in older records."""
+        return {name: _plain(value) for name, value in self if name not in NOT_ALWAYS or value is not None}
 
 
+# Left out of the file where they are None.
+NOT_ALWAYS = ("compute_dtype", "template_date")
 # What a record holds None for where the file has an empty object.
 SECTIONS = ("checkpoint", "plan", "kl", "errors", "flips", "gate", "fit", "allocation", "export")
 

@@ -56,6 +56,7 @@ def provenance_section(record: Record, absent: list[str]) -> Section:
         origin += [("its bytes", f"{checkpoint.bytes:,}")] if checkpoint.bytes is not None else []
     if record.recipe:
         origin += [("recipe", record.recipe.get("name")), ("its digest", record.recipe.get("digest"))]
+    origin.append(("computed in", record.measured_dtype))
     for which, facts in record.texts.items():
         origin += [
             (f"{which} texts", facts.source),

@@ -1,0 +1,145 @@
+"""What an original and a checkpoint differ in besides weights: fields of config.json, and the token ids and pixels
+that each makes of a text.
+
+KL covers the first: each side of the walk computes as its own config.json says. It does not cover the second, because
+both sides read the rows that the original's tokenizer gave.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..calibration.documents import Document
+from ..calibration.tokens import Encoder
+from ..checkpoint.gguf.read import stored_tokenizer
+from ..checkpoint.model import Model, said_name
+from ..core.errors import InputError
+from ..core.record.schema import ConfigField, Record
+from ..core.rows import Row
+from ..core.units import counted
+from ..models.config_keys import Difference, differences
+from .task_requests import requests_of
+from .tasks import Task
+
+# A message shows this many offenders.
+SHOWN = 8
+
+
+@dataclass
+class SideDifferences:
+    """`warnings` are lines for people. `texts` is the number of texts and items that are encoded otherwise, None where
+    the checkpoint has no tokenizer to compare."""
+
+    fields: list[Difference]
+    texts: int | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    def put_into(self, record: Record) -> None:
+        """Into the record's checkpoint, which is there, and its warnings."""
+        assert record.checkpoint is not None
+        listed = tuple(
+            ConfigField(field=d.field, original=d.original, checkpoint=d.checkpoint, use=d.use.value, does=d.does)
+            for d in self.fields
+        )
+        record.checkpoint = record.checkpoint.model_copy(
+            update={"config_differences": listed, "texts_encoded_otherwise": self.texts}
+        )
+        record.warnings += self.warnings
+
+
+def compare_sides(
+    original: Model, checkpoint: Model, documents: Sequence[Document], tasks: Sequence[Task]
+) -> SideDifferences:
+    """Compare two checkpoints of one model; `checkpoint` may lack the vision tower. `documents` and `tasks` are what is
+    evaluated."""
+    ours, theirs = original.adapter, checkpoint.adapter
+    if ours.has_vision and not theirs.has_vision:
+        ours = ours.text_only()
+    found = SideDifferences(differences(ours.config, theirs.config))
+    found.warnings += [f"config.json: {difference.told()}" for difference in found.fields]
+    name, encoder = said_name(checkpoint.name), Encoder(original.path, ours)
+    try:
+        other = Encoder(checkpoint.path, theirs)
+    except InputError:
+        found.warnings.append(
+            f"{name} has no tokenizer that transformers can load: whether its users get the token ids measured here is "
+            "not known"
+        )
+        return found
+    told = [
+        *_documents(encoder, other, documents),
+        *(line for task in tasks for line in _items(encoder, other, task)),
+    ]
+    found.texts = len(told)
+    if told:
+        more = [f"and {len(told) - SHOWN} more"] if len(told) > SHOWN else []
+        found.warnings.append(
+            f"{name} encodes {counted(len(told), 'text')} otherwise than the original: its tokenizer, chat template or "
+            f"picture settings differ, and the figures are of the original's ids. {'; '.join(told[:SHOWN] + more)}"
+        )
+    stored = stored_tokenizer(checkpoint.path)
+    if stored is not None:
+        found.warnings += _vocabulary(name, stored.tokens, encoder.tokenizer)
+        if stored.template is not None and stored.template != encoder.tokenizer.chat_template:
+            found.warnings.append(f"{name}: the GGUF file's chat template is not the original's")
+    return found
+
+
+def _documents(encoder: Encoder, other: Encoder, documents: Sequence[Document]) -> list[str]:
+    """A line for each document that the two encode differently."""
+    found = []
+    for document in documents:
+        ours, theirs = _encoded(encoder, document), _encoded(other, document)
+        if isinstance(ours, str) or isinstance(theirs, str):
+            if isinstance(ours, str) != isinstance(theirs, str):
+                found.append(f"{document.id} is refused by one of the two")
+            continue
+        if not torch.equal(ours.tokens, theirs.tokens):
+            found.append(f"{document.id} from token {_first_other(ours.tokens.tolist(), theirs.tokens.tolist())} on")
+        elif not _same_pixels(ours, theirs):
+            found.append(f"{document.id} in its pixels")
+    return found
+
+
+def _encoded(encoder: Encoder, document: Document) -> Row | str:
+    try:
+        return encoder.encode(document)
+    except InputError as error:
+        return str(error)
+
+
+def _same_pixels(ours: Row, theirs: Row) -> bool:
+    if ours.pixels is None or theirs.pixels is None:
+        return ours.pixels is theirs.pixels
+    return torch.equal(ours.pixels, theirs.pixels)
+
+
+def _items(encoder: Encoder, other: Encoder, task: Task) -> list[str]:
+    """A line for a task of which some options are encoded differently."""
+    try:
+        theirs = requests_of(task, other)
+    except InputError:
+        return [f"the task {task.name} is refused by the checkpoint's chat template"]
+    changed = sum(a != b for a, b in zip(requests_of(task, encoder), theirs, strict=True))
+    return [f"{counted(changed, 'option')} of the task {task.name}"] if changed else []
+
+
+def _vocabulary(name: str, tokens: Sequence[str], tokenizer: Any) -> list[str]:
+    """A warning where a GGUF file's list of tokens is not the original's vocabulary."""
+    ours = {number: token for token, number in tokenizer.get_vocab().items()}
+    other = [number for number, token in ours.items() if number >= len(tokens) or tokens[number] != token]
+    if not other:
+        return []
+    first = min(other)
+    theirs = tokens[first] if first < len(tokens) else None
+    return [
+        f"{name}: {counted(len(other), 'token')} of the GGUF file are not the original's (the first is {first}: "
+        f"{theirs!r}, and the original has {ours[first]!r})"
+    ]
+
+
+def _first_other(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    shared = min(len(ours), len(theirs))
+    return next((at for at in range(shared) if ours[at] != theirs[at]), shared)
