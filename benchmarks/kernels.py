@@ -2,9 +2,9 @@
 
     python benchmarks/kernels.py [--cards 80 89 90 100 120]
 
-Needs `triton` and no GPU: Triton's own compiler and the assembler of its wheel do it. For each kernel and card: registers
-of a thread, bytes spilled, shared memory, and the warps that an SM can hold. Ends with 1 when a kernel spills, or leaves
-an SM fewer than 8 warps.
+Needs `triton` and no GPU: Triton's own compiler and the assembler of its wheel do it. For each kernel and card: the
+registers of a thread, bytes spilled, shared memory, and the warps that an SM can hold. Ends with 1 when a kernel
+spills, or leaves an SM fewer than 8 warps.
 """
 
 import argparse
@@ -32,6 +32,8 @@ LEAST_WARPS = 8
 REGISTERS = 65536  # of an SM, on every card here
 # Compute capability -> (the most warps of an SM, bytes of shared memory that programs share).
 CARDS = {80: (64, 164 * 1024), 89: (48, 100 * 1024), 90: (64, 228 * 1024), 100: (64, 228 * 1024), 120: (48, 100 * 1024)}
+# Arguments that are fp32 numbers.
+LIMITS = ("code_min", "code_max", "tiny")
 FLOAT, INT8, INT32 = "*fp32", "*i8", "*i32"
 
 
@@ -55,7 +57,7 @@ def _signature(function: Any, pointers: dict[str, str], constants: dict[str, Any
         elif name in pointers:
             found[name] = pointers[name]
         else:
-            found[name] = "fp32" if name.startswith("code_m") else FLOAT if name.endswith("_ptr") else "i32"
+            found[name] = "fp32" if name in LIMITS else FLOAT if name.endswith("_ptr") else "i32"
     return found
 
 
@@ -72,7 +74,13 @@ def built() -> list[Built]:
         found.append(Built(f"sweep{asymmetric}", kernels.sweep_kernel, sweep, constants, kernels.COLUMN_WARPS))
     constants = columns | {"ROWS": kernels.MOVE_ROWS}
     tabu = _signature(kernels.tabu_kernel, {}, constants)
-    return [*found, Built("tabu", kernels.tabu_kernel, tabu, constants, kernels.MOVE_ROWS)]
+    found.append(Built("tabu", kernels.tabu_kernel, tabu, constants, kernels.MOVE_ROWS))
+    for symmetric in (True, False):
+        constants = columns | {"SYMMETRIC": symmetric, "IN_BF16": True, "ROWS": kernels.SEARCH_ROWS}
+        search = _signature(kernels.scale_kernel, {}, constants)
+        name = "scale search" if symmetric else "scale search, zero points"
+        found.append(Built(name, kernels.scale_kernel, search, constants, kernels.SEARCH_ROWS))
+    return found
 
 
 @dataclass(frozen=True)

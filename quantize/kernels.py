@@ -24,6 +24,10 @@ SAFE = tl.constexpr(1048576.0)
 # Rows of a program. A row takes one register of each thread of a warp for every 32 columns.
 COLUMN_ROWS, COLUMN_WARPS = 32, 4
 MOVE_ROWS = 4  # and warps
+SEARCH_ROWS = 4  # and warps
+# Dtypes of scales, and the widest group, that the search's kernel knows; a wider one would not fit into registers.
+STORED = (torch.bfloat16, torch.float16)
+WIDEST_GROUP = 512
 
 
 @triton.jit
@@ -211,6 +215,80 @@ def tabu_kernel(
     tl.store(steps_ptr + place, best_moved, mask=mask)
 
 
+@triton.jit
+def _bf16(x):
+    """The nearest bf16, ties to even, as fp32: adding half of the last place rounds the bits above it."""
+    bits = x.to(tl.uint32, bitcast=True)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return rounded.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _stored(scale, tiny, IN_BF16: tl.constexpr):
+    """A scale as it is stored, in bf16 or fp16; never zero."""
+    scale = tl.maximum(scale, tiny)
+    return _bf16(scale) if IN_BF16 else scale.to(tl.float16).to(tl.float32)
+
+
+@triton.jit
+def scale_kernel(
+    w_ptr,
+    importance_ptr,
+    multiples_ptr,
+    scale_ptr,
+    zero_ptr,
+    outputs,
+    groups,
+    width,
+    n_multiples,
+    code_min,
+    code_max,
+    tiny,
+    SYMMETRIC: tl.constexpr,
+    IN_BF16: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The best of all multiples of a group's range. w [B, O, G x width], importance [B, G x width] -> scale and zero
+    point [B, O, G], fp32. A program holds one group of some rows."""
+    b = tl.program_id(2).to(tl.int64)
+    g = tl.program_id(1)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    mask = (rows < outputs)[:, None] & inside[None, :]
+    inputs = groups * width
+    w = tl.load(w_ptr + (b * outputs + rows)[:, None] * inputs + g * width + at[None, :], mask=mask, other=0.0)
+    importance = tl.load(importance_ptr + b * inputs + g * width + at, mask=inside, other=0.0)[None, :]
+    # A masked column is a zero: it changes no range that includes zero.
+    peak = tl.div_rn(tl.max(tl.abs(w), axis=1), -code_min)
+    low = tl.minimum(tl.min(w, axis=1), 0.0)
+    high = tl.maximum(tl.max(w, axis=1), 0.0)
+    best = tl.full([ROWS], float("inf"), tl.float32)
+    best_scale = tl.zeros([ROWS], tl.float32)
+    best_zero = tl.zeros([ROWS], tl.float32)
+    for k in range(n_multiples):
+        multiple = tl.load(multiples_ptr + k)
+        if SYMMETRIC:
+            scale = _stored(peak * multiple, tiny, IN_BF16)
+            zero = tl.zeros([ROWS], tl.float32)
+        else:
+            bottom = low * multiple
+            scale = _stored(tl.div_rn(high * multiple - bottom, code_max - code_min), tiny, IN_BF16)
+            zero = (code_min - tl.div_rn(bottom, scale) + ROUNDING) - ROUNDING
+            zero = tl.minimum(tl.maximum(zero, code_min), code_max)
+        codes = _nearest(w, scale[:, None], zero[:, None], code_min, code_max)
+        off = (codes - zero[:, None]) * scale[:, None] - w
+        error = tl.sum(off * off * importance, axis=1)
+        better = error < best
+        best = tl.where(better, error, best)
+        best_scale = tl.where(better, scale, best_scale)
+        best_zero = tl.where(better, zero, best_zero)
+    place = (b * outputs + rows) * groups + g
+    tl.store(scale_ptr + place, best_scale, mask=rows < outputs)
+    tl.store(zero_ptr + place, best_zero, mask=rows < outputs)
+
+
 def _grid(outputs: int, batch: int, rows: int) -> tuple[int, int]:
     return triton.cdiv(outputs, rows), batch
 
@@ -337,3 +415,42 @@ def tabu_steps(
         **OPTIONS,
     )
     return steps
+
+
+def searched_scales(
+    w_BOI: torch.Tensor,
+    importance_BI: torch.Tensor,
+    multiples: torch.Tensor,
+    codes: tuple[int, int],
+    groups: int,
+    tiny: float,
+    stored: torch.dtype,
+    symmetric: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scales in the dtype `stored`, zero points fp32) [B, O, G]: for each group the multiple of its range that leaves
+    the least error (grid.py)."""
+    batch, outputs, inputs = w_BOI.shape
+    width = inputs // groups
+    scale = torch.empty(batch, outputs, groups, dtype=torch.float32, device=w_BOI.device)
+    zero = torch.empty_like(scale)
+    scale_kernel[(triton.cdiv(outputs, SEARCH_ROWS), groups, batch)](
+        w_BOI.contiguous(),
+        importance_BI.contiguous(),
+        multiples,
+        scale,
+        zero,
+        outputs,
+        groups,
+        width,
+        len(multiples),
+        float(codes[0]),
+        float(codes[1]),
+        tiny,
+        SYMMETRIC=symmetric,
+        IN_BF16=stored == torch.bfloat16,
+        ROWS=SEARCH_ROWS,
+        BLOCK=triton.next_power_of_2(width),
+        num_warps=SEARCH_ROWS,
+        **OPTIONS,
+    )
+    return scale.to(stored), zero
