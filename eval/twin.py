@@ -130,7 +130,14 @@ def _through_block(sides: tuple[_Side, ...], index: int, measured: int, errors: 
         errors.add_block((blocks[0], blocks[1]), (shown[0], shown[1]), inputs)
     pairs = list(zip(shown[0].routes, shown[1].routes, strict=True))
     tokens = sum(len(routes_TK) for routes_TK, _ in pairs)
-    return sum(int((ours != theirs).any(-1).sum()) for ours, theirs in pairs) / tokens if tokens else None
+    return sum(_changed(ours, theirs) for ours, theirs in pairs) / tokens if tokens else None
+
+
+def _changed(ours_TK: torch.Tensor, theirs_TK: torch.Tensor) -> int:
+    """How many tokens go to other experts; all of them where the two models choose different numbers of experts."""
+    if ours_TK.shape != theirs_TK.shape:
+        return len(ours_TK)
+    return int((ours_TK != theirs_TK).any(-1).sum())
 
 
 def _pass(side: _Side, block: Block, measured: int, errors: WalkErrors | None, reference: _Side | None) -> Shown:
