@@ -5,6 +5,7 @@ A run is prepared (everything that can be refused is refused before a weight is 
 committed after every stage, so a killed run goes on where it was.
 """
 
+import datetime as dates
 import shutil
 import time
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from .bits.pricing import Prices, priced_rows
 from .bits.schedule import pricing_schedule
 from .blocks.limits import refuse_passed
 from .calibration.coverage import balanced
+from .calibration.templates import DATE
 from .calibration.texts import RunTexts, prepare_texts
 from .checkpoint import files
 from .checkpoint.assign import plan_for
@@ -30,7 +32,7 @@ from .checkpoint.formats.shard_formats import SHARD_FORMATS
 from .checkpoint.model import Model, open_source
 from .checkpoint.paths import check_paths, check_space, occupied
 from .checkpoint.source_checks import refuse_nonfinite
-from .checkpoint.workdir import WorkDir, has_run, read_json, refuse_resumed
+from .checkpoint.workdir import WorkDir, has_run, kept_identity, read_json, refuse_resumed
 from .conversion.run_output import config_of_run, planned_files, weight_bytes
 from .core.device import Compute, choose_compute
 from .core.errors import InputError, UnusableModelError
@@ -139,7 +141,8 @@ def _prepared(model_name: str, out: Path, recipe: Recipe, options: Options) -> t
     card = on_its_card(model, recipe)
     work = check_paths(out, options.work, model.path, options.resume, options.overwrite)
     calibrates = recipe.quantizer.needs_statistics or fits
-    texts = prepare_texts(model, recipe, options.calibration, options.evaluation, calibrates)
+    date = _resumed_date(out, work) if options.resume else None
+    texts = prepare_texts(model, recipe, options.calibration, options.evaluation, calibrates, date)
     if fits:
         priced_rows(texts.calibration, recipe)  # refuses too few
     run = Run(
@@ -172,7 +175,23 @@ def _identity(model: Model, recipe: Recipe, texts: RunTexts, compute: Compute) -
     }
     identity |= {f"recipe's {key}": str(value) for key, value in recipe.model_dump(mode="json").items()}
     identity |= {f"{which} texts": str(facts["digest"]) for which, facts in texts.facts.items()}
+    identity |= {f"{which} rows": str(facts["rows_digest"]) for which, facts in texts.facts.items()}
+    identity |= {} if texts.date is None else {DATE: texts.date.isoformat()}
     return identity | {f"version of {name}": v for name, v in package_versions().items() if name != "datasets"}
+
+
+def _resumed_date(out: Path, work: Path) -> dates.date | None:
+    """The date of the run that is resumed; None where its chat template asks for none, or where there is no run."""
+    identity = kept_identity(work)
+    if not identity and occupied(out):
+        try:
+            identity = read_record(out / RECORD_NAME).identity
+        except InputError:  # what it is will be said when the run is looked for
+            return None
+    try:
+        return dates.date.fromisoformat(identity[DATE])
+    except (KeyError, ValueError):
+        return None
 
 
 def _finished(run: Run) -> Record | None:

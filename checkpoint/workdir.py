@@ -63,6 +63,11 @@ def has_run(path: Path) -> bool:
     return (path / STATE).exists() and not _read_state(path).get("over")
 
 
+def kept_identity(path: Path) -> dict[str, str]:
+    """The identity of the unfinished run in `path`; empty where there is none. Raises InputError when it is damaged."""
+    return dict(_read_state(path)["identity"]) if has_run(path) else {}
+
+
 def refuse_changed(old: dict[str, str], new: dict[str, str], headline: str, way_out: str) -> None:
     """Raises InputError that lists every part of the identity that changed."""
     changed = [

@@ -4,6 +4,7 @@ The twin walk (twin.py) measures KL, where it comes from, and answers that flip.
 `verify` and `flips` are this one.
 """
 
+import datetime as dates
 import shutil
 import tempfile
 import time
@@ -79,7 +80,7 @@ class Measured:
 
 def measure(
     walk: Walk,
-    model: Model,
+    encoder: Encoder,
     quantized: Model,
     *,
     rows: list[Row],
@@ -88,11 +89,12 @@ def measure(
     calibration_rows: dict[int, list[int]],
     keep_tokens: Path | None = None,
 ) -> Measured:
-    """Walk both models once, over `rows` and the items of `tasks`; either may be empty. `walk` is over `model`. Hidden
-    rows live in `folder` meanwhile. `calibration_rows`: of every block's experts, for the record. `keep_tokens`: a
-    Parquet file for the results of every token."""
+    """Walk both models once, over `rows` and the items of `tasks`; either may be empty.
+
+    `walk` and `encoder` are the original's. Hidden rows live in `folder` meanwhile. `calibration_rows`: of every
+    block's experts, for the record. `keep_tokens`: a Parquet file for the results of every token.
+    """
     shutil.rmtree(folder, ignore_errors=True)
-    encoder = Encoder(model.path, model.adapter)
     requests = [requests_of(task, encoder) for task in tasks]
     asking = ask([request for own in requests for request in own])
     other = walk.beside(quantized.adapter, quantized.source)
@@ -111,7 +113,7 @@ def measure(
         summary = summarize(twin.tokens).model_copy(
             update={"changed_routes": twin.mean_changed_routes, "changed_routes_by_block": by_block}
         )
-        kl = break_down(summary, twin.tokens, rows, model.adapter.image_token_id, decode)
+        kl = break_down(summary, twin.tokens, rows, encoder.adapter.image_token_id, decode)
         errors = ErrorSummary.model_validate(twin.errors.facts(calibration_rows))
         if keep_tokens is not None:
             with disk_errors(keep_tokens):
@@ -132,13 +134,28 @@ def rows_of_experts(blocks: list[BlockFacts]) -> dict[int, list[int]]:
     return {block.block: list(block.expert_rows) for block in blocks if block.expert_rows}
 
 
+def _own_record(checkpoint: Model) -> Record | None:
+    """The checkpoint's own record, where it has a sound one."""
+    try:
+        return read_record(checkpoint.path / RECORD_NAME)
+    except InputError:
+        return None
+
+
+def recorded_date(checkpoint: Model) -> dates.date | None:
+    """The date that the chat template was told in the run that made the checkpoint."""
+    record = _own_record(checkpoint)
+    try:
+        return dates.date.fromisoformat((record and record.template_date) or "")
+    except ValueError:
+        return None
+
+
 def recorded_rows(checkpoint: Model) -> dict[int, list[int]]:
     """By block, the calibration rows of its experts, from the checkpoint's own record; nothing where there is no sound
     record, or one with another number of experts."""
-    try:
-        found = rows_of_experts(read_record(checkpoint.path / RECORD_NAME).blocks)
-    except InputError:
-        return {}
+    record = _own_record(checkpoint)
+    found = {} if record is None else rows_of_experts(record.blocks)
     return {block: rows for block, rows in found.items() if len(rows) == checkpoint.adapter.n_experts}
 
 
@@ -252,7 +269,7 @@ def flips(
     return _measured_pair(asked, device_name, console, quiet)
 
 
-def _rows(asked: _Asked, source: Model, quantized: Model, record: Record) -> list[Row]:
+def _rows(asked: _Asked, source: Model, quantized: Model, record: Record, date: dates.date | None) -> list[Row]:
     """The evaluation rows; the record gets what it says of them, and of what else differs between the two sides."""
     if not asked.with_texts:
         compare_sides(source, quantized, (), asked.tasks).put_into(record)
@@ -261,7 +278,7 @@ def _rows(asked: _Asked, source: Model, quantized: Model, record: Record) -> lis
     if source.adapter.has_vision and not quantized.adapter.has_vision:
         reader = replace(source, adapter=source.adapter.text_only())
         record.warnings.append(WITHOUT_VISION.format(name=said_name(asked.checkpoint)))
-    texts = prepare_texts(reader, asked.recipe, None, asked.options.evaluation, needs_calibration=False)
+    texts = prepare_texts(reader, asked.recipe, None, asked.options.evaluation, needs_calibration=False, date=date)
     record.texts = {which: TextFacts(**facts) for which, facts in texts.facts.items()}
     record.warnings += texts.warnings
     compare_sides(source, quantized, texts.documents, asked.tasks).put_into(record)
@@ -287,7 +304,10 @@ def _measured_pair(asked: _Asked, device_name: str, console: Console | None, qui
         refuse_without_floor(compute)
     source, quantized = open_pair(asked.source_name, asked.checkpoint)
     record = pair_record(asked.command, source, quantized)
-    rows = _rows(asked, source, quantized, record)
+    date = asked.recipe.texts.template_date or recorded_date(quantized) or dates.date.today()
+    encoder = Encoder(source.path, source.adapter, date)
+    record.template_date = None if encoder.template.date is None else date.isoformat()
+    rows = _rows(asked, source, quantized, record, date)
     with (
         tempfile.TemporaryDirectory(prefix="onecard-verify-") as folder,
         Progress(f"onecard {asked.command} {asked.checkpoint}", source.adapter.n_blocks, console, quiet) as progress,
@@ -299,7 +319,7 @@ def _measured_pair(asked: _Asked, device_name: str, console: Console | None, qui
         walk = Walk.over(source.adapter, source.source, compute, progress)
         measured = measure(
             walk,
-            source,
+            encoder,
             quantized,
             rows=rows,
             tasks=asked.tasks,
