@@ -18,8 +18,9 @@ import babies
 from onecard.checkpoint.source import open_folder
 from onecard.core.errors import InputError
 from onecard.core.rows import Row
+from onecard.models import gguf
 from onecard.models.config_keys import KEYS, NESTED, Use
-from onecard.models.families import ADAPTERS, load_adapter
+from onecard.models.families import ADAPTERS, adapter_of, load_adapter
 from walking import relative, walk_logits, whole_logits
 
 FAMILIES = ("scout", "qwen3", "deepseek", "mixtral")
@@ -156,3 +157,57 @@ def test_a_changed_key_is_computed_as_transformers_does_or_refused_or_in_no_forw
         assert "changes" not in effects
     else:
         assert effects == {"none"}
+
+
+# GGUF: llama.cpp reads no config.json. What a file does not say must be what llama.cpp's code fixes.
+
+# Keys that change nothing alone.
+WITH_OTHERS = {"sliding_window", "head_dim"}
+
+
+def gguf_says(raw: dict[str, Any]) -> object:
+    """All that a GGUF file of this model would hold besides weights; or why there is none."""
+    try:
+        adapter = adapter_of(Path("config.json"), raw).text_only()
+    except InputError as error:
+        return str(error)
+    if refusals := gguf.refusals(adapter):
+        return refusals
+    factors = gguf.rope_factors(adapter)
+    return (
+        gguf.settings(adapter),
+        None if factors is None else factors.tolist(),
+        [(tensor.name, tensor.shape) for tensor in gguf.layout(adapter)],
+    )
+
+
+@pytest.mark.parametrize("family", ["scout", "qwen3"])
+def test_a_gguf_file_says_every_key_that_it_is_computed_with_or_there_is_none(family: str) -> None:
+    config = babies.make_model(family).config
+    raw = json.loads(config.to_json_string(use_diff=False))
+    if family == "scout":  # as llama.cpp fixes them
+        raw["text_config"].update(floor_scale=8192, attention_chunk_size=8192, max_position_embeddings=100_000)
+    else:
+        raw["mlp_only_layers"] = []
+    before = gguf_says(raw)
+    assert isinstance(before, tuple), before
+    silent = []
+    for path, values in EDITS[family].items():
+        *_, owner, key = f"{family}.{path}".split(".")
+        kind = {"text_config": "llama4_text"}.get(owner, raw["model_type"])
+        if owner == "vision_config" or KEYS[kind][key].use is not Use.FOLLOWED:
+            continue
+        for value in values:
+            after = edited(raw, path, value)
+            if after != raw and gguf_says(after) == before and not (key in WITH_OTHERS and not isinstance(value, dict)):
+                silent.append((path, value))
+    assert silent == []
+
+
+def test_qwen3_with_llama_3s_rope_scaling_is_not_written_to_gguf() -> None:
+    """llama.cpp's qwen3moe reads no rope factors."""
+    raw = json.loads(babies.qwen3_config(2).to_json_string(use_diff=False)) | {"mlp_only_layers": []}
+    raw["rope_parameters"] = babies.llama4_config().text_config.rope_parameters
+    said = gguf_says(raw)
+    assert isinstance(said, list)
+    assert "llama3" in said[0]
