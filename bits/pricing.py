@@ -28,6 +28,7 @@ from ..checkpoint.workdir import Activations, read_json
 from ..core.device import Compute, site_budget
 from ..core.errors import InputError
 from ..core.finite import nonfinite_error
+from ..core.json_text import nonfinite
 from ..core.method import Method
 from ..core.recipe_groups import KEEP
 from ..core.rows import Row
@@ -87,6 +88,8 @@ class Prices:
     @classmethod
     def from_facts(cls, facts: dict[str, Any]) -> "Prices":
         """The inverse of facts(). Raises KeyError, TypeError or ValueError for other data."""
+        if nonfinite(facts):
+            raise ValueError(", ".join(f"{place} is {word}" for place, word in nonfinite(facts)))
         units = tuple(
             UnitPrices.fitted(
                 str(unit["unit"]),

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from ..calibration.moments import SiteMoments
 from ..calibration.sensitivity import RESIDUAL, token_weights
+from ..core.finite import all_true, nonfinite_error, row_flags
 from ..core.quantized_weight import QuantizedWeight
 from ..models.adapter import Half, Role, Site
 from ..models.block import Block
@@ -275,6 +276,8 @@ def propagate(job: HalfJob, known: Known) -> None:
             rows = job.hidden.get(job.index, BEFORE_O, k).view(*hidden.shape[:2], -1)
             with torch.inference_mode():
                 out = hidden + F.linear(rows, job.target.weight(known.before_o.first_module))
+            if not all_true(row_flags(out)):
+                raise nonfinite_error(job.target.original, f"block {job.index}, {job.half.said}")
         else:
             out = job.target.forward(hidden, job.half)
         job.put(QUANTIZED, k, out)

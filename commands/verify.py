@@ -40,6 +40,12 @@ def _check_files(record: Path | None, tokens: Path | None = None) -> None:
 @texts_option("evaluation")
 @click.option("--record", type=click.Path(path_type=Path), help=RECORD_HELP)
 @click.option("--keep-tokens", type=click.Path(path_type=Path), help="Keep every token's results in a Parquet file.")
+@click.option(
+    "--floor",
+    is_flag=True,
+    help="Also measure KL(SOURCE in float32 || SOURCE in the compute dtype): what that dtype costs by itself. It takes "
+    "about as long again.",
+)
 @date_option()
 @device_option()
 @verb
@@ -50,6 +56,7 @@ def verify(
     evaluation: Path | None,
     record: Path | None,
     keep_tokens: Path | None,
+    floor: bool,
     date: datetime | None,
     device: str,
 ) -> None:
@@ -63,6 +70,7 @@ def verify(
       onecard verify ./Llama-4-Scout-17B-16E-Instruct ./scout-int4 --evaluation held-out.jsonl --record verify.json
     """
     from ..checkpoint.files import write_json
+    from ..eval.verify import VerifyOptions
     from ..eval.verify import verify as run
     from ..recipe import load_recipe
     from ..report.card import draw_card
@@ -74,8 +82,7 @@ def verify(
         source,
         checkpoint,
         dated(load_recipe(recipe or "rtn-int4"), date),
-        evaluation=evaluation,
-        keep_tokens=keep_tokens,
+        VerifyOptions(evaluation=evaluation, keep_tokens=keep_tokens, floor=floor),
         device_name=device,
         console=console,
     )

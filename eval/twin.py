@@ -72,8 +72,8 @@ def twin_walk(
     asked: Sequence[Asked] = (),
     with_errors: bool = False,
 ) -> Twin:
-    """Results for every predicted token of `rows`, and for what is `asked`. Leaves the store empty. `quantized` is made
-    by `reference.beside`."""
+    """Results for every predicted token of `rows`, and for what is `asked`. Leaves the store empty. Both walks are over
+    one model, on one device and with one size of batches."""
     step = reference.step
     groups = batches(rows, reference.compute.batch_tokens)
     measured = len(groups)  # the batches of `rows` come first, those of `asked` follow

@@ -43,6 +43,7 @@ from ..report.progress import Progress
 from ..report.resources import describe_machine, package_versions, peak_device_bytes, peak_rss_bytes
 from .breakdown import break_down
 from .choice import ask, scores
+from .floor import measure_floor, refuse_without_floor
 from .intervals import FEW_DOCUMENTS
 from .sides import compare_sides
 from .summary import summarize
@@ -171,6 +172,18 @@ def close_machine(record: Record, progress: Progress, device: torch.device, bega
 
 
 @dataclass(frozen=True)
+class VerifyOptions:
+    """What a user may say of a verification beside the pair and the recipe."""
+
+    # The user's own evaluation texts; None: the recipe's.
+    evaluation: Path | None = None
+    # A Parquet file for the results of every token.
+    keep_tokens: Path | None = None
+    # Also measure what computing in this dtype costs by itself (floor.py).
+    floor: bool = False
+
+
+@dataclass(frozen=True)
 class _Asked:
     """What `verify` or `flips` was asked to measure. Without texts only the tasks are."""
 
@@ -180,8 +193,7 @@ class _Asked:
     recipe: Recipe
     tasks: Sequence[Task]
     with_texts: bool = False
-    evaluation: Path | None = None
-    keep_tokens: Path | None = None
+    options: VerifyOptions = VerifyOptions()
 
 
 def open_pair(source_name: str, checkpoint: str) -> tuple[Model, Model]:
@@ -223,9 +235,8 @@ def verify(
     source_name: str,
     checkpoint: str,
     recipe: Recipe,
+    options: VerifyOptions | None = None,
     *,
-    evaluation: Path | None = None,
-    keep_tokens: Path | None = None,
     device_name: str = "auto",
     console: Console | None = None,
     quiet: bool = False,
@@ -238,8 +249,7 @@ def verify(
         recipe=recipe,
         tasks=tasks_of(recipe),
         with_texts=True,
-        evaluation=evaluation,
-        keep_tokens=keep_tokens,
+        options=options or VerifyOptions(),
     )
     return _measured_pair(asked, device_name, console, quiet)
 
@@ -268,7 +278,7 @@ def _rows(asked: _Asked, source: Model, quantized: Model, record: Record, date: 
     if source.adapter.has_vision and not quantized.adapter.has_vision:
         reader = replace(source, adapter=source.adapter.text_only())
         record.warnings.append(WITHOUT_VISION.format(name=said_name(asked.checkpoint)))
-    texts = prepare_texts(reader, asked.recipe, None, asked.evaluation, needs_calibration=False, date=date)
+    texts = prepare_texts(reader, asked.recipe, None, asked.options.evaluation, needs_calibration=False, date=date)
     record.texts = {which: TextFacts(**facts) for which, facts in texts.facts.items()}
     record.warnings += texts.warnings
     compare_sides(source, quantized, texts.documents, asked.tasks).put_into(record)
@@ -283,12 +293,15 @@ def _schedule(source: Model, quantized: Model, rows: list[Row], asked: _Asked, c
         sum(len(row.tokens) for row in rows),
         first_guess(compute.device, compute.dtype),
         with_tasks=bool(asked.tasks),
+        with_floor=asked.options.floor,
     )
 
 
 def _measured_pair(asked: _Asked, device_name: str, console: Console | None, quiet: bool) -> Record:
     began = time.monotonic()
     compute = choose_compute(device_name, asked.recipe.compute_dtype, asked.recipe.batch_tokens)
+    if asked.options.floor:
+        refuse_without_floor(compute)
     source, quantized = open_pair(asked.source_name, asked.checkpoint)
     record = pair_record(asked.command, source, quantized)
     date = asked.recipe.texts.template_date or recorded_date(quantized) or dates.date.today()
@@ -303,16 +316,20 @@ def _measured_pair(asked: _Asked, device_name: str, console: Console | None, qui
         progress.begin("check weights")
         for model in (source, quantized):
             refuse_nonfinite(model.folder, model.name)
+        walk = Walk.over(source.adapter, source.source, compute, progress)
         measured = measure(
-            Walk.over(source.adapter, source.source, compute, progress),
+            walk,
             encoder,
             quantized,
             rows=rows,
             tasks=asked.tasks,
             folder=Path(folder) / "acts",
             calibration_rows=recorded_rows(quantized),
-            keep_tokens=asked.keep_tokens,
+            keep_tokens=asked.options.keep_tokens,
         )
         measured.put_into(record)
+        if asked.options.floor and record.kl is not None:
+            floor = measure_floor(walk, rows, Activations(Path(folder) / "floor"))
+            record.kl = record.kl.model_copy(update={"floor": floor})
         close_machine(record, progress, compute.device, began)
     return record

@@ -203,6 +203,31 @@ def test_scales_that_are_no_numbers_are_named(
         refused(onecard(verb, baby("qwen3"), checkpoint, *more), f"model.{EXPERT}up_proj.weight_scale holds")
 
 
+@pytest.mark.parametrize("format_name", ["bf16", "gptq", "compressed-tensors"])
+@pytest.mark.parametrize("bad", [float("nan"), 1e38])
+def test_no_export_writes_numbers_that_are_not_finite(
+    emitted: Callable[..., tuple[Path, Result]],
+    onecard: Callable[..., Result],
+    tmp_path: Path,
+    format_name: str,
+    bad: float,
+) -> None:
+    """A scale of 1e38 is finite and stays one where codes and scales are kept; its products are not."""
+    checkpoint = Path(shutil.copytree(emitted("qwen3")[0], tmp_path / "checkpoint"))
+    for shard in shard_files(checkpoint):
+        tensors = load_file(shard)
+        for name in [n for n in tensors if n.endswith(f"{EXPERT}down_proj.weight_scale")]:
+            tensors[name].fill_(bad)
+        save_file(tensors, shard, metadata={"format": "pt"})
+    result = onecard("export", checkpoint, "--format", format_name, "-o", tmp_path / "out")
+    if format_name == "compressed-tensors" and bad == 1e38:
+        assert result.exit_code == 0, result.output
+        return
+    by_format = 2 if format_name == "gptq" and bad == 1e38 else 1  # fp16 scales cannot hold it
+    refused(result, f"model.{EXPERT}down_proj", code=by_format)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
 # --- part by part
 
 

@@ -16,7 +16,7 @@ from command_line import Refuse
 from onecard.calibration.documents import Document, document_of
 from onecard.calibration.tokens import Encoder
 from onecard.models.families import load_adapter
-from runs import FAMILY, Run, contents, differences
+from runs import FAMILY, Run, contents, days_later, differences
 
 # Every role gets a header; tools' answers are written as JSON; texts are trimmed.
 LLAMA4 = (
@@ -168,24 +168,6 @@ def test_the_clock_of_a_template_stands_still(encoder: Encoder) -> None:
     assert encoder.template.date == datetime.date(2026, 2, 3)
     today = Encoder(encoder.folder, encoder.adapter)
     assert encode(today, DATED, SOUND["plain"]).startswith(f"<s>{datetime.date.today():%d %b %Y}")
-
-
-def days_later(monkeypatch: pytest.MonkeyPatch, days: int) -> None:
-    """The machine's clock goes forward, for whoever asks Python."""
-    day = datetime.date.today() + datetime.timedelta(days)
-
-    class Date(datetime.date):
-        @classmethod
-        def today(cls) -> "Date":
-            return cls(day.year, day.month, day.day)
-
-    class Now(datetime.datetime):
-        @classmethod
-        def now(cls, tz: datetime.tzinfo | None = None) -> "Now":
-            return cls(day.year, day.month, day.day, tzinfo=tz)
-
-    monkeypatch.setattr("datetime.date", Date)
-    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Now)
 
 
 @pytest.fixture
