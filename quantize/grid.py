@@ -84,9 +84,9 @@ def searched_scales(
     kernels = kernels_for(w_BOI)
     if kernels is not None and dtype in kernels.STORED and scheme.width(w_BOI.shape[-1]) <= kernels.WIDEST_GROUP:
         multiples = torch.tensor(MULTIPLES, device=w_BOI.device)
-        limits, groups = (scheme.code_min, scheme.code_max), scheme.groups(w_BOI.shape[-1])
+        limits, count = (scheme.code_min, scheme.code_max), scheme.groups(w_BOI.shape[-1])
         scale, zero = kernels.searched_scales(
-            w_BOI, importance_BI, multiples, limits, groups, TINY_SCALE, dtype, scheme.symmetric
+            w_BOI, importance_BI, multiples, limits, count, TINY_SCALE, dtype, scheme.symmetric
         )
         return scale, None if scheme.symmetric else zero
     parts = []
