@@ -267,8 +267,9 @@ def scale_kernel(
     best = tl.full([ROWS], float("inf"), tl.float32)
     best_scale = tl.zeros([ROWS], tl.float32)
     best_zero = tl.zeros([ROWS], tl.float32)
-    for k in range(n_multiples):
-        multiple = tl.load(multiples_ptr + k)
+    # The first try is the whole range: what is found where no try leaves a finite error.
+    for k in range(-1, n_multiples):
+        multiple = tl.load(multiples_ptr + k, mask=k >= 0, other=1.0)
         if SYMMETRIC:
             scale = _stored(peak * multiple, tiny, IN_BF16)
             zero = tl.zeros([ROWS], tl.float32)
@@ -280,8 +281,8 @@ def scale_kernel(
         codes = _nearest(w, scale[:, None], zero[:, None], code_min, code_max)
         off = (codes - zero[:, None]) * scale[:, None] - w
         error = tl.sum(off * off * importance, axis=1)
-        better = error < best
-        best = tl.where(better, error, best)
+        better = (error < best) | (k < 0)
+        best = tl.where(better & (k >= 0), error, best)
         best_scale = tl.where(better, scale, best_scale)
         best_zero = tl.where(better, zero, best_zero)
     place = (b * outputs + rows) * groups + g

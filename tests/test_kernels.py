@@ -147,19 +147,11 @@ def test_a_sweep_moves_the_torch_forms_codes(
 
 
 @settings(max_examples=10)
-@given(**SIZES, moves=st.integers(1, 14))
+@given(**SIZES)
 def test_a_tabu_search_makes_the_torch_forms_moves(
-    batch: int,
-    outputs: int,
-    groups: int,
-    width: int,
-    seed: int,
-    bits: int,
-    symmetric: bool,
-    negative: bool,
-    moves: int,
+    batch: int, outputs: int, groups: int, width: int, seed: int, bits: int, symmetric: bool, negative: bool
 ) -> None:
-    site = exact_site(batch, outputs, groups, width, seed, negative)
+    site, moves = exact_site(batch, outputs, groups, width, seed, negative), 1 + seed % 14
     scheme = Scheme(4, width, symmetric)
     weight = started(site, scheme, seed)
     ours = tabu.tabu_searched(weight, site["w"], site["moment"], moves)
@@ -168,6 +160,7 @@ def test_a_tabu_search_makes_the_torch_forms_moves(
     assert torch.equal(ours.codes, theirs.codes)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the overflow that is meant
 @settings(max_examples=8)
 @given(
     outputs=st.integers(1, 9),
@@ -185,6 +178,7 @@ def test_the_scale_search_finds_the_torch_forms_scales(
     generator = torch.Generator().manual_seed(seed)
     w = torch.randn(2, outputs, groups * width, generator=generator)
     w[0, 0, :width] = 0  # a group of zeros
+    w[1, 0, 0] = 1e25  # a group whose squared error overflows
     importance = torch.rand(2, groups * width, generator=generator)
     scheme = Scheme(4, width, symmetric)
     ours, our_zero = grid.searched_scales(w, importance, scheme, stored, signed)
@@ -196,8 +190,8 @@ def test_the_scale_search_finds_the_torch_forms_scales(
         return (off.square() * importance[:, None]).unflatten(-1, (groups, -1)).sum(-1)
 
     assert ours.dtype == theirs.dtype == stored
-    assert torch.equal(ours[0, 0, 0], theirs[0, 0, 0]), "the scale of zeros"
-    assert torch.allclose(error(ours, our_zero), error(theirs, their_zero), rtol=1e-5, atol=0)
+    assert torch.equal(ours[:, 0, 0], theirs[:, 0, 0])
+    assert torch.allclose(error(ours, our_zero), error(theirs, their_zero), rtol=1e-5, atol=0, equal_nan=True)
     assert (ours == theirs).float().mean() > 0.95
 
 
