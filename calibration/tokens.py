@@ -41,6 +41,13 @@ class Encoder:
             raise InputError(
                 f"{folder} has no tokenizer that transformers can load ({type(error).__name__}: {error})"
             ) from error
+        # Fewer tokens than rows are common: the rest is padding.
+        tokens, rows = max(self.tokenizer.get_vocab().values(), default=-1) + 1, adapter.vocab_size
+        if tokens > rows:
+            raise InputError(
+                f"the tokenizer in {folder} gives ids up to {tokens - 1:,}, and the embedding has {rows:,} rows "
+                "(vocab_size): put the model's own tokenizer there"
+            )
 
     def encode_all(self, documents: list[Document], skip_unusable: bool = False) -> list[Row]:
         """One row for each document. `skip_unusable` leaves out those that this model cannot take, if others remain.
@@ -84,10 +91,6 @@ class Encoder:
             if document.images:
                 text = text.replace("<|image|>", self.adapter.image_text())
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if max(ids, default=0) >= self.adapter.vocab_size:
-            raise InputError(
-                f"the tokenizer in {self.folder} gives ids past the model's vocabulary: it is another model's"
-            )
         if self.adapter.has_vision:
             promised = len(document.images) * self.adapter.image_token_count()
             if ids.count(self.adapter.image_token_id) != promised:
