@@ -12,4 +12,4 @@ def is_own_name(name: str) -> bool:
     """Whether a name, as a record or SHA256SUMS has it, is that of a file of the checkpoint's folder or of its
     TEMPLATE_FOLDER, and leads nowhere else."""
     inner = name.removeprefix(f"{TEMPLATE_FOLDER}/")
-    return Path(inner).name == inner and inner not in ("", ".", "..") and "\\" not in inner
+    return Path(inner).name == inner and inner not in ("", ".", "..")
