@@ -19,6 +19,7 @@ from .core.record.verdict import Verdict
 from .eval.comparison import Tolerances
 from .eval.gate import run_gate
 from .eval.tasks import load_tasks
+from .eval.verify import VerifyOptions
 from .eval.verify import flips as run_flips
 from .eval.verify import verify as run_verify
 from .forecast import CardWish, Forecast, plan_on_card
@@ -137,20 +138,21 @@ def verify(
     *,
     evaluation: AnyPath | None = None,
     keep_tokens: AnyPath | None = None,
+    floor: bool = False,
     device: str = "auto",
     quiet: bool = True,
 ) -> Record:
     """KL(source || checkpoint) in nats a token and the recipe's tasks, measured on the files as they are read back.
 
     `recipe` gives evaluation texts, row lengths and tasks; `evaluation` replaces its texts. `keep_tokens` is a Parquet
-    file to write, one row a token. Raises InputError for what is no pair, ResourceError.
+    file to write, one row a token. `floor` also measures what computing in the recipe's dtype costs by
+    itself. Raises InputError for what is no pair, ResourceError.
     """
     return run_verify(
         str(source),
         str(checkpoint),
         _recipe(recipe),
-        evaluation=_path(evaluation),
-        keep_tokens=_path(keep_tokens),
+        VerifyOptions(evaluation=_path(evaluation), keep_tokens=_path(keep_tokens), floor=floor),
         device_name=device,
         quiet=quiet,
     )

@@ -5,8 +5,11 @@ A run is prepared (everything that can be refused is refused before a weight is 
 committed after every stage, so a killed run goes on where it was.
 """
 
+import datetime as dates
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,20 +22,21 @@ from .bits.pricing import Prices, priced_rows
 from .bits.schedule import pricing_schedule
 from .blocks.limits import refuse_passed
 from .calibration.coverage import balanced
+from .calibration.templates import DATE
 from .calibration.texts import RunTexts, prepare_texts
 from .checkpoint import files
 from .checkpoint.assign import plan_for
 from .checkpoint.checksums import write_sums
-from .checkpoint.emit import emitted_before
+from .checkpoint.emit import clear_checkpoint, emitted_before
 from .checkpoint.formats.shard_formats import SHARD_FORMATS
 from .checkpoint.model import Model, open_source
 from .checkpoint.paths import check_paths, check_space, occupied
 from .checkpoint.side_files import refuse_adapter, side_files_digest
 from .checkpoint.source_checks import refuse_nonfinite, zero_matrices
-from .checkpoint.workdir import WorkDir, has_run, read_json, refuse_resumed
+from .checkpoint.workdir import WorkDir, has_run, kept_identity, read_json, refuse_resumed
 from .conversion.run_output import config_of_run, planned_files, weight_bytes
 from .core.device import Compute, choose_compute
-from .core.errors import InputError
+from .core.errors import InputError, UnusableModelError
 from .core.file_names import RECORD_NAME
 from .core.layout import json_bytes
 from .core.rates import Rates, first_guess
@@ -100,12 +104,28 @@ def quantize(
                 walk = Walk.over(run.adapter, run.model.source, run.compute, progress)
                 rates = first_guess(run.compute.device, run.compute.dtype)
                 progress.expect(_schedule(run, rates))
-                if recipe.widths.bits == "fit":
-                    run = _fitted(run, walk, workdir, given)
-                    progress.expect(_schedule(run, rates))
-                finished = _carried_out(run, walk, workdir, progress)
+                with _removed_if_unusable(workdir, out):
+                    if recipe.widths.bits == "fit":
+                        run = _fitted(run, walk, workdir, given)
+                        progress.expect(_schedule(run, rates))
+                    finished = _carried_out(run, walk, workdir, progress)
         workdir.remove()
     return finished
+
+
+@contextmanager
+def _removed_if_unusable(workdir: WorkDir, out: Path) -> Iterator[None]:
+    """A run that finds its model unusable leaves nothing behind, for a resume would end where this run does. A method
+    without statistics finds it in the verification only, when OUT has all files but config.json."""
+    try:
+        yield
+    except UnusableModelError:
+        if workdir.moving_to is not None:
+            clear_checkpoint(out)
+            with suppress(OSError):  # other files stay
+                out.rmdir()
+        workdir.remove()
+        raise
 
 
 def _prepared(model_name: str, out: Path, recipe: Recipe, options: Options) -> tuple[Run, Path]:
@@ -125,7 +145,8 @@ def _prepared(model_name: str, out: Path, recipe: Recipe, options: Options) -> t
     card = on_its_card(model, recipe)
     work = check_paths(out, options.work, model.path, options.resume, options.overwrite)
     calibrates = recipe.quantizer.needs_statistics or fits
-    texts = prepare_texts(model, recipe, options.calibration, options.evaluation, calibrates)
+    date = _resumed_date(out, work) if options.resume else None
+    texts = prepare_texts(model, recipe, options.calibration, options.evaluation, calibrates, date)
     if fits:
         priced_rows(texts.calibration, recipe)  # refuses too few
     run = Run(
@@ -158,7 +179,23 @@ def _identity(model: Model, recipe: Recipe, texts: RunTexts, compute: Compute) -
     }
     identity |= {f"recipe's {key}": str(value) for key, value in recipe.model_dump(mode="json").items()}
     identity |= {f"{which} texts": str(facts["digest"]) for which, facts in texts.facts.items()}
+    identity |= {f"{which} rows": str(facts["rows_digest"]) for which, facts in texts.facts.items()}
+    identity |= {} if texts.date is None else {DATE: texts.date.isoformat()}
     return identity | {f"version of {name}": v for name, v in package_versions().items() if name != "datasets"}
+
+
+def _resumed_date(out: Path, work: Path) -> dates.date | None:
+    """The date of the run that is resumed; None where its chat template asks for none, or where there is no run."""
+    identity = kept_identity(work)
+    if not identity and occupied(out):
+        try:
+            identity = read_record(out / RECORD_NAME).identity
+        except InputError:  # what it is will be said when the run is looked for
+            return None
+    try:
+        return dates.date.fromisoformat(identity[DATE])
+    except (KeyError, ValueError):
+        return None
 
 
 def _finished(run: Run) -> Record | None:

@@ -17,6 +17,7 @@ from .blocks.quantize import BlockJob, quantize_block
 from .blocks.sensitivity import SensitivityFiles
 from .blocks.streams import QUANTIZED, REFERENCE
 from .calibration.texts import RunTexts
+from .calibration.tokens import Encoder
 from .checkpoint import files
 from .checkpoint.emit import ShardWriter, emission_warnings, written_files
 from .checkpoint.formats.shard_formats import SHARD_FORMATS
@@ -88,6 +89,7 @@ class Run:
             model=ModelFacts(**self.model.facts()),
             recipe=self.recipe.model_dump(mode="json") | {"digest": self.recipe.digest},
             texts={which: TextFacts(**facts) for which, facts in self.texts.facts.items()},
+            template_date=None if self.texts.date is None else self.texts.date.isoformat(),
             plan=PlanSummary(**self.plan.facts() | {"emitted_bytes": weight_bytes(self.planned)}),
             fit=FitSummary.model_validate(self.card) if self.card else None,
             allocation=Allocation.model_validate(self.allocation) if self.allocation else None,
@@ -213,7 +215,9 @@ def verify(job: StageJob) -> None:
     """The twin walk over source and emitted files. The record is complete after it."""
     run = job.run
     record = run.new_record()
-    record.model = record.model.model_copy(update={"zero_matrices": tuple(read_json(job.workdir.path / ZEROS))})
+    zeros = job.workdir.path / ZEROS
+    if zeros.exists():  # an older onecard may have begun the run
+        record.model = record.model.model_copy(update={"zero_matrices": tuple(read_json(zeros))})
     record.blocks = finished_blocks(job, stages_of(run.adapter.n_blocks)[: job.workdir.done])
     record.fallbacks = coverage_facts(record.blocks, run.recipe.texts.warn_below_expert_rows)
     record.warnings += coverage_warning(record.fallbacks, run.recipe.texts.warn_below_expert_rows)
@@ -231,7 +235,7 @@ def verify(job: StageJob) -> None:
         record.warnings.append(WITHOUT_VISION.format(name=run.recipe.format))
     measured = measure(
         job.walk,
-        run.model,
+        Encoder(run.model.path, run.model.adapter, run.texts.date),
         emitted,
         rows=rows,
         tasks=run.tasks,

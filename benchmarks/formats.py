@@ -20,7 +20,7 @@ from onecard.conversion.export import export
 from onecard.conversion.exporters import FORMATS
 from onecard.core.errors import InputError
 from onecard.core.rows import Unwatched
-from onecard.eval.verify import verify
+from onecard.eval.verify import VerifyOptions, verify
 from onecard.models.known import demo_folder
 from onecard.pipeline import Options, quantize
 from onecard.recipe import load_recipe
@@ -75,7 +75,9 @@ def main() -> None:
             except InputError as error:
                 print(f"| {name} | cannot hold it: {str(error).splitlines()[1].strip(' -')[:90]}... | | |")
                 continue
-            found = verify("demo", str(out), recipe, device_name="cpu", quiet=True, evaluation=texts).kl["kl_mean_nats"]
+            found = verify(
+                "demo", str(out), recipe, device_name="cpu", quiet=True, options=VerifyOptions(evaluation=texts)
+            ).kl["kl_mean_nats"]
             off = found / reference - 1
             block = json.loads((out / "config.json").read_text()).get("quantization_config", {})
             note = " (q, k and v in 16 bits)" if "kept_in_16_bits" in block.get("meta", {}) else ""

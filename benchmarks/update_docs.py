@@ -33,6 +33,7 @@ from onecard.checkpoint.engines.table import ENGINES  # noqa: E402
 from onecard.cli import main as onecard  # noqa: E402
 from onecard.core.method import PRESETS, UNCALIBRATED  # noqa: E402
 from onecard.core.shipped_recipes import recipe_names  # noqa: E402
+from onecard.models.config_keys import COMMON, KEYS  # noqa: E402
 from onecard.recipe import Recipe, load_recipe  # noqa: E402
 
 # Pictures, and what draws them.
@@ -236,7 +237,49 @@ def rules(engine: str) -> str:
     return table(("rule", "breach is", "what to do about it", "source"), body)
 
 
+def config_keys() -> str:
+    """docs/config-fields.md: the groups of keys, a line for each key of each config class."""
+    body = [
+        [f"`{kind}`", f"`{name}`", key.use.value, key.does]
+        for kind, keys in KEYS.items()
+        for name, key in sorted(keys.items())
+        if name not in COMMON
+    ]
+    common = [["every class", f"`{name}`", key.use.value, key.does] for name, key in sorted(COMMON.items())]
+    return table(("config class", "key", "use", "what it sets"), [*common, *body])
+
+
+def broken_configs() -> str:
+    """docs/config-fields.md: every edit of a finished checkpoint's config.json that changes transformers' model or that
+    `verify` refuses."""
+    lines = json.loads((ROOT / "docs" / "results" / "broken_configs.json").read_text(encoding="utf-8"))
+    body = []
+    for line in lines:
+        if line["transformers"] == "same" and not line["refusal"]:
+            continue
+        theirs = "fails" if line["transformers"] == "fails" else f"{line['transformers_kl']:.2g}"
+        found = f"KL {line['kl_unchanged']:.5f} -> {line['kl']:.5f}, listed" if line["listed"] else "refused"
+        value = json.dumps(line["value"])
+        body.append([line["family"], f"`{line['field']}`", f"`{value}`", theirs, found])
+    head = ("baby", "field", "its new value", "transformers: KL to the unchanged checkpoint", "`verify`")
+    return table(head, body)
+
+
+def unchanged_configs() -> str:
+    """docs/config-fields.md: how many edits there were, and what became of them."""
+    lines = json.loads((ROOT / "docs" / "results" / "broken_configs.json").read_text(encoding="utf-8"))
+    changing = [line for line in lines if line["transformers"] != "same"]
+    seen = [line for line in changing if line["refusal"] or (line["listed"] and line["kl"] != line["kl_unchanged"])]
+    return (
+        f"Of {len(lines)} edits, {len(changing)} change transformers' model or break it. `verify` sees {len(seen)} of "
+        f"them: it refuses {sum(bool(line['refusal']) for line in seen)} and measures and lists the rest."
+    )
+
+
 PARTS: dict[str, Callable[[], str]] = {
+    "config keys": config_keys,
+    "broken configs": broken_configs,
+    "broken configs, counted": unchanged_configs,
     "peers, all rows": peers_all,
     "peers, groups of 128": peers_short,
     "peers, beside the best other tool": peers_best,

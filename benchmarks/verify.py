@@ -1,4 +1,4 @@
-"""What `onecard verify` costs: `python benchmarks/verify.py time`, `memory` or `head`.
+"""What `onecard verify` costs: `python benchmarks/verify.py time`, `memory`, `head` or `floor`.
 
 time    `verify` of the embedded model without imports, against its two forward walks (each model alone over the same
         rows, block by block, to the log-likelihood of the texts), in alternating rounds. Measured by the clock, and in
@@ -8,8 +8,10 @@ memory  peak resident set of `onecard verify` on synthetic models of 4, 8 and 16
 head    peak memory of the comparison of logits, beside the two heads, at Scout's vocabulary of 202,048, for one token
 and
         for four thousand. Exits 1 above 1 GiB.
+floor   what computing in bfloat16 costs by itself on the embedded model: its KL against itself in float32, with the
+        recipe's evaluation texts.
 
-Quality is not measured here: synthetic weights are random.
+Quality of a checkpoint is not measured here: synthetic weights are random.
 """
 
 import argparse
@@ -31,6 +33,7 @@ from onecard.checkpoint.workdir import Activations
 from onecard.core.device import Compute
 from onecard.core.rows import Row
 from onecard.core.slices import COLUMNS_PER_SLICE, TOKENS_PER_SLICE
+from onecard.eval.floor import measure_floor
 from onecard.eval.kl import compare
 from onecard.eval.verify import verify
 from onecard.models.walk import Walk
@@ -128,13 +131,26 @@ def take_head() -> int:
     return int(taken > MOST_HEAD_BYTES)
 
 
+def take_floor() -> int:
+    recipe = load_recipe("demo")
+    model = open_model("demo")
+    rows = prepare_texts(model, recipe, None, None, needs_calibration=False).evaluation
+    walk = Walk.over(model.adapter, model.source, Compute(CPU, torch.bfloat16, recipe.batch_tokens))
+    with tempfile.TemporaryDirectory(prefix="onecard-floor-") as folder:
+        floor = measure_floor(walk, rows, Activations(Path(folder)))
+    print(json.dumps(floor.to_json()))
+    return 0
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("time", "memory", "head"))
+    parser.add_argument("what", choices=("time", "memory", "head", "floor"))
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
-    sys.exit(
-        {"time": lambda: take_time(given.rounds), "memory": lambda: peaks_by_blocks(verified), "head": take_head}[
-            given.what
-        ]()
-    )
+    takes = {
+        "time": lambda: take_time(given.rounds),
+        "memory": lambda: peaks_by_blocks(verified),
+        "head": take_head,
+        "floor": take_floor,
+    }
+    sys.exit(takes[given.what]())

@@ -12,6 +12,7 @@ statistics over the other rows. The state is committed after every block, and a 
 
 import hashlib
 from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from ..checkpoint.model import Model
 from ..checkpoint.workdir import Activations, read_json
 from ..core.device import Compute, site_budget
 from ..core.errors import InputError
+from ..core.finite import nonfinite_error
+from ..core.json_text import nonfinite
 from ..core.method import Method
 from ..core.recipe_groups import KEEP
 from ..core.rows import Row
@@ -85,6 +88,8 @@ class Prices:
     @classmethod
     def from_facts(cls, facts: dict[str, Any]) -> "Prices":
         """The inverse of facts(). Raises KeyError, TypeError or ValueError for other data."""
+        if nonfinite(facts):
+            raise ValueError(", ".join(f"{place} is {word}" for place, word in nonfinite(facts)))
         units = tuple(
             UnitPrices.fitted(
                 str(unit["unit"]),
@@ -263,7 +268,7 @@ def _price_block(task: _Pass, index: int, state: dict[str, Any]) -> None:
     block = task.walk.load(index)
     step.begin("price: streams", index)
     for number, _ in enumerate(state["streams"]):
-        task.variants.forward(block, _file(number))
+        task.variants.forward(block.for_quantized_rows(), _file(number))
     task.variants.forward(block, REFERENCE)
     moments = _moments(task, block, {name for names in own.values() for name in names})
     target = block.copy()
@@ -275,8 +280,8 @@ def _price_block(task: _Pass, index: int, state: dict[str, Any]) -> None:
             errors.setdefault(f"{adapter.unit(site.first_module)}|{scheme}", []).append(errors_of)
         step.begin("price: streams", index)
         for unit, names in own.items():
-            with block.exchanged(target, names):
-                task.variants.forward(block, REFERENCE, into=_file(len(streams)))
+            with block.exchanged(target, names) as mixed:
+                task.variants.forward(mixed, REFERENCE, into=_file(len(streams)))
             streams.append(f"{unit}|{scheme}")
         everything = _together(scheme)
         task.variants.forward(target, everything if index else REFERENCE, into=everything)
@@ -327,6 +332,8 @@ def _round_site(
         moment = None if moments is None else moments.shrunk(task.recipe.quantizer.shrinkage, cut)
         result = quantize_batch(w_BOI, moment, scheme, task.method, stored)
         total += sum(result.output_error)
+        if not isfinite(total):
+            raise nonfinite_error(False, f"block {block.index}, {site.half.said}, {site.key}: the error at {scheme}")
         for i, member in enumerate(members):
             for name, weight in by_module(result.weight, i, member, site):
                 target.weight(name).copy_(weight.dequantize(stored))

@@ -14,6 +14,7 @@ Shape legend: B experts, O outputs, I inputs.
 """
 
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,14 @@ from ..checkpoint.formats.shard_formats import ShardFormat, shard_format
 from ..checkpoint.plan import Plan
 from ..core.device import site_budget
 from ..core.errors import InputError
+from ..core.finite import first_nonfinite, nonfinite_error
 from ..core.method import Method
 from ..models.adapter import Half, Role, Site
 from ..models.block import Block
 from ..models.walk import HiddenRows, Walk
 from ..quantize.correction import corrected
 from ..quantize.metric import swiglu_metric
-from ..quantize.site import batch_slices, quantize_batch, relative_output_error
+from ..quantize.site import SiteResult, batch_slices, quantize_batch, relative_output_error
 from ..recipe import Recipe, matches
 from .streams import HalfJob, Known, by_module, pass_reference, propagate, take_statistics
 from .tuning import tune
@@ -277,15 +279,26 @@ def _quantize_site(
         result = quantize_batch(w_BOI, moment, scheme, job.method, stored, metric)
         output.facts["damping_raised"] += result.damping_raised
         output.facts["diagonal_fallbacks"] += result.diagonal_fallbacks
+        _refuse_nonfinite(job, site, result, cut.start)
         output.add_errors(site, result.output_error)
         for i, member in enumerate(members):
             for name, weight in by_module(result.weight, i, member, site):
-                assert torch.isfinite(weight.scales).all(), f"{name} got a non-finite scale"
                 for suffix, tensor in job.format.pack(weight).items():
                     output.writer.put(f"{name}.{suffix}", tensor)
                 if block is not None:
                     # As a reader will see it: the product rounded to the model's dtype.
                     block.weight(name).copy_(weight.dequantize(stored))
+
+
+def _refuse_nonfinite(job: BlockJob, site: Site, result: SiteResult, first: int) -> None:
+    """Raises NonfiniteError for a scale or an output error that is not finite; `first`: the first of these entries."""
+    bad = first_nonfinite(result.weight.scales)
+    errors = [n for n, error in enumerate(result.output_error) if not isfinite(error)]
+    if bad is None and not errors:
+        return
+    expert = f", expert {first + (errors[0] if bad is None else bad)}" if site.role is Role.EXPERT else ""
+    what = "the error of its output" if bad is None else "its scales"
+    raise nonfinite_error(False, f"block {job.index}, {site.half.said}, {site.key}{expert}: {what}")
 
 
 def _hand_over(job: BlockJob, site: Site, output: _Output) -> None:

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 
 from ..calibration.moments import SiteMoments
 from ..calibration.sensitivity import RESIDUAL, token_weights
+from ..core.finite import all_true, nonfinite_error, row_flags
 from ..core.quantized_weight import QuantizedWeight
-from ..models.adapter import Half, Site
+from ..models.adapter import Half, Role, Site
 from ..models.block import Block
 from ..models.walk import HiddenRows
 from ..quantize.metric import swiglu_slopes
@@ -194,6 +195,9 @@ def take_statistics(job: HalfJob, sites: Sequence[Site], known: Known) -> tuple[
             alike = (seen.routes == routes[k]).all(-1)
             missed = against - seen.out if len(inner) < len(own) else None
             _add_misses(own, moments, seen, weights, alike, theirs, missed)
+    for site in own:
+        where = f"block {job.index}, {job.half.said}, {site.key}"
+        moments[site.key].refuse_nonfinite(job.target.original, where, site.role is Role.EXPERT)
     found = {key: moments[source] for key, source in shared.items()}
     return found, Known(routes=tuple(routes) if job.correct else None, before_o=keep or known.before_o)
 
@@ -272,6 +276,8 @@ def propagate(job: HalfJob, known: Known) -> None:
             rows = job.hidden.get(job.index, BEFORE_O, k).view(*hidden.shape[:2], -1)
             with torch.inference_mode():
                 out = hidden + F.linear(rows, job.target.weight(known.before_o.first_module))
+            if not all_true(row_flags(out)):
+                raise nonfinite_error(job.target.original, f"block {job.index}, {job.half.said}")
         else:
             out = job.target.forward(hidden, job.half)
         job.put(QUANTIZED, k, out)

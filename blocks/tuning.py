@@ -13,10 +13,13 @@ rows: so an expert keeps the fraction n / (n + FEW * inputs) of its change, n it
 Shape legend: T tokens, H hidden size.
 """
 
+from math import isfinite
+
 import torch
 from torch import nn
 
 from ..calibration.sensitivity import RESIDUAL
+from ..core.finite import nonfinite_error
 from ..models.adapter import Role, Site
 from ..models.block import Block
 from ..quantize.metric import METRIC_DAMPING
@@ -126,6 +129,9 @@ def tune(job: HalfJob, sites: list[Site], metric_HH: torch.Tensor | None, epochs
             optimizer.step(loss)
             cost, tokens = cost + float(total.detach()), tokens + len(wanted_TH)
             job.hidden.walk.step.advance(len(wanted_TH))
+        if not isfinite(cost):
+            where = f"block {job.index}, {job.half.said}, the loss of tuning {', '.join(site.key for site in sites)}"
+            raise nonfinite_error(False, where)
         losses.append(cost / tokens)
         if cost == 0.0:  # nothing is missed before the first quantized weight
             break

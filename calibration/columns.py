@@ -18,11 +18,10 @@ from typing import Any
 from PIL import Image
 
 from .documents import Document, document_of
+from .messages import BESIDE_CONTENT, conversation_in
 
 # The names that are tried, in this order, when the recipe names no column.
 CONVERSATIONS = ("messages", "conversations", "conversation")
-# Other names for the two roles.
-SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant"}
 MARK = "<image>"
 
 
@@ -54,45 +53,70 @@ def document_from(
 
     Raises ValueError that says what is wrong with the row.
     """
+    if not isinstance(row, dict):
+        raise ValueError("is no JSON object")
     images = _pictures(row.get(columns.image_column), folder) if columns.image_column else []
-    if columns.prompt_column and columns.response_column:
-        words = [row.get(columns.prompt_column), row.get(columns.response_column)]
-        if not all(isinstance(text, str) and text.strip() for text in words):
-            raise ValueError("has an empty prompt or response")
-        value: Any = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), words, strict=True)]
-    elif columns.column:
-        value = row.get(columns.column)
-    else:
-        value = next((row[key] for key in ("text", *CONVERSATIONS) if row.get(key)), None)
-    spelled: dict[str, Any] = {key: row[key] for key in ("id", "kind") if isinstance(row.get(key), str)}
+    value = _value(row, columns)
+    spelled: dict[str, Any] = {key: row[key] for key in ("id", "kind") if isinstance(row.get(key), str | int)}
+    if row.get("tools") is not None:
+        spelled["tools"] = row["tools"]
     if isinstance(value, str) and not images:
         spelled["text"] = value
     elif isinstance(value, str):
         spelled["messages"] = [{"role": "user", "content": ""}, {"role": "assistant", "content": value}]
-    elif isinstance(value, list):
-        spelled["messages"] = [message for item in value for message in _messages(item, columns)]
     else:
-        raise ValueError("holds neither a text nor a conversation")
+        spelled["messages"] = [message for item in value for message in _messages(item, columns)]
     if columns.image_column:
         spelled["messages"] = _placed(spelled.get("messages") or [], images)
     return document_of(spelled, name, folder, source, kind)
 
 
+def _value(row: dict[str, Any], columns: Columns) -> str | list[Any]:
+    """The text or the list of messages of a row. A conversation may also be a JSON string. Raises ValueError."""
+    if columns.prompt_column and columns.response_column:
+        words = [row.get(columns.prompt_column), row.get(columns.response_column)]
+        if not all(isinstance(text, str) and text.strip() for text in words):
+            raise ValueError("has an empty prompt or response")
+        return [{"role": role, "content": text} for role, text in zip(("user", "assistant"), words, strict=True)]
+    key = columns.column or next((key for key in ("text", *CONVERSATIONS) if row.get(key)), "text")
+    value = row.get(key)
+    if isinstance(value, str):
+        speaker, said = (
+            (columns.role_key or "role", "role", "from"),
+            (columns.content_key or "content", "content", "value"),
+        )
+        found = conversation_in(value, speaker, said)
+        if found is None and key in CONVERSATIONS and value.lstrip()[:1] in ("[", "{"):
+            raise ValueError(f'has "{key}" as a string that is no JSON list of messages')
+        return value if found is None else found
+    if isinstance(value, list):
+        return value
+    if value is not None and key == "text":
+        raise ValueError('has a "text" that is no string')
+    raise ValueError("holds neither a text nor a conversation")
+
+
+def holds_both(row: Any, columns: Columns) -> bool:
+    """Whether a row holds a text and a conversation, and no column is named: the text is read."""
+    if not isinstance(row, dict) or columns.column or columns.prompt_column or not isinstance(row.get("text"), str):
+        return False
+    return bool(row["text"]) and any(row.get(key) for key in CONVERSATIONS)
+
+
 def _messages(item: Any, columns: Columns) -> list[dict[str, Any]]:
-    """The message of one list item, or the two messages of a {user, assistant} turn."""
+    """The message of one list item with all its keys, or the two messages of a {user, assistant} turn."""
     if not isinstance(item, dict):
         raise ValueError("has a message that is no object")
     role_key = columns.role_key or ("from" if "role" not in item and "from" in item else "role")
     content_key = columns.content_key or ("value" if "content" not in item and "value" in item else "content")
     if role_key not in item and isinstance(item.get("user"), str) and isinstance(item.get("assistant"), str):
         return [{"role": role, "content": item[role]} for role in ("user", "assistant")]
-    absent = [key for key in (role_key, content_key) if key not in item]
+    said = any(item.get(key) for key in (*BESIDE_CONTENT, "function_call"))
+    absent = [key for key in (role_key, content_key) if key not in item and not (said and key == content_key)]
     if absent:
         raise ValueError(f"has a message without {' and '.join(map(repr, absent))}: it has {', '.join(sorted(item))}")
-    role, content = item[role_key], item[content_key]
-    if isinstance(content, list):  # a typed column has every key in every part, unused ones as null
-        content = [{k: v for k, v in p.items() if v is not None} if isinstance(p, dict) else p for p in content]
-    return [{"role": SPEAKERS.get(role, role) if isinstance(role, str) else role, "content": content}]
+    others = {key: value for key, value in item.items() if key not in (role_key, content_key)}
+    return [others | {"role": item[role_key], "content": item.get(content_key)}]
 
 
 def _pictures(value: Any, folder: Path | None) -> list[bytes]:
@@ -142,7 +166,7 @@ def _placed(messages: list[dict[str, Any]], images: list[bytes]) -> list[dict[st
                     placed.append({"type": "image", "data": rest.pop(0)})
                 if text.strip():
                     placed.append({"type": "text", "text": text})
-        out.append(message | {"content": placed})
+        out.append(message | {"content": placed or ""})
     if len(rest) == len(images) and images:
         first = next((i for i, message in enumerate(out) if message["role"] == "user"), 0)
         shown = [{"type": "image", "data": picture} for picture in rest]

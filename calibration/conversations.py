@@ -3,6 +3,7 @@
 The user's turns come from the calibration texts. The model answers them in order, each on the answers before it.
 """
 
+import datetime as dates
 import hashlib
 import json
 import random
@@ -19,6 +20,7 @@ from ..checkpoint.workdir import refuse_resumed
 from ..core.errors import InputError
 from ..core.rows import Row
 from .documents import Document
+from .templates import DATE
 from .tokens import Encoder
 
 # The journal is written at least this often, and after every finished answer: a walk over a large model takes minutes.
@@ -129,12 +131,24 @@ def pick(logits_V: torch.Tensor, temperature: float, seed: int) -> int:
     return int(torch.multinomial(probs, 1, generator=torch.Generator().manual_seed(seed)))
 
 
+def _journal(out: Path) -> Path:
+    return out.with_name(out.name + ".unfinished")
+
+
+def kept_date(out: Path) -> dates.date | None:
+    """The date that the chat template was told before the run was stopped; None where there is none."""
+    try:
+        return dates.date.fromisoformat(json.loads(_journal(out).read_text(encoding="utf-8"))["identity"][DATE])
+    except (OSError, ValueError, TypeError, KeyError):  # a damaged journal is refused when it is opened
+        return None
+
+
 class Journal:
     """OUT.unfinished: the identity of the run, and the answers of every conversation so far."""
 
     def __init__(self, out: Path, identity: dict[str, str], overwrite: bool) -> None:
         """Raises InputError when OUT.unfinished is damaged or belongs to another run, unless `overwrite`."""
-        self.path, self.identity = out.with_name(out.name + ".unfinished"), identity
+        self.path, self.identity = _journal(out), identity
         self.kept: dict[str, dict[str, Any]] = {}
         self._written = time.monotonic()
         if self.path.exists() and not overwrite:

@@ -11,6 +11,7 @@ Shape legend: N texts, T tokens, H hidden size, V vocabulary.
 import torch
 import torch.nn.functional as F
 
+from ..core.finite import check_finite
 from ..core.rows import Row, batches
 from ..models.walk import Embedder, Walk
 
@@ -57,4 +58,5 @@ class BlockDecoder:
                 last = torch.tensor([len(self.tokens[numbers[i]]) - 1 for i in group])
                 last_NH = self._norm(rows_NTH[torch.arange(len(group)), last].to(self.walk.device))
                 out[group] = F.linear(last_NH, self._head_VH.to(last_NH.dtype)).float().cpu()
+        check_finite(self.walk.original, "the logits", out)
         return out

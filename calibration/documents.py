@@ -2,7 +2,7 @@
 
 The object is {"text": ...} or {"messages": [...]}. A message's content is a string, or a list of parts: {"type":
 "text", "text": ...}, {"type": "image", "path": ...} with the path inside the texts' own folder, or {"type": "image",
-"data": ...} with the picture's file in base64. `id` and `kind` are optional.
+"data": ...} with the picture's file in base64. `id`, `kind` and `tools` are optional. messages.py spells the messages.
 """
 
 import base64
@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import input_error
-from ..core.json_text import json_text
+from ..core.json_text import json_text, nonfinite
+from .messages import normalized, objects, refuse_half_characters
 
 # The path of an image file, or its bytes.
 Picture = Path | bytes
+# The keys of a message that say something. Two conversations that differ in others alone are alike.
+SAID = ("role", "content", "tool_calls")
 
 
 @dataclass(frozen=True)
@@ -31,16 +34,21 @@ class Document:
     images: tuple[Picture, ...] = ()
     # The label of the source that it was read from.
     source: str = ""
+    # What the chat template is given as `tools`.
+    tools: list[dict[str, Any]] | None = None
 
     @property
     def digest(self) -> str:
         """SHA-256 of all that a model would see."""
-        return self._digest(_unplaced([self.text, self.messages]))
+        return self._digest(_unplaced([self.text, self.messages, *([self.tools] if self.tools else [])]))
 
     @property
     def likeness(self) -> str:
-        """SHA-256 that ignores case and white space. Calibration and evaluation may share none."""
-        return self._digest(_folded(_unplaced([self.text, self.messages])))
+        """SHA-256 of what is said, with case and white space ignored. Calibration and evaluation may share none."""
+        said = None
+        if self.messages is not None:
+            said = [{key: message[key] for key in SAID if key in message} for message in self.messages]
+        return self._digest(_folded(_unplaced([self.text, said])))
 
     def _digest(self, content: Any) -> str:
         sha = hashlib.sha256()
@@ -83,42 +91,36 @@ def document_of(row: Any, default_id: str, folder: Path | None, source: str = ""
     if not isinstance(row, dict):
         raise ValueError("is no JSON object")
     name, kind = str(row.get("id", default_id)), kind or str(row.get("kind", "text"))
+    refuse_half_characters("id", name)
+    refuse_half_characters("kind", kind)
     if isinstance(row.get("text"), str):
         if not row["text"]:
             raise ValueError("has an empty text")
-        _refuse_half_characters(row["text"])
+        refuse_half_characters("text", row["text"])
         return Document(name, kind, row["text"], None, source=source)
     if "text" in row and "messages" not in row:
         raise ValueError('has a "text" that is no string')
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages:
+    given = row.get("messages")
+    if not isinstance(given, list) or not given:
         raise ValueError('has neither "text" nor "messages"')
-    images: list[Picture] = []
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
-            raise ValueError("has a message without role or content")
-        parts = message["content"] if isinstance(message["content"], list) else []
-        if not parts and not isinstance(message["content"], str):
-            raise ValueError("has a message whose content is neither a string nor a list of parts")
-        _refuse_half_characters(message["content"] if isinstance(message["content"], str) else "")
-        for part in parts:
-            if not isinstance(part, dict) or part.get("type") not in ("text", "image"):
-                raise ValueError("has a content part that is neither text nor image")
-            if part["type"] == "image":
-                images.append(_picture(part, folder))
-            elif not isinstance(part.get("text"), str):
-                raise ValueError("has a text part without a text")
-            else:
-                _refuse_half_characters(part["text"])
-    return Document(name, kind, None, messages, tuple(images), source)
+    messages, tools = [normalized(message) for message in given], objects("tools", row.get("tools"))
+    refuse_half_characters("messages", messages)
+    refuse_half_characters("tools", tools)
+    for place, word in nonfinite({"messages": messages, "tools": tools}):
+        raise ValueError(f"has {word} as a number, at {place}")
+    images = [_picture(part, folder) for message in messages for part in _parts(message) if part["type"] == "image"]
+    return Document(name, kind, None, messages, tuple(images), source, tools or None)
 
 
-def _refuse_half_characters(text: str) -> None:
-    """JSON can hold half of a surrogate pair, which no tokenizer can read."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"has half of a surrogate pair at character {error.start}") from None
+def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parts of a message's content, checked; none where it is a string."""
+    parts = message["content"] if isinstance(message["content"], list) else []
+    for part in parts:
+        if not isinstance(part, dict) or part.get("type") not in ("text", "image"):
+            raise ValueError("has a content part that is neither text nor image")
+        if part["type"] == "text" and not isinstance(part.get("text"), str):
+            raise ValueError("has a text part without a text")
+    return parts
 
 
 def _picture(part: dict[str, Any], folder: Path | None) -> Picture:
@@ -157,8 +159,8 @@ def spelled(document: Document) -> dict[str, Any]:
     for message in document.messages:
         content = message["content"]
         parts = content if isinstance(content, str) else [part(item) for item in content]
-        messages.append({"role": message["role"], "content": parts})
-    return row | {"messages": messages}
+        messages.append(message | {"content": parts})
+    return row | {"messages": messages} | ({"tools": document.tools} if document.tools else {})
 
 
 def refuse_shared(calibration: list[Document], evaluation: list[Document]) -> None:

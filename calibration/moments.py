@@ -23,6 +23,8 @@ Shape legend: E experts, I inputs, X rows of the miss, P slopes, R rows.
 
 import torch
 
+from ..core.finite import first_nonfinite, nonfinite_error
+
 
 class SiteMoments:
     """Running sums for one site, fp32 on `device`. `miss_rows`, `slopes`: sizes of the other sums, 0 for none."""
@@ -53,6 +55,15 @@ class SiteMoments:
         """Adds the slopes of rows that `add` got, with the same weights."""
         assert self.slope_EPP is not None
         self.slope_EPP[expert].addmm_(v_RP.T if weight_R is None else (v_RP * weight_R[:, None]).T, v_RP)
+
+    def refuse_nonfinite(self, original: bool, where: str, by_expert: bool) -> None:
+        """Raises UnusableModelError or NonfiniteError for sums that are not finite. `where` the site stands; with
+        `by_expert` its entries are experts."""
+        sums = (self.sum_EII, self.miss_EXI, self.slope_EPP, self.weight_E)
+        expert = first_nonfinite(*(each for each in sums if each is not None))
+        if expert is not None:
+            which = f", expert {expert}" if by_expert else ""
+            raise nonfinite_error(original, f"{where}{which}: the second moment of what it reads")
 
     def _tau(self, shrinkage: float, size: int) -> float:
         return shrinkage * size if len(self.rows) > 1 else 0.0

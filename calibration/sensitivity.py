@@ -38,6 +38,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core.finite import check_finite
 from ..core.rows import spacing
 from ..core.slices import TOKENS_PER_SLICE
 from ..models.adapter import Role, Site
@@ -130,6 +131,7 @@ def _back_through(
     for k, numbers in enumerate(hidden.groups):
         rows, gradient = hidden.get(index, STREAM, k), hidden.get(index + 1, STREAM, k)
         below, middle = _back(block, rows, gradient, found)
+        check_finite(block.original, f"block {index}, the gradient that enters it", below)
         ties += near_ties(block, middle)
         hidden.store.put(index, STREAM, k, below)  # the rows are not needed again: their gradient replaces them
         step.advance(len(numbers) * rows.shape[1])
@@ -140,7 +142,11 @@ def _back_through(
         later.add(tie_metric(block, ties))
     writes = next(site.key for site in block.sites if site.role is Role.ATTENTION and site.reaches_residual)
     metrics[writes] += later.mean(metrics[writes])
-    return metrics, found.token_weights()
+    weights = found.token_weights()
+    for site_key in metrics:
+        where = f"block {index}, the sensitivity to errors of {site_key}"
+        check_finite(block.original, where, metrics[site_key], weights[site_key])
+    return metrics, weights
 
 
 class _Found:
@@ -186,7 +192,9 @@ def _from_head(hidden: HiddenRows, seed: int) -> None:
         gradient = torch.empty_like(flat)
         for start in range(0, len(flat), TOKENS_PER_SLICE):
             part = slice(start, start + TOKENS_PER_SLICE)
-            p_TV = torch.softmax(flat[part].float() @ head_VH.float().T, dim=-1)
+            logits_TV = flat[part].float() @ head_VH.float().T
+            check_finite(walk.original, "the logits", logits_TV)
+            p_TV = torch.softmax(logits_TV, dim=-1)
             drawn_T = torch.multinomial(p_TV, 1, generator=generator)
             p_TV.scatter_add_(1, drawn_T, torch.full_like(drawn_T, -1, dtype=p_TV.dtype))
             gradient[part] = -(p_TV @ head_VH.float()).to(gradient.dtype)

@@ -36,9 +36,18 @@ from ..models.adapter import Adapter, Role
 from ..models.walk import Walk
 from ..recipe import Recipe
 from ..report.progress import Progress
-from .conversations import Conversation, Journal, SynthesisSettings, conversations_of, pick, turns_to_answer
+from .conversations import (
+    Conversation,
+    Journal,
+    SynthesisSettings,
+    conversations_of,
+    kept_date,
+    pick,
+    turns_to_answer,
+)
 from .decode import BlockDecoder
 from .documents import spelled
+from .templates import DATE
 from .texts import calibration_documents
 from .tokens import Encoder
 
@@ -89,7 +98,7 @@ class Writer:
             "conversations": hashlib.sha256(prompts.encode()).hexdigest(),
             "settings": json_text(vars(self.settings)),
             "written": f"{way}, {str(self.compute.dtype).removeprefix('torch.')}, {self.compute.device.type}",
-        }
+        } | ({} if self.encoder.template.date is None else {DATE: self.encoder.template.date.isoformat()})
 
     def stops(self) -> list[int]:
         """Tokens that end an answer. Raises InputError for a damaged generation_config.json."""
@@ -250,7 +259,9 @@ def synthesize(
     rows = [spelled(c.finished()) | {"synthesized": made} for c in writer.conversations if any(c.answers)]
     if not rows:
         raise InputError("the model ended every answer at once: is it a chat model?")
-    files.write_bytes(out, "".join(json_text(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    files.write_bytes(
+        out, "".join(json_text(row, ensure_ascii=False) + "\n" for row in rows).encode(errors="backslashreplace")
+    )
     journal.path.unlink(missing_ok=True)
     return {
         "out": str(out),
@@ -280,7 +291,8 @@ def _writer(
         raise InputError(f"the output {out} exists: replace it with --overwrite, or name another file")
     if not out.parent.is_dir():
         raise InputError(f"the folder {out.parent} does not exist: make it, or name another file")
-    encoder = Encoder(model.path, model.adapter)
+    kept = None if overwrite else kept_date(out)
+    encoder = Encoder(model.path, model.adapter, recipe.texts.template_date or kept)
     if not encoder.tokenizer.chat_template:
         raise InputError(f"{model_name} has no chat template: it cannot answer a conversation")
     longest = recipe.texts.calibration_row_tokens

@@ -9,7 +9,7 @@ from typing import Any
 from ..core.rows import Row
 from .documents import Document
 from .packing import distinct, repeated_share
-from .sources import Source
+from .source import Source, SourceDocuments
 
 # Evaluation texts get a warning when more than this share of their scored tokens says nothing new.
 MOST_IS_REPEATED = 0.5
@@ -29,17 +29,19 @@ class Gathered:
     # How many documents cannot be used, and why the first one cannot.
     left_out: int
     reason: str
+    read: SourceDocuments
 
 
 def facts_of(gathered: list[Gathered], rows: list[Row]) -> dict[str, Any]:
     """The record's facts on texts: what the sources gave, and what the rows of the run hold of it."""
-    documents = [d for part in gathered for d in part.documents]
+    documents, given = [d for part in gathered for d in part.documents], [row for part in gathered for row in part.rows]
     labels = list(dict.fromkeys(part.source.label for part in gathered))
     return {
         "source": ", ".join(labels),
         "digest": _digest(d.digest.encode() for d in documents),
         "documents": len(documents),
-        "tokens_given": sum(len(row.tokens) for part in gathered for row in part.rows),
+        "repeated": len(given) - len(distinct(given)),
+        "tokens_given": sum(len(row.tokens) for row in given),
         "sources": [
             {
                 "source": part.source.label,
@@ -50,6 +52,7 @@ def facts_of(gathered: list[Gathered], rows: list[Row]) -> dict[str, Any]:
                 "tokens_given": sum(len(row.tokens) for row in part.rows),
                 "digest": _digest(d.digest.encode() for d in part.documents),
             }
+            | ({"read": part.read.read, "passed_over": part.read.passed_over} if part.read.read else {})
             for part in gathered
         ],
     } | row_facts(rows)
@@ -91,6 +94,28 @@ def left_out_warnings(gathered: list[Gathered], which: str) -> list[str]:
         f"{part.left_out} {which} rows of {part.source.label} cannot be used and are left out ({part.reason})"
         for part in gathered
         if part.left_out > SHORT_BY * (part.left_out + len(part.rows))
+    ]
+
+
+def reading_notes(gathered: list[Gathered], which: str) -> list[str]:
+    """What is said of the reading of each source: the files of a folder, what was passed over, and how rows were
+    understood."""
+    notes = []
+    for part in gathered:
+        if part.read.read:
+            over = f"; passed over {', '.join(part.read.passed_over)}" if part.read.passed_over else ""
+            notes.append(f"of {part.source.label} {which} reads {', '.join(part.read.read)}{over}")
+        notes += part.read.notes
+    return notes
+
+
+def repeated_calibration(facts: dict[str, Any]) -> list[str]:
+    """A warning about calibration texts that stand there twice: each counts as often as it stands there."""
+    if not facts["repeated"]:
+        return []
+    return [
+        f"{facts['repeated']:,} of the {facts['documents']:,} calibration texts repeat others and count again: leave "
+        "them out, unless they should weigh more"
     ]
 
 

@@ -4,6 +4,7 @@ Calibration and evaluation share no document. When both name the same file or th
 in eight is evaluated, chosen by its digest, and the others calibrate. The record says so.
 """
 
+import datetime as dates
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -20,9 +21,19 @@ from ..models.known import demo_folder
 from ..recipe import Recipe
 from .columns import Columns
 from .documents import Document, refuse_shared
+from .folders import SUFFIXES, WANTED
 from .packing import RowLayout, document_heads, document_rows, mixed, pack
-from .sources import SUFFIXES, ReadLimit, Source, SourceDocuments, read_source, split_by_digest
-from .text_facts import Gathered, facts_of, left_out_warnings, repeated_warnings, short_share_warnings
+from .source import ReadLimit, Source, SourceDocuments
+from .sources import read_source, split_by_digest
+from .text_facts import (
+    Gathered,
+    facts_of,
+    left_out_warnings,
+    reading_notes,
+    repeated_calibration,
+    repeated_warnings,
+    short_share_warnings,
+)
 from .tokens import Encoder
 
 # The user's own evaluation texts get a warning when less than this share of their tokens is evaluated.
@@ -46,6 +57,8 @@ class RunTexts:
     wanted: dict[int, int]
     # The documents that gave the evaluation rows.
     documents: tuple[Document, ...] = ()
+    # The date that the chat template was told, if it asks for one.
+    date: dates.date | None = None
 
     @property
     def is_pool(self) -> bool:
@@ -77,7 +90,7 @@ def layout_of(recipe: Recipe, adapter: Adapter) -> RowLayout:
 def sources_of(texts: Texts, which: str, override: Path | None, folder: Path) -> list[Source]:
     """The sources of `texts`, or the user's own `override`. Relative paths of a recipe start at `folder`."""
     if override is not None:
-        return [Source(override.name, override)]
+        return [Source(override.name, override, splits=WANTED[which])]
     return [_source(item, which, folder) for item in texts.mixture or (texts,)]
 
 
@@ -90,7 +103,8 @@ def _source(item: TextSource, which: str, folder: Path) -> Source:
     path = folder / Path(item.source).expanduser()
     named_as_path = item.source.startswith(("/", "./", "../", "~")) or Path(item.source).suffix.lower() in SUFFIXES
     if path.exists() or named_as_path:
-        return Source(item.source, path, columns=columns, kind=item.kind, weight=item.weight)
+        splits = (item.split,) if "split" in item.model_fields_set else WANTED[which]
+        return Source(item.source, path, columns=columns, kind=item.kind, weight=item.weight, splits=splits)
     label = item.source if item.config is None else f"{item.source} {item.config}"
     return Source(label, None, item.source, item.config, item.split, columns, item.kind, item.weight)
 
@@ -165,18 +179,25 @@ def _encoded(
     if len(rows) < len(documents):
         left_out += len(documents) - len(rows)
         reason = reason or "the model cannot take them"
-    return Gathered(source, documents, rows, left_out, reason)
+    return Gathered(source, documents, rows, left_out, reason, read)
 
 
 def prepare_texts(
-    model: Model, recipe: Recipe, calibration: Path | None, evaluation: Path | None, needs_calibration: bool
+    model: Model,
+    recipe: Recipe,
+    calibration: Path | None,
+    evaluation: Path | None,
+    needs_calibration: bool,
+    date: dates.date | None = None,
 ) -> RunTexts:
     """Reads, checks and tokenizes both sets of texts. `calibration` and `evaluation` replace the recipe's.
+
+    `date` is what a chat template that asks for it is told; None: the recipe's date, or today.
 
     Raises InputError for unusable texts and for a document that is in both sets, ResourceError when a data set cannot
     be fetched.
     """
-    encoder = Encoder(model.path, model.adapter)
+    encoder = Encoder(model.path, model.adapter, date or recipe.texts.template_date)
     ours = sources_of(recipe.texts.calibration, "calibration", calibration, recipe.folder)
     theirs = sources_of(recipe.texts.evaluation, "evaluation", evaluation, recipe.folder)
     evaluated = gather(recipe, theirs, ours, encoder, evaluated=True)
@@ -184,7 +205,7 @@ def prepare_texts(
     row_tokens = recipe.texts.evaluation_row_tokens
     used = document_rows(rows, row_tokens, recipe.texts.evaluation_rows)
     facts = {"evaluation": facts_of(evaluated, used)}
-    warnings = left_out_warnings(evaluated, "evaluation")
+    warnings = left_out_warnings(evaluated, "evaluation") + reading_notes(evaluated, "evaluation")
     if evaluation is not None:
         warnings += _unused_warnings(recipe, evaluation.name, facts["evaluation"])
     warnings += repeated_warnings(document_heads(rows, row_tokens), used, row_tokens)
@@ -192,19 +213,20 @@ def prepare_texts(
         # Refused even where the method needs no calibration: the name is mistyped.
         raise InputError(f"the texts {calibration} do not exist")
     if not needs_calibration:
-        return RunTexts([], used, facts, warnings, {}, _documents_of(used, evaluated))
+        return RunTexts([], used, facts, warnings, {}, _documents_of(used, evaluated), encoder.template.date)
     calibrated = gather(recipe, ours, theirs, encoder, evaluated=False)
     refuse_shared([d for part in calibrated for d in part.documents], [d for part in evaluated for d in part.documents])
     packed, wanted = packed_rows(recipe, model.adapter, calibrated)
     facts["calibration"] = facts_of(calibrated, packed)
     warnings += left_out_warnings(calibrated, "calibration") + short_share_warnings(calibrated, facts["calibration"])
+    warnings += reading_notes(calibrated, "calibration") + repeated_calibration(facts["calibration"])
     both = sorted({source.label for source in ours} & {s.label for s in theirs if s.place in {o.place for o in ours}})
     if both:
         warnings.append(
             f"{', '.join(both)}: named for calibration and evaluation both, so one document in eight, by its digest, "
             "is evaluated and the others calibrate"
         )
-    return RunTexts(packed, used, facts, warnings, wanted, _documents_of(used, evaluated))
+    return RunTexts(packed, used, facts, warnings, wanted, _documents_of(used, evaluated), encoder.template.date)
 
 
 def _documents_of(rows: list[Row], gathered: list[Gathered]) -> tuple[Document, ...]:

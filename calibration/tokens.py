@@ -3,6 +3,7 @@
 Each document becomes one uncut row. packing.py makes the rows of a run from them.
 """
 
+import datetime as dates
 import io
 import json
 from pathlib import Path
@@ -15,6 +16,8 @@ from ..core.errors import InputError, input_error
 from ..core.rows import Part, Row
 from ..models.adapter import Adapter
 from .documents import Document, Picture
+from .pieces import token_ids
+from .templates import ChatTemplate
 
 # The files of which a tokenizer has one.
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
@@ -25,7 +28,8 @@ _BILINEAR = 2
 class Encoder:
     """The tokenizer, chat template and image preprocessing of a checkpoint folder. Runs none of its code."""
 
-    def __init__(self, folder: Path, adapter: Adapter) -> None:
+    def __init__(self, folder: Path, adapter: Adapter, date: dates.date | None = None) -> None:
+        """`date`: what a chat template that asks for the date is told. None: today. Raises InputError."""
         from transformers import AutoTokenizer
 
         self.folder = folder
@@ -48,6 +52,7 @@ class Encoder:
                 f"the tokenizer in {folder} gives ids up to {tokens - 1:,}, and the embedding has {rows:,} rows "
                 "(vocab_size): put the model's own tokenizer there"
             )
+        self.template = ChatTemplate(self.tokenizer, date or dates.date.today())
 
     def encode_all(self, documents: list[Document], skip_unusable: bool = False) -> list[Row]:
         """One row for each document. `skip_unusable` leaves out those that this model cannot take, if others remain.
@@ -80,24 +85,28 @@ class Encoder:
         if document.images and not self.adapter.has_vision:
             raise ValueError("has images, and this model has no vision tower")
         if document.text is not None:
-            ids = self.tokenizer(document.text)["input_ids"]
+            ids_T = self._text_ids(document.text)
         else:
             if not self.tokenizer.chat_template:
                 raise ValueError(f"is a conversation, and {self.folder} has no chat template")
-            try:
-                text = self.tokenizer.apply_chat_template(document.messages, tokenize=False, add_generation_prompt=ask)
-            except Exception as error:  # the template comes with the checkpoint and runs in jinja2's sandbox
-                raise ValueError(f"is refused by the chat template ({error})") from None
+            text = self.template.write(document.messages or [], document.tools, ask)
             if document.images:
                 text = text.replace("<|image|>", self.adapter.image_text())
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids_T = token_ids(self.tokenizer, text, specials=False)
         if self.adapter.has_vision:
             promised = len(document.images) * self.adapter.image_token_count()
-            if ids.count(self.adapter.image_token_id) != promised:
+            if ids_T.tolist().count(self.adapter.image_token_id) != promised:
                 raise ValueError("spells the marker of an image in its text")
         pixels = torch.stack([self._pixels(picture) for picture in document.images]) if document.images else None
-        parts = (Part(document.id, document.kind, document.source, len(ids)),)
-        return Row(document.id, document.kind, torch.tensor(ids, dtype=torch.int64), pixels, parts)
+        parts = (Part(document.id, document.kind, document.source, len(ids_T)),)
+        return Row(document.id, document.kind, ids_T, pixels, parts)
+
+    def _text_ids(self, text: str) -> torch.Tensor:
+        """The ids of a text, int64 [T]. One that is written with its BOS gets no second one."""
+        ids_T = token_ids(self.tokenizer, text, specials=True)
+        bos = self.tokenizer.bos_token_id
+        twice = bos is not None and text.startswith(self.tokenizer.bos_token) and ids_T[:2].tolist() == [bos, bos]
+        return ids_T[1:] if twice else ids_T
 
     def _settings(self) -> dict[str, Any]:
         """What preprocessor_config.json says of pictures; empty where there is none."""

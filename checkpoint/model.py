@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import snapshot_download
 
 from ..core.errors import InputError, ResourceError
+from ..core.json_text import json_text
 from ..models.adapter import Adapter
 from ..models.config_keys import forward_fields
 from ..models.families import adapter_of, load_adapter
@@ -134,7 +135,7 @@ def open_written(model: Model, path: Path, config: dict[str, Any]) -> Model:
 
     It is read by that content alone, as a stranger will read it: nothing is taken from `model`.
     """
-    as_written = json.loads(json.dumps(config))
+    as_written = json.loads(json_text(config))
     return checked_model(str(path), as_written, adapter_of(path / "config.json", as_written), path)
 
 

@@ -4,6 +4,7 @@
                               OUT that may be cleared, and the OUT that files have begun to move to
     lock                      held with flock by the live run; the system frees it however the run ends
     acts/NNNN/STREAM-KKKKK.safetensors   hidden rows that enter block NNNN, one file per batch
+    zeros.json                the matrices that are all zeros in the source
     shards/                   finished shards of the checkpoint
     blocks/NNNN.json          the record's entry for a finished block
 
@@ -61,6 +62,11 @@ def _read_state(path: Path) -> dict[str, Any]:
 def has_run(path: Path) -> bool:
     """Whether `path` holds an unfinished run. Raises InputError when its state is damaged."""
     return (path / STATE).exists() and not _read_state(path).get("over")
+
+
+def kept_identity(path: Path) -> dict[str, str]:
+    """The identity of the unfinished run in `path`; empty where there is none. Raises InputError when it is damaged."""
+    return dict(_read_state(path)["identity"]) if has_run(path) else {}
 
 
 def refuse_changed(old: dict[str, str], new: dict[str, str], headline: str, way_out: str) -> None:

@@ -21,6 +21,9 @@ Decorator = Callable[[Any], Any]
 
 RECIPE_HELP = "A shipped recipe (see `onecard recipes`) or the path of a .yaml file."
 DEVICE_HELP = "cpu, cuda, or auto: a GPU if there is one."
+DATE_HELP = (
+    "What a chat template that asks for today's date is told. [default: the date in CHECKPOINT's own record, or today]"
+)
 TEXTS_HELP = "JSONL, Parquet, plain text, or a folder of them"
 YAML = (".yaml", ".yml")
 
@@ -142,6 +145,16 @@ def without_adapter_option() -> Decorator:
 def recipe_option(required: bool = False, more: str = "") -> Decorator:
     """--recipe; `more` follows its help text."""
     return click.option("--recipe", type=RecipeName(), required=required, help=f"{RECIPE_HELP} {more}".strip())
+
+
+def date_option() -> Decorator:
+    """--date: the day that is pinned for the chat template."""
+    return click.option("--date", type=click.DateTime(["%Y-%m-%d"]), metavar="YYYY-MM-DD", help=DATE_HELP)
+
+
+def dated(recipe: Any, date: Any) -> Any:
+    """The recipe with the date that the user named, if any."""
+    return recipe if date is None else recipe.changed(template_date=date.date())
 
 
 def device_option(before: str = "") -> Decorator:

@@ -1,11 +1,12 @@
 """The verbs that measure a checkpoint against its original: `onecard verify` and `onecard flips`."""
 
 import os
+from datetime import datetime
 from pathlib import Path
 
 import click
 
-from .options import device_option, model_argument, recipe_option, texts_option
+from .options import date_option, dated, device_option, model_argument, recipe_option, texts_option
 from .shared import make_console, print_json, verb
 
 RECORD_HELP = "Write the whole record, every figure of the run, as JSON to this file."
@@ -39,6 +40,13 @@ def _check_files(record: Path | None, tokens: Path | None = None) -> None:
 @texts_option("evaluation")
 @click.option("--record", type=click.Path(path_type=Path), help=RECORD_HELP)
 @click.option("--keep-tokens", type=click.Path(path_type=Path), help="Keep every token's results in a Parquet file.")
+@click.option(
+    "--floor",
+    is_flag=True,
+    help="Also measure KL(SOURCE in float32 || SOURCE in the compute dtype): what that dtype costs by itself. It takes "
+    "about as long again.",
+)
+@date_option()
 @device_option()
 @verb
 def verify(
@@ -48,6 +56,8 @@ def verify(
     evaluation: Path | None,
     record: Path | None,
     keep_tokens: Path | None,
+    floor: bool,
+    date: datetime | None,
     device: str,
 ) -> None:
     """Measure KL(SOURCE || CHECKPOINT) on the files as they are read back; neither model is ever whole in memory.
@@ -60,6 +70,7 @@ def verify(
       onecard verify ./Llama-4-Scout-17B-16E-Instruct ./scout-int4 --evaluation held-out.jsonl --record verify.json
     """
     from ..checkpoint.files import write_json
+    from ..eval.verify import VerifyOptions
     from ..eval.verify import verify as run
     from ..recipe import load_recipe
     from ..report.card import draw_card
@@ -70,9 +81,8 @@ def verify(
     found = run(
         source,
         checkpoint,
-        load_recipe(recipe or "rtn-int4"),
-        evaluation=evaluation,
-        keep_tokens=keep_tokens,
+        dated(load_recipe(recipe or "rtn-int4"), date),
+        VerifyOptions(evaluation=evaluation, keep_tokens=keep_tokens, floor=floor),
         device_name=device,
         console=console,
     )
@@ -96,10 +106,18 @@ def verify(
 @click.option("--shots", default=0, show_default=True, type=click.IntRange(0, 32), help="Examples before a question.")
 @click.option("--items", type=click.IntRange(1), help="Of each task so many, drawn by a seed. [default: all]")
 @click.option("--record", type=click.Path(path_type=Path), help=RECORD_HELP)
+@date_option()
 @device_option()
 @verb
 def flips(
-    source: str, checkpoint: str, tasks: str, shots: int, items: int | None, record: Path | None, device: str
+    source: str,
+    checkpoint: str,
+    tasks: str,
+    shots: int,
+    items: int | None,
+    record: Path | None,
+    date: datetime | None,
+    device: str,
 ) -> None:
     """Let SOURCE and CHECKPOINT answer multiple-choice items, and count the answers that change.
 
@@ -121,7 +139,8 @@ def flips(
     _check_files(record)
     console = make_console()
     wanted = load_tasks([name.strip() for name in tasks.split(",")], shots, items)
-    found = run(source, checkpoint, load_recipe("rtn-int4"), wanted, device_name=device, console=console)
+    use = dated(load_recipe("rtn-int4"), date)
+    found = run(source, checkpoint, use, wanted, device_name=device, console=console)
     draw_card(found, checkpoint, console)
     if record is not None:
         write_json(record, found.to_json())

@@ -19,7 +19,8 @@ from ..checkpoint.emit import ShardWriter
 from ..checkpoint.model import Model
 from ..checkpoint.packed import PackedSource
 from ..checkpoint.plan import Layout, Shard, make_plan, pieces_of, shards_of
-from ..core.errors import InputError
+from ..core.errors import DamageError, InputError
+from ..core.finite import all_finite, count_nonfinite
 from ..core.layout import StoredTensor
 from ..core.quantized_weight import QuantizedWeight
 from ..core.rows import Step
@@ -74,22 +75,32 @@ def dense(model: Model, name: str, dtype: torch.dtype | None = None) -> torch.Te
     """The canonical tensor `name`.
 
     A weight that is stored in parts is rounded once to `dtype` (None: the dtype that its format reads as). Any other
-    tensor is returned as stored.
+    tensor is returned as stored. Raises DamageError for numbers that are not finite.
     """
     where = model.adapter.locate(name, model.source.names)
     if dtype is not None and where.tensor in model.packed and isinstance(model.source, PackedSource):
         tensor = model.source.dense(where.tensor, dtype, where.index)
     else:
         tensor = model.source.get(where.tensor, where.index)
+    _refuse_nonfinite(model, name, tensor)
     return tensor.T.contiguous() if where.transposed else tensor
 
 
 def codes(model: Model, module: str) -> QuantizedWeight:
-    """The codes of a module that `coded` lists."""
+    """The codes of a module that `coded` lists. Raises DamageError for scales that are not finite."""
     assert isinstance(model.source, PackedSource)
     weight = model.source.quantized(f"{module}.weight")
     assert weight is not None, module
+    _refuse_nonfinite(model, f"the scales of {module}", weight.scales)
     return weight
+
+
+def _refuse_nonfinite(model: Model, what: str, tensor: torch.Tensor) -> None:
+    if not all_finite(tensor):
+        raise DamageError(
+            f"{model.name} is damaged: {what} hold {count_nonfinite(tensor)}. Nothing that loads was written. `onecard "
+            "check` lists every such tensor; fetch the files again, or make them anew"
+        )
 
 
 def listed(names: list[str]) -> str:

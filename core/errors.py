@@ -40,6 +40,11 @@ class InputError(OnecardError):
     exit_code = 2
 
 
+class UnusableModelError(InputError):
+    """The original's own hidden rows, logits or moments are not finite. A run finds it where it first walks the
+    original, and leaves nothing behind."""
+
+
 class FitError(OnecardError):
     """The checkpoint would not fit the card. `onecard plan` still prints the plan; the message says what fits."""
 

@@ -79,8 +79,12 @@ def index_json(shards: Iterable[ShardPlan]) -> dict[str, Any]:
 
 
 def json_bytes(value: Any) -> bytes:
-    """How every JSON file of a checkpoint is written."""
-    return (json_text(value, indent=2, ensure_ascii=False) + "\n").encode()
+    """How every JSON file of a checkpoint is written.
+
+    Half of a surrogate pair, which may come with a file's name, has no UTF-8: JSON spells it with a backslash, and
+    reads it back.
+    """
+    return (json_text(value, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 def in_file_order(tensors: Iterable[StoredTensor]) -> list[StoredTensor]:

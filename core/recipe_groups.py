@@ -4,6 +4,7 @@ A recipe file is flat, and each key has the same name in its group here. method.
 recipe.py puts them together.
 """
 
+from datetime import date
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -110,6 +111,8 @@ class TextKeys(Group):
     calibration_row_tokens: int = Field(default=2048, ge=2)
     # Stop after this many calibration rows per input dimension, counted for an evenly loaded expert. 0: never.
     calibration_rows_per_input: float = Field(default=0.0, ge=0)
+    # What a chat template that asks for today's date is told. None: the day on which the run begins.
+    template_date: date | None = None
     # Seeds the order of documents and the choice among them.
     calibration_seed: int = 0
     # The share of calibration tokens that goes into long rows, so that chunked attention sees more than one chunk.

@@ -27,6 +27,7 @@ _KEPT: Any = {
     "flips": {"all": True, "tasks": True},
     "recipe": {"name", "method", "digest"},
     "machine": {"device"},
+    "template_date": True,
 }
 _LEFT_OUT: Any = {
     "kl": {

@@ -22,11 +22,14 @@ Shape legend: N rows, T tokens of a row, K top-k, H hidden size, R tokens of one
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from statistics import median
 from typing import Any
 
 import torch
 
+from ..core.finite import nonfinite_error
+from ..core.json_text import nonfinite
 from ..core.rows import Row
 from ..models.adapter import Half, Role
 from ..models.block import Block
@@ -103,7 +106,11 @@ class WalkErrors:
         # Modules go by the reference's names: those of a format without the vision tower lack its prefix.
         pair = reference, replace(other, adapter=reference.adapter)
         found: dict[str, Any] = {"block": reference.index, "hidden": _root_mean(theirs.squared_errors)}
-        self.blocks.append(found | _added(pair, inputs))
+        found |= _added(pair, inputs)
+        if nonfinite(found):
+            places = ", ".join(place for place, _ in nonfinite(found))
+            raise nonfinite_error(False, f"block {reference.index}, the errors of {places}")
+        self.blocks.append(found)
         if reference.experts is not None:
             rows = torch.cat(ours.routes).flatten().bincount(minlength=reference.adapter.n_experts).tolist()
             self.experts += _of_experts(pair, shown, rows)
@@ -127,20 +134,26 @@ class _Compared:
     output_error: float | None
 
 
-def _compare(pair: Pair, shown: tuple[Shown, Shown], expert: int) -> _Compared:
+def _compare(pair: Pair, shown: tuple[Shown, Shown], expert: int, dtype: torch.dtype = torch.float32) -> _Compared:
+    """In `dtype`. Weights whose squares fp32 cannot hold are compared in fp64."""
     reference, other = pair
     sites = [site for site in reference.sites if site.role is Role.EXPERT]
     missed = whole = 0.0
     gains = []
     for module in (name for site in sites for name in site.members[expert]):
-        w, v = reference.weight(module).float(), other.weight(module).float()
+        w, v = reference.weight(module).to(dtype), other.weight(module).to(dtype)
         size = float(w.square().sum()) or 1.0
         gains.append(float((v * w).sum()) / size)
         missed += float((v - w).square().sum())
         whole += size
     (down,) = next(site for site in sites if site.reaches_residual).members[expert]
-    error = _output_error(shown, expert, reference.weight(down), other.weight(down))
-    return _Compared(gains=gains, weight_error=(missed / whole) ** 0.5, output_error=error)
+    error = _output_error(shown, expert, reference.weight(down).to(dtype), other.weight(down).to(dtype))
+    weight_error = (missed / whole) ** 0.5
+    if all(map(isfinite, (*gains, weight_error, error or 0.0))):
+        return _Compared(gains=gains, weight_error=weight_error, output_error=error)
+    if dtype == torch.float32:
+        return _compare(pair, shown, expert, torch.float64)
+    raise nonfinite_error(False, f"block {reference.index}, {Half.FEED_FORWARD.said}, the error of expert {expert}")
 
 
 def _of_experts(pair: Pair, shown: tuple[Shown, Shown], rows: list[int]) -> list[dict[str, Any]]:
@@ -174,8 +187,8 @@ def _output_error(shown: tuple[Shown, Shown], expert: int, w_HM: torch.Tensor, v
     for key in [key for key in first if key[1] == expert and key in second]:
         (tokens, rows_RM), (other_tokens, other_RM) = first[key], second[key]
         both, other_both = torch.isin(tokens, other_tokens), torch.isin(other_tokens, tokens)
-        y_RH = rows_RM[both].float() @ w_HM.float().T
-        gap_RH = other_RM[other_both].float() @ v_HM.float().T - y_RH
+        y_RH = rows_RM[both].to(w_HM.dtype) @ w_HM.T
+        gap_RH = other_RM[other_both].to(v_HM.dtype) @ v_HM.T - y_RH
         missed += float(gap_RH.square().sum())
         whole += float(y_RH.square().sum())
     return (missed / whole) ** 0.5 if whole > 0 else None
@@ -219,8 +232,8 @@ def _added(pair: Pair, inputs: list[torch.Tensor]) -> dict[str, Any]:
         found[half.value] = _half_error(other, half, entering, exact)
         for unit, names in units[half].items():
             if any(not torch.equal(reference.weight(name), other.weight(name)) for name in names):
-                with reference.exchanged(other, names):
-                    by_unit[unit.removeprefix(prefix)] = _half_error(reference, half, entering, exact)
+                with reference.exchanged(other, names) as mixed:
+                    by_unit[unit.removeprefix(prefix)] = _half_error(mixed, half, entering, exact)
         entering = exact
     return found | {"units": by_unit}
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from ..core.errors import OnecardError
+from ..core.finite import all_finite, count_nonfinite, nonfinite_error
 from ..core.slices import COLUMNS_PER_SLICE, TOKENS_PER_SLICE
 
 # The number of likeliest tokens that are compared: the overlap of the top five is what is usually quoted.
@@ -118,7 +120,8 @@ def compare_rows(
     document_T: torch.Tensor,
     position_T: torch.Tensor,
 ) -> TokenResults:
-    """`rows`: normed hidden rows [T, H] of both models; `heads`: [V, H]. Sliced by tokens and by vocabulary."""
+    """`rows`: normed hidden rows [T, H] of the original and of another model; `heads`: [V, H]. Sliced by tokens and by
+    vocabulary. Raises UnusableModelError or NonfiniteError for logits that are not finite."""
     parts = []
     for start in range(0, len(targets_T), TOKENS_PER_SLICE):
         part = slice(start, start + TOKENS_PER_SLICE)
@@ -130,7 +133,24 @@ def compare_rows(
                 for columns in [slice(column, column + COLUMNS_PER_SLICE)]
             )
             parts.append(compare(slices, targets_T[part], document_T[part], position_T[part]))
+            if not all_finite(parts[-1].kl_nats, parts[-1].reverse_kl_nats, *_logp(parts[-1])):
+                raise _fault((p_TH, q_TH), heads)
     return concatenate(parts)
+
+
+def _logp(results: TokenResults) -> tuple[torch.Tensor, torch.Tensor]:
+    return results.logp_reference, results.logp_quantized
+
+
+def _fault(rows: tuple[torch.Tensor, torch.Tensor], heads: tuple[torch.Tensor, torch.Tensor]) -> OnecardError:
+    """Whose logits are not finite. Of both, the reference's count: nothing can be measured against those."""
+    for side, (rows_TH, head_VH) in enumerate(zip(rows, heads, strict=True)):
+        for column in range(0, len(head_VH), COLUMNS_PER_SLICE):
+            logits_TC = rows_TH @ head_VH[column : column + COLUMNS_PER_SLICE].float().T
+            if not all_finite(logits_TC):
+                where = f"the logits from token {column:,} of the vocabulary on hold {count_nonfinite(logits_TC)}"
+                return nonfinite_error(side == 0, where)
+    return nonfinite_error(False, "its logits and the original's are further apart than float32 can say")
 
 
 def compare(

@@ -13,6 +13,7 @@ cost a walk. Needs the extra `onecard[lm-eval]`.
 """
 
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from ..recipe import Recipe, load_recipe
 from ..report.progress import Progress
 from .choice import OptionRequest, Scored, ask, scores
 from .lm_eval_tasks import encode_pair
+from .sides import compare_sides
 from .twin import twin_walk
 from .verify import open_pair
 
@@ -98,10 +100,12 @@ def open_twin(
 ) -> TwinModels:
     """The original and a checkpoint of it, for the harness. The recipe (by default `rtn-int4`) says how to compute.
 
-    Raises InputError if the second is no version of the first.
+    Warns of every config field in which they differ. Raises InputError if the second is no version of the first.
     """
     recipe = recipe or load_recipe("rtn-int4")
     source, quantized = open_pair(source_name, checkpoint)
+    for line in compare_sides(source, quantized, (), ()).warnings:
+        warnings.warn(line, stacklevel=2)
     answer = partial(_answer, source, quantized, recipe, device_name, quiet)
     return TwinModels(Encoder(source.path, source.adapter), answer, recipe.texts.evaluation_row_tokens)
 

@@ -86,6 +86,9 @@ def refuse_unlike(report: Record, baseline: Record, across_dtypes: bool = False)
         same(f"the digest of the task {name}", now[name].digest, before[name].digest)
         same(f"the shots of the task {name}", now[name].shots, before[name].shots)
         same(f"the items of the task {name}", now[name].items, before[name].items)
+    dates = (report.template_date, baseline.template_date)
+    if None not in dates and (report.flips is not None or evaluation_digest(report) != evaluation_digest(baseline)):
+        same("the date that the chat template was told (pin it with --date, or template_date)", *dates)
     if problems:
         raise input_error(
             "the report and the baseline do not measure the same thing:",

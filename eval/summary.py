@@ -12,6 +12,7 @@ Shape legend: T tokens.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import isfinite
 
 import numpy as np
 import torch
@@ -71,6 +72,12 @@ def means(
     return bootstrap(numerators, np.stack([sums(m) for m in members], 1))
 
 
+def _exponential(nats: float) -> float | None:
+    """e^nats; None where it is beyond every number."""
+    value = float(torch.tensor(nats, dtype=torch.float64).exp())
+    return value if isfinite(value) else None
+
+
 def summarize(results: TokenResults) -> KlSummary:
     """Every figure over all tokens; the lists of breakdown.py are still missing."""
     kl = results.kl_nats.double()
@@ -102,11 +109,11 @@ def summarize(results: TokenResults) -> KlSummary:
         delta_p_mean=float(delta.mean()),
         delta_p_rms=float(delta.square().mean().sqrt()),
         delta_p_quantiles=dict(zip(DELTA_P, quantiles(delta, [int(n[1:]) / 100 for n in DELTA_P]), strict=True)),
-        perplexity_reference=float(torch.exp(-results.logp_reference.double().mean())),
-        perplexity_quantized=float(torch.exp(-results.logp_quantized.double().mean())),
-        perplexity_ratio=float(lost.mean().exp()),
-        perplexity_ratio_low=float(np.exp(of_lost.low)) if of_lost else None,
-        perplexity_ratio_high=float(np.exp(of_lost.high)) if of_lost else None,
+        perplexity_reference=_exponential(-float(results.logp_reference.double().mean())),
+        perplexity_quantized=_exponential(-float(results.logp_quantized.double().mean())),
+        perplexity_ratio=_exponential(float(lost.mean())),
+        perplexity_ratio_low=_exponential(of_lost.low) if of_lost else None,
+        perplexity_ratio_high=_exponential(of_lost.high) if of_lost else None,
         interval=IntervalMethod(
             method="BCa bootstrap over documents", level=LEVEL, resamples=RESAMPLES, seed=SEED, documents=documents
         ),

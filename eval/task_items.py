@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ..calibration.messages import refuse_half_characters
 from ..core.errors import InputError, ResourceError, input_error
 from .lm_eval_tasks import PREFIX
 
@@ -169,6 +170,8 @@ def item_of(
     if not 0 <= right < len(options):
         raise ValueError(f"its {answer} {said!r} names none of its {len(options)} {choices}")
     name = number if line.get("id") is None else str(line["id"])
+    for what, words in (("id", name), ("question", line[question]), ("choices", options)):
+        refuse_half_characters(what, words)
     return Item(name, line[question], tuple(options), right, str(line[group]) if group else "")
 
 

@@ -43,9 +43,9 @@ def _chat(task: Task, item: Item, encoder: Encoder) -> list[OptionRequest]:
 
     def ids(messages: list[dict[str, str]], ask: bool) -> tuple[int, ...]:
         try:
-            text = encoder.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
-        except Exception as error:  # the template comes with the checkpoint and runs in jinja2's sandbox
-            raise InputError(f"the item {item.id} is refused by the chat template ({error})") from None
+            text = encoder.template.write(messages, ask=ask)
+        except ValueError as error:
+            raise InputError(f"the item {item.id} {error}") from None
         return tuple(encoder.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     found = []

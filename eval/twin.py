@@ -72,8 +72,8 @@ def twin_walk(
     asked: Sequence[Asked] = (),
     with_errors: bool = False,
 ) -> Twin:
-    """Results for every predicted token of `rows`, and for what is `asked`. Leaves the store empty. `quantized` is made
-    by `reference.beside`."""
+    """Results for every predicted token of `rows`, and for what is `asked`. Leaves the store empty. Both walks are over
+    one model, on one device and with one size of batches."""
     step = reference.step
     groups = batches(rows, reference.compute.batch_tokens)
     measured = len(groups)  # the batches of `rows` come first, those of `asked` follow
@@ -130,7 +130,14 @@ def _through_block(sides: tuple[_Side, ...], index: int, measured: int, errors: 
         errors.add_block((blocks[0], blocks[1]), (shown[0], shown[1]), inputs)
     pairs = list(zip(shown[0].routes, shown[1].routes, strict=True))
     tokens = sum(len(routes_TK) for routes_TK, _ in pairs)
-    return sum(int((ours != theirs).any(-1).sum()) for ours, theirs in pairs) / tokens if tokens else None
+    return sum(_changed(ours, theirs) for ours, theirs in pairs) / tokens if tokens else None
+
+
+def _changed(ours_TK: torch.Tensor, theirs_TK: torch.Tensor) -> int:
+    """How many tokens go to other experts; all of them where the two models choose different numbers of experts."""
+    if ours_TK.shape != theirs_TK.shape:
+        return len(ours_TK)
+    return int((ours_TK != theirs_TK).any(-1).sum())
 
 
 def _pass(side: _Side, block: Block, measured: int, errors: WalkErrors | None, reference: _Side | None) -> Shown:

@@ -4,6 +4,7 @@ The twin walk (twin.py) measures KL, where it comes from, and answers that flip.
 `verify` and `flips` are this one.
 """
 
+import datetime as dates
 import shutil
 import tempfile
 import time
@@ -43,6 +44,7 @@ from ..report.progress import Progress
 from ..report.resources import describe_machine, package_versions, peak_device_bytes, peak_rss_bytes
 from .breakdown import break_down
 from .choice import ask, scores
+from .floor import measure_floor, refuse_without_floor
 from .intervals import FEW_DOCUMENTS
 from .sides import compare_sides
 from .summary import summarize
@@ -79,7 +81,7 @@ class Measured:
 
 def measure(
     walk: Walk,
-    model: Model,
+    encoder: Encoder,
     quantized: Model,
     *,
     rows: list[Row],
@@ -88,11 +90,12 @@ def measure(
     calibration_rows: dict[int, list[int]],
     keep_tokens: Path | None = None,
 ) -> Measured:
-    """Walk both models once, over `rows` and the items of `tasks`; either may be empty. `walk` is over `model`. Hidden
-    rows live in `folder` meanwhile. `calibration_rows`: of every block's experts, for the record. `keep_tokens`: a
-    Parquet file for the results of every token."""
+    """Walk both models once, over `rows` and the items of `tasks`; either may be empty.
+
+    `walk` and `encoder` are the original's. Hidden rows live in `folder` meanwhile. `calibration_rows`: of every
+    block's experts, for the record. `keep_tokens`: a Parquet file for the results of every token.
+    """
     shutil.rmtree(folder, ignore_errors=True)
-    encoder = Encoder(model.path, model.adapter)
     requests = [requests_of(task, encoder) for task in tasks]
     asking = ask([request for own in requests for request in own])
     other = walk.beside(quantized.adapter, quantized.source)
@@ -111,7 +114,7 @@ def measure(
         summary = summarize(twin.tokens).model_copy(
             update={"changed_routes": twin.mean_changed_routes, "changed_routes_by_block": by_block}
         )
-        kl = break_down(summary, twin.tokens, rows, model.adapter.image_token_id, decode)
+        kl = break_down(summary, twin.tokens, rows, encoder.adapter.image_token_id, decode)
         errors = ErrorSummary.model_validate(twin.errors.facts(calibration_rows))
         if keep_tokens is not None:
             with disk_errors(keep_tokens):
@@ -132,13 +135,28 @@ def rows_of_experts(blocks: list[BlockFacts]) -> dict[int, list[int]]:
     return {block.block: list(block.expert_rows) for block in blocks if block.expert_rows}
 
 
+def _own_record(checkpoint: Model) -> Record | None:
+    """The checkpoint's own record, where it has a sound one."""
+    try:
+        return read_record(checkpoint.path / RECORD_NAME)
+    except InputError:
+        return None
+
+
+def recorded_date(checkpoint: Model) -> dates.date | None:
+    """The date that the chat template was told in the run that made the checkpoint."""
+    record = _own_record(checkpoint)
+    try:
+        return dates.date.fromisoformat((record and record.template_date) or "")
+    except ValueError:
+        return None
+
+
 def recorded_rows(checkpoint: Model) -> dict[int, list[int]]:
     """By block, the calibration rows of its experts, from the checkpoint's own record; nothing where there is no sound
     record, or one with another number of experts."""
-    try:
-        found = rows_of_experts(read_record(checkpoint.path / RECORD_NAME).blocks)
-    except InputError:
-        return {}
+    record = _own_record(checkpoint)
+    found = {} if record is None else rows_of_experts(record.blocks)
     return {block: rows for block, rows in found.items() if len(rows) == checkpoint.adapter.n_experts}
 
 
@@ -155,6 +173,18 @@ def close_machine(record: Record, progress: Progress, device: torch.device, bega
 
 
 @dataclass(frozen=True)
+class VerifyOptions:
+    """What a user may say of a verification beside the pair and the recipe."""
+
+    # The user's own evaluation texts; None: the recipe's.
+    evaluation: Path | None = None
+    # A Parquet file for the results of every token.
+    keep_tokens: Path | None = None
+    # Also measure what computing in this dtype costs by itself (floor.py).
+    floor: bool = False
+
+
+@dataclass(frozen=True)
 class _Asked:
     """What `verify` or `flips` was asked to measure. Without texts only the tasks are."""
 
@@ -164,8 +194,7 @@ class _Asked:
     recipe: Recipe
     tasks: Sequence[Task]
     with_texts: bool = False
-    evaluation: Path | None = None
-    keep_tokens: Path | None = None
+    options: VerifyOptions = VerifyOptions()
 
 
 def open_pair(source_name: str, checkpoint: str) -> tuple[Model, Model]:
@@ -229,9 +258,8 @@ def verify(
     source_name: str,
     checkpoint: str,
     recipe: Recipe,
+    options: VerifyOptions | None = None,
     *,
-    evaluation: Path | None = None,
-    keep_tokens: Path | None = None,
     device_name: str = "auto",
     console: Console | None = None,
     quiet: bool = False,
@@ -244,8 +272,7 @@ def verify(
         recipe=recipe,
         tasks=tasks_of(recipe),
         with_texts=True,
-        evaluation=evaluation,
-        keep_tokens=keep_tokens,
+        options=options or VerifyOptions(),
     )
     return _measured_pair(asked, device_name, console, quiet)
 
@@ -265,7 +292,7 @@ def flips(
     return _measured_pair(asked, device_name, console, quiet)
 
 
-def _rows(asked: _Asked, source: Model, quantized: Model, record: Record) -> list[Row]:
+def _rows(asked: _Asked, source: Model, quantized: Model, record: Record, date: dates.date | None) -> list[Row]:
     """The evaluation rows; the record gets what it says of them, and of what else differs between the two sides."""
     if not asked.with_texts:
         compare_sides(source, quantized, (), asked.tasks).put_into(record)
@@ -274,7 +301,7 @@ def _rows(asked: _Asked, source: Model, quantized: Model, record: Record) -> lis
     if source.adapter.has_vision and not quantized.adapter.has_vision:
         reader = replace(source, adapter=source.adapter.text_only())
         record.warnings.append(WITHOUT_VISION.format(name=said_name(asked.checkpoint)))
-    texts = prepare_texts(reader, asked.recipe, None, asked.evaluation, needs_calibration=False)
+    texts = prepare_texts(reader, asked.recipe, None, asked.options.evaluation, needs_calibration=False, date=date)
     record.texts = {which: TextFacts(**facts) for which, facts in texts.facts.items()}
     record.warnings += texts.warnings
     compare_sides(source, quantized, texts.documents, asked.tasks).put_into(record)
@@ -289,15 +316,21 @@ def _schedule(source: Model, quantized: Model, rows: list[Row], asked: _Asked, c
         sum(len(row.tokens) for row in rows),
         first_guess(compute.device, compute.dtype),
         with_tasks=bool(asked.tasks),
+        with_floor=asked.options.floor,
     )
 
 
 def _measured_pair(asked: _Asked, device_name: str, console: Console | None, quiet: bool) -> Record:
     began = time.monotonic()
     compute = choose_compute(device_name, asked.recipe.compute_dtype, asked.recipe.batch_tokens)
+    if asked.options.floor:
+        refuse_without_floor(compute)
     source, quantized = open_pair(asked.source_name, asked.checkpoint)
     record = pair_record(asked.command, source, quantized)
-    rows = _rows(asked, source, quantized, record)
+    date = asked.recipe.texts.template_date or recorded_date(quantized) or dates.date.today()
+    encoder = Encoder(source.path, source.adapter, date)
+    record.template_date = None if encoder.template.date is None else date.isoformat()
+    rows = _rows(asked, source, quantized, record, date)
     with (
         tempfile.TemporaryDirectory(prefix="onecard-verify-") as folder,
         Progress(f"onecard {asked.command} {asked.checkpoint}", source.adapter.n_blocks, console, quiet) as progress,
@@ -306,16 +339,20 @@ def _measured_pair(asked: _Asked, device_name: str, console: Console | None, qui
         progress.begin("check weights")
         for model in (source, quantized):
             refuse_nonfinite(model.folder, model.name)
+        walk = Walk.over(source.adapter, source.source, compute, progress)
         measured = measure(
-            Walk.over(source.adapter, source.source, compute, progress),
-            source,
+            walk,
+            encoder,
             quantized,
             rows=rows,
             tasks=asked.tasks,
             folder=Path(folder) / "acts",
             calibration_rows=recorded_rows(quantized),
-            keep_tokens=asked.keep_tokens,
+            keep_tokens=asked.options.keep_tokens,
         )
         measured.put_into(record)
+        if asked.options.floor and record.kl is not None:
+            floor = measure_floor(walk, rows, Activations(Path(folder) / "floor"))
+            record.kl = record.kl.model_copy(update={"floor": floor})
         close_machine(record, progress, compute.device, began)
     return record

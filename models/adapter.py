@@ -46,6 +46,11 @@ class Half(StrEnum):
     ATTENTION = "attention"
     FEED_FORWARD = "feed_forward"
 
+    @property
+    def said(self) -> str:
+        """In a message."""
+        return f"{self.value.replace('_', '-')} half"
+
 
 @dataclass(frozen=True)
 class Location:

@@ -13,11 +13,22 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from ..core.finite import (
+    all_finite,
+    all_true,
+    count_nonfinite,
+    finite_flags,
+    first_nonfinite,
+    nonfinite_error,
+    row_flags,
+)
 from .adapter import Adapter, Half, Site
 from .calls import Calls
 from .experts import RoutedExperts
+from .watched import Watched
 
 # (site, expert, token numbers [R] rising, rows [R, in]); the expert is 0 for a site without experts.
 Observe = Callable[[Site, int, torch.Tensor, torch.Tensor], None]
@@ -57,6 +68,8 @@ class Block:
     index: int
     layer: nn.Module
     calls: Calls
+    # Whether the weights are the original's, and the rows that go through too: whose fault it is what is not finite.
+    original: bool = True
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -67,8 +80,12 @@ class Block:
         return find_experts(self.layer)
 
     def copy(self) -> "Block":
-        """The block with weights of its own."""
-        return replace(self, layer=copy.deepcopy(self.layer))
+        """The block with weights of its own, to be quantized."""
+        return replace(self, layer=copy.deepcopy(self.layer), original=False)
+
+    def for_quantized_rows(self) -> "Block":
+        """The same block for rows that a quantized block gave."""
+        return replace(self, original=False)
 
     def module(self, name: str) -> nn.Module:
         """The module with this canonical name; experts are none (see `weight`)."""
@@ -88,12 +105,27 @@ class Block:
         assert isinstance(weight, torch.Tensor)
         return weight
 
+    def refuse_nonfinite_weights(self) -> None:
+        """Raises UnusableModelError or NonfiniteError that names the first weight that is not finite."""
+        weights = dict(self.layer.named_parameters())
+        if all_finite(*weights.values()):
+            return
+        experts, where = self.experts, f"block {self.index}"
+        expert = None if experts is None else first_nonfinite(experts.gate_up, experts.down)
+        if expert is not None:
+            raise nonfinite_error(self.original, f"{where}, {Half.FEED_FORWARD.said}, the weights of expert {expert}")
+        name = next(name for name, weight in weights.items() if not all_finite(weight))
+        attends = name.startswith((self.adapter.half_modules[Half.ATTENTION], self.adapter.first_norm))
+        half = Half.ATTENTION if attends else Half.FEED_FORWARD
+        raise nonfinite_error(self.original, f"{where}, {half.said}, the weight {name}")
+
     def stacked(self, member: tuple[str, ...]) -> torch.Tensor:
         """The weights of one entry of a site, stacked along the outputs; fp32 [O, I]."""
         return torch.cat([self.weight(name).float() for name in member])
 
     def forward(self, hidden_NTH: torch.Tensor, half: Half | None = None) -> torch.Tensor:
-        """A batch through the block, or through one of its halves; in inference mode."""
+        """A batch through the block, or through one of its halves; in inference mode. Raises UnusableModelError or
+        NonfiniteError when a number that leaves it is not finite; so do the other passes."""
         with torch.inference_mode():
             return self._call(hidden_NTH, half)
 
@@ -108,9 +140,57 @@ class Block:
             return self._routed(hidden_NTH, half)
 
     def _call(self, hidden_NTH: torch.Tensor, half: Half | None) -> torch.Tensor:
-        with self._only(half) if half is not None else nullcontext():
+        out, sound = self._called(hidden_NTH, half)
+        if not sound:
+            raise nonfinite_error(self.original, self._fault(hidden_NTH.detach(), half))
+        return out
+
+    def _fault(self, hidden_NTH: torch.Tensor, half: Half | None) -> str:
+        """Where a pass that is not finite went wrong: half by half, and in the feed-forward half expert by expert."""
+        if not all_true(row_flags(hidden_NTH)):
+            return f"what enters block {self.index}"
+        for part in Half if half is None else [half]:
+            with torch.no_grad(), self._looked_at() as experts:
+                hidden_NTH, sound = self._called(hidden_NTH, part)
+            if not sound:
+                which = f", expert {experts[0]}" if experts else ""
+                return f"block {self.index}, {part.said}{which} gives {count_nonfinite(hidden_NTH)}"
+        return f"what leaves block {self.index}"
+
+    @contextmanager
+    def _looked_at(self) -> Iterator[list[int]]:
+        """While open, the yielded list gets the experts whose outputs are not finite although their inputs are."""
+        found: list[int] = []
+        experts = self.experts
+        if experts is None:
+            yield found
+            return
+        known, sound = experts.observer, set[int]()
+
+        def look(matrix: str, expert: int, _tokens: torch.Tensor, rows: torch.Tensor) -> None:
+            if matrix == "gate_up":
+                sound.update({expert} if all_finite(rows) else ())
+            elif expert in sound:
+                out = F.linear(rows, experts.down[expert].to(rows.dtype))
+                found.extend([] if all_true(finite_flags(rows) + row_flags(out)) else [expert])
+
+        experts.observer = look
+        try:
+            yield found
+        finally:
+            experts.observer = known
+
+    def _called(self, hidden_NTH: torch.Tensor, half: Half | None) -> tuple[torch.Tensor, bool]:
+        """The rows [N, T, H] that leave, and whether they and what the layer hides are finite: one look a batch."""
+        with Watched(self._router) as watched, self._only(half) if half is not None else nullcontext():
             out = self.layer(hidden_NTH, **self.calls.of(self.index, hidden_NTH.shape[1]))
-        return out[0] if isinstance(out, tuple) else out
+        out = out[0] if isinstance(out, tuple) else out
+        return out, all_true(watched.flags + row_flags(out))
+
+    @property
+    def _router(self) -> torch.Tensor | None:
+        site = self.adapter.router_site(self.index)
+        return None if site is None else self.weight(site.first_module)
 
     def _routed(self, hidden_NTH: torch.Tensor, half: Half | None) -> Passed:
         experts, routes = self.experts, list[torch.Tensor]()
@@ -137,9 +217,10 @@ class Block:
             setattr(self.layer, name, module)
 
     @contextmanager
-    def exchanged(self, other: "Block", modules: Iterable[str]) -> Iterator[None]:
-        """While open, this block computes with the named modules of `other`, the same block of another checkpoint.
-        Experts are exchanged all together, since they are one module."""
+    def exchanged(self, other: "Block", modules: Iterable[str]) -> Iterator["Block"]:
+        """While open, this block computes with the named modules of `other`, the same block of another checkpoint. The
+        yielded one is this block, no longer the original. Experts are exchanged all together, since they are one
+        module."""
         stacks = {name for name, module in self.layer.named_modules() if isinstance(module, RoutedExperts)}
         prefix = self.adapter.block_prefix(self.index)
         local = {name.removeprefix(prefix) for name in modules}
@@ -148,7 +229,7 @@ class Block:
         for place in places:
             self.layer.set_submodule(place, other.layer.get_submodule(place))
         try:
-            yield
+            yield self.for_quantized_rows()
         finally:
             for place, module in own.items():
                 self.layer.set_submodule(place, module)

@@ -50,6 +50,8 @@ MODULES: dict[str, dict[str, str]] = {
     | {f"mlp.experts.{p}_proj": f"ffn_{p}_exps" for p in ("gate", "up", "down")},
 }
 ROPE_FACTORS = "rope_freqs.weight"
+# llama.cpp reads ROPE_FACTORS, which hold Llama 3's scaling, for Llama 4 and not for Qwen3-MoE.
+ROPE_TYPES = {"llama4": ("default", "llama3"), "qwen3_moe": ("default",)}
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def refusals(adapter: Adapter) -> list[str]:
     c = adapter.text_config
     found = _llama4_refusals(adapter) if adapter.family == "llama4" else _qwen3_refusals(adapter)
     rope = _rope(c)
-    if rope.get("rope_type", "default") not in ("default", "llama3"):
+    if rope.get("rope_type", "default") not in ROPE_TYPES[adapter.family]:
         found.append(
             f"its rope scaling is {rope['rope_type']!r}: remove it from config.json and give it to llama.cpp "
             "(--rope-scaling) instead"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import InputError
+from ..core.json_text import nonfinite
 
 # Family -> its name in plain words.
 FAMILIES = {
@@ -53,6 +54,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not valid JSON ({error}): fetch the checkpoint again") from None
     if not isinstance(config, dict):
         raise InputError(f"{path} holds no JSON object: fetch the checkpoint again")
+    if found := nonfinite(config):
+        places = ", ".join(f"{place} is {word}" for place, word in found)
+        raise InputError(f"{path} holds numbers that are not finite ({places}): mend it, or fetch the checkpoint again")
     return config
 
 

@@ -8,13 +8,14 @@ batch have one length.
 Shape legend: N rows, T tokens a row, H hidden size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from ..core.device import Compute
 from ..core.errors import InputError
+from ..core.finite import all_true, nonfinite_error, row_flags
 from ..core.rows import Row, RowStore, Step, Unwatched, batches
 from ..core.tensors import TensorSource
 from .adapter import Adapter, Role, Site, read, scale_dtype, site_dtypes, stored_dtype
@@ -56,6 +57,8 @@ class Embedder:
                         f"({self.walk.adapter.image_token_id}): it is not the config of the tokenizer that gave the row"
                     )
                 hidden[i, mask.to(device)] = self.features[number].to(device, dtype)
+        if not all_true(row_flags(hidden)):
+            raise nonfinite_error(self.walk.original, "what the embedding or the vision tower gives")
         return hidden
 
 
@@ -69,6 +72,8 @@ class Walk:
     compute: Compute
     step: Step  # told how far the walk is
     calls: Calls
+    # Whether the model is the original: whose fault it is what is not finite.
+    original: bool = True
 
     @classmethod
     def over(cls, adapter: Adapter, source: TensorSource, compute: Compute, step: Step | None = None) -> "Walk":
@@ -78,7 +83,7 @@ class Walk:
     def beside(self, adapter: Adapter, source: TensorSource) -> "Walk":
         """The walk over another checkpoint of the same model, on the same device. Its layers are called with what its
         own config.json makes of a row's length."""
-        return Walk.over(adapter, source, self.compute, self.step)
+        return replace(Walk.over(adapter, source, self.compute, self.step), original=False)
 
     @property
     def device(self) -> torch.device:
@@ -121,9 +126,10 @@ class Walk:
         Weights take the walk's dtype, but the router is fp32: its logits are never rounded, whatever the rows are. (In
         bf16 transformers rounds them, which sends tokens near a tie elsewhere: that is left out.) Expert stacks stay in
         the checkpoint's dtype where that is narrower, and each expert is widened when it is used: an fp32 walk over a
-        bf16 model then needs half the memory.
+        bf16 model then needs half the memory. Raises UnusableModelError or NonfiniteError for a weight that is not
+        finite as it is read back: a product of code and scale can be, where both are finite.
         """
-        block = Block(self.adapter, index, self.adapter.build_block(index), self.calls)
+        block = Block(self.adapter, index, self.adapter.build_block(index), self.calls, self.original)
         layer, experts, prefix = block.layer, find_experts(block.layer), self.adapter.block_prefix(index)
         of_experts = {id(p) for p in experts.parameters()} if experts else set()
         for name, parameter in list(layer.named_parameters()):
@@ -142,6 +148,7 @@ class Walk:
             for _, module_name, _, _ in self.adapter.modules(index):
                 if ".experts." in module_name:
                     block.weight(module_name).copy_(self.read(f"{module_name}.weight"))
+        block.refuse_nonfinite_weights()
         return block
 
     def _expert_dtype(self, index: int) -> torch.dtype:

@@ -61,11 +61,19 @@ def run_schedule(
 
 
 def verification_schedule(
-    adapter: Adapter, source_bytes: int, emitted_bytes: int, tokens: int, rates: Rates, *, with_tasks: bool
+    adapter: Adapter,
+    source_bytes: int,
+    emitted_bytes: int,
+    tokens: int,
+    rates: Rates,
+    *,
+    with_tasks: bool,
+    with_floor: bool = False,
 ) -> Schedule:
     """The stages of `onecard verify` and `flips`: both folders are checked, then walked block by block.
 
-    `tokens` is the number of evaluation tokens. `with_tasks` says whether questions are verified too.
+    `tokens` is the number of evaluation tokens. `with_tasks` says whether questions are verified too, `with_floor`
+    whether the original is walked against itself afterwards.
     """
     read = source_bytes + emitted_bytes
     blocks = tuple(pass_work(adapter, index) for index in range(adapter.n_blocks))
@@ -77,7 +85,19 @@ def verification_schedule(
         _single(CHECK, Work(read_bytes=read), rates),
         *_verification(adapter, blocks, work, tokens, rates),
     ]
-    return Schedule(_without_tokens(stages) if with_tasks else tuple(stages))
+    stages = list(_without_tokens(stages)) if with_tasks else stages
+    if with_floor:
+        again = replace(work, read_bytes=2 * source_bytes)
+        # The last two stages, figures and the end, come once.
+        floor = [_of_floor(stage) for stage in _verification(adapter, blocks, again, tokens, rates)[:-2]]
+        stages[-1:] = [*floor, stages[-1]]
+    return Schedule(tuple(stages))
+
+
+def _of_floor(stage: Expected) -> Expected:
+    """The same stage of the walk that measures a floor. It errs as the verification's do."""
+    tasks = tuple(task.replace("verify: ", "floor: ", 1) for task in stage.tasks)
+    return replace(stage, name=stage.name.replace("verify", "floor", 1), tasks=tasks)
 
 
 def _sensitivities(work: RunWork, rates: Rates) -> list[Expected]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..core.finite import all_finite
 from ..core.method import Method
 from ..core.quantized_weight import QuantizedWeight
 from ..core.scheme import Scheme
@@ -44,7 +45,12 @@ def relative_output_error(w_BOI: torch.Tensor, q_BOI: torch.Tensor, moment_BII: 
         y = x_BOI if moment_BII is None else torch.bmm(x_BOI, moment_BII)
         return (y * x_BOI).sum((1, 2))
 
-    return (energy(w_BOI - q_BOI) / energy(w_BOI).clamp_min(1e-30)).tolist()
+    whole = energy(w_BOI)
+    error = energy(w_BOI - q_BOI) / whole.clamp_min(1e-30)
+    if w_BOI.dtype != torch.float64 and not all_finite(whole, error):  # the squares are too large for fp32
+        moment = None if moment_BII is None else moment_BII.double()
+        return relative_output_error(w_BOI.double(), q_BOI.double(), moment)
+    return list(error.tolist())
 
 
 def working_bytes(outputs: int, inputs: int, metric: bool, method: Method) -> int:

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from ..core.record.blocks import ErrorSummary
 from ..core.record.flips import TaskFlips
-from ..core.record.kl import KlSummary
+from ..core.record.kl import Floor, KlSummary
 from ..core.record.schema import PlanSummary, Record, TextFacts
 from ..core.record.sizes import Allocation
 from ..core.units import clock, counted, gigabytes, size
@@ -80,11 +80,25 @@ def _add_kl(grid: Table, kl: KlSummary, reference: str, other: str) -> None:
         "",
         f"median {kl.kl_median_nats:.5f}, p90 {kl.kl_p90_nats:.5f}, p99 {kl.kl_p99_nats:.4f}, max {kl.kl_max_nats:.3f}",
     )
+    if kl.floor:
+        grid.add_row("floor", _floor(kl.floor, kl.kl_mean_nats))
     grid.add_row("same top-1", f"{kl.same_top1:.2%}")
     if kl.changed_routes is not None:
         block, worst = max(kl.changed_routes_by_block.items(), key=lambda item: item[1])
         grid.add_row("changed routes", f"{kl.changed_routes:.2%} of tokens a layer, most in block {block}: {worst:.2%}")
-    grid.add_row("perplexity", f"{kl.perplexity_reference:.3f} {reference}, {kl.perplexity_quantized:.3f} {other}")
+    before, after = _perplexity(kl.perplexity_reference), _perplexity(kl.perplexity_quantized)
+    grid.add_row("perplexity", f"{before} {reference}, {after} {other}")
+
+
+def _floor(floor: Floor, mean: float) -> str:
+    share = f", {floor.kl_mean_nats / mean:.0%} of that" if mean else ""
+    said = f"the original in {floor.compute_dtype} against itself in float32"
+    return f"{floor.kl_mean_nats:.5f} nats a token{share}: {said}"
+
+
+def _perplexity(value: float | None) -> str:
+    """A record of our own has none only where e^nats is beyond every number."""
+    return "too large a number" if value is None else f"{value:.3f}"
 
 
 def _add_worst_expert(grid: Table, errors: ErrorSummary) -> None:
@@ -175,6 +189,9 @@ def draw_card(record: Record, out: str, console: Console) -> None:
         _add_predicted(grid, record.allocation.predicted_kl_nats, record.kl)
     if record.errors:
         _add_worst_expert(grid, record.errors)
+    if record.measured_dtype not in (None, "float32"):
+        unknown = "" if record.kl is None or record.kl.floor else "; what that costs by itself tells `verify --floor`"
+        grid.add_row("computed in", f"{record.measured_dtype}{unknown}")
     if record.flips:
         _add_flips(grid, record.flips.all, reference, other)
     if record.fallbacks:

@@ -61,6 +61,9 @@ def measured(kl: KlSummary) -> list[tuple[str, str, str]]:
         ),
         ("tokens sent to other experts, a layer", _percent(kl.changed_routes), ""),
     ]
+    if kl.floor is not None:
+        name = f"floor: mean KL(original in float32 \\|\\| original in {kl.floor.compute_dtype}), nats"
+        rows.insert(1, (name, _figure(kl.floor.kl_mean_nats), _between(kl.floor.kl_low_nats, kl.floor.kl_high_nats)))
     return [row for row in rows if row[1] != NOT_MEASURED]
 
 

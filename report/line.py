@@ -17,9 +17,12 @@ def result_line(record: Record, out: str) -> dict[str, Any]:
         "emitted_bytes": record.plan.emitted_bytes,
         "bits_per_weight": record.plan.bits_per_weight,
         **{key: getattr(record.kl, key) for key in LINE_KL if record.kl is not None},
+        "compute_dtype": record.measured_dtype,
         "seconds": record.machine.seconds,
         "peak_rss_bytes": record.machine.peak_rss_bytes,
     }
+    if record.kl is not None and record.kl.floor is not None:
+        line["floor_kl_mean_nats"] = record.kl.floor.kl_mean_nats
     if record.flips is not None:
         every = record.flips.all
         line |= {"items": every.items} | {key: getattr(every, key).share for key in LINE_FLIPS}

@@ -9,7 +9,8 @@ import pyarrow.parquet
 from PIL import Image
 
 from onecard.calibration.documents import Document
-from onecard.calibration.sources import ReadLimit, Source, read_source
+from onecard.calibration.source import ReadLimit, Source
+from onecard.calibration.sources import read_source
 
 SAMPLE = [{"text": f"a text of many words, number {n}, to be read"} for n in range(9)]
 

@@ -3,6 +3,7 @@
 A run counts its steps as `WorkDir.commit` does: `STAGES` of them, the last two are the move to OUT and verification.
 """
 
+import datetime
 import errno
 import json
 import os
@@ -130,6 +131,24 @@ def stopped_after_removals(number: int) -> Iterator[list[str]]:
         patch.setattr(os, "unlink", counted(os.unlink))
         patch.setattr(os, "rmdir", counted(os.rmdir))
         yield stopped
+
+
+def days_later(monkeypatch: pytest.MonkeyPatch, days: int) -> None:
+    """The machine's clock goes forward, for whoever asks Python."""
+    day = datetime.date.today() + datetime.timedelta(days)
+
+    class Date(datetime.date):
+        @classmethod
+        def today(cls) -> "Date":
+            return cls(day.year, day.month, day.day)
+
+    class Now(datetime.datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> "Now":
+            return cls(day.year, day.month, day.day, tzinfo=tz)
+
+    monkeypatch.setattr("datetime.date", Date)
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Now)
 
 
 # --- Ctrl-C, and a full disk

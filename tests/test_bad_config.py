@@ -156,6 +156,17 @@ def test_remote_code_of_the_tokenizer_is_never_run(
 # --- values that a family cannot have, and published ones that transformers refuses by now
 
 
+@pytest.mark.parametrize("written", ["NaN", "-Infinity", "1e999"])
+def test_numbers_that_are_not_finite_in_a_config(
+    copied: Callable[..., Path], refuse_model: Refuse, written: str
+) -> None:
+    """Python reads them, and no other JSON reader does: an emitted config.json could not hold them."""
+    model = copied()
+    config = json.loads((model / "config.json").read_text()) | {"rms_norm_eps": "here"}
+    (model / "config.json").write_text(json.dumps(config).replace('"here"', written))
+    refuse_model(model, "config.json", "rms_norm_eps is")
+
+
 @pytest.mark.parametrize(
     ("key", "value"), [("attention_chunk_size", 0), ("num_experts_per_tok", 0), ("hidden_size", 0), ("head_dim", -8)]
 )
@@ -229,7 +240,7 @@ def test_a_contradiction_in_the_attention_is_told_when_the_model_is_opened(
     model = copied("qwen3")
     rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
     edit_json(model / "config.json", lambda c: c.update(rope_parameters=rope))
-    refuse_model(model, "is not a valid qwen3_moe config", "size of tensor")
+    refuse_model(model, "is not a valid qwen3_moe config", "RuntimeError", "broadcast")
 
 
 def test_a_contradiction_in_the_vision_tower_is_told_when_the_model_is_opened(

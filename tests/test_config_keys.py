@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from config_edits import ANYWHERE, EDITS, edited
 from transformers import AutoModelForCausalLM, Llama4ForConditionalGeneration
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -17,143 +18,12 @@ import babies
 from onecard.checkpoint.source import open_folder
 from onecard.core.errors import InputError
 from onecard.core.rows import Row
+from onecard.models import gguf
 from onecard.models.config_keys import KEYS, NESTED, Use
-from onecard.models.families import ADAPTERS, load_adapter
+from onecard.models.families import ADAPTERS, adapter_of, load_adapter
 from walking import relative, walk_logits, whole_logits
 
 FAMILIES = ("scout", "qwen3", "deepseek", "mixtral")
-ROPE = {"rope_type": "default", "rope_theta": 500.0}
-DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
-YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
-OF_TRAINING = {"attention_dropout": 0.3, "initializer_range": 0.5, "router_aux_loss_coef": 0.5}
-
-# Path of a key -> edits of config.json, each a value for it or a dict of several keys that must go together.
-TEXT: dict[str, list[Any]] = {
-    "hidden_act": ["gelu", "swish"],
-    "vocab_size": [320],
-    "hidden_size": [96],
-    "num_hidden_layers": [2],
-    "num_attention_heads": [8],
-    "num_key_value_heads": [4, 2],
-    "rms_norm_eps": [0.1],
-    "rope_parameters": [ROPE, DYNAMIC, YARN],
-    "tie_word_embeddings": [True],
-    "num_experts_per_tok": [3],
-    "max_position_embeddings": [{"max_position_embeddings": 16, "rope_parameters": DYNAMIC, "head_dim": 16}, 64],
-    **{key: [value] for key, value in OF_TRAINING.items()},
-    "use_cache": [False],
-    "pad_token_id": [5],
-    "bos_token_id": [5],
-    "eos_token_id": [5],
-    "output_router_logits": [True],
-}
-EDITS: dict[str, dict[str, list[Any]]] = {
-    "qwen3": TEXT
-    | {
-        "intermediate_size": [96],
-        "moe_intermediate_size": [96],
-        "head_dim": [32],
-        "sliding_window": [5, {"sliding_window": 5, "use_sliding_window": True}],
-        "use_sliding_window": [{"sliding_window": 5, "use_sliding_window": True}],
-        "decoder_sparse_step": [2],
-        "mlp_only_layers": [[0, 1]],
-        "num_local_experts": [4],
-        "norm_topk_prob": [False],
-        "attention_bias": [True],
-    },
-    "mixtral": TEXT
-    | {
-        "rope_parameters": [ROPE, DYNAMIC],  # DYNAMIC breaks without a head_dim
-        "intermediate_size": [160],
-        "head_dim": [32],
-        "num_local_experts": [4],
-        "sliding_window": [5, None],
-        "router_jitter_noise": [0.5],
-    },
-    "deepseek": TEXT
-    | {
-        "intermediate_size": [96],
-        "moe_intermediate_size": [96],
-        "n_shared_experts": [1],
-        "n_routed_experts": [16],
-        "routed_scaling_factor": [1.0],
-        "kv_lora_rank": [64],
-        "q_lora_rank": [64, None],
-        "max_position_embeddings": [{"max_position_embeddings": 16, "rope_parameters": DYNAMIC}, 64],
-        "qk_rope_head_dim": [{"qk_rope_head_dim": 16, "head_dim": 16}],
-        "qk_nope_head_dim": [32],
-        "v_head_dim": [32],
-        "n_group": [2],
-        "topk_group": [1],
-        "first_k_dense_replace": [2],
-        "norm_topk_prob": [False],
-        "rope_interleave": [False],
-        "attention_bias": [True],
-        "scoring_func": ["softmax"],
-        "topk_method": ["greedy"],
-        "moe_layer_freq": [2],
-        "pretraining_tp": [2],
-        "num_nextn_predict_layers": [1],
-    },
-}
-LLAMA4_TEXT = TEXT | {
-    "num_hidden_layers": [2, {"num_hidden_layers": 2, "layer_types": None, "no_rope_layers": None, "moe_layers": None}],
-    "intermediate_size": [160],
-    "intermediate_size_mlp": [{"intermediate_size_mlp": 96, "moe_layers": [0, 2]}],
-    "head_dim": [32],
-    "num_local_experts": [4],
-    "moe_layers": [[0, 2]],
-    "use_qk_norm": [False],
-    "no_rope_layers": [[0, 1, 1, 1]],
-    "layer_types": [["full_attention"] * 4],
-    "attn_temperature_tuning": [False],
-    "floor_scale": [3],
-    "attn_scale": [0.9],
-    "attention_bias": [True],
-    "attention_chunk_size": [5, None],
-    "router_jitter_noise": [0.5],
-    "interleave_moe_layer_step": [2],
-    "no_rope_layer_interval": [2],
-}
-VISION: dict[str, list[Any]] = {
-    "hidden_size": [{"hidden_size": 48, "intermediate_size": 192}, 64],
-    "num_hidden_layers": [1],
-    "num_attention_heads": [1],
-    "num_channels": [{"num_channels": 1}],
-    "intermediate_size": [{"hidden_size": 48, "intermediate_size": 192}, 96],
-    "vision_output_dim": [{"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32}],
-    "image_size": [24],
-    "patch_size": [2],
-    "pixel_shuffle_ratio": [{"pixel_shuffle_ratio": 0.25, "intermediate_size": 512}, 0.25],
-    "projector_input_dim": [{"projector_input_dim": 32, "projector_output_dim": 32, "vision_output_dim": 32}],
-    "projector_output_dim": [{"projector_input_dim": 32, "projector_output_dim": 32, "vision_output_dim": 32}],
-    "rope_parameters": [ROPE],
-    "hidden_act": ["relu"],
-    "norm_eps": [0.1],
-    "vision_feature_select_strategy": ["full"],
-    "initializer_range": [0.5],
-    "multi_modal_projector_bias": [True],
-    "projector_dropout": [0.3],
-    "attention_dropout": [0.3],
-}
-EDITS["scout"] = (
-    {f"text_config.{key}": values for key, values in LLAMA4_TEXT.items()}
-    | {f"vision_config.{key}": values for key, values in VISION.items()}
-    | {"boi_token_index": [5], "eoi_token_index": [5], "tie_word_embeddings": [True]}
-)
-# Keys of every class that only say what is given out, who wrote the file, or what a classifier is.
-ANYWHERE: dict[str, list[Any]] = {
-    "architectures": [["Other"]],
-    "dtype": ["float16"],
-    "chunk_size_feed_forward": [1],
-    "id2label": [{"0": "x"}],
-    "label2id": [{"x": 0}],
-    "is_encoder_decoder": [False],
-    "output_hidden_states": [True],
-    "problem_type": ["regression"],
-    "return_dict": [True],
-    "transformers_version": ["4.51.0"],
-}
 NOT_TRIED = {
     "_name_or_path": "written by save_pretrained, read by nothing",
     "model_type": "another family",
@@ -183,19 +53,6 @@ def test_every_key_of_a_config_class_is_in_one_group_and_is_tried(family: str) -
         assert there <= known.keys(), "transformers' class has a key that config_keys.py lacks"
         tried = {key.removeprefix(path) for key in EDITS[family] if key.startswith(path)} | ANYWHERE.keys()
         assert known.keys() - tried <= NOT_TRIED.keys()
-
-
-def edited(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
-    """config.json with another value under a key, given by its path. A dict sets several keys beside it."""
-    config = json.loads(json.dumps(config))
-    *parents, leaf = key.split(".")
-    owner = config
-    for parent in parents:
-        owner = owner[parent]
-    owner.update(
-        value if isinstance(value, dict) and leaf not in ("rope_parameters", "id2label", "label2id") else {leaf: value}
-    )
-    return config
 
 
 @dataclass
@@ -300,3 +157,57 @@ def test_a_changed_key_is_computed_as_transformers_does_or_refused_or_in_no_forw
         assert "changes" not in effects
     else:
         assert effects == {"none"}
+
+
+# GGUF: llama.cpp reads no config.json. What a file does not say must be what llama.cpp's code fixes.
+
+# Keys that change nothing alone.
+WITH_OTHERS = {"sliding_window", "head_dim"}
+
+
+def gguf_says(raw: dict[str, Any]) -> object:
+    """All that a GGUF file of this model would hold besides weights; or why there is none."""
+    try:
+        adapter = adapter_of(Path("config.json"), raw).text_only()
+    except InputError as error:
+        return str(error)
+    if refusals := gguf.refusals(adapter):
+        return refusals
+    factors = gguf.rope_factors(adapter)
+    return (
+        gguf.settings(adapter),
+        None if factors is None else factors.tolist(),
+        [(tensor.name, tensor.shape) for tensor in gguf.layout(adapter)],
+    )
+
+
+@pytest.mark.parametrize("family", ["scout", "qwen3"])
+def test_a_gguf_file_says_every_key_that_it_is_computed_with_or_there_is_none(family: str) -> None:
+    config = babies.make_model(family).config
+    raw = json.loads(config.to_json_string(use_diff=False))
+    if family == "scout":  # as llama.cpp fixes them
+        raw["text_config"].update(floor_scale=8192, attention_chunk_size=8192, max_position_embeddings=100_000)
+    else:
+        raw["mlp_only_layers"] = []
+    before = gguf_says(raw)
+    assert isinstance(before, tuple), before
+    silent = []
+    for path, values in EDITS[family].items():
+        *_, owner, key = f"{family}.{path}".split(".")
+        kind = {"text_config": "llama4_text"}.get(owner, raw["model_type"])
+        if owner == "vision_config" or KEYS[kind][key].use is not Use.FOLLOWED:
+            continue
+        for value in values:
+            after = edited(raw, path, value)
+            if after != raw and gguf_says(after) == before and not (key in WITH_OTHERS and not isinstance(value, dict)):
+                silent.append((path, value))
+    assert silent == []
+
+
+def test_qwen3_with_llama_3s_rope_scaling_is_not_written_to_gguf() -> None:
+    """llama.cpp's qwen3moe reads no rope factors."""
+    raw = json.loads(babies.qwen3_config(2).to_json_string(use_diff=False)) | {"mlp_only_layers": []}
+    raw["rope_parameters"] = babies.llama4_config().text_config.rope_parameters
+    said = gguf_says(raw)
+    assert isinstance(said, list)
+    assert "llama3" in said[0]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -190,7 +191,7 @@ CHANGED = {
 }
 
 
-@pytest.mark.parametrize("kind", [*CHANGED, "model", "no prices", "not fitted", "gone"])
+@pytest.mark.parametrize("kind", [*CHANGED, "model", "no prices", "a price of NaN", "not fitted", "gone"])
 def test_prices_of_something_else_are_refused(
     baby: Callable[..., Path],
     refuse: Callable[..., str],
@@ -204,6 +205,9 @@ def test_prices_of_something_else_are_refused(
     file, model, needles = priced[0], baby(FAMILY), [CHANGED[kind][1]] if kind in CHANGED else []
     if kind == "model":
         model, needles = baby(FAMILY, 3), ["source was"]
+    elif kind == "a price of NaN":
+        file, needles = tmp_path / "x.json", ["holds no prices"]
+        file.write_text(re.sub(r'"kl_nats": [^,}\s]+', '"kl_nats": NaN', priced[0].read_text(), count=1))
     elif kind == "no prices":
         file, needles = tmp_path / "x.json", ["holds no prices"]
         file.write_text('{"identity": {}, "prices": {"units": 3}}')

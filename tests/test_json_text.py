@@ -1,10 +1,9 @@
 """No JSON of ours holds NaN or Infinity: every line, record, state file and digest is made in one place.
 
-That place is core/json_text.py. The law is held twice: no other module can make JSON, and the place refuses such
-numbers wherever they stand.
+That place is core/json_text.py. No other module makes JSON (test_structure.py), and the place refuses
+such numbers wherever they stand.
 """
 
-import ast
 import json
 import math
 import re
@@ -17,7 +16,6 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-import rooms
 from command_line import refused, strict
 from gate_records import record
 from onecard.checkpoint import files
@@ -55,22 +53,6 @@ def test_json_is_strict_or_refused(value: Any) -> None:
         json_text(value)
     loose = json.dumps(value)  # texts of three letters: NaN in one stands in quotes
     assert len(found) == len(re.findall(r'(?<!")(NaN|-?Infinity)', loose))
-
-
-def makes_json(node: ast.AST) -> bool:
-    """`x.dumps`, an encoder, pydantic's own JSON, `json.dump`, or a name taken out of the module json."""
-    if isinstance(node, ast.ImportFrom):
-        return node.module == "json"
-    if not isinstance(node, ast.Attribute):
-        return False
-    return node.attr in ("dumps", "JSONEncoder", "model_dump_json") or ast.unparse(node) == "json.dump"
-
-
-def test_only_one_module_makes_json() -> None:
-    """`json.dumps` writes NaN unless it is told not to, and so does every other way to make JSON in Python."""
-    code = [m for m in rooms.working_tree() if m.room not in rooms.NO_ROOMS]
-    made = [str(m.path) for m in code for node in ast.walk(m.tree) if makes_json(node)]
-    assert made == ["core/json_text.py"]
 
 
 def test_a_line_that_json_cannot_hold_is_one_message() -> None:

@@ -1,6 +1,7 @@
 """JSONL files of texts: what a line may hold, and every bad line is named."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from command_line import Refuse
 from documents import SAMPLE, conversation, draw_picture, picture, words
 from onecard.calibration.sources import read_jsonl
 from onecard.core.errors import InputError
+from onecard.core.layout import json_bytes
 
 # --- reading JSONL
 
@@ -56,6 +58,15 @@ BAD_LINES = {
     "empty text": '{"text": ""}',
     "text is a number": '{"text": 5}',
     "half a character": '{"text": "\\ud800"}',
+    "half a character in the id": '{"text": "x", "id": "\\udc80"}',
+    "half a character in the kind": '{"text": "x", "kind": "\\udc80"}',
+    "half a character in a role": '{"messages": [{"role": "\\udc80", "content": "x"}]}',
+    "half a character in a call": json.dumps(
+        {"messages": [{"role": "user", "content": "", "tool_calls": [{"function": {"name": "f", "x": ["\udc80"]}}]}]}
+    ),
+    "half a character in a key": '{"messages": [{"role": "user", "content": "x", "\\udc80": 1}]}',
+    "half a character in a tool": '{"messages": [{"role": "user", "content": "x"}], "tools": [{"name": "\\udc80"}]}',
+    "NaN in a call": '{"messages": [{"role": "user", "content": "x", "tool_calls": [{"x": NaN}]}]}',
     "no messages": '{"messages": []}',
     "message is a string": '{"messages": ["x"]}',
     "no role": '{"messages": [{"content": "x"}]}',
@@ -87,6 +98,41 @@ def test_bad_line(tmp_path: Path, kind: str) -> None:
         read_jsonl(folder / "x.jsonl")
     named = [line for line in str(caught.value).splitlines() if line.startswith("  - ")]
     assert [line.split()[:3] for line in named] == [["-", "line", "2"]]
+
+
+@pytest.mark.parametrize("text", ['[{"text": "a"},\n{"text": "b"}]\n', '[{"text": "a"}]', "[\n]"])
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json"])
+def test_a_json_array_is_called_that(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=r"hold one JSON array, .* jq -c '\.\[\]' x\.json"):
+        read_jsonl(tmp_path / name)
+
+
+def test_an_object_over_several_lines_is_called_that(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text(json.dumps({"text": "a"}, indent=2))
+    with pytest.raises(InputError, match="one JSON object over several lines"):
+        read_jsonl(tmp_path / "x.jsonl")
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.jsonl", b"caf\xe9.txt", b"caf\xe9/x.jsonl"])
+def test_a_name_that_is_no_utf8_is_refused_before_anything_is_written(
+    baby: Callable[..., Path], refuse: Refuse, tmp_path: Path, name: bytes
+) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path / "own") + b"/" + name))
+    path.parent.mkdir(parents=True)
+    path.write_text('{"text": "a text of many words"}\n')
+    for texts in (path, tmp_path / "own") if path.parent.name == "own" else (tmp_path / "own",):
+        refuse(baby("llama4-text"), "\\udce9", "rename it", arguments=["--calibration", texts])
+
+
+@given(value=st.recursive(st.text(st.characters()), lambda part: st.lists(part) | st.dictionaries(st.text(), part)))
+@example(value={"\udc80": ["\ud800x", "\ud83d\ude00", "\\ud800", '"\udfff']})
+def test_the_writer_of_records_takes_every_string(value: Any) -> None:
+    """A record is written at the very end of a run: whatever it holds comes back."""
+    written = json_bytes(value)
+    written.decode()
+    # Python reads two halves that stand side by side as the character that they make.
+    assert json_bytes(json.loads(written)) == json_bytes(json.loads(json.dumps(value)))
 
 
 @pytest.mark.parametrize("which", ["--calibration", "--evaluation"])

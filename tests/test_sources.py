@@ -13,7 +13,8 @@ from click.testing import Result
 
 from command_line import Refuse
 from documents import parquet, png, read_documents
-from onecard.calibration.sources import ReadLimit, Source, read_source
+from onecard.calibration.source import ReadLimit, Source
+from onecard.calibration.sources import read_source
 from onecard.calibration.texts import prepare_texts
 from onecard.checkpoint.model import open_model
 from onecard.core.errors import InputError
@@ -187,9 +188,8 @@ def test_a_data_set_that_serves_for_both_is_split(
     baby: Callable[..., Path], recipe: Callable[..., Path], data_sets: list[tuple[Any, ...]]
 ) -> None:
     both = {"source": "some/code", "column": "code"}
-    texts = prepare_texts(
-        open_model(str(baby("qwen3"))), load_recipe(str(recipe(calibration=both, evaluation=both))), None, None, True
-    )
+    use = load_recipe(str(recipe(calibration=both, evaluation=both, evaluation_row_tokens=48)))
+    texts = prepare_texts(open_model(str(baby("qwen3"))), use, None, None, True)
     assert any("one document in eight" in warning for warning in texts.warnings)
     used = {part.document for row in texts.calibration for part in row.parts}
     assert not used & {row.document for row in texts.evaluation}

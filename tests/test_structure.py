@@ -99,6 +99,22 @@ def test_only_verbs_import_our_own_code_inside_a_function(modules: list[Module])
     assert inside, "the verbs import inside"
 
 
+def makes_json(node: ast.AST) -> bool:
+    """`x.dumps`, an encoder, pydantic's own JSON, `json.dump`, or a name taken out of the module json."""
+    if isinstance(node, ast.ImportFrom):
+        return node.module == "json"
+    if not isinstance(node, ast.Attribute):
+        return False
+    return node.attr in ("dumps", "JSONEncoder", "model_dump_json") or ast.unparse(node) == "json.dump"
+
+
+def test_only_one_module_makes_json(modules: list[Module]) -> None:
+    """`json.dumps` writes NaN unless it is told not to, and so does every other way to make JSON in Python."""
+    code = [m for m in modules if m.room not in rooms.NO_ROOMS]
+    made = [str(m.path) for m in code for node in ast.walk(m.tree) if makes_json(node)]
+    assert made == ["core/json_text.py"]
+
+
 def test_packages_have_empty_init_files_and_modules_say_what_they_do(modules: list[Module]) -> None:
     code = [m for m in modules if m.room not in ("tests", "docs") and m.name != "onecard"]
     inits = [m for m in code if m.path.name == "__init__.py"]

@@ -17,6 +17,7 @@ from onecard.calibration.sources import read_jsonl
 from onecard.checkpoint.loading import load_with_transformers
 from onecard.checkpoint.model import open_model
 from onecard.core.rows import Row
+from runs import days_later
 from walking import cpu_walk
 
 
@@ -106,16 +107,19 @@ def test_both_ways_write_the_same(
 
 @pytest.mark.parametrize("way", [["--block-by-block"], []])
 def test_killed_and_resumed(
-    baby: Callable[..., Path],
+    copied: Callable[..., Path],
     write: Callable[..., Result],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     refused: Refuse,
     way: list[str],
 ) -> None:
+    """Also days later, when the chat template would write another date."""
     from onecard.calibration import conversations
 
-    model = baby("llama4-text")
+    model = copied()
+    template = model / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%Y-%m-%d') }}" + template.read_text())
     assert write(model, tmp_path / "whole.jsonl", *way).exit_code == 0
     out, count, whole = tmp_path / "out.jsonl", 0, conversations.Journal.keep
 
@@ -130,6 +134,7 @@ def test_killed_and_resumed(
     assert write(model, out, *way).exit_code == 130
     assert not out.exists()
     monkeypatch.setattr(conversations.Journal, "keep", whole)
+    days_later(monkeypatch, 9)
     refused(write(model, out, *way, "--seed", 5), "settings was", "--overwrite")
     result = write(model, out, *way)
     assert result.exit_code == 0, result.stderr

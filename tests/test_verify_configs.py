@@ -34,6 +34,7 @@ CHANGES = [
     ("scout", "text_config.attention_chunk_size", 3),
     ("scout", "text_config.no_rope_layers", [0, 1]),
     ("qwen3", "rms_norm_eps", 0.1),
+    ("qwen3", "num_experts_per_tok", 3),  # a route is then a set of another size
     ("deepseek", "routed_scaling_factor", 1.0),
     ("mixtral", "sliding_window", 3),
 ]

@@ -84,6 +84,18 @@ class WorstToken(RecordPart):
     quantized_top: Many[Likely] = ()
 
 
+class Floor(RecordPart):
+    """KL(original in float32 || original in `compute_dtype`) on the same texts: what that dtype costs by itself."""
+
+    compute_dtype: str
+    kl_mean_nats: float
+    kl_low_nats: float | None = None
+    kl_high_nats: float | None = None
+    kl_p99_nats: float | None = None
+    same_top1: float | None = None
+    changed_routes: float | None = None
+
+
 class KlSummary(RecordPart):
     """All that was measured on evaluation texts. `delta_p`: the true token's probability, quantized minus reference."""
 
@@ -123,3 +135,5 @@ class KlSummary(RecordPart):
     # Share of tokens whose set of experts changed, averaged over the layers that route.
     changed_routes: float | None = None
     changed_routes_by_block: dict[str, float] = Field(default_factory=dict)
+    # Measured on request.
+    floor: Floor | None = None

@@ -94,7 +94,8 @@ class PlanSummary(RecordPart):
 
 
 class SourceFacts(RecordPart):
-    """One source of a mixture of texts. `left_out`: rows that could not be used."""
+    """One source of a mixture of texts. `left_out`: rows that could not be used. `read` and `passed_over`: files of a
+    folder."""
 
     source: str
     kind: str | None = None
@@ -103,14 +104,18 @@ class SourceFacts(RecordPart):
     left_out: int | None = None
     tokens_given: int | None = None
     digest: str | None = None
+    read: Many[str] = ()
+    passed_over: Many[str] = ()
 
 
 class TextFacts(RecordPart):
-    """Calibration or evaluation texts. `digest` is of the documents, `rows_digest` of the token rows."""
+    """Calibration or evaluation texts. `digest` is of the documents, `rows_digest` of the token rows; `repeated` counts
+    documents that are the same tokens as another."""
 
     source: str | None = None
     digest: str | None = None
     documents: int | None = None
+    repeated: int | None = None
     tokens_given: int | None = None
     sources: Many[SourceFacts] = ()
     rows: int | None = None
@@ -161,6 +166,8 @@ class Record(BaseModel):
     recipe: dict[str, Any] = Field(default_factory=dict)
     # By "calibration" and "evaluation".
     texts: dict[str, TextFacts] = Field(default_factory=dict)
+    # The date that the chat template was told, YYYY-MM-DD. None, and not in the file, where it asks for none.
+    template_date: str | None = None
     plan: PlanSummary | None = None
     fit: FitSummary | None = None
     allocation: Allocation | None = None
@@ -205,11 +212,13 @@ class Record(BaseModel):
         return self.model_copy(update={"checkpoint": self.checkpoint.model_copy(update={"name": name})})
 
     def to_json(self) -> dict[str, Any]:
-        """As the file holds it: every section, empty where nothing was asked for. A dtype that is not known is left
-        out, as older records do."""
-        return {name: _plain(value) for name, value in self if name != "compute_dtype" or value is not None}
+        """As the file holds it: every section, empty where nothing was asked for. Of newer keys none that holds nothing
+        is written, as in older records."""
+        return {name: _plain(value) for name, value in self if name not in NOT_ALWAYS or value is not None}
 
 
+# Left out of the file where they are None.
+NOT_ALWAYS = ("compute_dtype", "template_date")
 # What a record holds None for where the file has an empty object.
 SECTIONS = ("checkpoint", "plan", "kl", "errors", "flips", "gate", "fit", "allocation", "export")
 

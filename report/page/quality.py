@@ -40,6 +40,10 @@ def _all_figures(kl: KlSummary) -> list[tuple[str, str, str]]:
     rows = [
         ("mean KL(original || quantized), nats", nats(kl.kl_mean_nats), between(kl.kl_low_nats, kl.kl_high_nats, nats))
     ]
+    if kl.floor is not None:
+        name = f"floor: mean KL(original in float32 || original in {kl.floor.compute_dtype}), nats"
+        ends = between(kl.floor.kl_low_nats, kl.floor.kl_high_nats, nats)
+        rows.append((name, nats(kl.floor.kl_mean_nats), ends))
     for name, value in (
         ("KL, median, nats", kl.kl_median_nats),
         ("KL, 90 %, nats", kl.kl_p90_nats),

@@ -1,0 +1,161 @@
+"""A conversation is the same document whatever kind of file holds it, and under whatever names its roles go."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from documents import parquet, read_documents
+from inputs import write_jsonl
+from onecard.calibration.columns import Columns
+from onecard.calibration.documents import Document, document_of, spelled
+from onecard.calibration.source import ReadLimit, Source
+from onecard.calibration.sources import read_source
+from onecard.core.errors import InputError
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "required": ["city"]}}}]
+CALL = {"id": "call-1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bern"}'}}
+
+
+def of_jsonl(tmp_path: Path, row: Any, **changes: Any) -> Document:
+    (document,) = read_documents(write_jsonl(tmp_path / "x.jsonl", [row]), **changes)
+    return document
+
+
+def of_parquet(tmp_path: Path, row: Any, **changes: Any) -> Document:
+    (document,) = read_documents(parquet(tmp_path / "x.parquet", [row]), **changes)
+    return document
+
+
+def roles(document: Document) -> list[str]:
+    return [message["role"] for message in document.messages or []]
+
+
+READERS = pytest.mark.parametrize("read", [of_jsonl, of_parquet])
+SPELLINGS = {
+    "ShareGPT's names": (["human", "gpt"], ["user", "assistant"]),
+    "capitals": (["SYSTEM", "User", "ASSISTANT"], ["system", "user", "assistant"]),
+    "OpenAI's newer name": (["developer", "user", "assistant"], ["system", "user", "assistant"]),
+    "tools": (["user", "function_call", "observation", "gpt"], ["user", "assistant", "tool", "assistant"]),
+    "a role that nobody knows": (["user", "Wizard"], ["user", "wizard"]),
+}
+
+
+@READERS
+@pytest.mark.parametrize("kind", SPELLINGS)
+@pytest.mark.parametrize("keys", [("messages", "role", "content"), ("conversations", "from", "value")])
+def test_roles_have_one_name_in_every_reader(
+    tmp_path: Path, read: Callable[..., Document], kind: str, keys: tuple[str, str, str]
+) -> None:
+    given, expected = SPELLINGS[kind]
+    column, role, content = keys
+    document = read(tmp_path, {column: [{role: name, content: f"word {n}"} for n, name in enumerate(given)]})
+    assert roles(document) == expected
+    assert [message["content"] for message in document.messages or []] == [f"word {n}" for n in range(len(given))]
+
+
+def test_a_call_of_a_tool_is_the_same_in_its_three_spellings(tmp_path: Path) -> None:
+    function = {"name": "weather", "arguments": {"city": "Bern"}}
+    spellings = [
+        {"role": "function_call", "content": json.dumps(function)},
+        {"role": "assistant", "content": None, "function_call": function},
+        {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]},
+    ]
+    found = [of_jsonl(tmp_path, {"messages": [{"role": "user", "content": "?"}, one]}).messages for one in spellings]
+    assert found[0] == found[1] == found[2]
+    assert (found[0] or [])[1] == {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": function}],
+    }
+
+
+AGENT = [
+    {"role": "user", "content": "how warm is it in Bern?"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning_content": "I must ask"},
+    {"role": "tool", "content": "21 degrees", "tool_call_id": "call-1", "name": "weather"},
+    {"role": "assistant", "content": "21 degrees", "tool_calls": None, "reasoning_content": None},
+]
+
+
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS), None, [], ""], ids=["list", "JSON", "null", "empty", '""'])
+def test_jsonl_and_parquet_keep_the_same(tmp_path: Path, tools: Any) -> None:
+    """All keys are carried, null is absent, and `tools` may be a JSON string."""
+    row = {"messages": AGENT, "tools": tools}
+    one, other = of_jsonl(tmp_path, row), of_parquet(tmp_path, row)
+    assert one.messages == other.messages
+    assert one.tools == other.tools == (TOOLS if tools else None)
+    assert one.digest == other.digest
+    assert one.messages == [
+        AGENT[0],
+        {"role": "assistant", "content": "", "tool_calls": [CALL], "reasoning_content": "I must ask"},
+        AGENT[2],
+        {"role": "assistant", "content": "21 degrees"},
+    ]
+    assert document_of(spelled(one), "x", None).digest == one.digest
+
+
+@READERS
+def test_content_may_be_null_only_beside_what_says_something(tmp_path: Path, read: Callable[..., Document]) -> None:
+    with pytest.raises(InputError, match="a message without role or content"):
+        read(tmp_path, {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": None}]})
+
+
+@READERS
+@pytest.mark.parametrize("tools", ["no JSON", '{"name": "f"}', '["f"]'])
+def test_tools_that_are_none_are_refused(tmp_path: Path, read: Callable[..., Document], tools: str) -> None:
+    with pytest.raises(InputError, match=r'"tools" that are no list of objects'):
+        read(tmp_path, {"messages": AGENT[:1], "tools": tools})
+
+
+TALK = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "because"}]
+
+
+@READERS
+@pytest.mark.parametrize("column", ["text", "messages", "conversations", "chat"])
+def test_a_conversation_as_a_json_string_is_a_conversation(
+    tmp_path: Path, read: Callable[..., Document], column: str
+) -> None:
+    columns = Columns(column) if column == "chat" else Columns()
+    document = read(tmp_path, {column: json.dumps(TALK)}, columns=columns)
+    assert (document.text, document.messages) == (None, TALK)
+
+
+@READERS
+def test_a_text_that_only_looks_like_a_conversation_stays_a_text(tmp_path: Path, read: Callable[..., Document]) -> None:
+    for text in ("[1, 2]", '[{"role": "admin", "rights": 3}]', "[not JSON]", "[]"):
+        assert read(tmp_path, {"text": text}).text == text
+    with pytest.raises(InputError, match="no JSON list of messages"):
+        read(tmp_path, {"messages": "[{'role': 'user'}]"})
+
+
+@READERS
+def test_a_text_wins_over_a_conversation_and_that_is_said(tmp_path: Path, read: Callable[..., Document]) -> None:
+    row = {"text": "rendered already", "messages": TALK}
+    assert read(tmp_path, row).text == "rendered already"
+    path = next(tmp_path.glob("x.*"))
+    for seed in (None, 0):
+        (note,) = read_source(Source("both", path), ReadLimit(), seed).notes
+        assert note.startswith("1 rows of both hold a text and a conversation: the text is read")
+    assert read(tmp_path, row, columns=Columns("messages")).messages == TALK
+
+
+def test_plain_conversations_digest_as_ever(tmp_path: Path) -> None:
+    """Records and baselines of earlier versions hold these digests."""
+    talk = [{"role": "system", "content": "Be  brief"}, *TALK]
+    document = of_jsonl(tmp_path, {"messages": talk})
+    assert document.digest == "d1f24fb7daa338e8211fbf59e9ffb9ad9e6ecfed103ac8ed3efb0d4c133b2daa"
+    assert document.likeness == "df01cf7f4345ca9db4437b8fadfcacbb64ef59d602c3ee1e6c306d6cacc99709"
+    assert of_parquet(tmp_path, {"conversations": talk}).digest == document.digest
+
+
+def test_what_is_not_said_makes_no_other_conversation() -> None:
+    """A leak is found although one file holds notes beside the words; other calls are another conversation."""
+    noted = [message | {"weight": 1, "reasoning_content": "hm"} for message in TALK]
+    called = [TALK[0], TALK[1] | {"tool_calls": [CALL]}]
+    bare, rich, other = (Document("x", "t", None, messages) for messages in (TALK, noted, called))
+    assert bare.likeness == rich.likeness
+    assert bare.likeness != other.likeness
+    assert len({bare.digest, rich.digest, other.digest}) == 3
