@@ -14,6 +14,7 @@ import torch
 
 from ..core.quantized_weight import QuantizedWeight
 from ..core.scheme import Scheme
+from .card import kernels_for
 from .grid import round_codes
 
 # Columns between two updates of all later columns (the paper's lazy batch). 128 keeps the small updates in the cache.
@@ -115,7 +116,7 @@ def gptq(
     scheme: Scheme,
 ) -> QuantizedWeight:
     """Codes for `w_BOI` (fp32 or fp64) under fixed scales; each column greedily minimises tr(E moment E^T)."""
-    batch, outputs, inputs = w_BOI.shape
+    batch, _, inputs = w_BOI.shape
     order_BI = prepared.order_BI
     each = torch.arange(batch, device=w_BOI.device)
     upper = prepared.factor.upper
@@ -126,24 +127,54 @@ def gptq(
     codes_t = torch.empty(wt.shape, dtype=torch.int8, device=wt.device)
     for begin in range(0, inputs, BLOCK_COLUMNS):
         end = min(begin + BLOCK_COLUMNS, inputs)
-        errors = torch.empty(batch, end - begin, outputs, dtype=wt.dtype, device=wt.device)
-        # Each column collects the errors of the block's earlier columns. Spreading each error over the rest of the
-        # block at once would write as much as this reads.
-        feedback = upper[:, begin:end, begin:end].transpose(1, 2).contiguous()
-        for j in range(end - begin):
-            column = begin + j
-            w_BO = wt[:, column]
-            if j:
-                w_BO = torch.baddbmm(w_BO[:, None], feedback[:, j, None, :j], errors[:, :j], alpha=-1)[:, 0]
-            scale = scale_BGO[each, group_BI[:, column]]
-            zero = None if zero_BGO is None else zero_BGO[each, group_BI[:, column]]
-            codes = round_codes(w_BO, scale, zero, scheme)
-            codes_t[:, column] = codes.to(torch.int8)
-            value = (codes if zero is None else codes - zero) * scale
-            errors[:, j] = (w_BO - value) / upper[:, column, column, None]
+        own = upper[:, begin:end, begin:end]
+        block = _Block(wt[:, begin:end], own, scale_BGO, zero_BGO, group_BI[:, begin:end])
+        kernels = kernels_for(wt)
+        if kernels is None:
+            codes_t[:, begin:end], errors = _round_block(block, scheme)
+        else:
+            limits = (scheme.code_min, scheme.code_max)
+            codes_t[:, begin:end], errors = kernels.gptq_block(
+                block.wt_BCO, own, scale_BGO, zero_BGO, block.group_BC, limits
+            )
         if end < inputs:
             wt[:, end:].baddbmm_(upper[:, begin:end, end:].transpose(1, 2), errors, alpha=-1)
     codes_BOI = torch.empty(w_BOI.shape, dtype=torch.int8, device=w_BOI.device)
     back = torch.argsort(order_BI, dim=-1)
     codes_BOI.copy_(codes_t[each[:, None], back].transpose(1, 2))
     return QuantizedWeight(codes_BOI, scale_BOG, zero_int(zero_BOG), scheme)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some columns in the order in which they are rounded, and what rounding them needs; C columns."""
+
+    wt_BCO: torch.Tensor
+    upper_BCC: torch.Tensor
+    scale_BGO: torch.Tensor
+    zero_BGO: torch.Tensor | None
+    # The group of each column.
+    group_BC: torch.Tensor
+
+
+def _round_block(block: _Block, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes int8, errors) [B, C, O], column by column.
+
+    Each column collects the errors of the earlier ones. Spreading each error over the later ones at once, as the kernel
+    does in registers, would write as much as this reads.
+    """
+    wt = block.wt_BCO
+    each = torch.arange(len(wt), device=wt.device)
+    errors, codes_t = torch.empty_like(wt), torch.empty(wt.shape, dtype=torch.int8, device=wt.device)
+    feedback = block.upper_BCC.transpose(1, 2).contiguous()
+    for j in range(wt.shape[1]):
+        w_BO = wt[:, j]
+        if j:
+            w_BO = torch.baddbmm(w_BO[:, None], feedback[:, j, None, :j], errors[:, :j], alpha=-1)[:, 0]
+        scale = block.scale_BGO[each, block.group_BC[:, j]]
+        zero = None if block.zero_BGO is None else block.zero_BGO[each, block.group_BC[:, j]]
+        codes = round_codes(w_BO, scale, zero, scheme)
+        codes_t[:, j] = codes.to(torch.int8)
+        value = (codes if zero is None else codes - zero) * scale
+        errors[:, j] = (w_BO - value) / block.upper_BCC[:, j, j, None]
+    return codes_t, errors

@@ -10,11 +10,13 @@ import torch
 
 from ..core.quantized_weight import QuantizedWeight
 from ..core.scheme import Scheme
+from .card import kernels_for
 
 # The search tries these multiples of absmax / 8. 8/7 = 1.143 clips nothing. Below 0.6, more than a third of the range
 # is clipped, which never won on trained weights. 36 steps of 0.016: a finer grid changed the demo's KL by under 1 %.
 SEARCH_STEPS = 36
 SEARCH_LOW, SEARCH_HIGH = 0.6, 1.16
+MULTIPLES: list[float] = torch.linspace(SEARCH_LOW, SEARCH_HIGH, SEARCH_STEPS).tolist()
 # On a CPU the search takes 2^18 values (1 MB) at a time, so that its temporaries stay in the cache.
 SEARCH_ELEMENTS = 2**18
 # The scale of a group of zeros, whose codes are zero; it avoids a division by zero. It is the least normal fp16 number,
@@ -79,6 +81,14 @@ def searched_scales(
         turned_BOI = (w_BOI.unflatten(-1, (scheme.groups(w_BOI.shape[-1]), -1)) * sign_BOG.unsqueeze(-1)).flatten(-2)
         scale, _ = searched_scales(turned_BOI, importance_BI, scheme, dtype)
         return scale * sign_BOG.to(dtype), None
+    kernels = kernels_for(w_BOI)
+    if kernels is not None and dtype in kernels.STORED and scheme.width(w_BOI.shape[-1]) <= kernels.WIDEST_GROUP:
+        multiples = torch.tensor(MULTIPLES, device=w_BOI.device)
+        limits, count = (scheme.code_min, scheme.code_max), scheme.groups(w_BOI.shape[-1])
+        scale, zero = kernels.searched_scales(
+            w_BOI, importance_BI, multiples, limits, count, TINY_SCALE, dtype, scheme.symmetric
+        )
+        return scale, None if scheme.symmetric else zero
     parts = []
     step = max(1, SEARCH_ELEMENTS // w_BOI.shape[-1]) if w_BOI.device.type == "cpu" else w_BOI.shape[1]
     for w_OI, d_I in zip(w_BOI, importance_BI, strict=True):
@@ -98,7 +108,7 @@ def _search(
     best_scale, best_zero = absmax_scales(w_OI, scheme, dtype)
     peak = w_OGg.abs().amax(-1) / -scheme.code_min
     low, high = w_OGg.amin(-1).clamp_max(0), w_OGg.amax(-1).clamp_min(0)
-    for multiple in torch.linspace(SEARCH_LOW, SEARCH_HIGH, SEARCH_STEPS).tolist():
+    for multiple in MULTIPLES:
         if scheme.symmetric:
             scale, zero = _stored(peak * multiple, dtype), None
         else:

@@ -16,6 +16,8 @@ Shape legend: B experts, O outputs, I inputs, G groups; t marks a transposed mat
 import torch
 
 from ..core.quantized_weight import QuantizedWeight
+from ..core.scheme import Scheme
+from .card import kernels_for
 from .gptq import BLOCK_COLUMNS
 from .grid import TINY_SCALE, round_codes
 
@@ -59,22 +61,49 @@ def _sweep(
 ) -> None:
     """One pass of coordinate descent over all columns. Changes codes and gradient in place."""
     inputs, group = codes_t.shape[1], weight.scheme.width(codes_t.shape[1])
+    kernels = kernels_for(gradient_t)
     for begin in range(0, inputs, BLOCK_COLUMNS):
-        end = min(begin + BLOCK_COLUMNS, inputs)
-        moves = torch.empty_like(gradient_t[:, begin:end])
-        for j in range(end - begin):
-            column = begin + j
-            scale = scale_BGO[:, column // group]
-            zero = None if zero_BGO is None else zero_BGO[:, column // group]
-            old = codes_t[:, column]
-            value = (old if zero is None else old - zero) * scale
-            slope = gradient_t[:, column]
-            if j:
-                past = moment_BII[:, column, None, begin:column]
-                slope = torch.baddbmm(slope[:, None], past, moves[:, :j], alpha=-1)[:, 0]
-            best = value + slope / moment_BII[:, column, column, None]
-            new = round_codes(best, scale, zero, weight.scheme)
-            move = (new - old) * scale
-            codes_t[:, column] = new
-            moves[:, j] = move
-        gradient_t.baddbmm_(moment_BII[:, :, begin:end], moves, alpha=-1)
+        columns = slice(begin, min(begin + BLOCK_COLUMNS, inputs))
+        own, scheme = moment_BII[:, columns, columns], weight.scheme
+        if kernels is None:
+            moves = _sweep_block(codes_t, scale_BGO, zero_BGO, gradient_t, own, columns, scheme)
+        else:
+            moves = kernels.sweep_block(
+                codes_t[:, columns],
+                scale_BGO,
+                zero_BGO,
+                gradient_t[:, columns],
+                own,
+                begin,
+                group,
+                (scheme.code_min, scheme.code_max),
+            )
+        gradient_t.baddbmm_(moment_BII[:, :, columns], moves, alpha=-1)
+
+
+def _sweep_block(
+    codes_t: torch.Tensor,
+    scale_BGO: torch.Tensor,
+    zero_BGO: torch.Tensor | None,
+    gradient_t: torch.Tensor,
+    own_BCC: torch.Tensor,
+    columns: slice,
+    scheme: Scheme,
+) -> torch.Tensor:
+    """The moves [B, C, O] of the columns of a block, in turn. Changes codes in place. `own_BCC`: their own moment."""
+    group = scheme.width(codes_t.shape[1])
+    moves = torch.empty_like(gradient_t[:, columns])
+    for j in range(moves.shape[1]):
+        column = columns.start + j
+        scale = scale_BGO[:, column // group]
+        zero = None if zero_BGO is None else zero_BGO[:, column // group]
+        old = codes_t[:, column]
+        value = (old if zero is None else old - zero) * scale
+        slope = gradient_t[:, column]
+        if j:
+            slope = torch.baddbmm(slope[:, None], own_BCC[:, j, None, :j], moves[:, :j], alpha=-1)[:, 0]
+        best = value + slope / own_BCC[:, j, j, None]
+        new = round_codes(best, scale, zero, scheme)
+        moves[:, j] = (new - old) * scale
+        codes_t[:, column] = new
+    return moves

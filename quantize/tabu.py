@@ -15,6 +15,7 @@ import torch
 
 from ..core.quantized_weight import QuantizedWeight
 from ..core.scheme import Scheme
+from .card import kernels_for
 from .gptq import BLOCK_COLUMNS
 
 # Passes over all stretches, with a round of refinement after each.
@@ -61,6 +62,13 @@ def _search(
     scheme: Scheme,
 ) -> torch.Tensor:
     """The steps [B, O, C] that each code has moved at the best point that its row passed."""
+    square_BOC = step_BOC.square() * moment_BCC.diagonal(dim1=-2, dim2=-1)[:, None]
+    gain_BO = LEAST_GAIN * square_BOC.mean(-1)
+    kernels = kernels_for(step_BOC)
+    if kernels is not None:
+        code, slope = codes_BOC.to(step_BOC.dtype).contiguous(), 2 * step_BOC * slope_BOC
+        limits = (scheme.code_min, scheme.code_max)
+        return kernels.tabu_steps(code, step_BOC, slope, square_BOC, gain_BO, moment_BCC, moves, TENURE, limits)
     batch, outputs, columns = codes_BOC.shape
     rows, device = batch * outputs, codes_BOC.device
     code, step = codes_BOC.to(step_BOC.dtype).flatten(0, 1), step_BOC.flatten(0, 1)
@@ -68,10 +76,9 @@ def _search(
     first_N1 = (torch.arange(batch, device=device) * columns).repeat_interleave(outputs)[:, None]
     # One step up costs `up - slope`, one step down `down + slope`; it costs infinity at the ends of the range.
     slope, double = 2 * step * slope_BOC.flatten(0, 1), 2 * step
-    square = (step_BOC.square() * moment_BCC.diagonal(dim1=-2, dim2=-1)[:, None]).flatten(0, 1)
+    square, gain_N1 = square_BOC.flatten(0, 1), gain_BO.view(-1, 1)
     up = square.masked_fill(code >= scheme.code_max, torch.inf)
     down = square.masked_fill(code <= scheme.code_min, torch.inf)
-    gain_N1 = LEAST_GAIN * square.mean(1, keepdim=True)
     rise, cost_NC = torch.empty_like(slope), torch.empty_like(slope)
     now_N1 = best_N1 = step.new_zeros(rows, 1)  # change of J since the start
     best_at_N1 = torch.zeros(rows, 1, dtype=torch.long, device=device)

@@ -14,6 +14,8 @@ from typing import Any
 # Before torch is imported: tests share a small machine, and a forked child must not meet a thread pool.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Before triton is imported: kernels are interpreted (test_kernels.py).
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 from click.testing import Result
