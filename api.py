@@ -52,6 +52,8 @@ class QuantizeOptions(TypedDict, total=False):
     evaluation: AnyPath
     # Prices that `onecard pareto` wrote, for recipes with bits: fit.
     prices: AnyPath
+    # Take the weights alone, although an adapter lies beside them.
+    without_adapter: bool
     # bits: fit, with this budget of files in decimal GB.
     budget_gb: float
     # False: show progress on stderr.
@@ -101,6 +103,7 @@ def quantize(model: AnyPath, out: AnyPath, recipe: AnyRecipe, **options: Unpack[
             calibration=_path(options.get("calibration")),
             evaluation=_path(options.get("evaluation")),
             prices=prices,
+            without_adapter=options.get("without_adapter", False),
         ),
         quiet=options.get("quiet", True),
     )
@@ -199,14 +202,24 @@ def export(
     *,
     overwrite: bool = False,
     dry_run: bool = False,
+    without_adapter: bool = False,
     quiet: bool = True,
 ) -> Exported:
     """Write `checkpoint` anew in another format, from its own integer codes: nothing is quantized again.
 
+    `without_adapter` takes the weights alone, although an adapter lies beside them.
     Raises InputError with every reason why the format cannot hold it, before anything is written; ResourceError.
     """
     with Progress(f"onecard export {checkpoint}", 1, None, quiet) as progress:
-        return run_export(str(checkpoint), format, Path(out), progress, overwrite=overwrite, dry_run=dry_run)
+        return run_export(
+            str(checkpoint),
+            format,
+            Path(out),
+            progress,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            without_adapter=without_adapter,
+        )
 
 
 def check(checkpoint: AnyPath) -> Checked:

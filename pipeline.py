@@ -27,11 +27,12 @@ from .calibration.texts import RunTexts, prepare_texts
 from .checkpoint import files
 from .checkpoint.assign import plan_for
 from .checkpoint.checksums import write_sums
-from .checkpoint.emit import clear_checkpoint, emitted_before, side_files_digest
+from .checkpoint.emit import clear_checkpoint, emitted_before
 from .checkpoint.formats.shard_formats import SHARD_FORMATS
 from .checkpoint.model import Model, open_source
 from .checkpoint.paths import check_paths, check_space, occupied
-from .checkpoint.source_checks import refuse_nonfinite
+from .checkpoint.side_files import refuse_adapter, side_files_digest
+from .checkpoint.source_checks import refuse_nonfinite, zero_matrices
 from .checkpoint.workdir import WorkDir, has_run, kept_identity, read_json, refuse_resumed
 from .conversion.run_output import config_of_run, planned_files, weight_bytes
 from .core.device import Compute, choose_compute
@@ -52,7 +53,7 @@ from .planner.work import MethodCosts, RunWork, Tokens
 from .recipe import Recipe
 from .report.progress import Progress
 from .report.resources import package_versions
-from .stages import RECORD, Run, StageJob, finished_blocks, finished_shards, stages_of
+from .stages import RECORD, ZEROS, Run, StageJob, finished_blocks, finished_shards, stages_of
 
 PRICES = "prices.json"
 
@@ -69,6 +70,8 @@ class Options:
     calibration: Path | None = None
     evaluation: Path | None = None
     prices: Path | None = None
+    # Quantize the weights alone, although an adapter lies beside them.
+    without_adapter: bool = False
 
 
 def quantize(
@@ -131,6 +134,7 @@ def _prepared(model_name: str, out: Path, recipe: Recipe, options: Options) -> t
     began = time.monotonic()
     compute = choose_compute(options.device_name, recipe.compute_dtype, recipe.batch_tokens)
     model = open_source(model_name)
+    refuse_adapter(model.path, options.without_adapter)
     plan = plan_for(model, recipe)
     planned = planned_files(model, plan, recipe.format)
     fits = recipe.widths.bits == "fit"
@@ -288,10 +292,11 @@ def _carried_out(run: Run, walk: Walk, workdir: WorkDir, progress: Progress) -> 
     if not workdir.done:
         progress.begin("check weights")
         try:
-            refuse_nonfinite(run.model.folder, run.model.name)
+            suspects = refuse_nonfinite(run.model.folder, run.model.name)
         except InputError:
             workdir.remove()
             raise
+        files.write_json(workdir.path / ZEROS, zero_matrices(run.adapter, run.model.source, suspects))
     workdir.refuse_damaged(finished_shards(run.plan, stages[: workdir.done]), run.out)
     run = replace(run, texts=balanced(run.texts, walk, run.recipe, workdir.path))
     job = StageJob(run, walk, workdir, progress)

@@ -19,7 +19,7 @@ from .blocks.streams import QUANTIZED, REFERENCE
 from .calibration.texts import RunTexts
 from .calibration.tokens import Encoder
 from .checkpoint import files
-from .checkpoint.emit import ShardWriter, written_files
+from .checkpoint.emit import ShardWriter, emission_warnings, written_files
 from .checkpoint.formats.shard_formats import SHARD_FORMATS
 from .checkpoint.model import Model, open_written
 from .checkpoint.plan import Plan
@@ -47,6 +47,8 @@ from .report.progress import Progress
 from .report.resources import package_versions
 
 RECORD = "record.json"
+# The matrices that are all zeros in the source.
+ZEROS = "zeros.json"
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,10 @@ class Run:
             versions=package_versions(),
             identity=self.identity,
             files=self.files,
-            warnings=self.adapter.faults(self.model.config) + self.model.warnings + self.texts.warnings,
+            warnings=self.adapter.faults(self.model.config)
+            + self.model.warnings
+            + emission_warnings(self.model.path, self.model.folder.shards)
+            + self.texts.warnings,
         )
 
 
@@ -210,6 +215,9 @@ def verify(job: StageJob) -> None:
     """The twin walk over source and emitted files. The record is complete after it."""
     run = job.run
     record = run.new_record()
+    zeros = job.workdir.path / ZEROS
+    if zeros.exists():  # an older onecard may have begun the run
+        record.model = record.model.model_copy(update={"zero_matrices": tuple(read_json(zeros))})
     record.blocks = finished_blocks(job, stages_of(run.adapter.n_blocks)[: job.workdir.done])
     record.fallbacks = coverage_facts(record.blocks, run.recipe.texts.warn_below_expert_rows)
     record.warnings += coverage_warning(record.fallbacks, run.recipe.texts.warn_below_expert_rows)

@@ -6,17 +6,20 @@ A folder is the user's own, or a data set as the hub gives it: files of several 
     other splits   a file that is named after another split than the wanted one: data/test-00000-of-00001.parquet,
                    train.jsonl, validation/part.jsonl. A file that names no split counts as train. Of plain texts only
                    test.txt and the like are of a split: a page called test/drive.txt or testing.md is not
-    papers         README, LICENSE and the like beside data files; dataset_info.json and other papers of the library
+    papers         README, LICENSE and the like beside data files; dataset_info.json and others that are one JSON object
+                   about the data
     hidden         whatever begins with a dot; not even named
 """
 
+import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from ..core.errors import InputError
-from .read_text import PACKED, text_stem, text_suffix
+from .columns import CONVERSATIONS
+from .read_text import PACKED, read_text, text_stem, text_suffix
 
 JSON_LINES, PARQUET, PLAIN = (".jsonl", ".ndjson", ".json"), (".parquet",), (".txt", ".md")
 SUFFIXES = (*JSON_LINES, *PARQUET, *PLAIN)
@@ -35,7 +38,6 @@ _SPLIT_WORDS = {
     "dev": "validation",
 }
 _SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}$")
-_LIBRARY_PAPERS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _PAPERS = ("readme", "license", "licence", "copying", "notice", "citation", "changelog", "contributing", "authors")
 # So many names are recorded and shown; the others are counted.
 MOST_NAMES = 20
@@ -45,6 +47,17 @@ def is_text(path: Path) -> bool:
     """Whether a file is of a kind that can be read, by its name."""
     packed = path.suffix.lower() in PACKED
     return text_suffix(path) in SUFFIXES and not (packed and text_suffix(path) in PARQUET)
+
+
+def _is_one_object(path: Path) -> bool:
+    """Whether a .json file is one object that is no row of texts: dataset_info.json, state.json, statistics."""
+    if text_suffix(path) != ".json":
+        return False
+    try:
+        value = json.loads(read_text(path))
+    except (InputError, ValueError, RecursionError):  # lines of JSON, or what will be refused when it is read
+        return False
+    return isinstance(value, dict) and not value.keys() & {"text", *CONVERSATIONS}
 
 
 def split_of(path: Path) -> tuple[str, str]:
@@ -77,7 +90,7 @@ class TextFolder:
 
     @cached_property
     def _texts(self) -> list[Path]:
-        texts = [p for p in self._files if is_text(p) and p.name.lower() not in _LIBRARY_PAPERS]
+        texts = [p for p in self._files if is_text(p) and not _is_one_object(self.path / p)]
         if any(text_suffix(p) not in PLAIN for p in texts):
             texts = [p for p in texts if text_suffix(p) not in PLAIN or p.name.split(".")[0].lower() not in _PAPERS]
         return texts

@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.text import Text
 
 from ..checkpoint import files
-from ..checkpoint.emit import side_files_digest
 from ..checkpoint.loading import load_with_transformers
 from ..checkpoint.model import Model, open_source
+from ..checkpoint.side_files import side_files_digest
 from ..checkpoint.source_checks import refuse_nonfinite
 from ..core.device import Compute, choose_compute
 from ..core.errors import InputError

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ..core.errors import InputError, ResourceError, input_error
+from ..core.file_names import is_own_name
 from . import files
 
 SUMS_NAME = "SHA256SUMS"
@@ -55,7 +56,7 @@ def read_sums(path: Path) -> dict[str, str]:
         name = found[3]
         if found[1]:
             name = re.sub(r"\\([\\nr])", lambda m: {"\\": "\\", "n": "\n", "r": "\r"}[m[1]], name)
-        if "/" in name or name in (".", ".."):
+        if not is_own_name(name):
             problems.append(f"line {number} names {name!r}, which is no file of the folder")
         elif name in digests:
             problems.append(f"line {number} names {name} for the second time")

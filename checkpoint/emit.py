@@ -1,13 +1,12 @@
 """Writing a checkpoint: shards, each as soon as its last tensor is there, and the side files copied from the source."""
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 
 from ..core.errors import InputError
-from ..core.file_names import RECORD_NAME
+from ..core.file_names import RECORD_NAME, TEMPLATE_FOLDER
 from ..core.layout import (
     CARD_MARK,
     CARD_NAME,
@@ -23,16 +22,16 @@ from ..core.tensors import DTYPE_NAMES
 from . import files
 from .checksums import SUMS_NAME
 from .safetensors_header import read_header
+from .side_files import left_behind, side_files
 from .source import INDEX_NAME
 
-# A checkpoint's files other than weights: tokenizer, processor, templates, generation config, licences.
-CARRIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 WRITTEN = ("config.json", RECORD_NAME, SUMS_NAME)
 # GPTQ's own copy of its config block, which would be wrong beside weights in another format.
 GPTQ_CONFIG = "quantize_config.json"
 # What is copied at a time when files are joined.
 COPY_BYTES = 2**24
-NOT_CARRIED = (*WRITTEN, INDEX_NAME, GPTQ_CONFIG)
+# Files of a source that have a counterpart of their own in what is emitted.
+REPLACED = (*WRITTEN, INDEX_NAME, GPTQ_CONFIG, CARD_NAME)
 
 
 class ShardWriter:
@@ -92,28 +91,14 @@ def join_shards(pieces: Iterable[Path], tensors: Iterable[StoredTensor], target:
     assert target.stat().st_size == file_bytes(ordered), target
 
 
-def _side_files(source: Path) -> list[Path]:
-    found = {path for pattern in CARRIED for path in source.glob(pattern)}
-    return sorted(path for path in found if path.is_file() and path.name not in NOT_CARRIED)
-
-
-def carry_side_files(source: Path, out: Path) -> None:
-    """Copy the source's side files."""
-    for path in _side_files(source):
-        files.write_bytes(out / path.name, path.read_bytes())
-
-
-def side_files_digest(source: Path) -> str:
-    """SHA-256 over names and contents of the files that `carry_side_files` copies."""
-    sha = hashlib.sha256()
-    for path in _side_files(source):
-        sha.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
-    return sha.hexdigest()
-
-
 def written_files(weights: Iterable[str], source: Path) -> list[str]:
     """The names of all files of an OUT. `weights`: the files of weights and their index."""
-    return sorted({*WRITTEN, *weights, *(path.name for path in _side_files(source))})
+    return sorted({*WRITTEN, *weights, *side_files(source)})
+
+
+def emission_warnings(source: Path, shards: Iterable[Path]) -> list[str]:
+    """What a user should know of the files in `source` that are not carried. `shards`: those of its weights."""
+    return left_behind(source, {*REPLACED, *(shard.name for shard in shards)})
 
 
 def emitted_before(out: Path) -> list[str] | None:
@@ -139,10 +124,14 @@ def clear_checkpoint(out: Path) -> None:
         return
     if CARD_MARK.encode() in _bytes(out / CARD_NAME):
         names.append(CARD_NAME)
+    templates = out / TEMPLATE_FOLDER
     for name in ("config.json", *(name for name in names if name != RECORD_NAME), RECORD_NAME):
         for path in (out / name, out / (name + TEMPORARY)):  # a kill may have left the file half-written
-            if path.is_file() or path.is_symlink():
+            led_out = path.parent == templates and templates.is_symlink()
+            if (path.is_file() or path.is_symlink()) and not led_out:
                 path.unlink()
+    if templates.is_dir() and not any(templates.iterdir()) and not templates.is_symlink():
+        templates.rmdir()
 
 
 def _bytes(path: Path) -> bytes:

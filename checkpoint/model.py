@@ -23,22 +23,12 @@ from .gguf.read import holds_gguf, open_gguf
 from .packed import PackedSource, open_packed
 from .provenance import hub_origin, source_card
 from .remote import hub_error, open_remote
+from .side_files import CARRIED, adapter_warnings
 from .source import Folder, open_folder
 from .source_checks import check_shapes, refuse_untied_copy
 
 # The files to fetch from the hub: no pickles, no code.
-HUB_PATTERNS = [
-    "*.safetensors",
-    "README.md",
-    "*.json",
-    "*.jinja",
-    "*.txt",
-    "*.model",
-    "LICENSE*",
-    "LICENCE*",
-    "NOTICE*",
-    "USE_POLICY*",
-]
+HUB_PATTERNS = ["*.safetensors", "README.md", "*.json", *CARRIED]
 
 
 @dataclass(frozen=True)
@@ -68,7 +58,7 @@ class Model:
     def warnings(self) -> list[str]:
         """What a measurement of these files does not cover."""
         found = [*self.source.warnings] if isinstance(self.source, PackedSource) else []
-        found += self.adapter.aside_warnings(self.source.names)
+        found += self.adapter.aside_warnings(self.source.names) + adapter_warnings(self.path)
         return [f"{self.name}: {warning}" for warning in found]
 
     @property

@@ -1,7 +1,7 @@
 """What is wrong with the tensors of a checkpoint folder: first their layout from headers, then every value, read once.
 
 A packed weight must have all its parts, in the shapes that its scheme and config.json require. A plain tensor must have
-the promised shape. All floats must be finite, and no matrix may be all zeros: an expert of zeros loads, runs and
+the promised shape. All floats must be finite, and a matrix of zeros is told: an expert of zeros loads, runs and
 answers. A damaged tensor raises nothing; each problem is one line, so that a report can list them all.
 """
 
@@ -116,22 +116,33 @@ def shape_problems(stored: Stored, expected: Shapes, left_aside: Collection[str]
         yield f"{name} is in the folder and config.json knows no such tensor"
 
 
-def value_problems(folder: Folder, stored: Stored, expected: Shapes) -> Iterator[str]:
+@dataclass
+class ReadValues:
+    """What reading every value found: a line for each problem, and the names of what is all zeros, which only somebody
+    who knows the original can judge. `X[3]` is the matrix of expert 3 in the fused tensor X."""
+
+    problems: list[str] = field(default_factory=list)
+    zeros: list[str] = field(default_factory=list)
+
+
+def read_values(folder: Folder, stored: Stored, expected: Shapes) -> ReadValues:
     """Read every tensor, in the order of the files: non-finite values, zeros, and wrong stored shapes."""
+    found = ReadValues()
     for name in sorted(folder.infos, key=lambda n: (folder.offsets[n][0].name, folder.offsets[n][1])):
         module, _, leaf = name.rpartition(".")
         if leaf == ct.SHAPE and module in stored.schemes:
             said = folder.get(name).tolist()
             if tuple(said) != expected[f"{module}.weight"]:
-                yield f"{name} says {said}, and config.json {list(expected[f'{module}.weight'])}"
+                found.problems.append(f"{name} says {said}, and config.json {list(expected[f'{module}.weight'])}")
         elif leaf == ct.PACKED and module in stored.schemes:
             if _zero_codes(folder, module, stored.schemes[module]):
-                yield f"{module} is all zeros"
+                found.zeros.append(module)
         elif TORCH_DTYPES[folder.infos[name].dtype].is_floating_point:
-            yield from _float_problems(folder, name, is_scale=leaf == ct.SCALE)
+            _read_floats(folder, name, found, is_scale=leaf == ct.SCALE)
+    return found
 
 
-def _float_problems(folder: Folder, name: str, is_scale: bool) -> Iterator[str]:
+def _read_floats(folder: Folder, name: str, found: ReadValues, is_scale: bool) -> None:
     """NaN, Inf, and matrices or scales that are all zeros. Fused experts are a stack of matrices, tested one by one."""
     shape = folder.infos[name].shape
     stacked = len(shape) == 3
@@ -148,11 +159,11 @@ def _float_problems(folder: Folder, name: str, is_scale: bool) -> Iterator[str]:
             inf += int(torch.isinf(values).sum())
         zero += [first + i for i in (sums == 0).nonzero().flatten().tolist() if not matrices[i].any()]
     if nan or inf:
-        yield f"{name} holds {nan} NaN, {inf} Inf"
+        found.problems.append(f"{name} holds {nan} NaN, {inf} Inf")
     if stacked:
-        yield from (f"{name}[{index}] is all zeros" for index in zero)
+        found.zeros += [f"{name}[{index}]" for index in zero]
     elif (len(shape) > 1 or is_scale) and seen and len(zero) == seen:
-        yield f"{name} is all zeros"
+        found.zeros.append(name)
 
 
 def _zero_codes(folder: Folder, module: str, scheme: Scheme) -> bool:

@@ -1,13 +1,14 @@
 """Checks of a checkpoint's tensors: names and shapes against config.json, and every value finite."""
 
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..core.errors import InputError, input_error
 from ..core.tensors import TORCH_DTYPES, TensorSource
-from ..models.adapter import Adapter
+from ..models.adapter import Adapter, read
 from .source import Folder
 
 
@@ -64,15 +65,38 @@ def refuse_untied_copy(folder: Folder, adapter: Adapter) -> None:
         )
 
 
-def refuse_nonfinite(folder: Folder, name: str) -> None:
+@dataclass
+class Values:
+    """What the values of a stored tensor show."""
+
+    nan: int = 0
+    inf: int = 0
+    # Whether a whole matrix in it may be all zeros; a matrix can be half of an expert's slice of a fused tensor.
+    maybe_zeros: bool = False
+
+
+def refuse_nonfinite(folder: Folder, name: str) -> set[str]:
     """Read every weight once and refuse NaN and Inf, which all later steps would carry on silently.
 
-    Raises InputError.
+    Returns the stored tensors that may hold matrices of zeros. Raises InputError.
     """
-    found = {tensor: nonfinite(folder, tensor) for tensor in folder.names}
-    problems = [f"{tensor} holds {what}" for tensor, what in found.items() if what]
+    found = {tensor: _values(folder, tensor) for tensor in folder.names}
+    problems = [
+        f"{tensor} holds {values.nan} NaN, {values.inf} Inf"
+        for tensor, values in found.items()
+        if values.nan or values.inf
+    ]
     if problems:
         raise input_error(f"{name} holds non-finite values:", problems, "The checkpoint is damaged: fetch it again.")
+    return {tensor for tensor, values in found.items() if values.maybe_zeros}
+
+
+def zero_matrices(adapter: Adapter, source: TensorSource, suspects: Collection[str]) -> list[str]:
+    """The canonical matrices that are all zeros. `suspects`: the stored tensors that `refuse_nonfinite` names."""
+    places = {name: adapter.locate(name, source.names).tensor for name in adapter.expected()} if suspects else {}
+    return sorted(
+        name for name, tensor in places.items() if tensor in suspects and not read(adapter, source, name).any()
+    )
 
 
 def pieces(folder: Folder, name: str) -> Iterator[tuple[int, torch.Tensor]]:
@@ -87,15 +111,22 @@ def pieces(folder: Folder, name: str) -> Iterator[tuple[int, torch.Tensor]]:
         yield start, folder.get(name, (slice(start, start + rows),))
 
 
-def nonfinite(folder: Folder, name: str) -> str | None:
-    """'3 NaN, 1 Inf' when the tensor holds non-finite values, otherwise None."""
+def _values(folder: Folder, name: str) -> Values:
+    """Read a tensor once."""
+    found, shape = Values(), folder.infos[name].shape
     if not TORCH_DTYPES[folder.infos[name].dtype].is_floating_point:
-        return None
-    nan = inf = 0
+        return found
+    anything = False
     for _, stored in pieces(folder, name):
         part = stored.float() if stored.dtype.itemsize == 1 else stored  # torch has no isinf for fp8
+        total = part.sum(dtype=torch.float64)
         # A sum of finite bf16 values in fp64 is finite, so one cheap pass is usually enough.
-        if not torch.isfinite(part.sum(dtype=torch.float64)):
-            nan += int(torch.isnan(part).sum())
-            inf += int(torch.isinf(part).sum())
-    return f"{nan} NaN, {inf} Inf" if nan or inf else None
+        if not torch.isfinite(total):
+            found.nan += int(torch.isnan(part).sum())
+            found.inf += int(torch.isinf(part).sum())
+        anything = anything or bool(total != 0) or bool(part.any())
+        if len(shape) == 3:
+            filled = part.flatten(1).count_nonzero(1)
+            found.maybe_zeros |= bool((2 * filled <= part[0].numel()).any())
+    found.maybe_zeros |= len(shape) > 1 and not anything
+    return found

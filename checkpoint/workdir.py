@@ -4,6 +4,7 @@
                               OUT that may be cleared, and the OUT that files have begun to move to
     lock                      held with flock by the live run; the system frees it however the run ends
     acts/NNNN/STREAM-KKKKK.safetensors   hidden rows that enter block NNNN, one file per batch
+    zeros.json                the matrices that are all zeros in the source
     shards/                   finished shards of the checkpoint
     blocks/NNNN.json          the record's entry for a finished block
 

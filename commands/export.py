@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from ..conversion.names import FORMAT_NAMES
-from .options import FormatName, model_argument
+from .options import FormatName, model_argument, without_adapter_option
 from .shared import make_console, print_json, verb
 
 
@@ -22,8 +22,9 @@ from .shared import make_console, print_json, verb
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The folder to write.")
 @click.option("--overwrite", is_flag=True, help="Replace what onecard wrote to OUT before.")
 @click.option("--dry-run", is_flag=True, help="List the files with their exact sizes, and write nothing.")
+@without_adapter_option()
 @verb
-def export(checkpoint: str, format_name: str, out: Path, overwrite: bool, dry_run: bool) -> None:
+def export(checkpoint: str, format_name: str, out: Path, overwrite: bool, dry_run: bool, without_adapter: bool) -> None:
     """Write CHECKPOINT in another format, with the same integer codes: nothing is quantized again.
 
     CHECKPOINT may come from another tool. A format that cannot hold it is refused with the reasons, before anything is
@@ -41,7 +42,15 @@ def export(checkpoint: str, format_name: str, out: Path, overwrite: bool, dry_ru
     console = make_console()
     try:
         with Progress(f"onecard export {checkpoint}", 1, console) as progress:
-            done = run(checkpoint, format_name, out, progress, overwrite=overwrite, dry_run=dry_run)
+            done = run(
+                checkpoint,
+                format_name,
+                out,
+                progress,
+                overwrite=overwrite,
+                dry_run=dry_run,
+                without_adapter=without_adapter,
+            )
     except KeyboardInterrupt:
         click.echo(f"stopped: {out} is not a checkpoint yet. The same command with --overwrite starts again.", err=True)
         sys.exit(130)

@@ -136,6 +136,12 @@ def model_argument(name: str = "model", default: str | None = None) -> Decorator
     return click.argument(name, type=ModelName(), default=default)
 
 
+def without_adapter_option() -> Decorator:
+    return click.option(
+        "--without-adapter", is_flag=True, help="Take the weights alone where an adapter is beside them."
+    )
+
+
 def recipe_option(required: bool = False, more: str = "") -> Decorator:
     """--recipe; `more` follows its help text."""
     return click.option("--recipe", type=RecipeName(), required=required, help=f"{RECIPE_HELP} {more}".strip())

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from .options import budget_option, device_option, model_argument, recipe_option, texts_option
+from .options import budget_option, device_option, model_argument, recipe_option, texts_option, without_adapter_option
 from .shared import make_console, print_json, verb
 
 
@@ -20,6 +20,7 @@ from .shared import make_console, print_json, verb
 @texts_option("calibration")
 @texts_option("evaluation")
 @click.option("--prices", type=click.Path(path_type=Path), help="Prices measured by `onecard pareto`, for bits: fit.")
+@without_adapter_option()
 @budget_option("bits: fit, with this budget of files in decimal GB.")
 @verb
 def quantize(
@@ -33,6 +34,7 @@ def quantize(
     calibration: Path | None,
     evaluation: Path | None,
     prices: Path | None,
+    without_adapter: bool,
     budget_gb: float | None,
 ) -> None:
     """Calibrate, quantize, emit and verify MODEL into the folder OUT.
@@ -77,6 +79,7 @@ def quantize(
                 calibration=calibration,
                 evaluation=evaluation,
                 prices=prices,
+                without_adapter=without_adapter,
             ),
             console=console,
         )

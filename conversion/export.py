@@ -18,10 +18,11 @@ from typing import Any
 from .. import __version__
 from ..checkpoint import files
 from ..checkpoint.checksums import write_sums
-from ..checkpoint.emit import carry_side_files, clear_checkpoint, written_files
+from ..checkpoint.emit import clear_checkpoint, emission_warnings, written_files
 from ..checkpoint.model import Model, open_model, open_written, said_name
 from ..checkpoint.packed import PackedSource
 from ..checkpoint.paths import check_paths, check_space
+from ..checkpoint.side_files import carry_side_files, refuse_adapter
 from ..checkpoint.stored_widths import stored_facts
 from ..core.errors import InputError
 from ..core.file_names import RECORD_NAME
@@ -31,7 +32,7 @@ from ..core.record.schema import CheckpointFacts, ExportFacts, ModelFacts, PlanS
 from ..core.rows import Step
 from ..core.schedule import Expected, Schedule
 from ..report.resources import package_versions, peak_rss_bytes
-from .exporters import FORMATS, Files, exporter_of, refuse_unheld
+from .exporters import FORMATS, Exporter, Files, exporter_of, refuse_unheld
 from .run_output import weight_bytes
 
 # Taking the digest of a byte takes about this share of the time of converting and writing it.
@@ -68,15 +69,24 @@ class Exported:
 
 
 def export(
-    checkpoint: str, format_name: str, out: Path, step: Step, *, overwrite: bool = False, dry_run: bool = False
+    checkpoint: str,
+    format_name: str,
+    out: Path,
+    step: Step,
+    *,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    without_adapter: bool = False,
 ) -> Exported:
-    """Write `checkpoint` into the folder `out` in a format of FORMATS.
+    """Write `checkpoint` into the folder `out` in a format of FORMATS. `without_adapter`: although an adapter lies
+    beside its weights.
 
     Raises InputError before anything is written, and ResourceError when disk or memory run out.
     """
     began = time.monotonic()
     exporter = exporter_of(format_name)
     model = open_model(checkpoint)
+    refuse_adapter(model.path, without_adapter)
     refuse_unheld(model, format_name)
     planned = exporter.plan(model)
     check_paths(out, None, model.path, False, overwrite)
@@ -84,8 +94,12 @@ def export(
         check_space(out, sum(count for _, count in planned))
         names = written_files([name for name, _ in planned], model.path)
         _write(model, format_name, out, names, planned, step)
-    warnings = exporter.warnings(model)
+    warnings = _warnings(model, exporter)
     return Exported(checkpoint, format_name, str(out), planned, dry_run, warnings, time.monotonic() - began)
+
+
+def _warnings(model: Model, exporter: Exporter) -> list[str]:
+    return exporter.warnings(model) + emission_warnings(model.path, model.folder.shards)
 
 
 def _schedule(planned: Files) -> Schedule:
@@ -113,7 +127,7 @@ def _write(model: Model, format_name: str, out: Path, names: list[str], planned:
     config = exporter.config(model)
     record = exported_record(parent, model, open_written(model, out, config), format_name)
     record.files = names
-    record.warnings = [*record.warnings, *exporter.warnings(model)]
+    record.warnings = [*record.warnings, *_warnings(model, exporter)]
     files.write_json(out / RECORD_NAME, record.to_json())
     step.begin("checksums")
     config_bytes = json_bytes(config)

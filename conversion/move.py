@@ -7,10 +7,11 @@ loads.
 from pathlib import Path
 
 from ..checkpoint import files
-from ..checkpoint.emit import carry_side_files, clear_checkpoint, join_shards
+from ..checkpoint.emit import clear_checkpoint, join_shards
 from ..checkpoint.formats.shard_formats import SHARD_FORMATS
 from ..checkpoint.model import Model
 from ..checkpoint.plan import Plan, index_files
+from ..checkpoint.side_files import carry_side_files
 from ..checkpoint.workdir import WorkDir
 from ..core.file_names import RECORD_NAME
 from ..core.rows import Step

@@ -36,6 +36,7 @@ from ..core.record.schema import CheckpointFacts, Machine, ModelFacts, PlanSumma
 from ..core.rows import Row
 from ..core.schedule import Schedule
 from ..core.units import counted
+from ..models.adapter import Adapter
 from ..models.walk import Walk
 from ..planner.schedule import verification_schedule
 from ..recipe import Recipe
@@ -202,11 +203,33 @@ def open_pair(source_name: str, checkpoint: str) -> tuple[Model, Model]:
     a, b = source.adapter, quantized.adapter
     if a.has_vision and not b.has_vision:  # a format that holds only the text model
         a = a.text_only()
-    if a.family != b.family or a.expected() != b.expected():
-        raise InputError(f"{checkpoint} is no version of {source_name}: their families or sizes differ")
+    differ = _differences(a, b)
+    if differ:
+        raise InputError(
+            f"{checkpoint} is no version of {source_name} ({differ}): name the original that it was made from"
+        )
     if source.quantized and not quantized.quantized:
         raise InputError(f"{source_name} is quantized and {checkpoint} is not: name the original first")
     return source, quantized
+
+
+def _differences(a: Adapter, b: Adapter) -> str:
+    """What two models do not share, each with its value in both; empty if one can be a version of the other."""
+    for word, ours, theirs in (
+        ("family", a.family, b.family),
+        ("vocabulary", a.vocab_size, b.vocab_size),
+        ("hidden size", a.hidden_size, b.hidden_size),
+        ("blocks", a.n_blocks, b.n_blocks),
+        ("experts", a.n_experts, b.n_experts),
+    ):
+        if ours != theirs:
+            return f"{word} {theirs} in place of {ours}"
+    ours_of, theirs_of = a.expected(), b.expected()
+    for name in sorted(ours_of.keys() | theirs_of.keys()):
+        one, other = ours_of.get(name), theirs_of.get(name)
+        if one != other:
+            return f"{name} is {list(other) if other else 'not there'} in place of {list(one) if one else 'nothing'}"
+    return ""
 
 
 def tasks_of(recipe: Recipe) -> list[Task]:

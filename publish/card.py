@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..checkpoint import files
 from ..checkpoint.inspect import inspect
+from ..checkpoint.side_files import TERMS
 from ..checkpoint.source import open_folder
 from ..core.errors import InputError, input_error
 from ..core.file_names import RECORD_NAME
@@ -18,9 +19,6 @@ from ..core.record.schema import Record
 from ..report.licence import NOTICE_LINE, NOTICE_NAME, Licence, has_notice, is_licence_file, licence_of
 from ..report.model_card import digest_of, render
 from ..report.model_card_words import CardFacts
-
-# Files that may hold terms: read as text, and published beside the weights.
-TERMS = ("LICENSE*", "LICENCE*", "NOTICE*", "Notice*", "notice*", "USE_POLICY*")
 
 
 @dataclass(frozen=True)

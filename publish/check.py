@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..checkpoint.checksums import SUMS_NAME, read_sums, sha256_file
 from ..checkpoint.gguf.read import holds_gguf, open_gguf
+from ..checkpoint.side_files import ADAPTER_FILES
 from ..checkpoint.soundness import index_problems
 from ..checkpoint.source import PICKLES, Folder, open_folder
 from ..core.errors import InputError
@@ -140,5 +141,5 @@ def _strays(path: Path, folder: Folder, sums: dict[str, str] | None) -> Iterator
     shards = {shard.name for shard in folder.shards}
     for item in sorted(path.iterdir()):
         known = item.name in shards or (sums is not None and item.name in sums)
-        if item.suffix in LOADED and not known:
+        if (item.suffix in LOADED or item.name in ADAPTER_FILES) and not known:
             yield f"{item.name} is in the folder and belongs to nothing in it"

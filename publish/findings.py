@@ -50,6 +50,14 @@ class Checked:
         )
 
 
+def listed(names: list[str]) -> str:
+    """'a is', 'a and b are', 'a, b, c and 4 more are'."""
+    if len(names) == 1:
+        return f"{names[0]} is"
+    first, rest = names[:3], len(names) - 3
+    return f"{', '.join(first)} and {rest} more are" if rest > 0 else f"{', '.join(first[:-1])} and {first[-1]} are"
+
+
 def offenders(error: InputError) -> list[str]:
     """The problems that a message lists, or the message itself."""
     listed = [line.removeprefix("  - ") for line in str(error).splitlines() if line.startswith("  - ")]

@@ -6,7 +6,7 @@ says which parts make a weight; every weight is then unpacked once, and none may
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +15,10 @@ import torch
 
 from ..checkpoint.assign import schemes_of
 from ..checkpoint.formats import compressed_tensors_config as ct_config
+from ..checkpoint.formats import compressed_tensors_write as ct
 from ..checkpoint.model import quantization_block
 from ..checkpoint.packed import READERS, PackedSource, open_packed
-from ..checkpoint.soundness import Stored, shape_problems, stored_modules, value_problems
+from ..checkpoint.soundness import Stored, read_values, shape_problems, stored_modules
 from ..checkpoint.source import Folder
 from ..checkpoint.source_checks import untied_copy
 from ..core.errors import InputError
@@ -27,7 +28,7 @@ from ..core.rows import Step
 from ..core.scheme import BY_ROW, INT8_ROWS, NF4, NF4_BLOCK, Scheme
 from ..models.adapter import Adapter, Role
 from ..recipe import recorded_recipe
-from .findings import Checked, offenders
+from .findings import Checked, listed, offenders
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,15 @@ def check_gguf(
     folder = packed.folder
     if step is not None:
         step.begin("values")
-    _unpack_all(packed, found)
+    zeros = _unpack_all(packed, found)
     if record is not None:
         found.problems += _size_problems(record, adapter, folder)
         if record.export is not None:
             widths = Counter(weight.width for weight in packed.weights.values())
             found.problems += _count_problems(widths, record.export.matrices)
-    found.problems += value_problems(folder, Stored(plain=dict(folder.infos)), {})
+    values = read_values(folder, Stored(plain=dict(folder.infos)), {})
+    found.problems += values.problems
+    _judge_zeros([*zeros, *values.zeros], adapter, packed.names, record, found)
 
 
 def check_tensors(tensors: Tensors, found: Checked, step: Step | None) -> None:
@@ -74,8 +77,12 @@ def check_tensors(tensors: Tensors, found: Checked, step: Step | None) -> None:
     if record is not None:
         found.problems += _size_problems(record, adapter, folder)
     expected: dict[str, tuple[int, ...]] = {}
+    zeros: list[str] = []
+    names = folder.names
     if block is not None and (record is None or not ours):
         read = _by_reader(folder, block, adapter, found)
+        if read is not None:
+            zeros, names = _unpack_all(read, found), read.names
         if record is None:
             found.unchecked.append("widths: only what onecard made has a plan to compare them with")
         elif tensors.export is None and read is not None:
@@ -86,7 +93,40 @@ def check_tensors(tensors: Tensors, found: Checked, step: Step | None) -> None:
     if step is not None:
         step.begin("values")
     found.problems += filter(None, [untied_copy(folder, adapter)])
-    found.problems += value_problems(folder, stored, expected)
+    values = read_values(folder, stored, expected)
+    found.problems += values.problems
+    _judge_zeros([*zeros, *values.zeros], adapter, names, record, found)
+
+
+def _judge_zeros(
+    zeros: list[str], adapter: Adapter, names: Collection[str], record: Record | None, found: Checked
+) -> None:
+    """`zeros`: modules, tensors, or matrices of fused tensors that are all zeros. A record knows which of them are so
+    in the original, as a pruned model's are; without one nobody here can tell."""
+    known = None if record is None else record.model.zero_matrices
+    if known is None:
+        if zeros:
+            found.unchecked.append(
+                f"zeros: {listed(zeros)} all zeros. Pruned models have such matrices, and so have damaged files: "
+                "`onecard verify` against the original shows which these are"
+            )
+        return
+    faithful = _faithful_zeros(adapter, names, {*known})
+    found.problems += [f"{name} is all zeros" for name in zeros if name not in faithful]
+
+
+def _faithful_zeros(adapter: Adapter, names: Collection[str], known: Collection[str]) -> set[str]:
+    """What may be all zeros, since the canonical matrices `known` are so in the original: by the names of modules, of
+    their scales, of tensors, and of matrices in fused tensors."""
+    modules = {name.removesuffix(".weight") for name in known}
+    found = modules | {f"{module}.{ct.SCALE}" for module in modules}
+    # A slice of a fused tensor may be zero if all the matrices in it are.
+    slices: dict[str, bool] = {}
+    for name in adapter.expected() if known else ():
+        where = adapter.locate(name, names)
+        key = f"{where.tensor}[{where.index[0]}]" if where.index else where.tensor
+        slices[key] = slices.get(key, True) and name in known
+    return found | {key for key, zero in slices.items() if zero}
 
 
 def _by_parts(tensors: Tensors, block: object, found: Checked) -> tuple[Stored, dict[str, tuple[int, ...]]]:
@@ -122,7 +162,6 @@ def _by_reader(folder: Folder, block: object, adapter: Adapter, found: Checked) 
         source = open_packed(folder, block)
         read_as = Stored(plain={name: source.info(name) for name in source.names})
         found.problems += shape_problems(read_as, adapter.disk_shapes(source.names), adapter.left_aside(source.names))
-        _unpack_all(source, found)
     except InputError as error:
         found.problems += offenders(error)
         return None
@@ -151,18 +190,20 @@ def _count_problems(stored: Counter[str], wanted: dict[str, int]) -> Iterator[st
             yield f"{stored[width]} matrices are stored as {width}, and {RECORD_NAME} says {wanted.get(width, 0)}"
 
 
-def _unpack_all(source: PackedSource, found: Checked) -> None:
-    """Unpack every weight that is stored in parts, once."""
+def _unpack_all(source: PackedSource, found: Checked) -> list[str]:
+    """Unpack every weight that is stored in parts, once. Returns the names of those that are all zeros."""
     found.facts["quantized_modules"] = len(source.weights)
+    zeros = []
     for name, weight in source.weights.items():
         shape = weight.info.shape
         # Fused experts are unpacked one by one.
         for index in [(i,) for i in range(shape[0])] if len(shape) == 3 else [()]:
             try:
                 if not source.dense(name, torch.float32, index).any():
-                    found.problems.append(f"{name}{list(index) or ''} is all zeros")
+                    zeros.append(f"{name}{list(index) or ''}")
             except InputError as error:
                 found.problems += offenders(error)
+    return zeros
 
 
 def _stored_as(stored: Stored, module: str) -> str:

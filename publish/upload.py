@@ -151,7 +151,8 @@ def _files(found: Publication) -> None:
         if found.drawn.notice is not None:
             sizes["NOTICE"] = sizes.get("NOTICE", 0) + len(found.drawn.notice.encode())
     found.files = dict(sorted(sizes.items()))
-    found.left = sorted(path.name for path in found.folder.iterdir() if path.name not in sizes)
+    sent = {name.partition("/")[0] for name in sizes}
+    found.left = sorted(path.name for path in found.folder.iterdir() if path.name not in sent)
 
 
 @contextmanager

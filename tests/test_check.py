@@ -70,14 +70,15 @@ def test_another_tools_folder_is_checked_for_the_rest(foreign: Path, onecard: Ca
 
 
 def test_damage_of_another_tools_folder(foreign: Path) -> None:
-    """A zeroed expert and a NaN are found."""
+    """A NaN is found, and a zeroed expert is told: whether it was pruned, only its original shows."""
     shard = holder(foreign, f"{EXPERT}.weight_packed")
     tensors = load_file(shard)
     tensors[f"{EXPERT}.weight_packed"].fill_(struct.unpack("<i", b"\x88" * 4)[0])
     norm = next(name for name in tensors if name.endswith("norm.weight"))
     tensors[norm][0] = math.nan
     save_file(tensors, shard, metadata={"format": "pt"})
-    damaged(foreign, f"{EXPERT}.weight is all zeros", f"{norm} holds 1 NaN")
+    line = damaged(foreign, f"{norm} holds 1 NaN")
+    assert [f"{EXPERT}.weight is all zeros" in what for what in line["not_checked"]].count(True) == 1
     del tensors[f"{EXPERT}.weight_scale"]
     save_file(tensors, shard, metadata={"format": "pt"})
     edit_json(foreign / "model.safetensors.index.json", lambda i: i["weight_map"].pop(f"{EXPERT}.weight_scale"))

@@ -2,6 +2,7 @@
 
 Somebody who swaps files on purpose would do so; the tensors themselves must then tell."""
 
+import json
 import math
 import shutil
 import struct
@@ -53,14 +54,18 @@ def test_an_expert_whose_codes_are_zero(folder: Path) -> None:
     damaged(folder, f"{EXPERT} is all zeros")
 
 
-def test_an_original_with_a_zeroed_expert(copied: Callable[..., Path]) -> None:
-    """Fused experts: one of a stack."""
+def test_an_original_with_a_zeroed_expert(copied: Callable[..., Path], onecard: Callable[..., Result]) -> None:
+    """Fused experts: one of a stack. Nothing says whether it was pruned or damaged, and check doesn't either."""
     model = copied("scout")
     name = "language_model.model.layers.0.feed_forward.experts.gate_up_proj"
     tensors = load_file(model / "model.safetensors")
     tensors[name][5] = 0
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    damaged(model, f"{name}[5] is all zeros")
+    result = onecard("check", model)
+    assert result.exit_code == 0, result.output
+    (said,) = [what for what in json.loads(result.stdout)["not_checked"] if what.startswith("zeros: ")]
+    assert f"{name}[5] is all zeros" in said
+    assert "onecard verify" in said
 
 
 def test_a_zeroed_expert_of_an_asymmetric_checkpoint(

@@ -47,6 +47,7 @@ def data_set(tmp_path: Path) -> Path:
         *("README.md", "LICENSE.txt", "LICENSE", ".gitattributes", ".cache/train.jsonl"),
     )
     (folder / "dataset_info.json").write_text('{\n  "features": {}\n}')
+    (folder / "statistics.json").write_text('{"rows": 4}')
     (folder / "figure.png").write_bytes(png())
     return folder
 
@@ -63,6 +64,7 @@ def test_of_a_data_set_one_split_is_read_and_the_rest_is_named(data_set: Path, w
         "LICENSE.txt",
         "README.md",
         "dataset_info.json",
+        "statistics.json",
         "1 x without a suffix",
         "1 x .png",
     ]
@@ -97,6 +99,17 @@ def test_which_files_are_read(tmp_path: Path, kind: str) -> None:
     names, which, expected = CHOICES[kind]
     folder = TextFolder(touch(tmp_path / "texts", *names), WANTED.get(which, (which,)))
     assert [path.as_posix() for path in folder.read] == (expected or names[:1])
+
+
+def test_rows_in_a_json_file_are_never_passed_over(tmp_path: Path) -> None:
+    """Also a single one; and an array is refused by its name, not left out."""
+    folder = touch(tmp_path / "texts", "a.txt")
+    (folder / "b.json").write_text('{"text": "one row"}')
+    (folder / "c.json").write_text('{"text": "two"}\n{"text": "rows"}\n')
+    assert [document.text for document in read_documents(folder)] == ["a.txt", "one row", "two", "rows"]
+    (folder / "d.json").write_text('[\n{"text": "an array"}\n]')
+    with pytest.raises(InputError, match=r"d\.json hold one JSON array"):
+        read_documents(folder)
 
 
 def test_a_split_that_is_not_there_is_refused(data_set: Path) -> None:

@@ -231,12 +231,13 @@ def test_check_finds_a_sound_file_sound(whole: Path) -> None:
 
 @pytest.mark.parametrize("what", ["nan", "zeros"])
 def test_check_finds_what_the_header_hides(copy: Path, what: str) -> None:
+    """Without a record nobody knows whether zeros are the original's: they are told, and no damage."""
     at, count = place(copy, "blk.2.ffn_down_exps.weight")
     each = count // 8
     block = np.float16("nan").tobytes() if what == "nan" else (np.float16(0).tobytes() + bytes(16)) * (each // 18)
     overwrite(copy / FILE, at + 5 * each, block)
     done = run_onecard("check", copy)
-    assert done.exit_code != 0
+    assert done.exit_code == (1 if what == "nan" else 0)
     text = done.stdout + done.stderr
     assert "model.layers.2.feed_forward.experts.5.down_proj" in text
     assert ("non-finite" if what == "nan" else "all zeros") in text

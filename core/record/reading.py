@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from ..errors import InputError, input_error
-from ..file_names import RECORD_NAME
+from ..file_names import RECORD_NAME, is_own_name
 from ..json_text import nonfinite
 from .schema import READABLE_VERSIONS, Record
 
@@ -52,7 +52,7 @@ def read_file_names(path: Path) -> list[str]:
     InputError, also for names that lead out of the folder."""
     data = _parsed(path)
     names = data.get("files") if isinstance(data, dict) else None
-    if not isinstance(names, list) or not all(isinstance(name, str) and _is_plain(name) for name in names):
+    if not isinstance(names, list) or not all(isinstance(name, str) and is_own_name(name) for name in names):
         raise InputError(f"{path} does not say which files belong to it. {WAY_OUT}")
     return names
 
@@ -89,7 +89,3 @@ def _parsed(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file} is no record: it cannot be read as JSON ({error}). {WAY_OUT}") from None
-
-
-def _is_plain(name: str) -> bool:
-    return Path(name).name == name and name != ".."

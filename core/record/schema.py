@@ -42,6 +42,8 @@ class ModelFacts(RecordPart):
     hub: HubOrigin = HubOrigin()
     card: dict[str, str | list[str]] = Field(default_factory=dict)
     config: dict[str, Any] = Field(default_factory=dict)
+    # The matrices that are all zeros in the original (a pruned model's), by canonical name. None: not known.
+    zero_matrices: Many[str] | None = None
 
 
 class ConfigField(RecordPart):
