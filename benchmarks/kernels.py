@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from onecard.quantize import kernels
+from onecard.quantize import kernels, launch
 from onecard.quantize.gptq import BLOCK_COLUMNS
 
 # Triton's wheel has two assemblers, and takes the newer one from this card on.
@@ -65,21 +65,21 @@ def built() -> list[Built]:
     columns = {"BLOCK": BLOCK_COLUMNS}
     found = []
     for zero in (False, True):
-        constants: dict[str, Any] = columns | {"HAS_ZERO": zero, "ROWS": kernels.COLUMN_ROWS}
+        constants: dict[str, Any] = columns | {"HAS_ZERO": zero, "ROWS": launch.COLUMN_ROWS}
         asymmetric = ", zero points" if zero else ""
         pointers = {"group_ptr": INT32, "codes_ptr": INT8}
         gptq = _signature(kernels.gptq_kernel, pointers, constants)
-        found.append(Built(f"gptq{asymmetric}", kernels.gptq_kernel, gptq, constants, kernels.COLUMN_WARPS))
+        found.append(Built(f"gptq{asymmetric}", kernels.gptq_kernel, gptq, constants, launch.COLUMN_WARPS))
         sweep = _signature(kernels.sweep_kernel, {}, constants)
-        found.append(Built(f"sweep{asymmetric}", kernels.sweep_kernel, sweep, constants, kernels.COLUMN_WARPS))
-    constants = columns | {"ROWS": kernels.MOVE_ROWS}
+        found.append(Built(f"sweep{asymmetric}", kernels.sweep_kernel, sweep, constants, launch.COLUMN_WARPS))
+    constants = columns | {"ROWS": launch.MOVE_ROWS}
     tabu = _signature(kernels.tabu_kernel, {}, constants)
-    found.append(Built("tabu", kernels.tabu_kernel, tabu, constants, kernels.MOVE_ROWS))
+    found.append(Built("tabu", kernels.tabu_kernel, tabu, constants, launch.MOVE_ROWS))
     for symmetric in (True, False):
-        constants = columns | {"SYMMETRIC": symmetric, "IN_BF16": True, "ROWS": kernels.SEARCH_ROWS}
+        constants = columns | {"SYMMETRIC": symmetric, "IN_BF16": True, "ROWS": launch.SEARCH_ROWS}
         search = _signature(kernels.scale_kernel, {}, constants)
         name = "scale search" if symmetric else "scale search, zero points"
-        found.append(Built(name, kernels.scale_kernel, search, constants, kernels.SEARCH_ROWS))
+        found.append(Built(name, kernels.scale_kernel, search, constants, launch.SEARCH_ROWS))
     return found
 
 
@@ -97,7 +97,7 @@ def compiled(kernel: Built, card: int) -> Limits:
         kernel.signature,
         {(kernel.function.arg_names.index(k),): v for k, v in kernel.constants.items()},
     )
-    options = {"num_warps": kernel.warps, **kernels.OPTIONS}
+    options = {"num_warps": kernel.warps, **launch.OPTIONS}
     made = triton.compile(source, target=GPUTarget("cuda", card, 32), options=options)
     ptx = made.asm["ptx"]
     target = re.search(r"\.target (\w+)", ptx)

@@ -15,7 +15,7 @@ CPU_TOO = False
 
 
 def kernels_for(x: torch.Tensor) -> ModuleType | None:
-    """kernels.py, if it computes on this tensor's device and in its dtype; None for the torch form."""
+    """launch.py, if it computes on this tensor's device and in its dtype; None for the torch form."""
     return _kernels() if (x.is_cuda or CPU_TOO) and x.dtype == torch.float32 else None
 
 
@@ -23,6 +23,6 @@ def kernels_for(x: torch.Tensor) -> ModuleType | None:
 def _kernels() -> ModuleType | None:
     """Imported on demand: Triton is not there on every machine, and loading it takes a second."""
     try:
-        return importlib.import_module(".kernels", __package__)
+        return importlib.import_module(".launch", __package__)
     except ModuleNotFoundError:
         return None
