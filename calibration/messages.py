@@ -96,7 +96,7 @@ def _with_calls(message: dict[str, Any]) -> dict[str, Any]:
         del message["function_call"]
         return message | {"tool_calls": [_call(older)]}
     if spoken and isinstance(message.get("content"), str):
-        calls = _json(message["content"])
+        calls = json_in(message["content"])
         calls = calls if isinstance(calls, list) else [calls]
         if calls and all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
             return message | {"content": "", "tool_calls": [_call(call) for call in calls]}
@@ -118,13 +118,13 @@ def _call(function: dict[str, Any]) -> dict[str, Any]:
 
 def objects(key: str, value: Any) -> list[dict[str, Any]]:
     """A list of objects, given as such or as a JSON string; null and "" are an empty list. Raises ValueError."""
-    found = _json(value) if isinstance(value, str) and value.strip() else value or []
+    found = json_in(value) if isinstance(value, str) and value.strip() else value or []
     if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
         raise ValueError(f'has "{key}" that are no list of objects, nor one as a JSON string')
     return [plain(entry, key) for entry in found]
 
 
-def _json(text: str) -> Any:
+def json_in(text: str) -> Any:
     """What a JSON text holds; None if it is none."""
     try:
         return json.loads(text)
@@ -139,7 +139,7 @@ def conversation_in(text: str, speaker: tuple[str, ...], said: tuple[str, ...]) 
     """
     if not (text.lstrip().startswith("[") and text.rstrip().endswith("]")):
         return None
-    found, words = _json(text), {*said, *BESIDE_CONTENT}
+    found, words = json_in(text), {*said, *BESIDE_CONTENT}
     if not isinstance(found, list) or not found:
         return None
     spoken = all(
