@@ -13,6 +13,7 @@ A folder is the user's own, or a data set as the hub gives it: files of several 
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,8 +38,13 @@ _SPLIT_WORDS = {
     "val": "validation",
     "dev": "validation",
 }
-_SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}$")
-_PAPERS = ("readme", "license", "licence", "copying", "notice", "citation", "changelog", "contributing", "authors")
+# train_sft-00000-of-00003, and with the digest that the hub wrote behind it: train_sft-00000-of-00003-a3ecf92756993583
+_SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?$")
+# The first words of the names of papers: README, README_zh, LICENSE-MIT.
+_PAPERS = {
+    *("readme", "license", "licence", "copying", "notice", "citation", "changelog", "contributing", "authors"),
+    *("datasheet", "requirements"),
+}
 # So many names are recorded and shown; the others are counted.
 MOST_NAMES = 20
 
@@ -75,6 +81,31 @@ def split_of(path: Path) -> tuple[str, str]:
     return (shard[1] if shard else "train"), "train"
 
 
+def _is_paper(path: Path) -> bool:
+    return re.split(r"[^a-z]+", path.name.lower())[0] in _PAPERS
+
+
+def _below(folder: Path, above: set[Path]) -> Iterator[Path]:
+    """The files in a folder and its sub-folders that are not hidden, by their paths in it; links that lead to a folder
+    `above` are not followed. Raises InputError for a folder that cannot be opened."""
+    above = above | {folder.resolve()}
+    try:
+        paths = list(folder.iterdir())
+    except OSError as error:
+        raise InputError(f"the folder {folder} cannot be read ({error.strerror})") from None
+    for path in paths:
+        if path.name.startswith("."):
+            continue
+        if not path.is_dir():
+            yield path.relative_to(folder)
+        elif path.resolve() not in above:
+            yield from (Path(path.name, inner) for inner in _below(path, above))
+
+
+def _broken(path: Path) -> bool:
+    return path.is_symlink() and not path.exists() and is_text(path)
+
+
 @dataclass(frozen=True)
 class TextFolder:
     """A folder of texts. `splits`: those that are wanted, the first that there is."""
@@ -84,22 +115,22 @@ class TextFolder:
 
     @cached_property
     def _files(self) -> list[Path]:
-        """All files that are not hidden, by their paths within the folder."""
-        found = (p.relative_to(self.path) for p in self.path.rglob("*") if p.is_file())
-        return sorted(p for p in found if not any(part.startswith(".") for part in p.parts))
+        """All files that are not hidden, by their paths within the folder. Links are followed."""
+        return sorted(p for p in _below(self.path, set()) if (self.path / p).is_file())
 
     @cached_property
     def _texts(self) -> list[Path]:
         texts = [p for p in self._files if is_text(p) and not _is_one_object(self.path / p)]
         if any(text_suffix(p) not in PLAIN for p in texts):
-            texts = [p for p in texts if text_suffix(p) not in PLAIN or p.name.split(".")[0].lower() not in _PAPERS]
+            texts = [p for p in texts if text_suffix(p) not in PLAIN or not _is_paper(p)]
         return texts
 
     @cached_property
     def split(self) -> str | None:
         """The split that is read; None if the folder has no text of any that is wanted."""
         there = {name for p in self._texts for name in split_of(p)}
-        return next((split for split in self.splits if split in there), None)
+        named = (name for split in self.splits for name in (split, _SPLIT_WORDS.get(split, split)))
+        return next((split for split in named if split in there), None)
 
     @cached_property
     def read(self) -> list[Path]:
@@ -122,9 +153,13 @@ class TextFolder:
         texts, read = set(self._texts), set(self.read)
         named = [f"{p.as_posix()} (split {split_of(p)[0]})" for p in self._texts if p not in read]
         papers = [p.as_posix() for p in self._files if is_text(p) and p not in texts]
+        broken = [f"{p.as_posix()} (a broken link)" for p in sorted(_below(self.path, set())) if _broken(self.path / p)]
         others = [p.suffix.lower() for p in self._files if not is_text(p)]
         counted = [f"{others.count(kind)} x {kind or 'without a suffix'}" for kind in sorted(set(others))]
-        return shortened(named + papers) + counted
+        # A name with half a character is no JSON.
+        return [
+            name.encode(errors="backslashreplace").decode() for name in shortened(named + papers + broken) + counted
+        ]
 
 
 def shortened(names: list[str]) -> list[str]:

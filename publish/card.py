@@ -133,6 +133,8 @@ def draw(checkpoint: str, wishes: Wishes, name: str | None = None) -> Drawn:
         raise InputError(
             f"the record of {folder} lacks what a card is drawn from ({type(error).__name__}: {error}): make it anew"
         ) from error
+    # Half a character, of a file's name perhaps, is spelled with a backslash, as in the record.
+    text = text.encode(errors="backslashreplace").decode()
     return Drawn(text, f"{NOTICE_LINE}\n" if wanted else None, found, contradictions, record)
 
 

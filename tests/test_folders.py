@@ -83,6 +83,13 @@ CHOICES: dict[str, tuple[list[str], str, list[str]]] = {
         ["train_gen-00000-of-00001.parquet", "train_sft-00000-of-00001.parquet"],
     ),
     "one of them": (["train_sft-00000-of-00001.parquet", "train_gen-00000-of-00001.parquet"], "train_sft", []),
+    "a digest behind the shard": (
+        [f"data/train_{kind}-00000-of-00003-a3ecf92756993583.parquet" for kind in ("sft", "gen")],
+        "train_sft",
+        [],
+    ),
+    "a split by its short name": (["dev.jsonl", "train.jsonl"], "dev", []),
+    "papers": (["a.jsonl", "README_zh.md", "LICENSE-MIT.txt", "requirements.txt"], "calibration", ["a.jsonl"]),
     "a word is no split": (["latest.jsonl", "contest.jsonl"], "evaluation", ["contest.jsonl", "latest.jsonl"]),
     "pages are no splits": (
         ["testing.md", "test/a.md", "README.md"],
@@ -99,6 +106,22 @@ def test_which_files_are_read(tmp_path: Path, kind: str) -> None:
     names, which, expected = CHOICES[kind]
     folder = TextFolder(touch(tmp_path / "texts", *names), WANTED.get(which, (which,)))
     assert [path.as_posix() for path in folder.read] == (expected or names[:1])
+
+
+def test_links_are_followed_once_and_broken_ones_are_named(tmp_path: Path) -> None:
+    folder, other = touch(tmp_path / "texts", "a.txt"), touch(tmp_path / "other", "b.txt")
+    (folder / "linked").symlink_to(other)
+    (folder / "round").symlink_to(folder)
+    (folder / "gone.jsonl").symlink_to(tmp_path / "nothing")
+    found = read_source(Source("mine", folder), ReadLimit(), None)
+    assert list(found.read) == ["a.txt", "linked/b.txt"]
+    assert list(found.passed_over) == ["gone.jsonl (a broken link)"]
+
+
+def test_a_name_with_half_a_character_that_is_passed_over_is_told(tmp_path: Path) -> None:
+    folder = touch(tmp_path / "texts", "a.jsonl", "test-\udcff.jsonl")
+    (name,) = read_source(Source("mine", folder), ReadLimit(), None).passed_over
+    assert name == "test-\\udcff.jsonl (split test)"
 
 
 def test_rows_in_a_json_file_are_never_passed_over(tmp_path: Path) -> None:

@@ -238,6 +238,17 @@ def test_words_of_others_are_only_words(folder: Path) -> None:
     assert card_problems(text) == []
 
 
+def test_a_card_takes_every_string_of_a_record(folder: Path) -> None:
+    """A file's name may have half a character."""
+
+    def half(record: Any) -> None:
+        record["warnings"] = ["texts read a.jsonl; passed over test-\udcff.jsonl"]
+        record["recipe"]["description"] = record["texts"]["evaluation"]["sources"][0]["source"] = "a\udcffb"
+
+    edit_record(folder, half)
+    assert "\\udcff" in draw_card(folder)
+
+
 @given(st.text(max_size=40))
 def test_escaped_words_hold_no_markup(text: str) -> None:
     shown = words(text)
