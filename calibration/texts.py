@@ -33,6 +33,7 @@ from .text_facts import (
     repeated_calibration,
     repeated_warnings,
     short_share_warnings,
+    unfit_warnings,
 )
 from .tokens import Encoder
 
@@ -208,7 +209,8 @@ def prepare_texts(
     warnings = left_out_warnings(evaluated, "evaluation") + reading_notes(evaluated, "evaluation")
     if evaluation is not None:
         warnings += _unused_warnings(recipe, evaluation.name, facts["evaluation"])
-    warnings += repeated_warnings(document_heads(rows, row_tokens), used, row_tokens)
+    heads = document_heads(rows, row_tokens)
+    warnings += unfit_warnings(len(rows) - len(heads), row_tokens) + repeated_warnings(heads, used, row_tokens)
     if calibration is not None and not calibration.exists():
         # Refused even where the method needs no calibration: the name is mistyped.
         raise InputError(f"the texts {calibration} do not exist")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..core.errors import InputError, input_error
+from ..core.errors import DamageError, InputError, input_error
 from ..core.tensors import TORCH_DTYPES, TensorSource
 from ..models.adapter import Adapter, read
 from .source import Folder
@@ -75,10 +75,11 @@ class Values:
     maybe_zeros: bool = False
 
 
-def refuse_nonfinite(folder: Folder, name: str) -> set[str]:
+def refuse_nonfinite(folder: Folder, name: str, original: bool = True) -> set[str]:
     """Read every weight once and refuse NaN and Inf, which all later steps would carry on silently.
 
-    Returns the stored tensors that may hold matrices of zeros. Raises InputError.
+    Returns the stored tensors that may hold matrices of zeros. Raises InputError for the original, DamageError for a
+    checkpoint that is measured against it.
     """
     found = {tensor: _values(folder, tensor) for tensor in folder.names}
     problems = [
@@ -87,7 +88,10 @@ def refuse_nonfinite(folder: Folder, name: str) -> set[str]:
         if values.nan or values.inf
     ]
     if problems:
-        raise input_error(f"{name} holds non-finite values:", problems, "The checkpoint is damaged: fetch it again.")
+        found_bad = input_error(
+            f"{name} holds non-finite values:", problems, "The checkpoint is damaged: fetch it again."
+        )
+        raise found_bad if original else DamageError(str(found_bad))
     return {tensor for tensor, values in found.items() if values.maybe_zeros}
 
 

@@ -338,7 +338,7 @@ def _measured_pair(asked: _Asked, device_name: str, console: Console | None, qui
         progress.expect(_schedule(source, quantized, rows, asked, compute))
         progress.begin("check weights")
         for model in (source, quantized):
-            refuse_nonfinite(model.folder, model.name)
+            refuse_nonfinite(model.folder, model.name, original=model is source)
         walk = Walk.over(source.adapter, source.source, compute, progress)
         measured = measure(
             walk,
