@@ -280,7 +280,8 @@ def near_ties(block: Block, middle_NTH: torch.Tensor) -> list[Ties]:
 
 def tie_metric(block: Block, ties: list[Ties]) -> torch.Tensor:
     """D [H, H] of trace H: W^T L W, with L the sum over ties of phi u u^T, and u the slopes of the two experts, one of
-    them negated. For slopes of 1, L is the Laplacian of a graph of experts whose edges are the weighted ties."""
+    them negated. For slopes of 1, L is the Laplacian of a graph of experts whose edges are the weighted ties. Zeros
+    where all rows of a router are alike: no error moves a tie there."""
     router = block.adapter.router_site(block.index)
     assert router is not None
     gain_H = block.norm(block.adapter.middle_norm).weight
@@ -298,4 +299,5 @@ def tie_metric(block: Block, ties: list[Ties]) -> torch.Tensor:
     more_E = torch.zeros(experts, device=margin_T.device)
     more_E.index_add_(0, pair_T2.flatten(), (phi_T[:, None] * (slope_T2.square() - product_T[:, None])).flatten())
     metric = weight_EH.T @ (torch.diag(edges_EE.sum(1) + more_E) - edges_EE) @ weight_EH
-    return metric * (len(metric) / metric.trace().clamp_min(torch.finfo(metric.dtype).tiny))
+    trace = metric.trace()
+    return metric * torch.where(trace > 0, len(metric) / trace, 0.0)

@@ -39,20 +39,32 @@ def check_shapes(
 
 
 def untied_copy(folder: Folder, adapter: Adapter) -> str | None:
-    """What is wrong with a stored copy of a tied head: it must have the embedding's bytes. None: there is none, or it
+    """What is wrong with a stored copy of a tied head: it must hold the embedding's numbers. None: there is none, or it
     is equal. Raises ResourceError."""
     copy, embedding = adapter.tied_copy, adapter.embedding_name
     if copy is None or copy not in folder.infos:
         return None
-    if folder.infos.get(embedding) == folder.infos[copy] and all(
-        torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
-        for (_, ours), (_, theirs) in zip(pieces(folder, copy), pieces(folder, embedding), strict=True)
+    held = folder.infos.get(embedding)
+    if (
+        held is not None
+        and held.shape == folder.infos[copy].shape
+        and all(
+            _same(ours, theirs)
+            for (_, ours), (_, theirs) in zip(pieces(folder, copy), pieces(folder, embedding), strict=True)
+        )
     ):
         return None
     return (
         f"{copy} is not {embedding}, though config.json ties them (tie_word_embeddings): some engines would take the "
         "one for the head, some the other"
     )
+
+
+def _same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Whether two tensors hold the same bytes, or the same numbers in different dtypes."""
+    if ours.dtype == theirs.dtype:
+        return torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+    return torch.equal(ours.double(), theirs.double())
 
 
 def refuse_untied_copy(folder: Folder, adapter: Adapter) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Llama4ForConditionalGeneration
 
-from onecard.calibration.sensitivity import NEAR_SHARE, RESIDUAL, sensitivities
+from babies import changed_copy
+from onecard.calibration.sensitivity import NEAR_SHARE, RESIDUAL, near_ties, sensitivities, tie_metric
 from onecard.checkpoint.model import open_model
 from onecard.checkpoint.workdir import Activations
 from onecard.core.rows import Row, rows_at_once
@@ -228,3 +229,14 @@ def test_the_two_halves_are_the_block(baby: Callable[..., Path]) -> None:
             for half in Half:
                 halves = block.forward(halves, half)
             assert torch.equal(whole, halves)
+
+
+def test_a_router_of_zeros_has_no_ties_to_move(baby: Callable[..., Path], tmp_path: Path) -> None:
+    """All experts tie exactly: the walk back must not divide by nothing and call the model broken."""
+    model = changed_copy(baby("qwen3"), tmp_path / "zeros", lambda n, t: t * 0 if n.endswith("mlp.gate.weight") else t)
+    opened = open_model(str(model))
+    block = cpu_walk(opened).load(0)
+    rows = torch.randn(2, 7, opened.adapter.hidden_size, generator=torch.Generator().manual_seed(0))
+    ties = near_ties(block, rows)
+    assert ties
+    assert torch.equal(tie_metric(block, ties), torch.zeros(opened.adapter.hidden_size, opened.adapter.hidden_size))
