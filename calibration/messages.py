@@ -3,12 +3,16 @@
 roles       in lower case, and under the names that chat templates know (ROLES)
 keys        all are carried: a template may read any of them. A key that is null counts as absent, since a typed
             column has every key in every message
+values      JSON's own. Of the others that a Parquet file has, dates, times and decimals become strings
 content     may be absent beside tool calls or reasoning: it is then empty
 calls       `tool_calls`; ShareGPT's role function_call and OpenAI's older key function_call become one
 tools       a list of JSON objects, or the same as a JSON string
 """
 
+import datetime as dates
+import decimal
 import json
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,15 +36,31 @@ ROLES = {
 }
 # A message without content may hold one of these.
 BESIDE_CONTENT = ("tool_calls", "reasoning_content", "reasoning", "thinking")
+# Deeper values are refused: a program that follows them ends at its stack's own limit.
+MOST_DEPTH = 100
 
 
-def plain(value: Any) -> Any:
-    """`value` without the keys that are null, at any depth."""
-    if isinstance(value, dict):
-        return {key: plain(entry) for key, entry in value.items() if entry is not None}
-    if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
-    return value
+def plain(value: Any, key: str = "value", depth: int = 0) -> Any:
+    """`value`, which stands under `key`, as JSON has it, without the keys that are null at any depth.
+
+    Raises ValueError for values that JSON does not have, and for those that are nested too deeply.
+    """
+    if depth > MOST_DEPTH:
+        raise ValueError(f"is nested too deeply (more than {MOST_DEPTH} levels)")
+    match value:
+        case dict():
+            return {str(k): plain(entry, str(k), depth + 1) for k, entry in value.items() if entry is not None}
+        case list() | tuple():
+            return [plain(entry, key, depth + 1) for entry in value]
+        case dates.date() | dates.time():
+            return value.isoformat()
+        case decimal.Decimal() | dates.timedelta() | uuid.UUID():
+            return str(value)
+        case None | str() | int() | float():
+            return value
+        case bytes() if key == "data":  # a picture's file, which documents.py takes out
+            return value
+    raise ValueError(f'has a value under "{key}" that JSON does not have ({type(value).__name__}): leave that key out')
 
 
 def role_of(name: str) -> str:
@@ -70,19 +90,26 @@ def _with_calls(message: dict[str, Any]) -> dict[str, Any]:
     """The message with its calls of tools under `tool_calls`, where it has any."""
     spoken = message["role"].strip().casefold() == "function_call"
     older = message.get("function_call")
-    if isinstance(older, dict) and not message.get("tool_calls"):
-        message = {key: value for key, value in message.items() if key != "function_call"}
+    if isinstance(older, dict) and not any(older.values()):  # a typed column's way to say that there is none
+        del message["function_call"]
+    elif isinstance(older, dict) and not message.get("tool_calls"):
+        del message["function_call"]
         return message | {"tool_calls": [_call(older)]}
     if spoken and isinstance(message.get("content"), str):
-        calls = _json(message["content"])
+        calls = json_in(message["content"])
         calls = calls if isinstance(calls, list) else [calls]
         if calls and all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
             return message | {"content": "", "tool_calls": [_call(call) for call in calls]}
     if isinstance(message.get("tool_calls"), str):
         message = message | {"tool_calls": objects("tool_calls", message["tool_calls"])}
-    if message.get("tool_calls") == []:
+    if isinstance(message.get("tool_calls"), list) and not any(map(_says, message["tool_calls"])):
         del message["tool_calls"]
     return message
+
+
+def _says(call: Any) -> bool:
+    """Whether anything stands in a call of a tool. A typed column may have one whose every key is null."""
+    return any(map(_says, call.values())) if isinstance(call, dict) else bool(call)
 
 
 def _call(function: dict[str, Any]) -> dict[str, Any]:
@@ -91,13 +118,13 @@ def _call(function: dict[str, Any]) -> dict[str, Any]:
 
 def objects(key: str, value: Any) -> list[dict[str, Any]]:
     """A list of objects, given as such or as a JSON string; null and "" are an empty list. Raises ValueError."""
-    found = _json(value) if isinstance(value, str) and value.strip() else value or []
+    found = json_in(value) if isinstance(value, str) and value.strip() else value or []
     if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
         raise ValueError(f'has "{key}" that are no list of objects, nor one as a JSON string')
-    return [plain(entry) for entry in found]
+    return [plain(entry, key) for entry in found]
 
 
-def _json(text: str) -> Any:
+def json_in(text: str) -> Any:
     """What a JSON text holds; None if it is none."""
     try:
         return json.loads(text)
@@ -112,7 +139,7 @@ def conversation_in(text: str, speaker: tuple[str, ...], said: tuple[str, ...]) 
     """
     if not (text.lstrip().startswith("[") and text.rstrip().endswith("]")):
         return None
-    found, words = _json(text), {*said, *BESIDE_CONTENT}
+    found, words = json_in(text), {*said, *BESIDE_CONTENT}
     if not isinstance(found, list) or not found:
         return None
     spoken = all(

@@ -35,7 +35,7 @@ def first_documents(path: Path, source: Source, limit: ReadLimit) -> SourceDocum
     with _opened(path) as file:
         present = set(file.schema_arrow.names)
         batches = file.iter_batches(BATCH_ROWS, columns=_needed(source.columns, present))
-        rows = (row for batch in batches for row in batch.to_pylist())
+        rows = (_row(batch, number) for batch in batches for number in range(batch.num_rows))
         return usable_documents(rows, present, source, limit, path.stem, path.parent)
 
 
@@ -62,6 +62,19 @@ def _opened(path: Path) -> Iterator[Any]:
     except (ArrowException, OSError, UnicodeDecodeError) as error:
         first = str(error).partition("\n")[0]
         raise InputError(f"the texts {path} cannot be read as Parquet ({first}): fetch them again") from None
+
+
+def _row(batch: Any, number: int) -> dict[str, Any] | ValueError:
+    """A row, or why it has none: Python's dates end with the year 9999."""
+    from pyarrow import ArrowException
+
+    try:
+        row: dict[str, Any] = batch.slice(number, 1).to_pylist()[0]
+    except UnicodeDecodeError:  # the file is damaged
+        raise
+    except (ArrowException, ValueError, OverflowError) as error:
+        return ValueError(f"has a value that cannot be read ({error})")
+    return row
 
 
 def _needed(columns: Columns, present: set[str]) -> list[str]:
@@ -93,8 +106,8 @@ class _Draw:
         keys, read, begin = random.Random(f"{seed} {file}"), reader_of(self.source, path.parent), 0
         for batch in batches:
             drawn, largest = [keys.random() for _ in range(batch.num_rows)], self._largest
-            wanted = [row for row, key in enumerate(drawn) if key < largest]
-            for row, values in zip(wanted, batch.take(wanted).to_pylist() if wanted else [], strict=True):
+            for row in (row for row, key in enumerate(drawn) if key < largest):
+                values = _row(batch, row)
                 try:
                     document = read(values, f"{path.stem}:{begin + row}")
                 except ValueError as error:

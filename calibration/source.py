@@ -110,9 +110,15 @@ def both_note(source: Source, rows: int) -> tuple[str, ...]:
     return (f"{rows:,} rows of {source.label} hold a text and a conversation: the text is read ({which})",)
 
 
-def reader_of(source: Source, folder: Path | None) -> Callable[[dict[str, Any], str], Document]:
-    """Gives the document of a row, by the row and its name."""
-    return lambda row, name: document_from(row, source.columns, name, folder, source.label, source.kind)
+def reader_of(source: Source, folder: Path | None) -> Callable[[dict[str, Any] | ValueError, str], Document]:
+    """Gives the document of a row, by the row and its name. A row that could not be read is what it failed with."""
+
+    def read(row: dict[str, Any] | ValueError, name: str) -> Document:
+        if isinstance(row, ValueError):
+            raise row
+        return document_from(row, source.columns, name, folder, source.label, source.kind)
+
+    return read
 
 
 def refuse_columns(source: Source, present: set[str]) -> None:
@@ -137,7 +143,12 @@ def refuse_none(source: Source, documents: list[Document], bad: list[str]) -> No
 
 
 def usable_documents(
-    rows: Iterable[dict[str, Any]], present: set[str], source: Source, limit: ReadLimit, stem: str, folder: Path | None
+    rows: Iterable[dict[str, Any] | ValueError],
+    present: set[str],
+    source: Source,
+    limit: ReadLimit,
+    stem: str,
+    folder: Path | None,
 ) -> SourceDocuments:
     """Documents of the usable rows, in their order. Raises InputError for missing columns and if no row is usable."""
     refuse_columns(source, present)

@@ -6,7 +6,8 @@ same for a whole run, for its resume and for every later measurement.
 A template may also leave a message out without a word: most do so with a role that they do not know. That is found by
 marks: the conversation is written a second time with a number behind every text and every name of a called tool, and a
 number that is not written belongs to a lost message. A text that also stands elsewhere cannot hide the loss, and it is
-no loss that templates trim white space, drop reasoning before </think>, or spell a text as JSON.
+no loss that templates trim white space, drop reasoning before </think>, or spell a text as JSON. spellings.py has the
+spellings among which templates differ: a loss by one of them is no loss while another is written whole.
 """
 
 import copy
@@ -17,13 +18,16 @@ from typing import Any
 
 from transformers.utils import chat_template_utils
 
+from ..core.json_text import json_text
 from .messages import names_called
+from .spellings import arguments_in, spellings, with_arguments
 
 # The part of a run's identity that a resume takes over.
 DATE = "date that the chat template is told"
 # The first number that is tried as a mark: it is in no text as a rule.
 _FIRST_MARK = 7_340_061
-_ASKS_FOR_THE_DATE = "{{ strftime_now('%Y-%m-%d') }}"
+_DAY = "%Y-%m-%d"
+_ASKS_FOR_THE_DATE = f"{{{{ strftime_now('{_DAY}') }}}}"
 
 
 class ChatTemplate:
@@ -36,7 +40,7 @@ class ChatTemplate:
             asked = [{"role": "user", "content": ""}]
             with _pinned(date):
                 said = tokenizer.apply_chat_template(asked, tokenize=False, chat_template=_ASKS_FOR_THE_DATE)
-            assert said == date.isoformat(), "transformers gives chat templates another date than the pinned one"
+            assert said == date.strftime(_DAY), "transformers gives chat templates another date than the pinned one"
 
     @property
     def date(self) -> dates.date | None:
@@ -50,12 +54,19 @@ class ChatTemplate:
 
         Raises ValueError when the template refuses the conversation, or leaves a message out.
         """
-        try:
-            text = self._written(messages, tools, ask)
-        except Exception as error:  # the template comes with the checkpoint and runs in jinja2's sandbox
-            raise ValueError(f"is refused by the chat template ({error})") from None
-        self._refuse_lost(messages, tools, text)
-        return text
+        first: ValueError | None = None
+        for given in spellings(messages):
+            try:
+                text = self._written(given, tools, ask)
+            except Exception as error:  # the template comes with the checkpoint and runs in jinja2's sandbox
+                wrong: ValueError | None = ValueError(f"is refused by the chat template ({error})")
+            else:
+                wrong = self._wrong(given, tools, text)
+            if wrong is None:
+                return text
+            first = first or wrong
+        assert first is not None
+        raise first
 
     def _written(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, ask: bool) -> str:
         with _pinned(self._date):
@@ -63,50 +74,79 @@ class ChatTemplate:
                 self._tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=ask)
             )
 
-    def _refuse_lost(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, text: str) -> None:
+    def _wrong(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, text: str
+    ) -> ValueError | None:
+        """What `text` lost of the messages, or spells in a way that no model should read."""
         base = _FIRST_MARK
         while str(base) in text:
             base += 1
-        marks = [f"{base}{number:06d}{base}" for number in range(len(messages))]
-        marked = [_marked(message, mark) for message, mark in zip(messages, marks, strict=True)]
+        marks = [_Marks(base, number) for number in range(len(messages))]
+        marked = [mark.put(message) for mark, message in zip(marks, messages, strict=True)]
         try:
-            written = self._written([message for message, _ in marked], tools, False)
+            written = self._written(marked, tools, False)
         except Exception:  # a template that looks into the texts refuses the numbers: nothing can be told
-            return
-        lost = [
-            f"{number} ({message['role']})"
-            for number, ((message, count), mark) in enumerate(zip(marked, marks, strict=True), 1)
-            if written.count(mark) < count
-        ]
-        if lost:
-            many = "messages" if len(lost) > 1 else "message"
-            raise ValueError(
-                f"loses {many} {', '.join(lost)}: the chat template does not write what is said there. Give it a role "
-                "that the template knows, or leave it out"
+            return None
+        if lost := [mark.name for mark in marks if written.count(mark.mark) < mark.places]:
+            return ValueError(
+                f"loses {_listed(lost)}: the chat template does not write what is said there (words, or the tools "
+                "that it calls). Give it a role that the template knows, or leave it out"
             )
+        if coded := [mark.name for mark in marks if mark.is_code(written)]:
+            return ValueError(
+                f"has parts or a call's arguments in {_listed(coded)} that the chat template writes as program code. "
+                "Give the content as a string, and arguments as a JSON object"
+            )
+        return None
 
 
-def _marked(message: dict[str, Any], mark: str) -> tuple[dict[str, Any], int]:
-    """(the message with the mark behind each text that is not blank and each name of a called tool, how many)."""
-    places = 0
+def _listed(names: list[str]) -> str:
+    return f"message{'s' if len(names) > 1 else ''} {', '.join(names)}"
 
-    def behind(words: str) -> str:
-        nonlocal places
-        places += bool(words.strip())
-        return words + mark if words.strip() else words
 
-    changed = copy.deepcopy({key: value for key, value in message.items() if key != "content"})
-    content = message["content"]
-    if isinstance(content, str):
-        changed["content"] = behind(content)
-    else:
-        texts = [part.get("text") for part in content]
-        changed["content"] = [
-            part if text is None else part | {"text": behind(text)} for part, text in zip(content, texts, strict=True)
+class _Marks:
+    """The marks of one message: a number behind each text and each name of a called tool, and a key beside them."""
+
+    def __init__(self, base: int, number: int) -> None:
+        self.mark, self._key, self._number = f"{base}{number:06d}{base}", f"{base}-{number:06d}", number
+        self.name, self.places = "", 0
+
+    def put(self, message: dict[str, Any]) -> dict[str, Any]:
+        """The message with the marks."""
+        self.name = f"{self._number + 1} ({message['role']})"
+        changed = copy.deepcopy({key: value for key, value in message.items() if key != "content"})
+        changed["content"] = self._content(message["content"])
+        for call in names_called(changed):
+            call["name"] = self._behind(call["name"])
+        return with_arguments(changed, self._arguments)
+
+    def is_code(self, written: str) -> bool:
+        """Whether a list of parts is written whole, or a call's arguments as a Python object or as JSON in JSON.
+
+        No template knows the key: where the parts are read one by one it is not written.
+        """
+        return any(sign in written for sign in (f"{self._key}:part", f"'{self._key}':", f'\\"{self._key}\\":'))
+
+    def _behind(self, words: str) -> str:
+        self.places += bool(words.strip())
+        return words + self.mark if words.strip() else words
+
+    def _content(self, content: Any) -> Any:
+        if isinstance(content, str):
+            return self._behind(content)
+        if not isinstance(content, list):  # null
+            return content
+        shown = {self._key: f"{self._key}:part"}
+        return [
+            part | shown if part.get("text") is None else part | shown | {"text": self._behind(part["text"])}
+            for part in content
         ]
-    for call in names_called(changed):
-        call["name"] = behind(call["name"])
-    return changed, places
+
+    def _arguments(self, given: Any) -> Any:
+        if isinstance(given, dict):
+            return given | {self._key: ""}
+        held = arguments_in(given) if isinstance(given, str) else None
+        return None if held is None else json_text(held | {self._key: ""})
 
 
 class _Today(dates.datetime):

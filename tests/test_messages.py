@@ -1,10 +1,14 @@
 """A conversation is the same document whatever kind of file holds it, and under whatever names its roles go."""
 
+import datetime
+import decimal
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from documents import parquet, read_documents
@@ -159,3 +163,66 @@ def test_what_is_not_said_makes_no_other_conversation() -> None:
     assert bare.likeness == rich.likeness
     assert bare.likeness != other.likeness
     assert len({bare.digest, rich.digest, other.digest}) == 3
+
+
+NOT_JSON = {
+    "a date": (datetime.datetime(2024, 5, 1, 12, 30), "2024-05-01T12:30:00"),
+    "a day": (datetime.date(2024, 5, 1), "2024-05-01"),
+    "a decimal": (decimal.Decimal("0.25"), "0.25"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_JSON)
+def test_values_that_json_does_not_have_are_carried_as_strings(tmp_path: Path, kind: str) -> None:
+    """Chat logs in Parquet have the time of each message."""
+    value, expected = NOT_JSON[kind]
+    talk = [message | {"at": value, "head": {"at": [value]}} for message in TALK]
+    document = of_parquet(tmp_path, {"messages": talk})
+    assert document.messages == [message | {"at": expected, "head": {"at": [expected]}} for message in TALK]
+    assert document_of(json.loads(json.dumps(spelled(document))), "x", None).digest == document.digest
+
+
+@pytest.mark.parametrize("seed", [None, 0])
+def test_a_row_with_a_value_that_cannot_be_carried_is_named(tmp_path: Path, seed: int | None) -> None:
+    """Bytes beside the words, and a date that Python does not have."""
+    path = parquet(tmp_path / "bytes.parquet", [{"messages": [message | {"hash": b"\0\1"} for message in TALK]}])
+    with pytest.raises(InputError, match=r'row 0 has a value under "hash" that JSON does not have \(bytes\)'):
+        read_source(Source("x", path), ReadLimit(), seed)
+    far = pyarrow.array([0, 2**58], pyarrow.timestamp("us"))
+    table = pyarrow.table({"messages": [TALK, TALK], "id": far})
+    pyarrow.parquet.write_table(table, tmp_path / "far.parquet")
+    found = read_source(Source("x", tmp_path / "far.parquet"), ReadLimit(), seed)
+    assert (len(found.documents), found.left_out) == (1, 1)
+    assert found.reason.startswith("row 1 has a value that cannot be read")
+
+
+@pytest.mark.parametrize("seed", [None, 0])
+def test_every_kind_of_string_column_is_read(tmp_path: Path, seed: int | None) -> None:
+    """A draw takes its rows from all of them."""
+    for kind in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
+        pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array(["a", "b"], kind)}), tmp_path / "x.parquet")
+        found = read_source(Source("x", tmp_path / "x.parquet"), ReadLimit(), seed)
+        assert [document.text for document in found.documents] == ["a", "b"]
+
+
+@READERS
+def test_what_is_nested_too_deeply_is_refused(tmp_path: Path, read: Callable[..., Document]) -> None:
+    for depth in (150, 600, 100_000):
+        tools = '[{"a":' + "[" * depth + "]" * depth + "}]"
+        with pytest.raises(InputError, match=r"nested too deeply|no list of objects"):
+            read(tmp_path, {"messages": TALK, "tools": tools})
+
+
+@READERS
+def test_a_call_with_nothing_in_it_is_no_call(tmp_path: Path, read: Callable[..., Document]) -> None:
+    """A typed column has the keys of a call in every message."""
+    for key, empty in (
+        ("function_call", {"name": None, "arguments": None}),
+        ("function_call", {"name": "", "arguments": ""}),
+        ("tool_calls", [{"id": None, "function": {"name": None, "arguments": None}}]),
+    ):
+        document = read(tmp_path, {"messages": [TALK[0], TALK[1] | {key: empty}]})
+        assert document.messages == TALK
+    called = {"role": "assistant", "content": None, "function_call": {"name": "weather", "arguments": None}}
+    (_, message) = read(tmp_path, {"messages": [TALK[0], called]}).messages or []
+    assert message["tool_calls"] == [{"type": "function", "function": {"name": "weather"}}]

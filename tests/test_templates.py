@@ -52,6 +52,19 @@ DEEPSEEK = (
     "{% elif m.role == 'assistant' %}<|Assistant|>{{ m.content.split('</think>')[-1] }}<|eos|>"
     "{% elif m.role == 'tool' %}<|tool|>{{ m.content }}{% endif %}{% endfor %}"
 )
+# Calls are written where the content is null, their arguments as text; the words as strings, or the row is refused.
+DEEPSEEK_V3 = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '<|User|>' + m.content }}"
+    "{% elif m.role == 'assistant' and m.content is none %}{% for c in m.tool_calls %}"
+    "{{ '<|call|>' + c.function.name + ' ' + c.function.arguments }}{% endfor %}"
+    "{% elif m.role == 'assistant' and m.content is not none %}{{ '<|Assistant|>' + m.content }}"
+    "{% elif m.role == 'tool' %}{{ '<|tool|>' + m.content }}{% endif %}{% endfor %}"
+)
+# Whatever the content is, it is written; arguments as Python writes them.
+CHATML = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} {{ c.function.arguments }}{% endfor %}{% endfor %}"
+)
 TEMPLATES = {"llama4": LLAMA4, "qwen3": QWEN3, "mixtral": MIXTRAL, "deepseek": DEEPSEEK}
 CALL = {"type": "function", "function": {"name": "weather", "arguments": "{}"}}
 
@@ -100,7 +113,7 @@ def test_tools_are_written_by_the_templates_that_know_them(encoder: Encoder, nam
 
 LOST = {
     "an unknown role": ("qwen3", [say("user", "a wizard said a word"), say("wizard", "a")], "message 2 (wizard)"),
-    "parts that are not read": ("qwen3", [say("user", [{"type": "text", "text": "hi"}])], "refused"),
+    "texts": ("", [say("user", "hi")], "1 (user)"),
     "calls": ("mixtral", [say("user", "warm?"), say("assistant", None, tool_calls=[CALL])], "message 2 (assistant)"),
     "words beside calls": (
         "deepseek",
@@ -116,16 +129,66 @@ LOST = {
 def test_a_lost_message_is_named(encoder: Encoder, kind: str) -> None:
     """Also where its words stand elsewhere in what is written."""
     name, messages, needle = LOST[kind]
-    if kind == "parts that are not read":
-        template, needle = "{% for m in messages %}{{ m.content if m.content is string }}{% endfor %}", "1 (user)"
-    else:
-        template = TEMPLATES[name]
-    encoder.tokenizer.chat_template = template
+    encoder.tokenizer.chat_template = TEMPLATES.get(name, "{% for m in messages %}{{ m.role }}{% endfor %}")
     rows = [document_of({"messages": messages}, "row-7", None), Document("row-8", "text", "a text", None)]
     with pytest.raises(Exception, match="row-7") as caught:
         encoder.encode_all(rows)
     assert needle in str(caught.value)
     assert [row.document for row in encoder.encode_all(rows, skip_unusable=True)] == ["row-8"]
+
+
+CITY = {"city": "Bern"}
+
+
+def words(*texts: str) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+def calls(arguments: Any) -> list[dict[str, Any]]:
+    return [{"type": "function", "function": {"name": "weather", "arguments": arguments}}]
+
+
+@pytest.mark.parametrize("content", [None, ""], ids=["null", "empty"])
+@pytest.mark.parametrize("arguments", [CITY, json.dumps(CITY)], ids=["object", "JSON"])
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (LLAMA4, '<s><|user|>warm?<|eot|><|assistant|>{"name": "weather", "arguments": {"city": "Bern"}}<|eot|>'),
+        (DEEPSEEK_V3, '<s><|User|>warm?<|call|>weather {"city": "Bern"}'),
+        (CHATML, '<|user|>warm?<|assistant|><call>weather {"city": "Bern"}'),
+    ],
+    ids=["llama4", "deepseek-v3", "chatml"],
+)
+def test_a_call_is_written_as_its_template_wants_it(
+    encoder: Encoder, template: str, expected: str, content: Any, arguments: Any
+) -> None:
+    """Whatever spelling the row has: null or "" beside the call, arguments as an object or as JSON."""
+    encoder.tokenizer.chat_template = template
+    row = {"messages": [say("user", "warm?"), say("assistant", content, tool_calls=calls(arguments))]}
+    assert encoder.template.write(document_of(row, "x", None).messages or []) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (LLAMA4, '<s><|user|>one\ntwo<|eot|><|tool|>"three"<|eot|>'),
+        (DEEPSEEK_V3, "<s><|User|>one\ntwo<|tool|>three"),
+        (CHATML, "<|user|>one\ntwo<|tool|>three"),
+    ],
+    ids=["llama4", "deepseek-v3", "chatml"],
+)
+def test_no_list_of_texts_is_written_as_code(encoder: Encoder, template: str, expected: str) -> None:
+    """Templates that read parts get them; the others get one string, a line a text. Documents do not change."""
+    encoder.tokenizer.chat_template = template
+    document = document_of({"messages": [say("user", words("one", "two")), say("tool", words("three"))]}, "x", None)
+    assert encoder.template.write(document.messages or []) == expected
+    assert (document.messages or [])[0]["content"] == words("one", "two")
+
+
+def test_a_list_with_a_picture_that_would_be_written_as_code_is_refused(encoder: Encoder) -> None:
+    encoder.tokenizer.chat_template = CHATML
+    with pytest.raises(ValueError, match=r"parts .* in message 2 \(user\) that the chat template writes as program"):
+        encoder.template.write([say("assistant", "?"), say("user", [*words("see"), {"type": "image", "data": "aa=="}])])
 
 
 def test_forty_conversations_of_humans_are_read_and_those_of_wizards_refused(
@@ -166,6 +229,8 @@ def test_the_clock_of_a_template_stands_still(encoder: Encoder) -> None:
     assert encoder.template.date is None
     assert encode(encoder, DATED, SOUND["plain"]).startswith("<s>03 Feb 2026 00:00")
     assert encoder.template.date == datetime.date(2026, 2, 3)
+    first = Encoder(encoder.folder, encoder.adapter, datetime.date.min)
+    assert "01 Jan" in encode(first, DATED, SOUND["plain"])
     today = Encoder(encoder.folder, encoder.adapter)
     assert encode(today, DATED, SOUND["plain"]).startswith(f"<s>{datetime.date.today():%d %b %Y}")
 
