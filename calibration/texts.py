@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.model import Model
-from ..core.errors import InputError
+from ..core.errors import InputError, input_error
 from ..core.recipe_groups import Texts, TextSource
 from ..core.rows import Row
+from ..core.units import counted
 from ..models.adapter import Adapter, Role
 from ..models.known import demo_folder
 from ..recipe import Recipe
@@ -218,6 +219,7 @@ def prepare_texts(
         return RunTexts([], used, facts, warnings, {}, _documents_of(used, evaluated), encoder.template.date)
     calibrated = gather(recipe, ours, theirs, encoder, evaluated=False)
     refuse_shared([d for part in calibrated for d in part.documents], [d for part in evaluated for d in part.documents])
+    _refuse_seen(used, [row for part in calibrated for row in part.rows], row_tokens)
     packed, wanted = packed_rows(recipe, model.adapter, calibrated)
     facts["calibration"] = facts_of(calibrated, packed)
     warnings += left_out_warnings(calibrated, "calibration") + short_share_warnings(calibrated, facts["calibration"])
@@ -229,6 +231,23 @@ def prepare_texts(
             "is evaluated and the others calibrate"
         )
     return RunTexts(packed, used, facts, warnings, wanted, _documents_of(used, evaluated), encoder.template.date)
+
+
+def _refuse_seen(evaluated: list[Row], calibrating: list[Row], row_tokens: int) -> None:
+    """Raises InputError for evaluation rows that calibration texts begin with: texts may differ behind the cut."""
+    seen = {head.digest: head.document for head in document_heads(calibrating, row_tokens)}
+    shared = [
+        f"{row.document} begins as {seen[row.digest]} of the calibration texts"
+        for row in evaluated
+        if row.digest in seen
+    ]
+    if shared:
+        raise input_error(
+            f"{counted(len(shared), 'evaluation row')} of {row_tokens:,} tokens stand in the calibration texts, too:",
+            shared[:20],
+            "Raise evaluation_row_tokens in the recipe, or remove them from one of the two: KL must be measured on "
+            "texts that calibration never saw.",
+        )
 
 
 def _documents_of(rows: list[Row], gathered: list[Gathered]) -> tuple[Document, ...]:

@@ -49,7 +49,7 @@ from .intervals import FEW_DOCUMENTS
 from .sides import compare_sides
 from .summary import summarize
 from .task_requests import requests_of
-from .tasks import Task, flip_summary, load_tasks
+from .tasks import Task, flip_summary, load_tasks, repeated_warnings
 from .token_table import write_tokens
 from .twin import twin_walk
 
@@ -126,6 +126,7 @@ def measure(
             )
     if twin.answers is not None:
         scored = iter(scores(asking, twin.answers))
+        warnings += repeated_warnings(tasks)
         flips = flip_summary(tasks, [list(islice(scored, len(own))) for own in requests])
     return Measured(walk.compute.dtype_name, kl, errors, flips, warnings)
 
