@@ -18,10 +18,8 @@ from typing import Any
 from PIL import Image
 
 from .documents import Document, document_of
-from .messages import BESIDE_CONTENT, conversation_in
+from .messages import BESIDE_CONTENT, CONVERSATIONS, conversation_in, opened
 
-# The names that are tried, in this order, when the recipe names no column.
-CONVERSATIONS = ("messages", "conversations", "conversation")
 MARK = "<image>"
 
 
@@ -56,10 +54,10 @@ def document_from(
     if not isinstance(row, dict):
         raise ValueError("is no JSON object")
     images = _pictures(row.get(columns.image_column), folder) if columns.image_column else []
-    value = _value(row, columns)
+    value, tools = _value(row, columns)
     spelled: dict[str, Any] = {key: row[key] for key in ("id", "kind") if isinstance(row.get(key), str | int)}
-    if row.get("tools") is not None:
-        spelled["tools"] = row["tools"]
+    if tools is not None:
+        spelled["tools"] = tools
     if isinstance(value, str) and not images:
         spelled["text"] = value
     elif isinstance(value, str):
@@ -71,26 +69,28 @@ def document_from(
     return document_of(spelled, name, folder, source, kind)
 
 
-def _value(row: dict[str, Any], columns: Columns) -> str | list[Any]:
-    """The text or the list of messages of a row. A conversation may also be a JSON string. Raises ValueError."""
+def _value(row: dict[str, Any], columns: Columns) -> tuple[str | list[Any], Any]:
+    """(the text or the list of messages of a row, its tools). A conversation may also be a JSON string.
+
+    Raises ValueError."""
     if columns.prompt_column and columns.response_column:
         words = [row.get(columns.prompt_column), row.get(columns.response_column)]
         if not all(isinstance(text, str) and text.strip() for text in words):
             raise ValueError("has an empty prompt or response")
-        return [{"role": role, "content": text} for role, text in zip(("user", "assistant"), words, strict=True)]
-    key = columns.column or next((key for key in ("text", *CONVERSATIONS) if row.get(key)), "text")
+        said = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), words, strict=True)]
+        return said, row.get("tools")
+    key = columns.column or next((key for key in ("text", *CONVERSATIONS) if _holds(row, key)), "text")
     value = row.get(key)
     if isinstance(value, str):
-        speaker, said = (
-            (columns.role_key or "role", "role", "from"),
-            (columns.content_key or "content", "content", "value"),
+        found = conversation_in(
+            value, (columns.role_key or "role", "role", "from"), (columns.content_key or "content", "content", "value")
         )
-        found = conversation_in(value, speaker, said)
-        if found is None and key in CONVERSATIONS and value.lstrip()[:1] in ("[", "{"):
+        if found is not None:
+            return found["messages"], row.get("tools") or found.get("tools")
+        if key in CONVERSATIONS and opened(value).lstrip()[:1] in ("[", "{"):
             raise ValueError(f'has "{key}" as a string that is no JSON list of messages')
-        return value if found is None else found
-    if isinstance(value, list):
-        return value
+    if isinstance(value, str | list):
+        return value, row.get("tools")
     if value is not None and key == "text":
         raise ValueError('has a "text" that is no string')
     raise ValueError("holds neither a text nor a conversation")
@@ -98,9 +98,16 @@ def _value(row: dict[str, Any], columns: Columns) -> str | list[Any]:
 
 def holds_both(row: Any, columns: Columns) -> bool:
     """Whether a row holds a text and a conversation, and no column is named: the text is read."""
-    if not isinstance(row, dict) or columns.column or columns.prompt_column or not isinstance(row.get("text"), str):
+    named = columns.column or columns.prompt_column
+    if not isinstance(row, dict) or named or not isinstance(row.get("text"), str):
         return False
-    return bool(row["text"]) and any(row.get(key) for key in CONVERSATIONS)
+    return _holds(row, "text") and any(_holds(row, key) for key in CONVERSATIONS)
+
+
+def _holds(row: dict[str, Any], key: str) -> bool:
+    """Whether anything stands under a key. A blank text is nothing beside a conversation."""
+    value = row.get(key)
+    return bool(value.strip()) if isinstance(value, str) else bool(value)
 
 
 def _messages(item: Any, columns: Columns) -> list[dict[str, Any]]:

@@ -36,6 +36,9 @@ class Document:
     source: str = ""
     # What the chat template is given as `tools`.
     tools: list[dict[str, Any]] | None = None
+    # A row of Parquet or of a data set, which are often other people's: left out where the model cannot take it. The
+    # user's own is refused.
+    borrowed: bool = False
 
     @property
     def digest(self) -> str:

@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ..core.errors import InputError
-from .columns import CONVERSATIONS
+from .messages import CONVERSATIONS
 from .read_text import PACKED, read_text, text_stem, text_suffix
 
 JSON_LINES, PARQUET, PLAIN = (".jsonl", ".ndjson", ".json"), (".parquet",), (".txt", ".md")

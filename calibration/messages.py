@@ -12,10 +12,17 @@ tools       a list of JSON objects, or the same as a JSON string
 import datetime as dates
 import decimal
 import json
+import re
 import uuid
 from collections.abc import Iterator
 from typing import Any
 
+# The columns of conversations, in the order in which they are tried.
+CONVERSATIONS = ("messages", "conversations", "conversation")
+# What the program prints that forgot to write JSON.
+_IN_PYTHON = re.compile(r"\s*(\{\s*'(messages|conversations?)'\s*:|\[\s*\{\s*'(role|from|content|value)'\s*:)")
+# So many times a string is opened.
+_MOST_STRINGS = 3
 # Other names for the roles that chat templates know.
 ROLES = {
     "human": "user",
@@ -132,20 +139,41 @@ def json_in(text: str) -> Any:
         return None
 
 
-def conversation_in(text: str, speaker: tuple[str, ...], said: tuple[str, ...]) -> list[Any] | None:
-    """The messages that a JSON string holds; None if it holds something else.
+def conversation_in(text: str, speaker: tuple[str, ...], said: tuple[str, ...]) -> dict[str, Any] | None:
+    """The conversation that a string holds as JSON, under `messages`, with `tools` where it has them; else None.
 
-    Each message has one of the keys `speaker`, and one of `said` or of those that may stand in its place.
+    It holds a list of messages, or an object with such a list. A JSON string of a JSON string is opened. A message has
+    one of the keys `speaker`, and one of `said` or of those that may stand in its place; or it is a {user, assistant}
+    turn. Raises ValueError for a conversation in Python's spelling.
     """
-    if not (text.lstrip().startswith("[") and text.rstrip().endswith("]")):
+    text = opened(text)
+    if _IN_PYTHON.match(text):
+        raise ValueError("holds a conversation in Python's spelling: write it as JSON")
+    found = json_in(text) if text.lstrip()[:1] in ("[", "{") else None
+    row = found if isinstance(found, dict) else {"messages": found}
+    held = next((row[key] for key in CONVERSATIONS if row.get(key)), None)
+    if isinstance(held, str) and isinstance(found, dict):
+        inner = conversation_in(held, speaker, said)
+        return inner and {"tools": row.get("tools")} | inner
+
+    def speaks(message: Any) -> bool:
+        keys = message.keys() if isinstance(message, dict) else set()
+        return bool(keys & {*speaker} and keys & {*said, *BESIDE_CONTENT}) or {"user", "assistant"} <= keys
+
+    if not isinstance(held, list) or not any(map(speaks, held)):
         return None
-    found, words = json_in(text), {*said, *BESIDE_CONTENT}
-    if not isinstance(found, list) or not found:
-        return None
-    spoken = all(
-        isinstance(message, dict) and message.keys() & {*speaker} and message.keys() & words for message in found
-    )
-    return found if spoken else None
+    return {"messages": held} | ({"tools": row["tools"]} if row.get("tools") else {})
+
+
+def opened(text: str) -> str:
+    """What a JSON string holds, if that is JSON again; else the text itself."""
+    inner = text
+    for _ in range(_MOST_STRINGS):
+        found = json_in(inner) if inner.lstrip().startswith('"') else None
+        if not isinstance(found, str):
+            break
+        inner = found
+    return inner if inner.lstrip()[:1] in ("[", "{") else text
 
 
 def names_called(message: dict[str, Any]) -> list[dict[str, Any]]:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import InputError
-from .columns import CONVERSATIONS, Columns, holds_both
+from .columns import Columns, holds_both
 from .documents import Document
+from .messages import CONVERSATIONS
 from .source import (
     GIVE_UP_ROWS,
     ReadLimit,

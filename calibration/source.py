@@ -8,7 +8,7 @@ from typing import Any
 from ..core.errors import input_error
 from .columns import Columns, document_from, holds_both
 from .documents import Document
-from .folders import PARQUET, WANTED, TextFolder, shortened
+from .folders import WANTED, TextFolder, shortened
 
 # After this many bad rows at the start, the mapping of columns is wrong, not the data.
 GIVE_UP_ROWS = 1000
@@ -40,11 +40,6 @@ class Source:
             return (self.name, self.config or "", self.split)
         split = TextFolder(self.path, self.splits).split if self.path.is_dir() else None
         return (str(self.path.resolve()), split or "")
-
-    @property
-    def lenient(self) -> bool:
-        """Whether rows that the model cannot take are left out instead of refused."""
-        return self.path is None or self.path.is_dir() or self.path.suffix.lower() in PARQUET
 
 
 @dataclass(frozen=True)
@@ -106,17 +101,21 @@ def both_note(source: Source, rows: int) -> tuple[str, ...]:
     """What is said of rows that hold a text and a conversation."""
     if not rows:
         return ()
-    which = "name the other with `column` in a recipe" if source.lenient else "drop the text where it is not wanted"
-    return (f"{rows:,} rows of {source.label} hold a text and a conversation: the text is read ({which})",)
+    return (
+        f"{rows:,} rows of {source.label} hold a text and a conversation: the text is read (drop it where it is not "
+        "wanted, or name the other with `column` in a recipe)",
+    )
 
 
 def reader_of(source: Source, folder: Path | None) -> Callable[[dict[str, Any] | ValueError, str], Document]:
-    """Gives the document of a row, by the row and its name. A row that could not be read is what it failed with."""
+    """Gives the document of a row of Parquet or of a data set, by the row and its name. A row that could not be read is
+    what it failed with."""
 
     def read(row: dict[str, Any] | ValueError, name: str) -> Document:
         if isinstance(row, ValueError):
             raise row
-        return document_from(row, source.columns, name, folder, source.label, source.kind)
+        document = document_from(row, source.columns, name, folder, source.label, source.kind)
+        return replace(document, borrowed=True)
 
     return read
 

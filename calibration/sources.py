@@ -12,7 +12,7 @@ from ..core.errors import InputError, ResourceError, input_error
 from .columns import document_from, holds_both
 from .documents import Document
 from .folders import JSON_LINES, PARQUET, PLAIN, SUFFIXES, TextFolder
-from .messages import refuse_half_characters
+from .messages import conversation_in, refuse_half_characters
 from .parquet import drawn_documents, first_documents
 from .read_text import PACKED, read_text, text_stem, text_suffix
 from .source import ReadLimit, Source, SourceDocuments, both_note, usable_documents
@@ -73,7 +73,18 @@ def _read_plain(path: Path, source: Source) -> Document:
     text = read_text(path)
     if not text.strip():
         raise InputError(f"the texts {path} are empty")
+    if _is_conversation(text):
+        raise InputError(
+            f"the texts {path} hold a conversation as JSON: name the file .jsonl, with each row on its line"
+        )
     return Document(path.name, source.kind or "text", text, None, source=source.label)
+
+
+def _is_conversation(text: str) -> bool:
+    try:
+        return conversation_in(text, ("role", "from"), ("content", "value")) is not None
+    except ValueError:  # in Python's spelling: a program, perhaps
+        return False
 
 
 def read_jsonl(path: Path, source: Source | None = None) -> list[Document]:

@@ -168,20 +168,18 @@ def _encoded(
     model without a vision tower, conversations for one without a chat template.
     """
     left_out, reason = read.left_out, read.reason
-    if source.lenient or source.label == "demo":
-        sees, chats = encoder.adapter.has_vision, bool(encoder.tokenizer.chat_template)
-        fitting = [d for d in documents if (sees or not d.images) and (chats or d.text is not None)]
-        if not fitting and alone:
-            encoder.encode_all(documents)  # raises with the reasons
-        if source.label != "demo" and len(fitting) < len(documents):
-            left_out += len(documents) - len(fitting)
-            reason = reason or "the model has no vision tower or no chat template"
-        documents = fitting
-    rows = encoder.encode_all(documents, skip_unusable=source.lenient)
-    if len(rows) < len(documents):
-        left_out += len(documents) - len(rows)
-        reason = reason or "the model cannot take them"
-    return Gathered(source, documents, rows, left_out, reason, read)
+    sees, chats, demo = encoder.adapter.has_vision, bool(encoder.tokenizer.chat_template), source.label == "demo"
+    fitting = [
+        d for d in documents if not (demo or d.borrowed) or ((sees or not d.images) and (chats or d.text is not None))
+    ]
+    if not fitting and alone:
+        encoder.encode_all(documents)  # raises with the reasons
+    if not demo and len(fitting) < len(documents):
+        left_out += len(documents) - len(fitting)
+        reason = reason or "the model has no vision tower or no chat template"
+    rows, problems = encoder.encode_usable(fitting)
+    reason = reason or next(iter(problems), "")
+    return Gathered(source, fitting, rows, left_out + len(problems), reason, read)
 
 
 def prepare_texts(

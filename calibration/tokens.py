@@ -72,21 +72,28 @@ class Encoder:
             )
         self.template = ChatTemplate(self.tokenizer, date or dates.date.today())
 
-    def encode_all(self, documents: list[Document], skip_unusable: bool = False) -> list[Row]:
-        """One row for each document. `skip_unusable` leaves out those that this model cannot take, if others remain.
+    def encode_all(self, documents: list[Document]) -> list[Row]:
+        """One row for each document. Raises one InputError that names all that this model cannot take."""
+        rows, problems = self._encoded(documents)
+        _refuse(list(problems.values()))
+        return rows
 
-        Otherwise raises one InputError that names them all.
-        """
-        rows, problems = [], []
-        for document in documents:
+    def encode_usable(self, documents: list[Document]) -> tuple[list[Row], list[str]]:
+        """(the rows, what is wrong with the documents that were left out). Borrowed documents are left out if others
+        remain. Raises one InputError that names the rest."""
+        rows, problems = self._encoded(documents)
+        _refuse([wrong for k, wrong in problems.items() if not rows or not documents[k].borrowed])
+        return rows, list(problems.values())
+
+    def _encoded(self, documents: list[Document]) -> tuple[list[Row], dict[int, str]]:
+        """(the rows, the document's number -> what is wrong with it)."""
+        rows, problems = list[Row](), dict[int, str]()
+        for number, document in enumerate(documents):
             try:
                 rows.append(self._encode(document, False))
             except ValueError as error:
-                problems.append(f"{document.id} {error}")
-        if problems and not (skip_unusable and rows):
-            shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
-            raise input_error("the model cannot take these texts:", shown, "Leave them out, or mend them.")
-        return rows
+                problems[number] = f"{document.id} {error}"
+        return rows, problems
 
     def encode(self, document: Document, ask: bool = False) -> Row:
         """The uncut row of a document: token ids int64 [T], pixels fp32 [images, 3, S, S] or None.
@@ -157,3 +164,10 @@ class Encoder:
             return rescaled
         mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (settings.image_mean, settings.image_std))
         return (rescaled - mean) / std
+
+
+def _refuse(problems: list[str]) -> None:
+    """Raises InputError for texts that the model cannot take."""
+    if problems:
+        shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        raise input_error("the model cannot take these texts:", shown, "Leave them out, or mend them.")

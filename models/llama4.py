@@ -245,8 +245,8 @@ class Llama4Adapter(Adapter):
             )
         if CHUNK in text and text[CHUNK] is None:
             found.append(
-                f"{CHUNK} is null (no chunk), with which transformers cannot run: it is read and emitted as {NO_CHUNK}, "
-                "which no text reaches"
+                f"{CHUNK} is null (no chunk), with which transformers cannot run: it is read and emitted as "
+                f"{NO_CHUNK}, which no text reaches"
             )
         rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
         if rope.get("rope_type") == "llama3" and (rope.get("factor"), rope.get("high_freq_factor")) == (8.0, 4.0):

@@ -127,12 +127,53 @@ def test_a_conversation_as_a_json_string_is_a_conversation(
     assert (document.text, document.messages) == (None, TALK)
 
 
+HELD = {
+    "twice": json.dumps(json.dumps(TALK)),
+    "an object": json.dumps({"messages": TALK}),
+    "an object with tools": json.dumps({"conversations": json.dumps(TALK), "tools": TOOLS}),
+    "turns": json.dumps([{"user": "why?", "assistant": "because"}]),
+}
+
+
+@READERS
+@pytest.mark.parametrize("column", ["text", "messages", "chat"])
+@pytest.mark.parametrize("kind", HELD)
+def test_every_json_of_a_conversation_is_one_in_every_column(
+    tmp_path: Path, read: Callable[..., Document], column: str, kind: str
+) -> None:
+    columns = Columns(column) if column == "chat" else Columns()
+    document = read(tmp_path, {column: HELD[kind]}, columns=columns)
+    assert (document.text, document.messages) == (None, TALK)
+    assert document.tools == (TOOLS if "tools" in kind else None)
+
+
+@READERS
+@pytest.mark.parametrize("column", ["text", "messages", "chat"])
+def test_a_conversation_that_is_not_whole_is_refused(
+    tmp_path: Path, read: Callable[..., Document], column: str
+) -> None:
+    """Also in a column that may hold any text: Python's spelling, and a list with a message that is null."""
+    columns = Columns(column) if column == "chat" else Columns()
+    for value, needle in (
+        (str(TALK), "in Python's spelling"),
+        (json.dumps([*TALK, None]), "message that is no object"),
+    ):
+        with pytest.raises(InputError, match=needle):
+            read(tmp_path, {column: value}, columns=columns)
+
+
+def test_a_plain_text_with_a_conversation_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text(json.dumps(TALK, indent=1))
+    with pytest.raises(InputError, match=r"x\.txt hold a conversation as JSON: name the file \.jsonl"):
+        read_documents(tmp_path / "x.txt")
+
+
 @READERS
 def test_a_text_that_only_looks_like_a_conversation_stays_a_text(tmp_path: Path, read: Callable[..., Document]) -> None:
-    for text in ("[1, 2]", '[{"role": "admin", "rights": 3}]', "[not JSON]", "[]"):
+    for text in ("[1, 2]", '[{"role": "admin", "rights": 3}]', "[not JSON]", "[]", '"quoted"', '{"messages": 3}'):
         assert read(tmp_path, {"text": text}).text == text
     with pytest.raises(InputError, match="no JSON list of messages"):
-        read(tmp_path, {"messages": "[{'role': 'user'}]"})
+        read(tmp_path, {"messages": '[{"role": "user"'})
 
 
 @READERS
@@ -144,6 +185,7 @@ def test_a_text_wins_over_a_conversation_and_that_is_said(tmp_path: Path, read: 
         (note,) = read_source(Source("both", path), ReadLimit(), seed).notes
         assert note.startswith("1 rows of both hold a text and a conversation: the text is read")
     assert read(tmp_path, row, columns=Columns("messages")).messages == TALK
+    assert read(tmp_path, row | {"text": " \n"}).messages == TALK
 
 
 def test_plain_conversations_digest_as_ever(tmp_path: Path) -> None:

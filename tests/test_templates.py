@@ -3,6 +3,7 @@
 The templates here are small ones in the manner of published models.
 """
 
+import dataclasses
 import datetime
 import json
 from collections.abc import Callable
@@ -13,6 +14,8 @@ import pytest
 from click.testing import Result
 
 from command_line import Refuse
+from documents import parquet
+from inputs import write_jsonl
 from onecard.calibration.documents import Document, document_of
 from onecard.calibration.tokens import Encoder
 from onecard.models.families import load_adapter
@@ -134,7 +137,11 @@ def test_a_lost_message_is_named(encoder: Encoder, kind: str) -> None:
     with pytest.raises(Exception, match="row-7") as caught:
         encoder.encode_all(rows)
     assert needle in str(caught.value)
-    assert [row.document for row in encoder.encode_all(rows, skip_unusable=True)] == ["row-8"]
+    borrowed = [dataclasses.replace(row, borrowed=True) for row in rows]
+    left, (reason,) = encoder.encode_usable(borrowed)
+    assert [row.document for row in left] == ["row-8"]
+    assert reason.startswith("row-7 ")
+    assert needle in reason
 
 
 CITY = {"city": "Bern"}
@@ -211,6 +218,30 @@ def test_forty_conversations_of_humans_are_read_and_those_of_wizards_refused(
     assert json.loads(shown.stdout)["tokens_given"] > 40 * 2 * len("words number")
     wizards = talks("wizards.jsonl", "wizard")
     refuse(model, "wizards:1 ", "wizards:20 ", "20 more", "wizard", arguments=["--calibration", wizards])
+
+
+def test_a_lost_message_in_a_folder_is_told_as_in_its_file(
+    copied: Callable[..., Path],
+    refuse: Refuse,
+    onecard: Callable[..., Result],
+    recipe: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    """JSONL is the user's own wherever it lies. Of Parquet beside it rows are left out, and the first one is named."""
+    model = copied()
+    (model / "chat_template.jinja").write_text("{{ bos_token }}" + QWEN3)
+    rows = [{"messages": [say("user", f"words number {n}")]} for n in range(40)]
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    parquet(folder / "public.parquet", rows + [{"messages": [say("wizard", f"spell {n}")]} for n in range(9)])
+    write_jsonl(folder / "own.jsonl", rows)
+    said = ["--recipe", recipe(), "--calibration", folder]
+    shown = onecard("calibration", "show", model, *said)
+    assert shown.exit_code == 0, shown.stderr
+    told = " ".join((shown.stdout + shown.stderr).split())
+    assert "9 calibration rows of texts cannot be used and are left out (public:40 loses message 1 (wizard)" in told
+    write_jsonl(folder / "own.jsonl", [*rows, {"messages": [say("wizard", "x")]}])
+    refuse(model, "own:41 loses message 1 (wizard)", arguments=["--calibration", folder])
 
 
 def test_a_rendered_text_has_one_bos(encoder: Encoder) -> None:
