@@ -229,7 +229,10 @@ def document_rows(encoded: list[Row], row_tokens: int, max_rows: int) -> list[Ro
     """The distinct heads of documents, at most `max_rows`. Raises InputError when none remains."""
     rows = distinct(document_heads(encoded, row_tokens))[:max_rows]
     if not rows:
-        raise InputError("the evaluation texts hold no document of two tokens or more")
+        raise InputError(
+            "the evaluation texts hold no document of two tokens or more whose pictures fit into evaluation_row_tokens "
+            f"({row_tokens:,})"
+        )
     return rows
 
 

@@ -57,6 +57,8 @@ Ties = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 # Gets (block, metrics, token weights), both by site key or RESIDUAL. A metric is the cost of errors of the outputs,
 # fp32 [O, O], of trace O without the routers' part. The weights are fp32 [tokens of all batches in order].
+# A trace of this share of its parts is what rounding in fp32 leaves of equal ones.
+ROUNDING = 1e-6
 Keep = Callable[[int, dict[str, torch.Tensor], dict[str, torch.Tensor]], None]
 
 
@@ -280,7 +282,8 @@ def near_ties(block: Block, middle_NTH: torch.Tensor) -> list[Ties]:
 
 def tie_metric(block: Block, ties: list[Ties]) -> torch.Tensor:
     """D [H, H] of trace H: W^T L W, with L the sum over ties of phi u u^T, and u the slopes of the two experts, one of
-    them negated. For slopes of 1, L is the Laplacian of a graph of experts whose edges are the weighted ties."""
+    them negated. For slopes of 1, L is the Laplacian of a graph of experts whose edges are the weighted ties. Zeros
+    where the rows of tied experts are alike: no error moves a tie there."""
     router = block.adapter.router_site(block.index)
     assert router is not None
     gain_H = block.norm(block.adapter.middle_norm).weight
@@ -297,5 +300,9 @@ def tie_metric(block: Block, ties: list[Ties]) -> torch.Tensor:
     # The squares of the slopes minus their product: zero where both slopes are alike.
     more_E = torch.zeros(experts, device=margin_T.device)
     more_E.index_add_(0, pair_T2.flatten(), (phi_T[:, None] * (slope_T2.square() - product_T[:, None])).flatten())
-    metric = weight_EH.T @ (torch.diag(edges_EE.sum(1) + more_E) - edges_EE) @ weight_EH
-    return metric * (len(metric) / metric.trace().clamp_min(torch.finfo(metric.dtype).tiny))
+    laplacian_EE = torch.diag(edges_EE.sum(1) + more_E) - edges_EE
+    metric = weight_EH.T @ laplacian_EE @ weight_EH
+    trace = metric.trace()
+    # What is left of equal rows is rounding, which must not be scaled up.
+    whole = (laplacian_EE.diagonal() * weight_EH.square().sum(1)).sum()
+    return metric * torch.where(trace > ROUNDING * whole, len(metric) / trace, 0.0)

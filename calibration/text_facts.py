@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..core.rows import Row
+from ..core.units import counted
 from .documents import Document
 from .packing import distinct, repeated_share
 from .source import Source, SourceDocuments
@@ -86,6 +87,16 @@ def _digest(parts: Iterable[bytes]) -> str:
     for part in parts:
         sha.update(hashlib.sha256(part).digest())
     return sha.hexdigest()
+
+
+def unfit_warnings(count: int, row_tokens: int) -> list[str]:
+    """A warning for evaluation documents that give no row."""
+    if not count:
+        return []
+    return [
+        f"{counted(count, 'evaluation text')} of fewer than two tokens, or whose pictures do not fit into "
+        f"evaluation_row_tokens ({row_tokens:,}), are left out: raise it in the recipe for those with pictures"
+    ]
 
 
 def left_out_warnings(gathered: list[Gathered], which: str) -> list[str]:

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.model import Model
-from ..core.errors import InputError
+from ..core.errors import InputError, input_error
 from ..core.recipe_groups import Texts, TextSource
 from ..core.rows import Row
+from ..core.units import counted
 from ..models.adapter import Adapter, Role
 from ..models.known import demo_folder
 from ..recipe import Recipe
@@ -33,6 +34,7 @@ from .text_facts import (
     repeated_calibration,
     repeated_warnings,
     short_share_warnings,
+    unfit_warnings,
 )
 from .tokens import Encoder
 
@@ -206,7 +208,8 @@ def prepare_texts(
     warnings = left_out_warnings(evaluated, "evaluation") + reading_notes(evaluated, "evaluation")
     if evaluation is not None:
         warnings += _unused_warnings(recipe, evaluation.name, facts["evaluation"])
-    warnings += repeated_warnings(document_heads(rows, row_tokens), used, row_tokens)
+    heads = document_heads(rows, row_tokens)
+    warnings += unfit_warnings(len(rows) - len(heads), row_tokens) + repeated_warnings(heads, used, row_tokens)
     if calibration is not None and not calibration.exists():
         # Refused even where the method needs no calibration: the name is mistyped.
         raise InputError(f"the texts {calibration} do not exist")
@@ -214,6 +217,7 @@ def prepare_texts(
         return RunTexts([], used, facts, warnings, {}, _documents_of(used, evaluated), encoder.template.date)
     calibrated = gather(recipe, ours, theirs, encoder, evaluated=False)
     refuse_shared([d for part in calibrated for d in part.documents], [d for part in evaluated for d in part.documents])
+    _refuse_seen(used, [row for part in calibrated for row in part.rows], row_tokens)
     packed, wanted = packed_rows(recipe, model.adapter, calibrated)
     facts["calibration"] = facts_of(calibrated, packed)
     warnings += left_out_warnings(calibrated, "calibration") + short_share_warnings(calibrated, facts["calibration"])
@@ -225,6 +229,23 @@ def prepare_texts(
             "is evaluated and the others calibrate"
         )
     return RunTexts(packed, used, facts, warnings, wanted, _documents_of(used, evaluated), encoder.template.date)
+
+
+def _refuse_seen(evaluated: list[Row], calibrating: list[Row], row_tokens: int) -> None:
+    """Raises InputError for evaluation rows that calibration texts begin with: texts may differ behind the cut."""
+    seen = {head.digest: head.document for head in document_heads(calibrating, row_tokens)}
+    shared = [
+        f"{row.document} begins as {seen[row.digest]} of the calibration texts"
+        for row in evaluated
+        if row.digest in seen
+    ]
+    if shared:
+        raise input_error(
+            f"{counted(len(shared), 'evaluation row')} of {row_tokens:,} tokens stand in the calibration texts, too:",
+            shared[:20],
+            "Raise evaluation_row_tokens in the recipe, or remove them from one of the two: KL must be measured on "
+            "texts that calibration never saw.",
+        )
 
 
 def _documents_of(rows: list[Row], gathered: list[Gathered]) -> tuple[Document, ...]:

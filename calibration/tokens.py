@@ -6,11 +6,13 @@ Each document becomes one uncut row. packing.py makes the rows of a run from the
 import datetime as dates
 import io
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image, UnidentifiedImageError
+from pydantic import BaseModel, ConfigDict, Field
 
 from ..core.errors import InputError, input_error
 from ..core.rows import Part, Row
@@ -23,6 +25,22 @@ from .templates import ChatTemplate
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
 # Pillow's number for bilinear resampling, as preprocessor_config.json stores it; Llama 4's choice.
 _BILINEAR = 2
+
+
+Three = tuple[float, float, float]
+
+
+class _PictureSettings(BaseModel):
+    """The keys of an image processor's config that a picture of one tile depends on, with Llama 4's values."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+    resample: int = Field(default=_BILINEAR, ge=0, le=max(Image.Resampling))
+    do_rescale: bool = True
+    rescale_factor: float = 1 / 255
+    do_normalize: bool = True
+    image_mean: Three = (0.5, 0.5, 0.5)
+    image_std: Three = (0.5, 0.5, 0.5)
 
 
 class Encoder:
@@ -115,35 +133,37 @@ class Encoder:
         twice = bos is not None and text.startswith(self.tokenizer.bos_token) and ids_T[:2].tolist() == [bos, bos]
         return ids_T[1:] if twice else ids_T
 
-    def _settings(self) -> dict[str, Any]:
-        """What preprocessor_config.json says of pictures; empty where there is none."""
-        path = self.folder / "preprocessor_config.json"
-        if not path.exists():
-            return {}
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-            return {
-                key: settings[key]
-                for key in ("resample", "image_mean", "image_std", "rescale_factor")
-                if key in settings
-            }
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{path} is damaged ({error}): fetch the checkpoint again") from None
+    @cached_property
+    def _settings(self) -> _PictureSettings:
+        """What the folder says of pictures. transformers 5 saves it in processor_config.json, and reads that first."""
+        for name, part in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
+            path = self.folder / name
+            try:
+                stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+                stored = stored.get(part) if part is not None else stored
+                if stored:
+                    return _PictureSettings.model_validate({k: v for k, v in stored.items() if v is not None})
+            except (ValueError, TypeError, AttributeError, RecursionError) as error:
+                said = str(error).partition("\n")[0]
+                raise InputError(f"{path} is damaged ({said}): fetch the checkpoint again") from None
+        return _PictureSettings()
 
     def _pixels(self, picture: Picture) -> torch.Tensor:
-        """A picture as one tile, fp32 [3, S, S]: resized, rescaled and normalised by preprocessor_config.json."""
-        settings = self._settings()
+        """A picture as one tile, fp32 [3, S, S]: resized, rescaled and normalised as the folder says."""
+        settings = self._settings
         side = int(self.adapter.config.vision_config.image_size)
         try:
             with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
-                rgb = image.convert("RGB").resize((side, side), Image.Resampling(settings.get("resample", _BILINEAR)))
+                rgb = image.convert("RGB").resize((side, side), Image.Resampling(settings.resample))
         except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
             which = "an image" if isinstance(picture, bytes) else f"the image {picture}"
             raise ValueError(f"has {which}, which cannot be read ({error})") from None
         values = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8).view(side, side, 3).permute(2, 0, 1)
-        mean = torch.tensor(settings.get("image_mean", [0.5] * 3)).view(3, 1, 1)
-        std = torch.tensor(settings.get("image_std", [0.5] * 3)).view(3, 1, 1)
-        return (values.float() * float(settings.get("rescale_factor", 1 / 255)) - mean) / std
+        rescaled = values.float() * (settings.rescale_factor if settings.do_rescale else 1)
+        if not settings.do_normalize:
+            return rescaled
+        mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (settings.image_mean, settings.image_std))
+        return (rescaled - mean) / std
 
 
 def _refuse(problems: list[str]) -> None:

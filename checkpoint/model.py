@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 
-from ..core.errors import InputError, ResourceError
+from ..core.errors import InputError, ResourceError, input_error
 from ..core.json_text import json_text
 from ..models.adapter import Adapter
 from ..models.config_keys import forward_fields
@@ -20,7 +20,7 @@ from ..models.known import demo_folder, on_hub, read_config
 from .formats.fp8_read import FP8_BLOCKS
 from .formats.stored_weight import StoredWeight
 from .gguf.read import holds_gguf, open_gguf
-from .packed import PackedSource, open_packed
+from .packed import MOST_SHOWN, PackedSource, open_packed
 from .provenance import hub_origin, source_card
 from .remote import hub_error, open_remote
 from .side_files import CARRIED, adapter_warnings
@@ -149,6 +149,13 @@ def checked_model(name: str, config: dict[str, Any], adapter: Adapter, where: Fo
     folder = open_folder(path) if isinstance(where, Path) else where
     block = quantization_block(path, config)
     source = folder if block is None else open_packed(folder, block)
+    twice = adapter.stored_twice(source.names)
+    if twice:
+        raise input_error(
+            f"{path} holds some experts twice, and what an engine would take is not known:",
+            [*twice[:MOST_SHOWN], *([f"... and {len(twice) - MOST_SHOWN} more"] if len(twice) > MOST_SHOWN else [])],
+            "Remove the layout that is left over.",
+        )
     check_shapes(path, source, adapter.disk_shapes(source.names), adapter.left_aside(source.names))
     if isinstance(where, Path):  # otherwise only headers are here
         refuse_untied_copy(folder, adapter)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..core.errors import InputError, input_error
+from ..core.errors import DamageError, InputError, input_error
 from ..core.tensors import TORCH_DTYPES, TensorSource
 from ..models.adapter import Adapter, read
 from .source import Folder
@@ -39,20 +39,32 @@ def check_shapes(
 
 
 def untied_copy(folder: Folder, adapter: Adapter) -> str | None:
-    """What is wrong with a stored copy of a tied head: it must have the embedding's bytes. None: there is none, or it
+    """What is wrong with a stored copy of a tied head: it must hold the embedding's numbers. None: there is none, or it
     is equal. Raises ResourceError."""
     copy, embedding = adapter.tied_copy, adapter.embedding_name
     if copy is None or copy not in folder.infos:
         return None
-    if folder.infos.get(embedding) == folder.infos[copy] and all(
-        torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
-        for (_, ours), (_, theirs) in zip(pieces(folder, copy), pieces(folder, embedding), strict=True)
+    held = folder.infos.get(embedding)
+    if (
+        held is not None
+        and held.shape == folder.infos[copy].shape
+        and all(
+            _same(ours, theirs)
+            for (_, ours), (_, theirs) in zip(pieces(folder, copy), pieces(folder, embedding), strict=True)
+        )
     ):
         return None
     return (
         f"{copy} is not {embedding}, though config.json ties them (tie_word_embeddings): some engines would take the "
         "one for the head, some the other"
     )
+
+
+def _same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Whether two tensors hold the same bytes, or the same numbers in different dtypes."""
+    if ours.dtype == theirs.dtype:
+        return torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+    return torch.equal(ours.double(), theirs.double())
 
 
 def refuse_untied_copy(folder: Folder, adapter: Adapter) -> None:
@@ -75,10 +87,11 @@ class Values:
     maybe_zeros: bool = False
 
 
-def refuse_nonfinite(folder: Folder, name: str) -> set[str]:
+def refuse_nonfinite(folder: Folder, name: str, original: bool = True) -> set[str]:
     """Read every weight once and refuse NaN and Inf, which all later steps would carry on silently.
 
-    Returns the stored tensors that may hold matrices of zeros. Raises InputError.
+    Returns the stored tensors that may hold matrices of zeros. Raises InputError for the original, DamageError for a
+    checkpoint that is measured against it.
     """
     found = {tensor: _values(folder, tensor) for tensor in folder.names}
     problems = [
@@ -87,7 +100,10 @@ def refuse_nonfinite(folder: Folder, name: str) -> set[str]:
         if values.nan or values.inf
     ]
     if problems:
-        raise input_error(f"{name} holds non-finite values:", problems, "The checkpoint is damaged: fetch it again.")
+        found_bad = input_error(
+            f"{name} holds non-finite values:", problems, "The checkpoint is damaged: fetch it again."
+        )
+        raise found_bad if original else DamageError(str(found_bad))
     return {tensor for tensor, values in found.items() if values.maybe_zeros}
 
 

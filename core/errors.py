@@ -40,6 +40,10 @@ class InputError(OnecardError):
     exit_code = 2
 
 
+class UnreadError(InputError):
+    """The weights are sound, and stored in a way that onecard does not read."""
+
+
 class UnusableModelError(InputError):
     """The original's own hidden rows, logits or moments are not finite. A run finds it where it first walks the
     original, and leaves nothing behind."""

@@ -14,6 +14,8 @@ import torch
 from ..calibration.documents import Document
 from ..calibration.tokens import Encoder
 from ..checkpoint.gguf.read import stored_tokenizer
+from ..checkpoint.gguf.tokenizer import describe
+from ..checkpoint.gguf.write import stops_at
 from ..checkpoint.model import Model, said_name
 from ..core.errors import InputError
 from ..core.record.schema import ConfigField, Record
@@ -23,8 +25,9 @@ from ..models.config_keys import Difference, differences
 from .task_requests import requests_of
 from .tasks import Task
 
-# A message shows this many offenders.
+# A message shows this many offenders, and characters of a value.
 SHOWN = 8
+SHOWN_CHARACTERS = 80
 
 
 @dataclass
@@ -81,9 +84,7 @@ def compare_sides(
         )
     stored = stored_tokenizer(checkpoint.path)
     if stored is not None:
-        found.warnings += _vocabulary(name, stored.tokens, encoder.tokenizer)
-        if stored.template is not None and stored.template != encoder.tokenizer.chat_template:
-            found.warnings.append(f"{name}: the GGUF file's chat template is not the original's")
+        found.warnings += _gguf_tokenizer(name, stored, original)
     return found
 
 
@@ -126,20 +127,32 @@ def _items(encoder: Encoder, other: Encoder, task: Task) -> list[str]:
     return [f"{counted(changed, 'option')} of the task {task.name}"] if changed else []
 
 
-def _vocabulary(name: str, tokens: Sequence[str], tokenizer: Any) -> list[str]:
-    """A warning where a GGUF file's list of tokens is not the original's vocabulary."""
-    ours = {number: token for token, number in tokenizer.get_vocab().items()}
-    other = [number for number, token in ours.items() if number >= len(tokens) or tokens[number] != token]
-    if not other:
-        return []
-    first = min(other)
-    theirs = tokens[first] if first < len(tokens) else None
-    return [
-        f"{name}: {counted(len(other), 'token')} of the GGUF file are not the original's (the first is {first}: "
-        f"{theirs!r}, and the original has {ours[first]!r})"
-    ]
+def _gguf_tokenizer(name: str, stored: dict[str, Any], original: Model) -> list[str]:
+    """Warnings where the tokenizer in a GGUF file, which llama.cpp reads, is not what the original's gives."""
+    config, text = original.adapter.config, original.adapter.text_config
+    wanted = describe(original.path, original.adapter.vocab_size, stops_at(config) + stops_at(text))
+    if wanted.problems:
+        return [f"{name}: the GGUF file's tokenizer was not compared: {wanted.problems[0]}"]
+    warnings = []
+    for key, ours in wanted.metadata.items():
+        theirs = stored.get(key)
+        if theirs == ours:
+            continue
+        if isinstance(ours, list) and isinstance(theirs, list):
+            first = _first_other(ours, theirs)
+            a, b = (repr(side[first]) if first < len(side) else "nothing" for side in (theirs, ours))
+            warnings.append(f"{name}: tokenizer.{key} of the GGUF file has {a} at {first}, and the original gives {b}")
+        else:
+            a, b = ("nothing" if side is None else _short(side) for side in (theirs, ours))
+            warnings.append(f"{name}: tokenizer.{key} of the GGUF file is {a}, and the original gives {b}")
+    return warnings
 
 
-def _first_other(ours: Sequence[int], theirs: Sequence[int]) -> int:
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
+
+
+def _first_other(ours: Sequence[Any], theirs: Sequence[Any]) -> int:
     shared = min(len(ours), len(theirs))
     return next((at for at in range(shared) if ours[at] != theirs[at]), shared)

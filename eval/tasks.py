@@ -17,6 +17,7 @@ from pathlib import Path
 from ..core.errors import InputError
 from ..core.json_text import json_text
 from ..core.record.flips import FlipSummary
+from ..core.units import counted
 from ..models.known import demo_folder
 from .choice import Scored
 from .flips import Answered, answers, summarize_answers
@@ -40,6 +41,11 @@ class Task:
     style: Style
     # Whether an option's score is divided by the bytes of its text, as is usual where options differ in length.
     normalized: bool
+
+    @property
+    def repeated(self) -> int:
+        """How many items ask what an item before them asks."""
+        return len(self.items) - len({(i.question, i.choices, i.right, i.group, i.pairs) for i in self.items})
 
     @property
     def digest(self) -> str:
@@ -103,6 +109,16 @@ def _drawn(items: list[Item], count: int, seed: int) -> list[Item]:
     """`count` items chosen by a seed, in their own order."""
     chosen = sorted(random.Random(seed).sample(range(len(items)), min(count, len(items))))
     return [items[i] for i in chosen]
+
+
+def repeated_warnings(tasks: Sequence[Task]) -> list[str]:
+    """A warning for each task in which items repeat others."""
+    return [
+        f"{counted(task.repeated, 'item')} of the task {task.name} ask what others ask, and each counts as a draw of "
+        "its own: the interval is narrower than it should be"
+        for task in tasks
+        if task.repeated
+    ]
 
 
 def answered(task: Task, scored: Sequence[Scored]) -> list[Answered]:

@@ -49,7 +49,7 @@ from .intervals import FEW_DOCUMENTS
 from .sides import compare_sides
 from .summary import summarize
 from .task_requests import requests_of
-from .tasks import Task, flip_summary, load_tasks
+from .tasks import Task, flip_summary, load_tasks, repeated_warnings
 from .token_table import write_tokens
 from .twin import twin_walk
 
@@ -126,6 +126,7 @@ def measure(
             )
     if twin.answers is not None:
         scored = iter(scores(asking, twin.answers))
+        warnings += repeated_warnings(tasks)
         flips = flip_summary(tasks, [list(islice(scored, len(own))) for own in requests])
     return Measured(walk.compute.dtype_name, kl, errors, flips, warnings)
 
@@ -338,7 +339,7 @@ def _measured_pair(asked: _Asked, device_name: str, console: Console | None, qui
         progress.expect(_schedule(source, quantized, rows, asked, compute))
         progress.begin("check weights")
         for model in (source, quantized):
-            refuse_nonfinite(model.folder, model.name)
+            refuse_nonfinite(model.folder, model.name, original=model is source)
         walk = Walk.over(source.adapter, source.source, compute, progress)
         measured = measure(
             walk,

@@ -153,6 +153,10 @@ class Adapter(ABC):
     def locate(self, name: str, available: Collection[str]) -> Location:
         """Where a checkpoint with the tensors `available` keeps the canonical tensor `name`."""
 
+    def stored_twice(self, available: Collection[str]) -> list[str]:
+        """The stored tensors of which `available` holds a second copy in another layout; a line each."""
+        return []
+
     @abstractmethod
     def disk_shapes(self, available: Collection[str]) -> dict[str, tuple[int, ...]]:
         """Stored name -> shape of every tensor, in the checkpoint's own layout (fused or not)."""

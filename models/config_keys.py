@@ -95,6 +95,13 @@ COMMON = {
 # Of every text model.
 TEXT = COMMON | {
     "hidden_act": ACTIVATION,
+    # No field of the classes: transformers' masks ask any config for it.
+    "is_causal": Key(
+        Use.FIXED,
+        "whether a token sees only earlier ones",
+        (True, None),
+        "a model that reads backwards is another model",
+    ),
     **_followed(
         vocab_size="the number of tokens",
         hidden_size="the width of the residual stream",

@@ -72,6 +72,9 @@ class DeepseekV3Adapter(UnfusedAdapter):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         other = []
+        layers = getattr(config, MTP, None) or 0
+        if not isinstance(layers, int) or layers < 0:
+            other.append(f"{MTP} is {layers!r}, which is no number of layers")
         if not config.n_shared_experts:
             other.append(f"n_shared_experts is {config.n_shared_experts!r}")
         if not config.n_group or config.n_routed_experts % config.n_group:

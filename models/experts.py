@@ -45,7 +45,12 @@ class RoutedExperts(nn.Module):
         raise AssertionError(projection)
 
     def forward(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-        """Sum of the chosen experts' outputs [T, H]; `experts_TK` int64 and `weights_TK` are the router's choice."""
+        """Sum of the chosen experts' outputs [T, H]; `experts_TK` int64 and `weights_TK` are the router's choice.
+
+        On the meta device there is no choice to go by, and the result has a shape and no values.
+        """
+        if x_TH.is_meta:
+            return torch.empty_like(x_TH)
         top_k = experts_TK.shape[1]
         if self.tell_routes is not None:
             self.tell_routes(experts_TK.sort(-1).values)

@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from transformers.models.llama4 import modeling_llama4 as hf
-from transformers.models.llama4.configuration_llama4 import Llama4TextConfig
 
 from ..core.device import Compute
 from ..core.tensors import TensorSource
@@ -23,6 +22,8 @@ from .meta import meta_module, meta_shapes
 # Early published configs have a number here (transformers 4.51). It is a switch now.
 TUNING = "attn_temperature_tuning"
 CHUNK = "attention_chunk_size"
+# null means that no layer is chunked, and transformers' masks need a number: this is more tokens than any text has.
+NO_CHUNK = 2**30
 
 
 class Llama4Moe(nn.Module):
@@ -231,8 +232,7 @@ class Llama4Adapter(Adapter):
         if type(text.get(TUNING)) is int:
             text[TUNING] = bool(text[TUNING])
         if CHUNK in text and text[CHUNK] is None:
-            # null means that no layer is chunked. transformers' masks need a number: one that no text passes.
-            text[CHUNK] = text.get("max_position_embeddings") or Llama4TextConfig.max_position_embeddings
+            text[CHUNK] = NO_CHUNK
         return raw_config | {"text_config": text} if nested else text
 
     def faults(self, raw_config: dict[str, Any]) -> list[str]:
@@ -246,7 +246,7 @@ class Llama4Adapter(Adapter):
         if CHUNK in text and text[CHUNK] is None:
             found.append(
                 f"{CHUNK} is null (no chunk), with which transformers cannot run: it is read and emitted as "
-                f"max_position_embeddings, which is the same model"
+                f"{NO_CHUNK}, which no text reaches"
             )
         rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
         if rope.get("rope_type") == "llama3" and (rope.get("factor"), rope.get("high_freq_factor")) == (8.0, 4.0):

@@ -11,6 +11,8 @@ from .experts import RoutedExperts
 from .meta import meta_module
 from .unfused import UnfusedAdapter
 
+HEAD_DIM = "head_dim"
+
 
 class Qwen3Moe(nn.Module):
     """The feed-forward half with RoutedExperts. Logits and softmax are fp32 (Walk.load holds the router so)."""
@@ -41,6 +43,18 @@ class Qwen3MoeAdapter(UnfusedAdapter):
     experts_key = "num_experts"
     causal_class = hf.Qwen3MoeForCausalLM
     router_name: ClassVar = "mlp.gate"
+
+    @staticmethod
+    def mended(raw_config: dict[str, Any]) -> dict[str, Any]:
+        if raw_config.get(HEAD_DIM, 0) is not None:
+            return raw_config
+        return raw_config | {HEAD_DIM: raw_config.get("hidden_size", 0) // (raw_config.get("num_attention_heads") or 1)}
+
+    def faults(self, raw_config: dict[str, Any]) -> list[str]:
+        if raw_config.get(HEAD_DIM, 0) is not None:
+            return []
+        number = self.mended(raw_config)[HEAD_DIM]
+        return [f"{HEAD_DIM} is null, with which transformers cannot run: it is read and emitted as {number}"]
 
     def is_moe(self, block: int) -> bool:
         c = self.config

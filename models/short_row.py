@@ -1,8 +1,8 @@
 """A short row through every block on the meta device: a config.json that contradicts itself is refused when the model
 is opened, not after its shards are written.
 
-The arguments of a layer (masks, rotary tables) are computed for real. The layers have shapes and no values. Experts are
-left out: they multiply matrices whose shapes `Adapter.expected` has already given.
+The arguments of a layer (masks, rotary tables) are computed for real. The layers, with their routers, have shapes and
+no values. Experts are left out: they multiply matrices whose shapes `Adapter.expected` has already given.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from ..core.device import Compute
-from .adapter import Adapter, Half
+from .adapter import Adapter
 from .block import Block
 from .calls import Calls
 
@@ -35,8 +35,6 @@ def run_short_row(adapter: Adapter) -> None:
     hidden = torch.empty(1, TOKENS, adapter.hidden_size, device="meta")
     for index in range(adapter.n_blocks):
         block = Block(adapter, index, adapter.build_block(index), calls)
-        block.forward(hidden, Half.ATTENTION)
-        if not adapter.is_moe(index):
-            block.forward(hidden, Half.FEED_FORWARD)
+        block.forward(hidden)
     if adapter.has_vision:
         adapter.run_picture()

@@ -82,21 +82,34 @@ class UnfusedAdapter(Adapter):
                 shapes[where.tensor] = (self.n_experts, *shape)
         return shapes
 
+    def stored_twice(self, available: Collection[str]) -> list[str]:
+        pairs = ((name, self._stack(name)) for name in self._shapes if ".experts." in name and name in available)
+        return [f"{name} is in {stack}, too" for name, stack in pairs if stack in available]
+
+    def _stack(self, name: str) -> str:
+        """The stack in which transformers saves this matrix of an expert from memory."""
+        stem, _, rest = name.partition(".experts.")
+        gate, up, _ = self.projections
+        stack = "gate_up_proj" if rest.split(".")[1] in (gate, up) else "down_proj"
+        return f"{self.memory_name(stem)}.experts.{stack}"
+
     def locate(self, name: str, available: Collection[str]) -> Location:
         if name in available:
             return Location(name)
-        stem, _, rest = name.partition(".experts.")
+        _, _, rest = name.partition(".experts.")
         if not rest:
             other = self.memory_name(name)
             return Location(other if other in available else name)
         expert, projection, _ = rest.split(".")
-        both, down = (f"{self.memory_name(stem)}.experts.{stack}" for stack in ("gate_up_proj", "down_proj"))
+        stack = self._stack(name)
+        if stack not in available:
+            return Location(name)
         gate, up, _ = self.projections
         if projection not in (gate, up):
-            return Location(down, (int(expert),)) if down in available else Location(name)
+            return Location(stack, (int(expert),))
         width = self._shapes[name][0]
         rows = slice(0, width) if projection == gate else slice(width, 2 * width)
-        return Location(both, (int(expert), rows)) if both in available else Location(name)
+        return Location(stack, (int(expert), rows))
 
     def role(self, name: str) -> Role:
         if ".embed_tokens." in name:

@@ -13,7 +13,7 @@ from ..checkpoint.gguf.read import holds_gguf, open_gguf
 from ..checkpoint.side_files import ADAPTER_FILES
 from ..checkpoint.soundness import index_problems
 from ..checkpoint.source import PICKLES, Folder, open_folder
-from ..core.errors import InputError
+from ..core.errors import InputError, UnreadError
 from ..core.file_names import RECORD_NAME
 from ..core.record.reading import UnfinishedError, UnknownVersionError, read_record
 from ..core.record.schema import Record
@@ -49,6 +49,9 @@ def check(checkpoint: str, step: Step | None = None) -> Checked:
     try:
         packed = open_gguf(path, adapter.text_only()) if holds_gguf(path) else None
         folder = packed.folder if packed is not None else open_folder(path)
+    except UnreadError as error:
+        found.unchecked += [f"tensors, widths and values: {line}" for line in offenders(error)]
+        return found
     except InputError as error:
         return _stop(found, offenders(error), "the weights cannot be opened")
     found.problems += _strays(path, folder, sums)

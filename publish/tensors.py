@@ -23,6 +23,7 @@ from ..checkpoint.source import Folder
 from ..checkpoint.source_checks import untied_copy
 from ..core.errors import InputError
 from ..core.file_names import RECORD_NAME
+from ..core.finite import all_finite
 from ..core.record.schema import ExportFacts, Record
 from ..core.rows import Step
 from ..core.scheme import BY_ROW, INT8_ROWS, NF4, NF4_BLOCK, Scheme
@@ -199,7 +200,10 @@ def _unpack_all(source: PackedSource, found: Checked) -> list[str]:
         # Fused experts are unpacked one by one.
         for index in [(i,) for i in range(shape[0])] if len(shape) == 3 else [()]:
             try:
-                if not source.dense(name, torch.float32, index).any():
+                dense = source.dense(name, torch.float32, index)
+                if not all_finite(dense):
+                    found.problems.append(f"{name}{list(index) or ''} unpacks to numbers that are not finite")
+                elif not dense.any():
                     zeros.append(f"{name}{list(index) or ''}")
             except InputError as error:
                 found.problems += offenders(error)

@@ -11,6 +11,7 @@ OF_TRAINING = {"attention_dropout": 0.3, "initializer_range": 0.5, "router_aux_l
 # Path of a key -> edits of config.json, each a value for it or a dict of several keys that must go together.
 TEXT: dict[str, list[Any]] = {
     "hidden_act": ["gelu", "swish"],
+    "is_causal": [False],
     "vocab_size": [320],
     "hidden_size": [96],
     "num_hidden_layers": [2],
@@ -44,7 +45,7 @@ EDITS: dict[str, dict[str, list[Any]]] = {
     },
     "mixtral": TEXT
     | {
-        "rope_parameters": [ROPE, DYNAMIC],  # DYNAMIC breaks without a head_dim
+        "rope_parameters": [ROPE],  # transformers fails with DYNAMIC where head_dim is not given
         "intermediate_size": [160],
         "head_dim": [32],
         "num_local_experts": [4],

@@ -18,6 +18,7 @@ from babies import edit_json
 from command_line import Refuse
 from onecard.checkpoint.model import open_model
 from onecard.core.rows import Row
+from onecard.models.llama4 import NO_CHUNK
 from walking import relative, walk_logits, whole_logits
 
 # --- config.json
@@ -230,7 +231,7 @@ def test_tokenizer_of_another_model(copied: Callable[..., Path], refuse: Refuse)
         tokenizer["model"]["vocab"]["a"] = 4000
 
     edit_json(model / "tokenizer.json", shift)
-    refuse(model, model, "tokenizer", "vocabulary")
+    refuse(model, model, "tokenizer", "ids up to 4,000", "256 rows")
 
 
 def test_a_contradiction_in_the_attention_is_told_when_the_model_is_opened(
@@ -277,11 +278,13 @@ def test_no_attention_chunk_means_that_every_layer_sees_everything(
     assert result.exit_code == 0, result.stderr
     assert "attention_chunk_size is null" in " ".join(result.stderr.split())
     config = json.loads((out / "config.json").read_text())
-    assert config["attention_chunk_size"] == config["max_position_embeddings"] == 256
+    assert config["attention_chunk_size"] == NO_CHUNK
     # The judge: transformers on the same weights, all layers with full attention.
     whole = AutoModelForCausalLM.from_pretrained(str(model), config=full_attention(model), dtype=torch.float32).eval()
-    opened, row = open_model(str(model)), Row("x", "text", torch.arange(3, 36))
-    assert len(row.tokens) > 8, "longer than the baby's own chunk"
+    opened, row = open_model(str(model)), Row("x", "text", torch.arange(300) % 250)
+    assert len(row.tokens) > config["max_position_embeddings"] > 8, (
+        "longer than the baby's own chunk, and than it should"
+    )
     (walked,) = walk_logits(opened.adapter, opened.source, [row])
     assert relative(walked, whole_logits(whole, row)) < 1e-5
 

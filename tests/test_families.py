@@ -143,6 +143,10 @@ def test_a_layer_that_no_config_announces_is_refused(copied: Callable[..., Path]
         ("deepseek", {"scoring_func": "softmax"}, ["scoring_func is 'softmax'"]),
         ("deepseek", {"attention_bias": True}, ["attention_bias is true"]),
         ("deepseek", {"n_group": 3}, ["8 experts in 3 groups"]),
+        ("deepseek", {"n_group": 8}, ["not a valid deepseek_v3 config"]),  # the two best of a group of one
+        ("deepseek", {"topk_group": 5}, ["not a valid deepseek_v3 config"]),
+        ("deepseek", {"num_nextn_predict_layers": "1"}, ["num_nextn_predict_layers"]),
+        ("deepseek", {"num_nextn_predict_layers": -1}, ["num_nextn_predict_layers is -1"]),
         ("deepseek", {"n_shared_experts": 0}, ["n_shared_experts is 0"]),
         ("mixtral", {"sliding_window": 0}, ["sliding_window is 0"]),
     ],

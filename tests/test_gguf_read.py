@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,15 +24,21 @@ from onecard.checkpoint.model import open_model
 from onecard.checkpoint.packed import PackedSource
 from onecard.core.errors import InputError
 from onecard.models import gguf as words
+from onecard.models.adapter import Adapter
 
 FILE = gguf_write.FILE_NAME
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a Llama 4 in Q4_0. Do not write into it."""
+def int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("read")
-    folder, _ = export(quantize(make(home / "source", "llama4-text"), home / "int4"), home / "gguf")
+    return quantize(make(home / "source", "llama4-text"), home / "int4")
+
+
+@pytest.fixture(scope="module")
+def whole(int4: Path) -> Path:
+    """A folder with a Llama 4 in Q4_0. Do not write into it."""
+    folder, _ = export(int4, int4.parent / "gguf")
     return folder
 
 
@@ -82,6 +89,51 @@ def test_a_config_of_another_model_is_refused(copy: Path, key: str, value: objec
 
     edit_json(copy / "config.json", change)
     assert why in refusal(copy)
+
+
+def written_with(int4: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> Path:
+    """A GGUF folder with other metadata; None removes a key."""
+    right = words.settings
+
+    def settings(adapter: Adapter) -> dict[str, Any]:
+        return {key: value for key, value in (right(adapter) | changes).items() if value is not None}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(words, "settings", settings)
+        return export(int4, folder)[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"rope.scaling.type": "yarn"}, "llama4.rope.scaling.type is yarn"),
+        ({"rope.scaling.factor": 4.0}, "llama4.rope.scaling.factor is 4.0"),
+        ({"rope.scale_linear": 4.0}, "llama4.rope.scale_linear is 4.0"),
+    ],
+)
+def test_scaling_that_config_json_does_not_have_is_refused(
+    changes: dict[str, Any], why: str, int4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert why in refusal(written_with(int4, tmp_path / "gguf", monkeypatch, changes))
+
+
+def test_a_rotary_base_that_llama_cpp_would_guess_wrongly_is_refused(
+    int4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = written_with(int4, tmp_path / "gguf", monkeypatch, {"rope.freq_base": None})
+    assert open_model(str(folder)).warnings  # the baby's base is what llama.cpp takes
+    edit_json(folder / "config.json", lambda c: c["rope_parameters"].update(rope_theta=500000.0))
+    assert "rope.freq_base is missing: llama.cpp takes 10000" in refusal(folder)
+
+
+def test_metadata_that_nobody_here_knows_is_told_and_neutral_ones_are_not(
+    int4: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    neutral = {"rope.scaling.type": "none", "rope.scale_linear": 1.0, "rope.scaling.original_context_length": 77}
+    folder = written_with(int4, tmp_path / "a", monkeypatch, neutral)
+    assert len(open_model(str(folder)).warnings) == len(open_model(str(whole)).warnings)
+    folder = written_with(int4, tmp_path / "b", monkeypatch, {"logit_scale": 0.5})
+    assert any("llama4.logit_scale = 0.5" in warning for warning in open_model(str(folder)).warnings)
 
 
 def test_other_rope_factors_than_the_config_gives_are_refused(copy: Path) -> None:

@@ -86,7 +86,7 @@ def is_exact(x: torch.Tensor) -> bool:
     return bool((x.abs() < 2**16).all()) and torch.equal((x * 64).round(), x * 64)
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(**SIZES)
 def test_gptqs_columns_get_the_torch_forms_codes(
     batch: int, outputs: int, groups: int, width: int, seed: int, bits: int, symmetric: bool, negative: bool
@@ -118,7 +118,7 @@ def started(site: dict[str, torch.Tensor], scheme: Scheme, seed: int) -> Quantiz
     return QuantizedWeight(codes, site["scale"], None if scheme.symmetric else site["zero"].to(torch.int8), scheme)
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(**SIZES)
 def test_a_sweep_moves_the_torch_forms_codes(
     batch: int, outputs: int, groups: int, width: int, seed: int, bits: int, symmetric: bool, negative: bool
@@ -146,7 +146,7 @@ def test_a_sweep_moves_the_torch_forms_codes(
     assert torch.equal(our_gradient, their_gradient)
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(**SIZES)
 def test_a_tabu_search_makes_the_torch_forms_moves(
     batch: int, outputs: int, groups: int, width: int, seed: int, bits: int, symmetric: bool, negative: bool
@@ -161,7 +161,7 @@ def test_a_tabu_search_makes_the_torch_forms_moves(
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the overflow that is meant
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(
     outputs=st.integers(1, 9),
     groups=st.integers(1, 3),
@@ -198,7 +198,7 @@ def test_the_scale_search_finds_the_torch_forms_scales(
 # Real values
 
 
-def real_site(batch: int = 2, outputs: int = 40, inputs: int = 32, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def real_site(batch: int = 2, outputs: int = 24, inputs: int = 32, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(batch, 200, inputs, generator=generator) * torch.rand(inputs, generator=generator)
     return torch.randn(batch, outputs, inputs, generator=generator), rows.transpose(1, 2) @ rows / 200
@@ -207,7 +207,9 @@ def real_site(batch: int = 2, outputs: int = 40, inputs: int = 32, seed: int = 0
 def test_the_error_of_best_is_the_torch_forms() -> None:
     """A near tie that falls otherwise sends a search another way, so single rows may differ, either way."""
     plain = Method(**{k: v for k, v in PRESETS["best"].items() if k in Method.model_fields})
-    method = plain.model_copy(update={"tabu_moves": min(plain.tabu_moves, 8), "restarts": min(plain.restarts, 1)})
+    method = plain.model_copy(
+        update={"tabu_moves": min(plain.tabu_moves, 5), "restarts": min(plain.restarts, 1), "refine_rounds": 1}
+    )
     w, moment = real_site()
     given: Any = (w, moment, Scheme(4, 32, True), method, torch.bfloat16)
     ours = quantize_batch(*given)
@@ -222,10 +224,10 @@ def test_cutting_a_batch_or_its_rows_changes_no_code() -> None:
     w, moment = real_site()
     scheme = Scheme(4, 32, True)
     prepared = gptq.prepare(moment, 0.01)
-    scale = torch.rand(2, 40, 1, generator=torch.Generator().manual_seed(1)) + 0.2
+    scale = torch.rand(2, 24, 1, generator=torch.Generator().manual_seed(1)) + 0.2
     whole = gptq.gptq(w, prepared, scale, None, scheme)
     moved = tabu.tabu_searched(whole, w, prepared.objective, 9)
-    for rows in (slice(0, 1), slice(7, 39)):
+    for rows in (slice(0, 1), slice(7, 20)):
         part = gptq.gptq(w[:, rows], prepared, scale[:, rows], None, scheme)
         assert torch.equal(part.codes, whole.codes[:, rows])
         part = QuantizedWeight(whole.codes[:, rows], scale[:, rows], None, scheme)

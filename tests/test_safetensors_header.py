@@ -218,5 +218,8 @@ def test_a_dtype_that_is_not_read_is_no_damage(
     assert library_takes(file)
     refuse_model(model, file.name, "U64", "bf16")
     assert "etch" not in onecard("inspect", model).stderr
+    checked = onecard("check", model)
+    assert checked.exit_code == 0, "what cannot be read is not judged"
+    assert any("U64" in line for line in json.loads(checked.stdout)["not_checked"])
     with pytest.raises(InputError, match="does not read"):
         open_folder(model)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Llama4ForConditionalGeneration
 
-from onecard.calibration.sensitivity import NEAR_SHARE, RESIDUAL, sensitivities
+from babies import changed_copy
+from onecard.calibration.sensitivity import NEAR_SHARE, RESIDUAL, near_ties, sensitivities, tie_metric
 from onecard.checkpoint.model import open_model
 from onecard.checkpoint.workdir import Activations
 from onecard.core.rows import Row, rows_at_once
@@ -228,3 +229,32 @@ def test_the_two_halves_are_the_block(baby: Callable[..., Path]) -> None:
             for half in Half:
                 halves = block.forward(halves, half)
             assert torch.equal(whole, halves)
+
+
+def zeros(router: torch.Tensor) -> torch.Tensor:
+    return router * 0
+
+
+def in_pairs(router: torch.Tensor) -> torch.Tensor:
+    """Each expert's row twice, as in a model whose experts were copied."""
+    return router[: len(router) // 2].repeat_interleave(2, 0)
+
+
+@pytest.mark.parametrize("change", [zeros, in_pairs])
+def test_a_router_whose_tied_rows_are_alike_has_no_ties_to_move(
+    change: Callable[[torch.Tensor], torch.Tensor], baby: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Experts tie exactly: the walk back must not divide by nothing and call the model broken."""
+    model = changed_copy(
+        baby("qwen3"), tmp_path / "ties", lambda n, t: change(t) if n.endswith("mlp.gate.weight") else t
+    )
+    opened = open_model(str(model))
+    block = cpu_walk(opened).load(0)
+    hidden = opened.adapter.hidden_size
+    weight = block.weight(opened.adapter.router_site(0).first_module)
+    assert torch.equal(weight[0], weight[1])
+    pair = torch.tensor([[0, 1], [3, 2], [0, 1]])
+    ties = [(torch.zeros(3), pair, torch.ones(3, 2))]
+    assert torch.equal(tie_metric(block, ties), torch.zeros(hidden, hidden))
+    rows = torch.randn(2, 7, hidden, generator=torch.Generator().manual_seed(0))
+    assert torch.isfinite(tie_metric(block, near_ties(block, rows))).all()

@@ -70,6 +70,18 @@ def test_texts_that_differ_behind_the_cut_are_one_draw_without_an_interval(
     assert few.startswith("1 evaluation document")
 
 
+def test_a_row_that_calibration_begins_with_is_refused_though_the_texts_differ_behind_it(
+    refuse: Refuse, baby: Callable[..., Path], recipe: Callable[..., Path], jsonl: Callable[..., Path]
+) -> None:
+    """Every token that would be scored stands word for word in a calibration text."""
+    ours = jsonl("ours.jsonl", [{"text": f"{PROMPT}and ends so {n}"} for n in range(9)])
+    theirs = jsonl("theirs.jsonl", [{"text": f"{PROMPT}and ends otherwise"}, {"text": "something else"}])
+    given = ["--calibration", ours, "--evaluation", theirs]
+    needles = ["1 evaluation row of 24 tokens stand in the calibration texts", "theirs:1 begins as ours:"]
+    refuse(baby("qwen3"), *needles, arguments=given)
+    refuse(baby("qwen3"), *needles, arguments=given, use=recipe(method="fast"))
+
+
 def test_texts_that_share_most_of_their_rows_get_a_warning(
     baby: Callable[..., Path],
     emitted: Callable[..., tuple[Path, Result]],

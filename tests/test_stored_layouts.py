@@ -97,6 +97,19 @@ def test_stacked_experts_with_other_axes_are_refused(tmp_path: Path, refuse_mode
 # --- tensors that say nothing new
 
 
+@pytest.mark.parametrize("family", babies.UNFUSED)
+@pytest.mark.parametrize("which", ["one expert", "all"])
+def test_experts_that_are_stored_in_both_layouts_are_refused(
+    family: str, which: str, tmp_path: Path, refuse_model: Refuse
+) -> None:
+    """The one copy may be another than the other, and engines take either."""
+    model = saved_from_memory(tmp_path / "model", family)
+    apart = load_file(babies.make_baby(tmp_path / "apart", family, 2) / "model.safetensors")
+    extra = {n: t * 2 for n, t in apart.items() if f".experts.{0 if which == 'one expert' else ''}" in n}
+    edit_tensors(model, lambda tensors: tensors.update(extra))
+    refuse_model(model, "holds some experts twice", "Remove the layout that is left over")
+
+
 def tied(model: Path) -> Path:
     """A baby whose head is its embedding, and stored once more as a copy."""
     edit_tensors(
@@ -116,6 +129,12 @@ def test_an_equal_copy_of_a_tied_head_is_read(
     without, _ = quantized(model)
     assert same(with_copy, without)
     assert "lm_head.weight" not in with_copy
+
+
+def test_an_equal_copy_in_another_dtype_is_read(copied: Callable[..., Path], onecard: Callable[..., Result]) -> None:
+    model = tied(copied("qwen3"))
+    edit_tensors(model, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].float()}))
+    assert onecard("inspect", model).exit_code == 0
 
 
 def test_a_copy_of_a_tied_head_that_differs_is_refused(
@@ -177,6 +196,17 @@ def test_a_config_without_head_dim_means_equal_shares_of_the_width(
     (model / "config.json").write_text(json.dumps(config))
     assert AutoModelForCausalLM.from_pretrained(model) is not None, "transformers reads it"
     assert same(quantized(model)[0], quantized(baby("qwen3"))[0])
+
+
+def test_a_head_dim_of_null_is_emitted_as_its_number(
+    copied: Callable[..., Path], quantized: Callable[..., tuple[Tensors, str]], tmp_path: Path
+) -> None:
+    """transformers 5.23 fails with null."""
+    model = copied("qwen3")
+    babies.edit_json(model / "config.json", lambda c: c.update(head_dim=None))
+    _, said = quantized(model)
+    assert "head_dim is null" in said
+    assert json.loads((tmp_path / "out-0" / "config.json").read_text())["head_dim"] == 16
 
 
 @pytest.mark.parametrize("pattern", ["*.mlp.gate", "*norm", "lm_head", "*.self_attn.*", "model.embed_tokens"])

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow
@@ -11,7 +12,7 @@ import pytest
 from onecard.core.errors import InputError
 from onecard.eval.choice import Scored
 from onecard.eval.task_items import Item, item_of
-from onecard.eval.tasks import Task, answered, flip_summary, load_task
+from onecard.eval.tasks import Task, answered, flip_summary, load_task, repeated_warnings
 
 Jsonl = Callable[..., Path]
 GOOD = {"question": "Which?", "choices": ["this", "that"], "answer": 1}
@@ -228,3 +229,11 @@ def test_facts_of_several_tasks() -> None:
     assert [a["id"] for a in facts["tasks"][1]["answers"]] == ["a", "b"]
     assert facts["all"]["changed"]["count"] == facts["all"]["right_to_wrong"]["count"] == 1
     assert facts["tasks"][0]["changed"]["count"] == 0
+
+
+def test_items_that_ask_the_same_are_counted() -> None:
+    first = Item("a", "?", ("x", "y"), 0)
+    tasks = [Task("t", (first, replace(first, id="b"), replace(first, id="c", right=1)), {}, 0, "chat", False)]
+    (line,) = repeated_warnings(tasks)
+    assert "1 item of the task t" in line
+    assert repeated_warnings([Task("t", (first,), {}, 0, "chat", False)]) == []

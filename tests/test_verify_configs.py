@@ -21,7 +21,9 @@ from inputs import write_jsonl, write_recipe
 from onecard import stages
 from onecard.calibration.sources import read_jsonl
 from onecard.calibration.tokens import Encoder
+from onecard.checkpoint.gguf.tokenizer import describe
 from onecard.checkpoint.model import open_model
+from onecard.eval import sides
 from onecard.eval.sides import compare_sides
 from onecard.models.families import load_adapter
 from walking import whole_logits
@@ -199,7 +201,20 @@ def picture_texts(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "seen.jsonl", [{"messages": [{"role": "user", "content": content}]}])
 
 
+OTHER_COLOURS = {"image_mean": [0.1, 0.2, 0.3]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("preprocessor_config.json", OTHER_COLOURS),
+        ("processor_config.json", {"image_processor": OTHER_COLOURS}),  # as transformers 5 saves it
+        ("preprocessor_config.json", {"do_normalize": False}),
+    ],
+)
 def test_pictures_that_a_checkpoint_reads_otherwise_are_said(
+    name: str,
+    content: dict[str, Any],
     copied: Callable[..., Path],
     baby: Callable[..., Path],
     onecard: Callable[..., Result],
@@ -207,12 +222,50 @@ def test_pictures_that_a_checkpoint_reads_otherwise_are_said(
     tmp_path: Path,
 ) -> None:
     model = copied("scout")
-    (model / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3]}))
+    (model / name).write_text(json.dumps(content))
     options = ["--evaluation", picture_texts, "--record", tmp_path / "r.json"]
     assert onecard("verify", baby("scout"), model, *options).exit_code == 0
     record = json.loads((tmp_path / "r.json").read_text())
     assert record["checkpoint"]["texts_encoded_otherwise"] == 1
     assert any("in its pixels" in warning for warning in record["warnings"])
+
+
+def test_the_settings_of_processor_config_come_first(copied: Callable[..., Path]) -> None:
+    """As in transformers (image_processing_base.py, get_image_processor_dict); its own class needs torchvision."""
+    model = copied("scout")
+    (model / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.9, 0.9, 0.9]}))
+    settings = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.4, 0.3], "rescale_factor": 0.01}
+    (model / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
+    draw_picture(model / "red.png")  # 255, 0, 0
+    pixels = Encoder(model, load_adapter(model))._pixels(model / "red.png")
+    assert pixels.shape == (3, 16, 16)
+    wanted = [(2.55 - 0.1) / 0.5, -0.2 / 0.4, -0.3 / 0.3]
+    assert pixels.flatten(1).mean(1).tolist() == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "content", [{"image_mean": "abc"}, {"image_mean": [0.5]}, {"rescale_factor": "x"}, {"resample": 77}, ["x"]]
+)
+def test_settings_of_pictures_that_are_none_are_refused(
+    content: object,
+    copied: Callable[..., Path],
+    onecard: Callable[..., Result],
+    refused: Callable[..., str],
+    picture_texts: Path,
+) -> None:
+    model = copied("scout")
+    (model / "preprocessor_config.json").write_text(json.dumps(content))
+    refused(onecard("verify", model, model, "--evaluation", picture_texts), "preprocessor_config.json is damaged")
+
+
+def test_a_picture_that_does_not_fit_is_left_out_with_a_word(
+    baby: Callable[..., Path], onecard: Callable[..., Result], picture_texts: Path, tmp_path: Path
+) -> None:
+    texts = write_jsonl(tmp_path / "two.jsonl", [*picture_texts.read_text().splitlines(), {"text": "abcabcabc"}])
+    recipe = write_recipe(tmp_path / "short.yaml", evaluation_row_tokens=6)
+    result = onecard("verify", baby("scout"), baby("scout"), "--evaluation", texts, "--recipe", recipe)
+    assert result.exit_code == 0, result.stderr
+    assert "1 evaluation text of fewer than two tokens, or whose pictures" in " ".join(result.stderr.split())
 
 
 def test_another_token_for_pictures_is_refused(
@@ -254,7 +307,29 @@ def test_a_gguf_file_with_another_vocabulary_or_template_is_said(tmp_path: Path)
     spoilt, _ = gguf_files.export(checkpoint, tmp_path / "spoilt")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(model / name, spoilt)
-    vocabulary, template = compare_sides(source, open_model(str(spoilt)), (), ()).warnings
-    assert "2 tokens of the GGUF file" in vocabulary
-    assert "'c', and the original has 'a'" in vocabulary
-    assert "chat template" in template
+    told = compare_sides(source, open_model(str(spoilt)), (), ()).warnings
+    assert any("tokenizer.ggml.tokens of the GGUF file has 'c'" in line and "gives 'a'" in line for line in told)
+    assert any("tokenizer.chat_template of the GGUF file is '{{ messages }}'" in line for line in told)
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("ggml.merges", lambda merges: merges[1:]),
+        ("ggml.pre", lambda _: "gpt-2"),
+        ("ggml.add_bos_token", lambda _: False),
+        ("ggml.eos_token_id", lambda number: number + 1),
+        ("chat_template", None),
+    ],
+)
+def test_every_part_of_a_gguf_tokenizer_is_compared(
+    key: str, change: Callable[[Any], Any] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = open_model(str(gguf_files.make(tmp_path / "model", "qwen3")))
+    stored = describe(model.path, model.adapter.vocab_size, []).metadata
+    assert key in stored
+    stored = {k: v for k, v in stored.items() if k != key} | ({} if change is None else {key: change(stored[key])})
+    monkeypatch.setattr(sides, "stored_tokenizer", lambda _: stored)
+    monkeypatch.setattr(sides, "stops_at", lambda _: [])
+    (line,) = compare_sides(model, model, (), ()).warnings
+    assert f"tokenizer.{key} of the GGUF file" in line

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +40,18 @@ ACTIVATIONS = (
 SCHEMES = {"Q4_0": Scheme(4, 32, True), "Q4_1": Scheme(4, 32, False), "Q8_0": Scheme(8, 32, True)}
 # Metadata that may differ from config.json: a shorter context, and the vocabulary, which the list of tokens says too.
 CHOSEN = ("context_length", "vocab_size")
+TOKENIZER = "tokenizer."
+# Metadata with which llama.cpp scales rotary positions, and the values that scale nothing.
+SCALING = {
+    "rope.scaling.type": ("none",),
+    "rope.scaling.factor": (0.0, 1.0),
+    "rope.scaling.attn_factor": (0.0, 1.0),
+    "rope.scale_linear": (0.0, 1.0),
+}
+# Metadata of other writers that say again what the settings say, or nothing that is computed with.
+HARMLESS = {"rope.scaling.original_context_length", "rope.scaling.finetuned", "expert_shared_count"}
+# What llama.cpp takes for a rotary base that the file does not name.
+BASE_KEY, BASE = "rope.freq_base", 10000.0
 # GGUF stores factors and settings as fp32, computed by other programs.
 RELATIVE_TOLERANCE = 1e-5
 
@@ -113,27 +126,19 @@ def open_gguf(path: Path, adapter: Adapter) -> PackedSource:
         label=f"{NAME} {' and '.join(kinds or ['not quantized'])}",
         weights=weights,
         virtual=virtual,
-        warnings=(ACTIVATIONS,) if weights else (),
+        warnings=((ACTIVATIONS,) if weights else ()) + _unknown_metadata(opened, adapter),
     )
 
 
-@dataclass(frozen=True)
-class StoredTokenizer:
-    """What a GGUF file says of its tokenizer; `template` is None where it has no chat template."""
-
-    tokens: tuple[str, ...]
-    template: str | None
-
-
-def stored_tokenizer(path: Path) -> StoredTokenizer | None:
-    """The tokenizer in the GGUF file of a folder that was opened, by the gguf package; None for other folders."""
+def stored_tokenizer(path: Path) -> dict[str, Any] | None:
+    """What the GGUF file of a folder that was opened says of its tokenizer, by the gguf package; keys lack the prefix
+    `tokenizer.`. None for other folders."""
     if not holds_gguf(path):
         return None
     fields = GGUFReader(_only_file(path)).fields
-    tokens, template = fields.get("tokenizer.ggml.tokens"), fields.get("tokenizer.chat_template")
-    return StoredTokenizer(
-        tuple(tokens.contents()) if tokens is not None else (), template.contents() if template is not None else None
-    )
+    return {
+        name.removeprefix(TOKENIZER): field.contents() for name, field in fields.items() if name.startswith(TOKENIZER)
+    }
 
 
 def _only_file(path: Path) -> Path:
@@ -194,6 +199,17 @@ def _readable(kind: str) -> bool:
     return True
 
 
+def _unknown_metadata(opened: gguf_file.Opened, adapter: Adapter) -> tuple[str, ...]:
+    """A warning that names the architecture's metadata of which onecard does not know what they do."""
+    prefix = f"{words.ARCHITECTURES[adapter.family]}."
+    known = words.settings(adapter).keys() | SCALING.keys() | HARMLESS
+    found = sorted(key for key in opened.metadata if key.startswith(prefix) and key.removeprefix(prefix) not in known)
+    if not found:
+        return ()
+    said = ", ".join(f"{key} = {opened.metadata[key]}" for key in found)
+    return (f"llama.cpp may compute with metadata that config.json does not have, and the figures leave out: {said}",)
+
+
 def _metadata_problems(opened: gguf_file.Opened, adapter: Adapter) -> list[str]:
     """Every contradiction between the file's metadata and config.json."""
     architecture = words.ARCHITECTURES[adapter.family]
@@ -204,6 +220,15 @@ def _metadata_problems(opened: gguf_file.Opened, adapter: Adapter) -> list[str]:
             continue
         if not isinstance(stored, int | float) or not math.isclose(stored, value, rel_tol=RELATIVE_TOLERANCE):
             problems.append(f"{architecture}.{key} is {stored}, and config.json says {value}")
+    for key, neutral in SCALING.items():
+        stored = opened.metadata.get(f"{architecture}.{key}")
+        if stored is not None and stored not in neutral:
+            problems.append(
+                f"{architecture}.{key} is {stored}, and config.json says nothing that llama.cpp scales by it"
+            )
+    base = words.settings(adapter)[BASE_KEY]
+    if f"{architecture}.{BASE_KEY}" not in opened.metadata and base != BASE:
+        problems.append(f"{architecture}.{BASE_KEY} is missing: llama.cpp takes {BASE:g}, and config.json says {base}")
     wanted, stored = words.rope_factors(adapter), opened.tensors.get(words.ROPE_FACTORS)
     if (wanted is None) != (stored is None):
         problems.append(
