@@ -25,6 +25,7 @@ from .source import (
     reader_of,
     refuse_columns,
     refuse_none,
+    stem_of,
     usable_documents,
 )
 
@@ -37,7 +38,7 @@ def first_documents(path: Path, source: Source, limit: ReadLimit) -> SourceDocum
         present = set(file.schema_arrow.names)
         batches = file.iter_batches(BATCH_ROWS, columns=_needed(source.columns, present))
         rows = (_row(batch, number) for batch in batches for number in range(batch.num_rows))
-        return usable_documents(rows, present, source, limit, path.stem, path.parent)
+        return usable_documents(rows, present, source, limit, stem_of(path, source), path.parent)
 
 
 def drawn_documents(paths: Sequence[Path], source: Source, limit: ReadLimit, seed: int) -> dict[Path, SourceDocuments]:
@@ -104,13 +105,14 @@ class _Draw:
 
     def take(self, file: int, path: Path, batches: Iterator[Any], seed: int) -> None:
         """Draws from the rows of one file."""
+        stem = stem_of(path, self.source)
         keys, read, begin = random.Random(f"{seed} {file}"), reader_of(self.source, path.parent), 0
         for batch in batches:
             drawn, largest = [keys.random() for _ in range(batch.num_rows)], self._largest
             for row in (row for row, key in enumerate(drawn) if key < largest):
                 values = _row(batch, row)
                 try:
-                    document = read(values, f"{path.stem}:{begin + row}")
+                    document = read(values, f"{stem}:{begin + row}")
                 except ValueError as error:
                     self._bad.append((drawn[row], file, begin + row, str(error)))
                     continue

@@ -9,6 +9,7 @@ from ..core.errors import input_error
 from .columns import Columns, document_from, holds_both
 from .documents import Document
 from .folders import WANTED, TextFolder, shortened
+from .read_text import text_stem
 
 # After this many bad rows at the start, the mapping of columns is wrong, not the data.
 GIVE_UP_ROWS = 1000
@@ -95,6 +96,14 @@ class SourceDocuments:
 
     def of_folder(self, read: list[str], passed_over: list[str]) -> "SourceDocuments":
         return replace(self, read=tuple(shortened(read)), passed_over=tuple(passed_over))
+
+
+def stem_of(path: Path, source: Source) -> str:
+    """What the rows of a file are named after: its path in the source's folder, without suffixes."""
+    stem = text_stem(path)
+    if source.path in (None, path) or not path.is_relative_to(source.path):
+        return stem
+    return path.relative_to(source.path).with_name(stem).as_posix()
 
 
 def both_note(source: Source, rows: int) -> tuple[str, ...]:

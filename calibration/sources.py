@@ -12,10 +12,10 @@ from ..core.errors import InputError, ResourceError, input_error
 from .columns import document_from, holds_both
 from .documents import Document
 from .folders import JSON_LINES, PARQUET, PLAIN, SUFFIXES, TextFolder
-from .messages import conversation_in, refuse_half_characters
+from .messages import conversation_in, json_in, refuse_half_characters
 from .parquet import drawn_documents, first_documents
-from .read_text import PACKED, read_text, text_stem, text_suffix
-from .source import ReadLimit, Source, SourceDocuments, both_note, usable_documents
+from .read_text import PACKED, read_text, text_suffix
+from .source import ReadLimit, Source, SourceDocuments, both_note, stem_of, usable_documents
 
 # The shuffle buffer for a data set, in rows: enough to mix sorted data, and little to download.
 SHUFFLE_ROWS = 1000
@@ -77,7 +77,8 @@ def _read_plain(path: Path, source: Source) -> Document:
         raise InputError(
             f"the texts {path} hold a conversation as JSON: name the file .jsonl, with each row on its line"
         )
-    return Document(path.name, source.kind or "text", text, None, source=source.label)
+    name = Path(stem_of(path, source)).with_name(path.name).as_posix()
+    return Document(name, source.kind or "text", text, None, source=source.label)
 
 
 def _is_conversation(text: str) -> bool:
@@ -95,7 +96,7 @@ def read_jsonl(path: Path, source: Source | None = None) -> list[Document]:
 def _read_lines(path: Path, source: Source) -> SourceDocuments:
     # Not splitlines: JSON strings may hold characters that Unicode counts as line ends.
     lines = read_text(path).split("\n")
-    stem, documents, problems, both = text_stem(path), list[Document](), list[str](), 0
+    stem, documents, problems, both = stem_of(path, source), list[Document](), list[str](), 0
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -130,15 +131,19 @@ def _refuse_array(path: Path, lines: list[str]) -> None:
     whole = "\n".join(lines)
     if whole.lstrip()[:1] not in ("[", "{"):
         return
+    packed = " of the unpacked file" if path.suffix.lower() in PACKED else ""
     try:
         value = json.loads(whole)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError) as error:
+        if whole.lstrip()[0] == "[" and json_in(next(filter(str.strip, lines))) is None:
+            raise InputError(f"the texts {path} begin as one JSON array, and it is damaged ({error})") from None
         return
     what = "one JSON array" if isinstance(value, list) else "one JSON object over several lines"
     if isinstance(value, list) or len([line for line in lines if line.strip()]) > 1:
+        name = path.name.removesuffix(path.suffix) if packed else path.name
         raise InputError(
-            f"the texts {path} hold {what}, and are read as one row a line: write each row on its own line, for "
-            f"example with jq -c '{'.[]' if isinstance(value, list) else '.'}' {path.name}"
+            f"the texts {path} hold {what}, and are read as one row a line: write each row{packed} on its own line, "
+            f"for example with jq -c '{'.[]' if isinstance(value, list) else '.'}' {name}"
         )
 
 

@@ -76,6 +76,8 @@ class Writer:
     compute: Compute
     # Whether the blocks are walked instead of loading the model.
     walks: bool
+    # What the user is told of the texts.
+    told: list[str]
 
     @property
     def longest(self) -> int:
@@ -250,6 +252,8 @@ def synthesize(
     with Progress(f"onecard calibration synthesize {model_name}", model.adapter.n_blocks, console) as progress:
         if console is not None:
             console.print(Text(writer.cost()), soft_wrap=True)
+            for words in writer.told:
+                console.print(Text(f"warning: {words}", style="yellow"), soft_wrap=True)
         progress.expect(writer.schedule())
         progress.begin("check weights")
         refuse_nonfinite(model.folder, model.name)
@@ -296,15 +300,17 @@ def _writer(
     if not encoder.tokenizer.chat_template:
         raise InputError(f"{model_name} has no chat template: it cannot answer a conversation")
     longest = recipe.texts.calibration_row_tokens
-    begun = conversations_of(calibration_documents(model, recipe, calibration, encoder), settings)
+    documents, told = calibration_documents(model, recipe, calibration, encoder)
+    begun = conversations_of(documents, settings)
     conversations = [c for c in begun if len(encoder.encode(c.prompt(), ask=True).tokens) <= longest]
     if not conversations:
         raise InputError(
             "the calibration texts hold no conversation that a user begins and that fits into a row "
             f"({longest:,} tokens): name others in the recipe or with --calibration"
         )
+    told.append(f"{len(conversations):,} of {len(documents):,} calibration texts are conversations to be answered")
     walks = where.block_by_block or not _fits(model, compute)
-    return Writer(model, recipe, encoder, settings, conversations, compute, walks)
+    return Writer(model, recipe, encoder, settings, conversations, compute, walks, told)
 
 
 def _fits(model: Model, compute: Compute) -> bool:

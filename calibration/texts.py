@@ -266,11 +266,16 @@ def _unused_warnings(recipe: Recipe, name: str, facts: dict[str, Any]) -> list[s
     ]
 
 
-def calibration_documents(model: Model, recipe: Recipe, calibration: Path | None, encoder: Encoder) -> list[Document]:
-    """The calibration documents of a recipe, unpacked, without those that it evaluates on."""
+def calibration_documents(
+    model: Model, recipe: Recipe, calibration: Path | None, encoder: Encoder
+) -> tuple[list[Document], list[str]]:
+    """(the calibration documents of a recipe, unpacked, without those that it evaluates on; what is told of the
+    reading)."""
     ours = sources_of(recipe.texts.calibration, "calibration", calibration, recipe.folder)
     theirs = sources_of(recipe.texts.evaluation, "evaluation", None, recipe.folder)
-    return [d for part in gather(recipe, ours, theirs, encoder, evaluated=False) for d in part.documents]
+    found = gather(recipe, ours, theirs, encoder, evaluated=False)
+    told = left_out_warnings(found, "calibration") + reading_notes(found, "calibration")
+    return [document for part in found for document in part.documents], told
 
 
 def packed_rows(recipe: Recipe, adapter: Adapter, gathered: list[Gathered]) -> tuple[list[Row], dict[int, int]]:

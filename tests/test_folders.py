@@ -108,6 +108,12 @@ def test_which_files_are_read(tmp_path: Path, kind: str) -> None:
     assert [path.as_posix() for path in folder.read] == (expected or names[:1])
 
 
+def test_rows_of_two_files_with_one_name_have_two_names(tmp_path: Path) -> None:
+    names = [f"{language}/part.{kind}" for language in ("de", "en") for kind in ("jsonl", "parquet", "txt")]
+    ids = {document.id for document in read_documents(touch(tmp_path / "texts", *names))}
+    assert ids == {f"{language}/part{end}" for language in ("de", "en") for end in (":1", ":0", ".txt")}
+
+
 def test_links_are_followed_once_and_broken_ones_are_named(tmp_path: Path) -> None:
     folder, other = touch(tmp_path / "texts", "a.txt"), touch(tmp_path / "other", "b.txt")
     (folder / "linked").symlink_to(other)

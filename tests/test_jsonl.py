@@ -1,5 +1,6 @@
 """JSONL files of texts: what a line may hold, and every bad line is named."""
 
+import gzip
 import json
 import os
 from collections.abc import Callable
@@ -106,6 +107,19 @@ def test_a_json_array_is_called_that(tmp_path: Path, name: str, text: str) -> No
     (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match=r"hold one JSON array, .* jq -c '\.\[\]' x\.json"):
         read_jsonl(tmp_path / name)
+
+
+@pytest.mark.parametrize("text", ['[\n{"text": "a"},\n]', '[{"text": "a"},\n{"text": "b"}'])
+def test_a_damaged_json_array_is_called_that(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(InputError, match=r"begin as one JSON array, and it is damaged \("):
+        read_jsonl(tmp_path / "x.json")
+
+
+def test_a_packed_json_array_is_to_be_unpacked(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(b'[{"text": "a"}]'))
+    with pytest.raises(InputError, match=r"each row of the unpacked file .* jq -c '\.\[\]' x\.jsonl$"):
+        read_jsonl(tmp_path / "x.jsonl.gz")
 
 
 def test_an_object_over_several_lines_is_called_that(tmp_path: Path) -> None:

@@ -49,7 +49,11 @@ TALKS = [
         ]
     }
     for word in ("a", "abc", "not", "never")
-] + [{"text": "no conversation"}, {"messages": [{"role": "assistant", "content": "nobody asked"}]}]
+] + [
+    # The text is read, and that is said.
+    {"text": "no conversation", "messages": [{"role": "user", "content": "why?"}]},
+    {"messages": [{"role": "assistant", "content": "nobody asked"}]},
+]
 
 
 @pytest.fixture
@@ -98,6 +102,9 @@ def test_both_ways_write_the_same(
         said.append([document.messages for document in documents])
         assert all(json.loads(row)["synthesized"]["settings"] == line["digest"] for row in out.read_text().splitlines())
         assert "4 conversations, 2 turns" in result.stderr
+        told = " ".join(result.stderr.split())
+        assert "1 rows of talks.jsonl hold a text and a conversation" in told
+        assert "4 of 6 calibration texts are conversations to be answered" in told
     assert ("walks over" in result.stderr) is False
     assert said[0] == said[1]
     asked = {message["content"] for messages in said[0] for message in messages or [] if message["role"] == "user"}
