@@ -19,7 +19,7 @@ from typing import Any
 from transformers.utils import chat_template_utils
 
 from ..core.json_text import json_text
-from .messages import names_called
+from .messages import BESIDE_CONTENT, names_called
 from .spellings import arguments_in, spellings, with_arguments
 
 # The part of a run's identity that a resume takes over.
@@ -87,7 +87,7 @@ class ChatTemplate:
             written = self._written(marked, tools, False)
         except Exception:  # a template that looks into the texts refuses the numbers: nothing can be told
             return None
-        if lost := [mark.name for mark in marks if written.count(mark.mark) < mark.places]:
+        if lost := [mark.name for mark in marks if not mark.are_in(written)]:
             return ValueError(
                 f"loses {_listed(lost)}: the chat template does not write what is said there (words, or the tools "
                 "that it calls). Give it a role that the template knows, or leave it out"
@@ -108,8 +108,8 @@ class _Marks:
     """The marks of one message: a number behind each text and each name of a called tool, and a key beside them."""
 
     def __init__(self, base: int, number: int) -> None:
-        self.mark, self._key, self._number = f"{base}{number:06d}{base}", f"{base}-{number:06d}", number
-        self.name, self.places = "", 0
+        self._base, self._key, self._number = base, f"{base}-{number:06d}", number
+        self.name, self._marks = "", list[str]()
 
     def put(self, message: dict[str, Any]) -> dict[str, Any]:
         """The message with the marks."""
@@ -118,7 +118,14 @@ class _Marks:
         changed["content"] = self._content(message["content"])
         for call in names_called(changed):
             call["name"] = self._behind(call["name"])
+        if not self._marks:  # nothing but reasoning
+            thought = {key: changed[key] for key in BESIDE_CONTENT if isinstance(changed.get(key), str)}
+            changed |= {key: self._behind(words, "reasoning") for key, words in thought.items()}
         return with_arguments(changed, self._arguments)
+
+    def are_in(self, written: str) -> bool:
+        """Whether every mark is written."""
+        return all(mark in written for mark in self._marks)
 
     def is_code(self, written: str) -> bool:
         """Whether a list of parts is written whole, or a call's arguments as a Python object or as JSON in JSON.
@@ -127,9 +134,12 @@ class _Marks:
         """
         return any(sign in written for sign in (f"{self._key}:part", f"'{self._key}':", f'\\"{self._key}\\":'))
 
-    def _behind(self, words: str) -> str:
-        self.places += bool(words.strip())
-        return words + self.mark if words.strip() else words
+    def _behind(self, words: str, place: str = "") -> str:
+        if not words.strip():
+            return words
+        mark = f"{self._base}{self._number:06d}{place or len(self._marks)}{self._base}"
+        self._marks += [mark] if mark not in self._marks else []
+        return words + mark
 
     def _content(self, content: Any) -> Any:
         if isinstance(content, str):

@@ -120,7 +120,10 @@ class Encoder:
             ids_T = token_ids(self.tokenizer, text, specials=False)
         if self.adapter.has_vision:
             promised = len(document.images) * self.adapter.image_token_count()
-            if int(torch.eq(ids_T, self.adapter.image_token_id or 0).sum()) != promised:
+            placed = int(torch.eq(ids_T, self.adapter.image_token_id or 0).sum())
+            if placed < promised:
+                raise ValueError("has pictures that the chat template does not write")
+            if placed > promised:
                 raise ValueError("spells the marker of an image in its text")
         pixels = torch.stack([self._pixels(picture) for picture in document.images]) if document.images else None
         parts = (Part(document.id, document.kind, document.source, len(ids_T)),)
