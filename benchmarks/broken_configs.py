@@ -37,7 +37,7 @@ from onecard.calibration.sources import read_jsonl  # noqa: E402
 from onecard.calibration.tokens import Encoder  # noqa: E402
 from onecard.core.errors import InputError  # noqa: E402
 from onecard.core.rows import Row  # noqa: E402
-from onecard.eval.verify import verify  # noqa: E402
+from onecard.eval.verify import VerifyOptions, verify  # noqa: E402
 from onecard.models.families import load_adapter  # noqa: E402
 from onecard.pipeline import Options, quantize  # noqa: E402
 from onecard.recipe import Recipe, load_recipe  # noqa: E402
@@ -96,7 +96,8 @@ class Subject:
     def verified(self) -> tuple[float | None, list[str], str]:
         """(KL, listed fields, refusal) of `verify`."""
         try:
-            record = verify(str(self.source), str(self.out), self.recipe, evaluation=self.texts, quiet=True)
+            options = VerifyOptions(evaluation=self.texts)
+            record = verify(str(self.source), str(self.out), self.recipe, options, quiet=True)
         except InputError as error:
             return None, [], str(error).replace(str(self.out), "CHECKPOINT")
         assert record.kl is not None

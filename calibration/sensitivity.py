@@ -275,9 +275,11 @@ def near_ties(block: Block, middle_NTH: torch.Tensor) -> list[Ties]:
     last, first = adapter.top_k - 1, adapter.top_k
     pair_T2 = top.indices[:, last : first + 1]
     margin_T = top.values[:, last] - top.values[:, first]
-    if torch.isinf(margin_T).all():  # the chosen groups hold no more experts than a token takes
+    # Where the chosen groups hold no more experts than a token takes, there is no second one to tie with.
+    there = torch.isfinite(margin_T)
+    if not there.any():
         return []
-    return [(margin_T, pair_T2, slope_TE.gather(1, pair_T2))]
+    return [(margin_T[there], pair_T2[there], slope_TE.gather(1, pair_T2)[there])]
 
 
 def tie_metric(block: Block, ties: list[Ties]) -> torch.Tensor:

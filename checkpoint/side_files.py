@@ -15,7 +15,10 @@ from ..core.file_names import TEMPLATE_FOLDER
 from . import files
 
 # Licence terms and notices, which are published beside the weights.
-TERMS = ("LICENSE*", "LICENCE*", "NOTICE*", "Notice*", "notice*", "USE_POLICY*")
+TERMS = tuple(
+    "".join(f"[{c}{c.lower()}]" if c.isalpha() else c for c in word) + "*"  # in upper and lower case
+    for word in ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY", "THIRD_PARTY")
+)
 CARRIED = (
     *("tokenizer*.json", "tekken.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "*.model", "tokenizer.model*", "*.tiktoken"),

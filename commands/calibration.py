@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from .options import ModelOrRun, device_option, model_argument, recipe_option, texts_option
+from .options import Between, ModelOrRun, device_option, model_argument, recipe_option, texts_option
 from .shared import make_console, print_json, verb
 
 ROWS_HELP = "Write at most this many conversations."
@@ -127,7 +127,7 @@ def coverage(
     type=click.IntRange(1),
     help=ANSWER_HELP,
 )
-@click.option("--temperature", default=0.7, show_default=True, type=click.FloatRange(0, 10), help="0: greedy decoding.")
+@click.option("--temperature", default=0.7, show_default=True, type=Between(0, 10), help="0: greedy decoding.")
 @click.option("--turns", default=4, show_default=True, type=click.IntRange(1), help=TURNS_HELP)
 @click.option("--seed", default=0, show_default=True)
 @device_option()

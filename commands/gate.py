@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from .options import Between
 from .shared import make_console, print_json, verb
 
 
@@ -18,21 +19,21 @@ from .shared import make_console, print_json, verb
 )
 @click.option(
     "--tolerance",
-    type=click.FloatRange(0, 10),
+    type=Between(0, 10),
     default=0.01,
     show_default=True,
     help="The mean KL may exceed the baseline's by this share of it.",
 )
 @click.option(
     "--tolerance-top1",
-    type=click.FloatRange(0, 1),
+    type=Between(0, 1),
     default=0.002,
     show_default=True,
     help="The share of tokens with the same top-1 may fall by this much.",
 )
 @click.option(
     "--tolerance-flips",
-    type=click.FloatRange(0, 1),
+    type=Between(0, 1),
     default=0.01,
     show_default=True,
     help="The share of changed answers of each task may rise by this much.",

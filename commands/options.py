@@ -4,6 +4,7 @@ A value that can be judged without torch is refused before torch is loaded (`ref
 Completing never loads torch.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,16 @@ def gpu_option(told: str) -> Decorator:
     return click.option("--gpu", type=CardName(), help=told)
 
 
+class Between(click.FloatRange):
+    """A finite number between two ends. click's own range lets NaN through, which is neither below nor above."""
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> float:
+        number = super().convert(value, param, context)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is no finite number", param, context)
+        return float(number)
+
+
 def texts_option(which: str) -> Decorator:
     """--calibration or --evaluation: the user's own texts."""
     told = f"Your own {which} texts in place of the recipe's: {TEXTS_HELP}."
@@ -177,7 +188,7 @@ def texts_option(which: str) -> Decorator:
 
 def budget_option(told: str) -> Decorator:
     """--budget-gb."""
-    return click.option("--budget-gb", type=click.FloatRange(0, min_open=True), help=told)
+    return click.option("--budget-gb", type=Between(0, min_open=True), help=told)
 
 
 def refuse_early(context: click.Context) -> None:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import click
 
-from .options import device_option, gpu_option, model_argument, recipe_option
+from .options import Between, device_option, gpu_option, model_argument, recipe_option
 from .shared import make_console, print_json, verb
 
 GPU_HELP = "The card, e.g. h100-80gb, or several of one kind, e.g. 2xl40s. Without it, a table of all cards."
@@ -26,7 +26,7 @@ SHARE_HELP = "Share of the card's memory that the engine may use. [default: vllm
 @click.option("--no-vision", is_flag=True, help="Plan without the vision tower.")
 @click.option("--images", default=0, show_default=True, type=click.IntRange(0), help="Images per request.")
 @click.option("--batch-tokens", type=click.IntRange(16), help=BATCH_HELP)
-@click.option("--memory-share", type=click.FloatRange(0, 1, min_open=True), help=SHARE_HELP)
+@click.option("--memory-share", type=Between(0, 1, min_open=True), help=SHARE_HELP)
 @click.option("--keep-local", is_flag=True, help=LOCAL_HELP)
 @click.option("--plot", is_flag=True, help="Draw memory against context for each recipe.")
 @click.option("--tensors", is_flag=True, help="List every tensor that the recipe will emit.")

@@ -31,6 +31,7 @@ from ..core.record.reading import read_record
 from ..core.record.schema import CheckpointFacts, ExportFacts, ModelFacts, PlanSummary, Record
 from ..core.rows import Step
 from ..core.schedule import Expected, Schedule
+from ..models.config_keys import differences_from
 from ..report.resources import package_versions, peak_rss_bytes
 from .exporters import FORMATS, Exporter, Files, exporter_of, refuse_unheld
 from .run_output import weight_bytes
@@ -99,7 +100,11 @@ def export(
 
 
 def _warnings(model: Model, exporter: Exporter) -> list[str]:
-    return exporter.warnings(model) + emission_warnings(model.path, model.folder.shards)
+    changed = differences_from(_record_of(model).model.config, model.adapter.config)
+    told = [
+        f"config.json of {said_name(model.name)}, against its record: {difference.told()}" for difference in changed
+    ]
+    return exporter.warnings(model) + emission_warnings(model.path, model.folder.shards) + told
 
 
 def _schedule(planned: Files) -> Schedule:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class Limits(BaseModel):
@@ -27,6 +27,14 @@ class Limits(BaseModel):
     fail_below_expert_rows: int = Field(default=0, ge=0)
     # Matrices whose second moment could not be factored (quantize/gptq.py). Checked after each block; the run stops.
     max_fallbacks: int = Field(default=0, ge=0)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch(cls, value: Any) -> Any:
+        """YAML's `true` would count as 1."""
+        if isinstance(value, bool):
+            raise ValueError("a limit is a number, not true or false")
+        return value
 
 
 def named_limits(fields: dict[str, Any]) -> dict[str, float]:

@@ -22,6 +22,7 @@ from typing import Any, Literal
 from lm_eval.api.model import LM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from ..calibration.documents import Document
 from ..calibration.tokens import Encoder
 from ..checkpoint.model import Model
 from ..checkpoint.workdir import Activations
@@ -77,6 +78,18 @@ class TwinLM(LM):  # type: ignore[misc, unused-ignore]
         return scored.logp_quantized, scored.greedy_quantized
 
 
+# The harness's texts are not known beforehand. Two that show another vocabulary, another begin token or template.
+PROBES = (
+    Document("a plain text", "text", "The answer is 42: 'naïve' café, x_1 = {3.14}\n\tdef f(): return \"日本\"", None),
+    Document(
+        "a conversation",
+        "conversation",
+        None,
+        [{"role": "user", "content": "What is 6 x 7?"}, {"role": "assistant", "content": "It is 42."}],
+    ),
+)
+
+
 class TwinModels:
     """Both models, and every answer found so far: each request is answered for both."""
 
@@ -100,11 +113,13 @@ def open_twin(
 ) -> TwinModels:
     """The original and a checkpoint of it, for the harness. The recipe (by default `rtn-int4`) says how to compute.
 
-    Warns of every config field in which they differ. Raises InputError if the second is no version of the first.
+    Warns of every config field in which they differ, and where they encode PROBES differently. Raises InputError if the
+    second is no version of the first.
     """
     recipe = recipe or load_recipe("rtn-int4")
     source, quantized = open_pair(source_name, checkpoint)
-    for line in compare_sides(source, quantized, (), ()).warnings:
+    chats = Encoder(source.path, source.adapter).tokenizer.chat_template
+    for line in compare_sides(source, quantized, PROBES if chats else PROBES[:1], ()).warnings:
         warnings.warn(line, stacklevel=2)
     answer = partial(_answer, source, quantized, recipe, device_name, quiet)
     return TwinModels(Encoder(source.path, source.adapter), answer, recipe.texts.evaluation_row_tokens)

@@ -32,8 +32,8 @@ SHOWN_CHARACTERS = 80
 
 @dataclass
 class SideDifferences:
-    """`warnings` are lines for people. `texts` is the number of texts and items that are encoded otherwise, None where
-    the checkpoint has no tokenizer to compare."""
+    """`warnings` are lines for people. `texts` is the number of texts and options of items that are encoded otherwise,
+    None where the checkpoint has no tokenizer to compare."""
 
     fields: list[Difference]
     texts: int | None = None
@@ -65,22 +65,23 @@ def compare_sides(
     name, encoder = said_name(checkpoint.name), Encoder(original.path, ours)
     try:
         other = Encoder(checkpoint.path, theirs)
-    except InputError:
+    except InputError as error:
         found.warnings.append(
-            f"{name} has no tokenizer that transformers can load: whether its users get the token ids measured here is "
-            "not known"
+            f"{name}: whether its users get the token ids measured here is not known, because its tokenizer cannot be "
+            f"used: {error}"
         )
         return found
-    told = [
-        *_documents(encoder, other, documents),
-        *(line for task in tasks for line in _items(encoder, other, task)),
-    ]
+    told = _documents(encoder, other, documents)
     found.texts = len(told)
+    for task in tasks:
+        options = _other_options(encoder, other, task)
+        found.texts += options
+        told += [f"{counted(options, 'option')} of the task {task.name}"] if options else []
     if told:
         more = [f"and {len(told) - SHOWN} more"] if len(told) > SHOWN else []
         found.warnings.append(
-            f"{name} encodes {counted(len(told), 'text')} otherwise than the original: its tokenizer, chat template or "
-            f"picture settings differ, and the figures are of the original's ids. {'; '.join(told[:SHOWN] + more)}"
+            f"{name} encodes {counted(found.texts, 'text')} otherwise than the original: its tokenizer, chat template "
+            f"or picture settings differ, and the figures are of the original's ids. {'; '.join(told[:SHOWN] + more)}"
         )
     stored = stored_tokenizer(checkpoint.path)
     if stored is not None:
@@ -117,14 +118,14 @@ def _same_pixels(ours: Row, theirs: Row) -> bool:
     return torch.equal(ours.pixels, theirs.pixels)
 
 
-def _items(encoder: Encoder, other: Encoder, task: Task) -> list[str]:
-    """A line for a task of which some options are encoded differently."""
+def _other_options(encoder: Encoder, other: Encoder, task: Task) -> int:
+    """How many options of a task the two encode differently; all where the one template refuses the task."""
+    ours = requests_of(task, encoder)
     try:
         theirs = requests_of(task, other)
     except InputError:
-        return [f"the task {task.name} is refused by the checkpoint's chat template"]
-    changed = sum(a != b for a, b in zip(requests_of(task, encoder), theirs, strict=True))
-    return [f"{counted(changed, 'option')} of the task {task.name}"] if changed else []
+        return len(ours)
+    return sum(a != b for a, b in zip(ours, theirs, strict=True))
 
 
 def _gguf_tokenizer(name: str, stored: dict[str, Any], original: Model) -> list[str]:

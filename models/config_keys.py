@@ -76,6 +76,7 @@ COMMON = {
     **_engines(
         architectures="the class that an engine builds",
         dtype="the dtype that an engine computes in; onecard computes in the recipe's compute_dtype",
+        return_dict="the form of what transformers returns: some of its models fail with false",
     ),
     **_unused(
         _name_or_path="where the config came from",
@@ -87,7 +88,6 @@ COMMON = {
         output_attentions="whether attention weights are given out",
         output_hidden_states="whether hidden states are given out",
         problem_type="the loss of a classifier",
-        return_dict="the form of what is returned",
         transformers_version="the version that wrote the file",
         tie_last_hidden_states="which hidden states are given out",
     ),

@@ -69,6 +69,8 @@ class Llama4Adapter(Adapter):
         self.hidden_size = text.hidden_size
         self.tied_head = bool(text.tie_word_embeddings)
         self.image_token_id = config.image_token_index if self.has_vision else None
+        if self.image_token_id is not None and not 0 <= self.image_token_id < self.vocab_size:
+            raise ValueError(f"image_token_index is {self.image_token_id}, and there are {self.vocab_size} tokens")
         self.embedding_name = f"{self.prefix}model.embed_tokens.weight"
         self.norm_name = f"{self.prefix}model.norm.weight"
         self.head_name = self.embedding_name if self.tied_head else f"{self.prefix}lm_head.weight"

@@ -12,6 +12,7 @@ import pytest
 from click.testing import Result
 
 from command_line import Refuse
+from onecard.core.limits import Limits
 
 # --- recipes
 
@@ -236,3 +237,24 @@ def test_stdout_that_takes_nothing(tmp_path: Path) -> None:
         assert "standard output" in done.stderr
         assert "Traceback" not in done.stderr
         assert "Exception" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["gate", "x", "--baseline", "y", "--tolerance", "nan"],
+        ["gate", "x", "--baseline", "y", "--tolerance-top1", "NaN"],
+        ["plan", "demo", "--memory-share", "nan"],
+        ["calibration", "synthesize", "demo", "x.jsonl", "--temperature", "nan"],
+    ],
+)
+def test_an_option_that_is_no_finite_number_is_refused(words: list[str], onecard: Callable[..., Result]) -> None:
+    """NaN is neither below a range nor above it."""
+    result = onecard(*words)
+    assert result.exit_code == 2
+    assert "is no finite number" in result.stderr
+
+
+def test_a_switch_is_no_limit() -> None:
+    with pytest.raises(ValueError, match="not true or false"):
+        Limits(max_kl_mean_nats=True)

@@ -1,6 +1,7 @@
 """lm-evaluation-harness: pairs of texts as requests, and local tasks through the real harness where installed."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -261,3 +262,16 @@ def test_names_of_no_task(
 ) -> None:
     task()
     refused(onecard("flips", baby("qwen3"), baby("qwen3"), "--tasks", f"lm-eval:{name}"), needle)
+
+
+def test_a_twin_warns_where_the_checkpoint_has_another_template(
+    baby: Callable[..., Path], tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    from onecard.eval import lm_eval_model as twin_lm
+
+    model = Path(shutil.copytree(baby("qwen3"), tmp_path / "model"))
+    twin_lm.open_twin(str(baby("qwen3")), str(model), device_name="cpu")
+    assert not [w for w in recwarn if "otherwise" in str(w.message)]
+    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    with pytest.warns(UserWarning, match="encodes 1 text otherwise than the original"):
+        twin_lm.open_twin(str(baby("qwen3")), str(model), device_name="cpu")

@@ -1,5 +1,6 @@
 """The metrics of calibration/sensitivity.py against gradients of the whole model as transformers computes it."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Llama4ForConditionalGeneration
 
-from babies import changed_copy
+from babies import changed_copy, edit_json
 from onecard.calibration.sensitivity import NEAR_SHARE, RESIDUAL, near_ties, sensitivities, tie_metric
 from onecard.checkpoint.model import open_model
 from onecard.checkpoint.workdir import Activations
@@ -258,3 +259,12 @@ def test_a_router_whose_tied_rows_are_alike_has_no_ties_to_move(
     assert torch.equal(tie_metric(block, ties), torch.zeros(hidden, hidden))
     rows = torch.randn(2, 7, hidden, generator=torch.Generator().manual_seed(0))
     assert torch.isfinite(tie_metric(block, near_ties(block, rows))).all()
+
+
+def test_tokens_without_a_second_choice_make_no_ties(baby: Callable[..., Path], tmp_path: Path) -> None:
+    """Two open experts, of which a token takes three: the third and the fourth are both out of reach."""
+    model = Path(shutil.copytree(baby("deepseek"), tmp_path / "few"))
+    edit_json(model / "config.json", lambda c: c.update(num_experts_per_tok=3, topk_group=1))
+    opened = open_model(str(model))
+    rows = torch.randn(2, 7, opened.adapter.hidden_size, generator=torch.Generator().manual_seed(0))
+    assert near_ties(cpu_walk(opened).load(1), rows) == []

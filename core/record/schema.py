@@ -64,7 +64,7 @@ class CheckpointFacts(RecordPart):
     digest: str | None = None
     bytes: int | None = None
     config_differences: Many[ConfigField] = ()
-    # Evaluation texts and tasks that its own tokenizer and template encode otherwise; None: it has no tokenizer.
+    # Evaluation texts, and options of items, that its own tokenizer and template encode otherwise; None: it has none.
     texts_encoded_otherwise: int | None = None
 
 
