@@ -8,6 +8,7 @@ The object is {"text": ...} or {"messages": [...]}. A message's content is a str
 import base64
 import binascii
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from typing import Any
 from ..core.errors import input_error
 from ..core.json_text import json_text, nonfinite
 from .messages import normalized, objects, refuse_half_characters
+from .spellings import alike
 
+# What could begin a line, or steer a terminal.
+_CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]")
 # The path of an image file, or its bytes.
 Picture = Path | bytes
-# The keys of a message that say something. Two conversations that differ in others alone are alike.
-SAID = ("role", "content", "tool_calls")
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Document:
         """SHA-256 of what is said, with case and white space ignored. Calibration and evaluation may share none."""
         said = None
         if self.messages is not None:
-            said = [{key: message[key] for key in SAID if key in message} for message in self.messages]
+            said = [alike(message) for message in self.messages]
         return self._digest(_folded(_unplaced([self.text, said])))
 
     def _digest(self, content: Any) -> str:
@@ -94,6 +96,7 @@ def document_of(row: Any, default_id: str, folder: Path | None, source: str = ""
     if not isinstance(row, dict):
         raise ValueError("is no JSON object")
     name, kind = str(row.get("id", default_id)), kind or str(row.get("kind", "text"))
+    name = _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", name)
     refuse_half_characters("id", name)
     refuse_half_characters("kind", kind)
     if isinstance(row.get("text"), str):

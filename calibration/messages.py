@@ -6,7 +6,7 @@ keys        all are carried: a template may read any of them. A key that is null
 values      JSON's own. Of the others that a Parquet file has, dates, times and decimals become strings
 content     may be absent beside tool calls or reasoning: it is then empty
 calls       `tool_calls`; ShareGPT's role function_call and OpenAI's older key function_call become one
-tools       a list of JSON objects, or the same as a JSON string
+tools       a list of JSON objects, of JSON strings of them, or the same as one JSON string
 """
 
 import datetime as dates
@@ -124,8 +124,12 @@ def _call(function: dict[str, Any]) -> dict[str, Any]:
 
 
 def objects(key: str, value: Any) -> list[dict[str, Any]]:
-    """A list of objects, given as such or as a JSON string; null and "" are an empty list. Raises ValueError."""
-    found = json_in(value) if isinstance(value, str) and value.strip() else value or []
+    """A list of objects, given as such, as JSON strings or as one; null and "" are an empty list. Raises ValueError."""
+    found = value or []
+    if isinstance(value, str):
+        found = [] if value.strip() in ("", "null") else json_in(value)
+    if isinstance(found, list):
+        found = [json_in(entry) if isinstance(entry, str) else entry for entry in found]
     if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
         raise ValueError(f'has "{key}" that are no list of objects, nor one as a JSON string')
     return [plain(entry, key) for entry in found]

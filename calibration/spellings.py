@@ -44,6 +44,15 @@ def spellings(messages: list[Message]) -> Iterator[list[Message]]:
             yield spelled
 
 
+def alike(message: Message) -> Message:
+    """What is said in a message, in the one spelling in which messages are compared: role, content, calls of tools."""
+    message = _as_objects(_joined(message))
+    said: Message = {key: message[key] for key in ("role", "content") if key in message}
+    if message.get("tool_calls"):
+        said["tool_calls"] = names_called(message) or message["tool_calls"]
+    return said
+
+
 def _joined(message: Message) -> Message:
     """A list of texts as one string, a line each, as vLLM joins them. A list with pictures stays."""
     content = message["content"]

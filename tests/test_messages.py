@@ -84,13 +84,17 @@ AGENT = [
 ]
 
 
-@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS), None, [], ""], ids=["list", "JSON", "null", "empty", '""'])
+@pytest.mark.parametrize(
+    "tools",
+    [TOOLS, json.dumps(TOOLS), [json.dumps(tool) for tool in TOOLS], None, [], "", "null"],
+    ids=["list", "JSON", "list of JSON", "null", "empty", '""', '"null"'],
+)
 def test_jsonl_and_parquet_keep_the_same(tmp_path: Path, tools: Any) -> None:
     """All keys are carried, null is absent, and `tools` may be a JSON string."""
     row = {"messages": AGENT, "tools": tools}
     one, other = of_jsonl(tmp_path, row), of_parquet(tmp_path, row)
     assert one.messages == other.messages
-    assert one.tools == other.tools == (TOOLS if tools else None)
+    assert one.tools == other.tools == (TOOLS if tools not in (None, [], "", "null") else None)
     assert one.digest == other.digest
     assert one.messages == [
         AGENT[0],
@@ -203,6 +207,10 @@ def test_what_is_not_said_makes_no_other_conversation() -> None:
     called = [TALK[0], TALK[1] | {"tool_calls": [CALL]}]
     bare, rich, other = (Document("x", "t", None, messages) for messages in (TALK, noted, called))
     assert bare.likeness == rich.likeness
+    listed = [message | {"content": [{"type": "text", "text": message["content"]}]} for message in TALK]
+    assert Document("x", "t", None, listed).likeness == bare.likeness
+    older = {"type": "function", "function": CALL["function"] | {"arguments": {"city": "Bern"}}}
+    assert Document("x", "t", None, [TALK[0], TALK[1] | {"tool_calls": [older]}]).likeness == other.likeness
     assert bare.likeness != other.likeness
     assert len({bare.digest, rich.digest, other.digest}) == 3
 
@@ -268,3 +276,8 @@ def test_a_call_with_nothing_in_it_is_no_call(tmp_path: Path, read: Callable[...
     called = {"role": "assistant", "content": None, "function_call": {"name": "weather", "arguments": None}}
     (_, message) = read(tmp_path, {"messages": [TALK[0], called]}).messages or []
     assert message["tool_calls"] == [{"type": "function", "function": {"name": "weather"}}]
+
+
+def test_an_id_holds_no_line_end() -> None:
+    """Errors name rows by their ids, one a line."""
+    assert document_of({"id": "a\nerror: fake\x1b[2K", "text": "b"}, "x", None).id == "a\ufffderror: fake\ufffd[2K"
