@@ -159,8 +159,9 @@ class Encoder:
             with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
                 rgb = image.convert("RGB").resize((side, side), Image.Resampling(settings.resample))
         except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
-            which = "an image" if isinstance(picture, bytes) else f"the image {picture}"
-            raise ValueError(f"has {which}, which cannot be read ({error})") from None
+            if isinstance(picture, bytes):  # Pillow's message would name an object in memory
+                raise ValueError("has an image, which cannot be read") from None
+            raise ValueError(f"has the image {picture}, which cannot be read ({error})") from None
         values = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8).view(side, side, 3).permute(2, 0, 1)
         rescaled = values.float() * (settings.rescale_factor if settings.do_rescale else 1)
         if not settings.do_normalize:
