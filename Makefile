@@ -34,7 +34,7 @@ chromium:
 	echo "no Chromium here: the report's tests in a browser are skipped"
 
 test: venv quality chromium
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 docs: venv
 	$(BIN)/python benchmarks/update_docs.py

@@ -33,6 +33,15 @@ settings.register_profile("onecard", max_examples=50, derandomize=True, database
 settings.load_profile("onecard")
 
 
+# The files that take longest. Two workers share the files in the order of collection: a long one must not come last.
+LONGEST = ("test_end_to_end", "test_overwrite", "test_killed", "test_transformers_reads", "test_resume", "test_workdir")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(LONGEST)))
+
+
 @pytest.fixture
 def onecard() -> Callable[..., Result]:
     return run_onecard

@@ -105,7 +105,7 @@ def test_verify_refuses_scales_that_are_no_numbers(
         if name in tensors:
             tensors[name][3, 0] = float("nan")
             save_file(tensors, shard, metadata={"format": "pt"})
-    refused(onecard("verify", baby("qwen3"), checkpoint, *texts[2:]), name, "NaN")
+    refused(onecard("verify", baby("qwen3"), checkpoint, *texts[2:]), name, "NaN", code=1)
 
 
 def test_verify_with_swapped_arguments(
