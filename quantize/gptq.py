@@ -125,18 +125,13 @@ def gptq(
     scale_BGO = scale_BOG.to(wt.dtype).transpose(1, 2).contiguous()
     zero_BGO = None if zero_BOG is None else zero_BOG.to(wt.dtype).transpose(1, 2).contiguous()
     codes_t = torch.empty(wt.shape, dtype=torch.int8, device=wt.device)
+    kernels = kernels_for(wt)
+    round_block = _round_block if kernels is None else kernels.gptq_block
     for begin in range(0, inputs, BLOCK_COLUMNS):
         end = min(begin + BLOCK_COLUMNS, inputs)
-        own = upper[:, begin:end, begin:end]
-        block = _Block(wt[:, begin:end], own, scale_BGO, zero_BGO, group_BI[:, begin:end])
-        kernels = kernels_for(wt)
-        if kernels is None:
-            codes_t[:, begin:end], errors = _round_block(block, scheme)
-        else:
-            limits = (scheme.code_min, scheme.code_max)
-            codes_t[:, begin:end], errors = kernels.gptq_block(
-                block.wt_BCO, own, scale_BGO, zero_BGO, block.group_BC, limits
-            )
+        codes_t[:, begin:end], errors = round_block(
+            wt[:, begin:end], upper[:, begin:end, begin:end], scale_BGO, zero_BGO, group_BI[:, begin:end], scheme
+        )
         if end < inputs:
             wt[:, end:].baddbmm_(upper[:, begin:end, end:].transpose(1, 2), errors, alpha=-1)
     codes_BOI = torch.empty(w_BOI.shape, dtype=torch.int8, device=w_BOI.device)
@@ -145,36 +140,30 @@ def gptq(
     return QuantizedWeight(codes_BOI, scale_BOG, zero_int(zero_BOG), scheme)
 
 
-@dataclass(frozen=True)
-class _Block:
-    """Some columns in the order in which they are rounded, and what rounding them needs; C columns."""
-
-    wt_BCO: torch.Tensor
-    upper_BCC: torch.Tensor
-    scale_BGO: torch.Tensor
-    zero_BGO: torch.Tensor | None
-    # The group of each column.
-    group_BC: torch.Tensor
-
-
-def _round_block(block: _Block, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes int8, errors) [B, C, O], column by column.
+def _round_block(
+    wt_BCO: torch.Tensor,
+    upper_BCC: torch.Tensor,
+    scale_BGO: torch.Tensor,
+    zero_BGO: torch.Tensor | None,
+    group_BC: torch.Tensor,
+    scheme: Scheme,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes int8, errors) [B, C, O] of C columns, in their order. `group_BC`: the group of each.
 
     Each column collects the errors of the earlier ones. Spreading each error over the later ones at once, as the kernel
     does in registers, would write as much as this reads.
     """
-    wt = block.wt_BCO
-    each = torch.arange(len(wt), device=wt.device)
-    errors, codes_t = torch.empty_like(wt), torch.empty(wt.shape, dtype=torch.int8, device=wt.device)
-    feedback = block.upper_BCC.transpose(1, 2).contiguous()
-    for j in range(wt.shape[1]):
-        w_BO = wt[:, j]
+    each = torch.arange(len(wt_BCO), device=wt_BCO.device)
+    errors, codes_BCO = torch.empty_like(wt_BCO), torch.empty(wt_BCO.shape, dtype=torch.int8, device=wt_BCO.device)
+    feedback = upper_BCC.transpose(1, 2).contiguous()
+    for j in range(wt_BCO.shape[1]):
+        w_BO = wt_BCO[:, j]
         if j:
             w_BO = torch.baddbmm(w_BO[:, None], feedback[:, j, None, :j], errors[:, :j], alpha=-1)[:, 0]
-        scale = block.scale_BGO[each, block.group_BC[:, j]]
-        zero = None if block.zero_BGO is None else block.zero_BGO[each, block.group_BC[:, j]]
+        scale = scale_BGO[each, group_BC[:, j]]
+        zero = None if zero_BGO is None else zero_BGO[each, group_BC[:, j]]
         codes = round_codes(w_BO, scale, zero, scheme)
-        codes_t[:, j] = codes.to(torch.int8)
+        codes_BCO[:, j] = codes.to(torch.int8)
         value = (codes if zero is None else codes - zero) * scale
-        errors[:, j] = (w_BO - value) / block.upper_BCC[:, j, j, None]
-    return codes_t, errors
+        errors[:, j] = (w_BO - value) / upper_BCC[:, j, j, None]
+    return codes_BCO, errors

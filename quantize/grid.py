@@ -84,10 +84,7 @@ def searched_scales(
     kernels = kernels_for(w_BOI)
     if kernels is not None and dtype in kernels.STORED and scheme.width(w_BOI.shape[-1]) <= kernels.WIDEST_GROUP:
         multiples = torch.tensor(MULTIPLES, device=w_BOI.device)
-        limits, count = (scheme.code_min, scheme.code_max), scheme.groups(w_BOI.shape[-1])
-        scale, zero = kernels.searched_scales(
-            w_BOI, importance_BI, multiples, limits, count, TINY_SCALE, dtype, scheme.symmetric
-        )
+        scale, zero = kernels.searched_scales(w_BOI, importance_BI, multiples, scheme, TINY_SCALE, dtype)
         return scale, None if scheme.symmetric else zero
     parts = []
     step = max(1, SEARCH_ELEMENTS // w_BOI.shape[-1]) if w_BOI.device.type == "cpu" else w_BOI.shape[1]

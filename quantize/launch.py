@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import triton
 
+from ..core.scheme import Scheme
 from . import kernels
 
 # Rows of a program. A row takes one register of each thread of a warp for every 32 columns.
@@ -31,7 +32,7 @@ def gptq_block(
     scale_BGO: torch.Tensor,
     zero_BGO: torch.Tensor | None,
     group_BC: torch.Tensor,
-    codes: tuple[int, int],
+    scheme: Scheme,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(codes int8, errors) [B, C, O] of a block of columns. `wt_BCO` may be a slice of a matrix along its columns."""
     batch, columns, outputs = wt_BCO.shape
@@ -53,8 +54,8 @@ def gptq_block(
         wt_BCO.stride(0),
         upper_BCC.stride(0),
         upper_BCC.stride(1),
-        float(codes[0]),
-        float(codes[1]),
+        float(scheme.code_min),
+        float(scheme.code_max),
         HAS_ZERO=zero_BGO is not None,
         ROWS=COLUMN_ROWS,
         BLOCK=triton.next_power_of_2(columns),
@@ -72,7 +73,7 @@ def sweep_block(
     moment_BCC: torch.Tensor,
     first: int,
     width: int,
-    codes: tuple[int, int],
+    scheme: Scheme,
 ) -> torch.Tensor:
     """The moves [B, C, O] of one sweep over a block; `codes_BCO` changes in place. All but the scales may be slices of
     whole matrices along their columns. `first`: the block's first column; `width`: the columns of a group."""
@@ -97,8 +98,8 @@ def sweep_block(
         gradient_BCO.stride(0),
         moment_BCC.stride(0),
         moment_BCC.stride(1),
-        float(codes[0]),
-        float(codes[1]),
+        float(scheme.code_min),
+        float(scheme.code_max),
         HAS_ZERO=zero_BGO is not None,
         ROWS=COLUMN_ROWS,
         BLOCK=triton.next_power_of_2(columns),
@@ -117,7 +118,7 @@ def tabu_steps(
     moment_BCC: torch.Tensor,
     moves: int,
     tenure: int,
-    codes: tuple[int, int],
+    scheme: Scheme,
 ) -> torch.Tensor:
     """The steps [B, O, C] that each code has moved at the best point that its row passed (tabu.py). Contiguous inputs,
     but for `moment_BCC`, which may be a slice of whole matrices."""
@@ -136,8 +137,8 @@ def tabu_steps(
         tenure,
         moment_BCC.stride(0),
         moment_BCC.stride(1),
-        float(codes[0]),
-        float(codes[1]),
+        float(scheme.code_min),
+        float(scheme.code_max),
         ROWS=MOVE_ROWS,
         BLOCK=triton.next_power_of_2(columns),
         num_warps=MOVE_ROWS,
@@ -150,16 +151,14 @@ def searched_scales(
     w_BOI: torch.Tensor,
     importance_BI: torch.Tensor,
     multiples: torch.Tensor,
-    codes: tuple[int, int],
-    groups: int,
+    scheme: Scheme,
     tiny: float,
     stored: torch.dtype,
-    symmetric: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(scales in the dtype `stored`, zero points fp32) [B, O, G]: for each group the multiple of its range that leaves
-    the least error (grid.py)."""
+    the least error (grid.py). `tiny`: the least scale."""
     batch, outputs, inputs = w_BOI.shape
-    width = inputs // groups
+    groups, width = scheme.groups(inputs), scheme.width(inputs)
     scale = torch.empty(batch, outputs, groups, dtype=torch.float32, device=w_BOI.device)
     zero = torch.empty_like(scale)
     kernels.scale_kernel[(triton.cdiv(outputs, SEARCH_ROWS), groups, batch)](
@@ -172,10 +171,10 @@ def searched_scales(
         groups,
         width,
         len(multiples),
-        float(codes[0]),
-        float(codes[1]),
+        float(scheme.code_min),
+        float(scheme.code_max),
         tiny,
-        SYMMETRIC=symmetric,
+        SYMMETRIC=scheme.symmetric,
         IN_BF16=stored == torch.bfloat16,
         ROWS=SEARCH_ROWS,
         BLOCK=triton.next_power_of_2(width),

@@ -62,48 +62,38 @@ def _sweep(
     """One pass of coordinate descent over all columns. Changes codes and gradient in place."""
     inputs, group = codes_t.shape[1], weight.scheme.width(codes_t.shape[1])
     kernels = kernels_for(gradient_t)
+    sweep_block = _sweep_block if kernels is None else kernels.sweep_block
     for begin in range(0, inputs, BLOCK_COLUMNS):
         columns = slice(begin, min(begin + BLOCK_COLUMNS, inputs))
-        own, scheme = moment_BII[:, columns, columns], weight.scheme
-        if kernels is None:
-            moves = _sweep_block(codes_t, scale_BGO, zero_BGO, gradient_t, own, columns, scheme)
-        else:
-            moves = kernels.sweep_block(
-                codes_t[:, columns],
-                scale_BGO,
-                zero_BGO,
-                gradient_t[:, columns],
-                own,
-                begin,
-                group,
-                (scheme.code_min, scheme.code_max),
-            )
+        codes_BCO, gradient_BCO, own_BCC = codes_t[:, columns], gradient_t[:, columns], moment_BII[:, columns, columns]
+        moves = sweep_block(codes_BCO, scale_BGO, zero_BGO, gradient_BCO, own_BCC, begin, group, weight.scheme)
         gradient_t.baddbmm_(moment_BII[:, :, columns], moves, alpha=-1)
 
 
 def _sweep_block(
-    codes_t: torch.Tensor,
+    codes_BCO: torch.Tensor,
     scale_BGO: torch.Tensor,
     zero_BGO: torch.Tensor | None,
-    gradient_t: torch.Tensor,
+    gradient_BCO: torch.Tensor,
     own_BCC: torch.Tensor,
-    columns: slice,
+    first: int,
+    width: int,
     scheme: Scheme,
 ) -> torch.Tensor:
-    """The moves [B, C, O] of the columns of a block, in turn. Changes codes in place. `own_BCC`: their own moment."""
-    group = scheme.width(codes_t.shape[1])
-    moves = torch.empty_like(gradient_t[:, columns])
+    """The moves [B, C, O] of the columns of a block, in turn. Changes codes in place. `own_BCC`: their own moment.
+    `first`: the block's first column; `width`: the columns of a group."""
+    moves = torch.empty_like(gradient_BCO)
     for j in range(moves.shape[1]):
-        column = columns.start + j
-        scale = scale_BGO[:, column // group]
-        zero = None if zero_BGO is None else zero_BGO[:, column // group]
-        old = codes_t[:, column]
+        g = (first + j) // width
+        scale = scale_BGO[:, g]
+        zero = None if zero_BGO is None else zero_BGO[:, g]
+        old = codes_BCO[:, j]
         value = (old if zero is None else old - zero) * scale
-        slope = gradient_t[:, column]
+        slope = gradient_BCO[:, j]
         if j:
             slope = torch.baddbmm(slope[:, None], own_BCC[:, j, None, :j], moves[:, :j], alpha=-1)[:, 0]
         best = value + slope / own_BCC[:, j, j, None]
         new = round_codes(best, scale, zero, scheme)
         moves[:, j] = (new - old) * scale
-        codes_t[:, column] = new
+        codes_BCO[:, j] = new
     return moves

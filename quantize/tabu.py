@@ -67,8 +67,7 @@ def _search(
     kernels = kernels_for(step_BOC)
     if kernels is not None:
         code, slope = codes_BOC.to(step_BOC.dtype).contiguous(), 2 * step_BOC * slope_BOC
-        limits = (scheme.code_min, scheme.code_max)
-        return kernels.tabu_steps(code, step_BOC, slope, square_BOC, gain_BO, moment_BCC, moves, TENURE, limits)
+        return kernels.tabu_steps(code, step_BOC, slope, square_BOC, gain_BO, moment_BCC, moves, TENURE, scheme)
     batch, outputs, columns = codes_BOC.shape
     rows, device = batch * outputs, codes_BOC.device
     code, step = codes_BOC.to(step_BOC.dtype).flatten(0, 1), step_BOC.flatten(0, 1)
