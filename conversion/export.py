@@ -91,16 +91,18 @@ def export(
     refuse_unheld(model, format_name)
     planned = exporter.plan(model)
     check_paths(out, None, model.path, False, overwrite)
+    parent = _record_of(model)
+    warnings = _warnings(model, parent, exporter)
     if not dry_run:
         check_space(out, sum(count for _, count in planned))
         names = written_files([name for name, _ in planned], model.path)
-        _write(model, format_name, out, names, planned, step)
-    warnings = _warnings(model, exporter)
+        record = parent.model_copy(update={"files": names, "warnings": [*parent.warnings, *warnings]})
+        _write(model, record, format_name, out, planned, step)
     return Exported(checkpoint, format_name, str(out), planned, dry_run, warnings, time.monotonic() - began)
 
 
-def _warnings(model: Model, exporter: Exporter) -> list[str]:
-    changed = differences_from(_record_of(model).model.config, model.adapter.config)
+def _warnings(model: Model, parent: Record, exporter: Exporter) -> list[str]:
+    changed = differences_from(parent.model.config, model.adapter.config)
     told = [
         f"config.json of {said_name(model.name)}, against its record: {difference.told()}" for difference in changed
     ]
@@ -114,9 +116,9 @@ def _schedule(planned: Files) -> Schedule:
     return Schedule((*stages, Expected("checksums", "checksums", digests, ("checksums",))), in_seconds=False)
 
 
-def _write(model: Model, format_name: str, out: Path, names: list[str], planned: Files, step: Step) -> None:
-    exporter = FORMATS[format_name]
-    parent = _record_of(model)
+def _write(model: Model, parent: Record, format_name: str, out: Path, planned: Files, step: Step) -> None:
+    """`parent`: the model's record, with the files to write and the warnings of this export."""
+    exporter, names = FORMATS[format_name], parent.files
     clear_checkpoint(out)
     files.make_folder(out)
     files.write_json(out / RECORD_NAME, {"files": names})
@@ -131,8 +133,6 @@ def _write(model: Model, format_name: str, out: Path, names: list[str], planned:
     assert not wrong, (wrong, planned)
     config = exporter.config(model)
     record = exported_record(parent, model, open_written(model, out, config), format_name)
-    record.files = names
-    record.warnings = [*record.warnings, *_warnings(model, exporter)]
     files.write_json(out / RECORD_NAME, record.to_json())
     step.begin("checksums")
     config_bytes = json_bytes(config)
