@@ -117,9 +117,8 @@ def _read_lines(path: Path, source: Source) -> SourceDocuments:
             problems.append(f"line {number} {error}")
     if problems:
         _refuse_array(path, lines)
-        shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
         raise input_error(
-            f"the texts {path} cannot be used:", shown, 'A line is {"text": "..."} or {"messages": [...]}.'
+            f"the texts {path} cannot be used:", problems, 'A line is {"text": "..."} or {"messages": [...]}.', most=20
         )
     if not documents:
         raise InputError(f"the texts {path} are empty")

@@ -173,5 +173,4 @@ class Encoder:
 def _refuse(problems: list[str]) -> None:
     """Raises InputError for texts that the model cannot take."""
     if problems:
-        shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
-        raise input_error("the model cannot take these texts:", shown, "Leave them out, or mend them.")
+        raise input_error("the model cannot take these texts:", problems, "Leave them out, or mend them.", most=20)

@@ -153,8 +153,9 @@ def checked_model(name: str, config: dict[str, Any], adapter: Adapter, where: Fo
     if twice:
         raise input_error(
             f"{path} holds some experts twice, and what an engine would take is not known:",
-            [*twice[:MOST_SHOWN], *([f"... and {len(twice) - MOST_SHOWN} more"] if len(twice) > MOST_SHOWN else [])],
+            twice,
             "Remove the layout that is left over.",
+            MOST_SHOWN,
         )
     check_shapes(path, source, adapter.disk_shapes(source.names), adapter.left_aside(source.names))
     if isinstance(where, Path):  # otherwise only headers are here

@@ -114,14 +114,12 @@ def open_packed(folder: Folder, quantization_config: object) -> PackedSource:
         f"{name} is stored twice, quantized and unquantized" for name in reading.weights if name in virtual
     ]
     if reading.problems:
-        shown = reading.problems[:MOST_SHOWN]
-        if len(reading.problems) > MOST_SHOWN:
-            shown.append(f"... and {len(reading.problems) - MOST_SHOWN} more")
         raise input_error(
             f"{folder.path} is no sound {method} checkpoint:",
-            shown,
+            reading.problems,
             "Fetch it again, config.json and all weights of one revision, or let the tool that made it save it in a "
             "format named above.",
+            MOST_SHOWN,
         )
     virtual |= {name: weight.info for name, weight in reading.weights.items()}
     return PackedSource(folder, reading.label, reading.weights, virtual, tuple(reading.warnings))

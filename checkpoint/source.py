@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from ..core.errors import InputError, ResourceError, UnreadError, input_error
+from ..core.errors import InputError, ResourceError, UnreadError, input_error, several
 from ..core.tensors import TORCH_DTYPES, Index, TensorInfo
 from .safetensors_header import Header, UnreadDtypeError, read_header
 
@@ -163,12 +163,12 @@ def open_folder(path: Path) -> Folder:
         except ValueError as error:
             problems.append(f"{name} {error}")
     if unread and not problems:
-        told = input_error(
+        told = several(
             f"{path} is sound, and stored in dtypes that onecard does not read:",
             unread,
             f"Use a version of the checkpoint in bf16, fp16 or fp32, or one of {', '.join(TORCH_DTYPES)}.",
         )
-        raise UnreadError(str(told))
+        raise UnreadError(told)
     return Folder(path, *join_headers(path, headers, weight_map, problems))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..core.errors import DamageError, InputError, input_error
+from ..core.errors import DamageError, InputError, input_error, several
 from ..core.tensors import TORCH_DTYPES, TensorSource
 from ..models.adapter import Adapter, read
 from .source import Folder
@@ -30,11 +30,11 @@ def check_shapes(
     problems.sort()
     problems += [f"{name} is in the checkpoint and config.json knows no such tensor" for name in unknown]
     if problems:
-        shown = problems[:40] + ([f"... and {len(problems) - 40} more"] if len(problems) > 40 else [])
         raise input_error(
             f"{path} contradicts its config.json:",
-            shown,
+            problems,
             "Fetch the original checkpoint, config.json and all weights of one revision, in bf16, fp16 or fp32.",
+            most=40,
         )
 
 
@@ -100,10 +100,8 @@ def refuse_nonfinite(folder: Folder, name: str, original: bool = True) -> set[st
         if values.nan or values.inf
     ]
     if problems:
-        found_bad = input_error(
-            f"{name} holds non-finite values:", problems, "The checkpoint is damaged: fetch it again."
-        )
-        raise found_bad if original else DamageError(str(found_bad))
+        told = several(f"{name} holds non-finite values:", problems, "The checkpoint is damaged: fetch it again.")
+        raise InputError(told) if original else DamageError(told)
     return {tensor for tensor, values in found.items() if values.maybe_zeros}
 
 

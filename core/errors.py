@@ -61,7 +61,15 @@ class ResourceError(OnecardError):
     exit_code = 4
 
 
-def input_error(headline: str, problems: Iterable[str], way_out: str) -> InputError:
-    """One message: the headline, every problem on its line, and what the user can do."""
-    lines = [headline, *(f"  - {problem}" for problem in problems), way_out]
-    return InputError("\n".join(lines))
+def several(headline: str, problems: Iterable[str], way_out: str, most: int | None = None) -> str:
+    """One message: the headline, every problem on its line (the first `most`), and what the user can do."""
+    found = list(problems)
+    shown = found[:most]
+    if len(shown) < len(found):
+        shown.append(f"... and {len(found) - len(shown)} more")
+    return "\n".join([headline, *(f"  - {problem}" for problem in shown), way_out])
+
+
+def input_error(headline: str, problems: Iterable[str], way_out: str, most: int | None = None) -> InputError:
+    """An InputError with the message that `several` makes."""
+    return InputError(several(headline, problems, way_out, most))

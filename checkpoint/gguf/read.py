@@ -109,13 +109,11 @@ def open_gguf(path: Path, adapter: Adapter) -> PackedSource:
     unknown = sorted(opened.tensors.keys() - known)
     problems += [f"{name} is in the file and config.json knows no such tensor" for name in unknown]
     if problems:
-        shown = problems[:MOST_SHOWN]
-        if len(problems) > MOST_SHOWN:
-            shown.append(f"... and {len(problems) - MOST_SHOWN} more")
         raise input_error(
             f"{file} is not the model that its config.json describes:",
-            shown,
+            problems,
             "Put the model's own config.json beside the GGUF file, and fetch the complete file.",
+            MOST_SHOWN,
         )
     infos, weights = contents.infos, contents.weights
     virtual = {name: info for name, info in infos.items() if name.removesuffix(f".{BLOCKS}") not in weights}

@@ -92,10 +92,8 @@ def plan(
     assert floats is None or floats in FLOATS
     parts = _parts(adapter, source, folder, floats)
     if parts.problems:
-        shown = parts.problems[:MOST_NAMED]
-        if len(parts.problems) > MOST_NAMED:
-            shown.append(f"... and {len(parts.problems) - MOST_NAMED} more")
-        raise input_error(f"{name} cannot be written as GGUF:", shown, "Fix that, or choose another format.")
+        headline = f"{name} cannot be written as GGUF:"
+        raise input_error(headline, parts.problems, "Fix that, or choose another format.", MOST_NAMED)
     architecture = words.ARCHITECTURES[adapter.family]
     by_kind: dict[str, int] = {}
     for tensor in parts.tensors:
