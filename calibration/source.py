@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,17 @@ class Source:
     # Of a folder: the splits that are wanted, the first that there is.
     splits: tuple[str, ...] = WANTED["calibration"]
 
+    @cached_property
+    def folder(self) -> TextFolder | None:
+        """The folder of texts that `path` is, if it is one. It looks into its files once."""
+        return TextFolder(self.path, self.splits) if self.path is not None and self.path.is_dir() else None
+
     @property
     def place(self) -> tuple[str, ...]:
         """Sources with the same place give the same documents."""
         if self.path is None:
             return (self.name, self.config or "", self.split)
-        split = TextFolder(self.path, self.splits).split if self.path.is_dir() else None
+        split = None if self.folder is None else self.folder.split
         return (str(self.path.resolve()), split or "")
 
 

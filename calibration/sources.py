@@ -11,7 +11,7 @@ from pathlib import Path
 from ..core.errors import InputError, ResourceError, input_error
 from .columns import document_from, holds_both
 from .documents import Document
-from .folders import JSON_LINES, PARQUET, PLAIN, SUFFIXES, TextFolder
+from .folders import JSON_LINES, PARQUET, PLAIN, SUFFIXES
 from .messages import conversation_in, json_in, refuse_half_characters
 from .parquet import drawn_documents, first_documents
 from .read_text import PACKED, read_text, text_suffix
@@ -29,7 +29,7 @@ def read_source(source: Source, limit: ReadLimit, seed: int | None) -> SourceDoc
     """
     if source.path is None:
         return _read_dataset(source, limit, seed)
-    folder = TextFolder(source.path, source.splits) if source.path.is_dir() else None
+    folder = source.folder
     files = [folder.path / name for name in folder.read] if folder else [source.path]
     for path in files:
         _refuse_file(path, source)
