@@ -233,9 +233,10 @@ def verify(job: StageJob) -> None:
     if run.adapter.has_vision and not emitted.adapter.has_vision:
         rows = [row for row in rows if row.pixels is None]
         record.warnings.append(WITHOUT_VISION.format(name=run.recipe.format))
+    encoder = Encoder(run.model.path, run.model.adapter, run.texts.date)
     measured = measure(
         job.walk,
-        Encoder(run.model.path, run.model.adapter, run.texts.date),
+        encoder,
         emitted,
         rows=rows,
         tasks=run.tasks,
@@ -247,7 +248,7 @@ def verify(job: StageJob) -> None:
     documents = run.texts.documents
     if run.adapter.has_vision and not emitted.adapter.has_vision:
         documents = tuple(document for document in documents if not document.images)
-    compare_sides(run.model, emitted, documents, run.tasks).put_into(record)
+    compare_sides(run.model, emitted, encoder, documents, run.tasks).put_into(record)
     record.gate = gate_of_run(record, RECORD_NAME, run.recipe)
     close_machine(record, job.progress, run.compute.device, run.began)
     files.write_json(job.workdir.path / RECORD, record.to_json())

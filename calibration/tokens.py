@@ -3,6 +3,7 @@
 Each document becomes one uncut row. packing.py makes the rows of a run from them.
 """
 
+import copy
 import datetime as dates
 import io
 import json
@@ -70,7 +71,14 @@ class Encoder:
                 f"the tokenizer in {folder} gives ids up to {tokens - 1:,}, and the embedding has {rows:,} rows "
                 "(vocab_size): put the model's own tokenizer there"
             )
-        self.template = ChatTemplate(self.tokenizer, date or dates.date.today())
+        self.date = date or dates.date.today()
+        self.template = ChatTemplate(self.tokenizer, self.date)
+
+    def of(self, adapter: Adapter) -> "Encoder":
+        """The same tokenizer for `adapter`, which is of the same model but may lack the vision tower."""
+        other = copy.copy(self)
+        other.adapter = adapter
+        return other
 
     def encode_all(self, documents: list[Document]) -> list[Row]:
         """One row for each document. Raises one InputError that names all that this model cannot take."""

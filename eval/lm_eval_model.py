@@ -118,11 +118,12 @@ def open_twin(
     """
     recipe = recipe or load_recipe("rtn-int4")
     source, quantized = open_pair(source_name, checkpoint)
-    chats = Encoder(source.path, source.adapter).tokenizer.chat_template
-    for line in compare_sides(source, quantized, PROBES if chats else PROBES[:1], ()).warnings:
+    encoder = Encoder(source.path, source.adapter)
+    probes = PROBES if encoder.tokenizer.chat_template else PROBES[:1]
+    for line in compare_sides(source, quantized, encoder, probes, ()).warnings:
         warnings.warn(line, stacklevel=2)
     answer = partial(_answer, source, quantized, recipe, device_name, quiet)
-    return TwinModels(Encoder(source.path, source.adapter), answer, recipe.texts.evaluation_row_tokens)
+    return TwinModels(encoder, answer, recipe.texts.evaluation_row_tokens)
 
 
 def _answer(

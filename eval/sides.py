@@ -53,18 +53,18 @@ class SideDifferences:
 
 
 def compare_sides(
-    original: Model, checkpoint: Model, documents: Sequence[Document], tasks: Sequence[Task]
+    original: Model, checkpoint: Model, encoder: Encoder, documents: Sequence[Document], tasks: Sequence[Task]
 ) -> SideDifferences:
-    """Compare two checkpoints of one model; `checkpoint` may lack the vision tower. `documents` and `tasks` are what is
-    evaluated."""
+    """Compare two checkpoints of one model; `checkpoint` may lack the vision tower. `encoder` is the original's.
+    `documents` and `tasks` are what is evaluated."""
     ours, theirs = original.adapter, checkpoint.adapter
     if ours.has_vision and not theirs.has_vision:
         ours = ours.text_only()
     found = SideDifferences(differences(ours.config, theirs.config))
     found.warnings += [f"config.json: {difference.told()}" for difference in found.fields]
-    name, encoder = said_name(checkpoint.name), Encoder(original.path, ours)
+    name, encoder = said_name(checkpoint.name), encoder.of(ours)
     try:
-        other = Encoder(checkpoint.path, theirs)
+        other = Encoder(checkpoint.path, theirs, encoder.date)
     except InputError as error:
         found.warnings.append(
             f"{name}: whether its users get the token ids measured here is not known, because its tokenizer cannot be "

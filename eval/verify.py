@@ -293,19 +293,21 @@ def flips(
     return _measured_pair(asked, device_name, console, quiet)
 
 
-def _rows(asked: _Asked, source: Model, quantized: Model, record: Record, date: dates.date | None) -> list[Row]:
+def _rows(asked: _Asked, source: Model, quantized: Model, record: Record, encoder: Encoder) -> list[Row]:
     """The evaluation rows; the record gets what it says of them, and of what else differs between the two sides."""
     if not asked.with_texts:
-        compare_sides(source, quantized, (), asked.tasks).put_into(record)
+        compare_sides(source, quantized, encoder, (), asked.tasks).put_into(record)
         return []
     reader = source
     if source.adapter.has_vision and not quantized.adapter.has_vision:
         reader = replace(source, adapter=source.adapter.text_only())
         record.warnings.append(WITHOUT_VISION.format(name=said_name(asked.checkpoint)))
-    texts = prepare_texts(reader, asked.recipe, None, asked.options.evaluation, needs_calibration=False, date=date)
+    texts = prepare_texts(
+        reader, asked.recipe, None, asked.options.evaluation, needs_calibration=False, date=encoder.date
+    )
     record.texts = {which: TextFacts(**facts) for which, facts in texts.facts.items()}
     record.warnings += texts.warnings
-    compare_sides(source, quantized, texts.documents, asked.tasks).put_into(record)
+    compare_sides(source, quantized, encoder, texts.documents, asked.tasks).put_into(record)
     return texts.evaluation
 
 
@@ -331,7 +333,7 @@ def _measured_pair(asked: _Asked, device_name: str, console: Console | None, qui
     date = asked.recipe.texts.template_date or recorded_date(quantized) or dates.date.today()
     encoder = Encoder(source.path, source.adapter, date)
     record.template_date = None if encoder.template.date is None else date.isoformat()
-    rows = _rows(asked, source, quantized, record, date)
+    rows = _rows(asked, source, quantized, record, encoder)
     with (
         tempfile.TemporaryDirectory(prefix="onecard-verify-") as folder,
         Progress(f"onecard {asked.command} {asked.checkpoint}", source.adapter.n_blocks, console, quiet) as progress,

@@ -302,16 +302,17 @@ def test_a_gguf_file_with_another_vocabulary_or_template_is_said(tmp_path: Path)
     model = gguf_files.make(tmp_path / "model", "qwen3")
     checkpoint = gguf_files.quantize(model, tmp_path / "int4")
     source = open_model(str(model))
+    encoder = Encoder(source.path, source.adapter)
     sound, _ = gguf_files.export(checkpoint, tmp_path / "sound")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(checkpoint / name, sound)
-    assert compare_sides(source, open_model(str(sound)), (), ()).warnings == []
+    assert compare_sides(source, open_model(str(sound)), encoder, (), ()).warnings == []
     another_vocabulary(checkpoint)
     (checkpoint / "chat_template.jinja").write_text("{{ messages }}")
     spoilt, _ = gguf_files.export(checkpoint, tmp_path / "spoilt")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(model / name, spoilt)
-    told = compare_sides(source, open_model(str(spoilt)), (), ()).warnings
+    told = compare_sides(source, open_model(str(spoilt)), encoder, (), ()).warnings
     assert any("tokenizer.ggml.tokens of the GGUF file has 'c'" in line and "gives 'a'" in line for line in told)
     assert any("tokenizer.chat_template of the GGUF file is '{{ messages }}'" in line for line in told)
 
@@ -335,7 +336,7 @@ def test_every_part_of_a_gguf_tokenizer_is_compared(
     stored = {k: v for k, v in stored.items() if k != key} | ({} if change is None else {key: change(stored[key])})
     monkeypatch.setattr(sides, "stored_tokenizer", lambda _: stored)
     monkeypatch.setattr(sides, "stops_at", lambda _: [])
-    (line,) = compare_sides(model, model, (), ()).warnings
+    (line,) = compare_sides(model, model, Encoder(model.path, model.adapter), (), ()).warnings
     assert f"tokenizer.{key} of the GGUF file" in line
 
 
