@@ -152,9 +152,9 @@ def kl_of(model: str, parts: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         texts = corpus.write_plain_texts(Path(folder))
         told = recipe("fast", "fast", compute_dtype="bfloat16")
-        return float(
-            quantize(model, Path(folder) / "out", told, Options("cpu", **texts), quiet=True).kl["kl_mean_nats"]
-        )
+        record = quantize(model, Path(folder) / "out", told, Options("cpu", **texts), quiet=True)
+        assert record.kl is not None
+        return record.kl.kl_mean_nats
 
 
 def main() -> int:
