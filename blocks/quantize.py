@@ -108,6 +108,8 @@ def quantize_block(job: BlockJob) -> dict[str, Any]:
     shards = [shard for shard in job.plan.pieces if shard.part == job.index]
     output, step = _Output(ShardWriter(shards, job.shard_folder)), job.walk.step
     writer = output.writer
+    job.walk.expect(job.index)
+    job.walk.expect(job.index + 1)
     if job.method.needs_statistics:
         _with_statistics(job, output)
     else:
@@ -118,9 +120,8 @@ def quantize_block(job: BlockJob) -> dict[str, Any]:
             else:
                 _quantize_site(job, site, None, None, output)
             step.advance(0)
-    for name in writer.names():
-        if not writer.has(name):
-            writer.put(name, job.walk.read(name))
+    for name, tensor in job.walk.read_each([name for name in writer.names() if not writer.has(name)]):
+        writer.put(name, tensor)
     writer.check_complete()
     return {"block": job.index} | output.facts
 
@@ -227,10 +228,12 @@ def _corrected(
 
 
 def _stacked(job: BlockJob, block: Block | None, member: tuple[str, ...]) -> torch.Tensor:
-    """The weights of one entry of a site, stacked along the outputs; fp32 [O, I]. From the source without a block."""
-    if block is None:
-        return torch.cat([job.walk.read(f"{name}.weight").float() for name in member])
-    return block.stacked(member)
+    """The weights of one entry of a site, stacked along the outputs; fp32 [O, I] on the device. From the source without
+    a block."""
+    if block is not None:
+        return block.stacked(member)
+    found = dict(job.walk.read_each([f"{name}.weight" for name in member], job.walk.device))
+    return torch.cat([found[f"{name}.weight"].float() for name in member])
 
 
 def _output_metric(job: BlockJob, site: Site, block: Block, moments: SiteMoments, cut: slice) -> torch.Tensor | None:
@@ -243,7 +246,7 @@ def _output_metric(job: BlockJob, site: Site, block: Block, moments: SiteMoments
     if site.key in metrics:
         return metrics[site.key].expand(len(site.members[cut]), -1, -1)
     if site.feeds:
-        down = torch.stack([block.stacked((name,)) for name in site.feeds[cut]])
+        down = torch.stack([block.joined((name,)) for name in site.feeds[cut]])
         return swiglu_metric(moments.slopes(job.method.shrinkage, cut), down, residual_HH)
     if site.reaches_residual:
         return residual_HH.expand(len(site.members[cut]), -1, -1)
@@ -269,7 +272,7 @@ def _quantize_site(
         # A block held in bf16 has rounded weights that are stored otherwise.
         as_stored = job.walk.compute.dtype == torch.float32 or job.walk.site_dtypes(site) == {torch.bfloat16}
         exact = block if as_stored else None
-        w_BOI = torch.stack([_stacked(job, exact, member) for member in members]).to(job.walk.device)
+        w_BOI = torch.stack([_stacked(job, exact, member) for member in members])
         moment = metric = None
         if moments is not None and block is not None:
             metric = _output_metric(job, site, block, moments, cut)
@@ -307,8 +310,9 @@ def _hand_over(job: BlockJob, site: Site, output: _Output) -> None:
     dtype = job.walk.scale_dtype(site)
     for member in site.members:
         before, after = [], []
+        found = dict(job.walk.read_each([f"{name}.weight" for name in member]))
         for name in member:
-            weight = job.walk.read(f"{name}.weight")
+            weight = found[f"{name}.weight"]
             parts, stored = job.format.quantize(weight.to(dtype), job.plan.schemes[name])
             if not torch.isfinite(stored).all():  # bitsandbytes rounds to fp16 before it quantizes to int8
                 raise InputError(

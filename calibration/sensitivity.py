@@ -39,6 +39,7 @@ import torch
 from torch import nn
 
 from ..core.finite import check_finite
+from ..core.products import add_outer, product
 from ..core.rows import spacing
 from ..core.slices import TOKENS_PER_SLICE
 from ..models.adapter import Role, Site
@@ -101,7 +102,7 @@ def sensitivities(hidden: HiddenRows, keep: Keep, weighting: str, seed: int = 0)
     hidden.embed(STREAM)
     last = (n_blocks - 1) // apart * apart  # the last stretch begins here; nothing in it is computed twice
     for index in range(n_blocks):
-        _forward(hidden, index)
+        _forward(hidden, index, then=min(index + 1, n_blocks - 1))
         if index < last and index % apart != 0:
             hidden.store.drop(index)
     _from_head(hidden, seed)
@@ -109,24 +110,33 @@ def sensitivities(hidden: HiddenRows, keep: Keep, weighting: str, seed: int = 0)
     for begin in reversed(range(0, n_blocks, apart)):
         if begin < last:
             for index in range(begin, begin + apart - 1):
-                _forward(hidden, index)
+                _forward(hidden, index, then=index + 1)
         for index in reversed(range(begin, min(begin + apart, n_blocks))):
-            keep(index, *_back_through(hidden, index, later, weighting))
+            block = _loaded(hidden, index, then=index - 1 if index > begin else begin - apart)
+            keep(index, *_back_through(hidden, block, later, weighting))
+            del block
     hidden.store.drop(0)
 
 
-def _forward(hidden: HiddenRows, index: int) -> None:
-    """The rows through block `index`."""
+def _loaded(hidden: HiddenRows, index: int, then: int) -> Block:
+    """Block `index`; `then` is the one that is needed next."""
     block = hidden.walk.load(index)
+    hidden.walk.expect(then)
+    return block
+
+
+def _forward(hidden: HiddenRows, index: int, then: int) -> None:
+    """The rows through block `index`."""
+    block = _loaded(hidden, index, then)
     hidden.walk.step.begin("sensitivity", index)
     hidden.forward(block, STREAM)
 
 
 def _back_through(
-    hidden: HiddenRows, index: int, later: "_Routers", weighting: str
+    hidden: HiddenRows, block: Block, later: "_Routers", weighting: str
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The gradients back through block `index`: its metrics and token weights. `later` gets its router's metric."""
-    block, step = hidden.walk.load(index), hidden.walk.step
+    """The gradients back through a block: its metrics and token weights. `later` gets its router's metric."""
+    index, step = block.index, hidden.walk.step
     step.begin("sensitivity", index)
     found = _Found(weighting)
     ties: list[Ties] = []
@@ -164,8 +174,10 @@ class _Found:
         self.weights.setdefault(key, []).append(weight)
         # A token with no gradient costs nothing and counts for nothing.
         scaled = g_TO.float() * weight.clamp_min(torch.finfo(weight.dtype).tiny).rsqrt()[:, None]
-        known = self.totals.get(key)
-        self.totals[key] = scaled.T @ scaled if known is None else known.addmm_(scaled.T, scaled)
+        if key in self.totals:
+            add_outer(self.totals[key], scaled, scaled)
+        else:
+            self.totals[key] = product(scaled.T, scaled)
 
     def metrics(self) -> dict[str, torch.Tensor]:
         """Scaled to trace O. The identity where all gradients are zero: every output counts alike."""
@@ -194,12 +206,12 @@ def _from_head(hidden: HiddenRows, seed: int) -> None:
         gradient = torch.empty_like(flat)
         for start in range(0, len(flat), TOKENS_PER_SLICE):
             part = slice(start, start + TOKENS_PER_SLICE)
-            logits_TV = flat[part].float() @ head_VH.float().T
+            logits_TV = product(flat[part], head_VH.T)
             check_finite(walk.original, "the logits", logits_TV)
             p_TV = torch.softmax(logits_TV, dim=-1)
             drawn_T = torch.multinomial(p_TV, 1, generator=generator)
-            p_TV.scatter_add_(1, drawn_T, torch.full_like(drawn_T, -1, dtype=p_TV.dtype))
-            gradient[part] = -(p_TV @ head_VH.float()).to(gradient.dtype)
+            p_TV.scatter_(1, drawn_T, p_TV.gather(1, drawn_T) - 1)
+            gradient[part] = -product(p_TV, head_VH).to(gradient.dtype)
         normed.backward(gradient.view_as(normed))
         assert rows.grad is not None
         hidden.store.put(last, STREAM, k, rows.grad)
@@ -292,7 +304,8 @@ def tie_metric(block: Block, ties: list[Ties]) -> torch.Tensor:
     assert isinstance(gain_H, torch.Tensor)
     weight_EH = block.weight(router.first_module).float() * gain_H.float()
     margin_T, pair_T2, slope_T2 = (torch.cat(parts) for parts in zip(*ties, strict=True))
-    near = margin_T.kthvalue(max(1, int(NEAR_SHARE * len(margin_T)))).values.clamp_min(1e-12)
+    # Sorted, since kthvalue has no deterministic form on a GPU.
+    near = margin_T.sort().values[max(1, int(NEAR_SHARE * len(margin_T))) - 1].clamp_min(1e-12)
     experts = len(weight_EH)
     phi_T = torch.exp(-0.5 * (margin_T / near) ** 2)
     product_T = slope_T2.prod(-1)

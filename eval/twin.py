@@ -117,6 +117,7 @@ def _through_block(sides: tuple[_Side, ...], index: int, measured: int, errors: 
     for side in sides:
         step.begin(f"verify: {side.name}", index)
         block = side.hidden.walk.load(index)
+        side.hidden.walk.expect(index + 1)
         shown.append(_pass(side, block, measured, errors, reference if shown else None))
         # Where both versions of a block are compared, both are in memory; else one at a time.
         if errors is not None:
