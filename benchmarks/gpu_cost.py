@@ -31,7 +31,7 @@ MODELS = {"scout": "llama4-scout", "qwen3-30b-a3b": "qwen3-30b-a3b", "maverick":
 METHODS = ("rtn", "fast", "balanced", "best")
 TOKENS = 512 * 2048
 # What takes time at a line.
-KINDS = ("card seconds", "host seconds", "copy seconds", "disk seconds", "CPU seconds")
+KINDS = ("card seconds", "host seconds", "copy seconds", "disk seconds", "CPU seconds", "disk seconds behind")
 LINES = 15
 
 
@@ -46,7 +46,7 @@ def table(model: str, method: str, whole: Whole) -> str:
 
 
 def _row(name: str, cost: Cost) -> str:
-    card, host, copies, disk, cpu = (cost.total(kind) for kind in KINDS)
+    card, host, copies, disk, cpu = (cost.total(kind) for kind in KINDS[:5])
     return (
         f"{name:18s} {cost.seconds:9.1f} {card:8.1f} {host:8.1f} {copies:7.1f} {disk:7.1f} {cpu:6.1f} "
         f"{cost.total('launches'):12,.0f} {cost.total('syncs'):10,.0f} {cost.peak_bytes / 1e9:8.1f}"
@@ -67,7 +67,9 @@ def lines(whole: Whole, stage: str | None) -> str:
         for where, counts in ranked[:LINES]:
             if max(counts.get(kind, 0.0) for kind in KINDS) < 0.1:
                 break
-            said = ", ".join(f"{kind.split()[0]} {counts[kind]:.1f} s" for kind in KINDS if counts.get(kind, 0) >= 0.1)
+            said = ", ".join(
+                f"{kind.replace(' seconds', '')} {counts[kind]:.1f} s" for kind in KINDS if counts.get(kind, 0) >= 0.1
+            )
             said += f", {counts.get('launches', 0):,.0f} launches, {counts.get('syncs', 0):,.0f} syncs"
             found.append(f"  {where:40s} {said}")
     return "\n".join(found)

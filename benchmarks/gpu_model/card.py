@@ -115,8 +115,9 @@ class Counting(TorchDispatchMode):
             dtype = kwargs.get("dtype") or torch.get_default_dtype()
             pinned = bool(kwargs.get("pin_memory"))
             size = args[0] if isinstance(args[0], list | tuple | torch.Size) else ()
-            if torch.Size(size).numel() * dtype.itemsize > MOST_VALUES or pinned:
-                return self._allocated(torch.empty(size, dtype=dtype, device="meta"), pinned)
+            large = torch.Size(size).numel() * dtype.itemsize > MOST_VALUES
+            if large or pinned:
+                return self._allocated(torch.empty(size, dtype=dtype, device="meta" if large else "cpu"), pinned)
         return func(*args, **kwargs)
 
     def _allocated(self, inner: torch.Tensor, pinned: bool) -> Pretended:
@@ -190,6 +191,8 @@ class Counting(TorchDispatchMode):
             k["generator"] = None
         if no_values and func in INDEXERS:
             a = self._chosen(call, a)
+        if no_values and call.packet in cost.PRODUCTS and ".dtype" in call.name:
+            return _wide_product(call.packet, a, k), (a, k)
         if no_values and func is aten.bincount.default:
             return self._even_counts(call.args, call.kwargs), (a, k)
         return func(*a, **k), (a, k)
@@ -265,18 +268,27 @@ class Counting(TorchDispatchMode):
                 return None
             return given[0] if len(schema.returns) == 1 else tuple(given)
         truth = known(call.packet, call.ours)
-        pinned = bool(call.func.is_view and call.ours and call.ours[0].pinned)
+        views = call.ours[0] if call.func.is_view and call.ours else None
 
         def wrap(x: Any) -> Any:
             if not isinstance(x, torch.Tensor) or isinstance(x, Pretended):
                 return x
             if call.said is CPU and x.device.type == "cpu":
                 return x
-            made = Pretended(x, call.said, self.ledger, pinned)
+            made = Pretended(x, call.said, self.ledger, views is not None and views.pinned)
             made.truth = truth
             return made
 
         return tree_map(wrap, out)
+
+
+def _wide_product(packet: str, args: Any, kwargs: Any) -> torch.Tensor:
+    """A product with sums wider than its factors, which only CUDA computes."""
+    if "out" in kwargs:
+        return kwargs["out"]  # type: ignore[no-any-return]
+    first, second = args[:2] if packet in ("mm", "bmm") else args[1:3]
+    dtype = next(arg for arg in (*args, *kwargs.values()) if isinstance(arg, torch.dtype))
+    return torch.empty(*first.shape[:-1], second.shape[-1], dtype=dtype, device="meta")
 
 
 def known(packet: str, ours: list[Pretended]) -> bool | None:

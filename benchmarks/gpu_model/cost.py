@@ -11,6 +11,7 @@ from . import rates
 from .tensors import held_bytes
 
 aten = torch.ops.aten
+PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
 # A radix sort passes over its keys and values several times.
 SORT_PASSES = 8
 
@@ -41,7 +42,8 @@ def of(func: Any, name: str, inner: Any, out: Any) -> Cost:
         nbytes = _moved(name, ins, outs)
         return Cost(rates.kernel_seconds(nbytes), nbytes)
     nbytes = sum(map(held, ins)) + sum(map(held, outs))
-    dtype = str(ins[0].dtype).removeprefix("torch.")
+    factor = ins[1] if name.startswith(("addmm", "baddbmm")) else ins[0]
+    dtype = str(factor.dtype).removeprefix("torch.")
     if solver:
         return Cost(rates.kernel_seconds(nbytes, flops, rates.SOLVERS), nbytes, flops, "solver")
     tensor_cores = torch.backends.cuda.matmul.allow_tf32
@@ -67,6 +69,8 @@ def _flops(func: Any, name: str, args: Any, kwargs: Any, ins: list[torch.Tensor]
     packet = getattr(aten, plain) if packet.__name__.endswith("_") and hasattr(aten, plain) else packet
     if packet not in flop_registry:
         return 0.0, False
+    if plain in PRODUCTS:  # some take a dtype besides
+        args, kwargs = [x for x in args if isinstance(x, torch.Tensor)], {}
     return float(flop_registry[packet](*args, **kwargs, out_val=out)), False
 
 

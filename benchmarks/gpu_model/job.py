@@ -6,6 +6,7 @@ texts are rows of one length, and the figures of the verification are left out. 
 
 import copy
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -157,9 +158,21 @@ def pretended(ledger: Ledger, triton: bool = True, remember: bool = True) -> Ite
             stack.enter_context(mock.patch.object(owner, name, value))
         counting = Counting(ledger)
         stack.enter_context(mock.patch.object(Pretended, "counting", counting.__torch_dispatch__))
+        stack.enter_context(mock.patch.object(threading.Thread, "run", _counted_run(ledger)))
         stack.enter_context(Asked(ledger))
         stack.enter_context(counting)
         yield
+
+
+def _counted_run(ledger: Ledger) -> Any:
+    """What a thread of the project's own does is counted, too."""
+    run = threading.Thread.run
+
+    def counted(thread: threading.Thread) -> None:
+        with Asked(ledger), Counting(ledger):
+            run(thread)
+
+    return counted
 
 
 def _rows(count: int, vocabulary: int) -> list[Row]:

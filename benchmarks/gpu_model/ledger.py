@@ -57,7 +57,6 @@ class Ledger:
         self.live_bytes = self.peak = 0
         self.pinned_bytes = 0
         self.main = threading.get_ident()
-        self.background_disk = 0.0  # seconds of the disk that no one waits for
         self.counts: Counter[tuple[str, str]] = Counter()
         self.key: Key = ("start", None)
         self._since = 0.0
@@ -77,10 +76,6 @@ class Ledger:
     def _close(self) -> None:
         stage = self.stages.get(self.key)
         if stage is not None:
-            # The disk may have been read meanwhile: a stage is not over before.
-            late = max(0.0, self.background_disk - (self.now - self._since))
-            self.host += late
-            self.background_disk = 0.0
             stage.seconds += self.now - self._since
             stage.peak_bytes = max(stage.peak_bytes, self.peak)
 
@@ -141,14 +136,15 @@ class Ledger:
             self.wait(nbytes / rates.HOST_MEMORY)
 
     def file(self, nbytes: int, way: str) -> None:
-        """Bytes read from a file or written to one. What another thread does takes the disk, not the host's time."""
-        where = line()
+        """Bytes read from a file or written to one. What another thread does takes the disk, and not the host's time:
+        `whole.py` says where that is too much."""
+        where, seconds = line(), nbytes / self.disk
         self.counts[way, where] += nbytes
-        self.counts["disk seconds", where] += nbytes / self.disk
         if threading.get_ident() == self.main:
-            self.wait(nbytes / self.disk)
+            self.counts["disk seconds", where] += seconds  # type: ignore[assignment]
+            self.wait(seconds)
         else:
-            self.background_disk += nbytes / self.disk
+            self.counts["disk seconds behind", where] += seconds  # type: ignore[assignment]
 
     # --- device memory
 

@@ -111,6 +111,7 @@ def _joined(asked: Asked, gone: Gone, lines: dict[Key, Cost]) -> Whole:
         source, emitted, n_blocks = plan.source_bytes, plan.emitted_bytes, model.adapter.n_blocks
         kinds = [gone.kinds[0] if block == 0 else _kind(model.adapter, block) for block in range(n_blocks)]
     stages: dict[str, Cost] = {}
+    lines = lines | _waits(lines)
     for (name, block), cost in lines.items():
         if block is None or block >= gone.size.blocks:
             by_bytes = {BY_SOURCE: source / gone.source_bytes, BY_EMITTED: emitted / gone.emitted_bytes}
@@ -127,6 +128,24 @@ def _joined(asked: Asked, gone: Gone, lines: dict[Key, Cost]) -> Whole:
             if what.startswith("flag"):
                 flags[f"{what.removeprefix('flag ')} at {where}"] += amount  # type: ignore[assignment]
     return Whole(stages, a_block, dict(flags))
+
+
+def _waits(lines: dict[Key, Cost]) -> dict[Key, Cost]:
+    """How long the disk still works for a block when all else is done. What threads read and write is behind the
+    computation, but no more than one block behind."""
+    found: dict[Key, Cost] = {}
+    for block in {block for _, block in lines if block is not None}:
+        for way in ("verify", ""):
+            parts = [
+                cost
+                for (name, other), cost in lines.items()
+                if other == block and (name.startswith("verify") if way else name in BLOCK_STAGES)
+            ]
+            disk = sum(cost.total("disk seconds behind") + cost.total("disk seconds") for cost in parts)
+            late = disk - sum(cost.seconds for cost in parts)
+            if late > 0:
+                found[f"{way}: files" if way else "files", block] = Cost(seconds=late)
+    return found
 
 
 def _kind(adapter: Any, block: int) -> str:
