@@ -10,11 +10,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import onecard
+from onecard.core import units
 
 from . import rates
 
-ROOT = f"{Path(onecard.__file__).parent}/"
+ROOT = f"{Path(units.__file__).parent.parent}/"
 # Calls of torch go through it.
 SKIPPED = "models/watched.py"
 # (stage, block or None)
