@@ -7,8 +7,11 @@ An fp32 number is cut into PARTS bf16 numbers, the larger first: each rounds wha
 2^-17 of the number at most, three leave nothing. Products as small as what is left are not computed. (The
 splitting of Henry, Tang and Heinecke, arXiv 1904.06376.) benchmarks/moment_error.py measures the error on real rows.
 
-Shape legend: M rows, K what is summed over, N columns; R rows of two matrices whose outer products are added up.
+Shape legend: M rows, K what is summed over, N columns; R rows of two matrices whose outer products are added up; T
+rows of a quadratic form of H numbers.
 """
+
+from typing import Any
 
 import torch
 
@@ -40,6 +43,28 @@ def add_outer(total_MN: torch.Tensor, a_RM: torch.Tensor, b_RN: torch.Tensor) ->
     first = torch.cat([a for a, _ in pairs]) if len(pairs) > 1 else pairs[0][0]
     second = torch.cat([b for _, b in pairs]) if len(pairs) > 1 else pairs[0][1]
     _add_product(total_MN, first.T, second)
+
+
+def quadratic(e_TH: torch.Tensor, metric_HH: torch.Tensor) -> torch.Tensor:
+    """e M e of each row, fp32 [T], for a symmetric M in fp32; autograd goes back to the rows."""
+    if not _on_tensor_cores(e_TH):
+        return ((e_TH @ metric_HH) * e_TH).sum(-1)
+    cost_T: torch.Tensor = _Quadratic.apply(e_TH, metric_HH)
+    return cost_T
+
+
+class _Quadratic(torch.autograd.Function):
+    """The product with M serves the gradient, too."""
+
+    @staticmethod
+    def forward(ctx: Any, e_TH: torch.Tensor, metric_HH: torch.Tensor) -> torch.Tensor:
+        weighed_TH = product(e_TH, metric_HH)
+        ctx.save_for_backward(weighed_TH)
+        return (weighed_TH * e_TH).sum(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return 2 * gradients[0][:, None] * ctx.saved_tensors[0], None
 
 
 def bf16_parts(x: torch.Tensor, count: int) -> list[torch.Tensor]:

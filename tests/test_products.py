@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from onecard.calibration.moments import SiteMoments
 from onecard.core import products
-from onecard.core.products import add_outer, bf16_parts, product
+from onecard.core.products import add_outer, bf16_parts, product, quadratic
 from onecard.eval.kl import compare_rows
 from onecard.quantize.metric import swiglu_metric, swiglu_slopes
 
@@ -134,6 +134,19 @@ def test_the_metric_of_gates_and_ups_is_the_same_both_ways(
     inner = down.double().transpose(1, 2) @ residual.double() @ down.double()
     assert off(by_parts, slopes.double() * inner.repeat(1, 2, 2)) < 6e-6
     assert off(by_parts, fp32) < 6e-6
+
+
+def test_a_quadratic_form_and_its_gradient(both_ways: Callable[[], Iterator[None]], drawn: Drawn) -> None:
+    root, errors, weight = drawn(16, 16), drawn(9, 16), drawn(9).abs()
+    metric = root.T @ root
+    wide = errors.double().requires_grad_()
+    exact = ((wide @ metric.double()) * wide).sum(-1)
+    (slope,) = torch.autograd.grad((exact * weight.double()).sum(), wide)
+    for _ in both_ways():
+        mine = errors.clone().requires_grad_()
+        cost = quadratic(mine, metric)
+        assert off(cost.detach(), exact.detach()) < 6e-6
+        assert off(torch.autograd.grad((cost * weight).sum(), mine)[0], slope) < 6e-6
 
 
 def test_the_gpus_calls_are_torchs(drawn: Drawn) -> None:
