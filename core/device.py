@@ -142,6 +142,6 @@ def _driver() -> str:
     try:
         said = Path("/proc/driver/nvidia/version").read_text()
     except OSError:
-        return f"CUDA {torch._C._cuda_getDriverVersion()}"
+        return f"CUDA {torch._C._cuda_getDriverVersion()}"  # type: ignore[attr-defined]
     found = re.search(r"\d+\.\d+(\.\d+)?", said)
     return found[0] if found else said.strip()
