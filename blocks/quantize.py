@@ -36,7 +36,7 @@ from ..quantize.correction import corrected
 from ..quantize.metric import swiglu_metric
 from ..quantize.site import SiteResult, batch_slices, quantize_batch, relative_output_error
 from ..recipe import Recipe, matches
-from .streams import HalfJob, Known, by_module, pass_reference, propagate, take_statistics
+from .streams import REFERENCE, HalfJob, Known, by_module, pass_reference, propagate, take_statistics
 from .tuning import tune
 
 WHOLE = slice(None)
@@ -52,6 +52,8 @@ class BlockJob:
     recipe: Recipe
     shard_folder: Path
     sensitivity: Sensitivity
+    # Whether the block is wanted afterwards, although the method needs no more of it than its weights.
+    loads_block: bool = False
 
     @property
     def walk(self) -> Walk:
@@ -103,31 +105,35 @@ class _Output:
         self.facts["output_error"].setdefault(site.key, []).extend(errors)
 
 
-def quantize_block(job: BlockJob) -> dict[str, Any]:
-    """Quantize the block and return its entry in the record. All its shards are on disk afterwards."""
+def quantize_block(job: BlockJob) -> tuple[dict[str, Any], Block | None]:
+    """Quantize the block. Returns its entry in the record, and the original block where it was loaded, as it was. All
+    its shards are on disk afterwards."""
     shards = [shard for shard in job.plan.pieces if shard.part == job.index]
     output, step = _Output(ShardWriter(shards, job.shard_folder)), job.walk.step
     writer = output.writer
-    if job.method.needs_statistics:
-        _with_statistics(job, output)
+    original = job.walk.load(job.index) if job.method.needs_statistics or job.loads_block else None
+    marks = None if original is None else original.marks()
+    if original is not None and job.method.needs_statistics:
+        _with_statistics(job, original, output)
     else:
         step.begin("quantize", job.index)
         for site in job.quantized_sites():
             if job.format.quantize is not None:
-                _hand_over(job, site, output)
+                _hand_over(job, site, original, output)
             else:
-                _quantize_site(job, site, None, None, output)
+                _quantize_site(job, site, original, None, output)
             step.advance(0)
+    # The verification walks through this block, too.
+    assert original is None or original.marks() == marks, "the original block was written to"
     for name in writer.names():
         if not writer.has(name):
             writer.put(name, job.walk.read(name))
     writer.check_complete()
-    return {"block": job.index} | output.facts
+    return {"block": job.index} | output.facts, original
 
 
-def _with_statistics(job: BlockJob, output: _Output) -> None:
+def _with_statistics(job: BlockJob, original: Block, output: _Output) -> None:
     """Half by half, and turn by turn: later turns read the outputs of the quantized earlier ones."""
-    original = job.walk.load(job.index)
     target = original.copy()
     output.facts["expert_rows"] = []
     last = job.index + 1 == job.walk.adapter.n_blocks
@@ -146,11 +152,11 @@ def _with_statistics(job: BlockJob, output: _Output) -> None:
         known = Known()
         for present in _turns(sites, job.method.sequential == "sites"):
             known = _quantize_turn(job, half_job, present, sites, known, output)
-        if not (last and half is Half.FEED_FORWARD):
+        if last and half is Half.FEED_FORWARD:
+            job.hidden.store.drop(job.index + 1, REFERENCE)
+        else:
             job.walk.step.begin("propagate", job.index)
             propagate(half_job, known)
-    if last:
-        job.hidden.store.drop(job.index + 1)
 
 
 def _quantize_turn(
@@ -226,6 +232,12 @@ def _corrected(
     return corrected(w_BOI, moment_BII, miss if site.adds_to_residual else w_BOI @ miss, ridge)
 
 
+def _exact(job: BlockJob, site: Site, block: Block | None) -> Block | None:
+    """The block, if it holds a site's weights as they are stored: one that is held in bf16 has rounded the others."""
+    as_stored = job.walk.compute.dtype == torch.float32 or job.walk.site_dtypes(site) == {torch.bfloat16}
+    return block if as_stored else None
+
+
 def _stacked(job: BlockJob, block: Block | None, member: tuple[str, ...]) -> torch.Tensor:
     """The weights of one entry of a site, stacked along the outputs; fp32 [O, I]. From the source without a block."""
     if block is None:
@@ -258,7 +270,9 @@ def _quantize_site(
     output: _Output,
     aimed: bool = True,
 ) -> None:
-    """All experts of one site, cut to the memory budget. `aimed`: at the reference stream, if misses were taken."""
+    """All experts of one site, cut to the memory budget. With `moments` the block is the target, which gets the weights
+    as a reader will see them; without, it is the original, or None. `aimed`: at the reference stream, if misses were
+    taken."""
     assert job.format.pack is not None
     scheme = job.plan.schemes[site.first_module]
     stored = job.walk.scale_dtype(site)
@@ -266,9 +280,7 @@ def _quantize_site(
     measured = bool(job.sensitivity.metrics) and moments is not None
     for cut in batch_slices(len(site.members), outputs, site.in_features, budget_bytes, job.method, measured):
         members = site.members[cut]
-        # A block held in bf16 has rounded weights that are stored otherwise.
-        as_stored = job.walk.compute.dtype == torch.float32 or job.walk.site_dtypes(site) == {torch.bfloat16}
-        exact = block if as_stored else None
+        exact = _exact(job, site, block)
         w_BOI = torch.stack([_stacked(job, exact, member) for member in members]).to(job.walk.device)
         moment = metric = None
         if moments is not None and block is not None:
@@ -285,7 +297,7 @@ def _quantize_site(
             for name, weight in by_module(result.weight, i, member, site):
                 for suffix, tensor in job.format.pack(weight).items():
                     output.writer.put(f"{name}.{suffix}", tensor)
-                if block is not None:
+                if block is not None and moments is not None:
                     # As a reader will see it: the product rounded to the model's dtype.
                     block.weight(name).copy_(weight.dequantize(stored))
 
@@ -301,14 +313,14 @@ def _refuse_nonfinite(job: BlockJob, site: Site, result: SiteResult, first: int)
     raise nonfinite_error(False, f"block {job.index}, {site.half.said}, {site.key}{expert}: {what}")
 
 
-def _hand_over(job: BlockJob, site: Site, output: _Output) -> None:
+def _hand_over(job: BlockJob, site: Site, block: Block | None, output: _Output) -> None:
     """A site in a format that quantizes by itself: it gets each weight as the source stores it, but in one dtype."""
     assert job.format.quantize is not None
-    dtype = job.walk.scale_dtype(site)
+    dtype, exact = job.walk.scale_dtype(site), _exact(job, site, block)
     for member in site.members:
         before, after = [], []
         for name in member:
-            weight = job.walk.read(f"{name}.weight")
+            weight = job.walk.read(f"{name}.weight") if exact is None else exact.weight(name)
             parts, stored = job.format.quantize(weight.to(dtype), job.plan.schemes[name])
             if not torch.isfinite(stored).all():  # bitsandbytes rounds to fp16 before it quantizes to int8
                 raise InputError(

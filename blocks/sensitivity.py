@@ -10,7 +10,8 @@ import torch
 
 from ..calibration.sensitivity import Sensitivity, sensitivities
 from ..checkpoint import files
-from ..checkpoint.workdir import Activations, read_tensors
+from ..checkpoint.activations import Activations
+from ..checkpoint.workdir import read_tensors
 from ..core.method import Method
 from ..core.rows import Row
 from ..models.walk import HiddenRows, Walk
@@ -38,7 +39,7 @@ class SensitivityFiles:
             files.write_tensors(self._file(block), found)
 
         files.make_folder(self.folder)
-        hidden = walk.hidden_rows(rows, Activations(self.folder / "acts"))
+        hidden = walk.hidden_rows(rows, Activations(self.folder / "acts", walk.device))
         sensitivities(hidden, keep, self.method.token_weighting)
 
     def read(self, block: int, hidden: HiddenRows) -> Sensitivity:

@@ -6,8 +6,10 @@ be loaded. SHA256SUMS covers neither itself nor README.md, which people edit on 
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from ..core.errors import InputError, ResourceError, input_error
@@ -28,6 +30,15 @@ def sha256_file(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ResourceError(f"{path} could not be read ({error}): fix that and run the same command again") from error
+
+
+def read_back_digest(path: Path) -> str:
+    """The digest of a file as the disk gives it back: what the system holds of it in RAM is let go first, where the
+    system does so. Raises ResourceError."""
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError), path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return sha256_file(path)
 
 
 def sums_text(digests: Mapping[str, str]) -> str:
@@ -68,10 +79,13 @@ def read_sums(path: Path) -> dict[str, str]:
     return digests
 
 
-def write_sums(folder: Path, names: Iterable[str], unwritten: Mapping[str, bytes]) -> None:
-    """Write SHA256SUMS of the files `names` in `folder`. `unwritten`: the bytes of those that are not written yet."""
-    digests = {}
-    for name in set(names) - {SUMS_NAME}:
+def write_sums(
+    folder: Path, names: Iterable[str], unwritten: Mapping[str, bytes], known: Mapping[str, str] | None = None
+) -> None:
+    """Write SHA256SUMS of the files `names` in `folder`. `unwritten`: the bytes of those that are not written yet;
+    `known`: the digests of those that need not be read again."""
+    digests = {name: digest for name, digest in (known or {}).items() if name in names}
+    for name in set(names) - {SUMS_NAME} - digests.keys():
         given = unwritten.get(name)
         digests[name] = sha256_file(folder / name) if given is None else hashlib.sha256(given).hexdigest()
     files.write_bytes(folder / SUMS_NAME, sums_text(digests).encode())

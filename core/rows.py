@@ -57,13 +57,14 @@ def batches(rows: list[Row], tokens_per_batch: int) -> list[list[int]]:
 
 
 class RowStore(Protocol):
-    """Holds hidden rows between blocks, by (block that they enter, stream, batch)."""
+    """Holds hidden rows between blocks, by (block that they enter, stream, batch). Whoever gets rows does not write to
+    them. `drop`: all that enter a block, or one stream of them."""
 
     def put(self, block: int, stream: str, batch: int, hidden: torch.Tensor) -> None: ...
 
     def get(self, block: int, stream: str, batch: int) -> torch.Tensor: ...
 
-    def drop(self, block: int) -> None: ...
+    def drop(self, block: int, stream: str | None = None) -> None: ...
 
 
 class Step(Protocol):

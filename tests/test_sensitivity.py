@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, Llama4ForConditionalGeneration
 
 from babies import changed_copy, edit_json
 from onecard.calibration.sensitivity import NEAR_SHARE, RESIDUAL, near_ties, sensitivities, tie_metric
+from onecard.checkpoint.activations import Activations
 from onecard.checkpoint.model import open_model
-from onecard.checkpoint.workdir import Activations
 from onecard.core.rows import Row, rows_at_once
 from onecard.models.adapter import Half
 from onecard.models.block import Block, Passed
