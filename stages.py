@@ -8,7 +8,7 @@ and files of finished stages; so it may be killed anywhere and begun again.
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -258,7 +258,7 @@ def verified_block(job: StageJob, original: Block) -> dict[str, Any]:
 
         def as_written() -> Block:
             digests.result()
-            return replace(job.measuring.twin.quantized, source=job.parts.source(block)).load(block)
+            return job.measuring.twin.quantized.reading(job.parts.source(block)).load(block)
 
         seen = job.measuring.twin.through(block, (lambda: original, as_written))
         return {"seen": seen.to_json(), "digests": digests.result()}

@@ -267,6 +267,7 @@ def _price_block(task: _Pass, index: int, state: dict[str, Any]) -> None:
     modules = {m for _, m, _, _ in adapter.modules(index)}
     own = {unit: names for unit, names in task.units.items() if names[0] in modules}
     block = task.walk.load(index)
+    task.walk.expect(index + 1)
     step.begin("price: streams", index)
     for number, _ in enumerate(state["streams"]):
         task.variants.forward(block.for_quantized_rows(), _file(number))

@@ -111,7 +111,10 @@ def quantize_block(job: BlockJob) -> tuple[dict[str, Any], Block | None]:
     shards = [shard for shard in job.plan.pieces if shard.part == job.index]
     output, step = _Output(ShardWriter(shards, job.shard_folder)), job.walk.step
     writer = output.writer
-    original = job.walk.load(job.index) if job.method.needs_statistics or job.loads_block else None
+    wanted = job.method.needs_statistics or job.loads_block
+    job.walk.expect(job.index)
+    original = job.walk.load(job.index) if wanted else None
+    job.walk.expect(job.index + 1)
     marks = None if original is None else original.marks()
     if original is not None and job.method.needs_statistics:
         _with_statistics(job, original, output)
@@ -125,9 +128,8 @@ def quantize_block(job: BlockJob) -> tuple[dict[str, Any], Block | None]:
             step.advance(0)
     # The verification walks through this block, too.
     assert original is None or original.marks() == marks, "the original block was written to"
-    for name in writer.names():
-        if not writer.has(name):
-            writer.put(name, job.walk.read(name))
+    for name, tensor in job.walk.read_each([name for name in writer.names() if not writer.has(name)]):
+        writer.put(name, tensor)
     writer.check_complete()
     return {"block": job.index} | output.facts, original
 
@@ -239,10 +241,12 @@ def _exact(job: BlockJob, site: Site, block: Block | None) -> Block | None:
 
 
 def _stacked(job: BlockJob, block: Block | None, member: tuple[str, ...]) -> torch.Tensor:
-    """The weights of one entry of a site, stacked along the outputs; fp32 [O, I]. From the source without a block."""
-    if block is None:
-        return torch.cat([job.walk.read(f"{name}.weight").float() for name in member])
-    return block.stacked(member)
+    """The weights of one entry of a site, stacked along the outputs; fp32 [O, I] on the device. From the source without
+    a block."""
+    if block is not None:
+        return block.stacked(member)
+    found = dict(job.walk.read_each([f"{name}.weight" for name in member], job.walk.device))
+    return torch.cat([found[f"{name}.weight"].float() for name in member])
 
 
 def _output_metric(job: BlockJob, site: Site, block: Block, moments: SiteMoments, cut: slice) -> torch.Tensor | None:
@@ -281,7 +285,7 @@ def _quantize_site(
     for cut in batch_slices(len(site.members), outputs, site.in_features, budget_bytes, job.method, measured):
         members = site.members[cut]
         exact = _exact(job, site, block)
-        w_BOI = torch.stack([_stacked(job, exact, member) for member in members]).to(job.walk.device)
+        w_BOI = torch.stack([_stacked(job, exact, member) for member in members])
         moment = metric = None
         if moments is not None and block is not None:
             metric = _output_metric(job, site, block, moments, cut)
@@ -319,9 +323,11 @@ def _hand_over(job: BlockJob, site: Site, block: Block | None, output: _Output) 
     dtype, exact = job.walk.scale_dtype(site), _exact(job, site, block)
     for member in site.members:
         before, after = [], []
+        held = {} if exact is None else {f"{name}.weight": exact.weight(name) for name in member}
+        found = held or dict(job.walk.read_each([f"{name}.weight" for name in member]))
         for name in member:
-            weight = job.walk.read(f"{name}.weight") if exact is None else exact.weight(name)
-            parts, stored = job.format.quantize(weight.to(dtype), job.plan.schemes[name])
+            weight = found[f"{name}.weight"]
+            parts, stored = job.format.quantize(weight.cpu().to(dtype), job.plan.schemes[name])
             if not torch.isfinite(stored).all():  # bitsandbytes rounds to fp16 before it quantizes to int8
                 raise InputError(
                     f"{name} holds weights that {job.method.method} cannot hold: keep it as it is (keep_modules), or "

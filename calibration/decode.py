@@ -47,6 +47,7 @@ class BlockDecoder:
         for index in range(self.walk.adapter.n_blocks):
             self.walk.step.begin("write: walk", index)
             block = self.walk.load(index)
+            self.walk.expect((index + 1) % self.walk.adapter.n_blocks)  # the next token begins anew
             for k in range(len(groups)):
                 rows_NTH = hidden[k].to(self.walk.device)
                 hidden[k] = block.forward(rows_NTH).cpu()

@@ -58,6 +58,7 @@ def count_routes(hidden: HiddenRows) -> Routes:
     for index in range(last + 1):
         walk.step.begin("coverage: count", index)
         block = walk.load(index)
+        walk.expect(index + 1)
         for k, numbers in enumerate(hidden.groups):
             rows = hidden.get(index, STREAM, k)
             passed = block.routed(rows)

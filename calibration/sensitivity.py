@@ -101,7 +101,7 @@ def sensitivities(hidden: HiddenRows, keep: Keep, weighting: str, seed: int = 0)
     hidden.embed(STREAM)
     last = (n_blocks - 1) // apart * apart  # the last stretch begins here; nothing in it is computed twice
     for index in range(n_blocks):
-        _forward(hidden, index)
+        _forward(hidden, index, then=min(index + 1, n_blocks - 1))
         if index < last and index % apart != 0:
             hidden.store.drop(index)
     _from_head(hidden, seed)
@@ -109,24 +109,33 @@ def sensitivities(hidden: HiddenRows, keep: Keep, weighting: str, seed: int = 0)
     for begin in reversed(range(0, n_blocks, apart)):
         if begin < last:
             for index in range(begin, begin + apart - 1):
-                _forward(hidden, index)
+                _forward(hidden, index, then=index + 1)
         for index in reversed(range(begin, min(begin + apart, n_blocks))):
-            keep(index, *_back_through(hidden, index, later, weighting))
+            block = _loaded(hidden, index, then=index - 1 if index > begin else begin - apart)
+            keep(index, *_back_through(hidden, block, later, weighting))
+            del block
     hidden.store.drop(0)
 
 
-def _forward(hidden: HiddenRows, index: int) -> None:
-    """The rows through block `index`."""
+def _loaded(hidden: HiddenRows, index: int, then: int) -> Block:
+    """Block `index`; `then` is the one that is needed next."""
     block = hidden.walk.load(index)
+    hidden.walk.expect(then)
+    return block
+
+
+def _forward(hidden: HiddenRows, index: int, then: int) -> None:
+    """The rows through block `index`."""
+    block = _loaded(hidden, index, then)
     hidden.walk.step.begin("sensitivity", index)
     hidden.forward(block, STREAM)
 
 
 def _back_through(
-    hidden: HiddenRows, index: int, later: "_Routers", weighting: str
+    hidden: HiddenRows, block: Block, later: "_Routers", weighting: str
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The gradients back through block `index`: its metrics and token weights. `later` gets its router's metric."""
-    block, step = hidden.walk.load(index), hidden.walk.step
+    """The gradients back through a block: its metrics and token weights. `later` gets its router's metric."""
+    index, step = block.index, hidden.walk.step
     step.begin("sensitivity", index)
     found = _Found(weighting)
     ties: list[Ties] = []

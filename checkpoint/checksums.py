@@ -6,10 +6,8 @@ be loaded. SHA256SUMS covers neither itself nor README.md, which people edit on 
 """
 
 import hashlib
-import os
 import re
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from ..core.errors import InputError, ResourceError, input_error
@@ -35,9 +33,7 @@ def sha256_file(path: Path) -> str:
 def read_back_digest(path: Path) -> str:
     """The digest of a file as the disk gives it back: what the system holds of it in RAM is let go first, where the
     system does so. Raises ResourceError."""
-    if hasattr(os, "posix_fadvise"):
-        with suppress(OSError), path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    files.let_go(path)
     return sha256_file(path)
 
 

@@ -13,7 +13,7 @@ import torch
 
 from ..core.errors import InputError, input_error
 from ..core.quantized_weight import QuantizedWeight
-from ..core.tensors import TORCH_DTYPES, Index, TensorInfo
+from ..core.tensors import CPU, TORCH_DTYPES, Allocate, Index, Stored, TensorInfo, pageable
 from .formats import bitsandbytes_read, compressed_tensors_read, fp8_read, gptq_read
 from .formats.compressed_tensors_config import NAME as COMPRESSED_TENSORS
 from .formats.stored_weight import Reading, StoredWeight
@@ -55,17 +55,26 @@ class PackedSource:
         return self.virtual[name]
 
     def get(self, name: str, index: Index = ()) -> torch.Tensor:
+        return self.stored(name, index).on(CPU)
+
+    def stored(self, name: str, index: Index = (), allocate: Allocate = pageable) -> Stored:
+        """Raises InputError when the parts contradict each other; so does making the tensor of them."""
         if name not in self.weights:
-            return self.folder.get(name, index)
-        return self.dense(name, TORCH_DTYPES[self.virtual[name].dtype], index)
+            return self.folder.stored(name, index, allocate)
+        return self._packed(name, TORCH_DTYPES[self.virtual[name].dtype], index, allocate)
 
     def dense(self, name: str, dtype: torch.dtype, index: Index = ()) -> torch.Tensor:
-        """A weight that is stored in parts, in any dtype. When `index` names one of fused experts, only that expert is
-        read. Raises InputError when the parts contradict each other."""
+        """A weight that is stored in parts, in any dtype. Raises InputError when the parts contradict each other."""
+        return self._packed(name, dtype, index, pageable).on(CPU)
+
+    def _packed(self, name: str, dtype: torch.dtype, index: Index, allocate: Allocate) -> Stored:
+        """When `index` names one of fused experts, only that expert is read."""
         weight = self.weights[name]
         first = index[0] if index and weight.by_expert and isinstance(index[0], int) else None
         parts = {
-            part: self.folder.get(stored, () if first is None or part not in weight.by_expert else (first,))
+            part: self.folder.stored(
+                stored, () if first is None or part not in weight.by_expert else (first,), allocate
+            ).on(CPU)
             for part, stored in weight.parts.items()
         }
         if first is not None:
@@ -74,11 +83,15 @@ class PackedSource:
                 part: value if part in weight.by_expert or value.ndim < 3 else value[0] for part, value in parts.items()
             }
             index = index[1:]
-        try:
-            dense = weight.decode(parts, dtype)
-        except ValueError as error:
-            raise InputError(f"{name} in {self.folder.path}: {error}: the checkpoint is damaged") from None
-        return dense[index].contiguous() if index else dense
+
+        def make(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+            try:
+                dense = weight.decode(parts, dtype)
+            except ValueError as error:
+                raise InputError(f"{name} in {self.folder.path}: {error}: the checkpoint is damaged") from None
+            return dense[index].contiguous() if index else dense
+
+        return Stored(parts, make, weight.anywhere)
 
     def quantized(self, name: str) -> QuantizedWeight | None:
         """The integer codes of a weight, bit for bit; None for a weight that has none. Raises InputError when its parts

@@ -23,7 +23,7 @@ from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidat
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
 from ..core.errors import InputError, OnecardError, ResourceError, input_error
-from ..core.tensors import TORCH_DTYPES, Index, TensorInfo
+from ..core.tensors import TORCH_DTYPES, Allocate, Index, Stored, TensorInfo, pageable
 from .safetensors_header import LENGTH_BYTES, Header, header_bytes, parse_header
 from .source import INDEX_NAME, Folder, join_headers, leaves_folder, shards_of
 
@@ -47,12 +47,12 @@ class RemoteFolder(Folder):
     # Content of small tensors, one entry for all that `_like` treats as equal.
     small: dict[tuple[str, TensorInfo], bytes]
 
-    def get(self, name: str, index: Index = ()) -> torch.Tensor:
+    def stored(self, name: str, index: Index = (), allocate: Allocate = pageable) -> Stored:
         data = self.small.get(_like(name, self.infos[name]))
         assert data is not None, f"{name}: a caller that reads headers only asked for a weight"
         info = self.infos[name]
         tensor = torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[info.dtype]).view(info.shape)
-        return tensor[index] if index else tensor
+        return Stored({name: tensor[index] if index else tensor}, lambda parts: parts[name])
 
     @property
     def file_bytes(self) -> int:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from ..core.errors import InputError, ResourceError, UnreadError, input_error, several
-from ..core.tensors import TORCH_DTYPES, Index, TensorInfo
+from ..core.tensors import CPU, TORCH_DTYPES, Allocate, Index, Stored, TensorInfo, pageable
 from .safetensors_header import Header, UnreadDtypeError, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -48,27 +48,30 @@ class Folder:
         return self.infos[name]
 
     def get(self, name: str, index: Index = ()) -> torch.Tensor:
-        """A fresh CPU tensor. Only the selected part of the first axis is read. Raises ResourceError."""
+        """A fresh CPU tensor. Raises ResourceError."""
+        return self.stored(name, index).on(CPU)
+
+    def stored(self, name: str, index: Index = (), allocate: Allocate = pageable) -> Stored:
+        """Reads one stretch of the file: what the leading integers of `index` and the first slice select. Slices of
+        later axes are cut out of it. Raises ResourceError."""
         info = self.infos[name]
         file, begin = self.offsets[name]
-        shape = info.shape
-        first = index[0] if index else slice(None)
-        row = info.nbytes // shape[0] if shape and shape[0] else info.nbytes
-        rows = range(shape[0])[first] if shape and isinstance(first, slice) else range(1)
-        if isinstance(first, int):
-            rows = range(first, first + 1)
-        buffer = torch.empty(len(rows) * row, dtype=torch.uint8)
-        if len(buffer):
-            read_into(file, begin + rows.start * row, buffer)
-        part = (
-            buffer.view(TORCH_DTYPES[info.dtype]).view(len(rows), *shape[1:])
-            if shape
-            else buffer.view(TORCH_DTYPES[info.dtype]).view(())
-        )
-        part = part[0] if isinstance(first, int) else part
-        if len(index) > 1:
-            part = part[index[1:] if isinstance(first, int) else (slice(None), *index[1:])].contiguous()
-        return part
+        shape, nbytes = info.shape, info.nbytes
+        for first in index:
+            row = nbytes // shape[0] if shape[0] else 0
+            rows = range(shape[0])[first] if isinstance(first, slice) else range(first, first + 1)
+            begin, nbytes = begin + rows.start * row, len(rows) * row
+            index, shape = index[1:], shape[1:]
+            if isinstance(first, slice):
+                shape = (len(rows), *shape)
+                break
+        buffer = allocate(nbytes)
+        if nbytes:
+            read_into(file, begin, buffer)
+        whole = buffer.view(TORCH_DTYPES[info.dtype]).view(shape)
+        if not index:
+            return Stored({name: whole}, lambda parts: parts[name])
+        return Stored({name: whole}, lambda parts: parts[name][(slice(None), *index)].contiguous())
 
     @property
     def file_bytes(self) -> int:

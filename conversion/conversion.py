@@ -8,7 +8,7 @@ uses names, shapes and schemes only.
 Each `to_*.py` of this room adds one format: `problems` (why it cannot hold a model), `lay_out` and `config`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from ..core.quantized_weight import QuantizedWeight
 from ..core.rows import Step
 from ..core.scheme import Scheme
 from ..models.adapter import QUANTIZABLE, Adapter, Role
+from ..models.slabs import slabs_of
 
 # Small enough for the hub, and for the memory of a small machine beside the weights that are being converted.
 MAX_SHARD_BYTES = 5_000_000_000
@@ -77,13 +78,24 @@ def dense(model: Model, name: str, dtype: torch.dtype | None = None) -> torch.Te
     A weight that is stored in parts is rounded once to `dtype` (None: the dtype that its format reads as). Any other
     tensor is returned as stored. Raises DamageError for numbers that are not finite.
     """
-    where = model.adapter.locate(name, model.source.names)
-    if dtype is not None and where.tensor in model.packed and isinstance(model.source, PackedSource):
-        tensor = model.source.dense(where.tensor, dtype, where.index)
-    else:
-        tensor = model.source.get(where.tensor, where.index)
-    _refuse_nonfinite(model, name, tensor)
-    return tensor.T.contiguous() if where.transposed else tensor
+    ((_, tensor),) = dense_each(model, [name], dtype)
+    return tensor
+
+
+def dense_each(
+    model: Model, names: Iterable[str], dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """As `dense`, for several tensors. What they are cut from is read once."""
+    for slab in slabs_of(model.adapter, model.source, names):
+        tensor, leading = slab.key
+        if dtype is not None and tensor in model.packed and isinstance(model.source, PackedSource):
+            whole = model.source.dense(tensor, dtype, leading)
+        else:
+            whole = model.source.get(tensor, leading)
+        for cut in slab.cuts:
+            part = cut.of(whole)
+            _refuse_nonfinite(model, cut.name, part)
+            yield cut.name, part.contiguous()
 
 
 def codes(model: Model, module: str) -> QuantizedWeight:

@@ -10,7 +10,7 @@ from ..checkpoint.plan import by_part
 from ..core.layout import StoredTensor
 from ..core.tensors import TORCH_DTYPES
 from ..models.adapter import Location
-from .conversion import Conversion, dense, plain_config, shards_for
+from .conversion import Conversion, dense, dense_each, plain_config, shards_for
 
 
 def lay_out(model: Model) -> Conversion:
@@ -34,8 +34,9 @@ def lay_out(model: Model) -> Conversion:
         if len(members[name]) == 1 and members[name][0][1] == Location(name):
             return {name: dense(model, members[name][0][0], wanted).to(wanted)}
         whole = torch.empty(shapes[name], dtype=wanted)
-        for member, where in members[name]:
-            part = dense(model, member, wanted).to(wanted)
+        places = dict(members[name])
+        for member, part in dense_each(model, places, wanted):
+            where = places[member]
             whole[where.index] = part.T if where.transposed else part
         return {name: whole}
 

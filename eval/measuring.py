@@ -28,7 +28,7 @@ from .summary import summarize
 from .task_requests import requests_of
 from .tasks import Task, flip_summary, repeated_warnings
 from .token_table import write_tokens
-from .twin import Twin, TwinWalk
+from .twin import Twin, TwinWalk, load_ahead
 
 WITHOUT_VISION = "{name} has no vision tower: no text with a picture is evaluated"
 
@@ -129,6 +129,6 @@ def measure(
     measuring = Measuring(walk, other, evaluation, store)
     measuring.twin.embed()
     for index in range(walk.adapter.n_blocks):
-        measuring.twin.through(index, (partial(walk.load, index), partial(other.load, index)))
+        measuring.twin.through(index, (partial(load_ahead, walk, index), partial(load_ahead, other, index)))
         store.drop(index)
     return measuring.figures(other, calibration_rows, keep_tokens)

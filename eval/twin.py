@@ -174,6 +174,13 @@ class TwinWalk:
         )
 
 
+def load_ahead(walk: Walk, index: int) -> Block:
+    """Block `index` from the disk, where the next one is read from now on."""
+    block = walk.load(index)
+    walk.expect(index + 1)
+    return block
+
+
 def twin_walk(
     reference: Walk,
     quantized: Walk,
@@ -187,7 +194,7 @@ def twin_walk(
     walk = TwinWalk(reference, quantized, rows, store, asked=asked, with_errors=with_errors)
     walk.embed()
     for index in range(reference.adapter.n_blocks):
-        walk.through(index, (partial(reference.load, index), partial(quantized.load, index)))
+        walk.through(index, (partial(load_ahead, reference, index), partial(load_ahead, quantized, index)))
         store.drop(index)
     twin = walk.finish(quantized)
     store.drop(reference.adapter.n_blocks)

@@ -8,7 +8,11 @@ batch have one length.
 Shape legend: N rows, T tokens a row, H hidden size.
 """
 
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import takewhile
 
 import torch
 from torch import nn
@@ -17,10 +21,12 @@ from ..core.device import Compute
 from ..core.errors import InputError
 from ..core.finite import all_true, nonfinite_error, row_flags
 from ..core.rows import Row, RowStore, Step, Unwatched, batches
-from ..core.tensors import TensorSource
+from ..core.tensors import CPU, TensorSource
 from .adapter import Adapter, Role, Site, read, scale_dtype, site_dtypes, stored_dtype
 from .block import Block, find_experts
 from .calls import Calls
+from .prefetch import ReadAhead, pinned
+from .slabs import dense_bytes, slabs_of
 
 
 class Embedder:
@@ -74,16 +80,30 @@ class Walk:
     calls: Calls
     # Whether the model is the original: whose fault it is what is not finite.
     original: bool = True
+    # What reads the next block while this one computes. None on a CPU: there the system's cache does it, in memory
+    # that the walk may need.
+    ahead: ReadAhead | None = None
 
     @classmethod
     def over(cls, adapter: Adapter, source: TensorSource, compute: Compute, step: Step | None = None) -> "Walk":
-        calls = Calls(adapter, compute)
-        return cls(adapter=adapter, source=source, compute=compute, step=step or Unwatched(), calls=calls)
+        ahead = ReadAhead(source, pinned) if compute.device.type == "cuda" else None
+        return cls(
+            adapter=adapter,
+            source=source,
+            compute=compute,
+            step=step or Unwatched(),
+            calls=Calls(adapter, compute),
+            ahead=ahead,
+        )
 
     def beside(self, adapter: Adapter, source: TensorSource) -> "Walk":
         """The walk over another checkpoint of the same model, on the same device. Its layers are called with what its
         own config.json makes of a row's length."""
         return replace(Walk.over(adapter, source, self.compute, self.step), original=False)
+
+    def reading(self, source: TensorSource) -> "Walk":
+        """The same walk over weights in another source, of which nothing is read ahead."""
+        return replace(self, source=source, ahead=None)
 
     @property
     def device(self) -> torch.device:
@@ -120,6 +140,19 @@ class Walk:
         """These rows in batches, with their place in `store`; nothing is embedded yet."""
         return HiddenRows(walk=self, rows=rows, groups=batches(rows, self.compute.batch_tokens), store=store)
 
+    def expect(self, index: int) -> None:
+        """Begins to read block `index`, which will be needed next. Nothing happens where nothing is read ahead, or for
+        a block that does not exist."""
+        if self.ahead is not None and 0 <= index < self.adapter.n_blocks:
+            slabs = slabs_of(self.adapter, self.source, self._names(index))
+            self.ahead.expect(index, [slab.key for slab in slabs], dense_bytes(self.source, slabs))
+
+    def read_each(self, names: Iterable[str], device: torch.device = CPU) -> Iterator[tuple[str, torch.Tensor]]:
+        """The canonical tensors `names` on `device`, in the dtypes in which they are stored. Each stored byte is read
+        once, whatever is cut from it; weights of one stored tensor come one after the other."""
+        for name, value in self._cut(names, device):
+            yield name, value.contiguous()
+
     def load(self, index: int) -> Block:
         """Block `index` on the device, read expert by expert.
 
@@ -129,27 +162,51 @@ class Walk:
         bf16 model then needs half the memory. Raises UnusableModelError or NonfiniteError for a weight that is not
         finite as it is read back: a product of code and scale can be, where both are finite.
         """
+        self.expect(index)
         block = Block(self.adapter, index, self.adapter.build_block(index), self.calls, self.original)
-        layer, experts, prefix = block.layer, find_experts(block.layer), self.adapter.block_prefix(index)
-        of_experts = {id(p) for p in experts.parameters()} if experts else set()
-        for name, parameter in list(layer.named_parameters()):
-            owner, _, leaf = name.rpartition(".")
-            if id(parameter) in of_experts:
-                value = torch.empty(parameter.shape, device=self.device, dtype=self._expert_dtype(index))
+        experts = find_experts(block.layer)
+        for name, stack in [] if experts is None else list(experts.named_parameters()):
+            value = torch.empty(stack.shape, device=self.device, dtype=self._expert_dtype(index))
+            setattr(experts, name, nn.Parameter(value, requires_grad=False))
+        for name, value in self._cut(self._names(index), self.device):
+            if ".experts." in name:
+                block.weight(name.removesuffix(".weight")).copy_(value)
             else:
-                is_router = self.adapter.role(prefix + name) is Role.ROUTER
-                value = self.read(prefix + name).to(self.device, torch.float32 if is_router else self.compute.dtype)
-            setattr(layer.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
-        # Stored buffers (the bias that a router ranks with) keep their dtype.
-        for name in layer.state_dict().keys() - dict(layer.named_parameters()).keys():
-            owner, _, leaf = name.rpartition(".")
-            setattr(layer.get_submodule(owner), leaf, self.read(prefix + name).to(self.device))
-        if experts is not None:
-            for _, module_name, _, _ in self.adapter.modules(index):
-                if ".experts." in module_name:
-                    block.weight(module_name).copy_(self.read(f"{module_name}.weight"))
+                self._place(block, name, value)
+        assert not any(parameter.is_meta for parameter in block.layer.parameters()), index
         block.refuse_nonfinite_weights()
         return block
+
+    def _place(self, block: Block, name: str, value: torch.Tensor) -> None:
+        """Gives a tensor outside the experts to the layer. Stored buffers (the bias that a router ranks with) keep
+        their dtype."""
+        owner, _, leaf = name.removeprefix(self.adapter.block_prefix(block.index)).rpartition(".")
+        module = block.layer.get_submodule(owner)
+        if leaf in dict(module.named_buffers(recurse=False)):
+            setattr(module, leaf, value)
+        else:
+            is_router = self.adapter.role(name) is Role.ROUTER
+            value = value.to(torch.float32 if is_router else self.compute.dtype)
+            setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+
+    def _cut(self, names: Iterable[str], device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+        """As `read_each`; the tensors are views of what was read. One slab is on the device at a time."""
+        for slab in slabs_of(self.adapter, self.source, names):
+            stored = None if self.ahead is None else self.ahead.take(slab.key)
+            whole = (stored or self.source.stored(*slab.key)).on(device)
+            del stored
+            for cut in slab.cuts:
+                yield cut.name, cut.of(whole)
+
+    def _names(self, index: int) -> list[str]:
+        """The canonical names of a block's tensors, in the order of files that are sorted by name."""
+        prefix = self.adapter.block_prefix(index)
+        first = bisect_left(self._every_name, prefix)
+        return list(takewhile(lambda name: name.startswith(prefix), self._every_name[first:]))
+
+    @cached_property
+    def _every_name(self) -> list[str]:
+        return sorted(self.adapter.expected())
 
     def _expert_dtype(self, index: int) -> torch.dtype:
         """The narrower of the dtype in which the block's experts are stored and the walk's own. The walk's own if they

@@ -22,6 +22,7 @@ from onecard.checkpoint.gguf import write as gguf_write
 from onecard.checkpoint.model import Model, open_model
 from onecard.checkpoint.packed import PackedSource
 from onecard.core.errors import InputError
+from onecard.core.tensors import CPU, Stored, pageable
 from onecard.models import gguf as words
 from onecard.models.adapter import Role, read
 from walking import make_rows, walk_logits
@@ -142,11 +143,14 @@ class Exact:
         return type(info)(info.shape, "F32") if name in self.source.weights else info
 
     def get(self, name: str, index: Any = ()) -> torch.Tensor:
+        return self.stored(name, index).on(CPU)
+
+    def stored(self, name: str, index: Any = (), allocate: Any = pageable) -> Stored:
         if name not in self.source.weights:
-            return self.source.get(name, index)
+            return self.source.stored(name, index, allocate)
         weight = self.source.quantized(name)
         assert weight is not None
-        return weight.dequantize()[index]
+        return Stored({name: weight.dequantize()[index]}, lambda parts: parts[name])
 
 
 def test_an_original_is_written_as_it_is_and_verifies_to_nothing(made: Callable[..., Path], tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from onecard.checkpoint.model import open_model
 from onecard.checkpoint.source import open_folder
 from onecard.core.device import Compute
 from onecard.core.rows import Row, batches
-from onecard.core.tensors import Index, TensorInfo, TensorSource
+from onecard.core.tensors import CPU, Allocate, Index, Stored, TensorInfo, TensorSource, pageable
 from onecard.models.adapter import Adapter, Site
 from onecard.models.block import find_experts
 from onecard.models.families import load_adapter
@@ -27,7 +27,6 @@ from onecard.models.known import demo_folder
 from onecard.models.walk import Embedder, Walk
 from walking import make_rows, relative, walk_logits, whole_logits
 
-CPU = torch.device("cpu")
 FAMILIES = (
     "scout",
     "maverick",
@@ -173,8 +172,11 @@ class Spy:
         return self.inner.info(name)
 
     def get(self, name: str, index: Index = ()) -> torch.Tensor:
+        return self.stored(name, index).on(CPU)
+
+    def stored(self, name: str, index: Index = (), allocate: Allocate = pageable) -> Stored:
         self.reads.append((name, index))
-        return self.inner.get(name, index)
+        return self.inner.stored(name, index, allocate)
 
 
 def test_a_block_reads_its_own_tensors_and_experts_one_by_one(pair: Pair) -> None:

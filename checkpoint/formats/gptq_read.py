@@ -39,7 +39,7 @@ def dense(parts: Mapping[str, torch.Tensor], dtype: torch.dtype, *, bits: int, v
     codes_OI = _codes(parts["qweight"], bits)
     inputs = codes_OI.shape[1]
     zeros_GO = zero_points(parts["qzeros"], bits, outputs, version)
-    even = torch.arange(inputs) // -(-inputs // groups)
+    even = torch.arange(inputs, device=codes_OI.device) // -(-inputs // groups)
     group_of = parts["g_idx"].long() if "g_idx" in parts else even
     if int(group_of.min()) < 0 or int(group_of.max()) >= groups:
         raise ValueError(f"g_idx names groups {int(group_of.min())} to {int(group_of.max())} of {groups}")

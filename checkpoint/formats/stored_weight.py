@@ -44,6 +44,8 @@ class StoredWeight:
     # in an order of their own).
     scheme: Scheme | None = None
     codes: Codes | None = None
+    # Whether `decode` computes wherever the parts are. Otherwise it is given them on the CPU.
+    anywhere: bool = True
 
 
 @dataclass

@@ -185,6 +185,7 @@ def _weight(kind: str, shape: tuple[int, ...], stored: str) -> StoredWeight:
         decode=partial(dense, kind=kind),
         scheme=scheme,
         codes=None if scheme is None else partial(codes, scheme=scheme),
+        anywhere=False,  # the gguf package unpacks numpy arrays
     )
 
 

@@ -1,0 +1,71 @@
+"""Slabs: what is read from a checkpoint at a time, so that each stored byte is read once.
+
+Several canonical weights may be cut from one stored tensor: the gate and the up of an expert lie side by side in a
+fused tensor. Read one by one, each would read the whole expert. A slab is a stored tensor, or one expert of it; all
+weights that are wanted of it are cut from what was read, on the device.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from ..core.tensors import Index, TensorSource
+from .adapter import Adapter
+
+# A stored tensor, and the integers that choose a part of it (an expert).
+Key = tuple[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a canonical weight lies in a slab, perhaps as `[in, out]`."""
+
+    name: str
+    index: Index
+    transposed: bool
+
+    def of(self, slab: torch.Tensor) -> torch.Tensor:
+        """The weight, a view; `[out, in]` if it is 2-D."""
+        part = slab[self.index]
+        return part.T if self.transposed else part
+
+
+@dataclass(frozen=True)
+class Slab:
+    """A part of a checkpoint that is read as a whole, and the weights that are cut from it."""
+
+    key: Key
+    cuts: tuple[Cut, ...]
+
+
+def slabs_of(adapter: Adapter, source: TensorSource, names: Iterable[str]) -> list[Slab]:
+    """The slabs that hold these canonical tensors, in the order in which they are first needed."""
+    available = source.names
+    found: dict[Key, list[Cut]] = {}
+    for name in names:
+        where = adapter.locate(name, available)
+        leading, rest = _parted(where.index)
+        found.setdefault((where.tensor, leading), []).append(Cut(name, rest, where.transposed))
+    return [Slab(key, tuple(cuts)) for key, cuts in found.items()]
+
+
+def _parted(index: Index) -> tuple[tuple[int, ...], Index]:
+    """The integers that an index begins with, and its rest."""
+    leading: list[int] = []
+    for part in index:
+        if isinstance(part, slice):
+            break
+        leading.append(part)
+    return tuple(leading), index[len(leading) :]
+
+
+def dense_bytes(source: TensorSource, slabs: Iterable[Slab]) -> int:
+    """Bytes of these slabs, unpacked."""
+
+    def size(tensor: str, leading: tuple[int, ...]) -> int:
+        info = source.info(tensor)
+        return info.nbytes // prod(info.shape[: len(leading)])
+
+    return sum(size(*slab.key) for slab in slabs)
