@@ -53,7 +53,7 @@ from .planner.schedule import run_schedule
 from .planner.work import MethodCosts, RunWork, Tokens
 from .recipe import Recipe
 from .report.progress import Progress
-from .report.resources import package_versions
+from .report.resources import device_name, package_versions
 from .stages import (
     RECORD,
     ZEROS,
@@ -183,7 +183,7 @@ def _identity(model: Model, recipe: Recipe, texts: RunTexts, compute: Compute) -
         "source": model.folder.digest,
         "tokenizer and other files beside the weights": side_files_digest(model.path),
         # Another card has other kernels, and memory for other batches.
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "compute dtype": compute.dtype_name,
         # Sums over another number of threads round differently.
         "threads (OMP_NUM_THREADS)": str(torch.get_num_threads()),

@@ -259,7 +259,7 @@ def _output_metric(job: BlockJob, site: Site, block: Block, moments: SiteMoments
     if site.key in metrics:
         return metrics[site.key].expand(len(site.members[cut]), -1, -1)
     if site.feeds:
-        down = torch.stack([block.stacked((name,)) for name in site.feeds[cut]])
+        down = torch.stack([block.joined((name,)) for name in site.feeds[cut]])
         return swiglu_metric(moments.slopes(job.method.shrinkage, cut), down, residual_HH)
     if site.reaches_residual:
         return residual_HH.expand(len(site.members[cut]), -1, -1)

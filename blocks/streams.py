@@ -235,8 +235,8 @@ def _add_rows(
     for (key, expert), (tokens, rows) in seen.rows.items():
         moments[key].add(expert, rows, weights[key][tokens])
         if moments[key].slope_EPP is not None:
-            gate_up = job.target.stacked(by_key[key].members[expert])
-            moments[key].add_slopes(expert, swiglu_slopes(rows.float(), gate_up), weights[key][tokens])
+            gate_up = job.target.joined(by_key[key].members[expert])
+            moments[key].add_slopes(expert, swiglu_slopes(rows, gate_up), weights[key][tokens])
 
 
 def _add_misses(

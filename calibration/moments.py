@@ -24,6 +24,7 @@ Shape legend: E experts, I inputs, X rows of the miss, P slopes, R rows.
 import torch
 
 from ..core.finite import first_nonfinite, nonfinite_error
+from ..core.products import add_outer
 
 
 class SiteMoments:
@@ -38,23 +39,22 @@ class SiteMoments:
 
     def add(self, expert: int, x_RI: torch.Tensor, weight_R: torch.Tensor | None = None) -> None:
         """Adds rows that `expert` reads; `weight_R` fp32, positive, or None for ones."""
-        x = x_RI.float()
-        self.sum_EII[expert].addmm_(x.T if weight_R is None else (x * weight_R[:, None]).T, x)
-        self.weight_E[expert] += len(x) if weight_R is None else weight_R.sum(dtype=torch.float64)
-        self.rows[expert] += len(x)
+        # Weights multiply one side, which becomes fp32; the other keeps the dtype of the rows.
+        add_outer(self.sum_EII[expert], x_RI if weight_R is None else x_RI * weight_R[:, None], x_RI)
+        self.weight_E[expert] += len(x_RI) if weight_R is None else weight_R.sum(dtype=torch.float64)
+        self.rows[expert] += len(x_RI)
 
     def add_miss(
         self, expert: int, x_RI: torch.Tensor, miss_RX: torch.Tensor, weight_R: torch.Tensor | None = None
     ) -> None:
         """Adds rows that both streams send to `expert`; `miss_RX` has the same tokens in the same order."""
         assert self.miss_EXI is not None
-        miss = miss_RX.float() if weight_R is None else miss_RX.float() * weight_R[:, None]
-        self.miss_EXI[expert].addmm_(miss.T, x_RI.float())
+        add_outer(self.miss_EXI[expert], miss_RX if weight_R is None else miss_RX * weight_R[:, None], x_RI)
 
     def add_slopes(self, expert: int, v_RP: torch.Tensor, weight_R: torch.Tensor | None = None) -> None:
         """Adds the slopes of rows that `add` got, with the same weights."""
         assert self.slope_EPP is not None
-        self.slope_EPP[expert].addmm_(v_RP.T if weight_R is None else (v_RP * weight_R[:, None]).T, v_RP)
+        add_outer(self.slope_EPP[expert], v_RP if weight_R is None else v_RP * weight_R[:, None], v_RP)
 
     def refuse_nonfinite(self, original: bool, where: str, by_expert: bool) -> None:
         """Raises UnusableModelError or NonfiniteError for sums that are not finite. `where` the site stands; with

@@ -39,6 +39,7 @@ import torch
 from torch import nn
 
 from ..core.finite import check_finite
+from ..core.products import add_outer, product
 from ..core.rows import spacing
 from ..core.slices import TOKENS_PER_SLICE
 from ..models.adapter import Role, Site
@@ -173,8 +174,10 @@ class _Found:
         self.weights.setdefault(key, []).append(weight)
         # A token with no gradient costs nothing and counts for nothing.
         scaled = g_TO.float() * weight.clamp_min(torch.finfo(weight.dtype).tiny).rsqrt()[:, None]
-        known = self.totals.get(key)
-        self.totals[key] = scaled.T @ scaled if known is None else known.addmm_(scaled.T, scaled)
+        if key in self.totals:
+            add_outer(self.totals[key], scaled, scaled)
+        else:
+            self.totals[key] = product(scaled.T, scaled)
 
     def metrics(self) -> dict[str, torch.Tensor]:
         """Scaled to trace O. The identity where all gradients are zero: every output counts alike."""
@@ -203,12 +206,12 @@ def _from_head(hidden: HiddenRows, seed: int) -> None:
         gradient = torch.empty_like(flat)
         for start in range(0, len(flat), TOKENS_PER_SLICE):
             part = slice(start, start + TOKENS_PER_SLICE)
-            logits_TV = flat[part].float() @ head_VH.float().T
+            logits_TV = product(flat[part], head_VH.T)
             check_finite(walk.original, "the logits", logits_TV)
             p_TV = torch.softmax(logits_TV, dim=-1)
             drawn_T = torch.multinomial(p_TV, 1, generator=generator)
-            p_TV.scatter_add_(1, drawn_T, torch.full_like(drawn_T, -1, dtype=p_TV.dtype))
-            gradient[part] = -(p_TV @ head_VH.float()).to(gradient.dtype)
+            p_TV.scatter_(1, drawn_T, p_TV.gather(1, drawn_T) - 1)
+            gradient[part] = -product(p_TV, head_VH).to(gradient.dtype)
         normed.backward(gradient.view_as(normed))
         assert rows.grad is not None
         hidden.store.put(last, STREAM, k, rows.grad)
@@ -301,7 +304,8 @@ def tie_metric(block: Block, ties: list[Ties]) -> torch.Tensor:
     assert isinstance(gain_H, torch.Tensor)
     weight_EH = block.weight(router.first_module).float() * gain_H.float()
     margin_T, pair_T2, slope_T2 = (torch.cat(parts) for parts in zip(*ties, strict=True))
-    near = margin_T.kthvalue(max(1, int(NEAR_SHARE * len(margin_T)))).values.clamp_min(1e-12)
+    # Sorted, since kthvalue has no deterministic form on a GPU.
+    near = margin_T.sort().values[max(1, int(NEAR_SHARE * len(margin_T))) - 1].clamp_min(1e-12)
     experts = len(weight_EH)
     phi_T = torch.exp(-0.5 * (margin_T / near) ** 2)
     product_T = slope_T2.prod(-1)

@@ -1,10 +1,20 @@
-"""How a run computes: its device, its dtype, its batches, and the working memory of one step."""
+"""How a run computes: its device, its dtype, its batches, and the working memory of one step.
 
+A run on a GPU gives the same bytes each time. torch promises that for one card and one version, once it is told so
+before its first work there: `_prepare_cuda`.
+"""
+
+import os
 from dataclasses import dataclass
 
 import torch
 
 from .errors import InputError
+
+# cuBLAS reads it when its first handle is made. Both values make it deterministic (NVIDIA, cuBLAS, section 2.1.4); the
+# first is the size that torch takes on a Hopper card anyway.
+CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")
 
 
 @dataclass(frozen=True)
@@ -22,20 +32,54 @@ class Compute:
 
 
 def choose_device(name: str) -> torch.device:
-    """The torch device for cpu, cuda, cuda:N or auto (a GPU if there is one). Raises InputError for a missing one."""
+    """The torch device for cpu, cuda, cuda:N or auto (a GPU if there is one). A GPU is made the present one, whose
+    number the device names, and works deterministically from here on. Raises InputError for a missing one."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise InputError(f"the device {name!r} is not known: cpu, cuda or auto") from None
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"the device {name!r} is not supported: cpu, cuda or auto")
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if device.type == "cpu":
+        return device
+    if not torch.cuda.is_available():
         raise InputError("there is no CUDA device that this torch can use: give --device cpu, or install a CUDA build")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"there is no device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
+    return _prepare_cuda(device)
+
+
+def _prepare_cuda(device: torch.device) -> torch.device:
+    """Everything that torch must be told before its first work on a GPU. Raises InputError where it is too late.
+
+    An operation without a deterministic form raises from here on; tests/test_deterministic.py holds that none is used.
+    """
+    chosen = os.environ.get(CUBLAS_WORKSPACE)
+    if chosen is None and torch.cuda.is_initialized():
+        raise InputError(
+            f"this process used CUDA before {CUBLAS_WORKSPACE} was set, and its bytes would differ from run to run: "
+            f"set it to {DETERMINISTIC_WORKSPACES[0]} before Python starts"
+        )
+    if chosen not in (None, *DETERMINISTIC_WORKSPACES):
+        raise InputError(
+            f"{CUBLAS_WORKSPACE} is {chosen!r}, with which cuBLAS gives other bytes in each run: unset it, or set it "
+            f"to {' or '.join(DETERMINISTIC_WORKSPACES)}"
+        )
+    os.environ[CUBLAS_WORKSPACE] = chosen or DETERMINISTIC_WORKSPACES[0]
+    torch.use_deterministic_algorithms(True)
+    # Nothing here reads memory before it is written, so it need not be filled first.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+    # fp32 means fp32. Where bf16 products with fp32 sums are exact enough, core/products.py takes them by name.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    # Triton launches on the present device, whatever its tensors' is.
+    torch.cuda.set_device(device)
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def choose_dtype(compute_dtype: str, device: torch.device) -> torch.dtype:

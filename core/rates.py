@@ -59,7 +59,7 @@ def measure_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.4
     while time.perf_counter() - begin < seconds:
         a @ a
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         count += 1
     return 2 * n**3 * count / (time.perf_counter() - begin)
 

@@ -16,6 +16,7 @@ import torch
 
 from ..core.errors import OnecardError
 from ..core.finite import all_finite, count_nonfinite, nonfinite_error
+from ..core.products import product
 from ..core.slices import COLUMNS_PER_SLICE, TOKENS_PER_SLICE
 
 # The number of likeliest tokens that are compared: the overlap of the top five is what is usually quoted.
@@ -126,9 +127,9 @@ def compare_rows(
     for start in range(0, len(targets_T), TOKENS_PER_SLICE):
         part = slice(start, start + TOKENS_PER_SLICE)
         with torch.inference_mode():
-            p_TH, q_TH = rows[0][part].float(), rows[1][part].float()
+            p_TH, q_TH = rows[0][part], rows[1][part]
             slices = (
-                (column, p_TH @ heads[0][columns].float().T, q_TH @ heads[1][columns].float().T)
+                (column, product(p_TH, heads[0][columns].T), product(q_TH, heads[1][columns].T))
                 for column in range(0, len(heads[0]), COLUMNS_PER_SLICE)
                 for columns in [slice(column, column + COLUMNS_PER_SLICE)]
             )
@@ -146,7 +147,7 @@ def _fault(rows: tuple[torch.Tensor, torch.Tensor], heads: tuple[torch.Tensor, t
     """Whose logits are not finite. Of both, the reference's count: nothing can be measured against those."""
     for side, (rows_TH, head_VH) in enumerate(zip(rows, heads, strict=True)):
         for column in range(0, len(head_VH), COLUMNS_PER_SLICE):
-            logits_TC = rows_TH @ head_VH[column : column + COLUMNS_PER_SLICE].float().T
+            logits_TC = product(rows_TH, head_VH[column : column + COLUMNS_PER_SLICE].T)
             if not all_finite(logits_TC):
                 where = f"the logits from token {column:,} of the vocabulary on hold {count_nonfinite(logits_TC)}"
                 return nonfinite_error(side == 0, where)

@@ -27,6 +27,7 @@ from torch import nn
 from ..checkpoint.plan import Plan
 from ..core.device import Compute, site_budget
 from ..core.json_text import json_text
+from ..core.products import add_outer, product
 from ..core.rates import Rates
 from ..core.scheme import Scheme
 from ..core.slices import COLUMNS_PER_SLICE, TOKENS_PER_SLICE
@@ -35,7 +36,7 @@ from ..models.block import Block
 from ..models.calls import Calls
 from ..quantize.site import batch_slices, matrix_flops, quantize_batch
 from ..recipe import Recipe
-from ..report.resources import package_versions
+from ..report.resources import device_name, package_versions
 from .kl import compare
 
 # Each kind of work is repeated for this long: less gives unsteady rates, more makes the user wait.
@@ -51,10 +52,10 @@ Clock = Callable[[], float]
 
 def rates_key(adapter: Adapter, recipe: Recipe, compute: Compute) -> str:
     """All that rates depend on, as one line: machine, device, threads, versions, shapes and method."""
-    gpu = torch.cuda.get_device_name(compute.device) if compute.device.type == "cuda" else ""
     sites = adapter.sites(adapter.n_blocks - 1)
+    processor, card = platform.processor() or platform.machine(), device_name(compute.device)
     told = {
-        "machine": [platform.node(), platform.processor() or platform.machine(), os.cpu_count(), gpu],
+        "machine": [platform.node(), processor, os.cpu_count(), card],
         "threads": torch.get_num_threads(),
         "dtype": str(compute.dtype),
         "versions": package_versions(),
@@ -150,12 +151,12 @@ class _Bench:
         return block
 
     def product_flops(self) -> float:
-        """A second moment of an expert's rows, fp32."""
+        """A second moment of an expert's weighted rows."""
         hidden_size = self.adapter.hidden_size
         rows = max(1, self.recipe.batch_tokens * self.adapter.top_k // max(1, self.adapter.n_experts))
-        x_TI = self.random(rows, hidden_size)
+        x_TI, weighted_TI = self.random(rows, hidden_size).to(self.compute.dtype), self.random(rows, hidden_size)
         total_II = torch.zeros(hidden_size, hidden_size, device=self.device)
-        return 2.0 * rows * hidden_size**2 / self.timed(lambda: total_II.addmm_(x_TI.T, x_TI))
+        return 2.0 * rows * hidden_size**2 / self.timed(lambda: add_outer(total_II, weighted_TI, x_TI))
 
     def solve_flops(self) -> float:
         """One part of the site that takes longest. Large matrices get fewer outputs, then fewer inputs."""
@@ -194,13 +195,13 @@ class _Bench:
     def head_flops(self) -> float:
         """Logits of one slice by two heads, and their comparison."""
         columns = min(self.adapter.vocab_size, COLUMNS_PER_SLICE)
-        h_TH = self.random(TOKENS_PER_SLICE, self.adapter.hidden_size)
+        h_TH = self.random(TOKENS_PER_SLICE, self.adapter.hidden_size).to(self.compute.dtype)
         heads = [self.random(columns, self.adapter.hidden_size).to(self.compute.dtype) for _ in range(2)]
         place_T = torch.arange(TOKENS_PER_SLICE, device=self.device)
 
         def work() -> None:
             def slices() -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-                yield 0, h_TH @ heads[0].float().T, h_TH @ heads[1].float().T
+                yield 0, product(h_TH, heads[0].T), product(h_TH, heads[1].T)
 
             compare(slices(), place_T % columns, place_T, place_T)
 

@@ -81,7 +81,7 @@ def close_machine(record: Record, progress: Progress, device: torch.device, bega
     """Time, memory and machine of the run that ends here."""
     progress.begin("finish")
     record.machine = Machine(
-        **describe_machine(device.type),
+        **describe_machine(device),
         seconds=round(time.monotonic() - began, 3),
         stage_seconds={stage: round(s, 3) for stage, s in progress.seconds.items()},
         peak_rss_bytes=peak_rss_bytes(),

@@ -134,6 +134,14 @@ class Block:
         half = Half.ATTENTION if attends else Half.FEED_FORWARD
         raise nonfinite_error(self.original, f"{where}, {half.said}, the weight {name}")
 
+    def joined(self, member: tuple[str, ...]) -> torch.Tensor:
+        """The weights of one entry of a site, one below the other [O, I], in the dtype in which they are held. An
+        expert's are not copied."""
+        if self.experts is not None and ".experts." in member[0] and len(member) == 2:
+            return self.experts.gate_up[int(member[0].rsplit(".", 2)[-2])]
+        weights = [self.weight(name) for name in member]
+        return weights[0] if len(weights) == 1 else torch.cat(weights)
+
     def stacked(self, member: tuple[str, ...]) -> torch.Tensor:
         """The weights of one entry of a site, stacked along the outputs; fp32 [O, I]."""
         return torch.cat([self.weight(name).float() for name in member])

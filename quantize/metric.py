@@ -15,8 +15,8 @@ Shape legend: B experts, O outputs, I inputs, F intermediate, P = 2 F, H hidden,
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 
+from ..core.products import product
 from ..core.quantized_weight import QuantizedWeight
 from .gptq import prepare
 
@@ -26,15 +26,17 @@ METRIC_DAMPING = 0.03
 
 
 def swiglu_slopes(x_RI: torch.Tensor, gate_up_PI: torch.Tensor) -> torch.Tensor:
-    """v = (t, s) [R, 2F]: the derivatives of silu(gate) * up by gate and by up, at these rows."""
-    gate, up = F.linear(x_RI, gate_up_PI).chunk(2, dim=-1)
+    """v = (t, s) fp32 [R, 2F]: the derivatives of silu(gate) * up by gate and by up, at these rows. Rows and weights
+    are fp32 or bf16."""
+    gate, up = product(x_RI, gate_up_PI.T).chunk(2, dim=-1)
     s = torch.sigmoid(gate)
     return torch.cat([up * s * (1 + gate * (1 - s)), gate * s], dim=-1)
 
 
 def swiglu_metric(slopes_BPP: torch.Tensor, down_BHF: torch.Tensor, residual_HH: torch.Tensor) -> torch.Tensor:
-    """A [B, P, P] of stacked gate and up, from the second moment of the slopes and the down projection."""
-    inner_BFF = down_BHF.transpose(1, 2) @ residual_HH @ down_BHF
+    """A [B, P, P] of stacked gate and up, from the second moment of the slopes, fp32, and the down projection, fp32 or
+    bf16."""
+    inner_BFF = product(product(down_BHF.transpose(1, 2), residual_HH), down_BHF)
     return slopes_BPP * inner_BFF.repeat(1, 2, 2)
 
 

@@ -7,7 +7,10 @@ import resource
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = (
     "torch",
@@ -33,10 +36,17 @@ def peak_rss_bytes() -> int:
 
 
 def peak_device_bytes() -> int:
-    """Peak bytes of device memory that torch's allocator handed out; 0 without a GPU."""
+    """Peak bytes that torch's allocator handed out of the present card, which core/device.py sets; 0 without a GPU."""
     import torch
 
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return torch.cuda.max_memory_allocated(torch.cuda.current_device()) if torch.cuda.is_initialized() else 0
+
+
+def device_name(device: "torch.device") -> str:
+    """The card's name, or cpu."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def package_versions() -> dict[str, str]:
@@ -50,7 +60,7 @@ def package_versions() -> dict[str, str]:
     return found
 
 
-def describe_machine(device: str) -> dict[str, Any]:
+def describe_machine(device: "torch.device") -> dict[str, Any]:
     """The facts about this machine that are needed to interpret a time or a memory figure."""
     import torch
 
@@ -59,5 +69,5 @@ def describe_machine(device: str) -> dict[str, Any]:
         "processor": platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "device": device_name(device),
     }

@@ -1,0 +1,88 @@
+"""Matrix products with fp32 sums: fp32 products on a CPU, bf16 products on the tensor cores of a GPU.
+
+A bf16 number has 8 significant bits, so the product of two is exact in fp32. Where rows and weights are bf16, as in a
+walk on a GPU, a bf16 product with fp32 sums therefore loses nothing beside an fp32 product, and is ten times as fast.
+
+An fp32 number is cut into PARTS bf16 numbers, the larger first: each rounds what the ones before it leave. Two leave
+2^-17 of the number at most, three leave nothing. Products as small as what is left are not computed. (The
+splitting of Henry, Tang and Heinecke, arXiv 1904.06376.) benchmarks/moment_error.py measures the error on real rows.
+
+Shape legend: M rows, K what is summed over, N columns; R rows of two matrices whose outer products are added up.
+"""
+
+import torch
+
+# With two parts the error on real rows is below that of an fp32 sum; see docs/benchmarks.md.
+PARTS = 2
+# Tests send CPU tensors the GPU's way, too: products of bf16 numbers are the same in fp32.
+CUDA_WAY_TOO = False
+
+
+def product(a_MK: torch.Tensor, b_KN: torch.Tensor) -> torch.Tensor:
+    """fp32 a @ b [M, N] of fp32 or bf16 matrices; of stacks [B, M, K] and [B, K, N] one by one, and either may be a
+    single matrix."""
+    if not _on_tensor_cores(a_MK):
+        return _wide(a_MK) @ _wide(b_KN)
+    stacked = next((len(x) for x in (a_MK, b_KN) if x.dim() == 3), None)
+    if stacked is None:
+        return _sum_of_products(a_MK, b_KN)
+    a_BMK, b_BKN = (x if x.dim() == 3 else x.expand(stacked, -1, -1) for x in (a_MK, b_KN))
+    return torch.stack([_sum_of_products(a, b) for a, b in zip(a_BMK, b_BKN, strict=True)])
+
+
+def add_outer(total_MN: torch.Tensor, a_RM: torch.Tensor, b_RN: torch.Tensor) -> None:
+    """Adds the sum of the outer products of rows, a^T b, to the fp32 total in place. Rows are fp32 or bf16."""
+    if not _on_tensor_cores(total_MN):
+        total_MN.addmm_(_wide(a_RM).T, _wide(b_RN))
+        return
+    pairs = _pairs(a_RM, b_RN)
+    # The parts stand below one another in one product, so that the total, often larger than the rows, passes once.
+    first = torch.cat([a for a, _ in pairs]) if len(pairs) > 1 else pairs[0][0]
+    second = torch.cat([b for _, b in pairs]) if len(pairs) > 1 else pairs[0][1]
+    _add_product(total_MN, first.T, second)
+
+
+def bf16_parts(x: torch.Tensor, count: int) -> list[torch.Tensor]:
+    """`count` bf16 tensors whose sum is x but for what the last leaves, the larger first; x itself where it is bf16."""
+    if x.dtype == torch.bfloat16:
+        return [x]
+    rest, parts = x.float(), []
+    for n in range(count):
+        parts.append(rest.to(torch.bfloat16))
+        if n + 1 < count:
+            rest = rest - parts[-1].float()
+    return parts
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """In fp32; fp64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _on_tensor_cores(x: torch.Tensor) -> bool:
+    return x.is_cuda or CUDA_WAY_TOO
+
+
+def _pairs(a: torch.Tensor, b: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The parts of both that are multiplied, the smallest products first."""
+    of_a = bf16_parts(a, PARTS)
+    of_b = of_a if b is a else bf16_parts(b, PARTS)
+    most = max(len(of_a), len(of_b))
+    places = [(i, j) for i in range(len(of_a)) for j in range(len(of_b)) if i + j < most]
+    return [(of_a[i], of_b[j]) for i, j in sorted(places, key=sum, reverse=True)]
+
+
+def _sum_of_products(a_MK: torch.Tensor, b_KN: torch.Tensor) -> torch.Tensor:
+    (first, second), *others = _pairs(a_MK, b_KN)
+    total_MN = torch.mm(first, second, out_dtype=torch.float32) if first.is_cuda else first.float() @ second.float()
+    for a, b in others:
+        _add_product(total_MN, a, b)
+    return total_MN
+
+
+def _add_product(total_MN: torch.Tensor, a_MK: torch.Tensor, b_KN: torch.Tensor) -> None:
+    """Adds a bf16 product with fp32 sums in place."""
+    if total_MN.is_cuda:
+        torch.addmm(total_MN, a_MK, b_KN, out_dtype=torch.float32, out=total_MN)
+    else:
+        total_MN.addmm_(a_MK.float(), b_KN.float())
