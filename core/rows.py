@@ -66,6 +66,10 @@ class RowStore(Protocol):
 
     def drop(self, block: int, stream: str | None = None) -> None: ...
 
+    def release(self, block: int) -> None:
+        """As `drop`, but what is on the disk stays there."""
+        ...
+
 
 class Step(Protocol):
     """Is told what a long walk is doing: its present task, and the tokens that went through a block."""
@@ -93,5 +97,6 @@ def spacing(n_blocks: int) -> int:
 
 
 def rows_at_once(n_blocks: int) -> int:
-    """The most places of the model whose hidden rows or gradients lie in the store at the same time."""
-    return -(-n_blocks // spacing(n_blocks)) + spacing(n_blocks) + 1
+    """The most streams, of hidden rows or gradients at one place of the model, that the store and its files hold at the
+    same time."""
+    return -(-n_blocks // spacing(n_blocks)) + spacing(n_blocks) + 2

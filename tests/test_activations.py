@@ -120,7 +120,11 @@ def test_a_disk_that_fails_behind_is_told(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(activations.files, "write_tensors", full)
     store = Activations(tmp_path, room=ROOMS["files"])
-    with pytest.raises(ResourceError, match="full"):
+
+    def put_many() -> None:
         for batch in range(10):
             store.put(0, "a", batch, rows(batch))
+
+    with pytest.raises(ResourceError, match="full"):
+        put_many()
     store.close()

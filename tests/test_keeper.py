@@ -96,7 +96,7 @@ class Commits:
 
 
 def most_lost(stages: list[float], nbytes: int) -> tuple[float, Commits]:
-    """(the most seconds of work that a kill loses, the commits) of a run: copy the rest, embed, blocks, move, verify."""
+    """(the most seconds of work that a kill loses, the commits). Stages: copy the rest, embed, blocks, move, verify."""
     clock = Clock()
     store = Store(clock, nbytes)
     enters = [None, *range(len(stages) - 3), None, None]
