@@ -26,6 +26,7 @@ from .calibration.templates import DATE
 from .calibration.texts import RunTexts, prepare_texts
 from .checkpoint import files
 from .checkpoint.assign import plan_for
+from .checkpoint.checked import check_weights, checked_as_loaded
 from .checkpoint.checksums import write_sums
 from .checkpoint.emit import clear_checkpoint, emitted_before
 from .checkpoint.formats.shard_formats import SHARD_FORMATS
@@ -33,7 +34,7 @@ from .checkpoint.keeper import Keeper
 from .checkpoint.model import Model, open_source
 from .checkpoint.paths import check_paths, check_space, occupied
 from .checkpoint.side_files import refuse_adapter, side_files_digest
-from .checkpoint.source_checks import refuse_nonfinite, zero_matrices
+from .checkpoint.source_checks import zero_matrices
 from .checkpoint.workdir import WorkDir, has_run, kept_identity, read_json, refuse_resumed
 from .conversion.run_output import config_of_run, planned_files, weight_bytes
 from .core.device import Compute, choose_compute
@@ -47,6 +48,7 @@ from .core.rows import Row
 from .core.schedule import Schedule
 from .eval.gate import refuse_too_large
 from .eval.verify import tasks_of
+from .models.scan import Scan
 from .models.walk import Walk
 from .planner.memory import disk_bytes
 from .planner.schedule import run_schedule
@@ -115,7 +117,7 @@ def quantize(
                 walk = Walk.over(run.adapter, run.model.source, run.compute, progress)
                 rates = first_guess(run.compute.device, run.compute.dtype)
                 progress.expect(_schedule(run, rates))
-                with _removed_if_unusable(workdir, out):
+                with _removed_if_unusable(workdir, out), checked_as_loaded(run.compute, run.model):
                     if recipe.widths.bits == "fit":
                         run = _fitted(run, walk, workdir, given)
                         progress.expect(_schedule(run, rates))
@@ -302,12 +304,10 @@ def _carried_out(run: Run, walk: Walk, workdir: WorkDir, progress: Progress) -> 
     stages = stages_of(run.adapter.n_blocks)
     if not workdir.done:
         progress.begin("check weights")
-        try:
-            suspects = refuse_nonfinite(run.model.folder, run.model.name)
-        except InputError:
-            workdir.remove()
-            raise
+        suspects = check_weights(run.model, run.compute)
         files.write_json(workdir.path / ZEROS, zero_matrices(run.adapter, run.model.source, suspects))
+    if not run.compute.checks_first:
+        walk = replace(walk, scan=Scan(read_json(workdir.path / ZEROS)))
     workdir.refuse_damaged(finished_shards(run.plan, stages[: workdir.done]), run.out)
     run = replace(run, texts=balanced(run.texts, walk, run.recipe, workdir.path))
     job = StageJob(run, walk, workdir, progress)
@@ -328,6 +328,8 @@ def _through_stages(job: StageJob, stages: list[Stage]) -> None:
     for number, stage in list(enumerate(stages, 1))[done:]:
         refuse_passed(finished_blocks(job, stages[: number - 1]), job.run.recipe.limits, workdir.path)
         stage.do(job)
+        if job.walk.scan is not None:
+            files.write_json(workdir.path / ZEROS, sorted(job.walk.scan.zeros))
         keeper.finished(number, stage.rows_enter)
 
 

@@ -17,8 +17,8 @@ from rich.console import Console
 
 from ..checkpoint import files
 from ..checkpoint.activations import Activations
+from ..checkpoint.checked import check_weights, checked_as_loaded
 from ..checkpoint.model import open_source
-from ..checkpoint.source_checks import refuse_nonfinite
 from ..checkpoint.workdir import read_json
 from ..core.device import choose_compute
 from ..core.errors import InputError
@@ -145,12 +145,13 @@ def coverage(
     with (
         tempfile.TemporaryDirectory(prefix="onecard-coverage-") as folder,
         Progress(f"onecard calibration coverage {model_name}", model.adapter.n_blocks, console, quiet) as progress,
+        checked_as_loaded(compute, model),
     ):
         for warning in texts.warnings:
             progress.warn(warning)
         progress.expect(counting_schedule(model.adapter, texts.calibration))
         progress.begin("check weights")
-        refuse_nonfinite(model.folder, model.name)
+        check_weights(model, compute)
         work = Path(folder)
         walk = Walk.over(model.adapter, model.source, compute, progress)
         routes = _count(texts.calibration, walk, work / "acts")

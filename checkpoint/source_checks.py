@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..core.errors import DamageError, InputError, input_error, several
+from ..core.errors import DamageError, InputError, UnusableModelError, input_error, several
 from ..core.tensors import TORCH_DTYPES, TensorSource
 from ..models.adapter import Adapter, read
 from .source import Folder
@@ -87,13 +87,13 @@ class Values:
     maybe_zeros: bool = False
 
 
-def refuse_nonfinite(folder: Folder, name: str, original: bool = True) -> set[str]:
+def refuse_nonfinite(folder: Folder, name: str, original: bool = True, only: Collection[str] | None = None) -> set[str]:
     """Read every weight once and refuse NaN and Inf, which all later steps would carry on silently.
 
-    Returns the stored tensors that may hold matrices of zeros. Raises InputError for the original, DamageError for a
-    checkpoint that is measured against it.
+    `only`: the stored tensors to read, if not all. Returns those that may hold matrices of zeros. Raises
+    UnusableModelError for the original, DamageError for a checkpoint that is measured against it.
     """
-    found = {tensor: _values(folder, tensor) for tensor in folder.names}
+    found = {tensor: _values(folder, tensor) for tensor in folder.names if only is None or tensor in only}
     problems = [
         f"{tensor} holds {values.nan} NaN, {values.inf} Inf"
         for tensor, values in found.items()
@@ -101,7 +101,7 @@ def refuse_nonfinite(folder: Folder, name: str, original: bool = True) -> set[st
     ]
     if problems:
         told = several(f"{name} holds non-finite values:", problems, "The checkpoint is damaged: fetch it again.")
-        raise InputError(told) if original else DamageError(told)
+        raise UnusableModelError(told) if original else DamageError(told)
     return {tensor for tensor, values in found.items() if values.maybe_zeros}
 
 

@@ -30,6 +30,12 @@ class Compute:
         """As recipes and records say it: float32 or bfloat16."""
         return str(self.dtype).removeprefix("torch.")
 
+    @property
+    def checks_first(self) -> bool:
+        """Whether all weights are searched for NaN before the work, rather than as they are loaded
+        (checkpoint/checked.py)."""
+        return self.device.type != "cuda"
+
 
 def choose_device(name: str) -> torch.device:
     """The torch device for cpu, cuda, cuda:N or auto (a GPU if there is one). A GPU is made the present one, whose

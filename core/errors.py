@@ -45,8 +45,8 @@ class UnreadError(InputError):
 
 
 class UnusableModelError(InputError):
-    """The original's own hidden rows, logits or moments are not finite. A run finds it where it first walks the
-    original, and leaves nothing behind."""
+    """The original's own weights, hidden rows, logits or moments are not finite. A run leaves nothing behind, wherever
+    it finds it."""
 
 
 class FitError(OnecardError):

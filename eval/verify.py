@@ -18,8 +18,8 @@ from .. import __version__
 from ..calibration.texts import prepare_texts
 from ..calibration.tokens import Encoder
 from ..checkpoint.activations import Activations
+from ..checkpoint.checked import check_weights, checked_as_loaded
 from ..checkpoint.model import Model, open_model, said_name
-from ..checkpoint.source_checks import refuse_nonfinite
 from ..checkpoint.stored_widths import stored_facts
 from ..core.device import Compute, choose_compute
 from ..core.errors import InputError
@@ -253,11 +253,12 @@ def _measured_pair(asked: _Asked, device_name: str, console: Console | None, qui
     with (
         tempfile.TemporaryDirectory(prefix="onecard-verify-") as folder,
         Progress(f"onecard {asked.command} {asked.checkpoint}", source.adapter.n_blocks, console, quiet) as progress,
+        checked_as_loaded(compute, source, quantized),
     ):
         progress.expect(_schedule(source, quantized, rows, asked, compute))
         progress.begin("check weights")
         for model in (source, quantized):
-            refuse_nonfinite(model.folder, model.name, original=model is source)
+            check_weights(model, compute, original=model is source)
         walk = Walk.over(source.adapter, source.source, compute, progress)
         measured = measure(
             walk,

@@ -11,7 +11,7 @@ is not; none outlives its ReadAhead by more than one read, and none keeps the pr
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -27,6 +27,12 @@ PATIENCE_SECONDS = 5.0
 def pinned(nbytes: int) -> torch.Tensor:
     """Memory that a GPU copies from by itself, uint8. torch rounds its size up to a power of two."""
     return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+
+def pinned_bytes(slabs: Iterable[int], threads: int = THREADS) -> int:
+    """The most pinned memory that reading ahead takes, given the bytes of the slabs of the largest block."""
+    rounded = [1 << (size - 1).bit_length() for size in slabs if size]
+    return sum(rounded) + threads * max(rounded, default=0)
 
 
 class ReadAhead:

@@ -26,6 +26,7 @@ from .adapter import Adapter, Role, Site, read, scale_dtype, site_dtypes, stored
 from .block import Block, find_experts
 from .calls import Calls
 from .prefetch import ReadAhead, pinned
+from .scan import Scan
 from .slabs import dense_bytes, slabs_of
 
 
@@ -83,6 +84,8 @@ class Walk:
     # What reads the next block while this one computes. None on a CPU: there the system's cache does it, in memory
     # that the walk may need.
     ahead: ReadAhead | None = None
+    # Looks at the weights of blocks as they are read; None where all were looked at before.
+    scan: Scan | None = None
 
     @classmethod
     def over(cls, adapter: Adapter, source: TensorSource, compute: Compute, step: Step | None = None) -> "Walk":
@@ -149,8 +152,10 @@ class Walk:
 
     def read_each(self, names: Iterable[str], device: torch.device = CPU) -> Iterator[tuple[str, torch.Tensor]]:
         """The canonical tensors `names` on `device`, in the dtypes in which they are stored. Each stored byte is read
-        once, whatever is cut from it; weights of one stored tensor come one after the other."""
+        once, whatever is cut from it; weights of one stored tensor come one after the other. Raises as `load` does, if
+        the weights were not looked at before."""
         for name, value in self._cut(names, device):
+            self._judge()
             yield name, value.contiguous()
 
     def load(self, index: int) -> Block:
@@ -174,6 +179,7 @@ class Walk:
             else:
                 self._place(block, name, value)
         assert not any(parameter.is_meta for parameter in block.layer.parameters()), index
+        self._judge()
         block.refuse_nonfinite_weights()
         return block
 
@@ -196,7 +202,15 @@ class Walk:
             whole = (stored or self.source.stored(*slab.key)).on(device)
             del stored
             for cut in slab.cuts:
-                yield cut.name, cut.of(whole)
+                value = cut.of(whole)
+                if self.scan is not None:
+                    self.scan.look(cut.name, value)
+                yield cut.name, value
+
+    def _judge(self) -> None:
+        """Raises UnusableModelError or NonfiniteError for what was read and is not finite."""
+        if self.scan is not None:
+            self.scan.refuse_nonfinite(self.original)
 
     def _names(self, index: int) -> list[str]:
         """The canonical names of a block's tensors, in the order of files that are sorted by name."""

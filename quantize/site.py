@@ -13,11 +13,12 @@ from ..core.method import Method
 from ..core.quantized_weight import QuantizedWeight
 from ..core.scheme import Scheme
 from . import tabu
-from .gptq import BLOCK_COLUMNS, Prepared, gptq, prepare
+from .gptq import Prepared, gptq, prepare
 from .grid import absmax_scales, round_to_nearest, searched_scales
+from .held import BLOCK_COLUMNS
 from .metric import quantize_by_row_blocks
 from .refine import refine
-from .restarts import PASSES, Stretch, prepare_restarts, restarted
+from .restarts import PASSES, Stretch, prepare_restarts, restart
 
 # Time of one move of the tabu search per weight of its stretch, in flops of matrix products; measured on a CPU core.
 MOVE_FLOPS = 700.0
@@ -106,16 +107,15 @@ def _searched_codes(
         scale, zero = searched_scales(w_BOI, prepared.importance, scheme, scale_dtype, method.signed_scales)
     else:
         scale, zero = absmax_scales(w_BOI, scheme, scale_dtype)
-    weight = gptq(w_BOI, prepared, scale, zero, scheme)
-    if method.refine_rounds:
-        weight = refine(weight, w_BOI, prepared.objective, method.refine_rounds)
+    held = gptq(w_BOI, prepared, scale, zero, scheme)
+    refine(held, prepared.objective, method.refine_rounds)
     for stretches in restarts:
-        weight = restarted(weight, w_BOI, prepared.objective, stretches, method.refine_rounds)
-        weight = refine(weight, w_BOI, prepared.objective, 1)
+        restart(held, prepared.objective, stretches, method.refine_rounds)
+        refine(held, prepared.objective, 1)
     for _ in range(tabu.PASSES if method.tabu_moves else 0):
-        weight = tabu.tabu_searched(weight, w_BOI, prepared.objective, method.tabu_moves)
-        weight = refine(weight, w_BOI, prepared.objective, 1)
-    return weight
+        tabu.tabu_search(held, prepared.objective, method.tabu_moves)
+        refine(held, prepared.objective, 1)
+    return held.weight()
 
 
 def quantize_batch(
