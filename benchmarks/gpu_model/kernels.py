@@ -1,7 +1,7 @@
 """Stand-ins for the Triton kernels: each launch counts as one, and costs what its bytes or its instructions take.
 
-The project's own launch functions run; only the kernels behind them are replaced. A kernel whose loops are not described
-in TRIPS fails: nothing is free by being unknown.
+The project's own launch functions run; only the kernels behind them are replaced. A kernel whose loops are not
+described in TRIPS fails: nothing is free by being unknown.
 
 Each kernel is compiled for sm_90 as it is launched, which needs no GPU (benchmarks/kernels.py). The instructions of a
 warp are those of the PTX: of each innermost loop's body, times how often a program goes through it, and the rest once.
