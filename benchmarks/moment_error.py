@@ -28,7 +28,7 @@ from onecard.calibration.sensitivity import token_weights
 from onecard.calibration.sources import read_jsonl
 from onecard.calibration.tokens import Encoder
 from onecard.checkpoint.model import Model, open_model
-from onecard.core import products
+from onecard.core import device, products
 from onecard.core.device import Compute
 from onecard.core.products import bf16_parts
 from onecard.core.rows import Row, batches
@@ -148,7 +148,7 @@ def _add(own: Sums, weighted: torch.Tensor, x: torch.Tensor) -> None:
 
 def kl_of(model: str, parts: int) -> float:
     """Mean KL of `fast` in bf16; with 0 parts, products in fp32."""
-    products.CUDA_WAY_TOO, products.PARTS = parts > 0, parts
+    device.CUDA_WAY_TOO, products.PARTS = parts > 0, parts
     with tempfile.TemporaryDirectory() as folder:
         texts = corpus.write_plain_texts(Path(folder))
         told = recipe("fast", "fast", compute_dtype="bfloat16")

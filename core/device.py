@@ -18,6 +18,8 @@ from .errors import InputError
 # first is the size that torch takes on a Hopper card anyway.
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")
+# Tests send CPU tensors the GPU's way, too (`on_cuda`).
+CUDA_WAY_TOO = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,11 @@ def choose_device(name: str) -> torch.device:
     if (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"there is no device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
     return _prepare_cuda(device)
+
+
+def on_cuda(x: torch.Tensor) -> bool:
+    """Whether what is only for a GPU is done with this tensor. A CPU's way is the reference."""
+    return x.is_cuda or CUDA_WAY_TOO
 
 
 def _prepare_cuda(device: torch.device) -> torch.device:

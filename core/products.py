@@ -15,16 +15,16 @@ from typing import Any
 
 import torch
 
+from .device import on_cuda
+
 # With two parts the error on real rows is below that of an fp32 sum; see docs/benchmarks.md.
 PARTS = 2
-# Tests send CPU tensors the GPU's way, too: products of bf16 numbers are the same in fp32.
-CUDA_WAY_TOO = False
 
 
 def product(a_MK: torch.Tensor, b_KN: torch.Tensor) -> torch.Tensor:
     """fp32 a @ b [M, N] of fp32 or bf16 matrices; of stacks [B, M, K] and [B, K, N] one by one, and either may be a
     single matrix."""
-    if not _on_tensor_cores(a_MK):
+    if not on_cuda(a_MK):
         return _wide(a_MK) @ _wide(b_KN)
     stacked = next((len(x) for x in (a_MK, b_KN) if x.dim() == 3), None)
     if stacked is None:
@@ -35,7 +35,7 @@ def product(a_MK: torch.Tensor, b_KN: torch.Tensor) -> torch.Tensor:
 
 def add_outer(total_MN: torch.Tensor, a_RM: torch.Tensor, b_RN: torch.Tensor) -> None:
     """Adds the sum of the outer products of rows, a^T b, to the fp32 total in place. Rows are fp32 or bf16."""
-    if not _on_tensor_cores(total_MN):
+    if not on_cuda(total_MN):
         total_MN.addmm_(_wide(a_RM).T, _wide(b_RN))
         return
     pairs = _pairs(a_RM, b_RN)
@@ -47,7 +47,7 @@ def add_outer(total_MN: torch.Tensor, a_RM: torch.Tensor, b_RN: torch.Tensor) ->
 
 def quadratic(e_TH: torch.Tensor, metric_HH: torch.Tensor) -> torch.Tensor:
     """e M e of each row, fp32 [T], for a symmetric M in fp32; autograd goes back to the rows."""
-    if not _on_tensor_cores(e_TH):
+    if not on_cuda(e_TH):
         return ((e_TH @ metric_HH) * e_TH).sum(-1)
     cost_T: torch.Tensor = _Quadratic.apply(e_TH, metric_HH)
     return cost_T
@@ -84,10 +84,6 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _on_tensor_cores(x: torch.Tensor) -> bool:
-    return x.is_cuda or CUDA_WAY_TOO
-
-
 def _pairs(a: torch.Tensor, b: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The parts of both that are multiplied, the smallest products first."""
     of_a = bf16_parts(a, PARTS)
@@ -106,7 +102,7 @@ def _sum_of_products(a_MK: torch.Tensor, b_KN: torch.Tensor) -> torch.Tensor:
 
 
 def _add_product(total_MN: torch.Tensor, a_MK: torch.Tensor, b_KN: torch.Tensor) -> None:
-    """Adds a bf16 product with fp32 sums in place."""
+    """Adds a bf16 product with fp32 sums in place. A CPU's fp32 gives the same products."""
     if total_MN.is_cuda:
         torch.addmm(total_MN, a_MK, b_KN, out_dtype=torch.float32, out=total_MN)
     else:
