@@ -121,11 +121,19 @@ class Limits:
     warps: int  # that an SM holds at a time
 
 
-def compiled(kernel: Built, card: int) -> Limits:
-    warps = kernel.given["num_warps"]
+def _made(kernel: Built, card: int) -> Any:
     constants = {(kernel.function.arg_names.index(k),): v for k, v in kernel.constants.items()}
     source = ASTSource(kernel.function, kernel.signature(), constants, kernel.multiples_of_16())
-    made = triton.compile(source, target=GPUTarget("cuda", card, 32), options={**launch.OPTIONS, "num_warps": warps})
+    options = {**launch.OPTIONS, "num_warps": kernel.given["num_warps"]}
+    return triton.compile(source, target=GPUTarget("cuda", card, 32), options=options)
+
+
+def ptx_of(kernel: Built, card: int) -> str:
+    return str(_made(kernel, card).asm["ptx"])
+
+
+def compiled(kernel: Built, card: int) -> Limits:
+    warps, made = kernel.given["num_warps"], _made(kernel, card)
     ptx = made.asm["ptx"]
     target = re.search(r"\.target (\w+)", ptx)
     assert target is not None

@@ -297,8 +297,10 @@ def known(packet: str, ours: list[Pretended]) -> bool | None:
     match packet:
         case "all":
             return truths[0] is not False
-        case "any":
-            return truths[0] is True
+        case "any":  # of numbers, some are not zero
+            return truths[0] is True or ours[0].dtype != torch.bool
+        case "ne":
+            return True
         case "bitwise_not" | "logical_not":
             return truths[0] is False
         case "bitwise_and" | "logical_and":

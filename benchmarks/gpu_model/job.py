@@ -19,12 +19,12 @@ from unittest import mock
 import torch
 
 from hollow import published, write_hollow
+from onecard import pipeline, stages
 from onecard.calibration import sensitivity
 from onecard.calibration.texts import RunTexts
 from onecard.checkpoint import checksums
 from onecard.checkpoint.assign import plan_for
 from onecard.checkpoint.model import open_source, open_written
-from onecard.checkpoint.source_checks import refuse_nonfinite
 from onecard.checkpoint.workdir import Activations, WorkDir
 from onecard.conversion.run_output import config_of_run, planned_files
 from onecard.core.device import Compute
@@ -32,9 +32,9 @@ from onecard.core.rows import Row
 from onecard.core.schedule import Schedule
 from onecard.eval.twin import twin_walk
 from onecard.models.walk import Walk
-from onecard.quantize import gptq, grid, refine, restarts, site, tabu
+from onecard.quantize import gptq, grid, metric, refine, restarts, site, tabu
 from onecard.recipe import Recipe
-from onecard.stages import Run, StageJob, stages_of
+from onecard.stages import Run, StageJob
 
 from . import disk, kernels, memory, rates
 from .card import Asked, Counting
@@ -44,21 +44,15 @@ from .tensors import Pretended
 ROW_TOKENS = 2048
 WALK_FORWARD, WALK_BACK = "walk forward", "walk back"
 # The functions of the solver that are called again and again with tensors of the same shapes.
-REMEMBERED = [
-    gptq.gptq,
-    gptq.prepare,
-    gptq._round_block,
-    grid.searched_scales,
-    refine.refine,
-    refine._sweep,
-    refine._sweep_block,
-    restarts.prepare_restarts,
-    restarts.restarted,
-    site._searched_codes,
-    site.quantize_batch,
-    tabu.tabu_searched,
-    tabu._search,
-]
+REMEMBERED = {
+    gptq: ("gptq", "factor", "prepare", "round_columns", "_round_block"),
+    grid: ("searched_scales",),
+    metric: ("quantize_by_row_blocks",),
+    refine: ("refine", "_improve", "_refit", "_sweep"),
+    restarts: ("prepare_restarts", "_stretch", "restarted", "restart", "_try"),
+    site: ("_searched_codes", "quantize_batch"),
+    tabu: ("tabu_searched", "tabu_search", "_search"),
+}
 
 
 @dataclass(frozen=True)
@@ -84,6 +78,8 @@ class Tasks:
         self.ledger.begin(self.renamed or task, block)
 
     def advance(self, tokens: int) -> None: ...
+
+    def warn(self, text: str) -> None: ...
 
 
 def shortened(config: dict[str, Any], blocks: int) -> dict[str, Any]:
@@ -112,7 +108,7 @@ class _Generator(torch.Generator):
     """Stands for torch.Generator, whatever the device."""
 
     def __new__(cls, device: Any = "cpu") -> "_Generator":
-        return torch.Generator.__new__(cls)
+        return super().__new__(cls)
 
     def __init__(self, device: Any = "cpu") -> None: ...
 
@@ -151,8 +147,9 @@ def pretended(ledger: Ledger, triton: bool = True, remember: bool = True) -> Ite
     patches = _torch_stand_ins(ledger) + disk.stand_ins(ledger)
     patches += kernels.stand_ins(ledger) if triton else kernels.without(ledger)
     if remember:
-        for function in REMEMBERED:
-            patches += memory.everywhere(function, memory.remembering(function, ledger))
+        for module, names in REMEMBERED.items():
+            for function in (getattr(module, name) for name in names if hasattr(module, name)):
+                patches += memory.everywhere(function, memory.remembering(function, ledger))
     with ExitStack() as stack:
         for owner, name, value in patches:
             stack.enter_context(mock.patch.object(owner, name, value))
@@ -253,24 +250,26 @@ def _gone_through(
 
 
 def _carried_out(run: Run, tasks: Any, folder: Path) -> None:
-    """As pipeline.py goes through the stages of a run."""
-    walk = Walk.over(run.adapter, run.model.source, run.compute, tasks)
-    with WorkDir(folder / "work", {}, False, False, run.out) as workdir:
-        job = StageJob(run, walk, workdir, tasks)
-        tasks.begin("check weights")
-        refuse_nonfinite(run.model.folder, run.model.name)
-        for number, stage in enumerate(stages_of(run.adapter.n_blocks), 1):
-            if stage.name == "verify":
-                _verify(job)
-                continue
-            tasks.begin("load", stage.shard_part)
-            stage.do(job)
-            tasks.begin("commit", stage.shard_part)
-            workdir.commit(number)
-            if stage.shard_part is not None:
-                job.store.drop(stage.shard_part)
-        tasks.begin("checksums")
+    """The pipeline's own way through the stages; the last two are replaced by what they cost a card and a disk."""
+
+    def quantize_one(block: int, job: StageJob) -> None:
+        tasks.begin("load", block)
+        real(block, job)
+        tasks.begin("commit", block)
+
+    def closed(run: Run, workdir: WorkDir, progress: Any) -> None:
+        progress.begin("checksums")
         checksums.write_sums(run.out, [name for name, _ in run.planned], {})
+
+    real = stages.quantize_one
+    walk = Walk.over(run.adapter, run.model.source, run.compute, tasks)
+    with (
+        mock.patch.object(stages, "quantize_one", quantize_one),
+        mock.patch.object(stages, "verify", _verify),
+        mock.patch.object(pipeline, "_closed", closed),
+        WorkDir(folder / "work", {}, False, False, run.out) as workdir,
+    ):
+        pipeline._carried_out(run, walk, workdir, tasks)
 
 
 def _verify(job: StageJob) -> None:

@@ -76,7 +76,7 @@ def _mark(leaf: Any) -> Any:
 
 
 # Arguments on which no cost depends: a block's first column.
-IGNORED = {"_sweep_block": ("first",)}
+IGNORED: dict[str, tuple[str, ...]] = {}
 
 
 def remembering(function: Callable[..., Any], ledger: Ledger) -> Callable[..., Any]:

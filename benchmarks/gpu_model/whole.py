@@ -24,7 +24,7 @@ EVALUATION_ROWS = 128
 # Blocks that are gone through: the first, one of each kind, and the last.
 BLOCKS = {"llama4-maverick": 4}
 MOST_BLOCKS = 3
-BY_SOURCE, BY_EMITTED = ("check weights",), ("move to OUT", "checksums")
+CHECK, OUTSIDE, BY_EMITTED = "check weights", "copy the rest", ("move to OUT", "checksums")
 # Stages of one block's own way.
 BLOCK_STAGES = ("load", "tune", "statistics", "quantize", "propagate", "commit")
 
@@ -109,13 +109,16 @@ def _joined(asked: Asked, gone: Gone, lines: dict[Key, Cost]) -> Whole:
         model = open_source(str(write_hollow(Path(folder) / "model", published(asked.model))))
         plan = plan_for(model, asked.recipe)
         source, emitted, n_blocks = plan.source_bytes, plan.emitted_bytes, model.adapter.n_blocks
+        outside = sum(lines[OUTSIDE, None].counts[key] for key in lines[OUTSIDE, None].counts if key[0] == "read")
         kinds = [gone.kinds[0] if block == 0 else _kind(model.adapter, block) for block in range(n_blocks)]
     stages: dict[str, Cost] = {}
     lines = lines | _waits(lines)
     for (name, block), cost in lines.items():
         if block is None or block >= gone.size.blocks:
-            by_bytes = {BY_SOURCE: source / gone.source_bytes, BY_EMITTED: emitted / gone.emitted_bytes}
-            times = next((ratio for names, ratio in by_bytes.items() if name in names), 1.0)
+            times = emitted / gone.emitted_bytes if name in BY_EMITTED else 1.0
+            read = cost.total("read")
+            if name == CHECK and read > outside:  # of the blocks, too
+                times = (outside + (read - outside) * (source - outside) / (gone.source_bytes - outside)) / read
         else:
             times = _times(gone, kinds, block) * (_again(n_blocks) if name == WALK_FORWARD else 1.0)
         if times:
