@@ -197,11 +197,10 @@ class Walk:
             stored = self.source.stored(*slab.key) if self.ahead is None else self.ahead.take(slab.key)
             whole = stored.on(device)
             del stored  # its memory is used again
-            for cut in slab.cuts:
-                value = cut.of(whole)
+            for name, value in slab.weights(whole):
                 if self.scan is not None:
-                    self.scan.look(cut.name, value)
-                yield cut.name, value
+                    self.scan.look(name, value)
+                yield name, value
 
     def _judge(self) -> None:
         """Raises UnusableModelError or NonfiniteError for what was read and is not finite."""
