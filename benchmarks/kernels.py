@@ -23,18 +23,29 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from onecard.quantize import kernels, launch
-from onecard.quantize.gptq import BLOCK_COLUMNS
+from onecard.quantize.held import BLOCK_COLUMNS
+from onecard.quantize.site import WIDEST_SEARCHED
 
 # Triton's wheel has two assemblers, and takes the newer one from this card on.
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 NEWER_FROM = 90
 LEAST_WARPS = 8
 REGISTERS = 65536  # of an SM, on every card here
-# Compute capability -> (the most warps of an SM, bytes of shared memory that programs share).
-CARDS = {80: (64, 164 * 1024), 89: (48, 100 * 1024), 90: (64, 228 * 1024), 100: (64, 228 * 1024), 120: (48, 100 * 1024)}
+# Compute capability -> (the most warps of an SM, the most programs, bytes of shared memory that programs share).
+CARDS = {
+    80: (64, 32, 164 * 1024),
+    89: (48, 24, 100 * 1024),
+    90: (64, 32, 228 * 1024),
+    100: (64, 32, 228 * 1024),
+    120: (48, 24, 100 * 1024),
+}
 # Arguments that are fp32 numbers.
-LIMITS = ("code_min", "code_max", "tiny")
-FLOAT, INT8, INT32 = "*fp32", "*i8", "*i32"
+LIMITS = ("code_min", "code_max", "tiny", "least_gain")
+# Pointers to anything but fp32.
+POINTERS = {"codes_ptr": "*i8", "order_ptr": "*i64", "rank_ptr": "*i64"}
+# Integers that no power of two divides, or that are 1 or more of anything; all others are sizes and strides of Scout's,
+# multiples of 16. Triton compiles a launch for what it knows of its arguments.
+ODD = ("groups", "moves", "tenure", "tries", "rounds", "batch", "n_multiples")
 
 
 @dataclass(frozen=True)
@@ -43,43 +54,62 @@ class Built:
 
     name: str
     function: Any
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    warps: int
+    # With the launch's number of warps.
+    given: dict[str, Any]
 
+    @property
+    def constants(self) -> dict[str, Any]:
+        return {name: value for name, value in self.given.items() if name != "num_warps"}
 
-def _signature(function: Any, pointers: dict[str, str], constants: dict[str, Any]) -> dict[str, str]:
-    """Every argument's type: `pointers`, fp32 for limits of codes, and 32-bit integers."""
-    found = {}
-    for name in function.arg_names:
-        if name in constants:
-            found[name] = "constexpr"
-        elif name in pointers:
-            found[name] = pointers[name]
-        else:
-            found[name] = "fp32" if name in LIMITS else FLOAT if name.endswith("_ptr") else "i32"
-    return found
+    def signature(self) -> dict[str, str]:
+        """Every argument's type."""
+        found = {}
+        for name in self.function.arg_names:
+            if name in self.constants:
+                found[name] = "constexpr"
+            elif name.endswith("_ptr"):
+                found[name] = POINTERS.get(name, "*fp32")
+            else:
+                found[name] = "fp32" if name in LIMITS else "i32"
+        return found
+
+    def multiples_of_16(self) -> dict[tuple[int], list[list[Any]]]:
+        """The arguments that are, as pointers and most sizes of a launch are."""
+        names = self.signature().items()
+        return {
+            (n,): [["tt.divisibility", 16]]
+            for n, (name, kind) in enumerate(names)
+            if kind.startswith("*") or (kind == "i32" and name not in ODD)
+        }
 
 
 def built() -> list[Built]:
-    columns = {"BLOCK": BLOCK_COLUMNS}
+    """Every kernel for stretches of 128 columns, with and without zero points, and for the widest it is launched
+    for."""
     found = []
     for zero in (False, True):
-        constants: dict[str, Any] = columns | {"HAS_ZERO": zero, "ROWS": launch.COLUMN_ROWS}
-        asymmetric = ", zero points" if zero else ""
-        pointers = {"group_ptr": INT32, "codes_ptr": INT8}
-        gptq = _signature(kernels.gptq_kernel, pointers, constants)
-        found.append(Built(f"gptq{asymmetric}", kernels.gptq_kernel, gptq, constants, launch.COLUMN_WARPS))
-        sweep = _signature(kernels.sweep_kernel, {}, constants)
-        found.append(Built(f"sweep{asymmetric}", kernels.sweep_kernel, sweep, constants, launch.COLUMN_WARPS))
-    constants = columns | {"ROWS": launch.MOVE_ROWS}
-    tabu = _signature(kernels.tabu_kernel, {}, constants)
-    found.append(Built("tabu", kernels.tabu_kernel, tabu, constants, launch.MOVE_ROWS))
-    for symmetric in (True, False):
-        constants = columns | {"SYMMETRIC": symmetric, "IN_BF16": True, "ROWS": launch.SEARCH_ROWS}
-        search = _signature(kernels.scale_kernel, {}, constants)
-        name = "scale search" if symmetric else "scale search, zero points"
-        found.append(Built(name, kernels.scale_kernel, search, constants, launch.SEARCH_ROWS))
+        also = ", zero points" if zero else ""
+        gptq = {"HAS_ZERO": zero, "HAS_DUE": True} | launch.program(BLOCK_COLUMNS, launch.GPTQ_ROWS)
+        found.append(Built(f"GPTQ{also}", kernels.gptq_kernel, gptq))
+        sweep = {"HAS_ZERO": zero, "REFIT": True, "STORED": "bf16"} | launch.program(BLOCK_COLUMNS, launch.REFINE_ROWS)
+        found.append(Built(f"refinement{also}", kernels.refine_kernel, sweep))
+    for columns in (BLOCK_COLUMNS, WIDEST_SEARCHED):
+        wide = "" if columns == BLOCK_COLUMNS else f", group of {columns}"
+        for zero in (False, True):
+            also = ", zero points" if zero else ""
+            tries = {"HAS_ZERO": zero, "STORED": "bf16"} | launch.program(columns, launch.RESTART_ROWS)
+            found.append(Built(f"restarts{wide}{also}", kernels.restart_kernel, tries))
+        found.append(Built(f"tabu search{wide}", kernels.tabu_kernel, launch.program(columns, launch.TABU_ROWS)))
+        for symmetric in (True, False):
+            search = {"SYMMETRIC": symmetric, "SIGNED": symmetric, "STORED": "bf16"}
+            also = "" if symmetric else ", zero points"
+            found.append(
+                Built(
+                    f"scale search{wide}{also}",
+                    kernels.scale_kernel,
+                    search | launch.program(columns, launch.SEARCH_ROWS),
+                )
+            )
     return found
 
 
@@ -91,14 +121,19 @@ class Limits:
     warps: int  # that an SM holds at a time
 
 
+def _made(kernel: Built, card: int) -> Any:
+    constants = {(kernel.function.arg_names.index(k),): v for k, v in kernel.constants.items()}
+    source = ASTSource(kernel.function, kernel.signature(), constants, kernel.multiples_of_16())
+    options = {**launch.OPTIONS, "num_warps": kernel.given["num_warps"]}
+    return triton.compile(source, target=GPUTarget("cuda", card, 32), options=options)
+
+
+def ptx_of(kernel: Built, card: int) -> str:
+    return str(_made(kernel, card).asm["ptx"])
+
+
 def compiled(kernel: Built, card: int) -> Limits:
-    source = ASTSource(
-        kernel.function,
-        kernel.signature,
-        {(kernel.function.arg_names.index(k),): v for k, v in kernel.constants.items()},
-    )
-    options = {"num_warps": kernel.warps, **launch.OPTIONS}
-    made = triton.compile(source, target=GPUTarget("cuda", card, 32), options=options)
+    warps, made = kernel.given["num_warps"], _made(kernel, card)
     ptx = made.asm["ptx"]
     target = re.search(r"\.target (\w+)", ptx)
     assert target is not None
@@ -111,10 +146,10 @@ def compiled(kernel: Built, card: int) -> Limits:
     registers = int(re.search(r"Used (\d+) registers", said)[1])  # type: ignore[index]
     spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))
     shared = int(made.metadata.shared)
-    most, memory = CARDS[card]
-    by_registers = REGISTERS // (-(-registers // 8) * 8 * 32)
-    by_memory = memory // (shared + 1024) * kernel.warps
-    return Limits(registers, spilled, shared, min(most, by_registers // kernel.warps * kernel.warps, by_memory))
+    most, programs, memory = CARDS[card]
+    by_registers = REGISTERS // (-(-registers // 8) * 8 * 32) // warps * warps
+    by_memory = memory // (shared + 1024) * warps
+    return Limits(registers, spilled, shared, min(most, programs * warps, by_registers, by_memory))
 
 
 def main() -> int:

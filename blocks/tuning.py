@@ -17,11 +17,12 @@ from math import isfinite
 
 import torch
 from torch import nn
+from torch.optim import Adam
 
 from ..calibration.sensitivity import RESIDUAL
 from ..core.finite import nonfinite_error
+from ..core.products import quadratic
 from ..models.adapter import Role, Site
-from ..models.block import Block
 from ..quantize.metric import METRIC_DAMPING
 from .streams import QUANTIZED, REFERENCE, HalfJob
 
@@ -34,107 +35,128 @@ FEW = 4.0
 
 
 class _Leaf:
-    """A parameter of a loaded block and its fp32 master: a dense matrix, or the stack of all experts' matrices."""
+    """One matrix that is tuned, with its fp32 master and its own Adam, whose rate is `rate`. `rows`: of the matrix, a
+    scalar that grows."""
 
-    def __init__(self, held: nn.Parameter, per_expert: bool) -> None:
-        self.held, self.per_expert = held, per_expert
-        self.before = held.detach().clone()
-        self.master = nn.Parameter(held.detach().float().clone())
-        self.rows = torch.zeros((len(held), 1, 1) if per_expert else (), device=held.device)
+    def __init__(self, held: torch.Tensor, original: torch.Tensor, rate: float, rows: torch.Tensor) -> None:
+        self.held, self.rate, self.rows = held, rate, rows
+        # The original block holds what was there before, but for a matrix that has been tuned or aimed once already.
+        self.before = original.detach() if torch.equal(original, held) else held.detach().clone()
+        self.master = nn.Parameter(held.detach().to(torch.float32, copy=True))
+        self.adam: Adam | None = Adam([self.master], betas=BETAS, fused=True if held.is_cuda else None)
+        held.requires_grad_(True)
 
-    def count(self, routes_TK: torch.Tensor | None, tokens: int) -> None:
-        if self.per_expert:
-            assert routes_TK is not None
-            self.rows += torch.bincount(routes_TK.flatten(), minlength=len(self.rows))[:, None, None]
-        else:
-            self.rows += tokens
+    def step(self, gradient: torch.Tensor, share: float) -> None:
+        """One step at this share of the rate."""
+        assert self.adam is not None
+        self.adam.param_groups[0]["lr"] = self.rate * share
+        self.master.grad = gradient.float()
+        self.adam.step()
+        self.master.grad = None
+        self._write()
 
-    def write(self) -> None:
+    def _write(self) -> None:
         with torch.no_grad():
             self.held.copy_(self.master)
 
     def finish(self) -> None:
-        """Takes back the part of the change that too few rows support, and freezes the parameter."""
+        """Takes back the part of the change that too few rows support, and freezes the matrix."""
         with torch.no_grad():
             kept = self.rows / (self.rows + FEW * self.held.shape[-1])
             before = self.before.float()
             self.master.copy_(before + kept * (self.master - before))
-        self.write()
+        self._write()
         self.held.requires_grad_(False)
 
 
-def _leaves(block: Block, sites: list[Site]) -> list[_Leaf]:
-    found = []
-    for site in sites:
-        if site.role is Role.EXPERT:
-            experts = block.experts
-            assert experts is not None
-            found.append(_Leaf(experts.down if site.reaches_residual else experts.gate_up, True))
-        else:
-            for name in site.members[0]:
-                weight = block.weight(name)
-                assert isinstance(weight, nn.Parameter)
-                found.append(_Leaf(weight, False))
-    return found
+class _Leaves:
+    """All matrices that are tuned together. An expert's is a leaf of its own, a view of the stack."""
+
+    def __init__(self, job: HalfJob, sites: list[Site]) -> None:
+        self.all: list[_Leaf] = []
+        self.dense_rows = torch.zeros((), device=job.hidden.walk.device)
+        self.expert_rows = torch.zeros(job.target.adapter.n_experts, device=job.hidden.walk.device)
+        self.experts = job.target.experts
+        for site in sites:
+            if site.role is Role.EXPERT:
+                self._add_experts(job, "down" if site.reaches_residual else "gate_up")
+            else:
+                for name in site.members[0]:
+                    held = job.target.weight(name)
+                    self.all.append(_Leaf(held, job.original.weight(name), RATE * _size(held), self.dense_rows))
+
+    def _add_experts(self, job: HalfJob, stack: str) -> None:
+        assert self.experts is not None
+        assert job.original.experts is not None
+        held, original = getattr(self.experts, stack), getattr(job.original.experts, stack)
+        rate, views = RATE * _size(held), [matrix.detach() for matrix in held]
+        self.all += map(_Leaf, views, original, [rate] * len(views), self.expert_rows)
+        self.experts.leaves[stack] = views
+
+    def count(self, routes_TK: torch.Tensor | None, tokens: int) -> None:
+        """Counts the rows of one batch."""
+        self.dense_rows += tokens
+        if routes_TK is not None:
+            self.expert_rows += torch.bincount(routes_TK.flatten(), minlength=len(self.expert_rows))
+
+    def step(self, loss: torch.Tensor, share: float) -> None:
+        """One step of all. A matrix that no token met has a gradient of zeros."""
+        held = [leaf.held for leaf in self.all]
+        gradients = list(torch.autograd.grad(loss, held, allow_unused=True, materialize_grads=True))
+        for leaf in reversed(self.all):
+            leaf.step(gradients.pop(), share)
+
+    def finish(self) -> None:
+        for leaf in self.all:
+            leaf.adam = None  # its moments are freed before the first matrix is finished
+        while self.all:
+            self.all.pop().finish()
+        if self.experts is not None:
+            self.experts.leaves.clear()
 
 
-class _Optimizer:
-    """Adam over the leaves' masters, each with a rate of its own size, warmed up and then falling to zero."""
+def _size(held: torch.Tensor) -> float:
+    """The root mean square of a matrix, or of a stack."""
+    return float(held.detach().float().square().mean().sqrt())
 
-    def __init__(self, leaves: list[_Leaf], steps: int) -> None:
-        self.leaves = leaves
-        scales = [float(leaf.master.detach().square().mean().sqrt()) for leaf in leaves]
-        groups = [{"params": [leaf.master], "lr": RATE * scale} for leaf, scale in zip(leaves, scales, strict=True)]
-        self.adam = torch.optim.Adam(groups, betas=BETAS)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.adam, lambda done: min(1.0, (done + 1) / WARM_UP_STEPS) * (1 - done / steps)
-        )
 
-    def step(self, loss: torch.Tensor) -> None:
-        gradients = torch.autograd.grad(loss, [leaf.held for leaf in self.leaves])
-        for leaf, gradient in zip(self.leaves, gradients, strict=True):
-            leaf.master.grad = gradient.float()
-        self.adam.step()
-        self.schedule.step()
-        for leaf in self.leaves:
-            leaf.write()
+def _share(done: int, steps: int) -> float:
+    """The share of the rate at a step: warmed up, and then falling to zero."""
+    return min(1.0, (done + 1) / WARM_UP_STEPS) * (1 - done / steps)
 
 
 def tune(job: HalfJob, sites: list[Site], metric_HH: torch.Tensor | None, epochs: int) -> list[float]:
     """Tune the matrices of `sites` in the target block, in place and in their own dtype. The output of the original
     half must lie in the store. Returns the mean loss of each epoch, every batch measured before its step."""
-    leaves = _leaves(job.target, sites)
-    optimizer = _Optimizer(leaves, epochs * len(job.hidden.groups))
+    leaves, batches = _Leaves(job, sites), len(job.hidden.groups)
     if metric_HH is not None:
         metric_HH = metric_HH.clone()
         metric_HH.diagonal().add_(METRIC_DAMPING * metric_HH.diagonal().mean())
     order = torch.Generator().manual_seed(job.index)
-    for leaf in leaves:
-        leaf.held.requires_grad_(True)
     losses = []
     for epoch in range(epochs):
-        cost = tokens = 0.0
-        for k in torch.randperm(len(job.hidden.groups), generator=order).tolist():
+        # Summed where the losses are: a look at one would make the host wait for every step.
+        summed, tokens = torch.zeros((), dtype=torch.float64, device=job.hidden.walk.device), 0
+        for step, k in enumerate(torch.randperm(batches, generator=order).tolist()):
             hidden = job.rows_in(QUANTIZED, k)
             wanted_TH = job.rows_out(REFERENCE, k).flatten(0, 1).float()
             passed = job.target.differentiable(hidden, job.half)
             with torch.enable_grad():
                 error_TH = passed.hidden.flatten(0, 1).float() - wanted_TH
-                cost_T = ((error_TH if metric_HH is None else error_TH @ metric_HH) * error_TH).sum(-1)
+                cost_T = (error_TH * error_TH).sum(-1) if metric_HH is None else quadratic(error_TH, metric_HH)
                 total = (cost_T * job.weight(RESIDUAL, k, wanted_TH)).sum()
                 loss = total / len(wanted_TH)
             if epoch == 0:
-                for leaf in leaves:
-                    leaf.count(passed.routes_TK, len(wanted_TH))
-            optimizer.step(loss)
-            cost, tokens = cost + float(total.detach()), tokens + len(wanted_TH)
+                leaves.count(passed.routes_TK, len(wanted_TH))
+            leaves.step(loss, _share(epoch * batches + step, epochs * batches))
+            summed, tokens = summed + total.detach(), tokens + len(wanted_TH)
             job.hidden.walk.step.advance(len(wanted_TH))
+        cost = float(summed)
         if not isfinite(cost):
             where = f"block {job.index}, {job.half.said}, the loss of tuning {', '.join(site.key for site in sites)}"
             raise nonfinite_error(False, where)
         losses.append(cost / tokens)
         if cost == 0.0:  # nothing is missed before the first quantized weight
             break
-    for leaf in leaves:
-        leaf.finish()
+    leaves.finish()
     return losses

@@ -74,7 +74,7 @@ class SiteMoments:
     def _mean(self, sums: torch.Tensor, experts: slice) -> torch.Tensor:
         """Sums divided by the sum of the weights; zero for an expert without rows."""
         weight = self.weight_E[experts].float()[:, None, None]
-        return torch.where(weight > 0, sums / weight, 0.0)
+        return (sums / weight).masked_fill_(weight <= 0, 0.0)
 
     def shrunk(self, shrinkage: float, experts: slice) -> torch.Tensor:
         """S_e* [E', I, I] of the given experts."""
@@ -94,7 +94,7 @@ class SiteMoments:
         if tau == 0.0:
             return own
         rows, pooled = self._rows(experts), sums_ENN.sum(0) / self.weight_E.sum().float()
-        return (rows * own + tau * pooled) / (rows + tau)
+        return own.mul_(rows).add_(pooled.mul_(tau)).div_(rows + tau)
 
     def miss(self, shrinkage: float, experts: slice) -> torch.Tensor | None:
         """M_e* [E', X, I] of the given experts; None where misses were not taken."""
@@ -102,4 +102,4 @@ class SiteMoments:
             return None
         rows = self._rows(experts)
         tau = self._tau(shrinkage, self.sum_EII.shape[-1])
-        return self._mean(self.miss_EXI[experts], experts) * rows / (rows + tau).clamp_min(1)
+        return self._mean(self.miss_EXI[experts], experts).mul_(rows).div_((rows + tau).clamp_min(1))

@@ -203,37 +203,3 @@ class WorkDir:
     def __exit__(self, *_: object) -> None:
         if not self._lock.closed:
             self._lock.close()
-
-
-class Activations:
-    """Hidden rows between blocks, one file per batch, so that memory does not grow with the number of rows.
-
-    Most files are soon read again and dropped. Call `settle` before committing a stage that depends on them.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def _file(self, block: int, stream: str, batch: int) -> Path:
-        return self.folder / f"{block:04d}" / f"{stream}-{batch:05d}.safetensors"
-
-    def put(self, block: int, stream: str, batch: int, hidden: torch.Tensor) -> None:
-        path = self._file(block, stream, batch)
-        files.make_folder(path.parent)
-        files.write_tensors(path, {"hidden": hidden.cpu().contiguous()}, lasting=False)
-
-    def settle(self, block: int) -> None:
-        """Make the rows that enter `block` durable."""
-        folder = self.folder / f"{block:04d}"
-        with files.disk_errors(folder):
-            for path in sorted(folder.glob("*.safetensors")):
-                files.sync_file(path)
-            if folder.is_dir():
-                files.sync_folder(folder)
-
-    def get(self, block: int, stream: str, batch: int) -> torch.Tensor:
-        return read_tensors(self._file(block, stream, batch))["hidden"]
-
-    def drop(self, block: int) -> None:
-        """Remove the rows that entered `block`, once the next block's rows are committed."""
-        shutil.rmtree(self.folder / f"{block:04d}", ignore_errors=True)

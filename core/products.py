@@ -7,21 +7,24 @@ An fp32 number is cut into PARTS bf16 numbers, the larger first: each rounds wha
 2^-17 of the number at most, three leave nothing. Products as small as what is left are not computed. (The
 splitting of Henry, Tang and Heinecke, arXiv 1904.06376.) benchmarks/moment_error.py measures the error on real rows.
 
-Shape legend: M rows, K what is summed over, N columns; R rows of two matrices whose outer products are added up.
+Shape legend: M rows, K what is summed over, N columns; R rows of two matrices whose outer products are added up; T
+rows of a quadratic form of H numbers.
 """
+
+from typing import Any
 
 import torch
 
+from .device import on_cuda
+
 # With two parts the error on real rows is below that of an fp32 sum; see docs/benchmarks.md.
 PARTS = 2
-# Tests send CPU tensors the GPU's way, too: products of bf16 numbers are the same in fp32.
-CUDA_WAY_TOO = False
 
 
 def product(a_MK: torch.Tensor, b_KN: torch.Tensor) -> torch.Tensor:
     """fp32 a @ b [M, N] of fp32 or bf16 matrices; of stacks [B, M, K] and [B, K, N] one by one, and either may be a
     single matrix."""
-    if not _on_tensor_cores(a_MK):
+    if not on_cuda(a_MK):
         return _wide(a_MK) @ _wide(b_KN)
     stacked = next((len(x) for x in (a_MK, b_KN) if x.dim() == 3), None)
     if stacked is None:
@@ -32,7 +35,7 @@ def product(a_MK: torch.Tensor, b_KN: torch.Tensor) -> torch.Tensor:
 
 def add_outer(total_MN: torch.Tensor, a_RM: torch.Tensor, b_RN: torch.Tensor) -> None:
     """Adds the sum of the outer products of rows, a^T b, to the fp32 total in place. Rows are fp32 or bf16."""
-    if not _on_tensor_cores(total_MN):
+    if not on_cuda(total_MN):
         total_MN.addmm_(_wide(a_RM).T, _wide(b_RN))
         return
     pairs = _pairs(a_RM, b_RN)
@@ -40,6 +43,28 @@ def add_outer(total_MN: torch.Tensor, a_RM: torch.Tensor, b_RN: torch.Tensor) ->
     first = torch.cat([a for a, _ in pairs]) if len(pairs) > 1 else pairs[0][0]
     second = torch.cat([b for _, b in pairs]) if len(pairs) > 1 else pairs[0][1]
     _add_product(total_MN, first.T, second)
+
+
+def quadratic(e_TH: torch.Tensor, metric_HH: torch.Tensor) -> torch.Tensor:
+    """e M e of each row, fp32 [T], for a symmetric M in fp32; autograd goes back to the rows."""
+    if not on_cuda(e_TH):
+        return ((e_TH @ metric_HH) * e_TH).sum(-1)
+    cost_T: torch.Tensor = _Quadratic.apply(e_TH, metric_HH)
+    return cost_T
+
+
+class _Quadratic(torch.autograd.Function):
+    """The product with M serves the gradient, too."""
+
+    @staticmethod
+    def forward(ctx: Any, e_TH: torch.Tensor, metric_HH: torch.Tensor) -> torch.Tensor:
+        weighed_TH = product(e_TH, metric_HH)
+        ctx.save_for_backward(weighed_TH)
+        return (weighed_TH * e_TH).sum(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return 2 * gradients[0][:, None] * ctx.saved_tensors[0], None
 
 
 def bf16_parts(x: torch.Tensor, count: int) -> list[torch.Tensor]:
@@ -57,10 +82,6 @@ def bf16_parts(x: torch.Tensor, count: int) -> list[torch.Tensor]:
 def _wide(x: torch.Tensor) -> torch.Tensor:
     """In fp32; fp64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _on_tensor_cores(x: torch.Tensor) -> bool:
-    return x.is_cuda or CUDA_WAY_TOO
 
 
 def _pairs(a: torch.Tensor, b: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -81,7 +102,7 @@ def _sum_of_products(a_MK: torch.Tensor, b_KN: torch.Tensor) -> torch.Tensor:
 
 
 def _add_product(total_MN: torch.Tensor, a_MK: torch.Tensor, b_KN: torch.Tensor) -> None:
-    """Adds a bf16 product with fp32 sums in place."""
+    """Adds a bf16 product with fp32 sums in place. A CPU's fp32 gives the same products."""
     if total_MN.is_cuda:
         torch.addmm(total_MN, a_MK, b_KN, out_dtype=torch.float32, out=total_MN)
     else:

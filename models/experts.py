@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..core.device import on_cuda
+
 # Gets the input of an expert's matrix: ('gate_up' or 'down', expert, token numbers [R] rising, rows [R, in]).
 Observer = Callable[[str, int, torch.Tensor, torch.Tensor], None]
 
@@ -121,7 +123,7 @@ class RoutedExperts(nn.Module):
             )
             for expert in ran
         )
-        if x_TH.is_cuda or torch.is_grad_enabled():
+        if on_cuda(x_TH) or torch.is_grad_enabled():
             out_TH: torch.Tensor = _Combine.apply(torch.cat(list(found)), token_S, place_TK)
         else:  # A CPU adds in order by itself, in less memory.
             out_TH = torch.zeros_like(x_TH)

@@ -104,6 +104,10 @@ class Walk:
         own config.json makes of a row's length."""
         return replace(Walk.over(adapter, source, self.compute, self.step), original=False)
 
+    def reading(self, source: TensorSource) -> "Walk":
+        """The same walk over weights in another source, of which nothing is read ahead."""
+        return replace(self, source=source, ahead=None)
+
     @property
     def device(self) -> torch.device:
         return self.compute.device

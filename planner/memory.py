@@ -5,8 +5,8 @@ from .work import RunWork
 
 # A run holds experts in their stored type, bf16.
 STORED_BYTES = 2
-# Per tuned parameter: the original, its gradient, the master copy, the master's gradient, the optimizer's two moments.
-TUNING_BYTES = 2 + 2 + 4 + 4 + 8
+# Per tuned parameter: its gradient, the master copy, the optimizer's two moments. (tests/test_tuning.py counts them.)
+TUNING_BYTES = 2 + 4 + 8
 # The interpreter with torch, transformers, texts and tokenizer takes 0.45 GB before the first block. Temporary buffers
 # take another 0.1 to 0.2 GB. Both were measured on the embedded model, whose own weights are small beside them.
 BASE_RAM_BYTES = 550_000_000

@@ -76,16 +76,16 @@ def searched_scales(
     `importance_BI`: the cost of a squared error of each input (gptq.Prepared.importance). `signed`: also choose the
     sign of a symmetric scheme's scale.
     """
-    if signed and scheme.symmetric:
+    kernels, signed = kernels_for(w_BOI), signed and scheme.symmetric
+    if kernels is not None and dtype in kernels.SEARCHED and scheme.width(w_BOI.shape[-1]) <= kernels.WIDEST_GROUP:
+        multiples = torch.tensor(MULTIPLES, device=w_BOI.device)
+        scale, zero = kernels.searched_scales(w_BOI, importance_BI, multiples, scheme, TINY_SCALE, dtype, signed)
+        return scale, None if scheme.symmetric else zero
+    if signed:
         sign_BOG = signs(w_BOI, scheme)
         turned_BOI = (w_BOI.unflatten(-1, (scheme.groups(w_BOI.shape[-1]), -1)) * sign_BOG.unsqueeze(-1)).flatten(-2)
         scale, _ = searched_scales(turned_BOI, importance_BI, scheme, dtype)
         return scale * sign_BOG.to(dtype), None
-    kernels = kernels_for(w_BOI)
-    if kernels is not None and dtype in kernels.STORED and scheme.width(w_BOI.shape[-1]) <= kernels.WIDEST_GROUP:
-        multiples = torch.tensor(MULTIPLES, device=w_BOI.device)
-        scale, zero = kernels.searched_scales(w_BOI, importance_BI, multiples, scheme, TINY_SCALE, dtype)
-        return scale, None if scheme.symmetric else zero
     parts = []
     step = max(1, SEARCH_ELEMENTS // w_BOI.shape[-1]) if w_BOI.device.type == "cpu" else w_BOI.shape[1]
     for w_OI, d_I in zip(w_BOI, importance_BI, strict=True):

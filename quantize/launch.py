@@ -1,6 +1,6 @@
 """Launches of the Triton kernels (kernels.py): shapes and strides are checked, results allocated, programs counted.
 
-Shape legend: B matrices, O outputs (rows), I inputs, C columns of a block, G groups.
+Shape legend: B matrices, O outputs (rows), I inputs, C columns of a block or stretch, G groups, K tries.
 """
 
 from typing import Any
@@ -10,141 +10,191 @@ import triton
 
 from ..core.scheme import Scheme
 from . import kernels
+from .held import BLOCK_COLUMNS, Held
+from .restarts import Stretch
 
-# Rows of a program. A row takes one register of each thread of a warp for every 32 columns.
-COLUMN_ROWS, COLUMN_WARPS = 32, 4
-MOVE_ROWS = 4  # and warps
-SEARCH_ROWS = 4  # and warps
+# Rows of a program, which is one warp, with BLOCK_COLUMNS columns or fewer; with more columns it holds fewer rows. A
+# thread has a register for each row of a tensor and every 32 columns. GPTQ and the scale search hold few tensors.
+GPTQ_ROWS, SEARCH_ROWS = 8, 4
+REFINE_ROWS, RESTART_ROWS, TABU_ROWS = 4, 2, 2
 # Dtypes of scales, and the widest group, that the search's kernel knows; a wider one would not fit into registers.
-STORED = (torch.bfloat16, torch.float16)
+STORED = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+SEARCHED = (torch.bfloat16, torch.float16)
 WIDEST_GROUP = 512
 # Products and sums are rounded one by one, as the kernels' results are defined.
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
 
 
-def _grid(outputs: int, batch: int, rows: int) -> tuple[int, int]:
-    return triton.cdiv(outputs, rows), batch
+def program(columns: int, most: int) -> dict[str, int]:
+    """What a program holds, and its warps. `most`: the rows that a warp holds with BLOCK_COLUMNS columns. A row that a
+    warp cannot hold gets twice the warps, since it holds their sums as well."""
+    block = triton.next_power_of_2(columns)
+    room = most * BLOCK_COLUMNS // max(block, BLOCK_COLUMNS)
+    return {"ROWS": max(1, room), "BLOCK": block, "num_warps": 1 if room else 2 * block // (most * BLOCK_COLUMNS)}
 
 
-def gptq_block(
-    wt_BCO: torch.Tensor,
-    upper_BCC: torch.Tensor,
-    scale_BGO: torch.Tensor,
-    zero_BGO: torch.Tensor | None,
-    group_BC: torch.Tensor,
-    scheme: Scheme,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes int8, errors) [B, C, O] of a block of columns. `wt_BCO` may be a slice of a matrix along its columns."""
-    batch, columns, outputs = wt_BCO.shape
-    assert wt_BCO[0].is_contiguous()
-    assert upper_BCC.stride(2) == 1
-    found = torch.empty(batch, columns, outputs, dtype=torch.int8, device=wt_BCO.device)
-    errors = torch.empty(batch, columns, outputs, dtype=wt_BCO.dtype, device=wt_BCO.device)
-    kernels.gptq_kernel[_grid(outputs, batch, COLUMN_ROWS)](
-        wt_BCO,
-        upper_BCC,
-        scale_BGO,
-        zero_BGO if zero_BGO is not None else scale_BGO,
-        group_BC.to(torch.int32).contiguous(),
-        found,
-        errors,
-        outputs,
+def _grid(held: Held, rows: dict[str, int]) -> tuple[int, int]:
+    batch, _, outputs = held.codes_BIO.shape
+    return triton.cdiv(outputs, rows["ROWS"]), batch
+
+
+def _tensors(held: Held) -> tuple[torch.Tensor, ...]:
+    """Codes, scales, zero points and error. A symmetric scheme's zero points are never read."""
+    zero = held.scale_BGO if held.zero_BGO is None else held.zero_BGO
+    found = held.codes_BIO, held.scale_BGO, zero, held.error_BIO
+    assert all(tensor[0].is_contiguous() for tensor in found)
+    assert zero.stride(0) == held.scale_BGO.stride(0)
+    return found
+
+
+def _strides(held: Held) -> tuple[int, int, int]:
+    return held.codes_BIO.stride(0), held.scale_BGO.stride(0), held.error_BIO.stride(0)
+
+
+def _limits(scheme: Scheme) -> tuple[float, float]:
+    return float(scheme.code_min), float(scheme.code_max)
+
+
+def gptq(
+    held: Held,
+    order_BC: torch.Tensor,
+    root_BCC: torch.Tensor,
+    due_BCO: torch.Tensor | None,
+    left_BCO: torch.Tensor,
+) -> None:
+    """As gptq._round_block."""
+    columns = order_BC.shape[1]
+    assert root_BCC.stride(2) == order_BC.stride(1) == 1
+    assert left_BCO[0].is_contiguous()
+    assert due_BCO is None or due_BCO.is_contiguous()
+    rows = program(columns, GPTQ_ROWS)
+    kernels.gptq_kernel[_grid(held, rows)](
+        *_tensors(held),
+        root_BCC,
+        order_BC,
+        left_BCO if due_BCO is None else due_BCO,
+        left_BCO,
+        left_BCO.shape[2],
         columns,
-        scale_BGO.shape[1],
-        wt_BCO.stride(0),
-        upper_BCC.stride(0),
-        upper_BCC.stride(1),
-        float(scheme.code_min),
-        float(scheme.code_max),
-        HAS_ZERO=zero_BGO is not None,
-        ROWS=COLUMN_ROWS,
-        BLOCK=triton.next_power_of_2(columns),
-        num_warps=COLUMN_WARPS,
+        held.width,
+        *_strides(held),
+        root_BCC.stride(0),
+        root_BCC.stride(1),
+        order_BC.stride(0),
+        left_BCO.stride(0),
+        *_limits(held.scheme),
+        HAS_ZERO=held.zero_BGO is not None,
+        HAS_DUE=due_BCO is not None,
+        **rows,
         **OPTIONS,
     )
-    return found, errors
 
 
-def sweep_block(
-    codes_BCO: torch.Tensor,
-    scale_BGO: torch.Tensor,
-    zero_BGO: torch.Tensor | None,
-    gradient_BCO: torch.Tensor,
-    moment_BCC: torch.Tensor,
-    first: int,
-    width: int,
-    scheme: Scheme,
-) -> torch.Tensor:
-    """The moves [B, C, O] of one sweep over a block; `codes_BCO` changes in place. All but the scales may be slices of
-    whole matrices along their columns. `first`: the block's first column; `width`: the columns of a group."""
-    batch, columns, outputs = codes_BCO.shape
-    assert codes_BCO[0].is_contiguous()
-    assert gradient_BCO[0].is_contiguous()
-    assert moment_BCC.stride(2) == 1
-    moves = torch.empty(batch, columns, outputs, dtype=gradient_BCO.dtype, device=gradient_BCO.device)
-    kernels.sweep_kernel[_grid(outputs, batch, COLUMN_ROWS)](
-        codes_BCO,
-        scale_BGO,
-        zero_BGO if zero_BGO is not None else scale_BGO,
-        gradient_BCO,
-        moment_BCC,
-        moves,
-        outputs,
-        columns,
-        scale_BGO.shape[1],
-        first,
-        width,
-        codes_BCO.stride(0),
-        gradient_BCO.stride(0),
-        moment_BCC.stride(0),
-        moment_BCC.stride(1),
-        float(scheme.code_min),
-        float(scheme.code_max),
-        HAS_ZERO=zero_BGO is not None,
-        ROWS=COLUMN_ROWS,
-        BLOCK=triton.next_power_of_2(columns),
-        num_warps=COLUMN_WARPS,
-        **OPTIONS,
-    )
+def refine(part: Held, slope_BCO: torch.Tensor, own_BCC: torch.Tensor, tiny: float) -> None:
+    """Refits the scales of a stretch, then sweeps its codes, as refine._refit and refine._sweep. `tiny`: the least
+    scale."""
+    _refine(part, slope_BCO, own_BCC, tiny, None)
+
+
+def sweep(part: Held, slope_BCO: torch.Tensor, own_BCC: torch.Tensor) -> torch.Tensor:
+    """As refine._sweep: the moves [B, C, O] of a block of columns."""
+    moves = torch.empty(part.codes_BIO.shape, dtype=slope_BCO.dtype, device=slope_BCO.device)
+    _refine(part, slope_BCO, own_BCC, 0.0, moves)
     return moves
 
 
-def tabu_steps(
-    code_BOC: torch.Tensor,
-    step_BOC: torch.Tensor,
-    slope_BOC: torch.Tensor,
-    square_BOC: torch.Tensor,
-    gain_BO: torch.Tensor,
-    moment_BCC: torch.Tensor,
-    moves: int,
-    tenure: int,
-    scheme: Scheme,
-) -> torch.Tensor:
-    """The steps [B, O, C] that each code has moved at the best point that its row passed (tabu.py). Contiguous inputs,
-    but for `moment_BCC`, which may be a slice of whole matrices."""
-    batch, outputs, columns = code_BOC.shape
-    rows = (code_BOC, step_BOC, slope_BOC, square_BOC, gain_BO)
-    assert all(tensor.is_contiguous() for tensor in rows)
-    assert moment_BCC.stride(2) == 1
-    steps = torch.empty_like(step_BOC)
-    kernels.tabu_kernel[_grid(outputs, batch, MOVE_ROWS)](
-        *rows,
-        moment_BCC,
-        steps,
+def _refine(
+    part: Held, slope_BCO: torch.Tensor, own_BCC: torch.Tensor, tiny: float, moves_BCO: torch.Tensor | None
+) -> None:
+    _, columns, outputs = slope_BCO.shape
+    assert slope_BCO[0].is_contiguous()
+    assert own_BCC.stride(2) == 1
+    rows = program(columns, REFINE_ROWS)
+    kernels.refine_kernel[_grid(part, rows)](
+        *_tensors(part),
+        slope_BCO,
+        own_BCC,
+        slope_BCO if moves_BCO is None else moves_BCO,
         outputs,
         columns,
-        moves,
-        tenure,
-        moment_BCC.stride(0),
-        moment_BCC.stride(1),
-        float(scheme.code_min),
-        float(scheme.code_max),
-        ROWS=MOVE_ROWS,
-        BLOCK=triton.next_power_of_2(columns),
-        num_warps=MOVE_ROWS,
+        part.scale_BGO.shape[1],
+        part.width,
+        *_strides(part),
+        slope_BCO.stride(0),
+        own_BCC.stride(0),
+        own_BCC.stride(1),
+        *_limits(part.scheme),
+        tiny,
+        HAS_ZERO=part.zero_BGO is not None,
+        REFIT=moves_BCO is None,
+        STORED=STORED[part.stored],
+        **rows,
         **OPTIONS,
     )
-    return steps
+
+
+def restart(
+    part: Held, slope_BCO: torch.Tensor, own_BCC: torch.Tensor, stretch: Stretch, rounds: int, tiny: float
+) -> None:
+    """As restarts._try. `tiny`: the least scale."""
+    batch, columns, outputs = slope_BCO.shape
+    given = stretch.inverse_BCC, stretch.order_KBC, stretch.rank_KBC, stretch.root_KBCC
+    assert slope_BCO.is_contiguous()
+    assert own_BCC.stride(2) == 1
+    assert all(tensor.is_contiguous() for tensor in given)
+    rows = program(columns, RESTART_ROWS)
+    kernels.restart_kernel[_grid(part, rows)](
+        *_tensors(part),
+        slope_BCO,
+        own_BCC,
+        *given,
+        batch,
+        outputs,
+        columns,
+        part.scale_BGO.shape[1],
+        part.width,
+        len(stretch.order_KBC),
+        rounds,
+        *_strides(part),
+        own_BCC.stride(0),
+        own_BCC.stride(1),
+        *_limits(part.scheme),
+        tiny,
+        HAS_ZERO=part.zero_BGO is not None,
+        STORED=STORED[part.stored],
+        **rows,
+        **OPTIONS,
+    )
+
+
+def tabu(
+    part: Held, slope_BCO: torch.Tensor, own_BCC: torch.Tensor, moves: int, tenure: int, least_gain: float
+) -> None:
+    """Makes the moves of a stretch and keeps them where J falls, as tabu.tabu_search."""
+    _, columns, outputs = slope_BCO.shape
+    assert slope_BCO.is_contiguous()
+    assert own_BCC.stride(2) == 1
+    codes, scale, _, error = _tensors(part)
+    rows = program(columns, TABU_ROWS)
+    kernels.tabu_kernel[_grid(part, rows)](
+        codes,
+        scale,
+        error,
+        slope_BCO,
+        own_BCC,
+        outputs,
+        columns,
+        part.width,
+        moves,
+        tenure,
+        *_strides(part),
+        own_BCC.stride(0),
+        own_BCC.stride(1),
+        *_limits(part.scheme),
+        least_gain,
+        **rows,
+        **OPTIONS,
+    )
 
 
 def searched_scales(
@@ -154,14 +204,16 @@ def searched_scales(
     scheme: Scheme,
     tiny: float,
     stored: torch.dtype,
+    signed: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(scales in the dtype `stored`, zero points fp32) [B, O, G]: for each group the multiple of its range that leaves
-    the least error (grid.py). `tiny`: the least scale."""
+    the least error (grid.py). `tiny`: the least scale. `signed`: as grid.signs says, for a symmetric scheme."""
     batch, outputs, inputs = w_BOI.shape
     groups, width = scheme.groups(inputs), scheme.width(inputs)
     scale = torch.empty(batch, outputs, groups, dtype=torch.float32, device=w_BOI.device)
-    zero = torch.empty_like(scale)
-    kernels.scale_kernel[(triton.cdiv(outputs, SEARCH_ROWS), groups, batch)](
+    zero = scale if scheme.symmetric else torch.empty_like(scale)
+    rows = program(width, SEARCH_ROWS)
+    kernels.scale_kernel[(triton.cdiv(outputs, rows["ROWS"]), groups, batch)](
         w_BOI.contiguous(),
         importance_BI.contiguous(),
         multiples,
@@ -171,14 +223,12 @@ def searched_scales(
         groups,
         width,
         len(multiples),
-        float(scheme.code_min),
-        float(scheme.code_max),
+        *_limits(scheme),
         tiny,
         SYMMETRIC=scheme.symmetric,
-        IN_BF16=stored == torch.bfloat16,
-        ROWS=SEARCH_ROWS,
-        BLOCK=triton.next_power_of_2(width),
-        num_warps=SEARCH_ROWS,
+        SIGNED=signed,
+        STORED=STORED[stored],
+        **rows,
         **OPTIONS,
     )
     return scale.to(stored), zero

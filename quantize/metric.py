@@ -18,7 +18,7 @@ import torch
 
 from ..core.products import product
 from ..core.quantized_weight import QuantizedWeight
-from .gptq import prepare
+from .gptq import column_order, factor
 
 # Damping, as a share of the mean diagonal. The metric averages over tokens: an error that it calls free still costs
 # some tokens.
@@ -34,10 +34,13 @@ def swiglu_slopes(x_RI: torch.Tensor, gate_up_PI: torch.Tensor) -> torch.Tensor:
 
 
 def swiglu_metric(slopes_BPP: torch.Tensor, down_BHF: torch.Tensor, residual_HH: torch.Tensor) -> torch.Tensor:
-    """A [B, P, P] of stacked gate and up, from the second moment of the slopes, fp32, and the down projection, fp32 or
-    bf16."""
+    """A [B, P, P] of stacked gate and up, from the second moment of the slopes, fp32, which is lost, and the down
+    projection, fp32 or bf16."""
     inner_BFF = product(product(down_BHF.transpose(1, 2), residual_HH), down_BHF)
-    return slopes_BPP * inner_BFF.repeat(1, 2, 2)
+    half = inner_BFF.shape[-1]
+    return (
+        slopes_BPP.unflatten(2, (2, half)).unflatten(1, (2, half)).mul_(inner_BFF[:, None, :, None]).view_as(slopes_BPP)
+    )
 
 
 def quantize_by_row_blocks(
@@ -45,38 +48,51 @@ def quantize_by_row_blocks(
 ) -> QuantizedWeight:
     """Minimise tr(A E S E^T) over blocks of rows, the costliest rows first.
 
-    `quantize_rows` minimises tr(E S E^T) for the rows it is given, so rows inside a block count as independent. After
-    each block the remaining rows get a new target. With E_b the error of the block and A_rb the metric between it and
-    the remaining rows,
+    `quantize_rows` minimises tr(E S E^T) for the rows it is given, so rows inside a block count as independent. The
+    target of a block makes good what the rows before it left. With A_rr the metric of the block and of all rows to
+    come, and A_rb the metric between them and the rows b before,
 
-        W_r <- W_r + A_rr^-1 A_rb E_b
+        T_r = W_r + A_rr^-1 A_rb E_b,     E_b = W_b - Q_b
 
-    GPTQ does the same for columns. Here it is computed through the factor of inv(A).
+    GPTQ does the same for columns. As there, it takes no inverse: with A = R R^T, R upper triangular, the block's own
+    rows of T are W_c + R_cc^-T R_bc^T E_b.
     """
     each = torch.arange(len(w_BOI), device=w_BOI.device)[:, None]
-    prepared = prepare(metric_BOO, METRIC_DAMPING)
-    order_BO, upper = prepared.order_BI, prepared.factor.upper
-    target = w_BOI[each, order_BO]
-    outputs = target.shape[1]
+    # One metric for all matrices is factored once.
+    metrics = metric_BOO[:1] if metric_BOO.stride(0) == 0 else metric_BOO
+    orders = column_order(metrics)
+    root = factor(metrics, METRIC_DAMPING, orders).root.expand_as(metric_BOO)
+    order_BO = orders.expand(len(w_BOI), -1)
+    outputs = w_BOI.shape[1]
     rows = -(-outputs // blocks)
-    parts = []
+    error_BOI = torch.empty_like(w_BOI)  # in the order of rounding
+    found: QuantizedWeight | None = None
     for begin in range(0, outputs, rows):
-        end = min(begin + rows, outputs)
-        parts.append(quantize_rows(target[:, begin:end].contiguous()))
-        if end < outputs:
-            error = target[:, begin:end] - parts[-1].dequantize(target.dtype)
-            corner = upper[:, begin:end, begin:end].transpose(1, 2)
-            solved = torch.linalg.solve_triangular(corner, error, upper=False)
-            target[:, end:].baddbmm_(upper[:, begin:end, end:].transpose(1, 2), solved, alpha=-1)
-    back = torch.argsort(order_BO, dim=-1)
+        block = slice(begin, min(begin + rows, outputs))
+        places = order_BO[:, block]
+        own = w_BOI[each, places]
+        target = own
+        if begin:
+            due = torch.bmm(root[:, :begin, block].transpose(1, 2), error_BOI[:, :begin])
+            target = own + torch.linalg.solve_triangular(root[:, block, block].transpose(1, 2), due, upper=False)
+        part = quantize_rows(target)
+        error_BOI[:, block] = own - part.dequantize(own.dtype)
+        found = _like(part, outputs) if found is None else found
+        for whole, rows_of in zip(_tensors(found), _tensors(part), strict=True):
+            whole[each, places] = rows_of
+    assert found is not None
+    return found
 
-    def joined(tensors: list[torch.Tensor]) -> torch.Tensor:
-        return torch.cat(tensors, dim=1)[each, back]
 
-    zeros = [part.zero_points for part in parts if part.zero_points is not None]
-    return QuantizedWeight(
-        joined([part.codes for part in parts]),
-        joined([part.scales for part in parts]),
-        joined(zeros) if zeros else None,
-        parts[0].scheme,
-    )
+def _like(part: QuantizedWeight, outputs: int) -> QuantizedWeight:
+    """Room for a weight with that many outputs."""
+
+    def room(x: torch.Tensor) -> torch.Tensor:
+        return x.new_empty(len(x), outputs, x.shape[2])
+
+    zeros = part.zero_points
+    return QuantizedWeight(room(part.codes), room(part.scales), None if zeros is None else room(zeros), part.scheme)
+
+
+def _tensors(weight: QuantizedWeight) -> list[torch.Tensor]:
+    return [x for x in (weight.codes, weight.scales, weight.zero_points) if x is not None]

@@ -13,10 +13,9 @@ Shape legend: B experts, O outputs, I inputs, C columns of a stretch, N = B x O 
 
 import torch
 
-from ..core.quantized_weight import QuantizedWeight
 from ..core.scheme import Scheme
 from .card import kernels_for
-from .gptq import BLOCK_COLUMNS
+from .held import Held, walk
 
 # Passes over all stretches, with a round of refinement after each.
 PASSES = 2
@@ -27,30 +26,23 @@ TENURE = 6
 LEAST_GAIN = 1e-4
 
 
-def tabu_searched(
-    weight: QuantizedWeight, w_BOI: torch.Tensor, moment_BII: torch.Tensor, moves: int
-) -> QuantizedWeight:
+def tabu_search(held: Held, moment_BII: torch.Tensor, moves: int) -> None:
     """Make `moves` moves in each stretch, whole groups of about BLOCK_COLUMNS columns. J never rises. `moment_BII`: the
     damped moment."""
-    scheme, inputs = weight.scheme, w_BOI.shape[-1]
-    codes = weight.codes.clone()
-    error_BOI = w_BOI - weight.dequantize(w_BOI.dtype)
-    group = scheme.width(inputs)
-    width = max(1, BLOCK_COLUMNS // group) * group
-    for begin in range(0, inputs, width):
-        columns = slice(begin, min(begin + width, inputs))
-        groups = slice(begin // group, columns.stop // group)
-        step = weight.scales[:, :, groups].to(w_BOI.dtype).repeat_interleave(group, dim=-1)
-        own = moment_BII[:, columns, columns]
-        slope = torch.bmm(error_BOI, moment_BII[:, :, columns])
-        steps = _search(codes[:, :, columns], step, slope, own, moves, scheme)
+    for part, slope_BCO, own_BCC in walk(held, moment_BII):
+        kernels = kernels_for(slope_BCO)
+        if kernels is not None:
+            kernels.tabu(part, slope_BCO, own_BCC, moves, TENURE, LEAST_GAIN)
+            continue
+        step_BOC = part.by_column(part.scale_BGO).transpose(1, 2).contiguous()
+        slope_BOC, codes_BOC = slope_BCO.transpose(1, 2).contiguous(), part.codes_BIO.transpose(1, 2)
+        steps_BOC = _search(codes_BOC, step_BOC, slope_BOC, own_BCC, moves, held.scheme)
         # J changes by tr(D S_cc D^T) - 2 tr(D G_c^T). It is computed anew: the search's running sums accumulate error.
-        moved = steps * step
-        change_BO = ((torch.bmm(moved, own) - 2 * slope) * moved).sum(-1)
-        steps = torch.where(change_BO[:, :, None] < 0, steps, 0.0)
-        codes[:, :, columns] += steps.to(torch.int8)
-        error_BOI[:, :, columns] -= steps * step
-    return QuantizedWeight(codes, weight.scales, weight.zero_points, scheme)
+        moved = steps_BOC * step_BOC
+        change_BO = ((torch.bmm(moved, own_BCC) - 2 * slope_BOC) * moved).sum(-1)
+        better = change_BO[:, None] < 0
+        part.codes_BIO.add_(steps_BOC.transpose(1, 2).to(torch.int8) * better)
+        part.error_BIO.sub_(torch.where(better, moved.transpose(1, 2), 0.0))
 
 
 def _search(
@@ -64,10 +56,6 @@ def _search(
     """The steps [B, O, C] that each code has moved at the best point that its row passed."""
     square_BOC = step_BOC.square() * moment_BCC.diagonal(dim1=-2, dim2=-1)[:, None]
     gain_BO = LEAST_GAIN * square_BOC.mean(-1)
-    kernels = kernels_for(step_BOC)
-    if kernels is not None:
-        code, slope = codes_BOC.to(step_BOC.dtype).contiguous(), 2 * step_BOC * slope_BOC
-        return kernels.tabu_steps(code, step_BOC, slope, square_BOC, gain_BO, moment_BCC, moves, TENURE, scheme)
     batch, outputs, columns = codes_BOC.shape
     rows, device = batch * outputs, codes_BOC.device
     code, step = codes_BOC.to(step_BOC.dtype).flatten(0, 1), step_BOC.flatten(0, 1)

@@ -9,6 +9,10 @@ from onecard.core.method import Method
 from onecard.core.quantized_weight import QuantizedWeight
 from onecard.core.scheme import Scheme
 from onecard.quantize.gptq import prepare
+from onecard.quantize.held import Held
+from onecard.quantize.refine import refine
+from onecard.quantize.restarts import Stretch, restart
+from onecard.quantize.tabu import tabu_search
 
 SCHEMES = [Scheme(bits, 32, symmetric) for bits in (4, 8) for symmetric in (True, False)]
 NAMES = [f"{s.bits} bits, {'symmetric' if s.symmetric else 'asymmetric'}" for s in SCHEMES]
@@ -70,3 +74,23 @@ def rows_objective(weight: QuantizedWeight, w: torch.Tensor, moment: torch.Tenso
     """The diagonal of E S E^T [B, O]: each row's share of the objective."""
     e = w - weight.dequantize(torch.float64)
     return torch.stack([torch.stack([row @ moment[b] @ row for row in e[b]]) for b in range(len(w))])
+
+
+def refined(weight: QuantizedWeight, w: torch.Tensor, moment: torch.Tensor, rounds: int) -> QuantizedWeight:
+    held = Held.of(weight, w)
+    refine(held, moment, rounds)
+    return held.weight()
+
+
+def restarted(
+    weight: QuantizedWeight, w: torch.Tensor, moment: torch.Tensor, stretches: list[Stretch], rounds: int
+) -> QuantizedWeight:
+    held = Held.of(weight, w)
+    restart(held, moment, stretches, rounds)
+    return held.weight()
+
+
+def tabu_searched(weight: QuantizedWeight, w: torch.Tensor, moment: torch.Tensor, moves: int) -> QuantizedWeight:
+    held = Held.of(weight, w)
+    tabu_search(held, moment, moves)
+    return held.weight()

@@ -62,7 +62,7 @@ def test_gptq_equals_the_paper_column_by_column(scheme: Scheme, activation_order
     w, moment = correlated(3, 500, 160, seed=scheme.bits)
     scale, zero = absmax_scales(w, scheme, torch.bfloat16)
     prepared = prepare(moment, 0.01, activation_order)
-    got, factored = gptq(w, prepared, scale, zero, scheme), prepared.factor
+    got, factored = gptq(w, prepared, scale, zero, scheme).weight(), prepared.factor
     assert (factored.damping_raised, factored.diagonal_fallbacks) == (0, 0)
     for b in range(3):
         z = None if zero is None else zero[b]
@@ -76,10 +76,12 @@ def test_gptq_equals_the_paper_column_by_column(scheme: Scheme, activation_order
 def test_a_batch_of_experts_equals_each_expert_alone(scheme: Scheme) -> None:
     w, moment = correlated(5, 300, 96, seed=3)
     scale, zero = absmax_scales(w, scheme, torch.bfloat16)
-    together = gptq(w, prepare(moment, 0.01), scale, zero, scheme)
+    together = gptq(w, prepare(moment, 0.01), scale, zero, scheme).weight()
     for b in range(5):
         one = slice(b, b + 1)
-        alone = gptq(w[one], prepare(moment[one], 0.01), scale[one], None if zero is None else zero[one], scheme)
+        alone = gptq(
+            w[one], prepare(moment[one], 0.01), scale[one], None if zero is None else zero[one], scheme
+        ).weight()
         assert torch.equal(alone.codes, together.codes[one])
 
 
@@ -87,7 +89,7 @@ def test_gptq_changes_neither_weights_nor_moments_nor_scales() -> None:
     w, moment = correlated(2, 300, 64, seed=4)
     scale, _ = absmax_scales(w, SCHEMES[0], torch.bfloat16)
     kept = [t.clone() for t in (w, moment, scale)]
-    got = gptq(w, prepare(moment, 0.01), scale, None, SCHEMES[0])
+    got = gptq(w, prepare(moment, 0.01), scale, None, SCHEMES[0]).weight()
     assert all(torch.equal(a, b) for a, b in zip(kept, (w, moment, scale), strict=True))
     assert torch.equal(got.scales, scale)
 
@@ -97,7 +99,7 @@ def test_gptq_changes_neither_weights_nor_moments_nor_scales() -> None:
 def test_gptq_errs_less_than_rounding_under_its_own_moment(seed: int, scheme: Scheme, inputs: int) -> None:
     w, moment = correlated(2, 400, inputs, seed)
     scale, zero = absmax_scales(w, scheme, torch.bfloat16)
-    got = gptq(w, prepare(moment, 0.01), scale, zero, scheme)
+    got = gptq(w, prepare(moment, 0.01), scale, zero, scheme).weight()
     rtn = round_to_nearest(w, scale, zero, scheme)
     for b in range(2):
         by_gptq = output_error(w[b], dequantized(got)[b], moment[b])

@@ -5,8 +5,8 @@ such inputs are small integers over powers of two, where ties between codes are 
 another order may decide a near tie otherwise, so there the errors that are left are compared.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -17,19 +17,25 @@ from hypothesis import strategies as st
 from onecard.core.method import PRESETS, Method
 from onecard.core.quantized_weight import QuantizedWeight
 from onecard.core.scheme import Scheme
-from onecard.quantize import card, gptq, grid, refine, tabu
+from onecard.quantize import card, gptq, grid, held, refine, restarts, tabu
+from onecard.quantize.held import Held, stretches
 from onecard.quantize.site import quantize_batch
 
 pytest.importorskip("triton")
+# Changes a tensor's dtype to that of what is held.
+Typed = Callable[[torch.Tensor], torch.Tensor]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def interpreted() -> Iterator[None]:
     """CPU tensors go to the kernels, which Triton interprets (conftest.py)."""
-    card.CPU_TOO = True
-    assert card.kernels_for(torch.zeros(1)) is not None
-    yield
-    card.CPU_TOO = False
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(card, "CPU_TOO", True)
+        # Small blocks, so that small matrices have several.
+        for module in (gptq, held, refine):
+            patch.setattr(module, "BLOCK_COLUMNS", 16)
+        assert card.kernels_for(torch.zeros(1)) is not None
+        yield
 
 
 @contextmanager
@@ -48,8 +54,8 @@ def of_dyadics(generator: torch.Generator, *shape: int, low: int, high: int, ove
 
 SIZES = {
     "batch": st.integers(1, 2),
-    "outputs": st.integers(1, 40),
-    "groups": st.integers(1, 2),
+    "outputs": st.integers(1, 9),
+    "groups": st.integers(1, 3),
     "width": st.sampled_from([8, 24]),
     "seed": st.integers(0, 2**20),
     "bits": st.sampled_from([4, 8]),
@@ -69,81 +75,64 @@ def exact_site(batch: int, outputs: int, groups: int, width: int, seed: int, neg
     own = 2.0 ** torch.randint(0, 3, (batch, inputs), generator=generator)
     whole = of_dyadics(generator, batch, inputs, inputs, low=-1, high=1, over=1)
     whole = whole * (torch.rand(whole.shape, generator=generator) < 0.3)
-    upper = whole.triu(1) + torch.diag_embed(own.clamp_max(2))
+    root = whole.triu(1) + torch.diag_embed(own.clamp_max(2))
     order = torch.stack([torch.randperm(inputs, generator=generator) for _ in range(batch)])
     return {
         "w": of_dyadics(generator, batch, outputs, inputs, low=-60, high=60, over=8),
         "scale": scale,
         "zero": torch.randint(-3, 4, scale.shape, generator=generator).float(),
-        "upper": upper,
+        "root": root,
         "moment": whole.triu(1) + whole.triu(1).transpose(1, 2) + torch.diag_embed(own * 4),
         "order": order,
     }
 
 
-def is_exact(x: torch.Tensor) -> bool:
-    """Whether a sum of such values cannot have been rounded: they are multiples of 2^-6 below 2^16."""
-    return bool((x.abs() < 2**16).all()) and torch.equal((x * 64).round(), x * 64)
+def held_of(site: dict[str, torch.Tensor], scheme: Scheme, seed: int, dtype: torch.dtype) -> Held:
+    """Codes at random, and scales in bf16."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(scheme.code_min, scheme.code_max + 1, site["w"].shape, generator=generator).to(torch.int8)
+    zero = None if scheme.symmetric else site["zero"].to(torch.int8)
+    return Held.of(QuantizedWeight(codes, site["scale"].bfloat16(), zero, scheme), site["w"].to(dtype))
 
 
-@settings(max_examples=6)
+def check_exact(
+    site: dict[str, torch.Tensor], scheme: Scheme, seed: int, search: Callable[[Held, Typed], None]
+) -> None:
+    """The kernel's codes, scales and errors are the torch form's. `search` changes what is held."""
+    made = []
+    for in_triton, dtype in ((True, torch.float32), (False, torch.float32), (False, torch.float64)):
+        held = held_of(site, scheme, seed, dtype)
+        with nullcontext() if in_triton else in_torch():
+            search(held, lambda x, to=dtype: x.to(to))
+        made.append((held.codes_BIO, held.scale_BGO.double(), held.error_BIO.double()))
+    ours, theirs, twice = made
+    assume(all(torch.equal(a, b) for a, b in zip(theirs, twice, strict=True)))  # fp32 was exact
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+
+
+@settings(max_examples=8)
 @given(**SIZES)
 def test_gptqs_columns_get_the_torch_forms_codes(
     batch: int, outputs: int, groups: int, width: int, seed: int, bits: int, symmetric: bool, negative: bool
 ) -> None:
     site = exact_site(batch, outputs, groups, width, seed, negative)
-    scheme = Scheme(bits, width, symmetric)
-    factor = gptq.Factor(site["upper"], site["moment"], 0, 0)
-    prepared = gptq.Prepared(site["order"], factor, site["moment"])
-    zero = None if symmetric else site["zero"]
-    ours = gptq.gptq(site["w"], prepared, site["scale"], zero, scheme)
-    with in_torch():
-        theirs = gptq.gptq(site["w"], prepared, site["scale"], zero, scheme)
-        twice = gptq.gptq(
-            site["w"].double(), wider(prepared), site["scale"].double(), None if zero is None else zero.double(), scheme
-        )
-    assume(torch.equal(theirs.codes, twice.codes))  # fp32 was exact
-    assert torch.equal(ours.codes, theirs.codes)
+
+    def search(held: Held, to: Typed) -> None:
+        held.error_BIO.copy_(site["w"].transpose(1, 2))
+        gptq.round_columns(held, site["order"], to(site["root"]))
+
+    check_exact(site, Scheme(bits, width, symmetric), seed, search)
 
 
-def wider(prepared: gptq.Prepared) -> gptq.Prepared:
-    factor = gptq.Factor(prepared.factor.upper.double(), prepared.factor.damped.double(), 0, 0)
-    return gptq.Prepared(prepared.order_BI, factor, prepared.objective.double())
-
-
-def started(site: dict[str, torch.Tensor], scheme: Scheme, seed: int) -> QuantizedWeight:
-    """Codes at random."""
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(scheme.code_min, scheme.code_max + 1, site["w"].shape, generator=generator).to(torch.int8)
-    return QuantizedWeight(codes, site["scale"], None if scheme.symmetric else site["zero"].to(torch.int8), scheme)
-
-
-@settings(max_examples=6)
+@settings(max_examples=10)
 @given(**SIZES)
-def test_a_sweep_moves_the_torch_forms_codes(
+def test_a_round_of_refinement_gives_the_torch_forms_scales_and_codes(
     batch: int, outputs: int, groups: int, width: int, seed: int, bits: int, symmetric: bool, negative: bool
 ) -> None:
+    """Blocks of 16 columns: stretches of two groups and of one, and groups wider than a block."""
     site = exact_site(batch, outputs, groups, width, seed, negative)
-    scheme = Scheme(4, width, symmetric)
-    weight = started(site, scheme, seed)
-    given = {
-        "codes": weight.codes.float().transpose(1, 2).contiguous(),
-        "scale": weight.scales.transpose(1, 2).contiguous(),
-        "zero": None if weight.zero_points is None else weight.zero_points.float().transpose(1, 2).contiguous(),
-        "gradient": torch.bmm(site["moment"], (site["w"] - weight.dequantize(torch.float32)).transpose(1, 2)),
-    }
-
-    def swept() -> tuple[torch.Tensor, torch.Tensor]:
-        codes, gradient = given["codes"].clone(), given["gradient"].clone()
-        refine._sweep(codes, given["scale"], given["zero"], gradient, site["moment"], weight)
-        return codes, gradient
-
-    ours, our_gradient = swept()
-    with in_torch():
-        theirs, their_gradient = swept()
-    assume(is_exact(their_gradient))
-    assert torch.equal(ours, theirs)
-    assert torch.equal(our_gradient, their_gradient)
+    check_exact(site, Scheme(bits, width, symmetric), seed, lambda held, to: refine.refine(held, to(site["moment"]), 1))
 
 
 @settings(max_examples=6)
@@ -152,12 +141,31 @@ def test_a_tabu_search_makes_the_torch_forms_moves(
     batch: int, outputs: int, groups: int, width: int, seed: int, bits: int, symmetric: bool, negative: bool
 ) -> None:
     site, moves = exact_site(batch, outputs, groups, width, seed, negative), 1 + seed % 14
-    scheme = Scheme(4, width, symmetric)
-    weight = started(site, scheme, seed)
-    ours = tabu.tabu_searched(weight, site["w"], site["moment"], moves)
-    with in_torch():
-        theirs = tabu.tabu_searched(weight, site["w"], site["moment"], moves)
-    assert torch.equal(ours.codes, theirs.codes)
+    check_exact(
+        site, Scheme(4, width, symmetric), seed, lambda held, to: tabu.tabu_search(held, to(site["moment"]), moves)
+    )
+
+
+@settings(max_examples=6)
+@given(**SIZES)
+def test_restarts_keep_the_torch_forms_tries(
+    batch: int, outputs: int, groups: int, width: int, seed: int, bits: int, symmetric: bool, negative: bool
+) -> None:
+    """Two tries. Inverse, orders and factors are drawn, not computed, so that all products are exact."""
+    site, columns = exact_site(batch, outputs, groups, width, seed, negative), stretches(groups * width, width)
+    tries = [exact_site(batch, 1, 1, groups * width, seed + k, negative) for k in (1, 2)]
+
+    def search(held: Held, to: Typed) -> None:
+        made = []
+        for c in columns:
+            size = c.stop - c.start
+            orders = torch.stack([torch.argsort(t["order"][:, :size]) for t in tries])
+            roots = torch.stack([to(t["root"][:, :size, :size]) for t in tries])
+            inverse = to(tries[0]["moment"][:, :size, :size] / 8).contiguous()
+            made.append(restarts.Stretch(inverse, orders, torch.argsort(orders), roots.contiguous()))
+        restarts.restart(held, to(site["moment"]), made, 1)
+
+    check_exact(site, Scheme(4, width, symmetric), seed, search)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the overflow that is meant
@@ -198,7 +206,7 @@ def test_the_scale_search_finds_the_torch_forms_scales(
 # Real values
 
 
-def real_site(batch: int = 2, outputs: int = 24, inputs: int = 32, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def real_site(batch: int = 2, outputs: int = 8, inputs: int = 32, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(batch, 200, inputs, generator=generator) * torch.rand(inputs, generator=generator)
     return torch.randn(batch, outputs, inputs, generator=generator), rows.transpose(1, 2) @ rows / 200
@@ -211,7 +219,7 @@ def test_the_error_of_best_is_the_torch_forms() -> None:
         update={"tabu_moves": min(plain.tabu_moves, 5), "restarts": min(plain.restarts, 1), "refine_rounds": 1}
     )
     w, moment = real_site()
-    given: Any = (w, moment, Scheme(4, 32, True), method, torch.bfloat16)
+    given: Any = (w, moment, Scheme(4, 16, True), method, torch.bfloat16)
     ours = quantize_batch(*given)
     with in_torch():
         theirs = quantize_batch(*given)
@@ -222,18 +230,18 @@ def test_the_error_of_best_is_the_torch_forms() -> None:
 
 def test_cutting_a_batch_or_its_rows_changes_no_code() -> None:
     w, moment = real_site()
-    scheme = Scheme(4, 32, True)
+    scheme = Scheme(4, 16, True)
     prepared = gptq.prepare(moment, 0.01)
-    scale = torch.rand(2, 24, 1, generator=torch.Generator().manual_seed(1)) + 0.2
-    whole = gptq.gptq(w, prepared, scale, None, scheme)
-    moved = tabu.tabu_searched(whole, w, prepared.objective, 9)
-    for rows in (slice(0, 1), slice(7, 20)):
-        part = gptq.gptq(w[:, rows], prepared, scale[:, rows], None, scheme)
-        assert torch.equal(part.codes, whole.codes[:, rows])
-        part = QuantizedWeight(whole.codes[:, rows], scale[:, rows], None, scheme)
-        assert torch.equal(tabu.tabu_searched(part, w[:, rows], prepared.objective, 9).codes, moved.codes[:, rows]), (
-            "each row is searched alone"
-        )
+    scale = torch.rand(2, 8, 2, generator=torch.Generator().manual_seed(1)) + 0.2
+
+    def searched(rows: slice) -> Held:
+        found = gptq.gptq(w[:, rows], prepared, scale[:, rows].bfloat16(), None, scheme)
+        tabu.tabu_search(found, prepared.objective, 9)
+        return found
+
+    whole = searched(slice(0, 8))
+    for rows in (slice(0, 1), slice(3, 8)):
+        assert torch.equal(searched(rows).codes_BIO, whole.codes_BIO[:, :, rows]), "each row is searched alone"
 
 
 def test_fp64_and_a_machine_without_triton_take_the_torch_form(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onecard.calibration.moments import SiteMoments
-from onecard.core import products
-from onecard.core.products import add_outer, bf16_parts, product
+from onecard.core import device, products
+from onecard.core.products import add_outer, bf16_parts, product, quadratic
 from onecard.eval.kl import compare_rows
 from onecard.quantize.metric import swiglu_metric, swiglu_slopes
 
@@ -22,7 +22,7 @@ Drawn = Callable[..., torch.Tensor]
 
 @pytest.fixture(params=[2, 3])
 def as_on_a_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(products, "CUDA_WAY_TOO", True)
+    monkeypatch.setattr(device, "CUDA_WAY_TOO", True)
     monkeypatch.setattr(products, "PARTS", request.param)
     return int(request.param)
 
@@ -78,7 +78,7 @@ def test_fp32_operands_are_near_fp64(as_on_a_gpu: int, drawn: Drawn) -> None:
 
 def test_one_part_would_not_do(monkeypatch: pytest.MonkeyPatch, drawn: Drawn) -> None:
     """So the tests above see it if a part is lost."""
-    monkeypatch.setattr(products, "CUDA_WAY_TOO", True)
+    monkeypatch.setattr(device, "CUDA_WAY_TOO", True)
     monkeypatch.setattr(products, "PARTS", 1)
     a, b = drawn(30, 200), drawn(200, 20)
     assert off(product(a, b), a.double() @ b.double()) > 5e-4
@@ -88,7 +88,7 @@ def test_one_part_would_not_do(monkeypatch: pytest.MonkeyPatch, drawn: Drawn) ->
 def both_ways(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Iterator[None]]:
     def ways() -> Iterator[None]:
         for forced in (False, True):
-            monkeypatch.setattr(products, "CUDA_WAY_TOO", forced)
+            monkeypatch.setattr(device, "CUDA_WAY_TOO", forced)
             yield
 
     return ways
@@ -134,6 +134,19 @@ def test_the_metric_of_gates_and_ups_is_the_same_both_ways(
     inner = down.double().transpose(1, 2) @ residual.double() @ down.double()
     assert off(by_parts, slopes.double() * inner.repeat(1, 2, 2)) < 6e-6
     assert off(by_parts, fp32) < 6e-6
+
+
+def test_a_quadratic_form_and_its_gradient(both_ways: Callable[[], Iterator[None]], drawn: Drawn) -> None:
+    root, errors, weight = drawn(16, 16), drawn(9, 16), drawn(9).abs()
+    metric = root.T @ root
+    wide = errors.double().requires_grad_()
+    exact = ((wide @ metric.double()) * wide).sum(-1)
+    (slope,) = torch.autograd.grad((exact * weight.double()).sum(), wide)
+    for _ in both_ways():
+        mine = errors.clone().requires_grad_()
+        cost = quadratic(mine, metric)
+        assert off(cost.detach(), exact.detach()) < 6e-6
+        assert off(torch.autograd.grad((cost * weight).sum(), mine)[0], slope) < 6e-6
 
 
 def test_the_gpus_calls_are_torchs(drawn: Drawn) -> None:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from matrices import problem, rows_objective
+from matrices import problem, refined, restarted, rows_objective
 from onecard.calibration.moments import SiteMoments
 from onecard.core.method import Method
 from onecard.core.quantized_weight import QuantizedWeight
@@ -15,8 +15,8 @@ from onecard.core.scheme import Scheme
 from onecard.quantize.correction import corrected
 from onecard.quantize.gptq import Prepared, factor, gptq
 from onecard.quantize.grid import absmax_scales, round_to_nearest
-from onecard.quantize.refine import refine
-from onecard.quantize.restarts import prepare_restarts, restarted
+from onecard.quantize.held import stretches
+from onecard.quantize.restarts import prepare_restarts
 from onecard.quantize.site import quantize_batch
 
 
@@ -33,7 +33,7 @@ def test_no_round_ever_raises_the_objective(bits: int, symmetric: bool, seed: in
     w, moment = problem(seed)
     scheme = Scheme(bits, 16, symmetric)
     start = round_to_nearest(w, *absmax_scales(w, scheme, torch.bfloat16), scheme)
-    values = [objective(refine(start, w, moment, rounds), w, moment) for rounds in range(4)]
+    values = [objective(refined(start, w, moment, rounds), w, moment) for rounds in range(4)]
     assert torch.equal(values[0], objective(start, w, moment))
     for before, after in pairwise(values):
         assert (after <= before * (1 + 1e-12)).all()
@@ -49,13 +49,13 @@ def test_no_restart_ever_raises_a_rows_error(symmetric: bool, group_size: int, s
     w, moment = problem(seed, inputs=320)
     scheme = Scheme(4, group_size, symmetric)
     start = round_to_nearest(w, *absmax_scales(w, scheme, torch.bfloat16), scheme)
-    refined = refine(start, w, moment, 6)
-    passes = prepare_restarts(moment, group_size, 4)
-    values, weight = [rows_objective(refined, w, moment)], refined
-    for stretches in passes:
-        assert [s.columns.start for s in stretches][1:] == [s.columns.stop for s in stretches][:-1]
-        assert (stretches[0].columns.start, stretches[-1].columns.stop) == (0, 320)
-        weight = restarted(weight, w, moment, stretches, 2)
+    weight = refined(start, w, moment, 6)
+    columns = stretches(320, group_size)
+    assert [c.start for c in columns][1:] == [c.stop for c in columns][:-1]
+    assert (columns[0].start, columns[-1].stop) == (0, 320)
+    values = [rows_objective(weight, w, moment)]
+    for made in prepare_restarts(moment, group_size, 4):
+        weight = restarted(weight, w, moment, made, 2)
         values.append(rows_objective(weight, w, moment))
     for before, after in pairwise(values):
         assert (after <= before * (1 + 1e-9)).all()
@@ -66,16 +66,17 @@ def test_each_row_of_a_stretch_keeps_its_best_try() -> None:
     """One stretch, so that T is W. The tries are made one by one, and each row keeps its best."""
     w, moment = problem(5, inputs=64)
     scheme = Scheme(4, 32, True)
-    start = refine(round_to_nearest(w, *absmax_scales(w, scheme, torch.bfloat16), scheme), w, moment, 1)
+    start = refined(round_to_nearest(w, *absmax_scales(w, scheme, torch.bfloat16), scheme), w, moment, 1)
     (stretch,) = prepare_restarts(moment, 32, 5)[0]
     kept = rows_objective(restarted(start, w, moment, [stretch], 1), w, moment)
     least = rows_objective(start, w, moment)
-    orders = stretch.tries.order_BI.view(5, 2, 64)
+    orders = stretch.order_KBC
     assert len({tuple(order.tolist()) for order in orders[:, 0]}) == 5
     for k in range(5):
-        factored = factor(torch.stack([moment[b][orders[k, b]][:, orders[k, b]] for b in range(2)]), 1e-6)
-        tried = gptq(w, Prepared(orders[k], factored, moment), start.scales, None, scheme)
-        least = torch.minimum(least, rows_objective(refine(tried, w, moment, 1), w, moment))
+        tried = gptq(
+            w, Prepared(orders[k], factor(moment, 1e-6, orders[k]), moment), start.scales, None, scheme
+        ).weight()
+        least = torch.minimum(least, rows_objective(refined(tried, w, moment, 1), w, moment))
     torch.testing.assert_close(kept, least, rtol=1e-9, atol=0)
 
 
@@ -84,8 +85,8 @@ def test_many_rounds_end_where_no_single_code_can_be_bettered(symmetric: bool) -
     w, moment = problem(3, batch=1, outputs=3, inputs=32)
     scheme = Scheme(4, 16, symmetric)
     start = round_to_nearest(w, *absmax_scales(w, scheme, torch.bfloat16), scheme)
-    end = refine(start, w, moment, 60)
-    assert torch.equal(end.codes, refine(start, w, moment, 61).codes), "not yet at rest"
+    end = refined(start, w, moment, 60)
+    assert torch.equal(end.codes, refined(start, w, moment, 61).codes), "not yet at rest"
     least = float(objective(end, w, moment))
     for o in range(3):
         for i in range(32):
@@ -100,14 +101,14 @@ def test_a_batch_is_refined_as_each_matrix_alone_and_scales_stay_in_their_dtype(
     w, moment = problem(5, batch=3)
     scheme = Scheme(4, 32)
     start = round_to_nearest(w, *absmax_scales(w, scheme, torch.bfloat16), scheme)
-    together = refine(start, w, moment, 2)
+    together = refined(start, w, moment, 2)
     assert together.scales.dtype == torch.bfloat16
     assert int(together.codes.min()) >= -8
     assert int(together.codes.max()) <= 7
     for b in range(3):
         part = slice(b, b + 1)
         one = QuantizedWeight(start.codes[part], start.scales[part], None, scheme)
-        alone = refine(one, w[part], moment[part], 2)
+        alone = refined(one, w[part], moment[part], 2)
         assert torch.equal(alone.codes[0], together.codes[b])
         assert torch.equal(alone.scales[0], together.scales[b])
 
@@ -115,8 +116,8 @@ def test_a_batch_is_refined_as_each_matrix_alone_and_scales_stay_in_their_dtype(
 def test_refined_gptq_is_better_than_gptq() -> None:
     w, moment = problem(7, outputs=24, inputs=128)
     plain = quantize_batch(w.float(), moment.float(), Scheme(4, 64), Method(refine_rounds=0), torch.bfloat16)
-    refined = quantize_batch(w.float(), moment.float(), Scheme(4, 64), Method(refine_rounds=2), torch.bfloat16)
-    assert all(after < before for before, after in zip(plain.output_error, refined.output_error, strict=True))
+    better = quantize_batch(w.float(), moment.float(), Scheme(4, 64), Method(refine_rounds=2), torch.bfloat16)
+    assert all(after < before for before, after in zip(plain.output_error, better.output_error, strict=True))
 
 
 def streams(seed: int, rows: int = 200, inputs: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,7 +154,7 @@ def test_equal_streams_and_hopeless_moments_leave_the_weights_alone() -> None:
 
 
 def test_miss_counts_common_rows_over_all_rows() -> None:
-    reference, x = streams(4)
+    reference, x = (rows.float() for rows in streams(4))
     moments = SiteMoments(2, 24, torch.device("cpu"), miss_rows=24)
     moments.add(0, x)
     moments.add_miss(0, x[:150], reference[:150] - x[:150])  # 50 rows went to another expert in the reference
@@ -161,14 +162,14 @@ def test_miss_counts_common_rows_over_all_rows() -> None:
     expected = (reference[:150] - x[:150]).T @ x[:150] / (200 + tau)  # 200 / (200 + tau) of the mean over 200
     miss = moments.miss(0.1, slice(0, 2))
     assert miss is not None
-    torch.testing.assert_close(miss[0].double(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(miss[0], expected, rtol=1e-4, atol=1e-6)
     assert torch.equal(miss[1], torch.zeros(24, 24)), "an expert without rows is not corrected"
     assert SiteMoments(2, 24, torch.device("cpu")).miss(0.1, slice(0, 2)) is None
 
 
 def test_weights_count_as_repetitions_would() -> None:
     """A row of weight 3 counts like three such rows of weight 1, except in the number of rows."""
-    _, x = streams(6, rows=40)
+    x = streams(6, rows=40)[1].float()
     weight = torch.ones(40)
     weight[7] = 3
     weighted, repeated = SiteMoments(1, 24, torch.device("cpu")), SiteMoments(1, 24, torch.device("cpu"))

@@ -5,13 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from matrices import problem, rows_objective
+from matrices import problem, refined, rows_objective, tabu_searched
 from onecard.core.quantized_weight import QuantizedWeight
 from onecard.core.scheme import Scheme
 from onecard.quantize import tabu
 from onecard.quantize.grid import absmax_scales, round_to_nearest
-from onecard.quantize.refine import refine
-from onecard.quantize.tabu import tabu_searched
 
 MOVES = 40
 
@@ -80,7 +78,7 @@ def test_no_row_is_ever_worse_and_codes_stay_in_their_range(
     w, moment = problem(seed, inputs=320)
     scheme = Scheme(4, group_size, symmetric)
     scales, zeros = absmax_scales(w, scheme, torch.bfloat16)
-    start = refine(round_to_nearest(w, -scales if negative else scales, zeros, scheme), w, moment, 6)
+    start = refined(round_to_nearest(w, -scales if negative else scales, zeros, scheme), w, moment, 6)
     found = tabu_searched(start, w, moment, MOVES)
     before, after = rows_objective(start, w, moment), rows_objective(found, w, moment)
     assert (after <= before * (1 + 1e-9)).all()

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from click.testing import Result
 from command_line import refused
 from onecard.blocks.streams import MIDDLE, QUANTIZED, REFERENCE, HalfJob
 from onecard.blocks.tuning import tune
+from onecard.checkpoint.activations import Activations
 from onecard.checkpoint.model import open_model
-from onecard.checkpoint.workdir import Activations
 from onecard.models.adapter import Half
 from onecard.models.walk import HiddenRows
+from onecard.planner.memory import TUNING_BYTES
 from walking import cpu_walk
 
 CPU = torch.device("cpu")
@@ -26,10 +28,17 @@ TOKENS = 11
 class Half0:
     """The feed-forward half of a baby's first block, both streams in a store; the quantized one is off by `noise`."""
 
-    def __init__(self, folder: Path, store: Path, noise: float, groups: list[list[int]] = GROUPS) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        store: Path,
+        noise: float,
+        groups: list[list[int]] = GROUPS,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         model = open_model(str(folder))
         self.adapter = model.adapter
-        walk = cpu_walk(model)
+        walk = cpu_walk(model, dtype=dtype)
         self.original, self.target = walk.load(0), walk.load(0)
         self.job = HalfJob(
             hidden=HiddenRows(walk=walk, rows=[], groups=groups, store=Activations(store)),
@@ -41,10 +50,10 @@ class Half0:
         )
         generator = torch.Generator().manual_seed(3)
         # Noise alone could not be corrected, so one direction also grows by a fifth wherever it occurs.
-        direction = torch.randn(model.adapter.hidden_size, generator=generator)
+        direction = torch.randn(model.adapter.hidden_size, generator=generator).to(dtype)
         self.quantized, self.wanted = [], []
         for k, numbers in enumerate(groups):
-            x = torch.randn(len(numbers), TOKENS, model.adapter.hidden_size, generator=generator)
+            x = torch.randn(len(numbers), TOKENS, model.adapter.hidden_size, generator=generator).to(dtype)
             moved = x + noise * (x @ direction)[..., None] * direction / direction.square().sum()
             out = self.original.forward(x, Half.FEED_FORWARD)
             self.job.hidden.store.put(0, REFERENCE + MIDDLE, k, x)
@@ -159,6 +168,37 @@ def test_experts_move_by_their_rows(baby: Callable[..., Path], tmp_path: Path, m
     expected = whole * rows / (rows + 0.05 * inputs)
     assert (expected < 0.8 * whole)[rows > 0].any()
     torch.testing.assert_close(shrunk, expected, rtol=0.1, atol=0.0)
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most bytes that torch held at once for `work`, beside what was held before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(accumulate(bytes_ for _, bytes_ in changes))
+
+
+@pytest.mark.parametrize("family", ["scout", "qwen3"])
+def test_the_peak_is_the_planners(family: str, baby: Callable[..., Path], tmp_path: Path) -> None:
+    """With a block in bf16, as on a GPU, and few tokens, so that activations are few beside the weights."""
+    one = Half0(baby(family), tmp_path, 0.2, [[0]], torch.bfloat16)
+    tuned = sum(sum(site.out_features) * site.in_features * len(site.members) for site in one.sites())
+    assert peak_bytes(lambda: one.tuned(3)) == pytest.approx(TUNING_BYTES * tuned, rel=0.15)
+
+
+@pytest.mark.parametrize("family", ["scout", "qwen3"])
+def test_a_second_tuning_goes_back_to_what_it_found(
+    family: str, baby: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not to the original, from which the first one moved: with hardly a row kept, nothing moves."""
+    one = Half0(baby(family), tmp_path, 0.2)
+    one.tuned(2)
+    found = {name: p.detach().clone() for name, p in one.target.layer.named_parameters()}
+    assert any(not torch.equal(p, one.original.layer.get_parameter(name)) for name, p in found.items())
+    monkeypatch.setattr("onecard.blocks.tuning.FEW", 1e30)
+    one.tuned(2)
+    assert all(torch.equal(p, found[name]) for name, p in one.target.layer.named_parameters())
 
 
 @pytest.mark.parametrize("family", ["scout", "maverick", "qwen3"])

@@ -80,7 +80,13 @@ def test_the_work_directory_may_be_a_link(run: Run, whole: Contents) -> None:
 
 @pytest.mark.parametrize(
     ("what", "stage"),
-    [("shards/*.safetensors", 3), ("acts/*/*.safetensors", 3), ("blocks/*.json", 3), ("sensitivity/*.safetensors", 2)],
+    [
+        ("shards/*.safetensors", 4),
+        ("acts/*/*.safetensors", 4),
+        ("blocks/*.json", 4),
+        ("verified/*.json", 4),
+        ("sensitivity/*.safetensors", 3),
+    ],
 )
 @pytest.mark.parametrize("how", ["cut", "gone"])
 def test_what_is_finished_was_damaged(

@@ -242,7 +242,7 @@ def reference(build: Path) -> list[dict[str, Any]]:
             scales = theirs[f"{name}.{number}.scales"][None]
             made = {
                 "theirs": theirs[f"{name}.{number}.weight"][None],
-                "same scales": gptq(w_BOI, prepared, scales, None, scheme).dequantize(),
+                "same scales": gptq(w_BOI, prepared, scales, None, scheme).weight().dequantize(),
             }
             for ours, rounds in (("own scales", 0), ("refined", 2)):
                 method = Method(

@@ -1,0 +1,49 @@
+"""The rates of the counted model: one H100 80 GB in a machine with a plain disk. Nothing here was measured by us.
+
+What the model is good for is counting, ratios, and finding the line at fault.
+"""
+
+import math
+
+# Host seconds of a kernel launch through torch: 4 to 8 us. Python's own work between two launches is taken as a part.
+LAUNCH_SECONDS = 5e-6
+# Host seconds of an operation without a kernel: a view, an allocation.
+VIEW_SECONDS = 1e-6
+# What any kernel takes on the card.
+LEAST_KERNEL_SECONDS = 2.5e-6
+# Operations a second. bf16: 60 % of NVIDIA's 989 TFLOP/s for dense matrices. fp32 without tensor cores: 67 TFLOP/s at
+# most. TF32: half of 495. fp64: 34 to 67. Factorisations and triangular solves run at half of the fp32 products.
+BF16, TF32, FP32, FP64, SOLVERS = 593e12, 250e12, 50e12, 30e12, 25e12
+# Bytes a second: 80 % of 3.35 TB/s.
+MEMORY = 2.7e12
+# PCIe 5 x16, from pinned and from pageable memory.
+PINNED, PAGEABLE = 50e9, 10e9
+# Bytes a second that the CPU reads and writes in torch's own operations, on some cores.
+HOST_MEMORY = 20e9
+# The planner's figure for a plain NVMe disk (core/rates.py), for reading and for writing.
+DISK = 1e9
+FSYNC_SECONDS = 1e-3
+# SHA-256 on one core with its own instructions.
+DIGEST = 1.5e9
+# The card: bytes that a program sees; multiprocessors, their schedulers, and cycles a second.
+CARD_BYTES = 84_900_000_000
+MULTIPROCESSORS, SCHEDULERS, CLOCK = 132, 4, 1.7e9
+# Instructions a cycle that a scheduler issues in a loop of dependent steps, of the one that it could.
+ISSUED = 0.5
+# The bar of the issue: the device peak that leaves room for the context and for fragments.
+MOST_DEVICE_BYTES = 74_000_000_000
+
+
+def product_rate(dtype: str, tensor_cores: bool) -> float:
+    """Operations a second of a matrix product. `tensor_cores`: whether fp32 may be rounded to TF32."""
+    match dtype:
+        case "bfloat16" | "float16":
+            return BF16
+        case "float64":
+            return FP64
+        case _:
+            return TF32 if tensor_cores else FP32
+
+
+def kernel_seconds(nbytes: float, flops: float = 0.0, rate: float = math.inf) -> float:
+    return max(LEAST_KERNEL_SECONDS, nbytes / MEMORY, flops / rate)

@@ -1,0 +1,181 @@
+"""A whole run from two short ones: every stage is a line in its number of batches, and blocks of a kind are alike.
+
+Of a model's blocks a few are gone through. A block that is not counted costs what one of its kind did. What has no
+block is counted once, or goes by the bytes of the source or of what is emitted.
+"""
+
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hollow import published, write_hollow
+from onecard.checkpoint.assign import plan_for
+from onecard.checkpoint.model import open_source
+from onecard.core.rows import spacing
+from onecard.recipe import Recipe
+
+from . import rates
+from .job import ROW_TOKENS, WALK_FORWARD, Gone, Size, go_through
+from .ledger import Key, Stage
+
+EVALUATION_ROWS = 128
+# Blocks that are gone through: the first, one of each kind, and the last.
+BLOCKS = {"llama4-maverick": 4}
+MOST_BLOCKS = 3
+CHECK, OUTSIDE, BY_EMITTED = "check weights", "copy the rest", ("move to OUT", "checksums")
+# Stages of one block's own way.
+BLOCK_STAGES = ("load", "tune", "statistics", "quantize", "propagate", "commit")
+
+
+@dataclass
+class Cost:
+    """One stage of a whole run."""
+
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def total(self, what: str) -> float:
+        return sum(amount for (kind, _), amount in self.counts.items() if kind == what)
+
+    def add(self, other: "Cost", times: float) -> None:
+        self.seconds += other.seconds * times
+        self.peak_bytes = max(self.peak_bytes, other.peak_bytes)
+        for key, amount in other.counts.items():
+            self.counts[key] += amount * times  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class Whole:
+    stages: dict[str, Cost]
+    launches_per_block: float
+    flags: dict[str, float]
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages.values())
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(stage.peak_bytes for stage in self.stages.values())
+
+    def brief(self) -> dict[str, Any]:
+        return {
+            "seconds": round(self.seconds, 1),
+            "launches_per_block": round(self.launches_per_block),
+            "device_peak_bytes": self.peak_bytes,
+        }
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A model, a method, tokens of calibration, and whether the kernels are there."""
+
+    model: str
+    recipe: Recipe
+    tokens: int
+    triton: bool = True
+    disk: float = rates.DISK
+
+
+def whole_run(asked: Asked) -> Whole:
+    blocks = BLOCKS.get(asked.model, MOST_BLOCKS)
+    rows = max(1, asked.recipe.batch_tokens // ROW_TOKENS)
+    few, more = (go_through(asked.model, asked.recipe, Size(blocks, n, n), asked.triton, asked.disk) for n in (2, 3))
+    wanted = (asked.tokens / (rows * ROW_TOKENS), EVALUATION_ROWS / rows)
+    lines = {key: _line(key, few.stages.get(key), stage, wanted) for key, stage in more.stages.items()}
+    return _joined(asked, more, lines)
+
+
+def _line(key: Key, few: Stage | None, more: Stage, wanted: tuple[float, float]) -> Cost:
+    """A stage at the wanted number of batches, from two and three of them."""
+    few = few or Stage()
+    further = wanted[key[0].startswith("verify")] - 3
+
+    def at(two: float, three: float) -> float:
+        return three + further * (three - two)
+
+    keys = few.counts.keys() | more.counts.keys()
+    counts: Counter[tuple[str, str]] = Counter()
+    for each in keys:
+        counts[each] = at(few.counts[each], more.counts[each])  # type: ignore[assignment]
+    return Cost(at(few.seconds, more.seconds), round(at(few.peak_bytes, more.peak_bytes)), counts)
+
+
+def _joined(asked: Asked, gone: Gone, lines: dict[Key, Cost]) -> Whole:
+    with tempfile.TemporaryDirectory() as folder:
+        model = open_source(str(write_hollow(Path(folder) / "model", published(asked.model))))
+        plan = plan_for(model, asked.recipe)
+        source, emitted, n_blocks = plan.source_bytes, plan.emitted_bytes, model.adapter.n_blocks
+        outside = sum(lines[OUTSIDE, None].counts[key] for key in lines[OUTSIDE, None].counts if key[0] == "read")
+        kinds = [gone.kinds[0] if block == 0 else _kind(model.adapter, block) for block in range(n_blocks)]
+    stages: dict[str, Cost] = {}
+    lines = lines | _waits(lines)
+    for (name, block), cost in lines.items():
+        if block is None or block >= gone.size.blocks:
+            times = emitted / gone.emitted_bytes if name in BY_EMITTED else 1.0
+            read = cost.total("read")
+            if name == CHECK and read > outside:  # of the blocks, too
+                times = (outside + (read - outside) * (source - outside) / (gone.source_bytes - outside)) / read
+        else:
+            times = _times(gone, kinds, block) * (_again(n_blocks) if name == WALK_FORWARD else 1.0)
+        if times:
+            stages.setdefault(name, Cost()).add(cost, times)
+    typical = max(_typical(gone, kind) for kind in gone.kinds)
+    a_block = sum(cost.total("launches") for (name, b), cost in lines.items() if b == typical and name in BLOCK_STAGES)
+    flags: Counter[str] = Counter()
+    for cost in stages.values():
+        for (what, where), amount in cost.counts.items():
+            if what.startswith("flag"):
+                flags[f"{what.removeprefix('flag ')} at {where}"] += amount  # type: ignore[assignment]
+    return Whole(stages, a_block, dict(flags))
+
+
+def _waits(lines: dict[Key, Cost]) -> dict[Key, Cost]:
+    """How long the disk still works for a block when all else is done. What threads read and write is behind the
+    computation, but no more than one block behind."""
+    found: dict[Key, Cost] = {}
+    for block in {block for _, block in lines if block is not None}:
+        for way in ("verify", ""):
+            parts = [
+                cost
+                for (name, other), cost in lines.items()
+                if other == block and (name.startswith("verify") if way else name in BLOCK_STAGES)
+            ]
+            disk = sum(cost.total("disk seconds behind") + cost.total("disk seconds") for cost in parts)
+            late = disk - sum(cost.seconds for cost in parts)
+            if late > 0:
+                found[f"{way}: files" if way else "files", block] = Cost(seconds=late)
+    return found
+
+
+def _kind(adapter: Any, block: int) -> str:
+    sites = adapter.sites(block)
+    return " ".join(sorted(f"{s.role}{s.out_features}{s.in_features}x{len(s.members)}" for s in sites))
+
+
+def _typical(gone: Gone, kind: str) -> int:
+    """The block that stands for its kind: neither the first nor the last, where there is one."""
+    alike = [block for block, other in enumerate(gone.kinds) if other == kind]
+    inner = [block for block in alike if block not in (0, len(gone.kinds) - 1)] or alike[:1]
+    return inner[-1]
+
+
+def _times(gone: Gone, kinds: list[str], block: int) -> float:
+    """How many blocks of the whole model a counted block stands for."""
+    last = len(gone.kinds) - 1
+    if block == last:
+        return 1.0
+    kind = gone.kinds[block]
+    if block != _typical(gone, kind):
+        return 0.0
+    return float(kinds.count(kind) - (gone.kinds[last] == kind))
+
+
+def _again(n_blocks: int) -> float:
+    """The walk back computes the rows of most blocks twice (calibration/sensitivity.py)."""
+    apart = spacing(n_blocks)
+    last = (n_blocks - 1) // apart * apart
+    return 1.0 + len(range(0, last, apart)) * (apart - 1) / n_blocks
