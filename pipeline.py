@@ -37,7 +37,7 @@ from .checkpoint.side_files import refuse_adapter, side_files_digest
 from .checkpoint.source_checks import zero_matrices
 from .checkpoint.workdir import WorkDir, has_run, kept_identity, read_json, refuse_resumed
 from .conversion.run_output import config_of_run, planned_files, weight_bytes
-from .core.device import Compute, choose_compute
+from .core.device import Compute, card_identity, choose_compute
 from .core.errors import InputError, UnusableModelError
 from .core.file_names import RECORD_NAME
 from .core.layout import json_bytes
@@ -186,6 +186,7 @@ def _identity(model: Model, recipe: Recipe, texts: RunTexts, compute: Compute) -
         "tokenizer and other files beside the weights": side_files_digest(model.path),
         # Another card has other kernels, and memory for other batches.
         "device": device_name(device),
+        **card_identity(device),
         "compute dtype": compute.dtype_name,
         # Sums over another number of threads round differently.
         "threads (OMP_NUM_THREADS)": str(torch.get_num_threads()),

@@ -32,14 +32,12 @@ from ..core.method import Method
 from ..models.adapter import Half, Role, Site
 from ..models.block import Block
 from ..models.walk import HiddenRows, Walk
-from ..quantize.correction import corrected
+from ..quantize.correction import corrected, corrected_for_inputs
 from ..quantize.metric import swiglu_metric
 from ..quantize.site import SiteResult, batch_slices, quantize_batch, relative_output_error
 from ..recipe import Recipe, matches
 from .streams import REFERENCE, HalfJob, Known, by_module, pass_reference, propagate, take_statistics
 from .tuning import tune
-
-WHOLE = slice(None)
 
 
 @dataclass(frozen=True)
@@ -210,8 +208,9 @@ def _aim_site(job: BlockJob, site: Site, block: Block, moments: SiteMoments, out
     """A site that is not quantized: aimed at the reference stream, and rounded to the source's dtype."""
     (member,) = site.members
     w_BOI = block.stacked(member)[None].to(job.walk.device)
-    w_OI = _corrected(job, site, w_BOI, moments.shrunk(job.method.shrinkage, WHOLE), moments, WHOLE)[0]
-    start = 0
+    only = slice(0, 1)
+    _aim(job, site, w_BOI, moments.shrunk(job.method.shrinkage, only), moments, only)
+    w_OI, start = w_BOI[0], 0
     for name, out in zip(member, site.out_features, strict=True):
         stored = job.walk.stored_dtype(f"{name}.weight")
         weight = w_OI[start : start + out].to(stored)
@@ -223,16 +222,19 @@ def _aim_site(job: BlockJob, site: Site, block: Block, moments: SiteMoments, out
         output.writer.put(f"{name}.weight", weight.cpu().contiguous())
 
 
-def _corrected(
+def _aim(
     job: BlockJob, site: Site, w_BOI: torch.Tensor, moment_BII: torch.Tensor, moments: SiteMoments, cut: slice
-) -> torch.Tensor:
-    """The weights aimed at the reference stream, or as they are where the misses were not taken."""
-    miss = moments.miss(job.method.shrinkage, cut)
-    if miss is None:
-        return w_BOI
-    rows = torch.tensor(moments.rows[cut], device=job.walk.device).clamp_min(1)
-    ridge = job.method.correction_strength * site.in_features / rows
-    return corrected(w_BOI, moment_BII, miss if site.adds_to_residual else w_BOI @ miss, ridge)
+) -> None:
+    """Aims the weights at the reference stream, in place, or leaves them where the misses were not taken. One matrix at
+    a time: the solve holds several copies."""
+    solved = corrected if site.adds_to_residual else corrected_for_inputs
+    for i in range(len(w_BOI)):
+        expert, one = cut.start + i, slice(i, i + 1)
+        miss = moments.miss(job.method.shrinkage, slice(expert, expert + 1))
+        if miss is None:
+            return
+        ridge = job.method.correction_strength * site.in_features / max(1, moments.rows[expert])
+        w_BOI[one] = solved(w_BOI[one], moment_BII[one], miss, torch.full((1,), ridge, device=w_BOI.device))
 
 
 def _exact(job: BlockJob, site: Site, block: Block | None) -> Block | None:
@@ -260,8 +262,10 @@ def _output_metric(job: BlockJob, site: Site, block: Block, moments: SiteMoments
     if site.key in metrics:
         return metrics[site.key].expand(len(site.members[cut]), -1, -1)
     if site.feeds:
-        down = torch.stack([block.joined((name,)) for name in site.feeds[cut]])
-        return swiglu_metric(moments.slopes(job.method.shrinkage, cut), down, residual_HH)
+        found = moments.slopes(job.method.shrinkage, cut)
+        for slopes, name in zip(found.split(1), site.feeds[cut], strict=True):
+            swiglu_metric(slopes, block.joined((name,))[None], residual_HH)
+        return found
     if site.reaches_residual:
         return residual_HH.expand(len(site.members[cut]), -1, -1)
     return None
@@ -286,13 +290,15 @@ def _quantize_site(
     for cut in batch_slices(len(site.members), outputs, site.in_features, budget_bytes, job.method, measured):
         members = site.members[cut]
         exact = _exact(job, site, block)
-        w_BOI = torch.stack([_stacked(job, exact, member) for member in members])
+        w_BOI = torch.empty(len(members), outputs, site.in_features, device=job.walk.device)
+        for w_OI, member in zip(w_BOI, members, strict=True):
+            w_OI.copy_(_stacked(job, exact, member))
         moment = metric = None
         if moments is not None and block is not None:
             metric = _output_metric(job, site, block, moments, cut)
             moment = moments.shrunk(job.method.shrinkage, cut)
             if aimed:
-                w_BOI = _corrected(job, site, w_BOI, moment, moments, cut)
+                _aim(job, site, w_BOI, moment, moments, cut)
         result = quantize_batch(w_BOI, moment, scheme, job.method, stored, metric)
         output.facts["damping_raised"] += result.damping_raised
         output.facts["diagonal_fallbacks"] += result.diagonal_fallbacks

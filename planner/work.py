@@ -65,7 +65,7 @@ class MethodCosts:
             walk_back=rows_at_once if method.walks_back else None,
             tune_epochs=method.tune_epochs if method.needs_statistics else 0,
             token_gradients=method.token_weighting == "gradient",
-            matrix_bytes=partial(working_bytes, method=method),
+            matrix_bytes=partial(working_bytes, 1, method=method),
             matrix_flops=partial(matrix_flops, method=method),
             verifies_at_the_end=recipe.format not in SHARD_FORMATS,
         )
