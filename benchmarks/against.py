@@ -6,8 +6,8 @@
     fast   8 synthetic blocks at hidden 1024 (16 experts of 2048, 32 rows of 512 tokens) by `fast`
     rtn    the same blocks by round-to-nearest
 
-Both trees run the same command by turns, so that what else the machine does strikes both. One line a job: the medians of
-wall clock, processor time and peak resident set, and this tree's over the commit's. The weights of synthetic models are
+Both trees run the same command by turns, so that what else the machine does strikes both. One line a job: the medians
+of wall clock, processor time and peak resident set, and this tree's over the commit's. The weights of synthetic models are
 random: nothing is said of quality.
 """
 
