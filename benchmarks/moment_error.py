@@ -44,7 +44,7 @@ from onecard.models.walk import Embedder, Walk
 from onecard.pipeline import Options, quantize
 
 BATCH_TOKENS = 8192
-TOKENS, ROWS = 512, 128
+TOKENS, ROWS = 512, 32
 GROUP = 128
 
 Cut = Callable[[torch.Tensor], list[torch.Tensor]]
