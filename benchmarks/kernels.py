@@ -40,7 +40,7 @@ CARDS = {
     120: (48, 24, 100 * 1024),
 }
 # What a launch tells the compiler.
-COMPILER = ("num_warps", "num_stages")
+COMPILER = ("num_warps", "num_stages", "maxnreg")
 # Arguments that are fp32 numbers.
 LIMITS = ("code_min", "code_max", "tiny", "least_gain")
 # Pointers to anything but fp32.
@@ -103,6 +103,7 @@ def built() -> list[Built]:
         for zero in (False, True):
             also = ", zero points" if zero else ""
             tries = {"HAS_ZERO": zero, "STORED": "bf16"} | launch.program(columns, launch.RESTART_ROWS)
+            tries |= launch.MANY_REGISTERS
             found.append(Built(f"restarts{wide}{also}", kernels.restart_kernel, tries))
         found.append(Built(f"tabu search{wide}", kernels.tabu_kernel, launch.program(columns, launch.TABU_ROWS)))
         for symmetric in (True, False):

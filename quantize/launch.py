@@ -24,6 +24,8 @@ TILE = {"COLUMNS": 128, "OUTPUTS": 64, "INPUTS": 32, "num_warps": 8, "num_stages
 STORED = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 SEARCHED = (torch.bfloat16, torch.float16)
 WIDEST_GROUP = 512
+# Left alone, the assembler spills some registers of the restarts' kernel to make room for more programs.
+MANY_REGISTERS = {"maxnreg": 224}
 # Products and sums are rounded one by one, as the kernels' results are defined.
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
 
@@ -168,7 +170,7 @@ def restart(
     assert slope_BCO.is_contiguous()
     assert own_BCC.stride(2) == 1
     assert all(tensor.is_contiguous() for tensor in given)
-    rows = program(columns, RESTART_ROWS)
+    rows = program(columns, RESTART_ROWS) | MANY_REGISTERS
     kernels.restart_kernel[_grid(part, rows)](
         *_tensors(part),
         slope_BCO,
