@@ -69,6 +69,12 @@ class HalfJob:
         block, name = self._place(stream)
         self.hidden.store.put(block, name, batch, hidden)
 
+    def let_go(self) -> None:
+        """Both streams have left the half: what entered it is not read again, but by a resumed run."""
+        suffix = MIDDLE if self.half is Half.FEED_FORWARD else ""
+        for stream in (REFERENCE + suffix, QUANTIZED + suffix, BEFORE_O):
+            self.hidden.store.release(self.index, stream)
+
     def _place(self, stream: str) -> tuple[int, str]:
         return (self.index, stream + MIDDLE) if self.half is Half.ATTENTION else (self.index + 1, stream)
 
