@@ -174,8 +174,9 @@ def plan(
         rates, rates_from, notes = assumed.rates, f"assumed of a machine with {assume}, not measured", []
         machine = machine_of(assumed, recipe)
     tokens = calibration_rows(recipe, model.adapter) * recipe.texts.calibration_row_tokens
+    row = recipe.texts.calibration_row_tokens
     evaluated = recipe.texts.evaluation_rows * recipe.texts.evaluation_row_tokens
-    cost = cost_of(model.adapter, laid_out, recipe, rates, machine, Tokens(tokens, evaluated))
+    cost = cost_of(model.adapter, laid_out, recipe, rates, machine, Tokens(tokens, evaluated, row))
     warnings = model.adapter.faults(model.config) + model.warnings + notes
     planned = planned_files(model, laid_out, recipe.format)
     pricing = None

@@ -257,7 +257,7 @@ def _refuse_full_disk(run: Run, work: Path) -> None:
 def _work(run: Run) -> RunWork:
     """What the run will do with the tokens of its texts."""
     wanted = sum(length * count for length, count in run.texts.wanted.items())
-    tokens = Tokens(wanted, _tokens(run.texts.evaluation))
+    tokens = Tokens(wanted, _tokens(run.texts.evaluation), run.recipe.texts.calibration_row_tokens)
     return RunWork.of(run.adapter, run.plan, MethodCosts.of(run.recipe), tokens, run.compute.dtype.itemsize)
 
 

@@ -92,8 +92,8 @@ H100_80GB = AssumedCard(
     card_bytes=84_900_000_000,
     ram_bytes=256_000_000_000,
 )
-# Instructions that a warp of each of the solver's kernels issues, from code assembled for sm_90 (benchmarks/kernels.py),
-# and the rows of a warp (quantize/launch.py).
+# Instructions that a warp of each of the solver's kernels issues, from code assembled for sm_90
+# (benchmarks/kernels.py), and the rows of a warp (quantize/launch.py).
 GPTQ_COLUMN, GPTQ_ROWS = 548, 8
 REFIT_COLUMN, SWEEP_COLUMN, REFINE_ROWS = 125, 382, 4
 RESTART_COLUMN, TRY_COLUMN, TRY_ROUND, RESTART_ROWS = 79, 413, 277, 2

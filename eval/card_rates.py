@@ -1,7 +1,7 @@
 """Rates of a GPU and its machine: what `onecard plan --measure` measures there, each kind of kernel for a second.
 
-A run on a GPU is made of few kinds of work (core/card_rates.py), and each has a rate whatever the model. So nothing of a
-model's size is needed, and no block is built. Instructions are timed in the solver's own kernel for the tabu search.
+A run on a GPU is made of few kinds of work (core/card_rates.py), and each has a rate whatever the model. So nothing of
+a model's size is needed, and no block is built. Instructions are timed in the solver's own kernel for the tabu search.
 """
 
 import hashlib

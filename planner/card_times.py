@@ -1,7 +1,7 @@
 """The seconds of each stage of a run on a GPU: a model, which no GPU has confirmed.
 
-Kernels are counted from what the code launches (card_passes.py, card_solver.py, layer_kernels.py). A batch takes as long
-as the card or as its host, whichever is longer, since the host waits at the end of each pass. Disk and computation
+Kernels are counted from what the code launches (card_passes.py, card_solver.py, layer_kernels.py). A batch takes as
+long as the card or as its host, whichever is longer, since the host waits at the end of each pass. Disk and computation
 overlap: the next block is read while one computes, and a shard is read back while the original's rows pass. So a block
 takes as long as its computation with the writing of its shard, or as the disk has work for, whichever is longer.
 """
@@ -20,8 +20,8 @@ from .rows import COMMITTED_STREAMS
 from .times import Parts, StageTimes, WalkTimes
 from .work import RunWork
 
-# Bytes that a load and its checks move on the card for each byte of a block: put into place (2), its copy (2), looked at
-# for NaN (2), and two sums over its bits, before and after (3).
+# Bytes that a load and its checks move on the card for each byte of a block: put into place (2), its copy (2), looked
+# at for NaN (2), and two sums over its bits, before and after (3).
 LOADED = 9.0
 # Bytes of a logit that a comparison of two models moves, and those of the walk back at the head.
 COMPARED_BYTES, DRAWN_BYTES = 76.0, 90.0

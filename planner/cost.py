@@ -1,8 +1,8 @@
 """Estimates a run's time, RAM, device memory and disk. The bytes of the plan itself are exact.
 
 On a CPU, work.py counts each kind of work in operations or bytes, and the time is that count divided by this machine's
-rates (core/rates.py). Without rates that `onecard plan --measure` kept, one matrix product of half a second gives a rate
-for every kind; the estimate is then too low for small matrices and long attention. On a GPU, card_times.py counts
+rates (core/rates.py). Without rates that `onecard plan --measure` kept, one matrix product of half a second gives a
+rate for every kind; the estimate is then too low for small matrices and long attention. On a GPU, card_times.py counts
 launches, products, kernels and copies, and core/card_rates.py has the rates.
 
 The estimate counts the tokens that the recipe wants, so texts with fewer tokens take less time. With measured rates it
