@@ -157,6 +157,7 @@ def _with_statistics(job: BlockJob, original: Block, output: _Output) -> None:
         else:
             job.walk.step.begin("propagate", job.index)
             propagate(half_job, known)
+        half_job.let_go()
 
 
 def _quantize_turn(

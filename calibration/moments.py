@@ -18,13 +18,14 @@ quantized one, at the site's input or at the block's output. quantize/correction
 Sites of gates and ups keep a third sum, K = sum of w v v^T over the slopes v that quantize/metric.py defines. It is
 averaged and shrunk like S, with tau = shrinkage * size of K.
 
-Shape legend: E experts, I inputs, X rows of the miss, P slopes, R rows.
+Shape legend: E experts, I inputs, X rows of the miss, P slopes, R rows of an expert, S rows of all experts, one below
+the other.
 """
 
 import torch
 
 from ..core.finite import first_nonfinite, nonfinite_error
-from ..core.products import add_outer
+from ..core.products import add_outer, add_outers
 
 
 class SiteMoments:
@@ -50,6 +51,19 @@ class SiteMoments:
         """Adds rows that both streams send to `expert`; `miss_RX` has the same tokens in the same order."""
         assert self.miss_EXI is not None
         add_outer(self.miss_EXI[expert], miss_RX if weight_R is None else miss_RX * weight_R[:, None], x_RI)
+
+    def add_all(self, rows: list[int], x_SI: torch.Tensor, weight_S: torch.Tensor) -> None:
+        """`add` for all experts: the first rows[0] of `x_SI` are the first expert's, and so on."""
+        add_outers(self.sum_EII, x_SI * weight_S[:, None], x_SI, rows)
+        self.weight_E += torch.stack([weight.sum(dtype=torch.float64) for weight in weight_S.split(rows)])
+        self.rows = [before + more for before, more in zip(self.rows, rows, strict=True)]
+
+    def add_all_misses(
+        self, rows: list[int], x_SI: torch.Tensor, miss_SX: torch.Tensor, weight_S: torch.Tensor
+    ) -> None:
+        """`add_miss` for all experts; weights may be zero."""
+        assert self.miss_EXI is not None
+        add_outers(self.miss_EXI, miss_SX * weight_S[:, None], x_SI, rows)
 
     def add_slopes(self, expert: int, v_RP: torch.Tensor, weight_R: torch.Tensor | None = None) -> None:
         """Adds the slopes of rows that `add` got, with the same weights."""

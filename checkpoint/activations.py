@@ -210,10 +210,11 @@ class Activations:
             if folder.is_dir():
                 files.sync_folder(folder)
 
-    def release(self, block: int) -> None:
-        """Free the memory of the rows that entered `block`. Their files stay: a commit may rest on them."""
+    def release(self, block: int, stream: str | None = None) -> None:
+        """Free the memory of the rows that entered `block`, or of one stream. Files stay: a commit may rest on them."""
         for key, _ in self._entering(block):
-            self._forget(key)
+            if stream in (None, key[1]):
+                self._forget(key)
 
     def drop(self, block: int, stream: str | None = None) -> None:
         """Remove the rows that entered `block`, or one stream of them, and their files."""

@@ -66,8 +66,8 @@ class RowStore(Protocol):
 
     def drop(self, block: int, stream: str | None = None) -> None: ...
 
-    def release(self, block: int) -> None:
-        """As `drop`, but what is on the disk stays there."""
+    def release(self, block: int, stream: str | None = None) -> None:
+        """As `drop`, but what is on the disk stays there: a commit may rest on it."""
         ...
 
 

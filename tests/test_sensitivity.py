@@ -193,7 +193,7 @@ def test_the_walk_back_needs_far_fewer_places_than_blocks(
             for place in [place for place in held if place[0] == block and stream in (None, place[1])]:
                 held.discard(place)
 
-        def release(self, block: int) -> None:
+        def release(self, block: int, stream: str | None = None) -> None:
             """On the disk it stays."""
 
     gone: list[int] = []

@@ -1,6 +1,7 @@
 """The work directory: it is locked, it belongs to one run, and damage to it is found before anything moves to OUT."""
 
 import fcntl
+import json
 import os
 import subprocess
 import sys
@@ -76,6 +77,18 @@ def test_the_work_directory_may_be_a_link(run: Run, whole: Contents) -> None:
     assert run().exit_code == 0
     assert differences(contents(run.out), whole) == []
     assert list(scratch.iterdir()) == []
+
+
+def test_begun_by_another_version(run: Run, refused: Refuse, whole: Contents) -> None:
+    """The numbers in a state count the stages of the version that wrote it."""
+    run.stopped_at(3)
+    path = run.work / "state.json"
+    state = json.loads(path.read_text())
+    del state["layout"]
+    path.write_text(json.dumps(state))
+    refused(run("--resume"), "version", "--overwrite")
+    assert run("--overwrite").exit_code == 0
+    assert differences(contents(run.out), whole) == []
 
 
 @pytest.mark.parametrize(
