@@ -31,38 +31,32 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+ROOT_LINK = HERE.parent / "build" / "types" / "onecard"
+# onecard is this repository, installed or not: its root, under the package's name, through a link.
+ROOT_LINK.parent.mkdir(parents=True, exist_ok=True)
+if not ROOT_LINK.exists():
+    ROOT_LINK.symlink_to(Path("..", ".."), target_is_directory=True)
+sys.path[:0] = [str(HERE), str(ROOT_LINK.parent)]
+if {"cpu", "--device=cpu"} & {*sys.argv}:  # before torch and triton are imported
+    os.environ["TRITON_INTERPRET"] = os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch  # noqa: E402
+
+from gpu_checks import demo, kernels, scout  # noqa: E402
+from gpu_checks.processes import Setup, TimeUpError  # noqa: E402
+from onecard.report.resources import package_versions  # noqa: E402
+
 # Parts of `all`, in order, and the most seconds of each.
 BUDGETS = {"kernels": 240, "demo": 420, "block-rtn": 120, "block-fast": 240, "block-balanced": 420, "block-best": 600}
 BUDGETS |= {"blocks": 420}
+Part = Callable[[Setup], dict[str, Any]]
 # A part is not begun with less than this share of its seconds.
 WORTH_BEGINNING = 0.5
 
 
-def _importable() -> None:
-    """onecard is this repository, installed or not: its root, under the package's name, through a link."""
-    place = HERE.parent / "build" / "types"
-    place.mkdir(parents=True, exist_ok=True)
-    if not (place / "onecard").exists():
-        (place / "onecard").symlink_to(Path("..", ".."), target_is_directory=True)
-    sys.path.insert(0, str(place))
-
-
-def _prepare(device: str) -> None:
-    """Before torch is imported: a CPU's kernels are interpreted, and a fork, which meets no pool of threads, finds
-    everything imported."""
-    if device == "cpu":
-        os.environ["TRITON_INTERPRET"] = os.environ["OMP_NUM_THREADS"] = "1"
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        import transformers.models.llama4.modeling_llama4  # noqa: F401
-
-        import onecard.pipeline  # noqa: F401
-
-
 def refusal(device: str) -> str | None:
     """Why nothing can be done on this device."""
-    import torch
-
     if device == "cpu" or torch.cuda.is_available():
         return None
     return (
@@ -71,20 +65,17 @@ def refusal(device: str) -> str | None:
     )
 
 
-def parts_of(names: list[str]) -> dict[str, Callable[[Any], dict[str, Any]]]:
-    from gpu_checks import demo, kernels, scout
-
-    found: dict[str, Callable[[Any], dict[str, Any]]] = {"kernels": kernels.kernels, "demo": demo.demo}
+def parts_of(names: list[str]) -> dict[str, Part]:
+    """The parts of these names, in order."""
+    found: dict[str, Part] = {"kernels": kernels.kernels, "demo": demo.demo}
     for method in scout.METHODS:
         found[f"block-{method}"] = lambda setup, method=method: scout.block(setup, method)
     found["blocks"] = scout.blocks
     return {name: part for name, part in found.items() if name in names}
 
 
-def carried_out(name: str, part: Callable[[Any], dict[str, Any]], setup: Any) -> dict[str, Any]:
+def carried_out(name: str, part: Part, setup: Setup) -> dict[str, Any]:
     """What a part found, or how it broke down; kept in the folder."""
-    from gpu_checks.processes import TimeUpError
-
     began = time.monotonic()
     try:
         found = part(setup)
@@ -120,16 +111,12 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=HERE.parent / "build" / "gpu", help="for models and results")
     parser.add_argument("--again", action="store_true", help="with all: forget the parts that have ended")
     given = parser.parse_args()
+    if given.device == "cpu" and not given.small:
+        parser.error("--device cpu goes with --small")
     until = time.monotonic() + 60 * given.minutes
-    _importable()
-    _prepare(given.device)
     if (why := refusal(given.device)) is not None:
         print(why, file=sys.stderr)
         return 2
-    from gpu_checks.processes import Setup
-    from gpu_checks.scout import card_facts
-    from onecard.report.resources import package_versions
-
     folder = given.folder.resolve() / ("small" if given.small else "full")
     every = "all" in given.parts
     names = [name for name in BUDGETS if every or {name, name.partition("-")[0]} & {*given.parts}]
@@ -144,10 +131,8 @@ def main() -> int:
         setup = Setup(given.device, given.small, folder, min(until, now + BUDGETS[name]))
         print(f"{name} ...", file=sys.stderr, flush=True)
         found[name] = carried_out(name, part, setup)
-    return report(found, [name for name in names if name not in found], card_facts() | package_versions())
+    return report(found, [name for name in names if name not in found], scout.card_facts() | package_versions())
 
 
 if __name__ == "__main__":
     sys.exit(main())
-elif __name__ == "__mp_main__":  # a process of a part's own
-    _importable()

@@ -1,12 +1,13 @@
 """`make demo`'s job on the card: twice, and killed and resumed, with the same bytes each time; and its KL beside a
 CPU's."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from gpu_checks.processes import Checks, Setup, TimeUpError, in_child, needed, read_record, run, table
+from gpu_checks.processes import Checks, Setup, TimeUpError, command, in_child, needed, read_record, run, table
 from gpu_checks.scout import recipe_of, write_synthetic
 from kill_resume import digests, stage
 
@@ -50,8 +51,6 @@ def _small_job(setup: Setup, folder: Path) -> list[str]:
 
 
 def _remove(out: Path) -> None:
-    import shutil
-
     for path in (out, out.with_name(f"{out.name}.work")):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -78,12 +77,10 @@ def _kl(record: dict[str, Any]) -> dict[str, float]:
 
 def _on_a_cpu(setup: Setup, args: list[str], folder: Path, log: Path) -> dict[str, float] | None:
     """The figures of the same job on this machine's CPU; None if the time does not suffice."""
-    from gpu_checks.processes import onecard
-
     out, (model, *flags) = folder / "cpu", args
     _remove(out)
     try:
-        status, _ = in_child(setup, onecard, ["quantize", model, str(out), *flags, "--device", "cpu"], log)
+        status, _ = in_child(setup, command, ["quantize", model, str(out), *flags, "--device", "cpu"], log)
     except TimeUpError:
         return None
     record = read_record(out) if status == 0 else None

@@ -32,8 +32,8 @@ SEEDS, MOVES = 4, 12
 Found = TypeVar("Found")
 # What the error that is left may differ by: a near tie that falls otherwise sends a search another way.
 NEAR = 2e-3
-# Relative errors of products of fp32 matrices cut in two parts (tests/test_products.py).
-NEAR_PRODUCT = 6e-6
+# Relative errors of products of fp32 matrices cut in two parts (tests/test_products.py), and with a card's long sums.
+NEAR_PRODUCT, NEAR_LONG_PRODUCT = 6e-6, 3e-5
 
 
 @contextmanager
@@ -169,6 +169,7 @@ def check_scales(device: torch.device, small: bool, site: RealSite, checks: Chec
 def check_products(device: torch.device, small: bool, checks: Checks) -> list[dict[str, Any]]:
     """core/products.py against fp64. Products of bf16 numbers are exact; their sums are fp32's."""
     generator, rates = torch.Generator(device).manual_seed(2), []
+    near = NEAR_PRODUCT if small else NEAR_LONG_PRODUCT
     m, k, n = (30, 200, 20) if small else (4096, 8192, 4096)
 
     def drawn(*size: int) -> torch.Tensor:
@@ -184,13 +185,12 @@ def check_products(device: torch.device, small: bool, checks: Checks) -> list[di
         made, taken = timed(device, lambda a=a, b=b: product(a, b), 1 if small else 5)
         found = off(made, wide), off(total - 1, wide)
         name = " x ".join(str(dtype).removeprefix("torch.") for dtype in (of_a, of_b))
-        near = 3e-6 if of_a is torch.bfloat16 else NEAR_PRODUCT
         checks.add(f"{name}: product, add_outer", max(found) < near, "{:.1e}, {:.1e} from fp64".format(*found))
         rates.append({"function": f"product, {name}", "tflops": 2 * m * k * n / taken / 1e12})
     rows, metric = drawn(m, n), drawn(n, n)
     metric = metric.T @ metric
     wide = ((rows.double() @ metric.double()) * rows.double()).sum(-1)
-    checks.add("quadratic", (seen := off(quadratic(rows, metric), wide)) < NEAR_PRODUCT, f"{seen:.1e} from fp64")
+    checks.add("quadratic", (seen := off(quadratic(rows, metric), wide)) < near, f"{seen:.1e} from fp64")
     whole = product(stack := drawn(3, n, n), metric)
     same = all(torch.equal(whole[i], product(stack[i], metric)) for i in range(3))
     checks.add("product: cut otherwise", same, "stacks and single matrices, the same bytes")

@@ -14,6 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+# What a fork finds imported.
+import transformers.models.llama4.modeling_llama4  # noqa: F401
+
+import onecard.pipeline
+from onecard.cli import main
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -78,21 +84,19 @@ def in_child(setup: Setup, work: Callable[..., None], *given: Any, seconds: floa
     return process.exitcode, time.monotonic() - began  # type: ignore[attr-defined]
 
 
-def onecard(args: list[str], log: Path) -> None:
+def command(args: list[str], log: Path) -> None:
     """`onecard ARGS` in this process, which ends with it. What it says goes behind `log`."""
     said = log.open("a")
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
         os.dup2(said.fileno(), stream.fileno())
     sys.argv = ["onecard", *args]
-    from onecard.cli import main
-
     main()
 
 
 def run(setup: Setup, args: list[str], log: Path, seconds: float | None = None) -> tuple[int, float]:
     """`onecard ARGS --device ...` in a process of its own, as `in_child` does it."""
-    return in_child(setup, onecard, [*args, "--device", setup.device], log, seconds=seconds)
+    return in_child(setup, command, [*args, "--device", setup.device], log, seconds=seconds)
 
 
 def needed(setup: Setup, args: list[str], log: Path) -> float:
