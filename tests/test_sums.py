@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from onecard.blocks.streams import HalfJob, Known, take_statistics
 from onecard.calibration.moments import SiteMoments
-from onecard.checkpoint.model import open_model
 from onecard.checkpoint.activations import Activations
+from onecard.checkpoint.model import open_model
 from onecard.core import device
 from onecard.models.adapter import Half
 from onecard.models.walk import HiddenRows
