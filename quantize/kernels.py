@@ -430,7 +430,7 @@ def tabu_kernel(
     given = tl.load(slope_ptr + (b * columns + at[None, :]) * outputs + rows[:, None], mask=mask, other=0.0)
     own = tl.load(moment + at * moment_stride_i + at, mask=at < columns, other=0.0)
     square = step * step * own[None, :]
-    gain = least_gain * tl.div_rn(tl.sum(square, axis=1), columns.to(tl.float32))
+    gain = least_gain * tl.div_rn(tl.sum(square, axis=1), columns * 1.0)
     square = tl.where(mask, square, infinity)
     slope = 2.0 * step * given
     double = step * 2.0

@@ -191,6 +191,12 @@ def check_products(device: torch.device, small: bool, checks: Checks) -> list[di
     metric = metric.T @ metric
     wide = ((rows.double() @ metric.double()) * rows.double()).sum(-1)
     checks.add("quadratic", (seen := off(quadratic(rows, metric), wide)) < near, f"{seen:.1e} from fp64")
+    a, x = (drawn(2, 16, 32), drawn(2, 32, 5)) if small else (drawn(4, 128, n), drawn(4, n, m))
+    made, taken = timed(device, lambda: held.product(a, x), 1 if small else 5)
+    wide, alone = a.double() @ x.double(), held.product(a[1:], x[1:])
+    checks.add("slopes' product", (seen := off(made, wide)) < near, f"{seen:.1e} from fp64")
+    checks.add("slopes' product: cut otherwise", torch.equal(made[1:], alone), "the same bytes")
+    rates.append({"function": "slopes' product", "tflops": 2 * a.numel() * x.shape[2] / taken / 1e12})
     whole = product(stack := drawn(3, n, n), metric)
     same = all(torch.equal(whole[i], product(stack[i], metric)) for i in range(3))
     checks.add("product: cut otherwise", same, "stacks and single matrices, the same bytes")

@@ -17,7 +17,7 @@ from typing import Any
 # What a fork finds imported.
 import transformers.models.llama4.modeling_llama4  # noqa: F401
 
-import onecard.pipeline
+import onecard.pipeline  # noqa: F401
 from onecard.cli import main
 
 
