@@ -11,7 +11,7 @@ from onecard.checkpoint.safetensors_header import read_header
 from onecard.core.tensors import DTYPE_NAMES, TORCH_DTYPES, TensorInfo
 
 from . import rates
-from .ledger import Ledger
+from .ledger import Ledger, line
 from .tensors import CPU, Pretended
 
 
@@ -30,9 +30,9 @@ def stand_ins(ledger: Ledger) -> list[tuple[Any, str, Any]]:
     """(module, attribute, what takes its place)."""
 
     def save_file(tensors: dict[str, torch.Tensor], path: Path, metadata: Any = None) -> None:
-        for name, tensor in tensors.items():
+        for tensor in tensors.values():
             if isinstance(tensor, Pretended) and tensor.is_cuda:
-                ledger.add(f"flag a card's tensor in a file: {name}")
+                ledger.copy(tensor.nbytes, "from card", False, line())
         infos = {name: TensorInfo(tuple(t.shape), DTYPE_NAMES[t.dtype]) for name, t in tensors.items()}
         write_hole(path, infos)
         _write_values(path, tensors)

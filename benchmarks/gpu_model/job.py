@@ -18,7 +18,7 @@ from unittest import mock
 
 import torch
 
-from hollow import published, write_hollow
+from hollow import write_hollow
 from onecard import pipeline, stages
 from onecard.calibration import sensitivity
 from onecard.calibration.texts import RunTexts
@@ -60,8 +60,8 @@ class Size:
     """How much of a run is gone through."""
 
     blocks: int
-    calibration_batches: int
-    evaluation_batches: int
+    # Of rows to calibrate on, and of rows to evaluate.
+    batches: int
 
 
 class Tasks:
@@ -179,21 +179,23 @@ def _rows(count: int, vocabulary: int) -> list[Row]:
 def _named(tasks: Tasks, function: Any, name: str) -> Any:
     """A part of the walk back, as a stage of its own, from loading its block on."""
 
-    def call(hidden: Any, index: int, *more: Any) -> Any:
-        tasks.begin(name, index)
+    def call(hidden: Any, block: Any, *more: Any, **named: Any) -> Any:
+        tasks.begin(name, getattr(block, "index", block))
         tasks.renamed = name
         try:
-            return function(hidden, index, *more)
+            return function(hidden, block, *more, **named)
         finally:
             tasks.renamed = ""
 
     return call
 
 
-def go_through(model: str, recipe: Recipe, size: Size, triton: bool = True, disk_rate: float = rates.DISK) -> "Gone":
-    """One run of `size`."""
+def go_through(
+    config: dict[str, Any], recipe: Recipe, size: Size, triton: bool = True, disk_rate: float = rates.DISK
+) -> "Gone":
+    """One run of `size` of the model with this config.json. `triton`: whether the kernels are there."""
     with tempfile.TemporaryDirectory() as folder:
-        return _gone_through(Path(folder), shortened(published(model), size.blocks), recipe, size, triton, disk_rate)
+        return _gone_through(Path(folder), shortened(config, size.blocks), recipe, size, triton, disk_rate)
 
 
 @dataclass(frozen=True)
@@ -216,11 +218,11 @@ def _gone_through(
     compute = Compute(torch.device("cuda", 0), torch.bfloat16, recipe.batch_tokens)
     rows_a_batch = max(1, recipe.batch_tokens // ROW_TOKENS)
     texts = RunTexts(
-        calibration=_rows(size.calibration_batches * rows_a_batch, adapter.vocab_size),
-        evaluation=_rows(size.evaluation_batches * rows_a_batch, adapter.vocab_size),
+        calibration=_rows(size.batches * rows_a_batch, adapter.vocab_size),
+        evaluation=_rows(size.batches * rows_a_batch, adapter.vocab_size),
         facts={},
         warnings=[],
-        wanted={ROW_TOKENS: size.calibration_batches * rows_a_batch},
+        wanted={ROW_TOKENS: size.batches * rows_a_batch},
     )
     plan = plan_for(model, recipe)
     run = Run(

@@ -11,7 +11,6 @@ could: an estimate.
 
 import importlib
 import inspect
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from math import prod
 from typing import Any
 
 import torch
+import triton
 
 from onecard.quantize import card, launch
 
@@ -99,7 +99,7 @@ def body_of(ptx: str) -> Body:
 
 def compiled(function: Any, options: Mapping[str, Any]) -> Body:
     """The kernel as it is launched with these constants and warps."""
-    if os.environ.get("TRITON_INTERPRET"):
+    if not isinstance(function, triton.JITFunction):
         return Body((INTERPRETED,) * len(TRIPS[function.__name__]), INTERPRETED)
     compiler: Any = importlib.import_module("kernels")  # benchmarks/kernels.py
     given = {name: value for name, value in options.items() if name not in launch.OPTIONS}

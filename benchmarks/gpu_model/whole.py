@@ -83,25 +83,29 @@ class Asked:
 def whole_run(asked: Asked) -> Whole:
     blocks = BLOCKS.get(asked.model, MOST_BLOCKS)
     rows = max(1, asked.recipe.batch_tokens // ROW_TOKENS)
-    few, more = (go_through(asked.model, asked.recipe, Size(blocks, n, n), asked.triton, asked.disk) for n in (2, 3))
+    config = published(asked.model)
+    few, more = (go_through(config, asked.recipe, Size(blocks, n), asked.triton, asked.disk) for n in (2, 3))
     wanted = (asked.tokens / (rows * ROW_TOKENS), EVALUATION_ROWS / rows)
-    lines = {key: _line(key, few.stages.get(key), stage, wanted) for key, stage in more.stages.items()}
-    return _joined(asked, more, lines)
+    return _joined(asked, more, at_batches(few, more, wanted))
 
 
-def _line(key: Key, few: Stage | None, more: Stage, wanted: tuple[float, float]) -> Cost:
-    """A stage at the wanted number of batches, from two and three of them."""
-    few = few or Stage()
-    further = wanted[key[0].startswith("verify")] - 3
+def at_batches(few: Gone, more: Gone, wanted: tuple[float, float]) -> dict[Key, Cost]:
+    """Every stage at the wanted numbers of batches for calibration and evaluation: a line through two runs."""
+    return {key: _line(key, few, more, wanted[key[0].startswith("verify")]) for key in more.stages}
 
-    def at(two: float, three: float) -> float:
-        return three + further * (three - two)
 
-    keys = few.counts.keys() | more.counts.keys()
+def _line(key: Key, few: Gone, more: Gone, wanted: float) -> Cost:
+    one, other = few.stages.get(key) or Stage(), more.stages[key]
+    begin, end = few.size.batches, more.size.batches
+    further = (wanted - end) / (end - begin)
+
+    def at(first: float, second: float) -> float:
+        return second + further * (second - first)
+
     counts: Counter[tuple[str, str]] = Counter()
-    for each in keys:
-        counts[each] = at(few.counts[each], more.counts[each])  # type: ignore[assignment]
-    return Cost(at(few.seconds, more.seconds), round(at(few.peak_bytes, more.peak_bytes)), counts)
+    for each in one.counts.keys() | other.counts.keys():
+        counts[each] = at(one.counts[each], other.counts[each])  # type: ignore[assignment]
+    return Cost(at(one.seconds, other.seconds), round(at(one.peak_bytes, other.peak_bytes)), counts)
 
 
 def _joined(asked: Asked, gone: Gone, lines: dict[Key, Cost]) -> Whole:
@@ -120,7 +124,7 @@ def _joined(asked: Asked, gone: Gone, lines: dict[Key, Cost]) -> Whole:
             if name == CHECK and read > outside:  # of the blocks, too
                 times = (outside + (read - outside) * (source - outside) / (gone.source_bytes - outside)) / read
         else:
-            times = _times(gone, kinds, block) * (_again(n_blocks) if name == WALK_FORWARD else 1.0)
+            times = _times(gone, kinds, block) * (_again(n_blocks) if WALK_FORWARD in name else 1.0)
         if times:
             stages.setdefault(name, Cost()).add(cost, times)
     typical = max(_typical(gone, kind) for kind in gone.kinds)
@@ -133,21 +137,27 @@ def _joined(asked: Asked, gone: Gone, lines: dict[Key, Cost]) -> Whole:
     return Whole(stages, a_block, dict(flags))
 
 
+def _phase(name: str) -> str | None:
+    """Which stages of a block follow one another without another block between them."""
+    if name in BLOCK_STAGES:
+        return "files"
+    return f"files, {name.split(':')[0]}" if name.startswith(("verify", "walk")) else None
+
+
 def _waits(lines: dict[Key, Cost]) -> dict[Key, Cost]:
     """How long the disk still works for a block when all else is done. What threads read and write is behind the
     computation, but no more than one block behind."""
+    phases: dict[Key, list[Cost]] = {}
+    for (name, block), cost in lines.items():
+        phase = _phase(name)
+        if phase is not None and block is not None:
+            phases.setdefault((phase, block), []).append(cost)
     found: dict[Key, Cost] = {}
-    for block in {block for _, block in lines if block is not None}:
-        for way in ("verify", ""):
-            parts = [
-                cost
-                for (name, other), cost in lines.items()
-                if other == block and (name.startswith("verify") if way else name in BLOCK_STAGES)
-            ]
-            disk = sum(cost.total("disk seconds behind") + cost.total("disk seconds") for cost in parts)
-            late = disk - sum(cost.seconds for cost in parts)
-            if late > 0:
-                found[f"{way}: files" if way else "files", block] = Cost(seconds=late)
+    for key, parts in phases.items():
+        disk = sum(cost.total("disk seconds behind") + cost.total("disk seconds") for cost in parts)
+        late = disk - sum(cost.seconds for cost in parts)
+        if late > 0:
+            found[key] = Cost(seconds=late)
     return found
 
 
