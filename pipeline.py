@@ -30,13 +30,14 @@ from .checkpoint.checked import check_weights, checked_as_loaded
 from .checkpoint.checksums import write_sums
 from .checkpoint.emit import clear_checkpoint, emitted_before
 from .checkpoint.formats.shard_formats import SHARD_FORMATS
+from .checkpoint.keeper import Keeper
 from .checkpoint.model import Model, open_source
 from .checkpoint.paths import check_paths, check_space, occupied
 from .checkpoint.side_files import refuse_adapter, side_files_digest
 from .checkpoint.source_checks import zero_matrices
 from .checkpoint.workdir import WorkDir, has_run, kept_identity, read_json, refuse_resumed
 from .conversion.run_output import config_of_run, planned_files, weight_bytes
-from .core.device import Compute, choose_compute
+from .core.device import Compute, card_identity, choose_compute
 from .core.errors import InputError, UnusableModelError
 from .core.file_names import RECORD_NAME
 from .core.layout import json_bytes
@@ -55,7 +56,17 @@ from .planner.work import MethodCosts, RunWork, Tokens
 from .recipe import Recipe
 from .report.progress import Progress
 from .report.resources import device_name, package_versions
-from .stages import RECORD, ZEROS, Run, StageJob, finished_blocks, finished_shards, stages_of
+from .stages import (
+    RECORD,
+    ZEROS,
+    Run,
+    Stage,
+    StageJob,
+    finished_blocks,
+    finished_shards,
+    known_digests,
+    stages_of,
+)
 
 PRICES = "prices.json"
 
@@ -175,6 +186,7 @@ def _identity(model: Model, recipe: Recipe, texts: RunTexts, compute: Compute) -
         "tokenizer and other files beside the weights": side_files_digest(model.path),
         # Another card has other kernels, and memory for other batches.
         "device": device_name(device),
+        **card_identity(device),
         "compute dtype": compute.dtype_name,
         # Sums over another number of threads round differently.
         "threads (OMP_NUM_THREADS)": str(torch.get_num_threads()),
@@ -300,23 +312,35 @@ def _carried_out(run: Run, walk: Walk, workdir: WorkDir, progress: Progress) -> 
     workdir.refuse_damaged(finished_shards(run.plan, stages[: workdir.done]), run.out)
     run = replace(run, texts=balanced(run.texts, walk, run.recipe, workdir.path))
     job = StageJob(run, walk, workdir, progress)
-    for number, stage in list(enumerate(stages, 1))[workdir.done :]:
-        refuse_passed(finished_blocks(job, stages[: workdir.done]), run.recipe.limits, workdir.path)
+    try:
+        _through_stages(job, stages)
+    finally:
+        job.store.close()
+    return _closed(job)
+
+
+def _through_stages(job: StageJob, stages: list[Stage]) -> None:
+    """Every stage that is not finished yet, each followed by its commit (checkpoint/keeper.py)."""
+    done, workdir = job.workdir.done, job.workdir
+    resting_on = max((stage.rows_enter for stage in stages[:done] if stage.rows_enter is not None), default=None)
+    job.store.remove_files_but(resting_on)
+    keeper = Keeper(job.store, workdir)
+    keeper.begin(resting_on)
+    for number, stage in list(enumerate(stages, 1))[done:]:
+        refuse_passed(finished_blocks(job, stages[: number - 1]), job.run.recipe.limits, workdir.path)
         stage.do(job)
-        if walk.scan is not None:
-            files.write_json(workdir.path / ZEROS, sorted(walk.scan.zeros))
-        workdir.commit(number)
-        if stage.shard_part is not None:
-            job.store.drop(stage.shard_part)  # the rows that entered the block are not read again
-    return _closed(run, workdir, progress)
+        if job.walk.scan is not None:
+            files.write_json(workdir.path / ZEROS, sorted(job.walk.scan.zeros))
+        keeper.finished(number, stage.rows_enter)
 
 
-def _closed(run: Run, workdir: WorkDir, progress: Progress) -> Record:
+def _closed(job: StageJob) -> Record:
     """The record, the checksums and, last of all, config.json go to OUT."""
+    run, workdir, progress = job.run, job.workdir, job.progress
     record = check_record(read_json(workdir.path / RECORD), str(workdir.path / RECORD))
     files.write_json(run.out / RECORD_NAME, record.to_json())
     progress.begin("checksums")
     config_bytes = json_bytes(config_of_run(run.model, run.plan, run.recipe.format))
-    write_sums(run.out, record.files, {"config.json": config_bytes})
+    write_sums(run.out, record.files, {"config.json": config_bytes}, known_digests(job))
     files.write_bytes(run.out / "config.json", config_bytes)
     return record

@@ -5,7 +5,9 @@ stage that is not finished. A stage writes all its files before the commit and r
 and files of finished stages; so it may be killed anywhere and begun again.
 """
 
+import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,19 +18,22 @@ from .blocks.limits import coverage_facts, coverage_warning
 from .blocks.quantize import BlockJob, quantize_block
 from .blocks.sensitivity import SensitivityFiles
 from .blocks.streams import QUANTIZED, REFERENCE
+from .calibration.documents import Document
 from .calibration.texts import RunTexts
 from .calibration.tokens import Encoder
 from .checkpoint import files
+from .checkpoint.activations import Activations, Room
+from .checkpoint.checksums import read_back_digest
 from .checkpoint.emit import ShardWriter, emission_warnings, written_files
 from .checkpoint.formats.shard_formats import SHARD_FORMATS
 from .checkpoint.model import Model, open_written
 from .checkpoint.plan import Plan
 from .checkpoint.stored_widths import stored_facts
-from .checkpoint.workdir import Activations, WorkDir, read_json
+from .checkpoint.workdir import WorkDir, read_json
 from .conversion.export import matrices
 from .conversion.exporters import FORMATS, Files
 from .conversion.move import move_to_out
-from .conversion.run_output import config_of_run, planned_run, weight_bytes
+from .conversion.run_output import WrittenParts, config_of_run, planned_run, weight_bytes
 from .core.device import Compute
 from .core.file_names import RECORD_NAME
 from .core.method import Method
@@ -36,11 +41,15 @@ from .core.record.blocks import BlockFacts
 from .core.record.reading import validated
 from .core.record.schema import CheckpointFacts, ExportFacts, ModelFacts, PlanSummary, Record, TextFacts
 from .core.record.sizes import Allocation, FitSummary
+from .core.rows import Row
 from .eval.gate import gate_of_run
+from .eval.measuring import WITHOUT_VISION, Evaluation, Measured, Measuring, measure
 from .eval.sides import compare_sides
 from .eval.tasks import Task
-from .eval.verify import WITHOUT_VISION, close_machine, measure, rows_of_experts
+from .eval.twin import BlockSeen
+from .eval.verify import close_machine, rows_of_experts
 from .models.adapter import Adapter
+from .models.block import Block
 from .models.walk import HiddenRows, Walk
 from .recipe import Recipe
 from .report.progress import Progress
@@ -66,6 +75,7 @@ class Run:
     began: float
     # All that the bytes of a run depend on. A resumed run must find every one of them again.
     identity: dict[str, str]
+    room: Room = field(default_factory=Room.now)  # for rows between blocks
     card: dict[str, Any] = field(default_factory=dict)  # how the result fits the recipe's card (planner/sizing.py)
     allocation: dict[str, Any] = field(default_factory=dict)  # prices and chosen widths of `bits: fit`
 
@@ -76,6 +86,15 @@ class Run:
     @property
     def method(self) -> Method:
         return self.recipe.quantizer
+
+    @property
+    def verifies_on_the_way(self) -> bool:
+        """Whether each block is verified as soon as its shards are written. Files of another format exist only at the
+        end: then both models are walked once more."""
+        return self.recipe.format in SHARD_FORMATS
+
+    def evaluation(self, rows: list[Row]) -> Evaluation:
+        return Evaluation(Encoder(self.model.path, self.model.adapter, self.texts.date), rows, self.tasks)
 
     @property
     def files(self) -> list[str]:
@@ -114,8 +133,8 @@ class StageJob:
 
     @cached_property
     def store(self) -> Activations:
-        """The calibration rows between the blocks, of both streams."""
-        return Activations(self.workdir.path / "acts")
+        """The rows between the blocks: both streams of calibration, and both models' of a verification on the way."""
+        return Activations(self.workdir.path / "acts", self.run.compute.device, self.run.room)
 
     @cached_property
     def hidden(self) -> HiddenRows:
@@ -134,23 +153,45 @@ class StageJob:
         """What the record says of a finished block."""
         return self.workdir.folder("blocks") / f"{block:04d}.json"
 
+    def seen_file(self, block: int) -> Path:
+        """What the verification has seen of a finished block, and the digests of its shards."""
+        return self.workdir.folder("verified") / f"{block:04d}.json"
+
+    @cached_property
+    def parts(self) -> WrittenParts:
+        run = self.run
+        return WrittenParts(run.model, run.plan, run.recipe.format, self.shards, run.out)
+
+    @cached_property
+    def measuring(self) -> Measuring:
+        """The verification on the way, with what it has seen of the blocks that are finished."""
+        run = self.run
+        emitted = self.walk.beside(self.parts.adapter, self.parts.source(run.adapter.n_blocks))
+        made = Measuring(self.walk, emitted, run.evaluation(run.texts.evaluation), self.store)
+        finished = {stage.shard_part for stage in stages_of(run.adapter.n_blocks)[: self.workdir.done]}
+        for block in range(run.adapter.n_blocks):
+            if block in finished:
+                made.twin.seen[block] = BlockSeen.of_json(read_json(self.seen_file(block))["seen"])
+        return made
+
 
 @dataclass(frozen=True)
 class Stage:
     """`shard_part`: the shards of the plan that the stage writes: a block's number, or the number of blocks for what
-    lies outside them."""
+    lies outside them. `rows_enter`: the block whose rows wait in the store when the stage has ended."""
 
     name: str
     do: Callable[[StageJob], None]
     shard_part: int | None = None
+    rows_enter: int | None = None
 
 
 def stages_of(blocks: int) -> list[Stage]:
     """The stages of a run over so many blocks, in order."""
     return [
-        Stage("embed", embed_rows),
-        *(Stage(f"block {block + 1}", partial(quantize_one, block), block) for block in range(blocks)),
         Stage("copy the rest", copy_rest, blocks),
+        Stage("embed", embed_rows, rows_enter=0),
+        *(Stage(f"block {n + 1}", partial(quantize_one, n), shard_part=n, rows_enter=n + 1) for n in range(blocks)),
         Stage("move to OUT", move),
         Stage("verify", verify),
     ]
@@ -160,6 +201,15 @@ def finished_shards(plan: Plan, finished: list[Stage]) -> dict[str, int]:
     """Name -> bytes of the shards that these stages have written."""
     parts = {stage.shard_part for stage in finished}
     return {shard.file: shard.file_bytes for shard in plan.pieces if shard.part in parts}
+
+
+def known_digests(job: StageJob) -> dict[str, str]:
+    """Shard -> its digest, of the shards that were verified as they were read back and have moved to OUT unchanged."""
+    run = job.run
+    if not run.verifies_on_the_way or run.plan.shards != run.plan.pieces:
+        return {}
+    found = [read_json(job.seen_file(block))["digests"] for block in range(run.adapter.n_blocks)]
+    return {name: digest for digests in found for name, digest in digests.items()}
 
 
 def finished_blocks(job: StageJob, finished: list[Stage]) -> list[BlockFacts]:
@@ -176,12 +226,14 @@ def embed_rows(job: StageJob) -> None:
         job.hidden.embed(REFERENCE, QUANTIZED)
     if job.run.method.walks_back:
         job.sensitivity.measure(job.walk, job.run.texts.calibration)
-    job.store.settle(0)
+    if job.run.verifies_on_the_way:
+        job.measuring.twin.embed()
 
 
 def quantize_one(block: int, job: StageJob) -> None:
-    """One block: statistics, codes, packed shards, and the hidden rows that enter the next block."""
-    facts = quantize_block(
+    """One block: statistics, codes, packed shards, and the hidden rows that enter the next block. Then its shards are
+    verified."""
+    facts, original = quantize_block(
         BlockJob(
             hidden=job.hidden,
             index=block,
@@ -189,10 +241,27 @@ def quantize_one(block: int, job: StageJob) -> None:
             recipe=job.run.recipe,
             shard_folder=job.shards,
             sensitivity=job.sensitivity.read(block, job.hidden),
+            loads_block=job.run.verifies_on_the_way,
         )
     )
     files.write_json(job.facts_file(block), facts)
-    job.store.settle(block + 1)
+    if original is not None and job.run.verifies_on_the_way:
+        files.write_json(job.seen_file(block), verified_block(job, original))
+
+
+def verified_block(job: StageJob, original: Block) -> dict[str, Any]:
+    """The evaluation rows through the original block and through the one in the shards, as they are read back from the
+    disk. Returns what was seen, and the digests of the shards."""
+    block, pieces = original.index, job.parts.pieces(original.index)
+    with ThreadPoolExecutor(1, "shards-read") as reader:
+        digests = reader.submit(lambda: {path.name: read_back_digest(path) for path in pieces})
+
+        def as_written() -> Block:
+            digests.result()
+            return job.measuring.twin.quantized.reading(job.parts.source(block)).load(block)
+
+        seen = job.measuring.twin.through(block, (lambda: original, as_written))
+        return {"seen": seen.to_json(), "digests": digests.result()}
 
 
 def copy_rest(job: StageJob) -> None:
@@ -224,31 +293,34 @@ def verify(job: StageJob) -> None:
     emitted = open_written(run.model, run.out, config_of_run(run.model, run.plan, run.recipe.format))
     emitted_bytes = emitted.folder.file_bytes
     assert emitted_bytes == weight_bytes(run.planned), (emitted_bytes, run.planned)
-    if run.recipe.format not in SHARD_FORMATS:
+    if not run.verifies_on_the_way:
         assert record.plan is not None
         record.plan = PlanSummary(**record.plan.to_json() | stored_facts(emitted))
         record.export = ExportFacts(format=run.recipe.format, onecard=__version__, matrices=matrices(emitted))
         record.warnings += FORMATS[run.recipe.format].warnings(planned_run(run.model, run.plan))
-    rows = run.texts.evaluation
-    if run.adapter.has_vision and not emitted.adapter.has_vision:
-        rows = [row for row in rows if row.pixels is None]
-        record.warnings.append(WITHOUT_VISION.format(name=run.recipe.format))
-    encoder = Encoder(run.model.path, run.model.adapter, run.texts.date)
-    measured = measure(
-        job.walk,
-        encoder,
-        emitted,
-        rows=rows,
-        tasks=run.tasks,
-        folder=job.workdir.folder("verify"),
-        calibration_rows=rows_of_experts(record.blocks),
-    )
+    measured, documents = _measured(job, emitted, record)
     measured.put_into(record)
     record.checkpoint = CheckpointFacts(bytes=emitted_bytes)
-    documents = run.texts.documents
-    if run.adapter.has_vision and not emitted.adapter.has_vision:
-        documents = tuple(document for document in documents if not document.images)
+    encoder = Encoder(run.model.path, run.model.adapter, run.texts.date)
     compare_sides(run.model, emitted, encoder, documents, run.tasks).put_into(record)
     record.gate = gate_of_run(record, RECORD_NAME, run.recipe)
     close_machine(record, job.progress, run.compute.device, run.began)
     files.write_json(job.workdir.path / RECORD, record.to_json())
+
+
+def _measured(job: StageJob, emitted: Model, record: Record) -> tuple[Measured, tuple[Document, ...]]:
+    """The figures, and the evaluation documents that they are of. A format that exists only now is walked now."""
+    run, rows, documents = job.run, job.run.texts.evaluation, job.run.texts.documents
+    calibration_rows = rows_of_experts(record.blocks)
+    if run.verifies_on_the_way:
+        other = job.walk.beside(emitted.adapter, emitted.source)
+        measured = job.measuring.figures(other, calibration_rows)
+        return measured, documents
+    if run.adapter.has_vision and not emitted.adapter.has_vision:
+        rows = [row for row in rows if row.pixels is None]
+        documents = tuple(document for document in documents if not document.images)
+        record.warnings.append(WITHOUT_VISION.format(name=run.recipe.format))
+    folder = job.workdir.folder("verify")
+    shutil.rmtree(folder)
+    measured = measure(job.walk, emitted, run.evaluation(rows), folder=folder, calibration_rows=calibration_rows)
+    return measured, documents

@@ -28,8 +28,8 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parent))
 from onecard.calibration.texts import prepare_texts
+from onecard.checkpoint.activations import Activations
 from onecard.checkpoint.model import Model, open_model
-from onecard.checkpoint.workdir import Activations
 from onecard.core.device import Compute
 from onecard.core.rows import Row
 from onecard.core.slices import COLUMNS_PER_SLICE, TOKENS_PER_SLICE
@@ -54,7 +54,7 @@ def forward(model: Model, rows: list[Row], batch_tokens: int) -> float:
     walk = Walk.over(model.adapter, model.source, Compute(device=CPU, dtype=torch.float32, batch_tokens=batch_tokens))
     last, total, tokens = model.adapter.n_blocks, 0.0, 0
     with tempfile.TemporaryDirectory(prefix="onecard-forward-") as folder:
-        rows_within = walk.hidden_rows(rows, Activations(Path(folder)))
+        rows_within = walk.hidden_rows(rows, Activations(Path(folder), walk.device))
         rows_within.embed("only")
         for index in range(last):
             rows_within.forward(walk.load(index), "only")
@@ -137,7 +137,7 @@ def take_floor() -> int:
     rows = prepare_texts(model, recipe, None, None, needs_calibration=False).evaluation
     walk = Walk.over(model.adapter, model.source, Compute(CPU, torch.bfloat16, recipe.batch_tokens))
     with tempfile.TemporaryDirectory(prefix="onecard-floor-") as folder:
-        floor = measure_floor(walk, rows, Activations(Path(folder)))
+        floor = measure_floor(walk, rows, Activations(Path(folder), walk.device))
     print(json.dumps(floor.to_json()))
     return 0
 

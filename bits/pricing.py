@@ -23,8 +23,9 @@ from .. import __version__
 from ..blocks.streams import QUANTIZED, REFERENCE, HalfJob, Known, by_module, propagate, take_statistics
 from ..calibration.moments import SiteMoments
 from ..checkpoint import files
+from ..checkpoint.activations import Activations
 from ..checkpoint.model import Model
-from ..checkpoint.workdir import Activations, read_json
+from ..checkpoint.workdir import read_json
 from ..core.device import Compute, site_budget
 from ..core.errors import InputError
 from ..core.finite import nonfinite_error
@@ -203,7 +204,7 @@ def price(
     """Prices of `units` (unit -> modules) at every scheme of `menu`, and unquantized. `rows`: calibration rows;
     `bytes_of`: (unit, width) -> its bytes in the plan. `folder` belongs to the pass; a stopped one is resumed there."""
     read_by_variants, others = priced_rows(rows, recipe)
-    stores = Activations(folder / "variants"), Activations(folder / "statistics")
+    stores = Activations(folder / "variants", walk.device), Activations(folder / "statistics", walk.device)
     task = _Pass(
         recipe=recipe,
         method=pricing_method(recipe),

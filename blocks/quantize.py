@@ -32,14 +32,12 @@ from ..core.method import Method
 from ..models.adapter import Half, Role, Site
 from ..models.block import Block
 from ..models.walk import HiddenRows, Walk
-from ..quantize.correction import corrected
+from ..quantize.correction import corrected, corrected_for_inputs
 from ..quantize.metric import swiglu_metric
 from ..quantize.site import SiteResult, batch_slices, quantize_batch, relative_output_error
 from ..recipe import Recipe, matches
-from .streams import HalfJob, Known, by_module, pass_reference, propagate, take_statistics
+from .streams import REFERENCE, HalfJob, Known, by_module, pass_reference, propagate, take_statistics
 from .tuning import tune
-
-WHOLE = slice(None)
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,8 @@ class BlockJob:
     recipe: Recipe
     shard_folder: Path
     sensitivity: Sensitivity
+    # Whether the block is wanted afterwards, although the method needs no more of it than its weights.
+    loads_block: bool = False
 
     @property
     def walk(self) -> Walk:
@@ -103,32 +103,37 @@ class _Output:
         self.facts["output_error"].setdefault(site.key, []).extend(errors)
 
 
-def quantize_block(job: BlockJob) -> dict[str, Any]:
-    """Quantize the block and return its entry in the record. All its shards are on disk afterwards."""
+def quantize_block(job: BlockJob) -> tuple[dict[str, Any], Block | None]:
+    """Quantize the block. Returns its entry in the record, and the original block where it was loaded, as it was. All
+    its shards are on disk afterwards."""
     shards = [shard for shard in job.plan.pieces if shard.part == job.index]
     output, step = _Output(ShardWriter(shards, job.shard_folder)), job.walk.step
     writer = output.writer
+    wanted = job.method.needs_statistics or job.loads_block
     job.walk.expect(job.index)
+    original = job.walk.load(job.index) if wanted else None
     job.walk.expect(job.index + 1)
-    if job.method.needs_statistics:
-        _with_statistics(job, output)
+    marks = None if original is None else original.marks()
+    if original is not None and job.method.needs_statistics:
+        _with_statistics(job, original, output)
     else:
         step.begin("quantize", job.index)
         for site in job.quantized_sites():
             if job.format.quantize is not None:
-                _hand_over(job, site, output)
+                _hand_over(job, site, original, output)
             else:
-                _quantize_site(job, site, None, None, output)
+                _quantize_site(job, site, original, None, output)
             step.advance(0)
+    # The verification walks through this block, too.
+    assert original is None or original.marks() == marks, "the original block was written to"
     for name, tensor in job.walk.read_each([name for name in writer.names() if not writer.has(name)]):
         writer.put(name, tensor)
     writer.check_complete()
-    return {"block": job.index} | output.facts
+    return {"block": job.index} | output.facts, original
 
 
-def _with_statistics(job: BlockJob, output: _Output) -> None:
+def _with_statistics(job: BlockJob, original: Block, output: _Output) -> None:
     """Half by half, and turn by turn: later turns read the outputs of the quantized earlier ones."""
-    original = job.walk.load(job.index)
     target = original.copy()
     output.facts["expert_rows"] = []
     last = job.index + 1 == job.walk.adapter.n_blocks
@@ -147,11 +152,12 @@ def _with_statistics(job: BlockJob, output: _Output) -> None:
         known = Known()
         for present in _turns(sites, job.method.sequential == "sites"):
             known = _quantize_turn(job, half_job, present, sites, known, output)
-        if not (last and half is Half.FEED_FORWARD):
+        if last and half is Half.FEED_FORWARD:
+            job.hidden.store.drop(job.index + 1, REFERENCE)
+        else:
             job.walk.step.begin("propagate", job.index)
             propagate(half_job, known)
-    if last:
-        job.hidden.store.drop(job.index + 1)
+        half_job.let_go()
 
 
 def _quantize_turn(
@@ -202,8 +208,9 @@ def _aim_site(job: BlockJob, site: Site, block: Block, moments: SiteMoments, out
     """A site that is not quantized: aimed at the reference stream, and rounded to the source's dtype."""
     (member,) = site.members
     w_BOI = block.stacked(member)[None].to(job.walk.device)
-    w_OI = _corrected(job, site, w_BOI, moments.shrunk(job.method.shrinkage, WHOLE), moments, WHOLE)[0]
-    start = 0
+    only = slice(0, 1)
+    _aim(job, site, w_BOI, moments.shrunk(job.method.shrinkage, only), moments, only)
+    w_OI, start = w_BOI[0], 0
     for name, out in zip(member, site.out_features, strict=True):
         stored = job.walk.stored_dtype(f"{name}.weight")
         weight = w_OI[start : start + out].to(stored)
@@ -215,16 +222,25 @@ def _aim_site(job: BlockJob, site: Site, block: Block, moments: SiteMoments, out
         output.writer.put(f"{name}.weight", weight.cpu().contiguous())
 
 
-def _corrected(
+def _aim(
     job: BlockJob, site: Site, w_BOI: torch.Tensor, moment_BII: torch.Tensor, moments: SiteMoments, cut: slice
-) -> torch.Tensor:
-    """The weights aimed at the reference stream, or as they are where the misses were not taken."""
-    miss = moments.miss(job.method.shrinkage, cut)
-    if miss is None:
-        return w_BOI
-    rows = torch.tensor(moments.rows[cut], device=job.walk.device).clamp_min(1)
-    ridge = job.method.correction_strength * site.in_features / rows
-    return corrected(w_BOI, moment_BII, miss if site.adds_to_residual else w_BOI @ miss, ridge)
+) -> None:
+    """Aims the weights at the reference stream, in place, or leaves them where the misses were not taken. One matrix at
+    a time: the solve holds several copies."""
+    solved = corrected if site.adds_to_residual else corrected_for_inputs
+    for i in range(len(w_BOI)):
+        expert, one = cut.start + i, slice(i, i + 1)
+        miss = moments.miss(job.method.shrinkage, slice(expert, expert + 1))
+        if miss is None:
+            return
+        ridge = job.method.correction_strength * site.in_features / max(1, moments.rows[expert])
+        w_BOI[one] = solved(w_BOI[one], moment_BII[one], miss, torch.full((1,), ridge, device=w_BOI.device))
+
+
+def _exact(job: BlockJob, site: Site, block: Block | None) -> Block | None:
+    """The block, if it holds a site's weights as they are stored: one that is held in bf16 has rounded the others."""
+    as_stored = job.walk.compute.dtype == torch.float32 or job.walk.site_dtypes(site) == {torch.bfloat16}
+    return block if as_stored else None
 
 
 def _stacked(job: BlockJob, block: Block | None, member: tuple[str, ...]) -> torch.Tensor:
@@ -246,8 +262,10 @@ def _output_metric(job: BlockJob, site: Site, block: Block, moments: SiteMoments
     if site.key in metrics:
         return metrics[site.key].expand(len(site.members[cut]), -1, -1)
     if site.feeds:
-        down = torch.stack([block.joined((name,)) for name in site.feeds[cut]])
-        return swiglu_metric(moments.slopes(job.method.shrinkage, cut), down, residual_HH)
+        found = moments.slopes(job.method.shrinkage, cut)
+        for slopes, name in zip(found.split(1), site.feeds[cut], strict=True):
+            swiglu_metric(slopes, block.joined((name,))[None], residual_HH)
+        return found
     if site.reaches_residual:
         return residual_HH.expand(len(site.members[cut]), -1, -1)
     return None
@@ -261,7 +279,9 @@ def _quantize_site(
     output: _Output,
     aimed: bool = True,
 ) -> None:
-    """All experts of one site, cut to the memory budget. `aimed`: at the reference stream, if misses were taken."""
+    """All experts of one site, cut to the memory budget. With `moments` the block is the target, which gets the weights
+    as a reader will see them; without, it is the original, or None. `aimed`: at the reference stream, if misses were
+    taken."""
     assert job.format.pack is not None
     scheme = job.plan.schemes[site.first_module]
     stored = job.walk.scale_dtype(site)
@@ -269,16 +289,16 @@ def _quantize_site(
     measured = bool(job.sensitivity.metrics) and moments is not None
     for cut in batch_slices(len(site.members), outputs, site.in_features, budget_bytes, job.method, measured):
         members = site.members[cut]
-        # A block held in bf16 has rounded weights that are stored otherwise.
-        as_stored = job.walk.compute.dtype == torch.float32 or job.walk.site_dtypes(site) == {torch.bfloat16}
-        exact = block if as_stored else None
-        w_BOI = torch.stack([_stacked(job, exact, member) for member in members])
+        exact = _exact(job, site, block)
+        w_BOI = torch.empty(len(members), outputs, site.in_features, device=job.walk.device)
+        for w_OI, member in zip(w_BOI, members, strict=True):
+            w_OI.copy_(_stacked(job, exact, member))
         moment = metric = None
         if moments is not None and block is not None:
             metric = _output_metric(job, site, block, moments, cut)
             moment = moments.shrunk(job.method.shrinkage, cut)
             if aimed:
-                w_BOI = _corrected(job, site, w_BOI, moment, moments, cut)
+                _aim(job, site, w_BOI, moment, moments, cut)
         result = quantize_batch(w_BOI, moment, scheme, job.method, stored, metric)
         output.facts["damping_raised"] += result.damping_raised
         output.facts["diagonal_fallbacks"] += result.diagonal_fallbacks
@@ -288,7 +308,7 @@ def _quantize_site(
             for name, weight in by_module(result.weight, i, member, site):
                 for suffix, tensor in job.format.pack(weight).items():
                     output.writer.put(f"{name}.{suffix}", tensor)
-                if block is not None:
+                if block is not None and moments is not None:
                     # As a reader will see it: the product rounded to the model's dtype.
                     block.weight(name).copy_(weight.dequantize(stored))
 
@@ -304,16 +324,17 @@ def _refuse_nonfinite(job: BlockJob, site: Site, result: SiteResult, first: int)
     raise nonfinite_error(False, f"block {job.index}, {site.half.said}, {site.key}{expert}: {what}")
 
 
-def _hand_over(job: BlockJob, site: Site, output: _Output) -> None:
+def _hand_over(job: BlockJob, site: Site, block: Block | None, output: _Output) -> None:
     """A site in a format that quantizes by itself: it gets each weight as the source stores it, but in one dtype."""
     assert job.format.quantize is not None
-    dtype = job.walk.scale_dtype(site)
+    dtype, exact = job.walk.scale_dtype(site), _exact(job, site, block)
     for member in site.members:
         before, after = [], []
-        found = dict(job.walk.read_each([f"{name}.weight" for name in member]))
+        held = {} if exact is None else {f"{name}.weight": exact.weight(name) for name in member}
+        found = held or dict(job.walk.read_each([f"{name}.weight" for name in member]))
         for name in member:
             weight = found[f"{name}.weight"]
-            parts, stored = job.format.quantize(weight.to(dtype), job.plan.schemes[name])
+            parts, stored = job.format.quantize(weight.cpu().to(dtype), job.plan.schemes[name])
             if not torch.isfinite(stored).all():  # bitsandbytes rounds to fp16 before it quantizes to int8
                 raise InputError(
                     f"{name} holds weights that {job.method.method} cannot hold: keep it as it is (keep_modules), or "

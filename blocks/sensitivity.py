@@ -3,19 +3,23 @@
 One safetensors file a block. A key says what a tensor is and of which site: `metric:SITE` or `weight:SITE`.
 """
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ..calibration.sensitivity import Sensitivity, sensitivities
+from ..calibration.sensitivity import Sensitivity, Stop, sensitivities
 from ..checkpoint import files
-from ..checkpoint.workdir import Activations, read_tensors
+from ..checkpoint.activations import Activations
+from ..checkpoint.workdir import read_tensors
 from ..core.method import Method
 from ..core.rows import Row
 from ..models.walk import HiddenRows, Walk
 
 METRIC, WEIGHT = "metric:", "weight:"
+# Where the walk back can go on.
+STOP = "stop.safetensors"
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class SensitivityFiles:
         return self.folder / f"{block:04d}.safetensors"
 
     def measure(self, walk: Walk, rows: list[Row]) -> None:
-        """Walk the original model over the calibration rows, forward and back, and write every block's file."""
+        """Walk the original model over the calibration rows, forward and back, and write every block's file. A walk
+        that was interrupted goes on from its last stop."""
 
         def keep(block: int, metrics: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> None:
             found = {f"{METRIC}{key}": metric for key, metric in metrics.items() if self.method.output_metric}
@@ -37,9 +42,35 @@ class SensitivityFiles:
                 found |= {f"{WEIGHT}{key}": weight for key, weight in weights.items()}
             files.write_tensors(self._file(block), found)
 
+        def stop(at: Stop) -> None:
+            for place in range(0, at.begin + 1):
+                store.settle(place)
+            found = {"begin": torch.tensor(at.begin), "routers": torch.tensor(at.routers)}
+            found |= {} if at.routers_HH is None else {"metric": at.routers_HH}
+            files.write_tensors(self.folder / STOP, found)
+
+        acts = self.folder / "acts"
+        resumed = self._stop(walk.device)
+        if resumed is None:
+            shutil.rmtree(self.folder, ignore_errors=True)
         files.make_folder(self.folder)
-        hidden = walk.hidden_rows(rows, Activations(self.folder / "acts"))
-        sensitivities(hidden, keep, self.method.token_weighting)
+        for place in acts.iterdir() if acts.is_dir() else ():
+            if resumed is not None and int(place.name) > resumed.begin:  # a kill came before it was dropped
+                shutil.rmtree(place)
+        store = Activations(acts, walk.device)
+        try:
+            weighting = self.method.token_weighting
+            sensitivities(walk.hidden_rows(rows, store), keep, weighting, stop=stop, resumed=resumed)
+        finally:
+            store.close()
+
+    def _stop(self, device: torch.device) -> Stop | None:
+        """The last stop of a walk that was begun here."""
+        if not (self.folder / STOP).exists():
+            return None
+        found = read_tensors(self.folder / STOP)
+        metric = found["metric"].to(device) if "metric" in found else None
+        return Stop(int(found["begin"]), metric, int(found["routers"]))
 
     def read(self, block: int, hidden: HiddenRows) -> Sensitivity:
         """One block's, empty where the method wants none. Raises InputError for a damaged file."""

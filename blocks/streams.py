@@ -25,15 +25,12 @@ from ..core.quantized_weight import QuantizedWeight
 from ..models.adapter import Half, Role, Site
 from ..models.block import Block
 from ..models.walk import HiddenRows
-from ..quantize.metric import swiglu_slopes
+from .sums import Beside, SiteRows, add_batch
 
 REFERENCE, QUANTIZED = "reference", "quantized"
 MIDDLE = "-middle"
 # The stream of the rows that o reads in the quantized stream.
 BEFORE_O = "quantized-before-o"
-
-# (site key, expert) -> (token numbers [R] rising, rows [R, I])
-SiteRows = dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -71,6 +68,12 @@ class HalfJob:
         """Store what leaves the half."""
         block, name = self._place(stream)
         self.hidden.store.put(block, name, batch, hidden)
+
+    def let_go(self) -> None:
+        """Both streams have left the half: what entered it is not read again, but by a resumed run."""
+        suffix = MIDDLE if self.half is Half.FEED_FORWARD else ""
+        for stream in (REFERENCE + suffix, QUANTIZED + suffix, BEFORE_O):
+            self.hidden.store.release(self.index, stream)
 
     def _place(self, stream: str) -> tuple[int, str]:
         return (self.index, stream + MIDDLE) if self.half is Half.ATTENTION else (self.index + 1, stream)
@@ -120,7 +123,7 @@ def _pass(job: HalfJob, stream: str, batch: int, sites: Collection[Site], run: b
     hidden = job.rows_in(stream, batch)
     tokens = hidden.shape[0] * hidden.shape[1]
     everywhere = torch.arange(tokens, device=hidden.device)
-    rows: SiteRows = {}
+    rows: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
     normed: dict[str, torch.Tensor] = {}
     for site in sites:
         if site.reads_norm is not None:
@@ -190,11 +193,11 @@ def take_statistics(job: HalfJob, sites: Sequence[Site], known: Known) -> tuple[
             job.hidden.store.put(job.index, BEFORE_O, k, seen.rows[keep.key, 0][1])
         against = job.rows_out(REFERENCE, k).flatten(0, 1).float() if job.correct else seen.out
         weights = {key: job.weight(key, k, against) for key in moments}
-        _add_rows(job, own, moments, seen, weights)
+        beside = None
         if job.correct:
-            alike = (seen.routes == routes[k]).all(-1)
             missed = against - seen.out if len(inner) < len(own) else None
-            _add_misses(own, moments, seen, weights, alike, theirs, missed)
+            beside = Beside((seen.routes == routes[k]).all(-1), theirs, missed)
+        add_batch(job.target, own, moments, seen.rows, weights, beside)
     for site in own:
         where = f"block {job.index}, {job.half.said}, {site.key}"
         moments[site.key].refuse_nonfinite(job.target.original, where, site.role is Role.EXPERT)
@@ -221,49 +224,6 @@ def _empty(job: HalfJob, site: Site) -> SiteMoments:
         miss_rows=miss_rows if job.correct else 0,
         slopes=outputs if site.feeds and job.slopes else 0,
     )
-
-
-def _add_rows(
-    job: HalfJob,
-    sites: Sequence[Site],
-    moments: dict[str, SiteMoments],
-    seen: Seen,
-    weights: Mapping[str, torch.Tensor],
-) -> None:
-    """Adds the inputs in the quantized stream, and their slopes where those are wanted."""
-    by_key = {site.key: site for site in sites}
-    for (key, expert), (tokens, rows) in seen.rows.items():
-        moments[key].add(expert, rows, weights[key][tokens])
-        if moments[key].slope_EPP is not None:
-            gate_up = job.target.joined(by_key[key].members[expert])
-            moments[key].add_slopes(expert, swiglu_slopes(rows, gate_up), weights[key][tokens])
-
-
-def _add_misses(
-    sites: Sequence[Site],
-    moments: dict[str, SiteMoments],
-    seen: Seen,
-    weights: Mapping[str, torch.Tensor],
-    alike: torch.Tensor,
-    theirs: SiteRows,
-    missed: torch.Tensor | None,
-) -> None:
-    """Adds the misses. `alike` bool [T]: tokens with the same route in both streams; `theirs`: the inputs of inner
-    sites in the reference stream; `missed` [T, H]: the miss where the half ends."""
-    by_key = {site.key: site for site in sites}
-    for (key, expert), (tokens, x) in seen.rows.items():
-        # The router decides the routes. So it gets all tokens, as does whatever comes before it.
-        everywhere = by_key[key].reads_norm is not None
-        kept = slice(None) if everywhere else alike[tokens]
-        if by_key[key].adds_to_residual:
-            assert missed is not None
-            miss = missed[tokens[kept]]
-        elif (key, expert) in theirs:
-            their_tokens, their_x = theirs[key, expert]
-            miss = their_x[slice(None) if everywhere else alike[their_tokens]].float() - x[kept].float()
-        else:
-            continue
-        moments[key].add_miss(expert, x[kept], miss, weights[key][tokens[kept]])
 
 
 def propagate(job: HalfJob, known: Known) -> None:

@@ -16,9 +16,10 @@ from typing import Any
 from rich.console import Console
 
 from ..checkpoint import files
+from ..checkpoint.activations import Activations
 from ..checkpoint.checked import check_weights, checked_as_loaded
 from ..checkpoint.model import open_source
-from ..checkpoint.workdir import Activations, read_json
+from ..checkpoint.workdir import read_json
 from ..core.device import choose_compute
 from ..core.errors import InputError
 from ..core.file_names import RECORD_NAME
@@ -116,7 +117,7 @@ def balanced(
 
 def _count(rows: list[Row], walk: Walk, folder: Path) -> Routes:
     try:
-        return count_routes(walk.hidden_rows(rows, Activations(folder)))
+        return count_routes(walk.hidden_rows(rows, Activations(folder, walk.device)))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

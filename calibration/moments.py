@@ -18,13 +18,14 @@ quantized one, at the site's input or at the block's output. quantize/correction
 Sites of gates and ups keep a third sum, K = sum of w v v^T over the slopes v that quantize/metric.py defines. It is
 averaged and shrunk like S, with tau = shrinkage * size of K.
 
-Shape legend: E experts, I inputs, X rows of the miss, P slopes, R rows.
+Shape legend: E experts, I inputs, X rows of the miss, P slopes, R rows of an expert, S rows of all experts, one below
+the other.
 """
 
 import torch
 
 from ..core.finite import first_nonfinite, nonfinite_error
-from ..core.products import add_outer
+from ..core.products import add_outer, add_outers
 
 
 class SiteMoments:
@@ -51,6 +52,19 @@ class SiteMoments:
         assert self.miss_EXI is not None
         add_outer(self.miss_EXI[expert], miss_RX if weight_R is None else miss_RX * weight_R[:, None], x_RI)
 
+    def add_all(self, rows: list[int], x_SI: torch.Tensor, weight_S: torch.Tensor) -> None:
+        """`add` for all experts: the first rows[0] of `x_SI` are the first expert's, and so on."""
+        add_outers(self.sum_EII, x_SI * weight_S[:, None], x_SI, rows)
+        self.weight_E += torch.stack([weight.sum(dtype=torch.float64) for weight in weight_S.split(rows)])
+        self.rows = [before + more for before, more in zip(self.rows, rows, strict=True)]
+
+    def add_all_misses(
+        self, rows: list[int], x_SI: torch.Tensor, miss_SX: torch.Tensor, weight_S: torch.Tensor
+    ) -> None:
+        """`add_miss` for all experts; weights may be zero."""
+        assert self.miss_EXI is not None
+        add_outers(self.miss_EXI, miss_SX * weight_S[:, None], x_SI, rows)
+
     def add_slopes(self, expert: int, v_RP: torch.Tensor, weight_R: torch.Tensor | None = None) -> None:
         """Adds the slopes of rows that `add` got, with the same weights."""
         assert self.slope_EPP is not None
@@ -74,7 +88,7 @@ class SiteMoments:
     def _mean(self, sums: torch.Tensor, experts: slice) -> torch.Tensor:
         """Sums divided by the sum of the weights; zero for an expert without rows."""
         weight = self.weight_E[experts].float()[:, None, None]
-        return torch.where(weight > 0, sums / weight, 0.0)
+        return (sums / weight).masked_fill_(weight <= 0, 0.0)
 
     def shrunk(self, shrinkage: float, experts: slice) -> torch.Tensor:
         """S_e* [E', I, I] of the given experts."""
@@ -94,7 +108,7 @@ class SiteMoments:
         if tau == 0.0:
             return own
         rows, pooled = self._rows(experts), sums_ENN.sum(0) / self.weight_E.sum().float()
-        return (rows * own + tau * pooled) / (rows + tau)
+        return own.mul_(rows).add_(pooled.mul_(tau)).div_(rows + tau)
 
     def miss(self, shrinkage: float, experts: slice) -> torch.Tensor | None:
         """M_e* [E', X, I] of the given experts; None where misses were not taken."""
@@ -102,4 +116,4 @@ class SiteMoments:
             return None
         rows = self._rows(experts)
         tau = self._tau(shrinkage, self.sum_EII.shape[-1])
-        return self._mean(self.miss_EXI[experts], experts) * rows / (rows + tau).clamp_min(1)
+        return self._mean(self.miss_EXI[experts], experts).mul_(rows).div_((rows + tau).clamp_min(1))

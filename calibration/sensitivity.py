@@ -46,7 +46,7 @@ from ..models.adapter import Role, Site
 from ..models.block import Block
 from ..models.walk import HiddenRows
 
-STREAM = "sensitivity"
+STREAM, GRADIENT = "sensitivity", "gradient"
 # The key of errors that a block adds to the residual stream where it ends.
 RESIDUAL = "residual"
 # Margins count by exp(-m^2 / 2 s^2); this share of a block's tokens has a margin below s. It is about twice the share
@@ -92,29 +92,58 @@ def token_weights(g_TO: torch.Tensor | None, row_TH: torch.Tensor, weighting: st
     raise AssertionError(weighting)
 
 
-def sensitivities(hidden: HiddenRows, keep: Keep, weighting: str, seed: int = 0) -> None:
+@dataclass(frozen=True)
+class Stop:
+    """A place where the walk back may be interrupted, and go on. The gradients of what enters block `begin` lie in the
+    store, and so do the rows before each stretch below."""
+
+    begin: int
+    # The metrics of the routers from there on: their sum, fp32 [H, H], and how many. None without routers.
+    routers_HH: torch.Tensor | None
+    routers: int
+
+
+def sensitivities(
+    hidden: HiddenRows,
+    keep: Keep,
+    weighting: str,
+    seed: int = 0,
+    *,
+    stop: Callable[[Stop], None] = lambda _: None,
+    resumed: Stop | None = None,
+) -> None:
     """Metrics and token weights of every block, last block first; `keep` gets each. Leaves the store empty.
 
-    `weighting`: the recipe's `token_weighting`; `seed`: of the labels that are drawn."""
+    `weighting`: the recipe's `token_weighting`; `seed`: of the labels that are drawn. `stop` is called wherever the
+    walk can go on later: then it is given as `resumed`, with the same store."""
     walk, n_blocks = hidden.walk, hidden.walk.adapter.n_blocks
     apart = spacing(n_blocks)
     walk.step.begin("sensitivity")
-    hidden.embed(STREAM)
     last = (n_blocks - 1) // apart * apart  # the last stretch begins here; nothing in it is computed twice
-    for index in range(n_blocks):
-        _forward(hidden, index, then=min(index + 1, n_blocks - 1))
-        if index < last and index % apart != 0:
-            hidden.store.drop(index)
-    _from_head(hidden, seed)
-    later = _Routers()
-    for begin in reversed(range(0, n_blocks, apart)):
+    if resumed is None:
+        hidden.embed(STREAM)
+        for index in range(n_blocks):
+            _forward(hidden, index, then=min(index + 1, n_blocks - 1))
+            if index < last and index % apart != 0:
+                hidden.store.drop(index)
+        _from_head(hidden, seed)
+        resumed = Stop(n_blocks, None, 0)
+        stop(resumed)
+    later = _Routers(resumed.routers_HH, resumed.routers)
+    for begin in reversed(range(0, resumed.begin, apart)):
+        end = min(begin + apart, n_blocks)
         if begin < last:
-            for index in range(begin, begin + apart - 1):
+            for index in range(begin, end - 1):
                 _forward(hidden, index, then=index + 1)
-        for index in reversed(range(begin, min(begin + apart, n_blocks))):
+        for index in reversed(range(begin, end)):
             block = _loaded(hidden, index, then=index - 1 if index > begin else begin - apart)
             keep(index, *_back_through(hidden, block, later, weighting))
             del block
+            # What a stop rests on stays until the next one.
+            hidden.store.release(end) if index + 1 == end else hidden.store.drop(index + 1)
+        stop(Stop(begin, later.total, later.count))
+        hidden.store.drop(end)
+        hidden.store.drop(begin, STREAM)
     hidden.store.drop(0)
 
 
@@ -141,13 +170,12 @@ def _back_through(
     found = _Found(weighting)
     ties: list[Ties] = []
     for k, numbers in enumerate(hidden.groups):
-        rows, gradient = hidden.get(index, STREAM, k), hidden.get(index + 1, STREAM, k)
+        rows, gradient = hidden.get(index, STREAM, k), hidden.get(index + 1, GRADIENT, k)
         below, middle = _back(block, rows, gradient, found)
         check_finite(block.original, f"block {index}, the gradient that enters it", below)
         ties += near_ties(block, middle)
-        hidden.store.put(index, STREAM, k, below)  # the rows are not needed again: their gradient replaces them
+        hidden.store.put(index, GRADIENT, k, below)
         step.advance(len(numbers) * rows.shape[1])
-    hidden.store.drop(index + 1)
     metrics = found.metrics()
     metrics[RESIDUAL] += later.mean(metrics[RESIDUAL])
     if ties:
@@ -214,8 +242,9 @@ def _from_head(hidden: HiddenRows, seed: int) -> None:
             gradient[part] = -product(p_TV, head_VH).to(gradient.dtype)
         normed.backward(gradient.view_as(normed))
         assert rows.grad is not None
-        hidden.store.put(last, STREAM, k, rows.grad)
+        hidden.store.put(last, GRADIENT, k, rows.grad)
         walk.step.advance(len(flat))
+    hidden.store.drop(last, STREAM)
 
 
 def _back(
@@ -256,9 +285,8 @@ def _keeper(outputs: dict[str, list[torch.Tensor]], site: Site) -> Callable[[nn.
 class _Routers:
     """The mean metric of the routers met so far, on the way from the last block to the first."""
 
-    def __init__(self) -> None:
-        self.total: torch.Tensor | None = None
-        self.count = 0
+    def __init__(self, total_HH: torch.Tensor | None, count: int) -> None:
+        self.total, self.count = total_HH, count
 
     def add(self, metric_HH: torch.Tensor) -> None:
         self.total = metric_HH if self.total is None else self.total + metric_HH

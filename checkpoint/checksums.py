@@ -30,6 +30,13 @@ def sha256_file(path: Path) -> str:
         raise ResourceError(f"{path} could not be read ({error}): fix that and run the same command again") from error
 
 
+def read_back_digest(path: Path) -> str:
+    """The digest of a file as the disk gives it back: what the system holds of it in RAM is let go first, where the
+    system does so. Raises ResourceError."""
+    files.let_go(path)
+    return sha256_file(path)
+
+
 def sums_text(digests: Mapping[str, str]) -> str:
     """The lines of SHA256SUMS, sorted by name."""
     lines = []
@@ -68,10 +75,13 @@ def read_sums(path: Path) -> dict[str, str]:
     return digests
 
 
-def write_sums(folder: Path, names: Iterable[str], unwritten: Mapping[str, bytes]) -> None:
-    """Write SHA256SUMS of the files `names` in `folder`. `unwritten`: the bytes of those that are not written yet."""
-    digests = {}
-    for name in set(names) - {SUMS_NAME}:
+def write_sums(
+    folder: Path, names: Iterable[str], unwritten: Mapping[str, bytes], known: Mapping[str, str] | None = None
+) -> None:
+    """Write SHA256SUMS of the files `names` in `folder`. `unwritten`: the bytes of those that are not written yet;
+    `known`: the digests of those that need not be read again."""
+    digests = {name: digest for name, digest in (known or {}).items() if name in names}
+    for name in set(names) - {SUMS_NAME} - digests.keys():
         given = unwritten.get(name)
         digests[name] = sha256_file(folder / name) if given is None else hashlib.sha256(given).hexdigest()
     files.write_bytes(folder / SUMS_NAME, sums_text(digests).encode())

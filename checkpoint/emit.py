@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ..core.errors import InputError
+from ..core.errors import InputError, ResourceError
 from ..core.file_names import RECORD_NAME, TEMPLATE_FOLDER
 from ..core.layout import (
     CARD_MARK,
@@ -21,6 +21,7 @@ from ..core.record.reading import read_file_names
 from ..core.tensors import DTYPE_NAMES
 from . import files
 from .checksums import SUMS_NAME
+from .files import let_go
 from .safetensors_header import read_header
 from .side_files import left_behind, side_files
 from .source import INDEX_NAME
@@ -73,7 +74,8 @@ class ShardWriter:
 def join_shards(pieces: Iterable[Path], tensors: Iterable[StoredTensor], target: Path) -> None:
     """Copy the tensors of several safetensors files into one, which appears complete or not at all.
 
-    The bytes are those that the safetensors library would write. At most COPY_BYTES are in memory.
+    The bytes are those that the safetensors library would write. At most COPY_BYTES are in memory. The file is read
+    back and compared with the pieces: what was verified of them then holds of the file. Raises ResourceError.
     """
     ordered = in_file_order(tensors)
     homes = {name: (path, offset) for path in pieces for name, (_, offset) in read_header(path).items()}
@@ -89,6 +91,13 @@ def join_shards(pieces: Iterable[Path], tensors: Iterable[StoredTensor], target:
 
     files.write_pieces(target, chunks())
     assert target.stat().st_size == file_bytes(ordered), target
+    let_go(target)
+    with target.open("rb") as file:
+        if any(file.read(len(chunk)) != chunk for chunk in chunks()):
+            raise ResourceError(
+                f"{target} does not hold what was written to it: its disk is damaged, or another program writes there. "
+                "Mend that, and go on with --resume"
+            )
 
 
 def written_files(weights: Iterable[str], source: Path) -> list[str]:

@@ -56,6 +56,13 @@ def sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def let_go(path: Path) -> None:
+    """Drop what the system holds of a written file in RAM, where it lets one: then the disk is read."""
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError), path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def _commit(temporary: Path, path: Path, lasting: bool = True) -> None:
     if lasting:
         sync_file(temporary)

@@ -3,13 +3,16 @@
     state.json                identity of the run (recipe, source, texts, versions), the number of finished stages, the
                               OUT that may be cleared, and the OUT that files have begun to move to
     lock                      held with flock by the live run; the system frees it however the run ends
-    acts/NNNN/STREAM-KKKKK.safetensors   hidden rows that enter block NNNN, one file per batch
+    acts/                     hidden rows between blocks (activations.py)
     zeros.json                the matrices that are all zeros in the source
     shards/                   finished shards of the checkpoint
     blocks/NNNN.json          the record's entry for a finished block
+    verified/NNNN.json        what the verification has seen of it, and the digests of its shards
+    sensitivity/              metrics and token weights, and where their walk back can go on
 
 state.json is the only commit point: the files of a stage are written and fsynced first, then its number grows. A
-resumed run writes the files of an unfinished stage again. Nothing here is ever unpickled.
+resumed run does an unfinished stage, and finished ones that are not counted yet, again (keeper.py). Nothing here is
+ever unpickled.
 """
 
 import fcntl
@@ -28,6 +31,8 @@ from ..core.layout import TEMPORARY
 from . import files
 
 STATE = "state.json"
+# What the numbers in the state mean: the stages of a run and their files. Another layout is not resumed.
+LAYOUT = 2
 # Shown in place of a part of the identity that only one of two runs has.
 NONE = "not given"
 
@@ -113,11 +118,16 @@ class WorkDir:
                 )
             if overwrite or not has_run(path):
                 self.clear()
-            self.state: dict[str, Any] = {"identity": identity, "done": 0}
+            self.state: dict[str, Any] = {"layout": LAYOUT, "identity": identity, "done": 0}
             if overwrite and out is not None:
                 self.state["may_clear"] = str(out.resolve())
             if has_run(path):
                 self.state = _read_state(path)
+                if self.state.get("layout") != LAYOUT:
+                    raise InputError(
+                        f"the run in {path} was begun by another version of onecard: go on with that version, or start "
+                        "anew with --overwrite"
+                    )
                 refuse_resumed(self.state["identity"], identity, path)
             else:
                 self._write_state()
@@ -203,37 +213,3 @@ class WorkDir:
     def __exit__(self, *_: object) -> None:
         if not self._lock.closed:
             self._lock.close()
-
-
-class Activations:
-    """Hidden rows between blocks, one file per batch, so that memory does not grow with the number of rows.
-
-    Most files are soon read again and dropped. Call `settle` before committing a stage that depends on them.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def _file(self, block: int, stream: str, batch: int) -> Path:
-        return self.folder / f"{block:04d}" / f"{stream}-{batch:05d}.safetensors"
-
-    def put(self, block: int, stream: str, batch: int, hidden: torch.Tensor) -> None:
-        path = self._file(block, stream, batch)
-        files.make_folder(path.parent)
-        files.write_tensors(path, {"hidden": hidden.cpu().contiguous()}, lasting=False)
-
-    def settle(self, block: int) -> None:
-        """Make the rows that enter `block` durable."""
-        folder = self.folder / f"{block:04d}"
-        with files.disk_errors(folder):
-            for path in sorted(folder.glob("*.safetensors")):
-                files.sync_file(path)
-            if folder.is_dir():
-                files.sync_folder(folder)
-
-    def get(self, block: int, stream: str, batch: int) -> torch.Tensor:
-        return read_tensors(self._file(block, stream, batch))["hidden"]
-
-    def drop(self, block: int) -> None:
-        """Remove the rows that entered `block`, once the next block's rows are committed."""
-        shutil.rmtree(self.folder / f"{block:04d}", ignore_errors=True)

@@ -92,10 +92,9 @@ def dense_each(
             whole = model.source.dense(tensor, dtype, leading)
         else:
             whole = model.source.get(tensor, leading)
-        for cut in slab.cuts:
-            part = cut.of(whole)
-            _refuse_nonfinite(model, cut.name, part)
-            yield cut.name, part.contiguous()
+        for name, weight in slab.weights(whole):
+            _refuse_nonfinite(model, name, weight)
+            yield name, weight.contiguous()
 
 
 def codes(model: Model, module: str) -> QuantizedWeight:

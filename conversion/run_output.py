@@ -3,8 +3,10 @@
 The functions here work on a plan, before a weight is read, by showing the planned shards as an opened model.
 """
 
+import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,16 @@ from ..checkpoint.formats import compressed_tensors_write as ct
 from ..checkpoint.formats.bitsandbytes_read import NAME as BITSANDBYTES
 from ..checkpoint.formats.shard_formats import SHARD_FORMATS
 from ..checkpoint.formats.stored_weight import StoredWeight
-from ..checkpoint.model import Model
+from ..checkpoint.model import Model, quantization_block
 from ..checkpoint.packed import PackedSource, open_packed
 from ..checkpoint.plan import Plan, index_files
-from ..checkpoint.source import INDEX_NAME, Folder, open_folder
+from ..checkpoint.safetensors_header import read_header
+from ..checkpoint.source import INDEX_NAME, Folder, join_headers, open_folder
+from ..core.json_text import json_text
 from ..core.layout import index_json
 from ..core.tensors import TensorInfo
+from ..models.adapter import Adapter
+from ..models.families import adapter_of
 from . import to_compressed_tensors, to_nf4
 from .exporters import FORMATS, Files, refuse_unheld
 
@@ -81,6 +87,46 @@ def finished_run(model: Model, plan: Plan, shards: Path) -> Model:
     block = to_compressed_tensors.config(planned_run(model, plan))["quantization_config"]
     folder = open_folder(shards)
     return replace(model, folder=folder, source=open_packed(folder, block))
+
+
+@dataclass(frozen=True)
+class WrittenParts:
+    """What a run writes, as a reader of its shards sees it: part by part (Shard.part), each once it is written.
+
+    A part is read by the config.json to come, and nothing is taken from the run's own weights.
+    """
+
+    model: Model
+    plan: Plan
+    format_name: str
+    shards: Path  # the folder of the pieces
+    out: Path  # where they may have moved
+
+    @cached_property
+    def _config(self) -> dict[str, Any]:
+        config: dict[str, Any] = json.loads(json_text(config_of_run(self.model, self.plan, self.format_name)))
+        return config
+
+    @cached_property
+    def adapter(self) -> Adapter:
+        return adapter_of(self.shards / "config.json", self._config)
+
+    def pieces(self, part: int) -> list[Path]:
+        names = [piece.file for piece in self.plan.pieces if piece.part == part]
+        return [
+            next((f / name for f in (self.shards, self.out) if (f / name).exists()), self.shards / name)
+            for name in names
+        ]
+
+    def source(self, part: int) -> Folder | PackedSource:
+        """The tensors of one part. Raises InputError when a piece is damaged."""
+        pieces = self.pieces(part)
+        where = pieces[0].parent
+        folder = Folder(where, *join_headers(where, {path.name: read_header(path) for path in pieces}, None, []))
+        packed = {f"{module}." for module in self.plan.schemes}
+        if not any(f"{name.rpartition('.')[0]}." in packed for name in folder.infos):
+            return folder
+        return open_packed(folder, quantization_block(self.shards, self._config))
 
 
 def weight_bytes(planned: Files) -> int:

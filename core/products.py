@@ -38,11 +38,20 @@ def add_outer(total_MN: torch.Tensor, a_RM: torch.Tensor, b_RN: torch.Tensor) ->
     if not on_cuda(total_MN):
         total_MN.addmm_(_wide(a_RM).T, _wide(b_RN))
         return
-    pairs = _pairs(a_RM, b_RN)
-    # The parts stand below one another in one product, so that the total, often larger than the rows, passes once.
-    first = torch.cat([a for a, _ in pairs]) if len(pairs) > 1 else pairs[0][0]
-    second = torch.cat([b for _, b in pairs]) if len(pairs) > 1 else pairs[0][1]
+    first, second = _row_parts(a_RM, b_RN)
     _add_product(total_MN, first.T, second)
+
+
+def add_outers(totals_EMN: torch.Tensor, a_SM: torch.Tensor, b_SN: torch.Tensor, rows: list[int]) -> None:
+    """`add_outer` for each total in turn: the first rows[0] of a and b are the first's, and so on."""
+    split = 1
+    if on_cuda(totals_EMN):
+        a_SM, b_SN = _row_parts(a_SM, b_SN)  # bf16 from here on
+        split = len(a_SM) // max(1, sum(rows))
+    sizes = [split * n for n in rows]
+    for total_MN, a_RM, b_RN in zip(totals_EMN, a_SM.split(sizes), b_SN.split(sizes), strict=True):
+        if len(a_RM):
+            add_outer(total_MN, a_RM, b_RN)
 
 
 def quadratic(e_TH: torch.Tensor, metric_HH: torch.Tensor) -> torch.Tensor:
@@ -75,7 +84,7 @@ def bf16_parts(x: torch.Tensor, count: int) -> list[torch.Tensor]:
     for n in range(count):
         parts.append(rest.to(torch.bfloat16))
         if n + 1 < count:
-            rest = rest - parts[-1].float()
+            rest = rest - parts[-1]
     return parts
 
 
@@ -91,6 +100,16 @@ def _pairs(a: torch.Tensor, b: torch.Tensor) -> list[tuple[torch.Tensor, torch.T
     most = max(len(of_a), len(of_b))
     places = [(i, j) for i in range(len(of_a)) for j in range(len(of_b)) if i + j < most]
     return [(of_a[i], of_b[j]) for i, j in sorted(places, key=sum, reverse=True)]
+
+
+def _row_parts(a_RM: torch.Tensor, b_RN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The parts of both, each row's one below the other: in one product, so that the total, which is often larger than
+    the rows, passes once."""
+    pairs = _pairs(a_RM, b_RN)
+    if len(pairs) == 1:
+        return pairs[0]
+    first, second = (torch.stack(each, dim=1).flatten(0, 1) for each in zip(*pairs, strict=True))
+    return first, second
 
 
 def _sum_of_products(a_MK: torch.Tensor, b_KN: torch.Tensor) -> torch.Tensor:

@@ -57,13 +57,18 @@ def batches(rows: list[Row], tokens_per_batch: int) -> list[list[int]]:
 
 
 class RowStore(Protocol):
-    """Holds hidden rows between blocks, by (block that they enter, stream, batch)."""
+    """Holds hidden rows between blocks, by (block that they enter, stream, batch). Whoever gets rows does not write to
+    them. `drop`: all that enter a block, or one stream of them."""
 
     def put(self, block: int, stream: str, batch: int, hidden: torch.Tensor) -> None: ...
 
     def get(self, block: int, stream: str, batch: int) -> torch.Tensor: ...
 
-    def drop(self, block: int) -> None: ...
+    def drop(self, block: int, stream: str | None = None) -> None: ...
+
+    def release(self, block: int, stream: str | None = None) -> None:
+        """As `drop`, but what is on the disk stays there: a commit may rest on it."""
+        ...
 
 
 class Step(Protocol):
@@ -92,5 +97,6 @@ def spacing(n_blocks: int) -> int:
 
 
 def rows_at_once(n_blocks: int) -> int:
-    """The most places of the model whose hidden rows or gradients lie in the store at the same time."""
-    return -(-n_blocks // spacing(n_blocks)) + spacing(n_blocks) + 1
+    """The most streams, of hidden rows or gradients at one place of the model, that the store and its files hold at the
+    same time."""
+    return -(-n_blocks // spacing(n_blocks)) + spacing(n_blocks) + 2

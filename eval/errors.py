@@ -66,13 +66,11 @@ Pair = tuple[Block, Block]  # the reference's version of a block, and the other 
 
 
 @dataclass
-class WalkErrors:
-    """WalkErrors of all blocks, added block by block, for the rows of a walk and its batches."""
+class ErrorSample:
+    """The rows of a walk on which errors are measured, in its batches."""
 
     rows: list[Row]
     groups: list[list[int]]
-    blocks: list[dict[str, Any]] = field(default_factory=list)
-    experts: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         total = sum(len(row.tokens) for row in self.rows)
@@ -99,9 +97,11 @@ class WalkErrors:
         finally:
             experts.observer = None
 
-    def add_block(self, pair: Pair, shown: tuple[Shown, Shown], inputs: list[torch.Tensor]) -> None:
-        """Both versions of a block have seen all batches. `inputs`: what enters it in the reference stream, the sampled
-        rows of every batch that has any, [N, T, H]."""
+    def of_block(
+        self, pair: Pair, shown: tuple[Shown, Shown], inputs: list[torch.Tensor]
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The entries of a block and of its experts, whose versions have seen all batches. `inputs`: what enters it in
+        the reference stream, the sampled rows of every batch that has any, [N, T, H]."""
         (reference, other), (ours, theirs) = pair, shown
         # Modules go by the reference's names: those of a format without the vision tower lack its prefix.
         pair = reference, replace(other, adapter=reference.adapter)
@@ -110,10 +110,18 @@ class WalkErrors:
         if nonfinite(found):
             places = ", ".join(place for place, _ in nonfinite(found))
             raise nonfinite_error(False, f"block {reference.index}, the errors of {places}")
-        self.blocks.append(found)
-        if reference.experts is not None:
-            rows = torch.cat(ours.routes).flatten().bincount(minlength=reference.adapter.n_experts).tolist()
-            self.experts += _of_experts(pair, shown, rows)
+        if reference.experts is None:
+            return found, []
+        rows = torch.cat(ours.routes).flatten().bincount(minlength=reference.adapter.n_experts).tolist()
+        return found, _of_experts(pair, shown, rows)
+
+
+@dataclass(frozen=True)
+class WalkErrors:
+    """The entries of all blocks and experts of a walk."""
+
+    blocks: list[dict[str, Any]]
+    experts: list[dict[str, Any]]
 
     def facts(self, calibration_rows: dict[int, list[int]]) -> dict[str, Any]:
         """The record's `errors`. `calibration_rows`: the experts' rows by block, from the run's own record."""

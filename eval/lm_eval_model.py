@@ -24,8 +24,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from ..calibration.documents import Document
 from ..calibration.tokens import Encoder
+from ..checkpoint.activations import Activations
 from ..checkpoint.model import Model
-from ..checkpoint.workdir import Activations
 from ..core.device import choose_compute
 from ..core.errors import InputError
 from ..models.walk import Walk
@@ -137,6 +137,6 @@ def _answer(
     ):
         reference = Walk.over(source.adapter, source.source, compute, progress)
         other = reference.beside(quantized.adapter, quantized.source)
-        twin = twin_walk(reference, other, [], Activations(Path(folder)), asked=asking.asked)
+        twin = twin_walk(reference, other, [], Activations(Path(folder), compute.device), asked=asking.asked)
     assert twin.answers is not None
     return scores(asking, twin.answers)

@@ -6,9 +6,11 @@ lie in a store on disk, so memory holds one block and one batch, or both version
 Shape legend: N rows, T tokens, K top-k, H hidden size, A predictions that are asked for.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -16,7 +18,7 @@ from ..core.rows import Row, RowStore, batches
 from ..models.adapter import Adapter
 from ..models.block import Block
 from ..models.walk import HiddenRows, Walk
-from .errors import Shown, WalkErrors, squared_error
+from .errors import ErrorSample, Shown, WalkErrors, squared_error
 from .kl import TokenResults, compare_rows, concatenate
 
 
@@ -38,7 +40,7 @@ class Twin:
     tokens: TokenResults | None
     # By block with experts: the share of all tokens that the two models send to different sets of experts.
     changed_routes: dict[int, float]
-    # WalkErrors of blocks, units and experts, if they were asked for.
+    # Of blocks, units and experts, if they were asked for.
     errors: WalkErrors | None
     # What was asked; `document` is the number of the asked row. None if nothing was.
     answers: TokenResults | None
@@ -63,6 +65,122 @@ class _Side:
         self.hidden.store.put(block, self.name, batch, hidden)
 
 
+# The streams of the two models in a store that may hold others.
+REFERENCE, QUANTIZED = "verify-reference", "verify-quantized"
+
+
+@dataclass(frozen=True)
+class BlockSeen:
+    """What a block has shown. `to_json` and `of_json` are for a walk that is interrupted."""
+
+    # The share of tokens that the two models send to different sets of experts; None without experts.
+    changed_routes: float | None
+    # The record's entries of the block and its experts (errors.py); None where no errors are wanted.
+    errors: dict[str, Any] | None
+    experts: list[dict[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"changed_routes": self.changed_routes, "errors": self.errors, "experts": self.experts}
+
+    @classmethod
+    def of_json(cls, facts: Mapping[str, Any]) -> "BlockSeen":
+        return cls(facts["changed_routes"], facts["errors"], facts["experts"])
+
+
+class TwinWalk:
+    """The two models on their way. `embed` comes first, then `through` every block in order, then `finish`.
+
+    `asked`: rows of which only some predictions are wanted. `with_errors`: also measure where the divergence comes
+    from. Both walks are over one model, on one device and with one size of batches.
+    """
+
+    def __init__(
+        self,
+        reference: Walk,
+        quantized: Walk,
+        rows: list[Row],
+        store: RowStore,
+        *,
+        asked: Sequence[Asked] = (),
+        with_errors: bool = False,
+    ) -> None:
+        self.step, self.adapter = reference.step, reference.adapter
+        groups = batches(rows, reference.compute.batch_tokens)
+        self._measured = len(groups)  # the batches of `rows` come first, those of `asked` follow
+        more = batches([item.row for item in asked], reference.compute.batch_tokens)
+        groups += [[len(rows) + n for n in numbers] for numbers in more]
+        every = [*rows, *(item.row for item in asked)]
+        self._sides = tuple(
+            _Side(name, HiddenRows(walk=walk, rows=every, groups=groups, store=store))
+            for name, walk in ((REFERENCE, reference), (QUANTIZED, quantized))
+        )
+        self._errors = ErrorSample(rows, groups[: self._measured]) if with_errors else None
+        self._wanted = [_every_prediction(reference.adapter, n, row) for n, row in enumerate(rows)]
+        self._wanted += [_Wanted(n, item.positions, item.targets) for n, item in enumerate(asked)]
+        self.seen: dict[int, BlockSeen] = {}
+
+    @property
+    def quantized(self) -> Walk:
+        """The walk over the other model."""
+        return self._sides[1].hidden.walk
+
+    def embed(self) -> None:
+        """The rows of both models enter block 0, each from its own embedding."""
+        for side in self._sides:
+            self.step.begin("verify: embed")
+            side.hidden.embed(side.name)
+
+    def through(self, index: int, load: tuple[Callable[[], Block], Callable[[], Block]]) -> BlockSeen:
+        """Both models through their block `index`, which `load` gives for either. The rows that entered stay in the
+        store."""
+        reference = self._sides[0]
+        blocks: list[Block] = []
+        shown: list[Shown] = []
+        for side, its_block in zip(self._sides, load, strict=True):
+            self.step.begin(f"verify: {side.name.removeprefix('verify-')}", index)
+            block = its_block()
+            shown.append(_pass(side, block, self._measured, self._errors, reference if shown else None))
+            # Where both versions of a block are compared, both are in memory; else one at a time.
+            if self._errors is not None:
+                blocks.append(block)
+            del block
+        errors, experts = None, list[dict[str, Any]]()
+        if self._errors is not None:
+            self.step.begin("verify: errors", index)
+            sampled = [(k, places) for k, places in enumerate(self._errors.unit_places) if places]
+            inputs = [reference.get(index, k)[places] for k, places in sampled]
+            errors, experts = self._errors.of_block((blocks[0], blocks[1]), (shown[0], shown[1]), inputs)
+        pairs = list(zip(shown[0].routes, shown[1].routes, strict=True))
+        tokens = sum(len(routes_TK) for routes_TK, _ in pairs)
+        changed = sum(_changed(ours, theirs) for ours, theirs in pairs) / tokens if tokens else None
+        self.seen[index] = BlockSeen(changed, errors, experts)
+        return self.seen[index]
+
+    def finish(self, quantized: Walk) -> Twin:
+        """The predictions, and all that the blocks have shown. `quantized`: the other model, whose norm and head are
+        read now."""
+        self.step.begin("verify: head")
+        found = list(_through_heads(self._sides, (self._sides[0].hidden.walk, quantized), self._wanted))
+        tokens, answers = found[: self._measured], found[self._measured :]
+        in_order = [self.seen[index] for index in sorted(self.seen)]
+        blocks = [seen.errors for seen in in_order if seen.errors is not None]
+        experts = [expert for seen in in_order for expert in seen.experts]
+        changed = {index: seen.changed_routes for index, seen in sorted(self.seen.items())}
+        return Twin(
+            tokens=concatenate(tokens) if tokens else None,
+            changed_routes={index: share for index, share in changed.items() if share is not None},
+            errors=None if self._errors is None else WalkErrors(blocks, experts),
+            answers=concatenate(answers) if answers else None,
+        )
+
+
+def load_ahead(walk: Walk, index: int) -> Block:
+    """Block `index` from the disk, where the next one is read from now on."""
+    block = walk.load(index)
+    walk.expect(index + 1)
+    return block
+
+
 def twin_walk(
     reference: Walk,
     quantized: Walk,
@@ -72,66 +190,15 @@ def twin_walk(
     asked: Sequence[Asked] = (),
     with_errors: bool = False,
 ) -> Twin:
-    """Results for every predicted token of `rows`, and for what is `asked`. Leaves the store empty. Both walks are over
-    one model, on one device and with one size of batches."""
-    step = reference.step
-    groups = batches(rows, reference.compute.batch_tokens)
-    measured = len(groups)  # the batches of `rows` come first, those of `asked` follow
-    more = batches([item.row for item in asked], reference.compute.batch_tokens)
-    groups += [[len(rows) + n for n in numbers] for numbers in more]
-    every = [*rows, *(item.row for item in asked)]
-    sides = tuple(
-        _Side(name, HiddenRows(walk=walk, rows=every, groups=groups, store=store))
-        for name, walk in (("reference", reference), ("quantized", quantized))
-    )
-    for side in sides:
-        step.begin("verify: embed")
-        side.hidden.embed(side.name)
-    errors = WalkErrors(rows, groups[:measured]) if with_errors else None
-    changed_routes = {}
+    """A whole TwinWalk over two checkpoints on disk. Leaves the store empty."""
+    walk = TwinWalk(reference, quantized, rows, store, asked=asked, with_errors=with_errors)
+    walk.embed()
     for index in range(reference.adapter.n_blocks):
-        changed = _through_block(sides, index, measured, errors)
-        if changed is not None:
-            changed_routes[index] = changed
+        walk.through(index, (partial(load_ahead, reference, index), partial(load_ahead, quantized, index)))
         store.drop(index)
-    step.begin("verify: head")
-    wanted = [_every_prediction(reference.adapter, n, row) for n, row in enumerate(rows)]
-    wanted += [_Wanted(n, item.positions, item.targets) for n, item in enumerate(asked)]
-    found = list(_through_heads(sides, wanted))
+    twin = walk.finish(quantized)
     store.drop(reference.adapter.n_blocks)
-    tokens, answers = found[:measured], found[measured:]
-    return Twin(
-        tokens=concatenate(tokens) if tokens else None,
-        changed_routes=changed_routes,
-        errors=errors,
-        answers=concatenate(answers) if answers else None,
-    )
-
-
-def _through_block(sides: tuple[_Side, ...], index: int, measured: int, errors: WalkErrors | None) -> float | None:
-    """Both models through their block `index`. Returns the share of tokens with changed routes in the first `measured`
-    batches; None for a block without experts, or without such batches."""
-    reference, step = sides[0], sides[0].hidden.walk.step
-    blocks: list[Block] = []
-    shown: list[Shown] = []
-    for side in sides:
-        step.begin(f"verify: {side.name}", index)
-        block = side.hidden.walk.load(index)
-        side.hidden.walk.expect(index + 1)
-        shown.append(_pass(side, block, measured, errors, reference if shown else None))
-        # Where both versions of a block are compared, both are in memory; else one at a time.
-        if errors is not None:
-            blocks.append(block)
-        del block
-    if errors is not None:
-        step.begin("verify: errors", index)
-        store, device = reference.hidden.store, reference.hidden.walk.device
-        sampled = [(k, places) for k, places in enumerate(errors.unit_places) if places]
-        inputs = [store.get(index, reference.name, k)[places].to(device) for k, places in sampled]
-        errors.add_block((blocks[0], blocks[1]), (shown[0], shown[1]), inputs)
-    pairs = list(zip(shown[0].routes, shown[1].routes, strict=True))
-    tokens = sum(len(routes_TK) for routes_TK, _ in pairs)
-    return sum(_changed(ours, theirs) for ours, theirs in pairs) / tokens if tokens else None
+    return twin
 
 
 def _changed(ours_TK: torch.Tensor, theirs_TK: torch.Tensor) -> int:
@@ -141,7 +208,7 @@ def _changed(ours_TK: torch.Tensor, theirs_TK: torch.Tensor) -> int:
     return int((ours_TK != theirs_TK).any(-1).sum())
 
 
-def _pass(side: _Side, block: Block, measured: int, errors: WalkErrors | None, reference: _Side | None) -> Shown:
+def _pass(side: _Side, block: Block, measured: int, errors: ErrorSample | None, reference: _Side | None) -> Shown:
     """All batches of one model through its block. `reference`: the other model, if its rows have gone through."""
     shown = Shown()
     for k, numbers in enumerate(side.hidden.groups):
@@ -154,8 +221,7 @@ def _pass(side: _Side, block: Block, measured: int, errors: WalkErrors | None, r
         if k < measured and passed.routes_TK is not None:
             shown.routes.append(passed.routes_TK.cpu())
         if watched is not None and reference is not None:
-            theirs = side.hidden.store.get(block.index + 1, reference.name, k)
-            shown.squared_errors.append(squared_error(passed.hidden.cpu(), theirs))
+            shown.squared_errors.append(squared_error(passed.hidden, reference.get(block.index + 1, k)))
     return shown
 
 
@@ -177,12 +243,11 @@ def _every_prediction(adapter: Adapter, number: int, row: Row) -> _Wanted:
     return _Wanted(number, positions, targets)
 
 
-def _through_heads(sides: tuple[_Side, ...], wanted: list[_Wanted]) -> Iterator[TokenResults]:
-    """The wanted predictions, batch by batch."""
-    walk = sides[0].hidden.walk
+def _through_heads(sides: tuple[_Side, ...], walks: tuple[Walk, Walk], wanted: list[_Wanted]) -> Iterator[TokenResults]:
+    """The wanted predictions, batch by batch. `walks`: of the two models, for their norms and heads."""
+    walk = walks[0]
     device, last = walk.device, walk.adapter.n_blocks
-    norms = [side.hidden.walk.final_norm() for side in sides]
-    heads = [side.hidden.walk.head() for side in sides]
+    norms, heads = [each.final_norm() for each in walks], [each.head() for each in walks]
     if heads[0].dtype == heads[1].dtype and torch.equal(*heads):
         heads[1] = heads[0]  # one copy serves both
     for k, numbers in enumerate(sides[0].hidden.groups):

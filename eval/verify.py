@@ -5,12 +5,10 @@ The twin walk (twin.py) measures KL, where it comes from, and answers that flip.
 """
 
 import datetime as dates
-import shutil
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -19,116 +17,34 @@ from rich.console import Console
 from .. import __version__
 from ..calibration.texts import prepare_texts
 from ..calibration.tokens import Encoder
+from ..checkpoint.activations import Activations
 from ..checkpoint.checked import check_weights, checked_as_loaded
-from ..checkpoint.files import disk_errors
 from ..checkpoint.model import Model, open_model, said_name
 from ..checkpoint.stored_widths import stored_facts
-from ..checkpoint.workdir import Activations
 from ..core.device import Compute, choose_compute
 from ..core.errors import InputError
 from ..core.file_names import RECORD_NAME
 from ..core.rates import first_guess
-from ..core.record.blocks import BlockFacts, ErrorSummary
-from ..core.record.flips import FlipSummary
-from ..core.record.kl import KlSummary
+from ..core.record.blocks import BlockFacts
 from ..core.record.reading import read_record
 from ..core.record.schema import CheckpointFacts, Machine, ModelFacts, PlanSummary, Record, TextFacts
 from ..core.rows import Row
 from ..core.schedule import Schedule
-from ..core.units import counted
 from ..models.adapter import Adapter
 from ..models.walk import Walk
 from ..planner.schedule import verification_schedule
 from ..recipe import Recipe
 from ..report.progress import Progress
 from ..report.resources import describe_machine, package_versions, peak_device_bytes, peak_rss_bytes
-from .breakdown import break_down
-from .choice import ask, scores
 from .floor import measure_floor, refuse_without_floor
-from .intervals import FEW_DOCUMENTS
+from .measuring import WITHOUT_VISION, Evaluation, measure
 from .sides import compare_sides
-from .summary import summarize
-from .task_requests import requests_of
-from .tasks import Task, flip_summary, load_tasks, repeated_warnings
-from .token_table import write_tokens
-from .twin import twin_walk
+from .tasks import Task, load_tasks
 
 SAME_FOLDER = (
     "source and checkpoint are the same folder: nothing can differ (`demo` is the embedded model, a folder of that "
     "name ./demo)"
 )
-
-
-WITHOUT_VISION = "{name} has no vision tower: no text with a picture is evaluated"
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The record's `kl`, `errors` and `flips`, each None if it was not asked for, the dtype that they were computed in,
-    and warnings for the user."""
-
-    compute_dtype: str
-    kl: KlSummary | None
-    errors: ErrorSummary | None
-    flips: FlipSummary | None
-    warnings: list[str]
-
-    def put_into(self, record: Record) -> None:
-        record.compute_dtype = self.compute_dtype
-        record.kl, record.errors, record.flips = self.kl, self.errors, self.flips
-        record.warnings += self.warnings
-
-
-def measure(
-    walk: Walk,
-    encoder: Encoder,
-    quantized: Model,
-    *,
-    rows: list[Row],
-    tasks: Sequence[Task],
-    folder: Path,
-    calibration_rows: dict[int, list[int]],
-    keep_tokens: Path | None = None,
-) -> Measured:
-    """Walk both models once, over `rows` and the items of `tasks`; either may be empty.
-
-    `walk` and `encoder` are the original's. Hidden rows live in `folder` meanwhile. `calibration_rows`: of every
-    block's experts, for the record. `keep_tokens`: a Parquet file for the results of every token.
-    """
-    shutil.rmtree(folder, ignore_errors=True)
-    requests = [requests_of(task, encoder) for task in tasks]
-    asking = ask([request for own in requests for request in own])
-    other = walk.beside(quantized.adapter, quantized.source)
-    twin = twin_walk(walk, other, rows, Activations(folder), asked=asking.asked, with_errors=bool(rows))
-    walk.step.begin("verify: figures")
-    kl: KlSummary | None = None
-    errors: ErrorSummary | None = None
-    flips: FlipSummary | None = None
-    warnings = []
-    if twin.tokens is not None and twin.errors is not None:
-
-        def decode(ids: list[int]) -> str:
-            return str(encoder.tokenizer.decode(ids, skip_special_tokens=False))
-
-        by_block = {str(block): share for block, share in twin.changed_routes.items()}
-        summary = summarize(twin.tokens).model_copy(
-            update={"changed_routes": twin.mean_changed_routes, "changed_routes_by_block": by_block}
-        )
-        kl = break_down(summary, twin.tokens, rows, encoder.adapter.image_token_id, decode)
-        errors = ErrorSummary.model_validate(twin.errors.facts(calibration_rows))
-        if keep_tokens is not None:
-            with disk_errors(keep_tokens):
-                write_tokens(keep_tokens, twin.tokens, rows)
-        if kl.documents < FEW_DOCUMENTS:
-            warnings.append(
-                f"{counted(kl.documents, 'evaluation document')}: too few for the intervals to "
-                f"mean much. Give {FEW_DOCUMENTS} or more; a document is one draw, whatever its length"
-            )
-    if twin.answers is not None:
-        scored = iter(scores(asking, twin.answers))
-        warnings += repeated_warnings(tasks)
-        flips = flip_summary(tasks, [list(islice(scored, len(own))) for own in requests])
-    return Measured(walk.compute.dtype_name, kl, errors, flips, warnings)
 
 
 def rows_of_experts(blocks: list[BlockFacts]) -> dict[int, list[int]]:
@@ -346,17 +262,15 @@ def _measured_pair(asked: _Asked, device_name: str, console: Console | None, qui
         walk = Walk.over(source.adapter, source.source, compute, progress)
         measured = measure(
             walk,
-            encoder,
             quantized,
-            rows=rows,
-            tasks=asked.tasks,
+            Evaluation(encoder, rows, asked.tasks),
             folder=Path(folder) / "acts",
             calibration_rows=recorded_rows(quantized),
             keep_tokens=asked.options.keep_tokens,
         )
         measured.put_into(record)
         if asked.options.floor and record.kl is not None:
-            floor = measure_floor(walk, rows, Activations(Path(folder) / "floor"))
+            floor = measure_floor(walk, rows, Activations(Path(folder) / "floor", walk.device))
             record.kl = record.kl.model_copy(update={"floor": floor})
         close_machine(record, progress, compute.device, began)
     return record

@@ -34,6 +34,10 @@ from .watched import Watched
 Observe = Callable[[Site, int, torch.Tensor, torch.Tensor], None]
 
 
+# The integers whose bits are read in place of a weight's, by its bytes.
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 def find_experts(layer: nn.Module) -> RoutedExperts | None:
     """The layer's RoutedExperts, if it has experts."""
     return next((m for m in layer.modules() if isinstance(m, RoutedExperts)), None)
@@ -86,6 +90,17 @@ class Block:
     def for_quantized_rows(self) -> "Block":
         """The same block for rows that a quantized block gave."""
         return replace(self, original=False)
+
+    def marks(self) -> tuple[int, ...]:
+        """Two sums over the bits of each weight, one of them weighted by the row. Whoever writes to a weight changes
+        them, but for a deliberate choice."""
+        sums = []
+        for weight in self.layer.state_dict().values():
+            bits = weight.detach().reshape(weight.shape[0] if weight.dim() else 1, -1)
+            bits = bits.contiguous().view(_INTEGERS[weight.dtype.itemsize])
+            by_row = bits.sum(-1, dtype=torch.int64)
+            sums += [by_row.sum(), (by_row * torch.arange(1, len(by_row) + 1, device=by_row.device)).sum()]
+        return tuple(torch.stack(sums).tolist()) if sums else ()
 
     def module(self, name: str) -> nn.Module:
         """The module with this canonical name; experts are none (see `weight`)."""

@@ -115,7 +115,7 @@ class RoutedExperts(nn.Module):
         place_TK = slot_TK.sort(-1).values
         weights = _Dispatch.apply(weights_TK.reshape(-1, 1), order_S, slot_TK.view(-1, 1)).split(counts)
         tokens = token_S.split(counts)
-        given = _Dispatch.apply(x_TH, token_S, place_TK).split(counts) if x_TH.requires_grad else None
+        given = _Dispatch.apply(x_TH, token_S, place_TK).split(counts) if on_cuda(x_TH) or x_TH.requires_grad else None
         ran = [expert for expert, count in enumerate(counts) if count]
         found = (
             self._expert(

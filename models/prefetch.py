@@ -18,7 +18,8 @@ import torch
 from ..core.tensors import Allocate, Stored, TensorSource, pageable
 from .slabs import Key
 
-# One thread reaches the rate of most disks. A second one reads while the first waits for its disk, or copies.
+# A second thread reads while the first waits for its disk, or copies. More threads, or advice to the system's cache,
+# gave nothing more.
 THREADS = 2
 # At the end, how long a thread may take for its last read.
 PATIENCE_SECONDS = 5.0
@@ -36,10 +37,7 @@ def pinned_bytes(slabs: Iterable[int], threads: int = THREADS) -> int:
 
 
 class ReadAhead:
-    """What is read ahead of one walk, in the order in which it is expected.
-
-    What was not expected, or not begun when it is needed, the caller reads: nothing ever waits for a thread that waits.
-    """
+    """What is read ahead of one walk, in the order in which it is expected."""
 
     def __init__(self, source: TensorSource, allocate: Allocate = pageable, threads: int = THREADS) -> None:
         self._state = _State(source, allocate, threads)
@@ -50,9 +48,11 @@ class ReadAhead:
         up: a walk goes from one to the next. `most_bytes`: no further slab is begun while so many bytes wait."""
         self._state.expect(block, keys, most_bytes)
 
-    def take(self, key: Key) -> Stored | None:
-        """What was read, waiting for a read that has begun; None if none has. Raises what the reading raised."""
-        return self._state.take(key)
+    def take(self, key: Key) -> Stored:
+        """The slab. A read that has begun is waited for; what no thread has begun is read here. So nothing waits for a
+        thread that waits. Raises what the reading raised."""
+        state = self._state
+        return state.take(key) or state.source.stored(*key, state.allocate)
 
 
 class _State:
@@ -75,8 +75,9 @@ class _State:
                 return
             for old in list(self.waiting)[:-1]:
                 self._give_up(old)
-            self.waiting[block] = list(keys)
-            self.left[block] = len(self.waiting[block])
+            # What a thread still reads for this block, given up meanwhile, is not read again.
+            self.waiting[block] = [key for key in keys if key not in self.begun]
+            self.left[block] = len(keys)
             self.most_bytes = most_bytes
             self._begin()
 

@@ -5,7 +5,7 @@ fused tensor. Read one by one, each would read the whole expert. A slab is a sto
 weights that are wanted of it are cut from what was read, on the device.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -26,10 +26,11 @@ class Cut:
     index: Index
     transposed: bool
 
-    def of(self, slab: torch.Tensor) -> torch.Tensor:
-        """The weight, a view; `[out, in]` if it is 2-D."""
-        part = slab[self.index]
-        return part.T if self.transposed else part
+    @property
+    def turned_index(self) -> Index:
+        """The same place in the slab with its two axes exchanged."""
+        rows, columns = (*self.index, slice(None), slice(None))[:2]
+        return columns, rows
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,14 @@ class Slab:
 
     key: Key
     cuts: tuple[Cut, ...]
+
+    def weights(self, whole: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """The weights by name, views; `[out, in]` if they are 2-D.
+
+        The axes are exchanged before the slab is cut: torch has a fast way for a whole matrix only."""
+        turned = whole.T.contiguous() if any(cut.transposed for cut in self.cuts) else whole
+        for cut in self.cuts:
+            yield cut.name, turned[cut.turned_index] if cut.transposed else whole[cut.index]
 
 
 def slabs_of(adapter: Adapter, source: TensorSource, names: Iterable[str]) -> list[Slab]:

@@ -104,6 +104,10 @@ class Walk:
         own config.json makes of a row's length."""
         return replace(Walk.over(adapter, source, self.compute, self.step), original=False)
 
+    def reading(self, source: TensorSource) -> "Walk":
+        """The same walk over weights in another source, of which nothing is read ahead."""
+        return replace(self, source=source, ahead=None)
+
     @property
     def device(self) -> torch.device:
         return self.compute.device
@@ -194,14 +198,13 @@ class Walk:
     def _cut(self, names: Iterable[str], device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
         """As `read_each`; the tensors are views of what was read. One slab is on the device at a time."""
         for slab in slabs_of(self.adapter, self.source, names):
-            stored = None if self.ahead is None else self.ahead.take(slab.key)
-            whole = (stored or self.source.stored(*slab.key)).on(device)
-            del stored
-            for cut in slab.cuts:
-                value = cut.of(whole)
+            stored = self.source.stored(*slab.key) if self.ahead is None else self.ahead.take(slab.key)
+            whole = stored.on(device)
+            del stored  # its memory is used again
+            for name, value in slab.weights(whole):
                 if self.scan is not None:
-                    self.scan.look(cut.name, value)
-                yield cut.name, value
+                    self.scan.look(name, value)
+                yield name, value
 
     def _judge(self) -> None:
         """Raises UnusableModelError or NonfiniteError for what was read and is not finite."""

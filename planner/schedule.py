@@ -20,6 +20,8 @@ VERIFYING = ("verify: reference", "verify: quantized", "verify: errors")
 
 def run_stages(work: RunWork, rates: Rates) -> tuple[Expected, ...]:
     """All stages of a run in order. Their seconds add up to the estimate of cost.py."""
+    verification = _verification(work.adapter, work.blocks, work.verification(), work.tokens.evaluation, rates)
+    embedded, *walked, head, figures, end = verification
     blocks = [
         Expected(
             name=f"block {index + 1}",
@@ -30,15 +32,17 @@ def run_stages(work: RunWork, rates: Rates) -> tuple[Expected, ...]:
         )
         for index, block in enumerate(work.blocks)
     ]
-    return (
-        _single(CHECK, work.check(), rates),
-        _single("embed", Work(), rates),
-        *_sensitivities(work, rates),
-        *blocks,
-        _single(COPY, Work(), rates),
-        _single(MOVE, Work(), rates),
-        *_verification(work.adapter, work.blocks, work.verification(), work.tokens.evaluation, rates),
-    )
+    before = [_single(CHECK, work.check(), rates), _single(COPY, Work(), rates), _single("embed", Work(), rates)]
+    before += _sensitivities(work, rates)
+    moved = _single(MOVE, Work(), rates)
+    if work.method.verifies_at_the_end:
+        return (*before, *blocks, moved, *verification)
+    # Each block is verified as soon as its shards are written.
+    blocks = [
+        replace(ours, weight=ours.weight + theirs.weight, tasks=(*ours.tasks, *theirs.tasks))
+        for ours, theirs in zip(blocks, walked, strict=True)
+    ]
+    return (*before, embedded, *blocks, moved, head, figures, end)
 
 
 def run_schedule(

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
 from functools import partial
 
+from ..checkpoint.formats.shard_formats import SHARD_FORMATS
 from ..checkpoint.plan import Plan
 from ..core.rates import Rates
 from ..core.rows import rows_at_once
@@ -51,6 +52,8 @@ class MethodCosts:
     # Bytes and operations for quantizing one matrix, from (outputs, inputs, whether it has an output metric).
     matrix_bytes: Callable[[int, int, bool], int]
     matrix_flops: Callable[[int, int, bool], float]
+    # Whether the files exist only at the end, so that the verification walks through both models once more.
+    verifies_at_the_end: bool = False
 
     @classmethod
     def of(cls, recipe: Recipe) -> "MethodCosts":
@@ -62,8 +65,9 @@ class MethodCosts:
             walk_back=rows_at_once if method.walks_back else None,
             tune_epochs=method.tune_epochs if method.needs_statistics else 0,
             token_gradients=method.token_weighting == "gradient",
-            matrix_bytes=partial(working_bytes, method=method),
+            matrix_bytes=partial(working_bytes, 1, method=method),
             matrix_flops=partial(matrix_flops, method=method),
+            verifies_at_the_end=recipe.format not in SHARD_FORMATS,
         )
 
 
@@ -285,12 +289,14 @@ class RunWork:
         )
 
     def verification(self) -> Work:
-        """Reading the source and the emitted files, and passing the rows through both. Digests are taken meanwhile."""
+        """Reading the emitted files back, and passing the rows through both models. Digests are taken meanwhile. The
+        source is read again only where the files exist at the end only."""
         tokens = 2 * self.tokens.evaluation
+        again = self.plan.source_bytes if self.method.verifies_at_the_end else 0
         return Work(
             forward_flops=tokens * self.pass_flops * VERIFICATION_SHARE,
             head_flops=tokens * self.head_flops * VERIFICATION_SHARE,
-            read_bytes=self.plan.source_bytes + self.plan.disk_bytes,
+            read_bytes=again + self.plan.disk_bytes,
         )
 
     def total(self) -> Work:

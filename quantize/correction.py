@@ -7,7 +7,8 @@ Let t be its wanted output and W x its output. The least-squares weights, with a
 
 Two targets are used:
 
-- Inner matrices (q, k, v, gate, up): the output in the original model, t = W x_ref, so M = W E[(x_ref - x) x^T].
+- Inner matrices (q, k, v, gate, up): the output in the original model, t = W x_ref. Then M = W D with
+  D = E[(x_ref - x) x^T], and W' = W + W (D (S + r I)^-1): the solve is one of I rows, not of O.
   GPTAQ (Li et al., arXiv 2504.02692) has this asymmetric objective; here it is solved before GPTQ, not inside it.
 - Matrices whose output is added to the residual stream (down projections): the output of the whole block, so
   M = E[(h_ref - h) x^T], where h are the hidden rows that leave the block. As far as a linear map of x can, they
@@ -21,17 +22,35 @@ Shape legend: B experts, O outputs, I inputs.
 
 import torch
 
+from ..core.products import product
+
 
 def corrected(
     w_BOI: torch.Tensor, moment_BII: torch.Tensor, miss_BOI: torch.Tensor, ridge_B: torch.Tensor
 ) -> torch.Tensor:
     """W' [B, O, I] from the moment S and the miss M. `ridge_B` is relative to the mean diagonal of each S. A matrix
     whose solve fails keeps W."""
+    step_BOI, good_B = _solved(moment_BII, miss_BOI, ridge_B)
+    return torch.where(good_B[:, None, None], w_BOI + step_BOI, w_BOI)
+
+
+def corrected_for_inputs(
+    w_BOI: torch.Tensor, moment_BII: torch.Tensor, shift_BII: torch.Tensor, ridge_B: torch.Tensor
+) -> torch.Tensor:
+    """As `corrected` for the miss W D of an inner matrix, from D, `shift_BII`."""
+    step_BII, good_B = _solved(moment_BII, shift_BII, ridge_B)
+    return torch.where(good_B[:, None, None], w_BOI + product(w_BOI, step_BII), w_BOI)
+
+
+def _solved(
+    moment_BII: torch.Tensor, right_BNI: torch.Tensor, ridge_B: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(right (S + r I)^-1, whether that could be solved [B])."""
     mean = moment_BII.diagonal(dim1=-2, dim2=-1).mean(-1)
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))
-    eye = torch.eye(moment_BII.shape[-1], device=w_BOI.device, dtype=w_BOI.dtype)
-    lower, info = torch.linalg.cholesky_ex(moment_BII + (ridge_B * mean)[:, None, None] * eye)
-    # M (S + r I)^-1 by solving the transposed system.
-    step = torch.cholesky_solve(miss_BOI.transpose(1, 2), lower).transpose(1, 2)
-    good = (info == 0) & torch.isfinite(step).flatten(1).all(-1)
-    return torch.where(good[:, None, None], w_BOI + step, w_BOI)
+    ridged_BII = moment_BII.clone()
+    ridged_BII.diagonal(dim1=-2, dim2=-1).add_((ridge_B * mean)[:, None])
+    lower, info = torch.linalg.cholesky_ex(ridged_BII)
+    # By solving the transposed system.
+    step = torch.cholesky_solve(right_BNI.transpose(1, 2), lower).transpose(1, 2)
+    return step, (info == 0) & torch.isfinite(step).flatten(1).all(-1)

@@ -64,18 +64,15 @@ def factor(moment_BII: torch.Tensor, damping: float, order_BI: torch.Tensor | No
     order = torch.arange(n, device=device).expand(batch, n) if order_BI is None else order_BI
     backwards = order.flip(-1)
     root, added = torch.empty_like(moment_BII), mean * damping
-    together = batch if n <= FACTORED_TOGETHER else 1
     todo, raised = torch.arange(batch, device=device), 0
     for step in range(MAX_DAMPING_STEPS + 1):
-        good = []
-        for these in todo.split(together):
-            damped = permuted(moment_BII, backwards[these], these)
-            added[these] = mean[these] * damping * 10.0**step
-            damped.diagonal(dim1=-2, dim2=-1).add_(added[these, None])
-            lower, info = torch.linalg.cholesky_ex(damped)
-            root[these] = lower.flip((-2, -1))
-            good.append((info == 0) & torch.isfinite(lower).flatten(1).all(-1))
-        todo = todo[~torch.cat(good)]
+        added[todo] = mean[todo] * damping * 10.0**step
+        if n <= FACTORED_TOGETHER:
+            found, good = _factored(permuted(moment_BII, backwards, todo), added[todo])
+            root[todo] = found
+        else:
+            good = torch.cat([_factor_one(moment_BII[b], backwards[b], added[b], root[b]) for b in todo.tolist()])
+        todo = todo[~good]
         if not len(todo):
             break
         raised += len(todo)
@@ -85,6 +82,23 @@ def factor(moment_BII: torch.Tensor, damping: float, order_BI: torch.Tensor | No
         safe = own_diagonal(moment_BII[todo]) + added[todo, None]
         root[todo] = torch.diag_embed(safe.gather(1, order[todo]).sqrt())
     return Factor(root, added, fallback, raised, len(todo))
+
+
+def _factor_one(
+    moment_II: torch.Tensor, backwards_I: torch.Tensor, damping: torch.Tensor, root_II: torch.Tensor
+) -> torch.Tensor:
+    """Puts R of one matrix into `root_II`; whether it is sound [1]."""
+    turned_II = moment_II.index_select(0, backwards_I).index_select(1, backwards_I)
+    found_BII, good = _factored(turned_II[None], damping[None])
+    root_II.copy_(found_BII[0])
+    return good
+
+
+def _factored(turned_BII: torch.Tensor, damping_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(R, whether it is sound [B]) of moments in reverse order, which are lost."""
+    turned_BII.diagonal(dim1=-2, dim2=-1).add_(damping_B[:, None])
+    lower, info = torch.linalg.cholesky_ex(turned_BII)
+    return lower.flip((-2, -1)), (info == 0) & torch.isfinite(lower.sum((-2, -1)))
 
 
 def own_diagonal(moment_BII: torch.Tensor) -> torch.Tensor:

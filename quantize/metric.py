@@ -34,10 +34,13 @@ def swiglu_slopes(x_RI: torch.Tensor, gate_up_PI: torch.Tensor) -> torch.Tensor:
 
 
 def swiglu_metric(slopes_BPP: torch.Tensor, down_BHF: torch.Tensor, residual_HH: torch.Tensor) -> torch.Tensor:
-    """A [B, P, P] of stacked gate and up, from the second moment of the slopes, fp32, and the down projection, fp32 or
-    bf16."""
+    """A [B, P, P] of stacked gate and up, from the second moment of the slopes, fp32, which is lost, and the down
+    projection, fp32 or bf16."""
     inner_BFF = product(product(down_BHF.transpose(1, 2), residual_HH), down_BHF)
-    return slopes_BPP * inner_BFF.repeat(1, 2, 2)
+    half = inner_BFF.shape[-1]
+    return (
+        slopes_BPP.unflatten(2, (2, half)).unflatten(1, (2, half)).mul_(inner_BFF[:, None, :, None]).view_as(slopes_BPP)
+    )
 
 
 def quantize_by_row_blocks(
@@ -55,8 +58,11 @@ def quantize_by_row_blocks(
     rows of T are W_c + R_cc^-T R_bc^T E_b.
     """
     each = torch.arange(len(w_BOI), device=w_BOI.device)[:, None]
-    order_BO = column_order(metric_BOO)
-    root = factor(metric_BOO, METRIC_DAMPING, order_BO).root
+    # One metric for all matrices is factored once.
+    metrics = metric_BOO[:1] if metric_BOO.stride(0) == 0 else metric_BOO
+    orders = column_order(metrics)
+    root = factor(metrics, METRIC_DAMPING, orders).root.expand_as(metric_BOO)
+    order_BO = orders.expand(len(w_BOI), -1)
     outputs = w_BOI.shape[1]
     rows = -(-outputs // blocks)
     error_BOI = torch.empty_like(w_BOI)  # in the order of rounding

@@ -10,6 +10,7 @@ import torch
 
 from ..core.finite import all_finite
 from ..core.method import Method
+from ..core.products import product
 from ..core.quantized_weight import QuantizedWeight
 from ..core.scheme import Scheme
 from . import tabu
@@ -38,34 +39,61 @@ class SiteResult:
     diagonal_fallbacks: int
 
 
-def relative_output_error(w_BOI: torch.Tensor, q_BOI: torch.Tensor, moment_BII: torch.Tensor | None) -> list[float]:
+def relative_output_error(
+    w_BOI: torch.Tensor, found: QuantizedWeight | torch.Tensor, moment_BII: torch.Tensor | None
+) -> list[float]:
     """Per matrix, the expected squared error of the output over its expected square. Without a moment, inputs count as
-    uncorrelated with equal variance."""
+    uncorrelated with equal variance. `found`: the quantized weights [B, O, I]."""
 
-    def energy(x_BOI: torch.Tensor) -> torch.Tensor:
-        y = x_BOI if moment_BII is None else torch.bmm(x_BOI, moment_BII)
-        return (y * x_BOI).sum((1, 2))
-
-    whole = energy(w_BOI)
-    error = energy(w_BOI - q_BOI) / whole.clamp_min(1e-30)
-    if w_BOI.dtype != torch.float64 and not all_finite(whole, error):  # the squares are too large for fp32
+    whole, error = [], []
+    for b in range(len(w_BOI)):  # one by one, since it needs copies
+        w_OI, moment_II = w_BOI[b], None if moment_BII is None else moment_BII[b]
+        whole.append(_energy(w_OI, moment_II))
+        q_OI = found[b] if isinstance(found, torch.Tensor) else found.item(b, slice(None)).dequantize(w_OI.dtype)
+        error.append(_energy(w_OI - q_OI, moment_II) / whole[-1].clamp_min(1e-30))
+    if w_BOI.dtype != torch.float64 and not all_finite(torch.stack(whole + error)):  # too large squares for fp32
         moment = None if moment_BII is None else moment_BII.double()
-        return relative_output_error(w_BOI.double(), q_BOI.double(), moment)
-    return list(error.tolist())
+        wide = found.double() if isinstance(found, torch.Tensor) else found
+        return relative_output_error(w_BOI.double(), wide, moment)
+    return list(torch.stack(error).tolist())
 
 
-def working_bytes(outputs: int, inputs: int, metric: bool, method: Method) -> int:
-    """Bytes in use while one matrix is quantized.
+def _energy(x_OI: torch.Tensor, moment_II: torch.Tensor | None) -> torch.Tensor:
+    """tr(x S x^T)."""
+    if moment_II is None:
+        return x_OI.square().sum()
+    return (product(x_OI, moment_II) if x_OI.dtype == torch.float32 else x_OI @ moment_II).mul_(x_OI).sum()
 
-    About five fp32 copies of the weight, four of the moment, and four of the output metric if there is one. Each
-    restart adds the factors of every stretch and eight copies of a stretch of the rows that are quantized together. A
-    tabu search needs thirteen copies of that stretch, and three numbers per row and move.
+
+def working_bytes(batch: int, outputs: int, inputs: int, metric: bool, method: Method) -> int:
+    """Bytes in use while a batch of matrices is quantized, with the weights, moments and metrics that are given. All
+    numbers are fp32, but for codes, which are bytes. tests/test_working_set.py counts them.
+
+    It is the most of five steps. Large matrices are factored one by one, with three copies of one. The searches hold
+    the factor and the damped moment, and restarts the factors of their tries; preparing those holds one pass twice.
+    GPTQ adds two copies of the rows that are quantized together, and their codes. The torch form of a search has
+    instead of one of these copies 13 of a stretch, and three numbers a row and move, for tabu; 8 of each try for
+    restarts. Row blocks add their metric's factor, the errors and codes of all rows, and three copies of a block's
+    rows. The error that is left takes four copies of one matrix. A stretch's slopes, and what its change makes of them,
+    are two of its copies.
     """
-    rows = -(-outputs // method.output_blocks) if metric and method.output_blocks else outputs
-    stretch = min(inputs, BLOCK_COLUMNS)
-    restarts = method.restarts * stretch * (PASSES * 3 * inputs + 8 * rows)
-    search = rows * (13 * stretch + 3 * method.tabu_moves) * (method.tabu_moves > 0)
-    return 4 * (5 * outputs * inputs + 4 * inputs * inputs + 4 * outputs * outputs * metric + max(restarts, search))
+    blocks = method.output_blocks if metric and method.output_blocks > 1 else 1
+    rows, stretch = -(-outputs // blocks), min(inputs, BLOCK_COLUMNS)
+    weight, moment, outer, together = outputs * inputs, inputs**2, outputs**2 * metric, rows * inputs
+    tries = method.restarts * stretch * inputs
+    held = 2 * moment + PASSES * tries
+    search = rows * max((13 * stretch + 3 * method.tabu_moves) * (method.tabu_moves > 0), 8 * stretch * method.restarts)
+    block = 4 * together // 3 + max(together, search) + 2 * stretch * rows  # with scales of groups of 32
+    if blocks > 1:
+        block += outer + 5 * weight // 4 + 3 * together
+    steps = (
+        batch * moment + 3 * moment,
+        batch * (held + tries + 6 * stretch * inputs * (method.restarts > 0)),
+        (batch * (held + outer) + 3 * outer) * metric,
+        batch * (held + block),
+        batch * (held + weight // 4) + 4 * weight,
+    )
+    return 4 * (batch * (weight + moment + outer) + max(steps))
 
 
 def matrix_flops(outputs: int, inputs: int, metric: bool, method: Method) -> float:
@@ -89,7 +117,9 @@ def batch_slices(
     batch: int, outputs: int, inputs: int, budget_bytes: int, method: Method, metric: bool = False
 ) -> Iterator[slice]:
     """Slices of a batch of matrices, each with a working set within the budget, or of one matrix."""
-    step = max(1, budget_bytes // working_bytes(outputs, inputs, metric, method))
+    step = batch
+    while step > 1 and working_bytes(step, outputs, inputs, metric, method) > budget_bytes:
+        step -= 1
     for start in range(0, batch, step):
         yield slice(start, min(start + step, batch))
 
@@ -148,10 +178,11 @@ def quantize_batch(
         else:
             weight = quantize_rows(w_BOI)
         raised, diagonal = prepared.factor.damping_raised, prepared.factor.diagonal_fallbacks
-        finite = torch.isfinite(moment_BII).flatten(1).all(-1)
-        moment_BII = torch.where(finite[:, None, None], moment_BII, prepared.objective)
+        if diagonal:  # a moment that is not finite is among them
+            finite = torch.isfinite(moment_BII).flatten(1).all(-1)
+            moment_BII = torch.where(finite[:, None, None], moment_BII, prepared.objective)
     else:
         scale, zero = absmax_scales(w_BOI, scheme, scale_dtype)
         weight = round_to_nearest(w_BOI, scale, zero, scheme)
-    errors = relative_output_error(w_BOI, weight.dequantize(w_BOI.dtype), moment_BII)
+    errors = relative_output_error(w_BOI, weight, moment_BII)
     return SiteResult(weight, errors, raised, diagonal)

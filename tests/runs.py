@@ -108,7 +108,7 @@ def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-STAGES = 6  # embed, two blocks, the rest, move, verify
+STAGES = 6  # the rest, embed, two blocks, move, verify
 
 
 @contextmanager

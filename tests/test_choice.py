@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from babies import changed_copy, noise
+from onecard.checkpoint.activations import Activations
 from onecard.checkpoint.loading import load_with_transformers
 from onecard.checkpoint.model import open_model
-from onecard.checkpoint.workdir import Activations
 from onecard.core.errors import InputError
 from onecard.core.rows import Row
 from onecard.eval.choice import LENGTHS, OptionRequest, Scored, ask, scores

@@ -15,9 +15,9 @@ from rich.console import Console
 
 from command_line import Refuse
 from onecard.calibration.routes import count_routes
+from onecard.checkpoint.activations import Activations
 from onecard.checkpoint.loading import load_with_transformers
 from onecard.checkpoint.model import open_model
-from onecard.checkpoint.workdir import Activations
 from onecard.core.rows import Row
 from onecard.report.heatmap import BARS, NONE, STEPS, draw_coverage, least_line, step_of, svg
 from walking import cpu_walk

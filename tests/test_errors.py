@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from babies import changed_copy, noise
+from onecard.checkpoint.activations import Activations
 from onecard.checkpoint.loading import load_with_transformers
 from onecard.checkpoint.model import open_model
-from onecard.checkpoint.workdir import Activations
 from onecard.core.rows import Row, batches
 from onecard.eval import errors
 from onecard.eval.errors import WORST_EXPERTS, places_of, standing_out

@@ -19,6 +19,7 @@ from compressed_tensors.compressors.pack_quantized import unpack_from_int32
 from compressed_tensors.quantization import QuantizationConfig
 from hypothesis import given
 from hypothesis import strategies as st
+from pretend import unpack_on_a_pretended_device
 
 import foreign
 from foreign import Block, ct_block, opened
@@ -28,6 +29,12 @@ from onecard.core.tensors import DTYPE_NAMES
 GPTQ: Block = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
 BNB: Block = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 FP8: Block = {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"}
+
+
+@pytest.fixture(autouse=True)
+def unpacked_where_the_parts_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every weight of this file is unpacked as on a GPU."""
+    unpack_on_a_pretended_device(monkeypatch)
 
 
 def ct_write(weight: torch.Tensor, block: Block, dtype: torch.dtype = torch.float32) -> foreign.Written:

@@ -150,7 +150,7 @@ def test_ctrl_c_in_verify(
         raise KeyboardInterrupt
 
     out, _ = emitted(FAMILY)  # before it is broken: quantize verifies too
-    monkeypatch.setattr("onecard.eval.verify.twin_walk", interrupted)
+    monkeypatch.setattr("onecard.eval.verify.measure", interrupted)
     result = onecard("verify", baby(FAMILY), out, *texts[2:])
     assert result.exit_code == 130
     assert result.stdout == ""

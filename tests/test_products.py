@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from onecard.calibration.moments import SiteMoments
 from onecard.core import device, products
-from onecard.core.products import add_outer, bf16_parts, product, quadratic
+from onecard.core.products import add_outer, add_outers, bf16_parts, product, quadratic
 from onecard.eval.kl import compare_rows
 from onecard.quantize.metric import swiglu_metric, swiglu_slopes
 
@@ -155,3 +155,15 @@ def test_the_gpus_calls_are_torchs(drawn: Drawn) -> None:
     total = torch.mm(a, b, out_dtype=torch.float32)
     assert (total.dtype, tuple(total.shape)) == (torch.float32, (4, 6))
     assert torch.addmm(total, a, b, out_dtype=torch.float32, out=total) is total
+
+
+def test_totals_of_many_experts_are_each_ones_own(both_ways: Callable[[], Iterator[None]], drawn: Drawn) -> None:
+    rows = [5, 0, 40, 1]
+    for of_b in (torch.float32, BF16):
+        a, b = drawn(sum(rows), 6), drawn(sum(rows), 9, dtype=of_b)
+        exact = torch.stack([x.double().T @ y.double() for x, y in zip(a.split(rows), b.split(rows), strict=True)])
+        for _ in both_ways():
+            totals = torch.zeros(4, 6, 9)
+            add_outers(totals, a, b, rows)
+            assert off(totals, exact) < 6e-6
+            assert not totals[1].any()

@@ -19,9 +19,9 @@ from onecard.quantize.site import batch_slices, quantize_batch, relative_output_
 def test_cuts_cover_the_batch_in_order_within_the_budget(batch: int, outputs: int, inputs: int, budget: int) -> None:
     parts = list(batch_slices(batch, outputs, inputs, budget, Method(refine_rounds=0)))
     assert [b for part in parts for b in range(batch)[part]] == list(range(batch))
-    one = 4 * (5 * outputs * inputs + 4 * inputs * inputs)
     for part in parts:
-        assert part.stop - part.start == 1 or (part.stop - part.start) * one <= budget
+        size = part.stop - part.start
+        assert size == 1 or working_bytes(size, outputs, inputs, False, Method(refine_rounds=0)) <= budget
 
 
 @pytest.mark.parametrize("method", [Method(method="rtn"), *METHODS.values()], ids=["rtn", *METHODS])
@@ -31,7 +31,7 @@ def test_cutting_the_batch_by_a_budget_changes_no_code(scheme: Scheme, method: M
     w, moment = (t.float() for t in correlated(7, 300, 160, seed=13))
     whole = quantize_batch(w, moment, scheme, method, torch.bfloat16)
     for step in (1, 2, 3):
-        budget = step * working_bytes(12, 160, False, method)
+        budget = working_bytes(step, 12, 160, False, method)
         slices = batch_slices(7, 12, 160, budget, method)
         parts = [quantize_batch(w[c], moment[c], scheme, method, torch.bfloat16) for c in slices]
         assert len(parts) == -(-7 // step)

@@ -154,7 +154,7 @@ def test_equal_streams_and_hopeless_moments_leave_the_weights_alone() -> None:
 
 
 def test_miss_counts_common_rows_over_all_rows() -> None:
-    reference, x = streams(4)
+    reference, x = (rows.float() for rows in streams(4))
     moments = SiteMoments(2, 24, torch.device("cpu"), miss_rows=24)
     moments.add(0, x)
     moments.add_miss(0, x[:150], reference[:150] - x[:150])  # 50 rows went to another expert in the reference
@@ -162,14 +162,14 @@ def test_miss_counts_common_rows_over_all_rows() -> None:
     expected = (reference[:150] - x[:150]).T @ x[:150] / (200 + tau)  # 200 / (200 + tau) of the mean over 200
     miss = moments.miss(0.1, slice(0, 2))
     assert miss is not None
-    torch.testing.assert_close(miss[0].double(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(miss[0], expected, rtol=1e-4, atol=1e-6)
     assert torch.equal(miss[1], torch.zeros(24, 24)), "an expert without rows is not corrected"
     assert SiteMoments(2, 24, torch.device("cpu")).miss(0.1, slice(0, 2)) is None
 
 
 def test_weights_count_as_repetitions_would() -> None:
     """A row of weight 3 counts like three such rows of weight 1, except in the number of rows."""
-    _, x = streams(6, rows=40)
+    x = streams(6, rows=40)[1].float()
     weight = torch.ones(40)
     weight[7] = 3
     weighted, repeated = SiteMoments(1, 24, torch.device("cpu")), SiteMoments(1, 24, torch.device("cpu"))

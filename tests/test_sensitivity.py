@@ -10,13 +10,16 @@ import torch
 from transformers import AutoModelForCausalLM, Llama4ForConditionalGeneration
 
 from babies import changed_copy, edit_json
+from onecard.blocks import sensitivity as sensitivity_files
+from onecard.blocks.sensitivity import STOP, SensitivityFiles
 from onecard.calibration.sensitivity import NEAR_SHARE, RESIDUAL, near_ties, sensitivities, tie_metric
+from onecard.checkpoint.activations import Activations
 from onecard.checkpoint.model import open_model
-from onecard.checkpoint.workdir import Activations
 from onecard.core.rows import Row, rows_at_once
 from onecard.models.adapter import Half
 from onecard.models.block import Block, Passed
 from onecard.models.walk import Walk
+from onecard.recipe import load_recipe
 from walking import cpu_walk
 
 CPU = torch.device("cpu")
@@ -173,21 +176,25 @@ def test_the_walk_back_needs_far_fewer_places_than_blocks(
 ) -> None:
     """The walk goes back through every block once, with the rows that enter it, whatever the spacing."""
     model = open_model(str(baby("scout")))
-    held: set[int] = set()
+    held: set[tuple[int, str]] = set()
     most = 0
 
     class Store:
         def put(self, block: int, stream: str, batch: int, hidden: torch.Tensor) -> None:
             nonlocal most
-            held.add(block)
+            held.add((block, stream))
             most = max(most, len(held))
 
         def get(self, block: int, stream: str, batch: int) -> torch.Tensor:
-            assert block in held
+            assert (block, stream) in held
             return torch.zeros(1, 3, model.adapter.hidden_size)
 
-        def drop(self, block: int) -> None:
-            held.discard(block)
+        def drop(self, block: int, stream: str | None = None) -> None:
+            for place in [place for place in held if place[0] == block and stream in (None, place[1])]:
+                held.discard(place)
+
+        def release(self, block: int, stream: str | None = None) -> None:
+            """On the disk it stays."""
 
     gone: list[int] = []
     walk, first = cpu_walk(model, 10), cpu_walk(model, 10).load(0)
@@ -215,7 +222,43 @@ def test_the_walk_back_needs_far_fewer_places_than_blocks(
     sensitivities(rows, lambda *_: None, "residual")
     assert gone == list(reversed(range(n_blocks)))
     assert not held
-    assert most <= rows_at_once(n_blocks) <= 3 * n_blocks**0.5 + 2
+    assert most <= rows_at_once(n_blocks) <= 3 * n_blocks**0.5 + 3
+
+
+def test_a_walk_back_goes_on_where_it_was_stopped(
+    baby: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every stop: the files of all blocks are those of a walk that was not stopped, and nothing is left beside."""
+    method = load_recipe("demo").quantizer
+    ids = torch.randint(3, 240, (3, 21), generator=torch.Generator().manual_seed(5))
+    rows = [Row(f"row-{i}", "text", tokens) for i, tokens in enumerate(ids)]
+    walk = cpu_walk(open_model(str(baby("scout"))), 30)
+
+    def contents(folder: Path) -> dict[str, bytes]:
+        found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        assert not [name for name in found if name.startswith("acts")]
+        return {name: data for name, data in found.items() if name != STOP}
+
+    SensitivityFiles(tmp_path / "whole", method).measure(walk, rows)
+    whole = contents(tmp_path / "whole")
+    assert len(whole) == walk.adapter.n_blocks
+    real, seen = sensitivity_files.files.write_tensors, []
+    for stops in range(walk.adapter.n_blocks + 1):
+        seen.clear()
+
+        def stopping(path: Path, *args: object, last: int = stops, **kwargs: object) -> None:
+            real(path, *args, **kwargs)  # type: ignore[arg-type]
+            seen.extend([path] if path.name == STOP else [])
+            if len(seen) > last:
+                raise KeyboardInterrupt
+
+        made = SensitivityFiles(tmp_path / f"{stops}", method)
+        with monkeypatch.context() as patch:
+            patch.setattr(sensitivity_files.files, "write_tensors", stopping)
+            with pytest.raises(KeyboardInterrupt):
+                made.measure(walk, rows)
+        made.measure(walk, rows)
+        assert contents(tmp_path / f"{stops}") == whole
 
 
 def test_the_two_halves_are_the_block(baby: Callable[..., Path]) -> None:

@@ -1,4 +1,4 @@
-"""Every stored byte is read once: by a load, by round-to-nearest, which loads no block, and by an export."""
+"""Every stored byte is read once by a load, a block of a run and an export. A run copies what it keeps: once more."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -75,7 +75,7 @@ def test_a_load_reads_each_stored_byte_once(
 
 @pytest.mark.parametrize("keys", [{}, {"quantize_roles": ["attention"]}], ids=["experts", "experts are kept"])
 @pytest.mark.parametrize(("family", "layout"), [("scout", "published"), ("qwen3", "published"), ("qwen3", "the other")])
-def test_round_to_nearest_reads_each_stored_byte_once(
+def test_a_block_of_a_run_reads_each_stored_byte_once(
     stored: Callable[[str, str], Path],
     onecard: Callable[..., Result],
     recipe: Callable[..., Path],
@@ -87,19 +87,23 @@ def test_round_to_nearest_reads_each_stored_byte_once(
     keys: dict[str, Any],
 ) -> None:
     model = open_model(str(stored(family, layout)))
-    of_blocks: list[Reads] = []
+    of_blocks: list[tuple[Reads, set[str]]] = []
     quantize_block = stages.quantize_block
 
-    def watched(job: Any) -> dict[str, Any]:
+    def watched(job: Any) -> Any:
+        weights = (f"{module}.weight" for module in job.plan.schemes)
+        quantized = {model.adapter.locate(name, model.folder.names).tensor for name in weights}
         with monkeypatch.context() as patch:
-            of_blocks.append(watch_reads(patch))
+            of_blocks.append((watch_reads(patch), quantized))
             return quantize_block(job)
 
     monkeypatch.setattr(stages, "quantize_block", watched)
     result = onecard("quantize", model.path, tmp_path / "out", "--recipe", recipe(method="rtn", **keys), *texts)
     assert result.exit_code == 0, result.stderr
-    for index, reads in enumerate(of_blocks):
-        assert reads.times(model.folder) == dict.fromkeys(block_bytes(model, index)[0], 1)
+    for index, (reads, quantized) in enumerate(of_blocks):
+        names = block_bytes(model, index)[0]
+        assert names & quantized
+        assert reads.times(model.folder) == {name: 1 if name in quantized else 2 for name in names}
     assert len(of_blocks) == model.adapter.n_blocks
 
 

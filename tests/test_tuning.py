@@ -13,8 +13,8 @@ from click.testing import Result
 from command_line import refused
 from onecard.blocks.streams import MIDDLE, QUANTIZED, REFERENCE, HalfJob
 from onecard.blocks.tuning import tune
+from onecard.checkpoint.activations import Activations
 from onecard.checkpoint.model import open_model
-from onecard.checkpoint.workdir import Activations
 from onecard.models.adapter import Half
 from onecard.models.walk import HiddenRows
 from onecard.planner.memory import TUNING_BYTES

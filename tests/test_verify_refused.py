@@ -36,7 +36,7 @@ def test_a_place_that_cannot_be_written_is_refused_at_once(
     def walked(*args: object, **kwargs: object) -> None:
         raise AssertionError("work has begun")
 
-    monkeypatch.setattr("onecard.eval.verify.twin_walk", walked)
+    monkeypatch.setattr("onecard.eval.verify.measure", walked)
     result = onecard("verify", baby("qwen3"), baby("qwen3"), *texts[2:], option, tmp_path / place)
     refused(result, tmp_path / place, "cannot be written")
     if option == "--record":

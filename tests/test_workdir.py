@@ -1,6 +1,7 @@
 """The work directory: it is locked, it belongs to one run, and damage to it is found before anything moves to OUT."""
 
 import fcntl
+import json
 import os
 import subprocess
 import sys
@@ -78,9 +79,27 @@ def test_the_work_directory_may_be_a_link(run: Run, whole: Contents) -> None:
     assert list(scratch.iterdir()) == []
 
 
+def test_begun_by_another_version(run: Run, refused: Refuse, whole: Contents) -> None:
+    """The numbers in a state count the stages of the version that wrote it."""
+    run.stopped_at(3)
+    path = run.work / "state.json"
+    state = json.loads(path.read_text())
+    del state["layout"]
+    path.write_text(json.dumps(state))
+    refused(run("--resume"), "version", "--overwrite")
+    assert run("--overwrite").exit_code == 0
+    assert differences(contents(run.out), whole) == []
+
+
 @pytest.mark.parametrize(
     ("what", "stage"),
-    [("shards/*.safetensors", 3), ("acts/*/*.safetensors", 3), ("blocks/*.json", 3), ("sensitivity/*.safetensors", 2)],
+    [
+        ("shards/*.safetensors", 4),
+        ("acts/*/*.safetensors", 4),
+        ("blocks/*.json", 4),
+        ("verified/*.json", 4),
+        ("sensitivity/*.safetensors", 3),
+    ],
 )
 @pytest.mark.parametrize("how", ["cut", "gone"])
 def test_what_is_finished_was_damaged(

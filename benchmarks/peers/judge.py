@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from onecard.checkpoint.activations import Activations
 from onecard.checkpoint.source import Folder, open_folder
-from onecard.checkpoint.workdir import Activations
 from onecard.core.device import Compute
 from onecard.core.rows import Row
 from onecard.core.tensors import TensorSource
