@@ -176,7 +176,8 @@ class Counting(TorchDispatchMode):
         func = call.func
         a, k = changed((call.args, call.kwargs), lambda x: x.inner if isinstance(x, Pretended) else x)
         tensors = tensors_in((a, k))
-        no_values = any(x.device.type == "meta" for x in tensors) or (not tensors and call.said is CUDA)
+        made = not tensors and call.said is CUDA and call.packet != "arange"  # numbers in a row have values
+        no_values = made or any(x.device.type == "meta" for x in tensors)
         no_values |= func is aten._to_copy.default and sum(map(cost.held, tensors)) > MOST_VALUES
         if no_values:
             a, k = changed((a, k), lambda x: x if x.is_meta else x.to("meta"))
@@ -231,11 +232,11 @@ class Counting(TorchDispatchMode):
             return
         found = cost.of(call.func, call.name, inner, out)
         ledger.launch(found.seconds, where)
-        ledger.counts["bytes", where] += found.nbytes  # type: ignore[assignment]
+        ledger.add("bytes", found.nbytes, where)
         if found.flops:
-            ledger.counts[f"flops {found.kind}", where] += found.flops  # type: ignore[assignment]
+            ledger.add(f"flops {found.kind}", found.flops, where)
         if is_unordered(call.packet, call.args):
-            ledger.counts[f"flag not deterministic: {call.name}", where] += 1
+            ledger.add(f"flag not deterministic: {call.name}", 1, where)
 
     def _count_copy(self, call: _Call, nbytes: int) -> None:
         """Between host and card: the host goes on only if it asks to, and its memory is pinned."""

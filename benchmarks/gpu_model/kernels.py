@@ -136,8 +136,8 @@ class _Kernel:
         self.ledger.launch(
             max(rates.kernel_seconds(nbytes), prod(grid) * options["num_warps"] * warp / a_second), where
         )
-        self.ledger.counts["bytes", where] += nbytes
-        self.ledger.counts["kernels", where] += 1
+        self.ledger.add("bytes", nbytes, where)
+        self.ledger.add("kernels", 1, where)
 
 
 class _Kernels:

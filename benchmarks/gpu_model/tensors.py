@@ -64,6 +64,8 @@ class Pretended(torch.Tensor):
     def is_pinned(self, *_: Any) -> bool:
         return self.pinned
 
+    def record_stream(self, _: Any) -> None: ...
+
     def get_device(self) -> int:
         return 0 if self.is_cuda else -1
 

@@ -4,6 +4,7 @@ Of a model's blocks a few are gone through. A block that is not counted costs wh
 block is counted once, or goes by the bytes of the source or of what is emitted.
 """
 
+import math
 import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any
 
 from hollow import published, write_hollow
 from onecard.checkpoint.assign import plan_for
+from onecard.checkpoint.keeper import MOST_LOST_SECONDS
 from onecard.checkpoint.model import open_source
 from onecard.core.rows import spacing
 from onecard.recipe import Recipe
@@ -25,6 +27,8 @@ EVALUATION_ROWS = 128
 BLOCKS = {"llama4-maverick": 4}
 MOST_BLOCKS = 3
 CHECK, OUTSIDE, BY_EMITTED = "check weights", "copy the rest", ("move to OUT", "checksums")
+# Batches of the two short runs.
+SHORT = (2, 4)
 # Stages of one block's own way.
 BLOCK_STAGES = ("load", "tune", "statistics", "quantize", "propagate", "commit")
 
@@ -84,7 +88,8 @@ def whole_run(asked: Asked) -> Whole:
     blocks = BLOCKS.get(asked.model, MOST_BLOCKS)
     rows = max(1, asked.recipe.batch_tokens // ROW_TOKENS)
     config = published(asked.model)
-    few, more = (go_through(config, asked.recipe, Size(blocks, n), asked.triton, asked.disk) for n in (2, 3))
+    of = math.ceil(asked.tokens / (rows * ROW_TOKENS))
+    few, more = (go_through(config, asked.recipe, Size(blocks, n, of), asked.triton, asked.disk) for n in SHORT)
     wanted = (asked.tokens / (rows * ROW_TOKENS), EVALUATION_ROWS / rows)
     return _joined(asked, more, at_batches(few, more, wanted))
 
@@ -112,17 +117,21 @@ def _joined(asked: Asked, gone: Gone, lines: dict[Key, Cost]) -> Whole:
     with tempfile.TemporaryDirectory() as folder:
         model = open_source(str(write_hollow(Path(folder) / "model", published(asked.model))))
         plan = plan_for(model, asked.recipe)
+        hidden = model.adapter.hidden_size
         source, emitted, n_blocks = plan.source_bytes, plan.emitted_bytes, model.adapter.n_blocks
         outside = sum(lines[OUTSIDE, None].counts[key] for key in lines[OUTSIDE, None].counts if key[0] == "read")
         kinds = [gone.kinds[0] if block == 0 else _kind(model.adapter, block) for block in range(n_blocks)]
     stages: dict[str, Cost] = {}
-    lines = lines | _waits(lines)
+    streams = 2 * asked.tokens * asked.recipe.quantizer.needs_statistics + 2 * EVALUATION_ROWS * ROW_TOKENS
+    lines = lines | _waits(lines, streams * hidden * 2, asked.disk)
     for (name, block), cost in lines.items():
         if block is None or block >= gone.size.blocks:
-            times = emitted / gone.emitted_bytes if name in BY_EMITTED else 1.0
-            read = cost.total("read")
-            if name == CHECK and read > outside:  # of the blocks, too
-                times = (outside + (read - outside) * (source - outside) / (gone.source_bytes - outside)) / read
+            # Some stages read what lies outside the blocks, and some read the blocks as well.
+            whole, part = (source, gone.source_bytes) if name == CHECK else (emitted, gone.emitted_bytes)
+            of_blocks = max(0.0, cost.total("read") - outside) if name in (CHECK, *BY_EMITTED) else 0.0
+            times = 1.0
+            if of_blocks:
+                times += of_blocks / cost.total("read") * ((whole - outside) / (part - outside) - 1)
         else:
             times = _times(gone, kinds, block) * (_again(n_blocks) if WALK_FORWARD in name else 1.0)
         if times:
@@ -139,14 +148,15 @@ def _joined(asked: Asked, gone: Gone, lines: dict[Key, Cost]) -> Whole:
 
 def _phase(name: str) -> str | None:
     """Which stages of a block follow one another without another block between them."""
-    if name in BLOCK_STAGES:
+    if name in BLOCK_STAGES or name.startswith("verify"):
         return "files"
-    return f"files, {name.split(':')[0]}" if name.startswith(("verify", "walk")) else None
+    return f"files, {name}" if name.startswith("walk") else None
 
 
-def _waits(lines: dict[Key, Cost]) -> dict[Key, Cost]:
+def _waits(lines: dict[Key, Cost], rows_bytes: float, disk_rate: float) -> dict[Key, Cost]:
     """How long the disk still works for a block when all else is done. What threads read and write is behind the
-    computation, but no more than one block behind."""
+    computation, but no more than one block behind. `rows_bytes`: of the rows that enter a block. They are written every
+    MOST_LOST_SECONDS (checkpoint/keeper.py)."""
     phases: dict[Key, list[Cost]] = {}
     for (name, block), cost in lines.items():
         phase = _phase(name)
@@ -154,8 +164,11 @@ def _waits(lines: dict[Key, Cost]) -> dict[Key, Cost]:
             phases.setdefault((phase, block), []).append(cost)
     found: dict[Key, Cost] = {}
     for key, parts in phases.items():
+        seconds = sum(cost.seconds for cost in parts)
         disk = sum(cost.total("disk seconds behind") + cost.total("disk seconds") for cost in parts)
-        late = disk - sum(cost.seconds for cost in parts)
+        if key[0] == "files":
+            disk += rows_bytes / disk_rate * seconds / MOST_LOST_SECONDS
+        late = disk - seconds
         if late > 0:
             found[key] = Cost(seconds=late)
     return found
