@@ -7,8 +7,8 @@
     rtn    the same blocks by round-to-nearest
 
 Both trees run the same command by turns, so that what else the machine does strikes both. One line a job: the medians
-of wall clock, processor time and peak resident set, and this tree's over the commit's. The weights of synthetic models are
-random: nothing is said of quality.
+of wall clock, processor time and peak resident set, and this tree's over the commit's. The weights of synthetic models
+are random: nothing is said of quality.
 """
 
 import argparse

@@ -39,6 +39,8 @@ CARDS = {
     100: (64, 32, 228 * 1024),
     120: (48, 24, 100 * 1024),
 }
+# What a launch tells the compiler.
+COMPILER = ("num_warps", "num_stages", "maxnreg")
 # Arguments that are fp32 numbers.
 LIMITS = ("code_min", "code_max", "tiny", "least_gain")
 # Pointers to anything but fp32.
@@ -54,12 +56,12 @@ class Built:
 
     name: str
     function: Any
-    # With the launch's number of warps.
+    # With the compiler's options.
     given: dict[str, Any]
 
     @property
     def constants(self) -> dict[str, Any]:
-        return {name: value for name, value in self.given.items() if name != "num_warps"}
+        return {name: value for name, value in self.given.items() if name not in COMPILER}
 
     def signature(self) -> dict[str, str]:
         """Every argument's type."""
@@ -86,7 +88,10 @@ class Built:
 def built() -> list[Built]:
     """Every kernel for stretches of 128 columns, with and without zero points, and for the widest it is launched
     for."""
-    found = []
+    found = [
+        Built("product for slopes", kernels.product_kernel, launch.TILE | {"a_stride_i": 1, "NATIVE": True}),
+        Built("product for GPTQ", kernels.product_kernel, launch.TILE | {"a_stride_c": 1, "NATIVE": True}),
+    ]
     for zero in (False, True):
         also = ", zero points" if zero else ""
         gptq = {"HAS_ZERO": zero, "HAS_DUE": True} | launch.program(BLOCK_COLUMNS, launch.GPTQ_ROWS)
@@ -98,6 +103,7 @@ def built() -> list[Built]:
         for zero in (False, True):
             also = ", zero points" if zero else ""
             tries = {"HAS_ZERO": zero, "STORED": "bf16"} | launch.program(columns, launch.RESTART_ROWS)
+            tries |= launch.MANY_REGISTERS
             found.append(Built(f"restarts{wide}{also}", kernels.restart_kernel, tries))
         found.append(Built(f"tabu search{wide}", kernels.tabu_kernel, launch.program(columns, launch.TABU_ROWS)))
         for symmetric in (True, False):
@@ -124,7 +130,7 @@ class Limits:
 def _made(kernel: Built, card: int) -> Any:
     constants = {(kernel.function.arg_names.index(k),): v for k, v in kernel.constants.items()}
     source = ASTSource(kernel.function, kernel.signature(), constants, kernel.multiples_of_16())
-    options = {**launch.OPTIONS, "num_warps": kernel.given["num_warps"]}
+    options = launch.OPTIONS | {name: kernel.given[name] for name in COMPILER if name in kernel.given}
     return triton.compile(source, target=GPUTarget("cuda", card, 32), options=options)
 
 

@@ -2,12 +2,15 @@
 
 A walk in bf16 gives real rows x, as on a GPU; the quantized stream is that of the blocks rounded to the nearest int4.
 For every site and expert of the model two sums are taken: w x x^T, with w the recipe's weight by residual, and w m x^T,
-with m what x misses of the original's rows. x is bf16; w x and w m are fp32, and it is they that are cut into bf16
-parts or rounded to TF32 (11 bits, as is x, which has 8).
+with m what x misses of the original's rows. Ways to compute them:
+
+- fp32, as a CPU does; TF32: both sides rounded to 11 bits; w x or w m, which are fp32, cut into bf16 parts;
+- roots: both sides scaled by the root of w and rounded to bf16, which is what a GPU does (calibration/moments.py).
 
 Each sum is compared with fp64: relative Frobenius norm, the mean and the largest over sites and experts. "Products
-alone" sums in fp64, so that nothing but the cut is seen. With fp32 sums each batch is added in fp32, as on a GPU. Last,
-`--kl` quantizes the model by `fast` in bf16 with each way of computing and prints the mean KL.
+alone" sums in fp64, so that nothing but the rounding is seen; with fp32 sums each batch is added in fp32. The last line
+is what a bf16 walk by itself changes, for scale: the same sums of a walk in fp32. `--kl` quantizes the model in bf16 by
+a CPU's and by a GPU's arithmetic, and prints the mean KL.
 """
 
 import argparse
@@ -24,11 +27,12 @@ from transformers.utils import logging
 sys.path.insert(0, str(Path(__file__).parent))
 from quantizers import recipe
 
+from onecard.calibration.moments import scaled
 from onecard.calibration.sensitivity import token_weights
 from onecard.calibration.sources import read_jsonl
 from onecard.calibration.tokens import Encoder
 from onecard.checkpoint.model import Model, open_model
-from onecard.core import device, products
+from onecard.core import device
 from onecard.core.device import Compute
 from onecard.core.products import bf16_parts
 from onecard.core.rows import Row, batches
@@ -39,8 +43,8 @@ from onecard.models.known import demo_folder
 from onecard.models.walk import Embedder, Walk
 from onecard.pipeline import Options, quantize
 
-COMPUTE = Compute(device=torch.device("cpu"), dtype=torch.bfloat16, batch_tokens=8192)
-TOKENS, ROWS = 512, 256
+BATCH_TOKENS = 8192
+TOKENS, ROWS = 512, 32
 GROUP = 128
 
 Cut = Callable[[torch.Tensor], list[torch.Tensor]]
@@ -59,6 +63,7 @@ WAYS: dict[str, Cut] = {
     "2 bf16 parts": lambda x: bf16_parts(x, 2),
     "3 bf16 parts": lambda x: bf16_parts(x, 3),
 }
+ROOTS, WALK = "roots, in bf16", "(a walk in fp32)"
 
 
 def rows_of(model: Model) -> list[Row]:
@@ -94,11 +99,13 @@ def seen(
     return found, out
 
 
-def batches_of_rows(model: Model) -> Iterator[tuple[int, dict[tuple[str, int], tuple[torch.Tensor, ...]]]]:
-    """(block, {(site key, expert): (bf16 rows, weights, misses)}) for each batch of each block."""
+def batches_of_rows(
+    model: Model, dtype: torch.dtype
+) -> Iterator[tuple[int, dict[tuple[str, int], tuple[torch.Tensor, ...]]]]:
+    """(block, {(site key, expert): (rows, weights, misses)}) for each batch of each block."""
     rows = rows_of(model)
-    groups = batches(rows, COMPUTE.batch_tokens)
-    walk = Walk.over(model.adapter, model.source, COMPUTE)
+    groups = batches(rows, BATCH_TOKENS)
+    walk = Walk.over(model.adapter, model.source, Compute(torch.device("cpu"), dtype, BATCH_TOKENS))
     embedder = Embedder(walk, rows)
     theirs = [embedder.batch(group) for group in groups]
     ours = list(theirs)
@@ -118,40 +125,49 @@ def batches_of_rows(model: Model) -> Iterator[tuple[int, dict[tuple[str, int], t
             yield index, found
 
 
-def measured(model: Model) -> dict[str, list[Sums]]:
-    """'moments' and 'misses' -> the relative errors of each sum."""
+def summed(model: Model, dtype: torch.dtype, ways: bool) -> dict[tuple[str, int, str, int], Sums]:
+    """('moments' or 'misses', block, site key, expert) -> the sum in fp64, and by each of the ways."""
     sums: dict[tuple[str, int, str, int], Sums] = {}
-    for index, found in batches_of_rows(model):
+    for index, found in batches_of_rows(model, dtype):
         for (key, expert), (x, weight, miss) in found.items():
             for what, rows in (("moments", x.float()), ("misses", miss)):
                 own = sums.setdefault((what, index, key, expert), {})
-                _add(own, rows * weight[:, None], x.float())
+                _add(own, "fp64", [rows.double() * weight.double()[:, None]], x.double())
+                if ways:
+                    for way, cut in WAYS.items():
+                        other = tf32(x.float())[0] if way == "TF32" else x.float()
+                        _add(own, way, cut(rows * weight[:, None]), other)
+                    _add(own, ROOTS, [scaled(rows, weight, x.dtype)], scaled(x, weight, x.dtype))
+    return sums
+
+
+def _add(own: Sums, way: str, first: list[torch.Tensor], second: torch.Tensor) -> None:
+    size = (first[0].shape[1], second.shape[1])
+    for part in reversed(first):
+        alone = own.setdefault((way, "products alone"), torch.zeros(size, dtype=torch.float64))
+        alone.addmm_(part.double().T, second.double())
+        if way != "fp64":
+            own.setdefault((way, "fp32 sums"), torch.zeros(size)).addmm_(part.float().T, second.float())
+
+
+def measured(model: Model) -> dict[str, list[Sums]]:
+    """'moments' and 'misses' -> the relative errors of each sum."""
     errors: dict[str, list[Sums]] = {"moments": [], "misses": []}
-    for (what, *_), own in sums.items():
-        exact = own.pop(("fp64", ""))
-        if float(exact.norm()):
-            errors[what].append({way: (total.double() - exact).norm() / exact.norm() for way, total in own.items()})
+    of_fp32_walk = summed(model, torch.float32, False)
+    for place, own in summed(model, torch.bfloat16, True).items():
+        exact = own.pop(("fp64", "products alone"))
+        if place in of_fp32_walk and float(exact.norm()):
+            found = {way: (total.double() - exact).norm() / exact.norm() for way, total in own.items()}
+            off = (of_fp32_walk[place]["fp64", "products alone"] - exact).norm() / exact.norm()
+            errors[place[0]].append(found | {(WALK, "products alone"): off, (WALK, "fp32 sums"): off})
     return errors
 
 
-def _add(own: Sums, weighted: torch.Tensor, x: torch.Tensor) -> None:
-    size = (weighted.shape[1], x.shape[1])
-    own.setdefault(("fp64", ""), torch.zeros(size, dtype=torch.float64)).addmm_(weighted.double().T, x.double())
-    for way, cut in WAYS.items():
-        parts = cut(weighted)
-        first = torch.cat([part.float() for part in reversed(parts)])
-        second = torch.cat([x] * len(parts))
-        own.setdefault((way, "fp32 sums"), torch.zeros(size)).addmm_(first.T, second)
-        alone = own.setdefault((way, "products alone"), torch.zeros(size, dtype=torch.float64))
-        alone.addmm_(first.double().T, second.double())
-
-
-def kl_of(model: str, parts: int) -> float:
-    """Mean KL of `fast` in bf16; with 0 parts, products in fp32."""
-    device.CUDA_WAY_TOO, products.PARTS = parts > 0, parts
+def kl_of(model: str, method: str, as_on_a_gpu: bool) -> float:
+    device.CUDA_WAY_TOO = as_on_a_gpu
     with tempfile.TemporaryDirectory() as folder:
         texts = corpus.write_plain_texts(Path(folder))
-        told = recipe("fast", "fast", compute_dtype="bfloat16")
+        told = recipe(method, method, compute_dtype="bfloat16")
         record = quantize(model, Path(folder) / "out", told, Options("cpu", **texts), quiet=True)
         assert record.kl is not None
         return record.kl.kl_mean_nats
@@ -160,23 +176,23 @@ def kl_of(model: str, parts: int) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="demo")
-    parser.add_argument("--kl", action="store_true", help="also quantize with each way of computing")
+    parser.add_argument("--kl", action="store_true", help="also quantize the model both ways")
     given = parser.parse_args()
     logging.set_verbosity_error()
     errors = measured(open_model(given.model))
     print("| | sum | products alone: mean | largest | with fp32 sums: mean | largest |\n" + "|---" * 6 + "|")
     for what, found in errors.items():
-        for way in WAYS:
+        for way in (*WAYS, ROOTS, WALK):
             cells = []
             for summed in ("products alone", "fp32 sums"):
                 values = [float(own[way, summed]) for own in found]
                 cells += [f"{statistics.mean(values):.1e}", f"{max(values):.1e}"]
             print(f"| {way} | {what} | {' | '.join(cells)} |")
     if given.kl:
-        print("\n| products | mean KL of `fast` in bf16 |\n|---|---|")
-        for parts in range(4):
-            name = f"{parts} bf16 part{'s' * (parts > 1)}" if parts else "fp32"
-            print(f"| {name} | {kl_of(given.model, parts):.5f} |", flush=True)
+        print("\n| mean KL in bf16 | a CPU's arithmetic | a GPU's |\n|---|---|---|")
+        for method in ("fast", "balanced"):
+            kls = [f"{kl_of(given.model, method, forced):.5f}" for forced in (False, True)]
+            print(f"| `{method}` | {' | '.join(kls)} |", flush=True)
     return 0
 
 

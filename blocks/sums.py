@@ -4,7 +4,8 @@ A miss is the reference stream minus the quantized stream, for the same token. T
 but where a site reads a norm: the router decides the routes, so it and whatever comes before it get all tokens.
 
 A CPU goes expert by expert, and picks rows. A GPU takes the rows of all experts as one, because every operation is a
-launch, and gives left-out tokens the weight zero, because picking makes the host wait. Both give the same sums.
+launch, and gives left-out tokens the weight zero, because picking makes the host wait. Both give the same sums, but for
+the rounding that `scaled` tells of.
 
 Shape legend: T tokens in a batch, K top-k, H hidden size, R rows of one expert, S rows of all experts one below the
 other, I inputs of a site.
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..calibration.moments import SiteMoments
+from ..calibration.moments import SiteMoments, scaled
 from ..core.device import on_cuda
 from ..models.adapter import Role, Site
 from ..models.block import Block
@@ -54,8 +55,11 @@ def add_batch(
         of_site, weight_T = moments[site.key], weights[site.key]
         if of_site.slope_EPP is not None:
             for expert, (tokens, x_RI) in ours.items():
-                slopes = swiglu_slopes(x_RI, target.joined(site.members[expert]))
-                of_site.add_slopes(expert, slopes, weight_T[tokens])
+                slopes, weight_R = swiglu_slopes(x_RI, target.joined(site.members[expert])), weight_T[tokens]
+                if on_cuda(weight_T):
+                    of_site.add_slopes(expert, scaled(slopes, weight_R, x_RI.dtype))
+                else:
+                    of_site.add_slopes(expert, slopes, weight_R)
         if on_cuda(weight_T):
             _add_together(site, of_site, ours, weight_T, beside)
         else:
@@ -101,7 +105,8 @@ def _add_together(
     counts = [len(ours[expert][0]) if expert in ours else 0 for expert in range(len(site.members))]
     token_S, x_SI = _joined(ours)
     weight_S = weight_T[token_S]
-    moments.add_all(counts, x_SI, weight_S)
+    scaled_SI = scaled(x_SI, weight_S, x_SI.dtype)
+    moments.add_all(counts, scaled_SI, weight_S)
     if beside is None:
         return
     if site.reads_norm is None:
@@ -116,7 +121,7 @@ def _add_together(
         miss = their_x_SI.float() - x_SI.float()
     else:
         return
-    moments.add_all_misses(counts, x_SI, miss, weight_S)
+    moments.add_all_misses(counts, scaled_SI, scaled(miss, weight_S, x_SI.dtype))
 
 
 def _joined(rows: Mapping[int, tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:

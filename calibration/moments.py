@@ -28,6 +28,14 @@ from ..core.finite import first_nonfinite, nonfinite_error
 from ..core.products import add_outer, add_outers
 
 
+def scaled(rows_RI: torch.Tensor, weight_R: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rows by the root of their weights, in this dtype. Products of two such rows carry the weight once.
+
+    On a GPU it is the walk's dtype, bf16 as a rule: one product then does for a moment, which stays symmetric. Rounding
+    here adds to the rows what their own rounding has added already (benchmarks/moment_error.py)."""
+    return (rows_RI * weight_R.sqrt()[:, None]).to(dtype)
+
+
 class SiteMoments:
     """Running sums for one site, fp32 on `device`. `miss_rows`, `slopes`: sizes of the other sums, 0 for none."""
 
@@ -52,18 +60,17 @@ class SiteMoments:
         assert self.miss_EXI is not None
         add_outer(self.miss_EXI[expert], miss_RX if weight_R is None else miss_RX * weight_R[:, None], x_RI)
 
-    def add_all(self, rows: list[int], x_SI: torch.Tensor, weight_S: torch.Tensor) -> None:
-        """`add` for all experts: the first rows[0] of `x_SI` are the first expert's, and so on."""
-        add_outers(self.sum_EII, x_SI * weight_S[:, None], x_SI, rows)
+    def add_all(self, rows: list[int], scaled_SI: torch.Tensor, weight_S: torch.Tensor) -> None:
+        """`add` for all experts: the first rows[0] of `scaled_SI` are the first expert's, and so on. Rows are scaled by
+        the roots of their weights (`scaled`)."""
+        add_outers(self.sum_EII, scaled_SI, scaled_SI, rows)
         self.weight_E += torch.stack([weight.sum(dtype=torch.float64) for weight in weight_S.split(rows)])
         self.rows = [before + more for before, more in zip(self.rows, rows, strict=True)]
 
-    def add_all_misses(
-        self, rows: list[int], x_SI: torch.Tensor, miss_SX: torch.Tensor, weight_S: torch.Tensor
-    ) -> None:
-        """`add_miss` for all experts; weights may be zero."""
+    def add_all_misses(self, rows: list[int], scaled_SI: torch.Tensor, scaled_miss_SX: torch.Tensor) -> None:
+        """`add_miss` for all experts."""
         assert self.miss_EXI is not None
-        add_outers(self.miss_EXI, miss_SX * weight_S[:, None], x_SI, rows)
+        add_outers(self.miss_EXI, scaled_miss_SX, scaled_SI, rows)
 
     def add_slopes(self, expert: int, v_RP: torch.Tensor, weight_R: torch.Tensor | None = None) -> None:
         """Adds the slopes of rows that `add` got, with the same weights."""

@@ -38,6 +38,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core.device import on_cuda
 from ..core.finite import check_finite
 from ..core.products import add_outer, product
 from ..core.rows import spacing
@@ -202,6 +203,8 @@ class _Found:
         self.weights.setdefault(key, []).append(weight)
         # A token with no gradient costs nothing and counts for nothing.
         scaled = g_TO.float() * weight.clamp_min(torch.finfo(weight.dtype).tiny).rsqrt()[:, None]
+        if on_cuda(scaled):  # as the gradients are rounded, so that one product does
+            scaled = scaled.to(g_TO.dtype)
         if key in self.totals:
             add_outer(self.totals[key], scaled, scaled)
         else:

@@ -121,7 +121,8 @@ def _sum_of_products(a_MK: torch.Tensor, b_KN: torch.Tensor) -> torch.Tensor:
 
 
 def _add_product(total_MN: torch.Tensor, a_MK: torch.Tensor, b_KN: torch.Tensor) -> None:
-    """Adds a bf16 product with fp32 sums in place. A CPU's fp32 gives the same products."""
+    """Adds a bf16 product with fp32 sums in place. A CPU's fp32 gives the same products. (addmm takes an fp32 total
+    beside bf16 factors from torch 2.10 on: pytorch pull request 167931.)"""
     if total_MN.is_cuda:
         torch.addmm(total_MN, a_MK, b_KN, out_dtype=torch.float32, out=total_MN)
     else:

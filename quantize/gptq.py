@@ -24,7 +24,7 @@ import torch
 from ..core.scheme import Scheme
 from .card import kernels_for
 from .grid import round_codes
-from .held import BLOCK_COLUMNS, Held
+from .held import BLOCK_COLUMNS, Held, product
 
 # Each failed factorisation raises the damping tenfold. After this many, a matrix falls back to its diagonal.
 MAX_DAMPING_STEPS = 6
@@ -68,7 +68,7 @@ def factor(moment_BII: torch.Tensor, damping: float, order_BI: torch.Tensor | No
     for step in range(MAX_DAMPING_STEPS + 1):
         added[todo] = mean[todo] * damping * 10.0**step
         if n <= FACTORED_TOGETHER:
-            found, good = _factored(permuted(moment_BII, backwards, todo), added[todo])
+            found, good = _factored(permuted(moment_BII, backwards[todo], todo), added[todo])
             root[todo] = found
         else:
             good = torch.cat([_factor_one(moment_BII[b], backwards[b], added[b], root[b]) for b in todo.tolist()])
@@ -188,7 +188,7 @@ def round_columns(held: Held, order_BI: torch.Tensor, root_BII: torch.Tensor) ->
     round_block = _round_block if kernels is None else kernels.gptq
     for begin in range(0, inputs, BLOCK_COLUMNS):
         block = slice(begin, min(begin + BLOCK_COLUMNS, inputs))
-        due = torch.bmm(root_BII[:, :begin, block].transpose(1, 2), left_BIO[:, :begin]) if begin else None
+        due = product(root_BII[:, :begin, block].transpose(1, 2), left_BIO[:, :begin]) if begin else None
         round_block(held, order_BI[:, block], root_BII[:, block, block], due, left_BIO[:, block])
 
 

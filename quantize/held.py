@@ -16,6 +16,7 @@ import torch
 
 from ..core.quantized_weight import QuantizedWeight
 from ..core.scheme import Scheme
+from .card import kernels_for
 
 # Columns of a stretch, and between two updates of all later columns in GPTQ (the paper's lazy batch). Their moment, 64
 # KB in fp32, stays in the cache of a CPU's core and in the first-level cache of a GPU's.
@@ -81,6 +82,12 @@ class Held:
         return codes.mul_(self.by_column(self.scale_BGO))
 
 
+def product(a_BCI: torch.Tensor, x_BIO: torch.Tensor) -> torch.Tensor:
+    """a x [B, C, O]. On a GPU it takes numbers in two bf16 parts: what it decides are near ties among moves."""
+    kernels = kernels_for(x_BIO)
+    return torch.bmm(a_BCI, x_BIO) if kernels is None else kernels.product(a_BCI, x_BIO)
+
+
 def stretches(inputs: int, width: int) -> list[slice]:
     """Slices of the columns: whole groups of about BLOCK_COLUMNS columns. `width`: the columns of a group."""
     step = max(1, BLOCK_COLUMNS // width) * width
@@ -91,5 +98,5 @@ def walk(held: Held, moment_BII: torch.Tensor) -> Iterator[tuple[Held, torch.Ten
     """For each stretch in turn its part, its slope [B, C, O], which the caller may change, and its own moment [B, C,
     C]. A slope has all changes of the stretches before it."""
     for columns in stretches(held.codes_BIO.shape[1], held.width):
-        slope_BCO = torch.bmm(moment_BII[:, columns], held.error_BIO)
+        slope_BCO = product(moment_BII[:, columns], held.error_BIO)
         yield held.part(columns), slope_BCO, moment_BII[:, columns, columns]

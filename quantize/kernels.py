@@ -118,6 +118,57 @@ def _spread(x, moment, stride, at, columns):
 
 
 @triton.jit
+def _narrow(x, NATIVE: tl.constexpr):
+    """In bf16; in fp32 with a bf16's bits where bf16 is not NATIVE, as in the interpreter, which cannot multiply it."""
+    if NATIVE:
+        return x.to(tl.bfloat16)
+    else:
+        return _bf16(x)
+
+
+@triton.jit
+def product_kernel(
+    a_ptr,
+    x_ptr,
+    out_ptr,
+    columns,
+    outputs,
+    inputs,
+    a_stride_b,
+    a_stride_c,
+    a_stride_i,
+    x_stride,
+    NATIVE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr,
+):
+    """a [B, C, I] x x [B, I, O] -> out [B, C, O], fp32, on the tensor cores: each number in two bf16 parts, the product
+    of the smaller parts left out, sums in fp32 (core/products.py). A tile is summed by one program, in one order."""
+    b = tl.program_id(2).to(tl.int64)
+    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    o = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    i = tl.arange(0, INPUTS)
+    a_place = a_ptr + b * a_stride_b + c[:, None] * a_stride_c + i[None, :] * a_stride_i
+    x_place = x_ptr + b * x_stride + i[:, None] * outputs + o[None, :]
+    total = tl.zeros([COLUMNS, OUTPUTS], tl.float32)
+    for begin in range(0, inputs, INPUTS):
+        inside = i < inputs - begin
+        a = tl.load(a_place, mask=(c < columns)[:, None] & inside[None, :], other=0.0)
+        x = tl.load(x_place, mask=inside[:, None] & (o < outputs)[None, :], other=0.0)
+        a_most, x_most = _narrow(a, NATIVE), _narrow(x, NATIVE)
+        a_rest = _narrow(a - a_most.to(tl.float32), NATIVE)
+        x_rest = _narrow(x - x_most.to(tl.float32), NATIVE)
+        total = tl.dot(a_rest, x_most, total)
+        total = tl.dot(a_most, x_rest, total)
+        total = tl.dot(a_most, x_most, total)
+        a_place += INPUTS * a_stride_i
+        x_place += INPUTS * outputs
+    out = out_ptr + (b * columns + c[:, None]) * outputs + o[None, :]
+    tl.store(out, total, mask=(c < columns)[:, None] & (o < outputs)[None, :])
+
+
+@triton.jit
 def gptq_kernel(
     codes_ptr,
     scale_ptr,

@@ -17,10 +17,15 @@ from .restarts import Stretch
 # thread has a register for each row of a tensor and every 32 columns. GPTQ and the scale search hold few tensors.
 GPTQ_ROWS, SEARCH_ROWS = 8, 4
 REFINE_ROWS, RESTART_ROWS, TABU_ROWS = 4, 2, 2
+# What a program of a product computes at a time. It is the same for every shape, so that a product depends neither on
+# how a batch was cut nor on a library's choice.
+TILE = {"COLUMNS": 128, "OUTPUTS": 64, "INPUTS": 32, "num_warps": 8, "num_stages": 3}
 # Dtypes of scales, and the widest group, that the search's kernel knows; a wider one would not fit into registers.
 STORED = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 SEARCHED = (torch.bfloat16, torch.float16)
 WIDEST_GROUP = 512
+# Left alone, the assembler spills some registers of the restarts' kernel to make room for more programs.
+MANY_REGISTERS = {"maxnreg": 224}
 # Products and sums are rounded one by one, as the kernels' results are defined.
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
 
@@ -53,6 +58,29 @@ def _strides(held: Held) -> tuple[int, int, int]:
 
 def _limits(scheme: Scheme) -> tuple[float, float]:
     return float(scheme.code_min), float(scheme.code_max)
+
+
+def product(a_BCI: torch.Tensor, x_BIO: torch.Tensor) -> torch.Tensor:
+    """a x [B, C, O], fp32; `a_BCI` may be any view."""
+    batch, columns, inputs = a_BCI.shape
+    outputs = x_BIO.shape[2]
+    assert x_BIO[0].is_contiguous()
+    out = torch.empty(batch, columns, outputs, dtype=torch.float32, device=x_BIO.device)
+    grid = triton.cdiv(outputs, TILE["OUTPUTS"]), triton.cdiv(columns, TILE["COLUMNS"]), batch
+    kernels.product_kernel[grid](
+        a_BCI,
+        x_BIO,
+        out,
+        columns,
+        outputs,
+        inputs,
+        *a_BCI.stride(),
+        x_BIO.stride(0),
+        NATIVE=x_BIO.is_cuda,
+        **TILE,
+        **OPTIONS,
+    )
+    return out
 
 
 def gptq(
@@ -142,7 +170,7 @@ def restart(
     assert slope_BCO.is_contiguous()
     assert own_BCC.stride(2) == 1
     assert all(tensor.is_contiguous() for tensor in given)
-    rows = program(columns, RESTART_ROWS)
+    rows = program(columns, RESTART_ROWS) | MANY_REGISTERS
     kernels.restart_kernel[_grid(part, rows)](
         *_tensors(part),
         slope_BCO,

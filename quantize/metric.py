@@ -73,7 +73,7 @@ def quantize_by_row_blocks(
         own = w_BOI[each, places]
         target = own
         if begin:
-            due = torch.bmm(root[:, :begin, block].transpose(1, 2), error_BOI[:, :begin])
+            due = product(root[:, :begin, block].transpose(1, 2), error_BOI[:, :begin])
             target = own + torch.linalg.solve_triangular(root[:, block, block].transpose(1, 2), due, upper=False)
         part = quantize_rows(target)
         error_BOI[:, block] = own - part.dequantize(own.dtype)

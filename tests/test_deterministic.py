@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from onecard.blocks.streams import HalfJob, Known, propagate, take_statistics
 from onecard.blocks.tuning import tune
 from onecard.calibration.sensitivity import RESIDUAL, sensitivities
-from onecard.checkpoint.model import open_model
 from onecard.checkpoint.activations import Activations
+from onecard.checkpoint.model import open_model
 from onecard.core import device
 from onecard.eval.kl import compare_rows
 from onecard.models.adapter import Half

@@ -4,11 +4,14 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from matrices import METHODS, SCHEMES, correlated, dequantized, methods, output_error, schemes
 from onecard.calibration.moments import SiteMoments
 from onecard.core.method import Method
 from onecard.core.scheme import Scheme
+from onecard.quantize import gptq as module
 from onecard.quantize.gptq import factor, gptq, prepare
 from onecard.quantize.grid import (
     absmax_scales,
@@ -87,6 +90,26 @@ def test_damping_rises_where_the_factorisation_fails_and_is_counted() -> None:
         assert torch.equal(root, root.triu())
         damped = moments[b] + damping * moments[b].diagonal().mean() * torch.eye(24, dtype=torch.float64)
         torch.testing.assert_close(root @ root.T, damped, rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10_000), inputs=st.sampled_from([24, 96, 160]), together=st.booleans())
+def test_a_factor_in_fp32_is_as_exact_as_by_way_of_the_inverse(seed: int, inputs: int, together: bool) -> None:
+    """The paper's factor is the inverse of R. Both are held against fp64, in the rule that GPTQ takes from them: the
+    errors of earlier columns over R_jj."""
+    moments = correlated(2, 3 * inputs, inputs, seed)[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "FACTORED_TOGETHER", 512 if together else 0)
+        exact, ours = factor(moments, 0.01).root, factor(moments.float(), 0.01).root.double()
+    damped = moments + 0.01 * moments.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(inputs)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped.float()))
+    papers = torch.linalg.inv(torch.linalg.cholesky(inverse, upper=True).double())
+
+    def off(root: torch.Tensor) -> torch.Tensor:
+        rule, wanted = (r / r.diagonal(dim1=1, dim2=2)[:, None] for r in (root, exact))
+        return (rule - wanted).norm(dim=(1, 2))
+
+    assert (off(ours) <= off(papers) + 1e-6 * exact.norm(dim=(1, 2))).all()
 
 
 @methods

@@ -12,7 +12,7 @@ from onecard.calibration.moments import SiteMoments
 from onecard.core.method import Method
 from onecard.core.quantized_weight import QuantizedWeight
 from onecard.core.scheme import Scheme
-from onecard.quantize.correction import corrected
+from onecard.quantize.correction import corrected, corrected_for_inputs
 from onecard.quantize.gptq import Prepared, factor, gptq
 from onecard.quantize.grid import absmax_scales, round_to_nearest
 from onecard.quantize.held import stretches
@@ -132,6 +132,8 @@ def test_correction_is_the_ridge_least_squares_solution() -> None:
     moment, shift = x.T @ x / 200, (reference - x).T @ x / 200
     ridge = 0.02
     found = corrected(w, moment[None], w @ shift, torch.tensor([ridge]))[0]
+    by_inputs = corrected_for_inputs(w, moment[None], shift[None], torch.tensor([ridge]))[0]
+    torch.testing.assert_close(by_inputs, found, rtol=1e-9, atol=1e-9)
     # min |W' X - W R|^2 / n + r |W' - W|^2 as one stacked least-squares problem.
     r = ridge * float(moment.diagonal().mean())
     stacked = torch.cat([x / 200**0.5, r**0.5 * torch.eye(24, dtype=torch.float64)])

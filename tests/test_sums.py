@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from onecard.blocks.streams import HalfJob, Known, take_statistics
 from onecard.calibration.moments import SiteMoments
-from onecard.checkpoint.model import open_model
 from onecard.checkpoint.activations import Activations
+from onecard.checkpoint.model import open_model
 from onecard.core import device
 from onecard.models.adapter import Half
 from onecard.models.walk import HiddenRows
@@ -78,7 +78,7 @@ def test_both_ways_take_the_same_statistics(
         pairs += [(got.slopes(0.1, EVERY), expected.slopes(0.1, EVERY))] if got.slope_EPP is not None else []
         for ours, theirs in pairs:
             assert float(theirs.norm()) > 0
-            assert off(ours, theirs) < 2e-5
+            assert off(ours, theirs) < (2e-5 if dtype is torch.float32 else 4e-3)
 
 
 def test_the_streams_routes_do_part(baby: Callable[..., Path], tmp_path: Path) -> None:

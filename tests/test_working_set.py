@@ -66,7 +66,7 @@ def on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(card, "CPU_TOO", True)
     kernels = card.kernels_for(torch.zeros(1))
     assert kernels is not None
-    for name in ("gptq", "refine", "restart", "tabu"):
+    for name in ("product", "gptq", "refine", "restart", "tabu"):
         monkeypatch.setattr(kernels.kernels, f"{name}_kernel", Idle(0 if name == "gptq" else None))
     monkeypatch.setattr(kernels.kernels, "scale_kernel", Idle(3))
     monkeypatch.setattr(gptq, "FACTORED_TOGETHER", 128)
