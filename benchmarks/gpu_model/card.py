@@ -151,10 +151,10 @@ class Counting(TorchDispatchMode):
     def _number(self, x: Pretended) -> Any:
         if x.is_cuda:
             self.ledger.sync("item", line())
-        if x.inner.device.type != "meta":
-            return x.inner.item()
-        if x.dtype == torch.bool:
+        if x.dtype == torch.bool and (x.truth is not None or x.inner.is_meta):
             return bool(x.truth)
+        if not x.inner.is_meta:
+            return x.inner.item()
         if x.truth is False:
             return 0
         return 1.0 if x.dtype.is_floating_point else 1
@@ -189,7 +189,7 @@ class Counting(TorchDispatchMode):
             k["generator"] = None
         if no_values and func in INDEXERS:
             a = self._chosen(call, a)
-        if no_values and call.packet in cost.PRODUCTS and ".dtype" in call.name:
+        if call.packet in cost.PRODUCTS and ".dtype" in call.name:
             return _wide_product(call.packet, a, k), (a, k)
         if no_values and func is aten.bincount.default:
             return self._even_counts(call.args, call.kwargs), (a, k)

@@ -66,6 +66,11 @@ TRIPS: dict[str, list[Trips]] = {
     "tabu_kernel": [lambda given: given["moves"], _columns],
     "scale_kernel": [lambda given: given["n_multiples"] + 1],
 }
+# Kernels that multiply on the tensor cores: their operations.
+PRODUCTS: dict[str, Trips] = {
+    # Three products of bf16 parts.
+    "product_kernel": lambda given: 6 * given["a_ptr"].numel() * given["outputs"],
+}
 
 
 @dataclass(frozen=True)
@@ -123,21 +128,25 @@ class _Kernel:
         tensors = {id(x): x for x in given.values() if isinstance(x, torch.Tensor)}.values()
         if any(not (isinstance(x, Pretended) and x.is_cuda) for x in tensors):
             self.ledger.add(f"flag mixes devices: {self.name}")
+        if self.name in PRODUCTS:
+            seconds = PRODUCTS[self.name](given) / (rates.BF16 * rates.TRITON_PRODUCTS)
+        else:
+            seconds = prod(grid) * options["num_warps"] * self._instructions(given, options) / rates.ISSUED_A_SECOND
+        nbytes = sum(map(held_bytes, tensors))
+        where = line()
+        self.ledger.launch(max(rates.kernel_seconds(nbytes), seconds), where)
+        self.ledger.add("bytes", nbytes, where)
+        self.ledger.add("kernels", 1, where)
+
+    def _instructions(self, given: Mapping[str, Any], options: dict[str, Any]) -> int:
+        """Of one warp."""
         key = tuple(sorted(options.items()))
         if key not in self.bodies:
             self.bodies[key] = compiled(self.function, options)
         body, trips = self.bodies[key], [count(given) for count in TRIPS[self.name]]
         if len(body.loops) != len(trips):
             raise LookupError(f"{self.name} has {len(body.loops)} innermost loops, and TRIPS knows {len(trips)}")
-        warp = body.rest + sum(count * times for count, times in zip(body.loops, trips, strict=True))
-        a_second = rates.MULTIPROCESSORS * rates.SCHEDULERS * rates.CLOCK * rates.ISSUED
-        nbytes = sum(map(held_bytes, tensors))
-        where = line()
-        self.ledger.launch(
-            max(rates.kernel_seconds(nbytes), prod(grid) * options["num_warps"] * warp / a_second), where
-        )
-        self.ledger.add("bytes", nbytes, where)
-        self.ledger.add("kernels", 1, where)
+        return body.rest + sum(count * times for count, times in zip(body.loops, trips, strict=True))
 
 
 class _Kernels:
@@ -148,8 +157,8 @@ class _Kernels:
         self._made: dict[str, _Kernel] = {}
 
     def __getattr__(self, name: str) -> Any:
-        if name not in TRIPS:
-            raise LookupError(f"{name} is not in TRIPS of {__file__}: say how often its loops are gone through")
+        if name not in TRIPS.keys() | PRODUCTS.keys():
+            raise LookupError(f"{name} is neither in TRIPS nor in PRODUCTS of {__file__}: say what it costs")
         if name not in self._made:
             self._made[name] = _Kernel(getattr(self._module, name), self._ledger)
         return self._made[name]
