@@ -11,6 +11,7 @@ on these rows comes after it. `keep` does both in the thread, while the next blo
 Nothing here is ever unpickled.
 """
 
+import hashlib
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +23,7 @@ import torch
 
 from ..core.lane import InRam, Lane, OnItsWay
 from . import files
-from .workdir import read_tensors
+from .workdir import damaged, read_json, read_tensors
 
 CPU = torch.device("cpu")
 # The share of the free RAM that rows may take. Two stores can be in use at a time, and weights need room.
@@ -30,7 +31,19 @@ RAM_SHARE = 1 / 4
 # Batches that wait for the thread that writes. More would fill the RAM that files are to spare.
 MOST_WAITING = 4
 
+# Beside the files of settled rows: file -> SHA-256 of its numbers. A resumed run checks them.
+DIGESTS = "digests.json"
+
 Key = tuple[int, str, int]  # block, stream, batch
+
+
+def _digest(rows: torch.Tensor) -> str:
+    return hashlib.sha256(rows.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """What was settled there. Raises InputError when it is damaged."""
+    return dict(read_json(folder / DIGESTS)) if (folder / DIGESTS).exists() else {}
 
 
 @dataclass(frozen=True)
@@ -134,7 +147,11 @@ class Activations:
         entry = self._entries.get(key)
         if entry is not None and entry.written is not None:
             entry.written.result()
-        return read_tensors(self._file(key))["hidden"]
+        path = self._file(key)
+        rows = read_tensors(path)["hidden"]
+        if entry is None and _digest(rows) != _digests(path.parent).get(path.name):  # another process wrote it
+            raise damaged(path)
+        return rows
 
     def _read_ahead(self, key: Key) -> None:
         """Begin to bring a batch that has left the device back to it, if there is one."""
@@ -209,11 +226,17 @@ class Activations:
                 self._written(key, entry)
             elif not entry.written.done():  # it waits in the thread's own queue, or is being written
                 entry.written.result()
+        if not entries:
+            return
+        digests = _digests(folder)
         with files.disk_errors(folder):
-            for key, _ in entries:
-                files.sync_file(self._file(key))
-            if folder.is_dir():
-                files.sync_folder(folder)
+            for key, entry in entries:
+                path = self._file(key)
+                files.sync_file(path)
+                ram = entry.in_ram  # what was written is compared with what should have been
+                digests[path.name] = _digest(ram.read() if ram is not None else read_tensors(path)["hidden"])
+            files.sync_folder(folder)
+        files.write_json(folder / DIGESTS, digests)
 
     def release(self, block: int, stream: str | None = None) -> None:
         """Free the memory of the rows that entered `block`, or of one stream. Files stay: a commit may rest on them."""

@@ -37,7 +37,8 @@ LAYOUT = 2
 NONE = "not given"
 
 
-def _damaged(path: Path) -> InputError:
+def damaged(path: Path) -> InputError:
+    """The error for a file of the work directory that is not what was written."""
     return InputError(f"{path} is damaged or gone, and only onecard may change it: start anew with --overwrite")
 
 
@@ -46,7 +47,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise _damaged(path) from None
+        raise damaged(path) from None
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -54,14 +55,14 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError):
-        raise _damaged(path) from None
+        raise damaged(path) from None
 
 
 def _read_state(path: Path) -> dict[str, Any]:
     match read_json(path / STATE):
         case {"done": int(), "identity": dict()} as state:
             return dict(state)
-    raise _damaged(path / STATE)
+    raise damaged(path / STATE)
 
 
 def has_run(path: Path) -> bool:
@@ -192,7 +193,7 @@ class WorkDir:
         for name, size in sizes.items():
             places = [place for place in (self.path / "shards" / name, out / name) if place.is_file()]
             if not places or places[0].stat().st_size != size:
-                raise _damaged(places[0] if places else self.path / "shards" / name)
+                raise damaged(places[0] if places else self.path / "shards" / name)
 
     def folder(self, *parts: str) -> Path:
         folder = self.path.joinpath(*parts)

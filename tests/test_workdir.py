@@ -118,6 +118,25 @@ def test_what_is_finished_was_damaged(
     assert differences(contents(run.out), whole) == []
 
 
+@pytest.mark.parametrize("how", ["a bit", "two files swapped"])
+def test_rows_that_are_not_what_was_written(run: Run, refused: Refuse, whole: Contents, how: str) -> None:
+    """Sizes and headers are right, and the numbers are others."""
+    run.stopped_at(4)
+    first, second = sorted(run.work.glob("acts/*/quantized-*.safetensors"))[:2]
+    if how == "a bit":
+        data = bytearray(first.read_bytes())
+        data[-1] ^= 1
+        first.write_bytes(data)
+    else:
+        third = first.with_name("third")
+        first.rename(third)
+        second.rename(first)
+        third.rename(second)
+    refused(run("--resume"), first.name, "damaged", "--overwrite")
+    assert run("--overwrite").exit_code == 0
+    assert differences(contents(run.out), whole) == []
+
+
 def test_emitted_files_are_readable_by_others(whole: Contents, run: Run) -> None:
     old = os.umask(0o022)
     try:

@@ -30,6 +30,11 @@ CARD_BYTES = 84_900_000_000
 MULTIPROCESSORS, SCHEDULERS, CLOCK = 132, 4, 1.7e9
 # Instructions a cycle that a scheduler issues in a loop of dependent steps, of the one that it could.
 ISSUED = 0.5
+ISSUED_A_SECOND = MULTIPROCESSORS * SCHEDULERS * CLOCK * ISSUED
+# A product in Triton that cuts its factors itself, of the rate of a library's: an estimate.
+TRITON_PRODUCTS = 0.5
+# RAM that is free when a run begins, in a machine with one such card.
+RAM_BYTES = 200_000_000_000
 # The bar of the issue: the device peak that leaves room for the context and for fragments.
 MOST_DEVICE_BYTES = 74_000_000_000
 
