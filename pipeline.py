@@ -57,6 +57,7 @@ from .planner.memory import disk_bytes
 from .planner.rows import RowPlaces, rows_on_device
 from .planner.schedule import run_schedule
 from .planner.work import MethodCosts, RunWork, Tokens
+from .quantize.card import refuse_without_compiler
 from .recipe import Recipe
 from .report.progress import Progress
 from .report.resources import device_name, package_versions
@@ -150,6 +151,8 @@ def _prepared(model_name: str, out: Path, recipe: Recipe, options: Options) -> t
     recipe that is yet to be fitted is about the smallest there can be."""
     began = time.monotonic()
     compute = choose_compute(options.device_name, recipe.compute_dtype, recipe.batch_tokens)
+    if recipe.quantizer.needs_statistics:
+        refuse_without_compiler(compute.device)
     model = open_source(model_name)
     refuse_adapter(model.path, options.without_adapter)
     plan = plan_for(model, recipe)

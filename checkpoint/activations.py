@@ -191,7 +191,7 @@ class Activations:
         path, rows = self._file(key), entry.in_ram
         if rows is None:
             assert entry.on_device is not None
-            rows = InRam(entry.on_device.cpu())
+            rows = self._lane.to_ram(entry.on_device)  # beside what the card computes, not in its queue
         files.make_folder(path.parent)
         files.write_tensors(path, {"hidden": rows.read()}, lasting=False)
         if not entry.counted:
