@@ -18,6 +18,8 @@ class CardRates:
     # Operations of matrix products: of bf16 on the tensor cores, and of fp32.
     bf16_flops: float
     fp32_flops: float
+    # Of bf16 in the solver's own product, which cuts fp32 numbers into parts on the way.
+    tiled_flops: float
     # Operations of Cholesky factorisations and of triangular solves, fp32.
     factor_flops: float
     # Instructions that all schedulers issue to warps, in kernels whose steps depend on one another.
@@ -40,7 +42,7 @@ class CardRates:
     def at(self, bf16_flops: float) -> "CardRates":
         """A card that multiplies bf16 so fast, and is as much faster or slower at all that it computes."""
         factor = bf16_flops / self.bf16_flops
-        names = ("bf16_flops", "fp32_flops", "factor_flops", "warp_instructions", "card_bytes")
+        names = ("bf16_flops", "fp32_flops", "tiled_flops", "factor_flops", "warp_instructions", "card_bytes")
         return replace(self, **{name: factor * getattr(self, name) for name in names})
 
     @property
@@ -71,6 +73,8 @@ H100_80GB = AssumedCard(
         bf16_flops=593e12,
         # fp32 without tensor cores: 67 TFLOP/s at most.
         fp32_flops=50e12,
+        # Half of a library's: an estimate.
+        tiled_flops=296.5e12,
         # Half of the fp32 products.
         factor_flops=25e12,
         warp_instructions=MULTIPROCESSORS * SCHEDULERS * CLOCK * ISSUED,
@@ -90,7 +94,7 @@ H100_80GB = AssumedCard(
         fsyncs=1e3,
     ),
     card_bytes=84_900_000_000,
-    ram_bytes=256_000_000_000,
+    ram_bytes=200_000_000_000,
 )
 # Instructions that a warp of each of the solver's kernels issues, from code assembled for sm_90
 # (benchmarks/kernels.py), and the rows of a warp (quantize/launch.py).

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..core.card_rates import CardRates
-from .layer_kernels import BF16, FACTOR, FP32, Kernel
+from .layer_kernels import BF16, FACTOR, FP32, TILED, Kernel
 
 # What torch does between two launches without a kernel, views and allocations, beside a launch: of the counted model's
 # 129,782 launches of a block and as many views, each a fifth of a launch.
@@ -38,7 +38,7 @@ class Card:
     def kernels(self, found: Iterable[Kernel], times: float = 1.0) -> Busy:
         """`times` launches of each."""
         r = self.rates
-        speed = {BF16: r.bf16_flops, FP32: r.fp32_flops, FACTOR: r.factor_flops}
+        speed = {BF16: r.bf16_flops, TILED: r.tiled_flops, FP32: r.fp32_flops, FACTOR: r.factor_flops}
         each = [max(1 / r.kernels, k.nbytes / r.card_bytes, k.flops / speed[k.unit]) for k in found]
         return Busy(len(each), sum(each)) * times
 

@@ -12,7 +12,7 @@ from ..core.method import Method
 from ..core.slices import COLUMNS_PER_SLICE, TOKENS_PER_SLICE
 from ..models.adapter import Adapter, Half, Role, Site
 from .busy import Busy, Card
-from .card_solver import FP32_PAIRS, MIXED_PAIRS, PARTS_BYTES
+from .card_solver import FP32_PAIRS, PARTS_BYTES
 from .layer_kernels import LayerKernels
 
 # Flags for numbers that are not finite, and the look at them: launches of a pass (models/watched.py, core/finite.py).
@@ -99,37 +99,36 @@ class BatchCosts:
 
     # --- statistics
 
-    def moment(self, site: Site, width: int, second: bool = False) -> Busy:
-        """SiteMoments.add_all, or add_all_misses for a miss of this `width`: weighted (10 bytes a number), cut into two
-        parts, and these and the inputs put below one another (8 each); then one product an expert. `second`: of
-        misses, which are fp32 before."""
-        s, i, e = self.rows(site), site.in_features, len(site.members)
-        busy = self.card.moved(s * (((8 if second else 6) + PARTS_BYTES + 8.0) * width + 8.0 * i), 12)
-        return busy + self.card.product(width, s / e, i, e, parts=MIXED_PAIRS)
+    def moment(self, site: Site, width: int) -> Busy:
+        """Second moments or misses of a site: one product of scaled bf16 rows an expert, added to its sum."""
+        s, e = self.rows(site), len(site.members)
+        return self.card.product(width, s / e, site.in_features, e)
 
     def statistics(self, site: Site, method: Method) -> Busy:
-        """What blocks/sums.py adds for one site."""
+        """What blocks/sums.py adds for one site. Rows are scaled in fp32 and rounded: 12 bytes a number of bf16, 14 of
+        fp32."""
         s, i, h = self.rows(site), site.in_features, self.hidden
         # The token's weight, of the rows that leave the half: a square and a mean.
-        busy = self.card.moved(12.0 * self.tokens * h, 6) + self.moment(site, i)
+        busy = self.card.moved(12.0 * self.tokens * h + 12.0 * s * i, 12) + self.moment(site, i)
+        if site.role is Role.EXPERT:
+            busy += self.card.moved(4.0 * s * i, 2)  # rows of all experts are joined
         if method.reference_correction:
             width = h if site.adds_to_residual else i
-            # Rows of all experts are joined (4) for both streams, brought into one order (4), and subtracted (24).
-            made = 8.0 * h if site.adds_to_residual else 24.0 * i + (12.0 * i if site.role is Role.EXPERT else 0.0)
-            busy += self.card.moved(s * made, 12) + self.moment(site, width, second=True)
+            # The miss is taken by token (8), or made of both streams' rows in fp32 (24), which for experts are joined
+            # and brought into one order first (8).
+            made = 8.0 * h if site.adds_to_residual else 24.0 * i + (8.0 * i if site.role is Role.EXPERT else 0.0)
+            busy += self.card.moved(s * (made + 14.0 * width), 14) + self.moment(site, width)
         if method.output_metric and site.feeds:
             busy += self._slopes(site)
         return busy
 
     def _slopes(self, site: Site) -> Busy:
-        """swiglu_slopes and add_slopes, expert by expert: 88 bytes a number of M, and both sides in two parts."""
+        """swiglu_slopes and add_slopes, expert by expert: 88 bytes a number of M, and 14 for the scaled slopes."""
         s, h, e = self.rows(site), self.hidden, len(site.members)
         m = site.out_features[0]
         p = 2 * m
-        busy = self.card.product(s / e, h, p, e) + self.card.moved(
-            s * (88.0 * m + (8 + 2 * PARTS_BYTES + 24.0) * p), 28 * e
-        )
-        return busy + self.card.product(p, s / e, p, e, parts=FP32_PAIRS)
+        busy = self.card.product(s / e, h, p, e) + self.card.product(p, s / e, p, e)
+        return busy + self.card.moved(s * (88.0 * m + 14.0 * p), 20 * e)
 
     def miss(self) -> Busy:
         """The rows where the half ends, of both streams in fp32, and their difference."""
@@ -156,9 +155,9 @@ class BatchCosts:
         busy = self.whole() + self.back(Half.ATTENTION) + self.back(Half.FEED_FORWARD)
         widths = [self.hidden] + [sum(s.out_features) for s in self.sites if s.role is Role.ATTENTION]
         for width in widths:
-            # The gradient in fp32, weighted; both sides in two parts, below one another.
-            busy += self.card.moved(self.tokens * (26.0 + PARTS_BYTES + 36.0) * width, 25)
-            busy += self.card.product(width, self.tokens, width, parts=FP32_PAIRS)
+            # The gradient in fp32 (6), squared and summed (12), weighted (8), and rounded (6).
+            busy += self.card.moved(self.tokens * 32.0 * width, 20)
+            busy += self.card.product(width, self.tokens, width)
         return busy
 
 

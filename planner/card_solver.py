@@ -27,7 +27,7 @@ from ..quantize import restarts, tabu
 from ..quantize.grid import SEARCH_STEPS
 from ..quantize.held import BLOCK_COLUMNS
 from .busy import Busy, Card
-from .layer_kernels import FP32
+from .layer_kernels import TILED
 
 # Products of two fp32 matrices in bf16 parts (core/products.py): two parts each, and the smallest product left out.
 FP32_PAIRS, MIXED_PAIRS = 3, 2
@@ -104,8 +104,7 @@ def _searches(card: Card, site: SolvedSite, method: Method, blocks: int) -> Busy
     launches = blocks * stretches
 
     def slopes(share: float) -> Busy:
-        one = card.product(o / blocks, i * share, BLOCK_COLUMNS, launches, FP32)
-        return Busy(one.launches, one.card * b)
+        return card.product(b * o / blocks, i * share, BLOCK_COLUMNS, launches, TILED, FP32_PAIRS)
 
     def kernel(a_column: float, rows: int) -> Busy:
         return card.issued(weights * a_column / rows, launches)
@@ -133,8 +132,7 @@ def _row_blocks(card: Card, site: SolvedSite, blocks: int) -> Busy:
     busy = card.moved(44.0 * metrics * o * o, 12.0 * metrics) + card.factored(o**3 / 3, metrics)
     # What the rows before left, as products and as solves; rows are taken and put back: ten passes.
     for begin in range(1, blocks):
-        due = card.product(i, begin * rows, rows, 1, FP32)
-        busy += Busy(1, due.card * b) + card.factored(b * rows * rows * i)
+        busy += card.product(b * i, begin * rows, rows, 1, TILED, FP32_PAIRS) + card.factored(b * rows * rows * i)
     busy += card.moved(b * 40.0 * o * i, 20.0 * blocks)
     if not site.shared:
         # swiglu_metric: half the outputs, F, to the hidden size, I: (down^T M) down, times the slopes.

@@ -27,7 +27,9 @@ from ..models.short_row import OnMeta
 aten = torch.ops.aten
 # They give memory or a view, and no kernel.
 FREE = ("empty", "detach", "alias", "lift_fresh", "_unsafe_view")
-BF16, FP32, FACTOR = "bf16", "fp32", "factor"
+# Who computes: the tensor cores by a library's product or by our own (quantize/kernels.product_kernel), the rest of the
+# card, or a factorisation.
+BF16, TILED, FP32, FACTOR = "bf16", "tiled", "fp32", "factor"
 
 
 @dataclass(frozen=True)

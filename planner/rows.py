@@ -13,8 +13,8 @@ from .work import RunWork
 # CUDA context and for what the allocator cannot use.
 CARD_SHARE = 0.871
 # The streams of the calibration rows that lie in the store at once, each as large as the hidden rows: what enters a
-# block, what leaves its attention half, and what leaves it, of both models; and what o reads.
-STREAMS = 7
+# block and what leaves its attention half, of both models, and what o reads. They are let go half by half.
+STREAMS = 5
 # Those that a resumed run needs, which a commit writes: what enters the next block.
 COMMITTED_STREAMS = 2
 
