@@ -29,8 +29,9 @@ COMPARED_BYTES, DRAWN_BYTES = 76.0, 90.0
 ERRORS_BYTES = 60.0
 
 
-def card_times(work: RunWork, rates: CardRates, batch_tokens: int) -> StageTimes:
-    model = _Model(work, Card(rates), batch_tokens)
+def card_times(work: RunWork, rates: CardRates, batch_tokens: int, in_files: float = 0.0) -> StageTimes:
+    """`in_files`: the share of the rows that memory has no room for."""
+    model = _Model(work, Card(rates), batch_tokens, in_files)
     blocks = range(work.adapter.n_blocks)
     outside = work.plan.source_bytes - sum(block.parameters for block in work.blocks) * STORED_BYTES
     read = {"disk": outside / rates.read_bytes}
@@ -50,6 +51,7 @@ class _Model:
     work: RunWork
     card: Card
     batch_tokens: int
+    in_files: float
 
     @cached_property
     def _layers(self) -> dict[bool, BatchCosts]:
@@ -76,6 +78,11 @@ class _Model:
         """Seconds of the copies between card and RAM of so many streams of rows, beside the computation."""
         return streams * self.work.stream_bytes / self._rates.pinned_bytes
 
+    def _file_seconds(self, written: float, read: float) -> float:
+        """Of the disk, for the share of so many streams that is in files."""
+        moved = self.in_files * self.work.stream_bytes
+        return moved * (written / self._rates.write_bytes + read / self._rates.read_bytes)
+
     def _block_bytes(self, index: int) -> int:
         return self.work.blocks[index].parameters * STORED_BYTES
 
@@ -91,9 +98,18 @@ class _Model:
         parts["disk"] = written / rates.write_bytes
         on_disk = self._block_bytes(index) / rates.read_bytes + written / rates.write_bytes + self._commit_seconds()
         on_disk += written / rates.read_bytes  # read back
+        if self.work.method.statistics:
+            on_disk += self._file_seconds(*self._streams(index))
         busy = sum(parts.values()) + sum(self.verified(index).values())
         parts["disk"] += max(0.0, on_disk - busy)
         return parts
+
+    def _streams(self, index: int) -> tuple[float, float]:
+        """How many streams a block writes and reads: each pass reads one and most write one; statistics read where the
+        reference stream ends."""
+        passes = _Passes(self._at(index), self._aimed_sites(index), self.work)
+        tuned = 2 * self.work.method.quantizer.tune_epochs
+        return 5.0, 4.0 + 2 * passes.turns + tuned
 
     def _commit_seconds(self) -> float:
         calibration = self.work.stream_bytes if self.work.method.statistics else 0
@@ -106,7 +122,7 @@ class _Model:
         if not self.work.method.statistics:
             parts["quantize"] = self._rounded(index)
             return parts
-        passes = _Passes.of(self._at(index), self._aimed_sites(index), self.work)
+        passes = _Passes(self._at(index), self._aimed_sites(index), self.work)
         batches = self._batches(self.work.tokens.calibration)
         last = index + 1 == self.work.adapter.n_blocks
         if quantizer.tune_epochs:
@@ -175,8 +191,9 @@ class _Model:
             load = loaded / self._rates.pinned_bytes
             there = load + max(batches * self.card.seconds(at.whole()), self._moved_rows(2))
             again = load + max(batches * self.card.seconds(at.walked_back()), self._moved_rows(3))
+            back_read = read + self._file_seconds(1, 2)
             forward.append({"walk back": there, "disk": max(0.0, read - there)})
-            back.append({"walk back": again, "disk": max(0.0, read - again)})
+            back.append({"walk back": again, "disk": max(0.0, back_read - again)})
         drawn = head(self.card, adapter, tokens.calibration, 3, DRAWN_BYTES)
         return WalkTimes(tuple(forward), {"walk back": self.card.seconds(drawn)}, tuple(back))
 
@@ -213,9 +230,9 @@ class _Passes:
     sites: tuple[Site, ...]
     work: RunWork
 
-    @classmethod
-    def of(cls, at: BatchCosts, sites: tuple[Site, ...], work: RunWork) -> "_Passes":
-        return cls(at, sites, work)
+    @property
+    def turns(self) -> int:
+        return sum(len(self._turns(half)) for half in Half)
 
     def _turns(self, half: Half) -> list[list[Site]]:
         sites = [site for site in self.sites if site.half is half]

@@ -93,11 +93,12 @@ def estimate(
     adapter: Adapter, plan: Plan, method: MethodCosts, tokens: Tokens, machine: Machine, rates: Rates | CardRates
 ) -> Cost:
     work = RunWork.of(adapter, plan, method, tokens, machine.itemsize)
-    times = times_of(work, rates, machine.batch_tokens)
-    seconds_by = times.by_kind()
     compute = compute_bytes(work, machine.site_budget_bytes)
     on_device = 0 if machine.on_cpu else rows_on_device(work, machine.card_bytes, machine.site_budget_bytes)
-    rows = RowPlaces.of(work, Room(on_device, machine.rows_ram_bytes), times.block_seconds)
+    room = Room(on_device, machine.rows_ram_bytes)
+    times = times_of(work, rates, machine.batch_tokens, RowPlaces.of(work, room).share_in_files)
+    seconds_by = times.by_kind()
+    rows = RowPlaces.of(work, room, times.block_seconds)
     return Cost(
         seconds=sum(seconds_by.values()),
         seconds_by=seconds_by,
@@ -110,8 +111,8 @@ def estimate(
     )
 
 
-def times_of(work: RunWork, rates: Rates | CardRates, batch_tokens: int) -> StageTimes:
-    """What each stage of a run takes."""
+def times_of(work: RunWork, rates: Rates | CardRates, batch_tokens: int, share_in_files: float = 0.0) -> StageTimes:
+    """What each stage of a run takes. `share_in_files`: of the rows between blocks."""
     if isinstance(rates, Rates):
         return cpu_times(work, rates)
-    return card_times(work, rates, batch_tokens)
+    return card_times(work, rates, batch_tokens, share_in_files)

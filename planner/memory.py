@@ -12,6 +12,8 @@ from .work import RunWork
 STORED_BYTES = 2
 # Per tuned parameter: its gradient, the master copy, the optimizer's two moments. (tests/test_tuning.py counts them.)
 TUNING_BYTES = 2 + 4 + 8
+# Per weight that is rounded to nearest: itself, its quotient by the scale, and its code.
+ROUNDED_BYTES = 4 + 4 + 1
 # The interpreter with torch, transformers, texts and tokenizer takes 0.45 GB before the first block. Temporary buffers
 # take another 0.1 to 0.2 GB. Both were measured on the embedded model, whose own weights are small beside them.
 BASE_RAM_BYTES = 550_000_000
@@ -23,8 +25,14 @@ def largest_block_bytes(work: RunWork) -> int:
 
 def compute_bytes(work: RunWork, site_budget_bytes: int) -> int:
     """Peak bytes on the compute device, which is RAM on a CPU. `site_budget_bytes` limits one part of a site."""
-    needed = _verifying_bytes(work)
-    return max(needed, _quantizing_bytes(work, site_budget_bytes)) if work.method.statistics else needed
+    quantizing = _quantizing_bytes if work.method.statistics else _rounding_bytes
+    return max(_verifying_bytes(work), quantizing(work, site_budget_bytes))
+
+
+def _rounding_bytes(work: RunWork, site_budget_bytes: int) -> int:
+    """Round-to-nearest: the block, and of a part of a site weights and quotients in fp32, and codes."""
+    parts = (site.cut_parameters(site_budget_bytes) for block in work.blocks for site in block.sites)
+    return largest_block_bytes(work) + ROUNDED_BYTES * max(parts, default=0)
 
 
 def _verifying_bytes(work: RunWork) -> int:

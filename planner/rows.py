@@ -45,6 +45,10 @@ class RowPlaces:
         return cls(on_device, in_ram, most - on_device - in_ram, commit, _blocks_per_commit(commit, block_seconds))
 
     @property
+    def share_in_files(self) -> float:
+        return self.file_bytes / max(1, self.device_bytes + self.ram_bytes + self.file_bytes)
+
+    @property
     def disk_bytes(self) -> int:
         """The most bytes of rows on the disk: files that memory has no room for, the last commit, and the next. Where
         there are such files, all that entered the last commit's block stays, too."""

@@ -50,9 +50,10 @@ class MethodCosts:
     tune_epochs: int
     # Whether each site's own gradients weight the tokens; sites then share no statistics.
     token_gradients: bool
-    # Bytes for quantizing a part of a site, from (site, whether it has an output metric, budget); operations for one
-    # matrix, from (outputs, inputs, whether it has an output metric).
-    site_bytes: Callable[[Site, bool, int], int]
+    # How many matrices are quantized together, from (site, whether it has an output metric, budget in bytes); then
+    # bytes for so many and operations for one, from (number,) outputs, inputs and whether there is an output metric.
+    cut: Callable[[Site, bool, int], int]
+    batch_bytes: Callable[[int, int, int, bool], int]
     matrix_flops: Callable[[int, int, bool], float]
     # All of the recipe's choices, for what a GPU does.
     quantizer: Method
@@ -69,17 +70,18 @@ class MethodCosts:
             walk_back=rows_at_once if method.walks_back else None,
             tune_epochs=method.tune_epochs if method.needs_statistics else 0,
             token_gradients=method.token_weighting == "gradient",
-            site_bytes=partial(_site_bytes, method=method),
+            cut=partial(_cut, method=method),
+            batch_bytes=partial(working_bytes, method=method),
             matrix_flops=partial(matrix_flops, method=method),
             quantizer=method,
             verifies_at_the_end=recipe.format not in SHARD_FORMATS,
         )
 
 
-def _site_bytes(site: Site, metric: bool, budget_bytes: int, *, method: Method) -> int:
+def _cut(site: Site, metric: bool, budget_bytes: int, *, method: Method) -> int:
+    """How many matrices of a site are quantized together."""
     outputs, inputs = sum(site.out_features), site.in_features
-    cut = next(batch_slices(len(site.members), outputs, inputs, budget_bytes, method, metric))
-    return working_bytes(cut.stop, outputs, inputs, metric, method)
+    return next(batch_slices(len(site.members), outputs, inputs, budget_bytes, method, metric)).stop
 
 
 @dataclass(frozen=True)
@@ -133,11 +135,21 @@ class QuantizedSite:
     statistics_flops: float  # per calibration token
     moment_bytes: int
     solve_flops: float
-    site_bytes: Callable[[int], int]  # held while a part of it is quantized, within a budget
+    metric: bool
+    method: MethodCosts
 
     @property
     def parameters(self) -> int:
         return _parameters(self.site)
+
+    def site_bytes(self, budget_bytes: int) -> int:
+        """Held while a part of the site is quantized."""
+        cut = self.method.cut(self.site, self.metric, budget_bytes)
+        return self.method.batch_bytes(cut, sum(self.site.out_features), self.site.in_features, self.metric)
+
+    def cut_parameters(self, budget_bytes: int) -> int:
+        """The weights of that part."""
+        return self.parameters // len(self.site.members) * self.method.cut(self.site, self.metric, budget_bytes)
 
     @property
     def reads_inside_attention(self) -> bool:
@@ -231,7 +243,8 @@ def _count_site(adapter: Adapter, method: MethodCosts, site: Site, shares_moment
         statistics_flops=0.0 if shares_moments else a_token,
         moment_bytes=0 if shares_moments else 4 * count * (inputs**2 + miss * inputs + slopes**2),
         solve_flops=count * method.matrix_flops(outputs, inputs, metric),
-        site_bytes=partial(method.site_bytes, site, metric),
+        metric=metric,
+        method=method,
     )
 
 
