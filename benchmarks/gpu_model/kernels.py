@@ -3,8 +3,9 @@
 The project's own launch functions run; only the kernels behind them are replaced. A kernel whose loops are not
 described in TRIPS fails: nothing is free by being unknown.
 
-Each kernel is compiled for sm_90 as it is launched, which needs no GPU (benchmarks/kernels.py). The instructions of a
-warp are those of the PTX: of each innermost loop's body, times how often a program goes through it, and the rest once.
+Each kernel is compiled for sm_90 as it is launched, which needs no GPU (benchmarks/compile_kernels.py). The
+instructions of a warp are those of the PTX: of each innermost loop's body, times how often a program goes through it,
+and the rest once.
 A division counts as ten, since the assembler makes a routine of it. The schedulers issue rates.ISSUED of what they
 could: an estimate.
 """
@@ -106,7 +107,7 @@ def compiled(function: Any, options: Mapping[str, Any]) -> Body:
     """The kernel as it is launched with these constants and warps."""
     if not isinstance(function, triton.JITFunction):
         return Body((INTERPRETED,) * len(TRIPS[function.__name__]), INTERPRETED)
-    compiler: Any = importlib.import_module("kernels")  # benchmarks/kernels.py
+    compiler: Any = importlib.import_module("compile_kernels")  # benchmarks/compile_kernels.py
     given = {name: value for name, value in options.items() if name not in launch.OPTIONS}
     return body_of(compiler.ptx_of(compiler.Built(function.__name__, function, given), 90))
 
