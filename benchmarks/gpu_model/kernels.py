@@ -6,7 +6,7 @@ described in TRIPS fails: nothing is free by being unknown.
 Each kernel is compiled for sm_90 as it is launched, which needs no GPU (benchmarks/compile_kernels.py). The
 instructions of a warp are those of the PTX: of each innermost loop's body, times how often a program goes through it,
 and the rest once.
-A division counts as ten, since the assembler makes a routine of it. The schedulers issue rates.ISSUED of what they
+A division counts as ten, since the assembler makes a routine of it. The schedulers issue half of what they
 could: an estimate.
 """
 
