@@ -10,6 +10,11 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_NO_CACHE_DIR=1 \
     HF_HOME=/data/.cache/huggingface
 
+# Triton makes the launcher of its kernels with a C compiler when they first run.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+
 WORKDIR /opt/onecard
 
 # torch alone first, in the version of constraints.txt: its layer stays while the code changes.

@@ -4,6 +4,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .bits.fitting import menu_of, priced_units
 from .calibration.texts import calibration_rows
 from .checkpoint.assign import plan_for
@@ -11,10 +13,12 @@ from .checkpoint.model import Model, open_headers, unquantized
 from .checkpoint.plan import Plan
 from .conversion.exporters import Files
 from .conversion.run_output import planned_files, weight_bytes
-from .core.device import Compute, choose_compute
+from .core.card_rates import ASSUMED, H100_80GB, AssumedCard, CardRates
+from .core.device import Compute, choose_compute, choose_dtype
 from .core.errors import InputError, ResourceError
 from .core.rates import Rates, keep_rates, kept_rates, measure_flops, uniform
 from .core.recipe_groups import Serving
+from .eval.card_rates import measure_card
 from .eval.machine_rates import measure_rates, rates_key
 from .models.adapter import Adapter
 from .planner.cards import find_card
@@ -36,7 +40,7 @@ class PlanResult:
     planned: Files  # what OUT will hold, in the recipe's format
     cost: Cost
     warnings: list[str]
-    rates: Rates
+    rates: Rates | CardRates
     rates_from: str
     # Only of a recipe with `bits: fit`; its plan is then about the smallest possible.
     pricing: PricingCost | None = None
@@ -57,11 +61,13 @@ class PlanResult:
             "role_bytes": self.plan.role_bytes,
             "estimated_seconds": self.cost.seconds,
             "estimated_seconds_by": self.cost.seconds_by,
+            "time_is_a_model": self.cost.is_a_model,
             "rates": asdict(self.rates),
             "rates_from": self.rates_from,
             "estimated_ram_bytes": self.cost.ram_bytes,
             "estimated_device_bytes": self.cost.device_bytes,
             "estimated_disk_bytes": self.cost.disk_bytes,
+            **self.cost.rows.facts(),
             **(self.pricing.facts() if self.pricing is not None else {}),
         }
 
@@ -126,7 +132,12 @@ class Forecast:
 
 
 def plan_on_card(
-    model_name: str, recipe: Recipe | None, wish: CardWish, device_name: str = "auto", measure: bool = False
+    model_name: str,
+    recipe: Recipe | None,
+    wish: CardWish,
+    device_name: str = "auto",
+    measure: bool = False,
+    assume: str | None = None,
 ) -> Forecast:
     """Whether the model fits the card of `wish`, or else the recipe's; reads headers only. Raises InputError."""
     gpu = wish.gpu or (recipe.card.gpu if recipe is not None else None)
@@ -135,26 +146,37 @@ def plan_on_card(
     if parallel is not None and many > 1 and parallel != many:
         raise InputError(f"--gpu {gpu} names {many} cards and --tensor-parallel {parallel}: give one of them")
     asked = wish.request(recipe, many)
-    quantizing = plan(model_name, recipe, device_name, measure) if recipe is not None else None
+    quantizing = plan(model_name, recipe, device_name, measure, assume) if recipe is not None else None
     opened = quantizing.model if quantizing is not None else open_headers(model_name)
     if wish.context is None and (recipe is None or recipe.card.gpu is None):
         asked = replace(asked, context=min(asked.context, Needs.of(opened.adapter).most_context))
     return Forecast(size_up(opened, asked, card, quantizing.recipe if quantizing is not None else None), quantizing)
 
 
-def plan(model_name: str, recipe: Recipe, device_name: str = "auto", measure: bool = False) -> PlanResult:
+def plan(
+    model_name: str, recipe: Recipe, device_name: str = "auto", measure: bool = False, assume: str | None = None
+) -> PlanResult:
     """What quantizing would emit and take; reads headers only.
 
     With `measure`, this machine's rates are measured first and kept. Without, kept rates for this very work are used if
-    there are any.
+    there are any. `assume`: of another machine, one of core/card_rates.ASSUMED.
     """
-    compute = choose_compute(device_name, recipe.compute_dtype, recipe.batch_tokens)
+    assumed = None if assume is None else ASSUMED[assume]
+    compute = choose_compute(device_name, recipe.compute_dtype, recipe.batch_tokens) if assumed is None else None
     model = unquantized(open_headers(model_name))
     laid_out = plan_for(model, recipe)
-    rates, rates_from, notes = rates_for(model.adapter, laid_out, recipe, compute, measure)
+    rates: Rates | CardRates
+    if compute is not None:
+        rates, rates_from, notes = rates_for(model.adapter, laid_out, recipe, compute, measure)
+        machine = Machine.of(compute)
+    else:
+        assert assumed is not None
+        rates, rates_from, notes = assumed.rates, f"assumed of a machine with {assume}, not measured", []
+        machine = machine_of(assumed, recipe)
     tokens = calibration_rows(recipe, model.adapter) * recipe.texts.calibration_row_tokens
+    row = recipe.texts.calibration_row_tokens
     evaluated = recipe.texts.evaluation_rows * recipe.texts.evaluation_row_tokens
-    cost = cost_of(model.adapter, laid_out, recipe, rates, compute, Tokens(tokens, evaluated))
+    cost = cost_of(model.adapter, laid_out, recipe, rates, machine, Tokens(tokens, evaluated, row))
     warnings = model.adapter.faults(model.config) + model.warnings + notes
     planned = planned_files(model, laid_out, recipe.format)
     pricing = None
@@ -162,25 +184,37 @@ def plan(model_name: str, recipe: Recipe, device_name: str = "auto", measure: bo
         units = list(priced_units(model.adapter, recipe))
         priced = recipe.fit.price_rows * min(recipe.fit.price_row_tokens, recipe.texts.calibration_row_tokens)
         menu = len(menu_of(recipe))
-        pricing = pricing_cost(model.adapter, units, menu, priced, tokens, compute.dtype.itemsize, rates)
+        plain = rates if isinstance(rates, Rates) else rates.by_kind_of_work
+        pricing = pricing_cost(model.adapter, units, menu, priced, tokens, machine.itemsize, plain)
     return PlanResult(model, recipe, laid_out, planned, cost, warnings, rates, rates_from, pricing)
 
 
-def cost_of(adapter: Adapter, plan: Plan, recipe: Recipe, rates: Rates, compute: Compute, tokens: Tokens) -> Cost:
+def machine_of(card: AssumedCard, recipe: Recipe) -> Machine:
+    """A machine with a card that is not at hand, for this recipe."""
+    dtype = choose_dtype(recipe.compute_dtype, torch.device("cuda"))
+    return Machine.assumed(card, dtype.itemsize, recipe.batch_tokens)
+
+
+def cost_of(
+    adapter: Adapter, plan: Plan, recipe: Recipe, rates: Rates | CardRates, machine: Machine, tokens: Tokens
+) -> Cost:
     """The estimate for so many tokens; round-to-nearest reads none for calibration."""
     method = MethodCosts.of(recipe)
     read = tokens if method.statistics else replace(tokens, calibration=0)
-    return estimate(adapter, plan, method, read, Machine.of(compute), rates)
+    return estimate(adapter, plan, method, read, machine, rates)
 
 
 def rates_for(
     adapter: Adapter, plan: Plan, recipe: Recipe, compute: Compute, measure: bool
-) -> tuple[Rates, str, list[str]]:
+) -> tuple[Rates | CardRates, str, list[str]]:
     """(rates, where they come from, notes for the user). Raises ResourceError if the disk cannot be measured."""
+    on_card = compute.device.type == "cuda"
     key = rates_key(adapter, recipe, compute)
     if measure:
         try:
-            rates = measure_rates(adapter, plan, recipe, compute)
+            rates: Rates | CardRates = (
+                measure_card(compute.device) if on_card else measure_rates(adapter, plan, recipe, compute)
+            )
         except OSError as error:
             raise ResourceError(
                 f"the disk of {Path.cwd()} could not be measured ({error.strerror}): run --measure in the folder that "
@@ -188,9 +222,12 @@ def rates_for(
             ) from error
         note = keep_rates(key, rates)
         return rates, "measured here now", [note] if note else []
-    kept, note = kept_rates(key)
+    kept: Rates | CardRates | None
+    kept, note = kept_rates(key, CardRates) if on_card else kept_rates(key, Rates)
     notes = [note] if note else []
     if kept is not None:
         return kept, "kept from --measure on this machine", notes
-    alike = uniform(measure_flops(compute.device, compute.dtype))
-    return alike, "one matrix product measured now; --measure does better", notes
+    flops = measure_flops(compute.device, compute.dtype)
+    if on_card:
+        return H100_80GB.rates.at(flops), "assumed of an H100, scaled by one matrix product measured now", notes
+    return uniform(flops), "one matrix product measured now; --measure does better", notes

@@ -25,6 +25,7 @@ from .calibration.coverage import balanced
 from .calibration.templates import DATE
 from .calibration.texts import RunTexts, prepare_texts
 from .checkpoint import files
+from .checkpoint.activations import Room
 from .checkpoint.assign import plan_for
 from .checkpoint.checked import check_weights, checked_as_loaded
 from .checkpoint.checksums import write_sums
@@ -37,7 +38,8 @@ from .checkpoint.side_files import refuse_adapter, side_files_digest
 from .checkpoint.source_checks import zero_matrices
 from .checkpoint.workdir import WorkDir, has_run, kept_identity, read_json, refuse_resumed
 from .conversion.run_output import config_of_run, planned_files, weight_bytes
-from .core.device import Compute, card_identity, choose_compute
+from .core.card_rates import H100_80GB
+from .core.device import Compute, card_identity, choose_compute, site_budget
 from .core.errors import InputError, UnusableModelError
 from .core.file_names import RECORD_NAME
 from .core.layout import json_bytes
@@ -50,9 +52,12 @@ from .eval.gate import refuse_too_large
 from .eval.verify import tasks_of
 from .models.scan import Scan
 from .models.walk import Walk
+from .planner.cost import times_of
 from .planner.memory import disk_bytes
+from .planner.rows import RowPlaces, rows_on_device
 from .planner.schedule import run_schedule
 from .planner.work import MethodCosts, RunWork, Tokens
+from .quantize.card import refuse_without_compiler
 from .recipe import Recipe
 from .report.progress import Progress
 from .report.resources import device_name, package_versions
@@ -146,6 +151,8 @@ def _prepared(model_name: str, out: Path, recipe: Recipe, options: Options) -> t
     recipe that is yet to be fitted is about the smallest there can be."""
     began = time.monotonic()
     compute = choose_compute(options.device_name, recipe.compute_dtype, recipe.batch_tokens)
+    if recipe.quantizer.needs_statistics:
+        refuse_without_compiler(compute.device)
     model = open_source(model_name)
     refuse_adapter(model.path, options.without_adapter)
     plan = plan_for(model, recipe)
@@ -175,7 +182,16 @@ def _prepared(model_name: str, out: Path, recipe: Recipe, options: Options) -> t
         identity=_identity(model, recipe, texts, compute),
         card=card,
     )
-    return run, work
+    return replace(run, room=_room(run)), work
+
+
+def _room(run: Run) -> Room:
+    """For rows between blocks, from what is free now."""
+    device = run.compute.device
+    if device.type == "cpu":
+        return Room.now()
+    total = torch.cuda.get_device_properties(device).total_memory
+    return Room.now(rows_on_device(_work(run), total, site_budget(device)))
 
 
 def _identity(model: Model, recipe: Recipe, texts: RunTexts, compute: Compute) -> dict[str, str]:
@@ -236,20 +252,25 @@ def _refuse_full_disk(run: Run, work: Path) -> None:
     pool_bytes = 2 * _tokens(rows.calibration) * run.adapter.hidden_size * itemsize if rows.is_pool else 0
     # The work directory's own formats are moved to OUT, others are written there a second time.
     written_again = 0 if run.recipe.format in SHARD_FORMATS else weight_bytes(run.planned)
-    check_space(work, max(disk_bytes(_work(run)), pool_bytes) + written_again)
+    planned = _work(run)
+    needed = disk_bytes(planned, RowPlaces.of(planned, run.room).disk_bytes)
+    check_space(work, max(needed, pool_bytes) + written_again)
 
 
 def _work(run: Run) -> RunWork:
     """What the run will do with the tokens of its texts."""
     wanted = sum(length * count for length, count in run.texts.wanted.items())
-    tokens = Tokens(wanted, _tokens(run.texts.evaluation))
+    tokens = Tokens(wanted, _tokens(run.texts.evaluation), run.recipe.texts.calibration_row_tokens)
     return RunWork.of(run.adapter, run.plan, MethodCosts.of(run.recipe), tokens, run.compute.dtype.itemsize)
 
 
 def _schedule(run: Run, rates: Rates) -> Schedule:
     """The stages that the run is expected to go through; while its widths are to be fitted, pricing before them."""
+    work, compute = _work(run), run.compute
+    guess = H100_80GB.rates.at(rates.product_flops) if compute.device.type == "cuda" else rates
     schedule = run_schedule(
-        _work(run),
+        work,
+        times_of(work, guess, compute.batch_tokens),
         rates,
         pool_tokens=_tokens(run.texts.calibration) if run.texts.is_pool else 0,
         written_again=0 if run.recipe.format in SHARD_FORMATS else weight_bytes(run.planned),

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_cost.py [--model scout] [--method fast] [--tokens 1048576] [--stage quantize] [--by-line]
     python benchmarks/gpu_cost.py --json         # ends in one line
-    python benchmarks/gpu_cost.py --write        # every model and method, into gpu_cost.json
+    python benchmarks/gpu_cost.py --write        # also into gpu_cost.json, from which docs/benchmarks.md has its table
 
 The project's own code runs on tensors without values that say that they lie on a card (gpu_model/): kernel launches,
 bytes, operations, synchronisations, copies, files and live memory are counted by stage and by source line, and cost
@@ -27,11 +27,17 @@ from gpu_model import rates  # noqa: E402
 from gpu_model.job import recipe_of  # noqa: E402
 from gpu_model.whole import Asked, Cost, Whole, whole_run  # noqa: E402
 
-MODELS = {"scout": "llama4-scout", "qwen3-30b-a3b": "qwen3-30b-a3b", "maverick": "llama4-maverick"}
+# Name -> the published config, and the shipped recipe whose keys count.
+MODELS = {
+    "scout": ("llama4-scout", "llama4-scout-h100"),
+    "qwen3-30b-a3b": ("qwen3-30b-a3b", "qwen3-30b-a3b-24gb"),
+    "maverick": ("llama4-maverick", "llama4-scout-h100"),
+}
+KEPT = HERE / "gpu_cost.json"
 METHODS = ("rtn", "fast", "balanced", "best")
 TOKENS = 512 * 2048
 # What takes time at a line.
-KINDS = ("card seconds", "host seconds", "copy seconds", "disk seconds", "CPU seconds", "disk seconds behind")
+KINDS = ("card seconds", "host seconds", "copy seconds", "disk seconds", "CPU seconds", "waits", "disk seconds behind")
 LINES = 15
 
 
@@ -75,6 +81,19 @@ def lines(whole: Whole, stage: str | None) -> str:
     return "\n".join(found)
 
 
+def keep(model: str, method: str, tokens: int, whole: Whole) -> None:
+    """Into gpu_cost.json, beside what it holds of others."""
+    held = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.exists() else {}
+    stages = {name: round(cost.seconds, 1) for name, cost in whole.stages.items() if cost.seconds >= 0.05}
+    found = whole.brief() | {"stages": stages, "device_peak_bytes_by_stage": _peaks(whole)}
+    held.setdefault(model, {}).setdefault(method, {})[str(tokens)] = found
+    KEPT.write_text(json.dumps(held, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _peaks(whole: Whole) -> dict[str, int]:
+    return {name: cost.peak_bytes for name, cost in whole.stages.items() if cost.peak_bytes}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=tuple(MODELS), default="scout")
@@ -85,11 +104,13 @@ def main() -> int:
     parser.add_argument("--by-line", action="store_true")
     parser.add_argument("--without-kernels", action="store_true")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
     logging.set_verbosity_error()
     brief: dict[str, Any] = {}
     for method in given.method:
-        asked = Asked(MODELS[given.model], recipe_of(method), given.tokens, not given.without_kernels, given.disk)
+        model, recipe = MODELS[given.model]
+        asked = Asked(model, recipe_of(recipe, method), given.tokens, not given.without_kernels, given.disk)
         whole = whole_run(asked)
         brief[method] = whole.brief()
         print(table(given.model, method, whole), flush=True)
@@ -97,6 +118,8 @@ def main() -> int:
             print(lines(whole, given.stage))
         if whole.flags:
             print("\nflags:", *(f"  {amount:12,.0f} x {flag}" for flag, amount in whole.flags.items()), sep="\n")
+        if given.write:
+            keep(given.model, method, given.tokens, whole)
     if given.json:
         print(json.dumps(brief))
     return 0

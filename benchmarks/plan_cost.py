@@ -22,6 +22,7 @@ from transformers.utils import logging
 from onecard.core.device import choose_compute
 from onecard.eval.machine_rates import measure_rates
 from onecard.forecast import cost_of, plan
+from onecard.planner.cost import Machine
 from onecard.planner.work import Tokens
 from onecard.recipe import load_recipe
 
@@ -86,7 +87,7 @@ def main() -> None:
             truth = run(name, Path(folder))
         cpu = truth["cpu"] - float(start.stdout)
         tokens = Tokens(truth["calibration"], truth["evaluation"])
-        cost = cost_of(adapter, planned.plan, recipe, rates, compute, tokens)
+        cost = cost_of(adapter, planned.plan, recipe, rates, Machine.of(compute), tokens)
         said = cost.seconds - cost.seconds_by["disk"]
         print(
             f"{name}: {truth['calibration']:,} and {truth['evaluation']:,} tokens\n"

@@ -54,20 +54,21 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def write_model(folder: Path, blocks: int, hidden: int, intermediate: int, experts: int) -> Path:
-    """One shard a block, written tensor by tensor, so that memory for one block is enough."""
+def write_model(folder: Path, blocks: int, hidden: int, intermediate: int, experts: int, device: str = "cpu") -> Path:
+    """One shard a block, written tensor by tensor, so that memory for one block is enough. The random numbers are those
+    of the device."""
     folder.mkdir(parents=True)
     config = text_config(blocks, hidden, intermediate, experts)
     (folder / "config.json").write_text(json.dumps(config))
     write_tokenizer(folder)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
         out = torch.empty(shape, dtype=torch.bfloat16)
         flat = out.view(-1)
         for start in range(0, flat.numel(), 2**24):
             part = flat[start : start + 2**24]
-            part.copy_(torch.randn(part.numel(), generator=generator) * shape[-1] ** -0.5)
+            part.copy_(torch.randn(part.numel(), generator=generator, device=device) * shape[-1] ** -0.5)
         return out
 
     heads, kv = hidden, int(str(config["num_key_value_heads"])) * 128

@@ -161,7 +161,8 @@ def sizes() -> str:
     for model, title, recipes in SIZED:
         for n, recipe in enumerate(recipes):
             plan = planned(model, recipe, *(("--batch-tokens", "2048") if "h100" in recipe else ()))
-            about = f"about {plan['estimated_ram_bytes'] / 1e9:.0f} GB"
+            # Rows between blocks take what is free.
+            about = f"about {(plan['estimated_ram_bytes'] - plan['rows_in_ram_bytes']) / 1e9:.0f} GB"
             first = [title, f"{plan['parameters']:,}"] if n == 0 else ["", ""]
             body.append([*first, f"`{recipe}`", f"{plan['emitted_bytes']:,}", f"{plan['bits_per_weight']:.3f}", about])
     return table(("model", "parameters", "recipe", "bytes", "bits a weight", "memory to quantize"), body)

@@ -56,7 +56,12 @@ class Room:
     @classmethod
     def now(cls, device_bytes: int = 0) -> "Room":
         """A share of the RAM that is free now, and what the caller knows to be free on the card."""
-        return cls(device_bytes, int(psutil.virtual_memory().available * RAM_SHARE))
+        return cls.of(psutil.virtual_memory().available, device_bytes)
+
+    @classmethod
+    def of(cls, free_bytes: int, device_bytes: int = 0) -> "Room":
+        """As `now`, with so much RAM free."""
+        return cls(device_bytes, int(free_bytes * RAM_SHARE))
 
 
 @dataclass
@@ -186,7 +191,7 @@ class Activations:
         path, rows = self._file(key), entry.in_ram
         if rows is None:
             assert entry.on_device is not None
-            rows = InRam(entry.on_device.cpu())
+            rows = self._lane.to_ram(entry.on_device)  # beside what the card computes, not in its queue
         files.make_folder(path.parent)
         files.write_tensors(path, {"hidden": rows.read()}, lasting=False)
         if not entry.counted:

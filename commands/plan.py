@@ -10,6 +10,9 @@ from .shared import make_console, print_json, verb
 GPU_HELP = "The card, e.g. h100-80gb, or several of one kind, e.g. 2xl40s. Without it, a table of all cards."
 KV_HELP = "Data type of the KV cache; q8_0 is for llama.cpp. [default: bf16]"
 BATCH_HELP = "Prompt tokens in one forward pass (vLLM's --max-num-batched-tokens). [default: the engine's]"
+ASSUME_HELP = "Estimate time and memory for a machine with this card, from rates that are assumed of it."
+# The keys of core/card_rates.ASSUMED, without importing torch.
+ASSUMED = ("h100-80gb",)
 LOCAL_HELP = "Cache every token in sliding and chunked layers too, as vLLM does without its hybrid KV cache manager."
 SHARE_HELP = "Share of the card's memory that the engine may use. [default: vllm 0.9, others 1]"
 
@@ -33,6 +36,7 @@ SHARE_HELP = "Share of the card's memory that the engine may use. [default: vllm
 @click.option(
     "--measure", is_flag=True, help="Measure this machine's rates for half a minute, and keep them for later plans."
 )
+@click.option("--assume", type=click.Choice(ASSUMED), help=ASSUME_HELP)
 @click.option("--json", "only_json", is_flag=True, help="Print the JSON line only, without the card.")
 @device_option("Device that would quantize:")
 @verb
@@ -53,6 +57,7 @@ def plan(
     plot: bool,
     tensors: bool,
     measure: bool,
+    assume: str | None,
     only_json: bool,
     device: str,
 ) -> None:
@@ -78,6 +83,8 @@ def plan(
         raise InputError("--tensors lists what a recipe will emit: give --recipe as well")
     if measure and recipe is None:
         raise InputError("--measure measures what a recipe will do here: give --recipe as well")
+    if assume is not None and (recipe is None or measure):
+        raise InputError("--assume says what a recipe takes on another machine: give --recipe, and no --measure")
     loaded = load_recipe(recipe) if recipe is not None else None
     if plot and gpu is None and (loaded is None or loaded.card.gpu is None):
         raise InputError("--plot draws memory against a card's: give --gpu as well")
@@ -95,7 +102,7 @@ def plan(
         keep_local=keep_local,
     )
     console = make_console()
-    found = plan_on_card(model, loaded, wish, device, measure)
+    found = plan_on_card(model, loaded, wish, device, measure, assume)
     facts = found.sizing.facts()
     if not only_json:
         if found.quantizing is not None:

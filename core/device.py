@@ -119,8 +119,13 @@ def site_budget(device: torch.device) -> int:
     at most 21 GB with slopes.
     """
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory * 3 // 10
+        return card_site_budget(torch.cuda.get_device_properties(device).total_memory)
     return 256_000_000
+
+
+def card_site_budget(card_bytes: int) -> int:
+    """`site_budget` of a card with so much memory."""
+    return card_bytes * 3 // 10
 
 
 def card_identity(device: torch.device) -> dict[str, str]:

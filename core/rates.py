@@ -1,9 +1,10 @@
-"""How fast a machine is at each kind of work that a run consists of; measured once, kept, and looked up again.
+"""How fast a CPU is at each kind of work that a run consists of; rates are measured once, kept, and looked up again.
 
 `onecard plan --measure` keeps rates in `$XDG_CACHE_HOME/onecard/rates.json` (`~/.cache` without that variable). The key
 names machine, device, threads, versions, and what was measured: another width of model or another method has other
 rates. The file holds JSON numbers. A damaged one is ignored with a note, and nothing that a run writes depends on it.
-This module measures a matrix product and nothing else; eval/machine_rates.py measures the rest.
+This module measures a matrix product and nothing else; eval/machine_rates.py measures the rest. A GPU's rates are of
+other kinds (card_rates.py), and are kept in the same file.
 """
 
 import json
@@ -13,15 +14,20 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from .json_text import json_text
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    Kind = TypeVar("Kind", bound=DataclassInstance)
+
 # Sequential rate of a plain NVMe disk; a network disk is slower, a warm page cache faster.
 DISK_BYTES_PER_SECOND = 1e9
-SCHEMA = 1
+SCHEMA = 2
 # The newest entries are kept, one for each machine and model: a file of some ten kilobytes.
 MOST_KEPT = 64
 
@@ -76,8 +82,9 @@ def rates_file() -> Path:
     return (Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "onecard" / "rates.json"
 
 
-def kept_rates(key: str) -> tuple[Rates | None, str | None]:
-    """The rates under `key`, if there are any; and a note for the user if the file cannot be read."""
+def kept_rates(key: str, kind: "type[Kind]") -> "tuple[Kind | None, str | None]":
+    """The rates under `key`, if there are any; and a note for the user if the file cannot be read. `kind`: Rates, or
+    CardRates for the key of a GPU."""
     path = rates_file()
     if not path.is_file():
         return None, None
@@ -89,13 +96,13 @@ def kept_rates(key: str) -> tuple[Rates | None, str | None]:
     if key not in kept:
         return None, None
     entry = kept[key]
-    names = {field.name for field in fields(Rates)}
+    names = {field.name for field in fields(kind)}
     if not isinstance(entry, dict) or set(entry) != names or not all(map(_is_rate, entry.values())):
         return None, damaged
-    return Rates(**{name: float(value) for name, value in entry.items()}), None
+    return kind(**{name: float(value) for name, value in entry.items()}), None
 
 
-def keep_rates(key: str, rates: Rates) -> str | None:
+def keep_rates(key: str, rates: "DataclassInstance") -> str | None:
     """Write the rates under `key`; returns a note for the user if that fails. The file is written beside the old one
     and renamed, so no reader sees half a file."""
     path = rates_file()

@@ -18,7 +18,7 @@ from .calls import Calls
 TOKENS = 3
 
 
-class _OnMeta(Calls):
+class OnMeta(Calls):
     """The arguments are computed on the CPU, and moved."""
 
     def of(self, index: int, tokens: int) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def _moved(value: Any) -> Any:
 
 def run_short_row(adapter: Adapter) -> None:
     """Raises what transformers raises where a layer cannot be called, or cannot compute."""
-    calls = _OnMeta(adapter, Compute(torch.device("cpu"), torch.float32, batch_tokens=TOKENS))
+    calls = OnMeta(adapter, Compute(torch.device("cpu"), torch.float32, batch_tokens=TOKENS))
     hidden = torch.empty(1, TOKENS, adapter.hidden_size, device="meta")
     for index in range(adapter.n_blocks):
         block = Block(adapter, index, adapter.build_block(index), calls)

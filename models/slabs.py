@@ -12,7 +12,7 @@ from math import prod
 import torch
 
 from ..core.tensors import Index, TensorSource
-from .adapter import Adapter
+from .adapter import Adapter, Location
 
 # A stored tensor, and the integers that choose a part of it (an expert).
 Key = tuple[str, tuple[int, ...]]
@@ -55,19 +55,24 @@ def slabs_of(adapter: Adapter, source: TensorSource, names: Iterable[str]) -> li
     found: dict[Key, list[Cut]] = {}
     for name in names:
         where = adapter.locate(name, available)
-        leading, rest = _parted(where.index)
-        found.setdefault((where.tensor, leading), []).append(Cut(name, rest, where.transposed))
+        cut = Cut(name, where.index[len(_leading(where.index)) :], where.transposed)
+        found.setdefault(key_of(where), []).append(cut)
     return [Slab(key, tuple(cuts)) for key, cuts in found.items()]
 
 
-def _parted(index: Index) -> tuple[tuple[int, ...], Index]:
-    """The integers that an index begins with, and its rest."""
+def key_of(where: Location) -> Key:
+    """The slab that holds what lies there."""
+    return where.tensor, _leading(where.index)
+
+
+def _leading(index: Index) -> tuple[int, ...]:
+    """The integers that an index begins with."""
     leading: list[int] = []
     for part in index:
         if isinstance(part, slice):
             break
         leading.append(part)
-    return tuple(leading), index[len(leading) :]
+    return tuple(leading)
 
 
 def dense_bytes(source: TensorSource, slabs: Iterable[Slab]) -> int:

@@ -1,6 +1,11 @@
 """Estimates the memory and disk of a run, in bytes, from its counted work (work.py)."""
 
+from math import prod
+
 from ..core.slices import ARRAYS_PER_SLICE, COLUMNS_PER_SLICE, TOKENS_PER_SLICE
+from ..models.adapter import Adapter
+from ..models.prefetch import pinned_bytes
+from ..models.slabs import key_of
 from .work import RunWork
 
 # A run holds experts in their stored type, bf16.
@@ -35,26 +40,36 @@ def _quantizing_bytes(work: RunWork, site_budget_bytes: int) -> int:
     One is the moments of one turn with one part of a site, which is at least one matrix. The other is what tuning
     holds before there are moments.
     """
-    moments = max(block.moment_bytes for block in work.blocks)
-    matrix = max(block.matrix_bytes for block in work.blocks)
+    turns = max(block.turn_bytes(site_budget_bytes) for block in work.blocks)
     tuned = max(block.feed_forward_parameters for block in work.blocks) if work.method.tune_epochs else 0
-    return 2 * largest_block_bytes(work) + max(moments + max(site_budget_bytes, matrix), tuned * TUNING_BYTES)
+    return 2 * largest_block_bytes(work) + max(turns, tuned * TUNING_BYTES)
 
 
-def ram_bytes(work: RunWork, compute: int, on_cpu: bool) -> int:
-    """Peak RAM. `compute` is the result of compute_bytes."""
+def ram_bytes(work: RunWork, compute: int, on_cpu: bool, rows_in_ram: int) -> int:
+    """Peak RAM. `compute` is the result of compute_bytes; `rows_in_ram`: the rows between blocks that stay there. On a
+    machine with a card the next block is read ahead, into pinned memory."""
     largest_shard = max(shard.data_bytes for shard in work.plan.pieces)
-    return BASE_RAM_BYTES + largest_shard + (compute if on_cpu else largest_block_bytes(work) // 16)
+    base = BASE_RAM_BYTES + largest_shard + rows_in_ram
+    return base + (compute if on_cpu else read_ahead_bytes(work.adapter))
 
 
-def disk_bytes(work: RunWork) -> int:
-    """Peak bytes of the work directory and OUT together."""
-    emitted = work.plan.disk_bytes
-    # Verification keeps the rows before and after a block, for both versions of the model.
-    needed = emitted + 4 * work.tokens.evaluation * work.adapter.hidden_size * work.itemsize
-    if not work.method.statistics:
+def read_ahead_bytes(adapter: Adapter) -> int:
+    """The most pinned memory that reading ahead takes, for a checkpoint as the family's authors store it."""
+    shapes, every = adapter.disk_shapes(()), sorted(adapter.expected())
+    kinds = {adapter.is_moe(block): block for block in range(adapter.n_blocks)}
+    found = 0
+    for block in kinds.values():
+        names = [name for name in every if name.startswith(adapter.block_prefix(block))]
+        keys = dict.fromkeys(key_of(adapter.locate(name, shapes)) for name in names)
+        sizes = [STORED_BYTES * prod(shapes[tensor][len(leading) :]) for tensor, leading in keys]
+        found = max(found, pinned_bytes(sizes))
+    return found
+
+
+def disk_bytes(work: RunWork, rows_on_disk: int) -> int:
+    """Peak bytes of the work directory and OUT together. `rows_on_disk`: those of rows between blocks."""
+    needed = work.plan.disk_bytes + rows_on_disk
+    if not work.method.statistics or work.method.walk_back is None:
         return needed
-    needed = max(needed, emitted + 7 * work.stream_bytes)
-    if work.method.walk_back is None:
-        return needed
+    # Wherever the walk back can be resumed, all its rows are files, and nothing is emitted yet.
     return max(needed, (2 + work.method.walk_back(work.adapter.n_blocks)) * work.stream_bytes)

@@ -1,8 +1,8 @@
-"""Splits the work of planner/work.py into the stages of a run or verification, with their seconds, for the ETA.
+"""Lists the stages of a run or verification, with the seconds of planner/times.py, for the ETA.
 
 The stages of run_stages add up to the estimate of `onecard plan`. run_schedule adds what that estimate leaves out:
 choosing rows from a pool, writing a format other than the work directory's, and the digests at the end. Stages without
-counted work (embedding, figures) have zero seconds.
+counted work (figures) have zero seconds.
 """
 
 from dataclasses import replace
@@ -11,30 +11,31 @@ from ..core.rates import Rates
 from ..core.rows import spacing
 from ..core.schedule import Expected, Schedule
 from ..models.adapter import Adapter
-from .work import VERIFICATION_SHARE, BlockWork, RunWork, Work, pass_work
+from .times import Parts, StageTimes, WalkTimes, seconds_of, verified_parts, walked_again
+from .work import VERIFICATION_SHARE, RunWork, Work, pass_work
 
 CHECK, COPY, MOVE, CHECKSUMS = "check weights", "copy the rest", "move to OUT", "checksums"
 QUANTIZING = ("tune", "statistics", "quantize", "propagate")
 VERIFYING = ("verify: reference", "verify: quantized", "verify: errors")
 
 
-def run_stages(work: RunWork, rates: Rates) -> tuple[Expected, ...]:
+def run_stages(work: RunWork, times: StageTimes) -> tuple[Expected, ...]:
     """All stages of a run in order. Their seconds add up to the estimate of cost.py."""
-    verification = _verification(work.adapter, work.blocks, work.verification(), work.tokens.evaluation, rates)
+    verification = _verification(work.adapter, times.verified, times.head, work.tokens.evaluation)
     embedded, *walked, head, figures, end = verification
     blocks = [
         Expected(
             name=f"block {index + 1}",
             kind=f"quantize {_kind(work.adapter, index)}",
-            weight=work.quantizing((block,)).seconds(rates),
+            weight=seconds_of(parts),
             tasks=QUANTIZING,
             block=index,
         )
-        for index, block in enumerate(work.blocks)
+        for index, parts in enumerate(times.blocks)
     ]
-    before = [_single(CHECK, work.check(), rates), _single(COPY, Work(), rates), _single("embed", Work(), rates)]
-    before += _sensitivities(work, rates)
-    moved = _single(MOVE, Work(), rates)
+    before = [_single(CHECK, times.check), _single(COPY, times.copy), _single("embed", times.embed)]
+    before += [] if times.walk is None else _sensitivities(times.walk, work.tokens.calibration)
+    moved = _single(MOVE, {})
     if work.method.verifies_at_the_end:
         return (*before, *blocks, moved, *verification)
     # Each block is verified as soon as its shards are written.
@@ -46,7 +47,13 @@ def run_stages(work: RunWork, rates: Rates) -> tuple[Expected, ...]:
 
 
 def run_schedule(
-    work: RunWork, rates: Rates, *, pool_tokens: int = 0, written_again: int = 0, with_tasks: bool = False
+    work: RunWork,
+    times: StageTimes,
+    rates: Rates,
+    *,
+    pool_tokens: int = 0,
+    written_again: int = 0,
+    with_tasks: bool = False,
 ) -> Schedule:
     """The stages of a run with the work that the plan's estimate leaves out.
 
@@ -55,12 +62,12 @@ def run_schedule(
     """
     emitted = written_again or work.plan.emitted_bytes
     stages: list[Expected] = []
-    for stage in run_stages(work, rates):
+    for stage in run_stages(work, times):
         again = Work(read_bytes=written_again, write_bytes=written_again)
-        stages.append(_single(MOVE, again, rates) if stage.name == MOVE else stage)
+        stages.append(_single(MOVE, again.seconds_by(rates)) if stage.name == MOVE else stage)
         if stage.name == CHECK and pool_tokens:
             stages += [_counting(work, index, pool_tokens, rates) for index in range(work.adapter.n_blocks)]
-    stages.append(_single(CHECKSUMS, Work(read_bytes=emitted), rates))
+    stages.append(_single(CHECKSUMS, Work(read_bytes=emitted).seconds_by(rates)))
     return Schedule(_without_tokens(stages) if with_tasks else tuple(stages))
 
 
@@ -85,15 +92,16 @@ def verification_schedule(
     head = 2.0 * adapter.vocab_size * adapter.hidden_size
     scale = 2 * tokens * VERIFICATION_SHARE
     work = Work(forward_flops=scale * flops, head_flops=scale * head, read_bytes=read)
-    stages = [
-        _single(CHECK, Work(read_bytes=read), rates),
-        *_verification(adapter, blocks, work, tokens, rates),
-    ]
+
+    def walked(what: Work) -> list[Expected]:
+        *parts, end = verified_parts(blocks, what, rates)
+        return _verification(adapter, tuple(parts), end, tokens)
+
+    stages = [_single(CHECK, Work(read_bytes=read).seconds_by(rates)), *walked(work)]
     stages = list(_without_tokens(stages)) if with_tasks else stages
     if with_floor:
-        again = replace(work, read_bytes=2 * source_bytes)
         # The last two stages, figures and the end, come once.
-        floor = [_of_floor(stage) for stage in _verification(adapter, blocks, again, tokens, rates)[:-2]]
+        floor = [_of_floor(stage) for stage in walked(replace(work, read_bytes=2 * source_bytes))[:-2]]
         stages[-1:] = [*floor, stages[-1]]
     return Schedule(tuple(stages))
 
@@ -104,67 +112,43 @@ def _of_floor(stage: Expected) -> Expected:
     return replace(stage, name=stage.name.replace("verify", "floor", 1), tasks=tasks)
 
 
-def _sensitivities(work: RunWork, rates: Rates) -> list[Expected]:
-    """The walk of calibration/sensitivity.py: forward to the head, then each stretch of blocks forward again and back.
+def _sensitivities(times: WalkTimes, tokens: int) -> list[Expected]:
+    """The walk of calibration/sensitivity.py: forward to the head, then each stretch of blocks forward again and
+    back."""
+    blocks = len(times.forward)
+    again, apart = walked_again(blocks), spacing(blocks)
 
-    The last stretch is not walked forward again, and neither is the last block of any stretch. RunWork.sensitivity
-    counts five passes per block: one forward, one forward again, three back. Where the second forward pass is not made,
-    its share goes to the way back, which then counts four.
-    """
-    whole = work.sensitivity()
-    if not whole.flops:
-        return []
-    tokens, blocks = work.tokens.calibration, work.adapter.n_blocks
-    apart = spacing(blocks)
-    last = (blocks - 1) // apart * apart
+    def passed(kind: str, index: int, parts: Parts) -> Expected:
+        return Expected("sensitivities", f"sensitivity {kind}", seconds_of(parts), ("sensitivity",), index, tokens)
 
-    def passed(kind: str, index: int, times: int) -> Expected:
-        flops = whole.forward_flops * _share(work.blocks, index) * times / 5
-        seconds = Work(forward_flops=flops).seconds(rates)
-        return Expected("sensitivities", f"sensitivity {kind}", seconds, ("sensitivity",), index, tokens)
-
-    head = Work(head_flops=whole.head_flops).seconds(rates)
-    stages = [_single("sensitivity", Work(), rates)]
-    stages += [passed("forward", index, 1) for index in range(blocks)]
-    stages.append(Expected("sensitivities", "sensitivity head", head, ("sensitivity",), None, tokens))
+    head = Expected("sensitivities", "sensitivity head", seconds_of(times.head), ("sensitivity",), None, tokens)
+    stages = [_single("sensitivity", {})]
+    stages += [*(passed("forward", index, times.forward[index]) for index in range(blocks)), head]
     for begin in reversed(range(0, blocks, apart)):
-        again = range(begin, begin + apart - 1) if begin < last else range(0)
-        stages += [passed("forward", index, 1) for index in again]
-        back = reversed(range(begin, min(begin + apart, blocks)))
-        stages += [passed("back", index, 3 if index in again else 4) for index in back]
+        stretch = range(begin, min(begin + apart, blocks))
+        stages += [passed("forward", index, times.forward[index]) for index in stretch if index in again]
+        stages += [passed("back", index, times.back[index]) for index in reversed(stretch)]
     return stages
 
 
-def _verification(
-    adapter: Adapter, blocks: tuple[BlockWork, ...], whole: Work, tokens: int, rates: Rates
-) -> list[Expected]:
-    """Splits `whole` into the blocks and the head. Bytes are split in proportion to the blocks' parameters."""
-    parameters = sum(block.parameters for block in blocks)
-    parts = [
-        Work(
-            forward_flops=whole.forward_flops * _share(blocks, index),
-            read_bytes=whole.read_bytes * block.parameters // parameters,
-        )
-        for index, block in enumerate(blocks)
-    ]
-    rest = whole.read_bytes - sum(part.read_bytes for part in parts)
-    head = Work(head_flops=whole.head_flops, read_bytes=rest).seconds(rates)
+def _verification(adapter: Adapter, blocks: tuple[Parts, ...], head: Parts, tokens: int) -> list[Expected]:
+    """The stages of a verification that takes so long at each block, and at the head."""
     return [
-        _single("verify: embed", Work(), rates),
+        _single("verify: embed", {}),
         *(
             Expected(
                 name=f"verify block {index + 1}",
                 kind=f"verify {_kind(adapter, index)}",
-                weight=part.seconds(rates),
+                weight=seconds_of(parts),
                 tasks=VERIFYING,
                 block=index,
                 tokens=2 * tokens,
             )
-            for index, part in enumerate(parts)
+            for index, parts in enumerate(blocks)
         ),
-        Expected("verify head", "verify head", head, ("verify: head",), None, tokens),
-        _single("verify: figures", Work(), rates),
-        _single("finish", Work(), rates),
+        Expected("verify head", "verify head", seconds_of(head), ("verify: head",), None, tokens),
+        _single("verify: figures", {}),
+        _single("finish", {}),
     ]
 
 
@@ -174,14 +158,9 @@ def _counting(work: RunWork, index: int, tokens: int, rates: Rates) -> Expected:
     return Expected(f"count block {index + 1}", "count", seconds, ("coverage: count",), index, tokens)
 
 
-def _single(task: str, work: Work, rates: Rates) -> Expected:
+def _single(task: str, parts: Parts) -> Expected:
     """A stage of one task, outside the blocks."""
-    return Expected(task, task, work.seconds(rates), (task,))
-
-
-def _share(blocks: tuple[BlockWork, ...], index: int) -> float:
-    """One block's share of the operations of a pass through all blocks."""
-    return blocks[index].pass_flops / sum(block.pass_flops for block in blocks)
+    return Expected(task, task, seconds_of(parts), (task,))
 
 
 def _kind(adapter: Adapter, index: int) -> str:

@@ -24,10 +24,11 @@ from functools import partial
 
 from ..checkpoint.formats.shard_formats import SHARD_FORMATS
 from ..checkpoint.plan import Plan
+from ..core.method import Method
 from ..core.rates import Rates
 from ..core.rows import rows_at_once
 from ..models.adapter import Adapter, Half, Role, Site
-from ..quantize.site import matrix_flops, working_bytes
+from ..quantize.site import batch_slices, matrix_flops, working_bytes
 from ..recipe import Recipe
 
 # Verification's cost relative to its two forward walks. The excess is error attribution, intervals and files.
@@ -49,9 +50,12 @@ class MethodCosts:
     tune_epochs: int
     # Whether each site's own gradients weight the tokens; sites then share no statistics.
     token_gradients: bool
-    # Bytes and operations for quantizing one matrix, from (outputs, inputs, whether it has an output metric).
-    matrix_bytes: Callable[[int, int, bool], int]
+    # Bytes for quantizing a part of a site, from (site, whether it has an output metric, budget); operations for one
+    # matrix, from (outputs, inputs, whether it has an output metric).
+    site_bytes: Callable[[Site, bool, int], int]
     matrix_flops: Callable[[int, int, bool], float]
+    # All of the recipe's choices, for what a GPU does.
+    quantizer: Method
     # Whether the files exist only at the end, so that the verification walks through both models once more.
     verifies_at_the_end: bool = False
 
@@ -65,10 +69,17 @@ class MethodCosts:
             walk_back=rows_at_once if method.walks_back else None,
             tune_epochs=method.tune_epochs if method.needs_statistics else 0,
             token_gradients=method.token_weighting == "gradient",
-            matrix_bytes=partial(working_bytes, 1, method=method),
+            site_bytes=partial(_site_bytes, method=method),
             matrix_flops=partial(matrix_flops, method=method),
+            quantizer=method,
             verifies_at_the_end=recipe.format not in SHARD_FORMATS,
         )
+
+
+def _site_bytes(site: Site, metric: bool, budget_bytes: int, *, method: Method) -> int:
+    outputs, inputs = sum(site.out_features), site.in_features
+    cut = next(batch_slices(len(site.members), outputs, inputs, budget_bytes, method, metric))
+    return working_bytes(cut.stop, outputs, inputs, metric, method)
 
 
 @dataclass(frozen=True)
@@ -77,6 +88,8 @@ class Tokens:
 
     calibration: int
     evaluation: int
+    # Of a row: what a token can attend to.
+    row: int = 2048
 
 
 @dataclass(frozen=True)
@@ -120,7 +133,7 @@ class QuantizedSite:
     statistics_flops: float  # per calibration token
     moment_bytes: int
     solve_flops: float
-    matrix_bytes: int  # held while one matrix is quantized
+    site_bytes: Callable[[int], int]  # held while a part of it is quantized, within a budget
 
     @property
     def parameters(self) -> int:
@@ -161,18 +174,16 @@ class BlockWork:
         flops = self.forward_flops
         return flops[Half.ATTENTION] * attention + flops[Half.FEED_FORWARD] * (feed_forward + tuning)
 
-    @property
-    def moment_bytes(self) -> int:
-        """Bytes of the second moments in the turn that holds the most."""
-        sums: dict[tuple[Half, int], int] = {}
+    def turn_bytes(self, site_budget_bytes: int) -> int:
+        """Bytes of the second moments and of one part of a site, in the turn that holds the most."""
+        turns: dict[tuple[Half, int], list[QuantizedSite]] = {}
         for site in self.sites:
-            key = site.site.half, site.turn
-            sums[key] = sums.get(key, 0) + site.moment_bytes
-        return max(sums.values(), default=0)
-
-    @property
-    def matrix_bytes(self) -> int:
-        return max((site.matrix_bytes for site in self.sites), default=0)
+            turns.setdefault((site.site.half, site.turn), []).append(site)
+        sums = [
+            sum(site.moment_bytes for site in turn) + max(site.site_bytes(site_budget_bytes) for site in turn)
+            for turn in turns.values()
+        ]
+        return max(sums, default=0)
 
     @property
     def feed_forward_parameters(self) -> int:
@@ -220,7 +231,7 @@ def _count_site(adapter: Adapter, method: MethodCosts, site: Site, shares_moment
         statistics_flops=0.0 if shares_moments else a_token,
         moment_bytes=0 if shares_moments else 4 * count * (inputs**2 + miss * inputs + slopes**2),
         solve_flops=count * method.matrix_flops(outputs, inputs, metric),
-        matrix_bytes=method.matrix_bytes(outputs, inputs, metric),
+        site_bytes=partial(method.site_bytes, site, metric),
     )
 
 
@@ -255,6 +266,11 @@ class RunWork:
     def stream_bytes(self) -> int:
         """Bytes of the calibration rows' hidden rows, for one stream at one place in the model."""
         return self.tokens.calibration * self.adapter.hidden_size * self.itemsize
+
+    @property
+    def evaluation_bytes(self) -> int:
+        """Bytes of the evaluation rows' hidden rows, for one model at one place."""
+        return self.tokens.evaluation * self.adapter.hidden_size * self.itemsize
 
     def check(self) -> Work:
         """The search of the source for non-finite numbers."""

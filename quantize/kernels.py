@@ -14,8 +14,8 @@ programs share it: it fits the first-level cache of sm_80, sm_90 and sm_100 (192
 sm_120 (128 KB) as long as no copy of it is staged there as well. Triton cannot index shared memory by a number that is
 known at run time only, either. These are counts from the code; no kernel has been timed on a GPU.
 
-With `TRITON_INTERPRET=1` every kernel runs on the CPU (tests/test_kernels.py). benchmarks/kernels.py compiles them
-without a GPU and lists registers, spills and occupancy.
+With `TRITON_INTERPRET=1` every kernel runs on the CPU (tests/test_kernels.py). benchmarks/compile_kernels.py compiles
+them without a GPU and lists registers, spills and occupancy.
 
 Shape legend: B matrices, O outputs (rows), I inputs, C columns of a block or stretch, G groups, K tries. Matrices are
 [B, I, O], as in held.py: a column is contiguous.
@@ -430,7 +430,7 @@ def tabu_kernel(
     given = tl.load(slope_ptr + (b * columns + at[None, :]) * outputs + rows[:, None], mask=mask, other=0.0)
     own = tl.load(moment + at * moment_stride_i + at, mask=at < columns, other=0.0)
     square = step * step * own[None, :]
-    gain = least_gain * tl.div_rn(tl.sum(square, axis=1), columns.to(tl.float32))
+    gain = least_gain * tl.div_rn(tl.sum(square, axis=1), columns * 1.0)
     square = tl.where(mask, square, infinity)
     slope = 2.0 * step * given
     double = step * 2.0

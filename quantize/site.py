@@ -120,6 +120,7 @@ def batch_slices(
     step = batch
     while step > 1 and working_bytes(step, outputs, inputs, metric, method) > budget_bytes:
         step -= 1
+    step = -(-batch // -(-batch // step))  # as many parts, alike in size
     for start in range(0, batch, step):
         yield slice(start, min(start + step, batch))
 

@@ -41,18 +41,14 @@ def draw_plan(result: Any, tensors: bool, console: Console) -> None:
     )
     for role, count in plan.role_bytes.items():
         grid.add_row(f"  {role}", f"{count:,} bytes")
-    grid.add_row(
-        "time",
-        f"about {clock(cost.seconds)} (an estimate: 15 to 30 % short where it was tried with measured rates, long "
-        "where texts hold less than the recipe wants; "
-        f"{cost.flops / 1e12:,.2f} TFLOP at {cost.flops_per_second / 1e9:,.1f} GFLOP/s, {result.rates_from})",
-    )
+    grid.add_row("time", f"about {clock(cost.seconds)} ({_trust(cost)}; {result.rates_from})")
     parts = sorted(cost.seconds_by.items(), key=lambda part: -part[1])
     grid.add_row("", ", ".join(f"{name} {clock(seconds)}" for name, seconds in parts if seconds >= 1))
     memory = f"about {size(cost.ram_bytes)} of RAM"
     if cost.device_bytes:
         memory += f", {size(cost.device_bytes)} of device memory"
     grid.add_row("memory", memory + " (an estimate)")
+    grid.add_row("rows between blocks", _places(cost.rows))
     grid.add_row("disk", f"{size(cost.disk_bytes)} free are needed")
     if result.pricing is not None:
         grid.add_row(
@@ -64,6 +60,30 @@ def draw_plan(result: Any, tensors: bool, console: Console) -> None:
     for warning in result.warnings:
         grid.add_row("warning", Text(warning, style="yellow"))
     console.print(Panel(grid, title="onecard plan", box=box.ROUNDED, expand=False))
+
+
+def _trust(cost: Any) -> str:
+    if cost.is_a_model:
+        return "a model that no GPU has confirmed"
+    return (
+        "an estimate: 15 to 30 % short where it was tried with measured rates, long where texts hold less than the "
+        "recipe wants"
+    )
+
+
+def _places(rows: Any) -> str:
+    """Where they will lie, and how often a run commits."""
+    places = [
+        f"{size(nbytes)} {where}"
+        for nbytes, where in (
+            (rows.device_bytes, "on the card"),
+            (rows.ram_bytes, "in RAM"),
+            (rows.file_bytes, "in files"),
+        )
+        if nbytes
+    ]
+    often = "each block" if rows.blocks_per_commit == 1 else f"every {rows.blocks_per_commit} blocks"
+    return f"at most {', '.join(places)}; committed after {often}, {size(rows.commit_bytes)} each time"
 
 
 def draw_inspection(facts: Mapping[str, Any], console: Console) -> None:

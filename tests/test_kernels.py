@@ -14,6 +14,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from onecard.core.errors import ResourceError
 from onecard.core.method import PRESETS, Method
 from onecard.core.quantized_weight import QuantizedWeight
 from onecard.core.scheme import Scheme
@@ -276,3 +277,17 @@ def test_fp64_and_a_machine_without_triton_take_the_torch_form(monkeypatch: pyte
         assert card.kernels_for(torch.zeros(1)) is None
     monkeypatch.setattr(card, "_kernels", lambda: None)
     assert card.kernels_for(torch.zeros(1)) is None
+
+
+def test_a_card_without_a_c_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a weight is read; else the first launch would say it, after the statistics."""
+    monkeypatch.setattr(card.shutil, "which", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    card.refuse_without_compiler(torch.device("cpu"))
+    with pytest.raises(ResourceError, match="install gcc"):
+        card.refuse_without_compiler(torch.device("cuda:0"))
+    monkeypatch.setattr(card.shutil, "which", lambda name: "/usr/bin/gcc" if name == "gcc" else None)
+    card.refuse_without_compiler(torch.device("cuda:0"))
+    monkeypatch.setattr(card.shutil, "which", lambda name: None)
+    monkeypatch.setenv("CC", "cc")
+    card.refuse_without_compiler(torch.device("cuda:0"))

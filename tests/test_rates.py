@@ -15,15 +15,23 @@ from onecard import forecast
 from onecard.checkpoint.assign import plan_for
 from onecard.checkpoint.model import open_headers
 from onecard.core import rates as rates_module
-from onecard.core.device import Compute
+from onecard.core.card_rates import H100_80GB, CardRates
 from onecard.core.rates import Rates, keep_rates, kept_rates, rates_file, uniform
 from onecard.eval import machine_rates
 from onecard.forecast import cost_of, plan
+from onecard.planner.cost import Machine
 from onecard.planner.work import Tokens
 from onecard.recipe import load_recipe
 
 RATES = Rates(1e9, 2e9, 3e9, 4e9, 5e8, 6e8)
-COMPUTE = Compute(device=torch.device("cpu"), dtype=torch.float32, batch_tokens=4096)
+MACHINE = Machine(
+    device=torch.device("cpu"),
+    itemsize=4,
+    batch_tokens=4096,
+    site_budget_bytes=256_000_000,
+    card_bytes=0,
+    rows_ram_bytes=10**10,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -34,11 +42,11 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_kept_rates_are_found_again_for_their_own_key(cache: Path) -> None:
-    assert kept_rates("a") == (None, None)
+    assert kept_rates("a", Rates) == (None, None)
     assert keep_rates("a", RATES) is None
     keep_rates("b", replace(RATES, head_flops=7.0))
-    assert kept_rates("a") == (RATES, None)
-    assert kept_rates("c") == (None, None)
+    assert kept_rates("a", Rates) == (RATES, None)
+    assert kept_rates("c", Rates) == (None, None)
     assert [path.name for path in (cache / "onecard").iterdir()] == ["rates.json"]
 
 
@@ -47,7 +55,7 @@ def test_kept_rates_are_found_again_for_their_own_key(cache: Path) -> None:
     [
         lambda text: text[:-20],
         lambda text: "[]",
-        lambda text: text.replace('"schema": 1', '"schema": 2'),
+        lambda text: text.replace('"schema": 2', '"schema": 1'),
         lambda text: text.replace("1000000000.0", '"__import__(1)"'),
         lambda text: text.replace("1000000000.0", "NaN"),
         lambda text: text.replace("1000000000.0", "-1.0"),
@@ -61,18 +69,28 @@ def test_a_damaged_file_is_left_out_with_a_note(spoil: Callable[[str], str]) -> 
     spoiled = spoil(rates_file().read_text())
     assert spoiled != rates_file().read_text()
     rates_file().write_text(spoiled)
-    found, note = kept_rates("a")
+    found, note = kept_rates("a", Rates)
     assert found is None
     assert note is not None
     assert "damaged" in note
     assert keep_rates("a", RATES) is None
-    assert kept_rates("a") == (RATES, None), "--measure writes it anew"
+    assert kept_rates("a", Rates) == (RATES, None), "--measure writes it anew"
+
+
+def test_a_cards_rates_are_kept_beside_those_of_a_cpu() -> None:
+    keep_rates("a", RATES)
+    assert keep_rates("card", H100_80GB.rates) is None
+    assert kept_rates("card", CardRates) == (H100_80GB.rates, None)
+    assert kept_rates("a", Rates) == (RATES, None)
+    found, note = kept_rates("a", CardRates)
+    assert found is None
+    assert "damaged" in str(note)
 
 
 def test_a_cache_that_cannot_be_written_is_a_note(cache: Path) -> None:
     cache.write_text("a file")
     assert "could not be kept" in str(keep_rates("a", RATES))
-    assert kept_rates("a") == (None, None)
+    assert kept_rates("a", Rates) == (None, None)
 
 
 def test_a_relative_cache_folder_is_left_aside(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +151,7 @@ def test_time_is_the_sum_of_the_stages_of_a_run(
     wanted = load_recipe(str(recipe(method=method)))
     laid_out = plan_for(model, wanted)
     for rates in (RATES, Rates(1e13, 7e13, 3e12, 9e12, 3e9, 1e9)):
-        cost = cost_of(model.adapter, laid_out, wanted, rates, COMPUTE, Tokens(10**6, 10**5))
+        cost = cost_of(model.adapter, laid_out, wanted, rates, MACHINE, Tokens(10**6, 10**5))
         assert sum(stage.weight for stage in cost.stages) == pytest.approx(cost.seconds, rel=1e-9)
     blocks = [stage.block for stage in cost.stages if stage.name.startswith("block ")]
     assert blocks == list(range(model.adapter.n_blocks))
@@ -145,7 +163,7 @@ def test_a_faster_machine_takes_less_time_and_no_other_memory(which: str) -> Non
     model, recipe = planned.model, planned.recipe
 
     def cost(rates: Rates) -> tuple[float, int, int]:
-        found = cost_of(model.adapter, planned.plan, recipe, rates, COMPUTE, Tokens(10**5, 10**4))
+        found = cost_of(model.adapter, planned.plan, recipe, rates, MACHINE, Tokens(10**5, 10**4))
         return found.seconds, found.ram_bytes, found.disk_bytes
 
     slow, fast = cost(RATES), cost(Rates(**{**asdict(RATES), which: 2 * asdict(RATES)[which]}))
@@ -158,7 +176,7 @@ def test_time_is_the_sum_of_its_parts_and_grows_with_tokens() -> None:
 
     def cost(calibration: int, evaluation: int) -> float:
         adapter, recipe = planned.model.adapter, planned.recipe
-        found = cost_of(adapter, planned.plan, recipe, uniform(1e10), COMPUTE, Tokens(calibration, evaluation))
+        found = cost_of(adapter, planned.plan, recipe, uniform(1e10), MACHINE, Tokens(calibration, evaluation))
         assert found.seconds == pytest.approx(sum(found.seconds_by.values()))
         return found.seconds
 

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 from . import cost
 from .ledger import Ledger, line
-from .tensors import CPU, CUDA, Pretended
+from .tensors import CPU, CUDA, Pretended, changed, parts, tensors_in
 
 aten = torch.ops.aten
 # CPU tensors of more bytes than this have no values either: a model's weights are not there.
@@ -85,7 +84,7 @@ class Counting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        ours = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Pretended)]
+        ours = [x for x in parts((args, kwargs)) if isinstance(x, Pretended)]
         wanted = kwargs.get("device")
         if not ours and (wanted is None or torch.device(wanted).type != "cuda"):
             return self._on_the_host(func, args, kwargs)
@@ -152,17 +151,17 @@ class Counting(TorchDispatchMode):
     def _number(self, x: Pretended) -> Any:
         if x.is_cuda:
             self.ledger.sync("item", line())
-        if x.inner.device.type != "meta":
-            return x.inner.item()
-        if x.dtype == torch.bool:
+        if x.dtype == torch.bool and (x.truth is not None or x.inner.is_meta):
             return bool(x.truth)
+        if not x.inner.is_meta:
+            return x.inner.item()
         if x.truth is False:
             return 0
         return 1.0 if x.dtype.is_floating_point else 1
 
     def _flag_mixing(self, call: _Call) -> None:
         """Tensors of two devices in one operation. An index may lie on the CPU: it is copied, and the host waits."""
-        flat = [x for x in tree_flatten((call.args, call.kwargs))[0] if isinstance(x, torch.Tensor)]
+        flat = tensors_in((call.args, call.kwargs))
         others = [x for x in flat if not (isinstance(x, Pretended) and x.is_cuda) and x.dim()]
         if not call.on_card or not others or call.func in COPIES:
             return
@@ -174,15 +173,14 @@ class Counting(TorchDispatchMode):
     def _computed(self, call: _Call) -> tuple[Any, Any]:
         """The result without wrappers, and the arguments that gave it."""
 
-        def bare(x: Any) -> Any:
-            return x.inner if isinstance(x, Pretended) else x
-
-        func, (a, k) = call.func, tree_map(bare, (call.args, call.kwargs))
-        tensors = [x for x in tree_flatten((a, k))[0] if isinstance(x, torch.Tensor)]
-        no_values = any(x.device.type == "meta" for x in tensors) or (not tensors and call.said is CUDA)
+        func = call.func
+        a, k = changed((call.args, call.kwargs), lambda x: x.inner if isinstance(x, Pretended) else x)
+        tensors = tensors_in((a, k))
+        made = not tensors and call.said is CUDA and call.packet != "arange"  # numbers in a row have values
+        no_values = made or any(x.device.type == "meta" for x in tensors)
         no_values |= func is aten._to_copy.default and sum(map(cost.held, tensors)) > MOST_VALUES
         if no_values:
-            a, k = tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, (a, k))
+            a, k = changed((a, k), lambda x: x if x.is_meta else x.to("meta"))
         if k.get("device") is not None:
             k["device"] = torch.device("meta" if no_values else "cpu")
         k.pop("pin_memory", None)
@@ -191,7 +189,7 @@ class Counting(TorchDispatchMode):
             k["generator"] = None
         if no_values and func in INDEXERS:
             a = self._chosen(call, a)
-        if no_values and call.packet in cost.PRODUCTS and ".dtype" in call.name:
+        if call.packet in cost.PRODUCTS and ".dtype" in call.name:
             return _wide_product(call.packet, a, k), (a, k)
         if no_values and func is aten.bincount.default:
             return self._even_counts(call.args, call.kwargs), (a, k)
@@ -224,7 +222,7 @@ class Counting(TorchDispatchMode):
     def _count(self, call: _Call, inner: Any, out: Any) -> None:
         ledger, where = self.ledger, call.where
         if call.func in COPIES and call.ends()[0] is not call.ends()[1]:
-            outs = [x for x in tree_flatten(out)[0] if isinstance(x, torch.Tensor)]
+            outs = tensors_in(out)
             self._count_copy(call, cost.held(inner[0][1] if call.func is aten.copy_.default else outs[0]))
             return
         if any(call.name.startswith(op) for op in SIZED_BY_VALUES):
@@ -234,11 +232,11 @@ class Counting(TorchDispatchMode):
             return
         found = cost.of(call.func, call.name, inner, out)
         ledger.launch(found.seconds, where)
-        ledger.counts["bytes", where] += found.nbytes  # type: ignore[assignment]
+        ledger.add("bytes", found.nbytes, where)
         if found.flops:
-            ledger.counts[f"flops {found.kind}", where] += found.flops  # type: ignore[assignment]
+            ledger.add(f"flops {found.kind}", found.flops, where)
         if is_unordered(call.packet, call.args):
-            ledger.counts[f"flag not deterministic: {call.name}", where] += 1
+            ledger.add(f"flag not deterministic: {call.name}", 1, where)
 
     def _count_copy(self, call: _Call, nbytes: int) -> None:
         """Between host and card: the host goes on only if it asks to, and its memory is pinned."""
@@ -250,7 +248,7 @@ class Counting(TorchDispatchMode):
 
     def _count_host(self, inner: Any, out: Any) -> None:
         """A CPU's operation on much data, which the host computes meanwhile."""
-        nbytes = sum(cost.held(x) for x in tree_flatten((inner, out))[0] if isinstance(x, torch.Tensor))
+        nbytes = sum(map(cost.held, tensors_in((inner, out))))
         if nbytes > MOST_VALUES:
             self.ledger.compute(nbytes)
 
@@ -270,8 +268,8 @@ class Counting(TorchDispatchMode):
         truth = known(call.packet, call.ours)
         views = call.ours[0] if call.func.is_view and call.ours else None
 
-        def wrap(x: Any) -> Any:
-            if not isinstance(x, torch.Tensor) or isinstance(x, Pretended):
+        def wrap(x: torch.Tensor) -> torch.Tensor:
+            if isinstance(x, Pretended):
                 return x
             if call.said is CPU and x.device.type == "cpu":
                 return x
@@ -279,7 +277,7 @@ class Counting(TorchDispatchMode):
             made.truth = truth
             return made
 
-        return tree_map(wrap, out)
+        return changed(out, wrap)
 
 
 def _wide_product(packet: str, args: Any, kwargs: Any) -> torch.Tensor:

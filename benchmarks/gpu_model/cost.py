@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import flop_registry
 
 from . import rates
-from .tensors import held_bytes
+from .tensors import held_bytes, tensors_in
 
 aten = torch.ops.aten
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
@@ -35,8 +34,8 @@ def seconds_of_bytes(nbytes: float) -> float:
 
 def of(func: Any, name: str, inner: Any, out: Any) -> Cost:
     args, kwargs = inner
-    ins = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
-    outs = [x for x in tree_flatten(out)[0] if isinstance(x, torch.Tensor)]
+    ins = tensors_in((args, kwargs))
+    outs = tensors_in(out)
     flops, solver = _flops(func, name, args, kwargs, ins, out)
     if not flops:
         nbytes = _moved(name, ins, outs)
@@ -80,8 +79,11 @@ def _moved(name: str, ins: list[torch.Tensor], outs: list[torch.Tensor]) -> floa
     match name.split(".")[0]:
         case "index" | "gather" | "index_select" | "embedding":
             return 2 * written + sum(map(held, ins[1:]))
-        case "scatter" | "scatter_" | "scatter_add_" | "index_put_" | "_index_put_impl_" | "index_add_" | "index_copy_":
+        case "scatter" | "scatter_" | "index_put" | "index_put_" | "_index_put_impl_" | "index_copy_":
             return 3 * sum(map(held, ins[1:]))
+        case "scatter_add" | "scatter_add_" | "index_add" | "index_add_":
+            # Where the order is to be fixed, torch sorts the places first.
+            return SORT_PASSES * sum(map(held, ins[1:]))
         case "copy_":
             return read
         case "fill_" | "zero_":

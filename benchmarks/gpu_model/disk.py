@@ -11,7 +11,7 @@ from onecard.checkpoint.safetensors_header import read_header
 from onecard.core.tensors import DTYPE_NAMES, TORCH_DTYPES, TensorInfo
 
 from . import rates
-from .ledger import Ledger
+from .ledger import Ledger, line
 from .tensors import CPU, Pretended
 
 
@@ -30,9 +30,9 @@ def stand_ins(ledger: Ledger) -> list[tuple[Any, str, Any]]:
     """(module, attribute, what takes its place)."""
 
     def save_file(tensors: dict[str, torch.Tensor], path: Path, metadata: Any = None) -> None:
-        for name, tensor in tensors.items():
+        for tensor in tensors.values():
             if isinstance(tensor, Pretended) and tensor.is_cuda:
-                ledger.add(f"flag a card's tensor in a file: {name}")
+                ledger.copy(tensor.nbytes, "from card", False, line())
         infos = {name: TensorInfo(tuple(t.shape), DTYPE_NAMES[t.dtype]) for name, t in tensors.items()}
         write_hole(path, infos)
         _write_values(path, tensors)
@@ -50,10 +50,13 @@ def stand_ins(ledger: Ledger) -> list[tuple[Any, str, Any]]:
         ledger.add("fsyncs")
         ledger.wait(rates.FSYNC_SECONDS)
 
-    real_read = source.read_into
+    real_read, in_ram = source.read_into, set[Path]()
 
     def read_into(file: Path, offset: int, buffer: torch.Tensor) -> None:
-        ledger.file(buffer.numel(), "read")
+        if file in in_ram:  # the system still holds it
+            ledger.compute(buffer.numel())
+        else:
+            ledger.file(buffer.numel(), "read")
         held = buffer.inner if isinstance(buffer, Pretended) else buffer
         if held.device.type == "cpu":
             real_read(file, offset, held)
@@ -61,6 +64,8 @@ def stand_ins(ledger: Ledger) -> list[tuple[Any, str, Any]]:
     def sha256_file(path: Path) -> str:
         nbytes = path.stat().st_size
         ledger.file(nbytes, "read")
+        in_ram.add(path)
+        ledger.add("CPU seconds" if ledger.is_main else "CPU seconds behind", nbytes / rates.DIGEST)
         ledger.wait(nbytes / rates.DIGEST)
         return "0" * 64
 
@@ -68,6 +73,7 @@ def stand_ins(ledger: Ledger) -> list[tuple[Any, str, Any]]:
         (files, "save_file", save_file),
         (files, "sync_file", sync),
         (files, "sync_folder", sync),
+        (files, "let_go", in_ram.discard),
         (workdir, "load_file", load_file),
         (source, "read_into", read_into),
         (checksums, "sha256_file", sha256_file),

@@ -6,11 +6,10 @@ texts are rows of one length, and the figures of the verification are left out. 
 
 import copy
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,25 +17,27 @@ from unittest import mock
 
 import torch
 
-from hollow import published, write_hollow
+from hollow import write_hollow
 from onecard import pipeline, stages
 from onecard.calibration import sensitivity
 from onecard.calibration.texts import RunTexts
-from onecard.checkpoint import checksums
+from onecard.checkpoint import activations, checksums
 from onecard.checkpoint.assign import plan_for
+from onecard.checkpoint.keeper import Keeper
 from onecard.checkpoint.model import open_source, open_written
-from onecard.checkpoint.workdir import Activations, WorkDir
+from onecard.checkpoint.workdir import WorkDir
 from onecard.conversion.run_output import config_of_run, planned_files
 from onecard.core.device import Compute
 from onecard.core.rows import Row
 from onecard.core.schedule import Schedule
-from onecard.eval.twin import twin_walk
+from onecard.core.shipped_recipes import recipe_text
+from onecard.core.yaml_file import parse_yaml
 from onecard.models.walk import Walk
 from onecard.quantize import gptq, grid, metric, refine, restarts, site, tabu
 from onecard.recipe import Recipe
 from onecard.stages import Run, StageJob
 
-from . import disk, kernels, memory, rates
+from . import disk, kernels, memory, rates, threads
 from .card import Asked, Counting
 from .ledger import Key, Ledger, Stage
 from .tensors import Pretended
@@ -60,8 +61,15 @@ class Size:
     """How much of a run is gone through."""
 
     blocks: int
-    calibration_batches: int
-    evaluation_batches: int
+    # Of rows to calibrate on, and of rows to evaluate.
+    batches: int
+    # How many batches of calibration rows a whole run has: memory for rows is scaled alike, so that the same share of
+    # them stays on the card and in RAM.
+    of: int = 0
+
+    @property
+    def share(self) -> float:
+        return self.batches / self.of if self.of else 1.0
 
 
 class Tasks:
@@ -94,10 +102,11 @@ def shortened(config: dict[str, Any], blocks: int) -> dict[str, Any]:
     return found
 
 
-def recipe_of(method: str, keys: dict[str, Any] | None = None) -> Recipe:
-    """As the shipped recipes for Scout: experts in four bits, the rest aimed."""
-    given = {"quantize_roles": ["expert", "shared_expert", "mlp"], "bits": 4, "group_size": 128} | (keys or {})
-    return Recipe.model_validate({"name": "counted", "description": "counted", "method": method} | given)
+def recipe_of(shipped: str, method: str, keys: dict[str, Any] | None = None) -> Recipe:
+    """A shipped recipe with another method, whose presets count; without items to answer."""
+    given = parse_yaml(shipped, recipe_text(shipped), "")
+    given = {key: value for key, value in given.items() if key not in ("tasks", "gpu", "context")}
+    return Recipe.model_validate(given | {"method": method, "tasks": []} | (keys or {}))
 
 
 def _card() -> Any:
@@ -144,7 +153,7 @@ def _torch_stand_ins(ledger: Ledger) -> list[tuple[Any, str, Any]]:
 def pretended(ledger: Ledger, triton: bool = True, remember: bool = True) -> Iterator[None]:
     """While open, 'cuda' is a card that counts into the ledger."""
     torch._C._ensureCUDADeviceGuardSet()  # type: ignore[attr-defined]
-    patches = _torch_stand_ins(ledger) + disk.stand_ins(ledger)
+    patches = _torch_stand_ins(ledger) + disk.stand_ins(ledger) + threads.stand_ins(ledger)
     patches += kernels.stand_ins(ledger) if triton else kernels.without(ledger)
     if remember:
         for module, names in REMEMBERED.items():
@@ -155,21 +164,9 @@ def pretended(ledger: Ledger, triton: bool = True, remember: bool = True) -> Ite
             stack.enter_context(mock.patch.object(owner, name, value))
         counting = Counting(ledger)
         stack.enter_context(mock.patch.object(Pretended, "counting", counting.__torch_dispatch__))
-        stack.enter_context(mock.patch.object(threading.Thread, "run", _counted_run(ledger)))
         stack.enter_context(Asked(ledger))
         stack.enter_context(counting)
         yield
-
-
-def _counted_run(ledger: Ledger) -> Any:
-    """What a thread of the project's own does is counted, too."""
-    run = threading.Thread.run
-
-    def counted(thread: threading.Thread) -> None:
-        with Asked(ledger), Counting(ledger):
-            run(thread)
-
-    return counted
 
 
 def _rows(count: int, vocabulary: int) -> list[Row]:
@@ -179,21 +176,23 @@ def _rows(count: int, vocabulary: int) -> list[Row]:
 def _named(tasks: Tasks, function: Any, name: str) -> Any:
     """A part of the walk back, as a stage of its own, from loading its block on."""
 
-    def call(hidden: Any, index: int, *more: Any) -> Any:
-        tasks.begin(name, index)
+    def call(hidden: Any, block: Any, *more: Any, **named: Any) -> Any:
+        tasks.begin(name, getattr(block, "index", block))
         tasks.renamed = name
         try:
-            return function(hidden, index, *more)
+            return function(hidden, block, *more, **named)
         finally:
             tasks.renamed = ""
 
     return call
 
 
-def go_through(model: str, recipe: Recipe, size: Size, triton: bool = True, disk_rate: float = rates.DISK) -> "Gone":
-    """One run of `size`."""
+def go_through(
+    config: dict[str, Any], recipe: Recipe, size: Size, triton: bool = True, disk_rate: float = rates.DISK
+) -> "Gone":
+    """One run of `size` of the model with this config.json. `triton`: whether the kernels are there."""
     with tempfile.TemporaryDirectory() as folder:
-        return _gone_through(Path(folder), shortened(published(model), size.blocks), recipe, size, triton, disk_rate)
+        return _gone_through(Path(folder), shortened(config, size.blocks), recipe, size, triton, disk_rate)
 
 
 @dataclass(frozen=True)
@@ -216,11 +215,11 @@ def _gone_through(
     compute = Compute(torch.device("cuda", 0), torch.bfloat16, recipe.batch_tokens)
     rows_a_batch = max(1, recipe.batch_tokens // ROW_TOKENS)
     texts = RunTexts(
-        calibration=_rows(size.calibration_batches * rows_a_batch, adapter.vocab_size),
-        evaluation=_rows(size.evaluation_batches * rows_a_batch, adapter.vocab_size),
+        calibration=_rows(size.batches * rows_a_batch, adapter.vocab_size),
+        evaluation=_rows(size.batches * rows_a_batch, adapter.vocab_size),
         facts={},
         warnings=[],
-        wanted={ROW_TOKENS: size.calibration_batches * rows_a_batch},
+        wanted={ROW_TOKENS: size.batches * rows_a_batch},
     )
     plan = plan_for(model, recipe)
     run = Run(
@@ -241,7 +240,9 @@ def _gone_through(
         for name, said in (("_forward", WALK_FORWARD), ("_back_through", WALK_BACK)):
             given = _named(tasks, getattr(sensitivity, name), said)
             stack.enter_context(mock.patch.object(sensitivity, name, given))
-        _carried_out(run, tasks, folder)
+        free = SimpleNamespace(available=int(rates.RAM_BYTES * size.share))
+        stack.enter_context(mock.patch.object(activations.psutil, "virtual_memory", return_value=free))
+        _carried_out(replace(run, room=activations.Room.now()), tasks, folder)
     kinds = tuple(
         " ".join(sorted(f"{s.role}{s.out_features}{s.in_features}x{len(s.members)}" for s in adapter.sites(block)))
         for block in range(adapter.n_blocks)
@@ -250,23 +251,33 @@ def _gone_through(
 
 
 def _carried_out(run: Run, tasks: Any, folder: Path) -> None:
-    """The pipeline's own way through the stages; the last two are replaced by what they cost a card and a disk."""
+    """The pipeline's own way through the stages; what has no cost for a card or a disk is left out."""
 
     def quantize_one(block: int, job: StageJob) -> None:
         tasks.begin("load", block)
         real(block, job)
         tasks.begin("commit", block)
 
-    def closed(run: Run, workdir: WorkDir, progress: Any) -> None:
-        progress.begin("checksums")
-        checksums.write_sums(run.out, [name for name, _ in run.planned], {})
+    def closed(job: StageJob) -> None:
+        tasks.begin("checksums")
+        checksums.write_sums(run.out, [name for name, _ in run.planned], {}, stages.known_digests(job))
+
+    class Rarely(Keeper):
+        """Commits no block: a short run would commit each, and a long one does every few minutes (whole.py)."""
+
+        def finished(self, number: int, block: int | None) -> None:
+            if block:
+                self._let_go(block - 1)
+            self.workdir.commit(number)
 
     real = stages.quantize_one
     walk = Walk.over(run.adapter, run.model.source, run.compute, tasks)
     with (
         mock.patch.object(stages, "quantize_one", quantize_one),
         mock.patch.object(stages, "verify", _verify),
+        mock.patch.object(stages, "Encoder", return_value=None),
         mock.patch.object(pipeline, "_closed", closed),
+        mock.patch.object(pipeline, "Keeper", Rarely),
         WorkDir(folder / "work", {}, False, False, run.out) as workdir,
     ):
         pipeline._carried_out(run, walk, workdir, tasks)
@@ -276,6 +287,4 @@ def _verify(job: StageJob) -> None:
     """As stages.verify does, without the figures."""
     run = job.run
     emitted = open_written(run.model, run.out, config_of_run(run.model, run.plan, run.recipe.format))
-    other = job.walk.beside(emitted.adapter, emitted.source)
-    store = Activations(job.workdir.folder("verify"))
-    twin_walk(job.walk, other, run.texts.evaluation, store, with_errors=True)
+    job.measuring.twin.finish(job.walk.beside(emitted.adapter, emitted.source))

@@ -3,15 +3,15 @@
 The project's own launch functions run; only the kernels behind them are replaced. A kernel whose loops are not
 described in TRIPS fails: nothing is free by being unknown.
 
-Each kernel is compiled for sm_90 as it is launched, which needs no GPU (benchmarks/kernels.py). The instructions of a
-warp are those of the PTX: of each innermost loop's body, times how often a program goes through it, and the rest once.
-A division counts as ten, since the assembler makes a routine of it. The schedulers issue rates.ISSUED of what they
+Each kernel is compiled for sm_90 as it is launched, which needs no GPU (benchmarks/compile_kernels.py). The
+instructions of a warp are those of the PTX: of each innermost loop's body, times how often a program goes through it,
+and the rest once.
+A division counts as ten, since the assembler makes a routine of it. The schedulers issue half of what they
 could: an estimate.
 """
 
 import importlib
 import inspect
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from math import prod
 from typing import Any
 
 import torch
+import triton
 
 from onecard.quantize import card, launch
 
@@ -66,6 +67,11 @@ TRIPS: dict[str, list[Trips]] = {
     "tabu_kernel": [lambda given: given["moves"], _columns],
     "scale_kernel": [lambda given: given["n_multiples"] + 1],
 }
+# Kernels that multiply on the tensor cores: their operations.
+PRODUCTS: dict[str, Trips] = {
+    # Three products of bf16 parts.
+    "product_kernel": lambda given: 6 * given["a_ptr"].numel() * given["outputs"],
+}
 
 
 @dataclass(frozen=True)
@@ -99,9 +105,9 @@ def body_of(ptx: str) -> Body:
 
 def compiled(function: Any, options: Mapping[str, Any]) -> Body:
     """The kernel as it is launched with these constants and warps."""
-    if os.environ.get("TRITON_INTERPRET"):
+    if not isinstance(function, triton.JITFunction):
         return Body((INTERPRETED,) * len(TRIPS[function.__name__]), INTERPRETED)
-    compiler: Any = importlib.import_module("kernels")  # benchmarks/kernels.py
+    compiler: Any = importlib.import_module("compile_kernels")  # benchmarks/compile_kernels.py
     given = {name: value for name, value in options.items() if name not in launch.OPTIONS}
     return body_of(compiler.ptx_of(compiler.Built(function.__name__, function, given), 90))
 
@@ -123,21 +129,25 @@ class _Kernel:
         tensors = {id(x): x for x in given.values() if isinstance(x, torch.Tensor)}.values()
         if any(not (isinstance(x, Pretended) and x.is_cuda) for x in tensors):
             self.ledger.add(f"flag mixes devices: {self.name}")
+        if self.name in PRODUCTS:
+            seconds = PRODUCTS[self.name](given) / (rates.BF16 * rates.TRITON_PRODUCTS)
+        else:
+            seconds = prod(grid) * options["num_warps"] * self._instructions(given, options) / rates.ISSUED_A_SECOND
+        nbytes = sum(map(held_bytes, tensors))
+        where = line()
+        self.ledger.launch(max(rates.kernel_seconds(nbytes), seconds), where)
+        self.ledger.add("bytes", nbytes, where)
+        self.ledger.add("kernels", 1, where)
+
+    def _instructions(self, given: Mapping[str, Any], options: dict[str, Any]) -> int:
+        """Of one warp."""
         key = tuple(sorted(options.items()))
         if key not in self.bodies:
             self.bodies[key] = compiled(self.function, options)
         body, trips = self.bodies[key], [count(given) for count in TRIPS[self.name]]
         if len(body.loops) != len(trips):
             raise LookupError(f"{self.name} has {len(body.loops)} innermost loops, and TRIPS knows {len(trips)}")
-        warp = body.rest + sum(count * times for count, times in zip(body.loops, trips, strict=True))
-        a_second = rates.MULTIPROCESSORS * rates.SCHEDULERS * rates.CLOCK * rates.ISSUED
-        nbytes = sum(map(held_bytes, tensors))
-        where = line()
-        self.ledger.launch(
-            max(rates.kernel_seconds(nbytes), prod(grid) * options["num_warps"] * warp / a_second), where
-        )
-        self.ledger.counts["bytes", where] += nbytes
-        self.ledger.counts["kernels", where] += 1
+        return body.rest + sum(count * times for count, times in zip(body.loops, trips, strict=True))
 
 
 class _Kernels:
@@ -148,8 +158,8 @@ class _Kernels:
         self._made: dict[str, _Kernel] = {}
 
     def __getattr__(self, name: str) -> Any:
-        if name not in TRIPS:
-            raise LookupError(f"{name} is not in TRIPS of {__file__}: say how often its loops are gone through")
+        if name not in TRIPS.keys() | PRODUCTS.keys():
+            raise LookupError(f"{name} is neither in TRIPS nor in PRODUCTS of {__file__}: say what it costs")
         if name not in self._made:
             self._made[name] = _Kernel(getattr(self._module, name), self._ledger)
         return self._made[name]

@@ -9,6 +9,7 @@ import threading
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from onecard.core import units
 
@@ -45,7 +46,8 @@ class Stage:
 
 
 class Ledger:
-    """Counts into the stage that is open."""
+    """Counts into the stage that is open. The host's clock is that of the main thread; other threads have their own,
+    and what they do costs the main thread nothing until it asks for it (threads.py)."""
 
     def __init__(self, disk: float = rates.DISK) -> None:
         self.disk = disk
@@ -55,16 +57,27 @@ class Ledger:
         self.syncs = 0
         self.live: dict[int, list[int]] = {}  # storage -> [tensors, bytes]
         self.live_bytes = self.peak = 0
-        self.pinned_bytes = 0
+        self.thread = threading.local()  # has a clock where it is not the main thread
         self.main = threading.get_ident()
+        self.lock = threading.RLock()
+        self.lane: Any = None  # the stream of streams.py that copies go to, if it is not the card's own
         self.counts: Counter[tuple[str, str]] = Counter()
         self.key: Key = ("start", None)
         self._since = 0.0
         self.begin("start")
 
     @property
+    def is_main(self) -> bool:
+        return threading.get_ident() == self.main
+
+    @property
     def now(self) -> float:
         return max(self.host, self.card)
+
+    @property
+    def clock(self) -> float:
+        """Of the thread that asks."""
+        return self.host if self.is_main else float(getattr(self.thread, "clock", 0.0))
 
     def begin(self, name: str, block: int | None = None) -> None:
         """Close the stage that is open, and open another; a stage may be opened again."""
@@ -84,81 +97,95 @@ class Ledger:
         return {key: stage for key, stage in self.stages.items() if stage.counts}
 
     def add(self, what: str, amount: float = 1.0, where: str | None = None) -> None:
-        self.counts[what, where or line()] += amount
+        place = where or line()
+        with self.lock:
+            # What is remembered of a call (memory.py) must not hold what other threads did meanwhile.
+            counts = self.counts if self.is_main else self.stages[self.key].counts
+            counts[what, place] += amount  # type: ignore[assignment]
 
     def wait(self, seconds: float) -> None:
-        """The host is busy."""
-        self.host += seconds
-        self.host_busy += seconds
+        """The thread is busy."""
+        if self.is_main:
+            self.host += seconds
+            self.host_busy += seconds
+        else:
+            self.thread.clock = self.clock + seconds
+
+    def wait_until(self, time: float) -> None:
+        """The thread needs what is there from then on."""
+        if time > self.clock:
+            if self.is_main:
+                self.add("waits", time - self.host)
+            self.wait(time - self.clock)
 
     def view(self, where: str) -> None:
-        self.counts["views", where] += 1
-        self.counts["host seconds", where] += rates.VIEW_SECONDS
+        self.add("views", 1, where)
+        self.add("host seconds", rates.VIEW_SECONDS, where)
         self.wait(rates.VIEW_SECONDS)
 
     def launch(self, seconds: float, where: str) -> None:
         """A kernel that takes the card `seconds`."""
-        self.counts["launches", where] += 1
-        self.counts["host seconds", where] += rates.LAUNCH_SECONDS
-        self.counts["card seconds", where] += seconds
+        self.add("launches", 1, where)
+        self.add("host seconds", rates.LAUNCH_SECONDS, where)
+        self.add("card seconds", seconds, where)
         self.wait(rates.LAUNCH_SECONDS)
-        self.card = max(self.card, self.host) + seconds
+        self.card = max(self.card, self.clock) + seconds
         self.card_busy += seconds
 
     def sync(self, kind: str, where: str) -> None:
-        """The host waits for the card."""
-        self.counts[f"sync {kind}", where] += 1
-        self.counts["syncs", where] += 1
-        self.syncs += 1
-        self.host = self.card = self.now
+        """The thread waits for the card."""
+        self.add(f"sync {kind}", 1, where)
+        self.add("syncs", 1, where)
+        if self.is_main:
+            self.syncs += 1
+            self.host = self.card = self.now
 
     def copy(self, nbytes: int, way: str, pinned: bool, where: str) -> None:
         """A copy between host and card, `way`: 'to card' or 'from card'. From pageable memory the host waits."""
-        self.counts[f"{way} {'pinned' if pinned else 'pageable'}", where] += nbytes
-        self.counts["launches", where] += 1
+        self.add(f"{way} {'pinned' if pinned else 'pageable'}", nbytes, where)
+        self.add("launches", 1, where)
         seconds = nbytes / (rates.PINNED if pinned else rates.PAGEABLE)
-        self.counts["copy seconds", where] += seconds
+        self.add("copy seconds" if self.lane is None else "copy seconds beside", seconds, where)
         self.wait(rates.LAUNCH_SECONDS)
-        if pinned:
-            self.card = max(self.card, self.host) + seconds
+        if pinned and self.lane is not None:
+            self.lane.clock = max(self.lane.clock, self.clock) + seconds
+        elif pinned:
+            self.card = max(self.card, self.clock) + seconds
             self.card_busy += seconds
         else:
             self.sync("copy", where)
             self.wait(seconds)
-            self.card = self.host
+            if self.is_main:
+                self.card = self.host
 
     def compute(self, nbytes: int) -> None:
         """The CPU's own operation on so many bytes."""
-        where = line()
-        self.counts["bytes on the CPU", where] += nbytes
-        self.counts["CPU seconds", where] += nbytes / rates.HOST_MEMORY  # type: ignore[assignment]
-        if threading.get_ident() == self.main:
-            self.wait(nbytes / rates.HOST_MEMORY)
+        self.add("bytes on the CPU", nbytes)
+        self.add("CPU seconds" if self.is_main else "CPU seconds behind", nbytes / rates.HOST_MEMORY)
+        self.wait(nbytes / rates.HOST_MEMORY)
 
     def file(self, nbytes: int, way: str) -> None:
         """Bytes read from a file or written to one. What another thread does takes the disk, and not the host's time:
         `whole.py` says where that is too much."""
-        where, seconds = line(), nbytes / self.disk
-        self.counts[way, where] += nbytes
-        if threading.get_ident() == self.main:
-            self.counts["disk seconds", where] += seconds  # type: ignore[assignment]
-            self.wait(seconds)
-        else:
-            self.counts["disk seconds behind", where] += seconds  # type: ignore[assignment]
+        self.add(way, nbytes)
+        self.add("disk seconds" if self.is_main else "disk seconds behind", nbytes / self.disk)
+        self.wait(nbytes / self.disk)
 
     # --- device memory
 
     def hold(self, storage: int, nbytes: int) -> None:
-        entry = self.live.setdefault(storage, [0, nbytes])
-        if not entry[0]:
-            self.live_bytes += nbytes
-            self.peak = max(self.peak, self.live_bytes)
-        entry[0] += 1
+        with self.lock:
+            entry = self.live.setdefault(storage, [0, nbytes])
+            if not entry[0]:
+                self.live_bytes += nbytes
+                self.peak = max(self.peak, self.live_bytes)
+            entry[0] += 1
 
     def release(self, storage: int) -> None:
-        entry = self.live.get(storage)
-        if entry is not None:
-            entry[0] -= 1
-            if not entry[0]:
-                self.live_bytes -= entry[1]
-                del self.live[storage]
+        with self.lock:
+            entry = self.live.get(storage)
+            if entry is not None:
+                entry[0] -= 1
+                if not entry[0]:
+                    self.live_bytes -= entry[1]
+                    del self.live[storage]

@@ -5,31 +5,39 @@ What the model is good for is counting, ratios, and finding the line at fault.
 
 import math
 
+from onecard.core.card_rates import H100_80GB
+from onecard.core.card_rates import MULTIPROCESSORS as MULTIPROCESSORS
+
+ASSUMED = H100_80GB.rates
 # Host seconds of a kernel launch through torch: 4 to 8 us. Python's own work between two launches is taken as a part.
-LAUNCH_SECONDS = 5e-6
+LAUNCH_SECONDS = 1 / ASSUMED.launches
 # Host seconds of an operation without a kernel: a view, an allocation.
 VIEW_SECONDS = 1e-6
 # What any kernel takes on the card.
-LEAST_KERNEL_SECONDS = 2.5e-6
+LEAST_KERNEL_SECONDS = 1 / ASSUMED.kernels
 # Operations a second. bf16: 60 % of NVIDIA's 989 TFLOP/s for dense matrices. fp32 without tensor cores: 67 TFLOP/s at
 # most. TF32: half of 495. fp64: 34 to 67. Factorisations and triangular solves run at half of the fp32 products.
-BF16, TF32, FP32, FP64, SOLVERS = 593e12, 250e12, 50e12, 30e12, 25e12
+BF16, FP32, SOLVERS = ASSUMED.bf16_flops, ASSUMED.fp32_flops, ASSUMED.factor_flops
+TF32, FP64 = 250e12, 30e12
 # Bytes a second: 80 % of 3.35 TB/s.
-MEMORY = 2.7e12
+MEMORY = ASSUMED.card_bytes
 # PCIe 5 x16, from pinned and from pageable memory.
-PINNED, PAGEABLE = 50e9, 10e9
+PINNED, PAGEABLE = ASSUMED.pinned_bytes, ASSUMED.pageable_bytes
 # Bytes a second that the CPU reads and writes in torch's own operations, on some cores.
 HOST_MEMORY = 20e9
 # The planner's figure for a plain NVMe disk (core/rates.py), for reading and for writing.
-DISK = 1e9
-FSYNC_SECONDS = 1e-3
+DISK = ASSUMED.read_bytes
+FSYNC_SECONDS = 1 / ASSUMED.fsyncs
 # SHA-256 on one core with its own instructions.
-DIGEST = 1.5e9
+DIGEST = ASSUMED.digest_bytes
 # The card: bytes that a program sees; multiprocessors, their schedulers, and cycles a second.
-CARD_BYTES = 84_900_000_000
-MULTIPROCESSORS, SCHEDULERS, CLOCK = 132, 4, 1.7e9
-# Instructions a cycle that a scheduler issues in a loop of dependent steps, of the one that it could.
-ISSUED = 0.5
+CARD_BYTES = H100_80GB.card_bytes
+# Instructions that all schedulers issue.
+ISSUED_A_SECOND = ASSUMED.warp_instructions
+# A product in Triton that cuts its factors itself, of the rate of a library's: an estimate.
+TRITON_PRODUCTS = ASSUMED.tiled_flops / ASSUMED.bf16_flops
+# RAM that is free when a run begins, in a machine with one such card.
+RAM_BYTES = H100_80GB.ram_bytes
 # The bar of the issue: the device peak that leaves room for the context and for fragments.
 MOST_DEVICE_BYTES = 74_000_000_000
 

@@ -64,6 +64,8 @@ class Pretended(torch.Tensor):
     def is_pinned(self, *_: Any) -> bool:
         return self.pinned
 
+    def record_stream(self, _: Any) -> None: ...
+
     def get_device(self) -> int:
         return 0 if self.is_cuda else -1
 
@@ -92,3 +94,28 @@ def held_bytes(tensor: torch.Tensor) -> int:
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         count *= size if stride != 0 else 1
     return count * tensor.element_size()
+
+
+def parts(value: Any) -> list[Any]:
+    """What lies in a call's arguments or result: in tuples, lists and dicts."""
+    if isinstance(value, tuple | list):
+        return [part for each in value for part in parts(each)]
+    if isinstance(value, dict):
+        return [part for each in value.values() for part in parts(each)]
+    return [value]
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    return [part for part in parts(value) if isinstance(part, torch.Tensor)]
+
+
+def changed(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
+    """With each tensor changed."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, tuple | list):
+        made = [changed(each, change) for each in value]
+        return made if isinstance(value, list) else tuple(made)
+    if isinstance(value, dict):
+        return {key: changed(each, change) for key, each in value.items()}
+    return value

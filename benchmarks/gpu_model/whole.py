@@ -4,6 +4,7 @@ Of a model's blocks a few are gone through. A block that is not counted costs wh
 block is counted once, or goes by the bytes of the source or of what is emitted.
 """
 
+import math
 import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any
 
 from hollow import published, write_hollow
 from onecard.checkpoint.assign import plan_for
+from onecard.checkpoint.keeper import MOST_LOST_SECONDS
 from onecard.checkpoint.model import open_source
 from onecard.core.rows import spacing
 from onecard.recipe import Recipe
@@ -25,6 +27,8 @@ EVALUATION_ROWS = 128
 BLOCKS = {"llama4-maverick": 4}
 MOST_BLOCKS = 3
 CHECK, OUTSIDE, BY_EMITTED = "check weights", "copy the rest", ("move to OUT", "checksums")
+# Batches of the two short runs.
+SHORT = (2, 4)
 # Stages of one block's own way.
 BLOCK_STAGES = ("load", "tune", "statistics", "quantize", "propagate", "commit")
 
@@ -83,44 +87,53 @@ class Asked:
 def whole_run(asked: Asked) -> Whole:
     blocks = BLOCKS.get(asked.model, MOST_BLOCKS)
     rows = max(1, asked.recipe.batch_tokens // ROW_TOKENS)
-    few, more = (go_through(asked.model, asked.recipe, Size(blocks, n, n), asked.triton, asked.disk) for n in (2, 3))
+    config = published(asked.model)
+    of = math.ceil(asked.tokens / (rows * ROW_TOKENS))
+    few, more = (go_through(config, asked.recipe, Size(blocks, n, of), asked.triton, asked.disk) for n in SHORT)
     wanted = (asked.tokens / (rows * ROW_TOKENS), EVALUATION_ROWS / rows)
-    lines = {key: _line(key, few.stages.get(key), stage, wanted) for key, stage in more.stages.items()}
-    return _joined(asked, more, lines)
+    return _joined(asked, more, at_batches(few, more, wanted))
 
 
-def _line(key: Key, few: Stage | None, more: Stage, wanted: tuple[float, float]) -> Cost:
-    """A stage at the wanted number of batches, from two and three of them."""
-    few = few or Stage()
-    further = wanted[key[0].startswith("verify")] - 3
+def at_batches(few: Gone, more: Gone, wanted: tuple[float, float]) -> dict[Key, Cost]:
+    """Every stage at the wanted numbers of batches for calibration and evaluation: a line through two runs."""
+    return {key: _line(key, few, more, wanted[key[0].startswith("verify")]) for key in more.stages}
 
-    def at(two: float, three: float) -> float:
-        return three + further * (three - two)
 
-    keys = few.counts.keys() | more.counts.keys()
+def _line(key: Key, few: Gone, more: Gone, wanted: float) -> Cost:
+    one, other = few.stages.get(key) or Stage(), more.stages[key]
+    begin, end = few.size.batches, more.size.batches
+    further = (wanted - end) / (end - begin)
+
+    def at(first: float, second: float) -> float:
+        return second + further * (second - first)
+
     counts: Counter[tuple[str, str]] = Counter()
-    for each in keys:
-        counts[each] = at(few.counts[each], more.counts[each])  # type: ignore[assignment]
-    return Cost(at(few.seconds, more.seconds), round(at(few.peak_bytes, more.peak_bytes)), counts)
+    for each in one.counts.keys() | other.counts.keys():
+        counts[each] = at(one.counts[each], other.counts[each])  # type: ignore[assignment]
+    return Cost(at(one.seconds, other.seconds), round(at(one.peak_bytes, other.peak_bytes)), counts)
 
 
 def _joined(asked: Asked, gone: Gone, lines: dict[Key, Cost]) -> Whole:
     with tempfile.TemporaryDirectory() as folder:
         model = open_source(str(write_hollow(Path(folder) / "model", published(asked.model))))
         plan = plan_for(model, asked.recipe)
+        hidden = model.adapter.hidden_size
         source, emitted, n_blocks = plan.source_bytes, plan.emitted_bytes, model.adapter.n_blocks
         outside = sum(lines[OUTSIDE, None].counts[key] for key in lines[OUTSIDE, None].counts if key[0] == "read")
         kinds = [gone.kinds[0] if block == 0 else _kind(model.adapter, block) for block in range(n_blocks)]
     stages: dict[str, Cost] = {}
-    lines = lines | _waits(lines)
+    streams = 2 * asked.tokens * asked.recipe.quantizer.needs_statistics + 2 * EVALUATION_ROWS * ROW_TOKENS
+    lines = lines | _waits(lines, streams * hidden * 2, asked.disk)
     for (name, block), cost in lines.items():
         if block is None or block >= gone.size.blocks:
-            times = emitted / gone.emitted_bytes if name in BY_EMITTED else 1.0
-            read = cost.total("read")
-            if name == CHECK and read > outside:  # of the blocks, too
-                times = (outside + (read - outside) * (source - outside) / (gone.source_bytes - outside)) / read
+            # Some stages read what lies outside the blocks, and some read the blocks as well.
+            whole, part = (source, gone.source_bytes) if name == CHECK else (emitted, gone.emitted_bytes)
+            of_blocks = max(0.0, cost.total("read") - outside) if name in (CHECK, *BY_EMITTED) else 0.0
+            times = 1.0
+            if of_blocks:
+                times += of_blocks / cost.total("read") * ((whole - outside) / (part - outside) - 1)
         else:
-            times = _times(gone, kinds, block) * (_again(n_blocks) if name == WALK_FORWARD else 1.0)
+            times = _times(gone, kinds, block) * (_again(n_blocks) if WALK_FORWARD in name else 1.0)
         if times:
             stages.setdefault(name, Cost()).add(cost, times)
     typical = max(_typical(gone, kind) for kind in gone.kinds)
@@ -133,21 +146,31 @@ def _joined(asked: Asked, gone: Gone, lines: dict[Key, Cost]) -> Whole:
     return Whole(stages, a_block, dict(flags))
 
 
-def _waits(lines: dict[Key, Cost]) -> dict[Key, Cost]:
+def _phase(name: str) -> str | None:
+    """Which stages of a block follow one another without another block between them."""
+    if name in BLOCK_STAGES or name.startswith("verify"):
+        return "files"
+    return f"files, {name}" if name.startswith("walk") else None
+
+
+def _waits(lines: dict[Key, Cost], rows_bytes: float, disk_rate: float) -> dict[Key, Cost]:
     """How long the disk still works for a block when all else is done. What threads read and write is behind the
-    computation, but no more than one block behind."""
+    computation, but no more than one block behind. `rows_bytes`: of the rows that enter a block. They are written every
+    MOST_LOST_SECONDS (checkpoint/keeper.py)."""
+    phases: dict[Key, list[Cost]] = {}
+    for (name, block), cost in lines.items():
+        phase = _phase(name)
+        if phase is not None and block is not None:
+            phases.setdefault((phase, block), []).append(cost)
     found: dict[Key, Cost] = {}
-    for block in {block for _, block in lines if block is not None}:
-        for way in ("verify", ""):
-            parts = [
-                cost
-                for (name, other), cost in lines.items()
-                if other == block and (name.startswith("verify") if way else name in BLOCK_STAGES)
-            ]
-            disk = sum(cost.total("disk seconds behind") + cost.total("disk seconds") for cost in parts)
-            late = disk - sum(cost.seconds for cost in parts)
-            if late > 0:
-                found[f"{way}: files" if way else "files", block] = Cost(seconds=late)
+    for key, parts in phases.items():
+        seconds = sum(cost.seconds for cost in parts)
+        disk = sum(cost.total("disk seconds behind") + cost.total("disk seconds") for cost in parts)
+        if key[0] == "files":
+            disk += rows_bytes / disk_rate * seconds / MOST_LOST_SECONDS
+        late = disk - seconds
+        if late > 0:
+            found[key] = Cost(seconds=late)
     return found
 
 

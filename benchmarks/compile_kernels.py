@@ -1,10 +1,13 @@
 """Compile the Triton kernels for cards that are not at hand, and list what limits them.
 
-    python benchmarks/kernels.py [--cards 80 89 90 100 120]
+    python benchmarks/compile_kernels.py [--cards 80 89 90 100 120]
 
 Needs `triton` and no GPU: Triton's own compiler and the assembler of its wheel do it. For each kernel and card: the
 registers of a thread, bytes spilled, shared memory, and the warps that an SM can hold. Ends with 1 when a kernel
 spills, or leaves an SM fewer than 8 warps.
+
+(It is not called kernels.py: transformers imports a module of that name wherever it finds one, and a script's folder is
+searched first.)
 """
 
 import argparse
