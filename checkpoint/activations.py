@@ -116,9 +116,10 @@ class Activations:
             self._used.device_bytes += entry.nbytes
             return
         entry.in_ram = self._lane.to_ram(hidden)
-        entry.counted = self._used.ram_bytes + entry.nbytes <= self.room.ram_bytes
+        taken = self._lane.ram_bytes(entry.nbytes)
+        entry.counted = self._used.ram_bytes + taken <= self.room.ram_bytes
         if entry.counted:
-            self._used.ram_bytes += entry.nbytes
+            self._used.ram_bytes += taken
         else:
             self._write_behind(key, entry)
 
@@ -175,7 +176,7 @@ class Activations:
         if entry.on_device is not None:
             self._used.device_bytes -= entry.nbytes
         if entry.counted:
-            self._used.ram_bytes -= entry.nbytes
+            self._used.ram_bytes -= self._lane.ram_bytes(entry.nbytes)
 
     # --- files
 

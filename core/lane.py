@@ -12,6 +12,11 @@ from dataclasses import dataclass
 import torch
 
 
+def pinned_size(nbytes: int) -> int:
+    """What torch takes for so many bytes of pinned memory: it rounds up to a power of two."""
+    return 1 << (nbytes - 1).bit_length() if nbytes else 0
+
+
 @dataclass(frozen=True)
 class InRam:
     """A copy in RAM that the card may still be writing."""
@@ -57,6 +62,10 @@ class Lane:
         """A copy where the tensor is, in memory of its own."""
         with torch.inference_mode(False), torch.no_grad():
             return torch.empty_like(tensor, memory_format=torch.contiguous_format).copy_(tensor)
+
+    def ram_bytes(self, nbytes: int) -> int:
+        """What `to_ram` takes for so many bytes."""
+        return nbytes if self._stream is None else pinned_size(nbytes)
 
     def to_ram(self, tensor: torch.Tensor) -> InRam:
         """A copy in RAM; pinned, if the tensor is on a card."""

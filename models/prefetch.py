@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from ..core.lane import pinned_size
 from ..core.tensors import Allocate, Stored, TensorSource, pageable
 from .slabs import Key
 
@@ -32,7 +33,7 @@ def pinned(nbytes: int) -> torch.Tensor:
 
 def pinned_bytes(slabs: Iterable[int], threads: int = THREADS) -> int:
     """The most pinned memory that reading ahead takes, given the bytes of the slabs of the largest block."""
-    rounded = [1 << (size - 1).bit_length() for size in slabs if size]
+    rounded = [pinned_size(size) for size in slabs]
     return sum(rounded) + threads * max(rounded, default=0)
 
 

@@ -1,6 +1,7 @@
 """Rows between blocks are what was put, wherever they lie: in memory, on their way to a file, or in one."""
 
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from onecard.checkpoint import activations
 from onecard.checkpoint.activations import Activations, Room
 from onecard.core.errors import ResourceError
+from onecard.core.lane import Lane, pinned_size
 
 BATCH_BYTES = 2 * 3 * 4 * 4
 ROOMS = {"memory": Room(0, 10**9), "files": Room(0, 0), "both": Room(0, 3 * BATCH_BYTES)}
@@ -127,4 +129,20 @@ def test_a_disk_that_fails_behind_is_told(tmp_path: Path, monkeypatch: pytest.Mo
 
     with pytest.raises(ResourceError, match="full"):
         put_many()
+    store.close()
+
+
+def test_pinned_memory_counts_as_torch_rounds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of 96 bytes takes 128 of pinned memory, so a room of 300 holds two, and two again once they are gone."""
+    assert [pinned_size(n) for n in (0, 1, 96, 128, 129)] == [0, 1, 128, 128, 256]
+    monkeypatch.setattr(Lane, "ram_bytes", lambda self, nbytes: pinned_size(nbytes))
+    store = Activations(tmp_path, room=Room(0, 300))
+    for block in (0, 1):
+        for batch in range(3):
+            store.put(block, "a", batch, rows(batch))
+        deadline = time.monotonic() + 30
+        while not (written := list(tmp_path.glob(f"{block:04d}/*.safetensors"))) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert [path.name for path in written] == ["a-00002.safetensors"]
+        store.drop(block)
     store.close()
