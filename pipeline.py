@@ -337,6 +337,7 @@ def _carried_out(run: Run, walk: Walk, workdir: WorkDir, progress: Progress) -> 
         _through_stages(job, stages)
     finally:
         job.store.close()
+        job.disk.close()
     return _closed(job)
 
 
@@ -345,7 +346,7 @@ def _through_stages(job: StageJob, stages: list[Stage]) -> None:
     done, workdir = job.workdir.done, job.workdir
     resting_on = max((stage.rows_enter for stage in stages[:done] if stage.rows_enter is not None), default=None)
     job.store.remove_files_but(resting_on)
-    keeper = Keeper(job.store, workdir)
+    keeper = Keeper(job.store, workdir, job.disk.wait)
     keeper.begin(resting_on)
     for number, stage in list(enumerate(stages, 1))[done:]:
         refuse_passed(finished_blocks(job, stages[: number - 1]), job.run.recipe.limits, workdir.path)

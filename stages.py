@@ -7,7 +7,7 @@ and files of finished stages; so it may be killed anywhere and begun again.
 
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 from . import __version__
 from .blocks.limits import coverage_facts, coverage_warning
-from .blocks.quantize import BlockJob, quantize_block
+from .blocks.quantize import BlockJob, QuantizedBlock, quantize_block
 from .blocks.sensitivity import SensitivityFiles
 from .blocks.streams import QUANTIZED, REFERENCE
 from .calibration.documents import Document
@@ -122,6 +122,27 @@ class Run:
         )
 
 
+class Disk:
+    """A thread that writes what a stage leaves, and reads it back, while the next stage computes."""
+
+    def __init__(self) -> None:
+        self.pool = ThreadPoolExecutor(1, "shards")
+        self._left: list[Future[None]] = []
+
+    def later(self, work: Callable[[], None]) -> None:
+        """After all that was given before."""
+        self._left.append(self.pool.submit(work))
+
+    def wait(self) -> None:
+        """Until all is done. Raises what the work raised."""
+        for future in list(self._left):
+            future.result()
+
+    def close(self) -> None:
+        """What has not begun is not done."""
+        self.pool.shutdown(cancel_futures=True)
+
+
 @dataclass(frozen=True)
 class StageJob:
     """All that a stage needs to know."""
@@ -130,6 +151,7 @@ class StageJob:
     walk: Walk
     workdir: WorkDir
     progress: Progress
+    disk: Disk = field(default_factory=Disk)
 
     @cached_property
     def store(self) -> Activations:
@@ -233,7 +255,7 @@ def embed_rows(job: StageJob) -> None:
 def quantize_one(block: int, job: StageJob) -> None:
     """One block: statistics, codes, packed shards, and the hidden rows that enter the next block. Then its shards are
     verified."""
-    facts, original = quantize_block(
+    made = quantize_block(
         BlockJob(
             hidden=job.hidden,
             index=block,
@@ -242,26 +264,34 @@ def quantize_one(block: int, job: StageJob) -> None:
             shard_folder=job.shards,
             sensitivity=job.sensitivity.read(block, job.hidden),
             loads_block=job.run.verifies_on_the_way,
+            pool=job.disk.pool,
         )
     )
-    files.write_json(job.facts_file(block), facts)
-    if original is not None and job.run.verifies_on_the_way:
-        files.write_json(job.seen_file(block), verified_block(job, original))
+    files.write_json(job.facts_file(block), made.facts)
+    if job.run.verifies_on_the_way:
+        verify_block(job, made)
+    else:
+        made.wait()
 
 
-def verified_block(job: StageJob, original: Block) -> dict[str, Any]:
-    """The evaluation rows through the original block and through the one in the shards, as they are read back from the
-    disk. Returns what was seen, and the digests of the shards."""
+def verify_block(job: StageJob, made: QuantizedBlock) -> None:
+    """The evaluation rows through the original block, and through the one in the shards. What was seen is kept once the
+    disk has given the shards back."""
+    original = made.original
+    assert original is not None
     block, pieces = original.index, job.parts.pieces(original.index)
-    with ThreadPoolExecutor(1, "shards-read") as reader:
-        digests = reader.submit(lambda: {path.name: read_back_digest(path) for path in pieces})
 
-        def as_written() -> Block:
-            digests.result()
-            return job.measuring.twin.quantized.reading(job.parts.source(block)).load(block)
+    def as_written() -> Block:
+        made.wait()
+        return job.measuring.twin.quantized.reading(job.parts.source(block)).load(block)
 
-        seen = job.measuring.twin.through(block, (lambda: original, as_written))
-        return {"seen": seen.to_json(), "digests": digests.result()}
+    seen = job.measuring.twin.through(block, (lambda: original, as_written)).to_json()
+
+    def keep() -> None:
+        digests = {path.name: read_back_digest(path) for path in pieces}
+        files.write_json(job.seen_file(block), {"seen": seen, "digests": digests})
+
+    job.disk.later(keep)
 
 
 def copy_rest(job: StageJob) -> None:

@@ -277,7 +277,28 @@ def unchanged_configs() -> str:
     )
 
 
+def gpu_cost() -> str:
+    """What gpu_cost.py --write has counted."""
+    held = json.loads((HERE / "gpu_cost.json").read_text(encoding="utf-8"))
+    lines = [
+        "| model | method | tokens | minutes | launches a block | device peak | longest stages (s) |",
+        "|" + "---|" * 7,
+    ]
+    for model, methods in held.items():
+        for method in (name for name in PRESETS if name in methods):
+            for tokens, cost in sorted(methods[method].items(), key=lambda item: int(item[0])):
+                longest = sorted(cost["stages"].items(), key=lambda item: -item[1])[:4]
+                read = "" if method == "rtn" else f"{int(tokens):,}"
+                lines.append(
+                    f"| {model} | `{method}` | {read} | {cost['seconds'] / 60:.1f} | {cost['launches_per_block']:,} | "
+                    f"{cost['device_peak_bytes'] / 1e9:.1f} GB | "
+                    f"{', '.join(f'{name} {seconds:,.0f}' for name, seconds in longest)} |"
+                )
+    return "\n".join(lines)
+
+
 PARTS: dict[str, Callable[[], str]] = {
+    "GPU cost": gpu_cost,
     "config keys": config_keys,
     "broken configs": broken_configs,
     "broken configs, counted": unchanged_configs,

@@ -13,6 +13,8 @@ read expert by expert.
 Shape legend: B experts, O outputs, I inputs.
 """
 
+from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
@@ -52,6 +54,8 @@ class BlockJob:
     sensitivity: Sensitivity
     # Whether the block is wanted afterwards, although the method needs no more of it than its weights.
     loads_block: bool = False
+    # Whose thread writes the shards; None: they are written at once.
+    pool: Executor | None = None
 
     @property
     def walk(self) -> Walk:
@@ -103,11 +107,22 @@ class _Output:
         self.facts["output_error"].setdefault(site.key, []).extend(errors)
 
 
-def quantize_block(job: BlockJob) -> tuple[dict[str, Any], Block | None]:
-    """Quantize the block. Returns its entry in the record, and the original block where it was loaded, as it was. All
-    its shards are on disk afterwards."""
+@dataclass(frozen=True)
+class QuantizedBlock:
+    """What quantizing a block gives."""
+
+    # Its entry in the record.
+    facts: dict[str, Any]
+    # The original, as it was, where it was loaded.
+    original: Block | None
+    # Returns when all shards are on the disk. Raises ResourceError.
+    wait: Callable[[], None]
+
+
+def quantize_block(job: BlockJob) -> QuantizedBlock:
+    """Quantize the block, and write its shards."""
     shards = [shard for shard in job.plan.pieces if shard.part == job.index]
-    output, step = _Output(ShardWriter(shards, job.shard_folder)), job.walk.step
+    output, step = _Output(ShardWriter(shards, job.shard_folder, job.pool)), job.walk.step
     writer = output.writer
     wanted = job.method.needs_statistics or job.loads_block
     job.walk.expect(job.index)
@@ -129,7 +144,7 @@ def quantize_block(job: BlockJob) -> tuple[dict[str, Any], Block | None]:
     for name, tensor in job.walk.read_each([name for name in writer.names() if not writer.has(name)]):
         writer.put(name, tensor)
     writer.check_complete()
-    return {"block": job.index} | output.facts, original
+    return QuantizedBlock({"block": job.index} | output.facts, original, writer.wait)
 
 
 def _with_statistics(job: BlockJob, original: Block, output: _Output) -> None:

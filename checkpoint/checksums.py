@@ -31,10 +31,16 @@ def sha256_file(path: Path) -> str:
 
 
 def read_back_digest(path: Path) -> str:
-    """The digest of a file as the disk gives it back: what the system holds of it in RAM is let go first, where the
-    system does so. Raises ResourceError."""
+    """The digest of a file that was just written: as the system holds it in RAM, and as the disk gives it back after
+    that was let go, where the system does so. Raises ResourceError when the two differ."""
+    held = sha256_file(path)
     files.let_go(path)
-    return sha256_file(path)
+    if sha256_file(path) != held:
+        raise ResourceError(
+            f"{path}: the disk does not give back what was written. It is damaged, or another program writes there. "
+            "Mend that, and start anew with --overwrite"
+        )
+    return held
 
 
 def sums_text(digests: Mapping[str, str]) -> str:

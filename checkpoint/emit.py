@@ -1,6 +1,7 @@
 """Writing a checkpoint: shards, each as soon as its last tensor is there, and the side files copied from the source."""
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, Future
 from pathlib import Path
 
 import torch
@@ -38,11 +39,13 @@ REPLACED = (*WRITTEN, INDEX_NAME, GPTQ_CONFIG, CARD_NAME)
 class ShardWriter:
     """Takes the tensors of some shards in any order. A complete shard is written and its memory freed.
 
-    A tensor with another name, shape or dtype than planned is a bug and fails an assertion.
+    With a `pool` a thread of it writes; `wait` then says that all is written. A tensor with another name, shape or
+    dtype than planned is a bug and fails an assertion.
     """
 
-    def __init__(self, shards: Iterable[ShardPlan], folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, shards: Iterable[ShardPlan], folder: Path, pool: Executor | None = None) -> None:
+        self.folder, self.pool = folder, pool
+        self._writing: list[Future[None]] = []
         self._shards = list(shards)
         self._home = {t.name: (i, t) for i, s in enumerate(self._shards) for t in s.tensors}
         self._held: list[dict[str, torch.Tensor]] = [{} for _ in self._shards]
@@ -63,8 +66,17 @@ class ShardWriter:
         self._held[index][name] = tensor.contiguous()
         shard = self._shards[index]
         if len(self._held[index]) == len(shard.tensors):
-            files.write_tensors(self.folder / shard.file, self._held[index])
+            path, tensors = self.folder / shard.file, self._held[index]
             self._held[index] = {}
+            if self.pool is None:
+                files.write_tensors(path, tensors)
+            else:
+                self._writing.append(self.pool.submit(files.write_tensors, path, tensors))
+
+    def wait(self) -> None:
+        """Until every complete shard is on the disk. Raises ResourceError."""
+        for write in self._writing:
+            write.result()
 
     def check_complete(self) -> None:
         missing = self._home.keys() - self._seen

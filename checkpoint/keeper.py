@@ -21,10 +21,17 @@ AT_ONCE_SECONDS = 1.0
 
 
 class Keeper:
-    """Commits to `workdir` with the rows of `store`. `clock`: seconds."""
+    """Commits to `workdir` with the rows of `store`. `written` returns when all else that the finished stages have to
+    write is on the disk. `clock`: seconds."""
 
-    def __init__(self, store: Activations, workdir: WorkDir, clock: Callable[[], float] = time.monotonic) -> None:
-        self.store, self.workdir, self.clock = store, workdir, clock
+    def __init__(
+        self,
+        store: Activations,
+        workdir: WorkDir,
+        written: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.store, self.workdir, self.written, self.clock = store, workdir, written, clock
         # The block whose rows lie in files that the state rests on, and the one whose rows are being written.
         self._durable: int | None = None
         self._pending: tuple[int, Future[None]] | None = None
@@ -46,6 +53,7 @@ class Keeper:
             self._wait()
         if block is None:
             self._settle_waiting()
+            self.written()
             self.workdir.commit(number)
             self._last = now
             return
@@ -77,6 +85,7 @@ class Keeper:
             self._commit(number, block)
 
     def _commit(self, number: int, block: int) -> None:
+        self.written()
         self.workdir.commit(number)
         if self._durable not in (None, block):
             self.store.remove_files(self._durable)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from reads import watch_reads
 
-from command_line import run_onecard
+from command_line import Refuse, run_onecard
 from onecard.blocks import quantize as quantizing
-from onecard.checkpoint import emit
+from onecard.checkpoint import checksums, emit
 from onecard.checkpoint.checksums import SUMS_NAME, read_sums, sha256_file
 from onecard.checkpoint.model import open_model
 from onecard.checkpoint.source import open_folder
@@ -73,6 +73,24 @@ def test_what_the_disk_gives_back_is_measured(
     shards = list(run.out.glob("*.safetensors"))
     assert len(shards) > 1
     assert all(sums[path.name] == sha256_file(path) for path in shards)
+
+
+def test_a_disk_that_gives_back_other_bytes(
+    run: Run, recipe: Callable[..., Path], refused: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the system held of a shard in RAM was sound; what comes from the disk is not."""
+    real = checksums.files.let_go
+
+    def decays(path: Path) -> None:
+        real(path)
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+
+    run.recipe = recipe(method="rtn")
+    monkeypatch.setattr(checksums.files, "let_go", decays)
+    refused(run(), "give back", "--overwrite", code=4)
+    assert not (run.out / "config.json").exists()
 
 
 def test_nobody_writes_to_the_original(run: Run, recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

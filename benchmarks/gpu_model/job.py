@@ -19,6 +19,7 @@ import torch
 
 from hollow import write_hollow
 from onecard import pipeline, stages
+from onecard.blocks import sensitivity as kept
 from onecard.calibration import sensitivity
 from onecard.calibration.texts import RunTexts
 from onecard.checkpoint import activations, checksums
@@ -43,7 +44,8 @@ from .ledger import Key, Ledger, Stage
 from .tensors import Pretended
 
 ROW_TOKENS = 2048
-WALK_FORWARD, WALK_BACK = "walk forward", "walk back"
+# The walk back, block by block, and what it keeps for a resumed run between its stretches.
+WALK_FORWARD, WALK_BACK, WALK_STOPS = "walk forward", "walk back", "walk, kept"
 # The functions of the solver that are called again and again with tensors of the same shapes.
 REMEMBERED = {
     gptq: ("gptq", "factor", "prepare", "round_columns", "_round_block"),
@@ -169,6 +171,19 @@ def pretended(ledger: Ledger, triton: bool = True, remember: bool = True) -> Ite
         yield
 
 
+def _with_stops(tasks: Tasks, sensitivities: Any) -> Any:
+    """The walk back with its stops as a stage of their own."""
+
+    def call(*args: Any, stop: Any, **named: Any) -> Any:
+        def counted(at: Any) -> None:
+            tasks.begin(WALK_STOPS)
+            stop(at)
+
+        return sensitivities(*args, stop=counted, **named)
+
+    return call
+
+
 def _rows(count: int, vocabulary: int) -> list[Row]:
     return [Row(f"row {n}", "text", torch.zeros(ROW_TOKENS, dtype=torch.long)) for n in range(count)]
 
@@ -240,6 +255,7 @@ def _gone_through(
         for name, said in (("_forward", WALK_FORWARD), ("_back_through", WALK_BACK)):
             given = _named(tasks, getattr(sensitivity, name), said)
             stack.enter_context(mock.patch.object(sensitivity, name, given))
+        stack.enter_context(mock.patch.object(kept, "sensitivities", _with_stops(tasks, kept.sensitivities)))
         free = SimpleNamespace(available=int(rates.RAM_BYTES * size.share))
         stack.enter_context(mock.patch.object(activations.psutil, "virtual_memory", return_value=free))
         _carried_out(replace(run, room=activations.Room.now()), tasks, folder)

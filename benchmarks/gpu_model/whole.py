@@ -19,7 +19,7 @@ from onecard.core.rows import spacing
 from onecard.recipe import Recipe
 
 from . import rates
-from .job import ROW_TOKENS, WALK_FORWARD, Gone, Size, go_through
+from .job import ROW_TOKENS, WALK_FORWARD, WALK_STOPS, Gone, Size, go_through
 from .ledger import Key, Stage
 
 EVALUATION_ROWS = 128
@@ -130,6 +130,8 @@ def _joined(asked: Asked, gone: Gone, lines: dict[Key, Cost]) -> Whole:
             whole, part = (source, gone.source_bytes) if name == CHECK else (emitted, gone.emitted_bytes)
             of_blocks = max(0.0, cost.total("read") - outside) if name in (CHECK, *BY_EMITTED) else 0.0
             times = 1.0
+            if name == WALK_STOPS:
+                times = _stretches(n_blocks) / _stretches(gone.size.blocks)
             if of_blocks:
                 times += of_blocks / cost.total("read") * ((whole - outside) / (part - outside) - 1)
         else:
@@ -195,6 +197,10 @@ def _times(gone: Gone, kinds: list[str], block: int) -> float:
     if block != _typical(gone, kind):
         return 0.0
     return float(kinds.count(kind) - (gone.kinds[last] == kind))
+
+
+def _stretches(n_blocks: int) -> int:
+    return -(-n_blocks // spacing(n_blocks))
 
 
 def _again(n_blocks: int) -> float:
