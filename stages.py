@@ -230,7 +230,7 @@ def known_digests(job: StageJob) -> dict[str, str]:
     run = job.run
     if not run.verifies_on_the_way or run.plan.shards != run.plan.pieces:
         return {}
-    found = [read_json(job.seen_file(block))["digests"] for block in range(run.adapter.n_blocks)]
+    found = [read_json(job.seen_file(part))["digests"] for part in range(run.adapter.n_blocks)]
     return {name: digest for digests in found for name, digest in digests.items()}
 
 

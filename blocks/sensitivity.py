@@ -4,12 +4,13 @@ One safetensors file a block. A key says what a tensor is and of which site: `me
 """
 
 import shutil
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ..calibration.sensitivity import Sensitivity, Stop, sensitivities
+from ..calibration.sensitivity import STREAM, Sensitivity, Stop, sensitivities
 from ..checkpoint import files
 from ..checkpoint.activations import Activations
 from ..checkpoint.workdir import read_tensors
@@ -43,12 +44,25 @@ class SensitivityFiles:
             files.write_tensors(self._file(block), found)
 
         def stop(at: Stop) -> None:
-            for place in range(0, at.begin + 1):
-                store.settle(place)
+            """In the thread that writes: the next stretch goes on meanwhile."""
+            wait()
             found = {"begin": torch.tensor(at.begin), "routers": torch.tensor(at.routers)}
-            found |= {} if at.routers_HH is None else {"metric": at.routers_HH}
-            files.write_tensors(self.folder / STOP, found)
+            found |= {} if at.routers_HH is None else {"metric": at.routers_HH.cpu()}
+            known = list(pending)
 
+            def commit() -> None:
+                files.write_tensors(self.folder / STOP, found)
+                for place in known:  # what the stop before rested on
+                    store.remove_files(place)
+                store.remove_files(at.begin, STREAM)
+
+            pending[at.begin] = store.keep(*range(at.begin + 1), commit=commit)
+
+        def wait() -> None:
+            for future in pending.values():
+                future.result()
+
+        pending: dict[int, Future[None]] = {}
         acts = self.folder / "acts"
         resumed = self._stop(walk.device)
         if resumed is None:
@@ -61,8 +75,10 @@ class SensitivityFiles:
         try:
             weighting = self.method.token_weighting
             sensitivities(walk.hidden_rows(rows, store), keep, weighting, stop=stop, resumed=resumed)
+            wait()
         finally:
             store.close()
+        shutil.rmtree(acts, ignore_errors=True)
 
     def _stop(self, device: torch.device) -> Stop | None:
         """The last stop of a walk that was begun here."""

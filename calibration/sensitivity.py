@@ -110,13 +110,14 @@ def sensitivities(
     weighting: str,
     seed: int = 0,
     *,
-    stop: Callable[[Stop], None] = lambda _: None,
+    stop: Callable[[Stop], None] | None = None,
     resumed: Stop | None = None,
 ) -> None:
     """Metrics and token weights of every block, last block first; `keep` gets each. Leaves the store empty.
 
     `weighting`: the recipe's `token_weighting`; `seed`: of the labels that are drawn. `stop` is called wherever the
-    walk can go on later: then it is given as `resumed`, with the same store."""
+    walk can go on later: then it is given as `resumed`, with the same store. Files that the walk no longer needs are
+    `stop`'s to remove, once the next stop rests on others."""
     walk, n_blocks = hidden.walk, hidden.walk.adapter.n_blocks
     apart = spacing(n_blocks)
     walk.step.begin("sensitivity")
@@ -129,7 +130,8 @@ def sensitivities(
                 hidden.store.drop(index)
         _from_head(hidden, seed)
         resumed = Stop(n_blocks, None, 0)
-        stop(resumed)
+        if stop is not None:
+            stop(resumed)
     later = _Routers(resumed.routers_HH, resumed.routers)
     for begin in reversed(range(0, resumed.begin, apart)):
         end = min(begin + apart, n_blocks)
@@ -140,12 +142,15 @@ def sensitivities(
             block = _loaded(hidden, index, then=index - 1 if index > begin else begin - apart)
             keep(index, *_back_through(hidden, block, later, weighting))
             del block
-            # What a stop rests on stays until the next one.
             hidden.store.release(end) if index + 1 == end else hidden.store.drop(index + 1)
-        stop(Stop(begin, later.total, later.count))
-        hidden.store.drop(end)
-        hidden.store.drop(begin, STREAM)
-    hidden.store.drop(0)
+        if stop is not None:
+            stop(Stop(begin, later.total, later.count))
+            hidden.store.release(begin, STREAM)
+        else:
+            hidden.store.drop(end)
+            hidden.store.drop(begin, STREAM)
+    if stop is None:
+        hidden.store.drop(0)
 
 
 def _loaded(hidden: HiddenRows, index: int, then: int) -> Block:

@@ -205,17 +205,19 @@ class Activations:
         """Bytes of all rows that enter `block`."""
         return sum(entry.nbytes for _, entry in self._entering(block))
 
-    def settle(self, block: int) -> None:
-        """Make the rows that enter `block` durable: in files, on the disk."""
-        self._settled(block, self._entering(block))
+    def settle(self, *blocks: int) -> None:
+        """Make the rows that enter these blocks durable: in files, on the disk."""
+        for block in blocks:
+            self._settled(block, self._entering(block))
 
-    def keep(self, block: int, commit: Callable[[], None]) -> Future[None]:
+    def keep(self, *blocks: int, commit: Callable[[], None]) -> Future[None]:
         """`settle`, then `commit`, both in the thread that writes. The rows of now are written, whatever is put and
         released meanwhile."""
-        entries = self._entering(block)
+        entries = [(block, self._entering(block)) for block in blocks]
 
         def work() -> None:
-            self._settled(block, entries)
+            for block, its in entries:
+                self._settled(block, its)
             commit()
 
         return self._writer.submit(work)
@@ -253,21 +255,21 @@ class Activations:
         for _, entry in entering:
             if entry.written is not None:
                 entry.written.result()
-        folder = self.folder / f"{block:04d}"
-        if stream is None:
-            shutil.rmtree(folder, ignore_errors=True)
-        else:
-            for path in folder.glob(f"{stream}-*.safetensors"):
-                path.unlink()
+        self.remove_files(block, stream)
 
     def close(self) -> None:
         """Ends both threads. What waits to be written is not written."""
         for pool in (self._writer, self._reader):
             pool.shutdown(cancel_futures=True)
 
-    def remove_files(self, block: int) -> None:
+    def remove_files(self, block: int, stream: str | None = None) -> None:
         """Remove the files of rows that were released."""
-        shutil.rmtree(self.folder / f"{block:04d}", ignore_errors=True)
+        folder = self.folder / f"{block:04d}"
+        if stream is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            for path in folder.glob(f"{stream}-*.safetensors"):
+                path.unlink()
 
     def remove_files_but(self, block: int | None) -> None:
         """Remove what a killed run has left, but for the rows that enter `block`."""

@@ -67,7 +67,7 @@ class Keeper:
         elif now - self._last + seconds + writing > MOST_LOST_SECONDS:
             self._wait()
             self._waiting = None
-            self._pending = (block, self.store.keep(block, partial(self._commit, number, block)))
+            self._pending = (block, self.store.keep(block, commit=partial(self._commit, number, block)))
             self._last = now
 
     def _let_go(self, block: int) -> None:

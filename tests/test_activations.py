@@ -104,7 +104,7 @@ def test_a_commit_comes_after_the_rows_of_its_time(tmp_path: Path, monkeypatch: 
     for batch in range(3):
         store.put(1, "a", batch, rows(batch))
     found = []
-    future = store.keep(1, lambda: found.extend(Activations(tmp_path).get(1, "a", batch) for batch in range(3)))
+    future = store.keep(1, commit=lambda: found.extend(Activations(tmp_path).get(1, "a", n) for n in range(3)))
     assert began.wait(10)
     store.release(1)
     store.put(1, "a", 0, rows(99))

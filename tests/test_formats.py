@@ -22,6 +22,7 @@ from onecard.checkpoint.formats import compressed_tensors_read as ct_read
 from onecard.checkpoint.formats import compressed_tensors_write as ct
 from onecard.checkpoint.formats.compressed_tensors_config import read_groups
 from onecard.checkpoint.formats.packing import unpack_columns
+from onecard.core import device
 from onecard.core.quantized_weight import QuantizedWeight
 from onecard.core.scheme import BY_ROW, Scheme
 from onecard.core.tensors import DTYPE_NAMES
@@ -59,6 +60,18 @@ def test_unpack_of_pack_is_the_weight_bit_for_bit(weight: QuantizedWeight) -> No
     assert back.scales.dtype == weight.scales.dtype
     assert same_bits(back.zero_points, weight.zero_points)
     assert back.scheme == weight.scheme
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("shape", [(3, 64), (16, 8), (5, 24), (8, 1), (2, 12)])
+def test_a_gpus_way_makes_the_packages_words(
+    bits: int, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = 1 << (bits - 1)
+    codes = torch.randint(-half, half, shape, generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    monkeypatch.setattr(device, "CUDA_WAY_TOO", True)
+    assert torch.equal(ct._words(codes, bits), pack_to_int32(codes, bits))
+    assert torch.equal(ct._words(codes.T, bits), pack_to_int32(codes.T, bits))
 
 
 @given(weights())

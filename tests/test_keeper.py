@@ -59,7 +59,7 @@ class Store:
         self.clock.now += self.nbytes / DISK_BYTES_PER_SECOND
         self.on_disk.add(block)
 
-    def keep(self, block: int, commit: Callable[[], None]) -> Writing:
+    def keep(self, block: int, *, commit: Callable[[], None]) -> Writing:
         assert block in self.in_memory
 
         def both() -> None:

@@ -11,6 +11,7 @@ Specification: compressed-tensors, `compressors/pack_quantized`.
 import torch
 from compressed_tensors.compressors.pack_quantized import pack_to_int32
 
+from ...core.device import on_cuda
 from ...core.quantized_weight import QuantizedWeight
 from ...core.scheme import Scheme
 from .packing import words_for
@@ -34,10 +35,22 @@ def pack(weight: QuantizedWeight) -> dict[str, torch.Tensor]:
     """One 2-D QuantizedWeight -> its stored tensors by suffix, on the CPU."""
     bits = weight.scheme.bits
     stored = {
-        PACKED: pack_to_int32(weight.codes, bits).cpu(),
+        PACKED: _words(weight.codes, bits).cpu(),
         SCALE: weight.scales.cpu().contiguous(),
         SHAPE: torch.tensor(weight.codes.shape, dtype=torch.int64),
     }
     if weight.zero_points is not None:
-        stored[ZERO] = pack_to_int32(weight.zero_points.T, bits).T.contiguous().cpu()
+        stored[ZERO] = _words(weight.zero_points.T, bits).T.contiguous().cpu()
     return stored
+
+
+def _words(codes_OI: torch.Tensor, bits: int) -> torch.Tensor:
+    """int32 words of int8 codes. On a CPU the package packs them. It adds fields by scatter_add_, which sorts a matrix's
+    84 million indices once torch is deterministic on a GPU: there fields that divide a word are shifted into it."""
+    if not on_cuda(codes_OI) or 32 % bits or codes_OI.shape[1] % (32 // bits):
+        return pack_to_int32(codes_OI, bits)
+    each, zero = 32 // bits, 1 << (bits - 1)
+    word_OW = torch.zeros(len(codes_OI), codes_OI.shape[1] // each, dtype=torch.int32, device=codes_OI.device)
+    for j in range(each):
+        word_OW |= (codes_OI[:, j::each].to(torch.int32) + zero) << (bits * j)
+    return word_OW
