@@ -15,7 +15,7 @@ import hashlib
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -28,6 +28,8 @@ from .workdir import damaged, read_json, read_tensors
 CPU = torch.device("cpu")
 # The share of the free RAM that rows may take. Two stores can be in use at a time, and weights need room.
 RAM_SHARE = 1 / 4
+# Weights lie on the card there, and only one store is large at a time.
+RAM_SHARE_BESIDE_A_CARD = 1 / 2
 # Batches that wait for the thread that writes. More would fill the RAM that files are to spare.
 MOST_WAITING = 4
 
@@ -54,14 +56,15 @@ class Room:
     ram_bytes: int
 
     @classmethod
-    def now(cls, device_bytes: int = 0) -> "Room":
-        """A share of the RAM that is free now, and what the caller knows to be free on the card."""
+    def now(cls, device_bytes: int | None = None) -> "Room":
+        """A share of the RAM that is free now, and what the caller knows to be free on the card. None: no card."""
         return cls.of(psutil.virtual_memory().available, device_bytes)
 
     @classmethod
-    def of(cls, free_bytes: int, device_bytes: int = 0) -> "Room":
+    def of(cls, free_bytes: int, device_bytes: int | None = None) -> "Room":
         """As `now`, with so much RAM free."""
-        return cls(device_bytes, int(free_bytes * RAM_SHARE))
+        share = RAM_SHARE if device_bytes is None else RAM_SHARE_BESIDE_A_CARD
+        return cls(device_bytes or 0, int(free_bytes * share))
 
 
 @dataclass
@@ -87,9 +90,10 @@ class Activations:
 
     folder: Path
     device: torch.device = CPU
-    room: Room = field(default_factory=Room.now)
+    room: Room | None = None  # None: what is free now
 
     def __post_init__(self) -> None:
+        self._room = self.room or Room.now(None if self.device.type == "cpu" else 0)
         self._entries: dict[Key, _Entry] = {}
         self._used = _Used()
         self._lane = Lane(self.device)
@@ -111,13 +115,13 @@ class Activations:
         self._forget(key)
         entry = self._entries[key] = _Entry(hidden.nbytes)
         on_card = hidden.device.type == "cuda"
-        if on_card and self._used.device_bytes + entry.nbytes <= self.room.device_bytes:
+        if on_card and self._used.device_bytes + entry.nbytes <= self._room.device_bytes:
             entry.on_device = self._lane.copy(hidden)
             self._used.device_bytes += entry.nbytes
             return
         entry.in_ram = self._lane.to_ram(hidden)
         taken = self._lane.ram_bytes(entry.nbytes)
-        entry.counted = self._used.ram_bytes + taken <= self.room.ram_bytes
+        entry.counted = self._used.ram_bytes + taken <= self._room.ram_bytes
         if entry.counted:
             self._used.ram_bytes += taken
         else:

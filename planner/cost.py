@@ -74,14 +74,14 @@ class Machine:
             batch_tokens=compute.batch_tokens,
             site_budget_bytes=site_budget(device),
             card_bytes=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0,
-            rows_ram_bytes=Room.now().ram_bytes,
+            rows_ram_bytes=Room.now(None if compute.device.type == "cpu" else 0).ram_bytes,
         )
 
     @classmethod
     def assumed(cls, card: AssumedCard, itemsize: int, batch_tokens: int) -> "Machine":
         """A machine with a card that is not at hand."""
         budget = card_site_budget(card.card_bytes)
-        ram = Room.of(card.ram_bytes).ram_bytes
+        ram = Room.of(card.ram_bytes, 0).ram_bytes
         return cls(torch.device("cuda"), itemsize, batch_tokens, budget, card.card_bytes, ram)
 
     @property

@@ -258,7 +258,7 @@ def _gone_through(
         stack.enter_context(mock.patch.object(kept, "sensitivities", _with_stops(tasks, kept.sensitivities)))
         free = SimpleNamespace(available=int(rates.RAM_BYTES * size.share))
         stack.enter_context(mock.patch.object(activations.psutil, "virtual_memory", return_value=free))
-        _carried_out(replace(run, room=activations.Room.now()), tasks, folder)
+        _carried_out(replace(run, room=activations.Room.now(0)), tasks, folder)
     kinds = tuple(
         " ".join(sorted(f"{s.role}{s.out_features}{s.in_features}x{len(s.members)}" for s in adapter.sites(block)))
         for block in range(adapter.n_blocks)

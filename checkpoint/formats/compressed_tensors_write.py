@@ -45,8 +45,8 @@ def pack(weight: QuantizedWeight) -> dict[str, torch.Tensor]:
 
 
 def _words(codes_OI: torch.Tensor, bits: int) -> torch.Tensor:
-    """int32 words of int8 codes. On a CPU the package packs them. It adds fields by scatter_add_, which sorts a matrix's
-    84 million indices once torch is deterministic on a GPU: there fields that divide a word are shifted into it."""
+    """int32 words of int8 codes. On a CPU the package packs them. It adds fields by scatter_add_, which sorts all of a
+    matrix's indices once torch is deterministic on a GPU: there fields that divide a word are shifted into it."""
     if not on_cuda(codes_OI) or 32 % bits or codes_OI.shape[1] % (32 // bits):
         return pack_to_int32(codes_OI, bits)
     each, zero = 32 // bits, 1 << (bits - 1)
