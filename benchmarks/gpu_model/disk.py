@@ -8,6 +8,7 @@ import torch
 from hollow import write_hole
 from onecard.checkpoint import activations, checksums, files, source, workdir
 from onecard.checkpoint.safetensors_header import read_header
+from onecard.core.layout import TEMPORARY
 from onecard.core.tensors import DTYPE_NAMES, TORCH_DTYPES, TensorInfo
 
 from . import rates
@@ -37,6 +38,8 @@ def stand_ins(ledger: Ledger) -> list[tuple[Any, str, Any]]:
         write_hole(path, infos)
         _write_values(path, tensors)
         ledger.file(sum(info.nbytes for info in infos.values()), "written")
+        # The system holds a written file until it is let go, under the name that it gets next.
+        in_ram.add(path.with_name(path.name.removesuffix(TEMPORARY)))
 
     def load_file(path: Path) -> dict[str, torch.Tensor]:
         found: dict[str, torch.Tensor] = {}
@@ -63,7 +66,8 @@ def stand_ins(ledger: Ledger) -> list[tuple[Any, str, Any]]:
 
     def sha256_file(path: Path) -> str:
         nbytes = path.stat().st_size
-        ledger.file(nbytes, "read")
+        if path not in in_ram:
+            ledger.file(nbytes, "read")
         in_ram.add(path)
         ledger.add("CPU seconds" if ledger.is_main else "CPU seconds behind", nbytes / rates.DIGEST)
         ledger.wait(nbytes / rates.DIGEST)

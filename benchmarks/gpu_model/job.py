@@ -284,6 +284,8 @@ def _carried_out(run: Run, tasks: Any, folder: Path) -> None:
         def finished(self, number: int, block: int | None) -> None:
             if block:
                 self._let_go(block - 1)
+            elif block is None:
+                self.written()
             self.workdir.commit(number)
 
     real = stages.quantize_one
