@@ -132,13 +132,20 @@ def test_rows_lie_on_the_card_then_in_ram_then_in_files(opened: Opened) -> None:
     stream = 2**20 * 5120 * 2
     all_rows = 5 * stream + 4 * EVALUATED * 5120 * 2
     for device, ram in ((0, 0), (stream, stream), (10**12, 0)):
-        places = RowPlaces.of(work, Room(device, ram), block_seconds=50.0)
+        places = RowPlaces.of(work, Room(device, ram), batch_tokens=0, block_seconds=50.0)
         assert places.device_bytes + places.ram_bytes + places.file_bytes == all_rows
         assert (places.device_bytes, places.ram_bytes) == (min(device, all_rows), min(ram, all_rows))
         assert places.disk_bytes >= places.file_bytes + places.commit_bytes
         writing = places.commit_bytes / DISK_BYTES_PER_SECOND
         assert places.blocks_per_commit * 50.0 + writing <= MOST_LOST_SECONDS
         assert (places.blocks_per_commit + 1) * 50.0 + writing > MOST_LOST_SECONDS
+
+
+def test_pinned_rows_take_powers_of_two(opened: Opened) -> None:
+    """A batch of 32,768 rows of 5,120 bf16 numbers, 1.25 times 2^28 bytes, takes 2^29."""
+    work = work_of(opened, "scout", "fast", TOKENS)
+    places = RowPlaces.of(work, Room(0, 16 * 2**29), batch_tokens=32768)
+    assert (places.ram_bytes, places.ram_taken_bytes) == (16 * 5 * 2**26, 16 * 2**29)
 
 
 def test_what_is_read_ahead_is_a_block_in_powers_of_two(opened: Opened) -> None:
