@@ -185,6 +185,10 @@ def _prepared(model_name: str, out: Path, recipe: Recipe, options: Options) -> t
     return replace(run, room=_room(run)), work
 
 
+def _pinned_tokens(run: Run) -> int:
+    return 0 if run.compute.device.type == "cpu" else run.compute.batch_tokens
+
+
 def _room(run: Run) -> Room:
     """For rows between blocks, from what is free now."""
     device = run.compute.device
@@ -253,7 +257,7 @@ def _refuse_full_disk(run: Run, work: Path) -> None:
     # The work directory's own formats are moved to OUT, others are written there a second time.
     written_again = 0 if run.recipe.format in SHARD_FORMATS else weight_bytes(run.planned)
     planned = _work(run)
-    needed = disk_bytes(planned, RowPlaces.of(planned, run.room).disk_bytes)
+    needed = disk_bytes(planned, RowPlaces.of(planned, run.room, _pinned_tokens(run)).disk_bytes)
     check_space(work, max(needed, pool_bytes) + written_again)
 
 

@@ -32,7 +32,9 @@ from hollow import MAVERICK, QWEN3, SCOUT, published, write_hollow  # noqa: E402
 from onecard.checkpoint.engines.table import ENGINES  # noqa: E402
 from onecard.cli import main as onecard  # noqa: E402
 from onecard.core.method import PRESETS, UNCALIBRATED  # noqa: E402
-from onecard.core.shipped_recipes import recipe_names  # noqa: E402
+from onecard.core.shipped_recipes import recipe_names, recipe_text  # noqa: E402
+from onecard.core.yaml_file import parse_yaml  # noqa: E402
+from onecard.forecast import plan  # noqa: E402
 from onecard.models.config_keys import COMMON, KEYS  # noqa: E402
 from onecard.recipe import Recipe, load_recipe  # noqa: E402
 
@@ -190,6 +192,23 @@ def scout_card() -> str:
     )
 
 
+def scout_time() -> str:
+    """README.md: what a plan says that each method takes on an H100 that is assumed."""
+    body = []
+    for method in ("rtn", "fast", "balanced", "best"):
+        with hollow(SCOUT) as folder, redirect_stderr(io.StringIO()):
+            cost = plan(str(folder), with_method("llama4-scout-h100", method), assume="h100-80gb").cost
+        sizes = [f"{nbytes / 1e9:.0f} GB" for nbytes in (cost.device_bytes, cost.ram_bytes, cost.disk_bytes)]
+        body.append([f"`{method}`", f"{cost.seconds / 60:.0f} min", *sizes])
+    return table(("method", "time", "card", "RAM", "disk"), body)
+
+
+def with_method(recipe: str, method: str) -> Recipe:
+    """A shipped recipe with another method, whose presets count."""
+    given = parse_yaml(recipe, recipe_text(recipe), "")
+    return Recipe.model_validate(given | {"method": method})
+
+
 # --- what the code says of itself
 
 
@@ -306,6 +325,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "peers, groups of 128": peers_short,
     "peers, beside the best other tool": peers_best,
     "Scout": scout,
+    "Scout's time": scout_time,
     "sizes": sizes,
     "Scout on its card": scout_card,
     "recipes": recipes,

@@ -71,8 +71,10 @@ class BatchCosts:
             return Busy()
         s = self.tokens * self.adapter.top_k
         busy = self.card.product(s / e, h, 2 * m, e) + self.card.product(s / e, m, h, e)
-        # Rows are dispatched, scaled or weighted, joined and added up: 4, 4, 4 and 4 or 6 bytes; silu 4 and times 6.
-        busy += self.card.moved(s * (18.0 * h + 10.0 * m), (OF_AN_EXPERT - 2) * e + 3)
+        # Rows are dispatched, scaled or weighted, joined, and added up slot by slot: 4, 4, 4, and 4 + 6 bytes; silu 4
+        # and times 6.
+        added = 2 * self.adapter.top_k
+        busy += self.card.moved(s * (22.0 * h + 10.0 * m), (OF_AN_EXPERT - 2) * e + added)
         return busy + self.card.moved(40.0 * 8 * s, ROUTING)
 
     def back(self, half: Half) -> Busy:
@@ -111,7 +113,8 @@ class BatchCosts:
         # The token's weight, of the rows that leave the half: a square and a mean.
         busy = self.card.moved(12.0 * self.tokens * h + 12.0 * s * i, 12) + self.moment(site, i)
         if site.role is Role.EXPERT:
-            busy += self.card.moved(4.0 * s * i, 2)  # rows of all experts are joined
+            # Rows of all experts are joined; the weights of each are summed.
+            busy += self.card.moved(4.0 * s * i, 2) + self.card.moved(0.0, len(site.members))
         if method.reference_correction:
             width = h if site.adds_to_residual else i
             # The miss is taken by token (8), or made of both streams' rows in fp32 (24), which for experts are joined

@@ -215,7 +215,13 @@ class _Model:
         adapter, tokens = self.work.adapter, self.work.tokens.evaluation
         heads = 2 * STORED_BYTES * adapter.vocab_size * adapter.hidden_size
         compared = head(self.card, adapter, tokens, 2, COMPARED_BYTES)
+        plan, rates = self.work.plan, self._rates
+        # Blocks have the digests of their reading back; what lies outside them, and shards that are joined, have none.
+        outside = plan.source_bytes - sum(block.parameters for block in self.work.blocks) * STORED_BYTES
+        again = outside if plan.shards == plan.pieces else plan.emitted_bytes
+        digests = again / rates.read_bytes + again / rates.digest_bytes
         return {
+            "checksums": digests,
             "verify": self.card.seconds(compared) + heads / self._rates.pageable_bytes,
             "disk": heads / self._rates.read_bytes,
         }

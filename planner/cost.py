@@ -96,14 +96,15 @@ def estimate(
     compute = compute_bytes(work, machine.site_budget_bytes)
     on_device = 0 if machine.on_cpu else rows_on_device(work, machine.card_bytes, machine.site_budget_bytes)
     room = Room(on_device, machine.rows_ram_bytes)
-    times = times_of(work, rates, machine.batch_tokens, RowPlaces.of(work, room).share_in_files)
+    pinned_tokens = 0 if machine.on_cpu else machine.batch_tokens
+    times = times_of(work, rates, machine.batch_tokens, RowPlaces.of(work, room, pinned_tokens).share_in_files)
     seconds_by = times.by_kind()
-    rows = RowPlaces.of(work, room, times.block_seconds)
+    rows = RowPlaces.of(work, room, pinned_tokens, times.block_seconds)
     return Cost(
         seconds=sum(seconds_by.values()),
         seconds_by=seconds_by,
         stages=run_stages(work, times),
-        ram_bytes=ram_bytes(work, compute, machine.on_cpu, rows.ram_bytes),
+        ram_bytes=ram_bytes(work, compute, machine.on_cpu, rows.ram_taken_bytes),
         device_bytes=0 if machine.on_cpu else compute + rows.device_bytes,
         disk_bytes=disk_bytes(work, rows.disk_bytes),
         rows=rows,

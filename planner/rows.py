@@ -5,6 +5,7 @@ from math import floor
 
 from ..checkpoint.activations import Room
 from ..checkpoint.keeper import AT_ONCE_SECONDS, MOST_LOST_SECONDS
+from ..core.lane import pinned_size
 from ..core.rates import DISK_BYTES_PER_SECOND
 from .memory import compute_bytes
 from .work import RunWork
@@ -33,16 +34,22 @@ class RowPlaces:
     file_bytes: int
     commit_bytes: int
     blocks_per_commit: int
+    # What the rows in RAM take there: pinned memory comes in powers of two.
+    ram_taken_bytes: int
 
     @classmethod
-    def of(cls, work: RunWork, room: Room, block_seconds: float = 0.0) -> "RowPlaces":
+    def of(cls, work: RunWork, room: Room, batch_tokens: int, block_seconds: float = 0.0) -> "RowPlaces":
+        """`batch_tokens`: of a batch whose rows lie in pinned memory; 0 on a CPU, which pins none."""
         calibration = work.stream_bytes if work.method.statistics else 0
         # Of both models, before and after a block.
         most = STREAMS * calibration + 4 * work.evaluation_bytes
+        batch = batch_tokens * work.adapter.hidden_size * work.itemsize
+        taken = pinned_size(batch) / batch if batch else 1.0
         on_device = min(most, room.device_bytes)
-        in_ram = min(most - on_device, room.ram_bytes)
+        in_ram = min(most - on_device, int(room.ram_bytes / taken))
         commit = COMMITTED_STREAMS * (calibration + work.evaluation_bytes)
-        return cls(on_device, in_ram, most - on_device - in_ram, commit, _blocks_per_commit(commit, block_seconds))
+        often = _blocks_per_commit(commit, block_seconds)
+        return cls(on_device, in_ram, most - on_device - in_ram, commit, often, int(in_ram * taken))
 
     @property
     def share_in_files(self) -> float:
