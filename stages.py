@@ -279,7 +279,7 @@ def verify_block(job: StageJob, made: QuantizedBlock) -> None:
     disk has given the shards back."""
     original = made.original
     assert original is not None
-    block, pieces = original.index, job.parts.pieces(original.index)
+    block = original.index
 
     def as_written() -> Block:
         made.wait()
@@ -288,7 +288,7 @@ def verify_block(job: StageJob, made: QuantizedBlock) -> None:
     seen = job.measuring.twin.through(block, (lambda: original, as_written)).to_json()
 
     def keep() -> None:
-        digests = {path.name: read_back_digest(path) for path in pieces}
+        digests = {path.name: read_back_digest(path) for path in job.parts.pieces(block)}
         files.write_json(job.seen_file(block), {"seen": seen, "digests": digests})
 
     job.disk.later(keep)

@@ -112,6 +112,7 @@ class WrittenParts:
         return adapter_of(self.shards / "config.json", self._config)
 
     def pieces(self, part: int) -> list[Path]:
+        """The files of a part that is written."""
         names = [piece.file for piece in self.plan.pieces if piece.part == part]
         return [
             next((f / name for f in (self.shards, self.out) if (f / name).exists()), self.shards / name)

@@ -101,11 +101,16 @@ class _State:
             return found
 
     def stop(self) -> None:
-        """Nothing further is read."""
-        with self.changed:
+        """Nothing further is read. A signal may have struck the walk's thread while it took the lock: then nothing waits
+        for it."""
+        if not self.changed.acquire(timeout=PATIENCE_SECONDS):
+            return
+        try:
             for block in list(self.waiting):
                 self._give_up(block)
             last = self.running - {threading.current_thread()}
+        finally:
+            self.changed.release()
         for thread in last:
             thread.join(PATIENCE_SECONDS)
 

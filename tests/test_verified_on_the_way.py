@@ -72,7 +72,7 @@ def test_what_the_disk_gives_back_is_measured(
     sums = read_sums(run.out / SUMS_NAME)
     shards = list(run.out.glob("*.safetensors"))
     assert len(shards) > 1
-    assert all(sums[path.name] == sha256_file(path) for path in shards)
+    assert {path.name: sums[path.name] for path in shards} == {path.name: sha256_file(path) for path in shards}
 
 
 def test_a_disk_that_gives_back_other_bytes(
