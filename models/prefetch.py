@@ -101,8 +101,7 @@ class _State:
             return found
 
     def stop(self) -> None:
-        """Nothing further is read. A signal may have struck the walk's thread while it took the lock: then nothing waits
-        for it."""
+        """Nothing further is read. A signal may have struck the walk's thread while it took the lock: nothing waits then."""
         if not self.changed.acquire(timeout=PATIENCE_SECONDS):
             return
         try:

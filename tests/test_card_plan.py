@@ -49,8 +49,8 @@ ENTRIES = [
     for method, by_tokens in COUNTED.get(model, {}).items()
     for tokens in by_tokens
 ]
-# Counts whose whole time is held. That of `balanced` is not: the count scales the stops of its walk back up from runs of
-# three blocks. Its peak and the solver's seconds are held as well.
+# Counts whose whole time is held. That of `balanced` is not: the count scales the stops of its walk back up from runs
+# of three blocks. Its peak and the solver's seconds are held as well.
 WHOLE = {("scout", "rtn", 2**20), ("scout", "fast", 2**19), ("scout", "fast", 2**20), ("scout", "best", 2**20)}
 EVALUATED = 128 * 2048
 BOUND = 0.15

@@ -38,8 +38,8 @@ def line(result: Result) -> dict[str, Any]:
 
 
 def same(far: dict[str, Any], near: dict[str, Any]) -> bool:
-    """Equal apart from name, path, estimated times, which rest on rates measured anew, and what rests on the RAM that is
-    free at the moment."""
+    """Equal apart from name, path, estimated times, which rest on rates measured anew, and what rests on the RAM that
+    is free at the moment."""
     named = {"model", "path", "estimated_seconds", "estimated_seconds_by", "rates"}
     named |= {key for key in far if "ram" in key or "rows_" in key or "disk" in key}
     return {k: v for k, v in far.items() if k not in named} == {k: v for k, v in near.items() if k not in named}
