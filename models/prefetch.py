@@ -101,7 +101,8 @@ class _State:
             return found
 
     def stop(self) -> None:
-        """Nothing further is read. A signal may have struck the walk's thread while it took the lock: nothing waits then."""
+        """Nothing further is read. A signal may have struck the walk's thread while it took the lock: then there is
+        nothing to wait for."""
         if not self.changed.acquire(timeout=PATIENCE_SECONDS):
             return
         try:
