@@ -48,30 +48,27 @@ class SensitivityFiles:
             wait()
             found = {"begin": torch.tensor(at.begin), "routers": torch.tensor(at.routers)}
             found |= {} if at.routers_HH is None else {"metric": at.routers_HH.cpu()}
-            known = list(pending)
 
             def commit() -> None:
                 files.write_tensors(self.folder / STOP, found)
-                for place in known:  # what the stop before rested on
-                    store.remove_files(place)
+                store.remove_files_above(at.begin)  # what the stop before rested on
                 store.remove_files(at.begin, STREAM)
 
-            pending[at.begin] = store.keep(*range(at.begin + 1), commit=commit)
+            pending.append(store.keep(*range(at.begin + 1), commit=commit))
 
         def wait() -> None:
-            for future in pending.values():
-                future.result()
+            while pending:
+                pending.pop().result()
 
-        pending: dict[int, Future[None]] = {}
+        pending: list[Future[None]] = []
         acts = self.folder / "acts"
         resumed = self._stop(walk.device)
         if resumed is None:
             shutil.rmtree(self.folder, ignore_errors=True)
         files.make_folder(self.folder)
-        for place in acts.iterdir() if acts.is_dir() else ():
-            if resumed is not None and int(place.name) > resumed.begin:  # a kill came before it was dropped
-                shutil.rmtree(place)
         store = Activations(acts, walk.device)
+        if resumed is not None:
+            store.remove_files_above(resumed.begin)  # a kill came before they were removed
         try:
             weighting = self.method.token_weighting
             sensitivities(walk.hidden_rows(rows, store), keep, weighting, stop=stop, resumed=resumed)

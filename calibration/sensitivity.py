@@ -133,6 +133,8 @@ def sensitivities(
         if stop is not None:
             stop(resumed)
     later = _Routers(resumed.routers_HH, resumed.routers)
+    # What a stop rests on, or a thread still writes for one, stays on the disk.
+    let_go = hidden.store.drop if stop is None else hidden.store.release
     for begin in reversed(range(0, resumed.begin, apart)):
         end = min(begin + apart, n_blocks)
         if begin < last:
@@ -142,15 +144,11 @@ def sensitivities(
             block = _loaded(hidden, index, then=index - 1 if index > begin else begin - apart)
             keep(index, *_back_through(hidden, block, later, weighting))
             del block
-            hidden.store.release(end) if index + 1 == end else hidden.store.drop(index + 1)
+            let_go(index + 1)
         if stop is not None:
             stop(Stop(begin, later.total, later.count))
-            hidden.store.release(begin, STREAM)
-        else:
-            hidden.store.drop(end)
-            hidden.store.drop(begin, STREAM)
-    if stop is None:
-        hidden.store.drop(0)
+        let_go(begin, STREAM)
+    let_go(0)
 
 
 def _loaded(hidden: HiddenRows, index: int, then: int) -> Block:

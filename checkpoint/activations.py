@@ -39,6 +39,10 @@ DIGESTS = "digests.json"
 Key = tuple[int, str, int]  # block, stream, batch
 
 
+def _read(path: Path) -> torch.Tensor:
+    return read_tensors(path)["hidden"]
+
+
 def _digest(rows: torch.Tensor) -> str:
     return hashlib.sha256(rows.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
 
@@ -75,7 +79,8 @@ class _Entry:
     on_device: torch.Tensor | None = None
     in_ram: InRam | None = None
     counted: bool = False  # whether the RAM is counted in the room
-    written: Future[None] | None = None  # set as soon as there is, or will be, a file
+    written: Future[None] | None = None  # set as soon as there is, or will be, a file that spares the RAM
+    settled: bool = False  # durable, and its digest is kept
 
 
 @dataclass
@@ -153,7 +158,7 @@ class Activations:
         if entry is not None and entry.written is not None:
             entry.written.result()
         path = self._file(key)
-        rows = read_tensors(path)["hidden"]
+        rows = _read(path)
         if entry is None and _digest(rows) != _digests(path.parent).get(path.name):  # another process wrote it
             raise damaged(path)
         return rows
@@ -168,7 +173,7 @@ class Activations:
             if self.device.type == "cuda":
                 self._ahead[key] = self._lane.to_device(ram)
         elif key not in self._reading:
-            self._reading[key] = self._reader.submit(lambda: read_tensors(self._file(key))["hidden"])
+            self._reading[key] = self._reader.submit(_read, self._file(key))
 
     def _forget(self, key: Key) -> None:
         """Free the memory of a batch. A file that is there, or comes, stays."""
@@ -228,6 +233,7 @@ class Activations:
 
     def _settled(self, block: int, entries: list[tuple[Key, _Entry]]) -> None:
         folder = self.folder / f"{block:04d}"
+        entries = [(key, entry) for key, entry in entries if not entry.settled]
         for key, entry in entries:
             if entry.written is None:
                 self._written(key, entry)
@@ -241,9 +247,11 @@ class Activations:
                 path = self._file(key)
                 files.sync_file(path)
                 ram = entry.in_ram  # what was written is compared with what should have been
-                digests[path.name] = _digest(ram.read() if ram is not None else read_tensors(path)["hidden"])
+                digests[path.name] = _digest(ram.read() if ram is not None else _read(path))
             files.sync_folder(folder)
         files.write_json(folder / DIGESTS, digests)
+        for _, entry in entries:
+            entry.settled = True
 
     def release(self, block: int, stream: str | None = None) -> None:
         """Free the memory of the rows that entered `block`, or of one stream. Files stay: a commit may rest on them."""
@@ -275,9 +283,15 @@ class Activations:
             for path in folder.glob(f"{stream}-*.safetensors"):
                 path.unlink()
 
+    def remove_files_above(self, block: int) -> None:
+        """Remove the files of rows that enter blocks after this one, and were released."""
+        self._remove_folders(lambda entered: entered > block)
+
     def remove_files_but(self, block: int | None) -> None:
         """Remove what a killed run has left, but for the rows that enter `block`."""
-        if self.folder.is_dir():
-            for path in self.folder.iterdir():
-                if block is None or path.name != f"{block:04d}":
-                    shutil.rmtree(path, ignore_errors=True)
+        self._remove_folders(lambda entered: entered != block)
+
+    def _remove_folders(self, wanted: Callable[[int], bool]) -> None:
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+            if wanted(int(path.name)):
+                shutil.rmtree(path, ignore_errors=True)

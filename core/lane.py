@@ -24,10 +24,6 @@ class InRam:
     _tensor: torch.Tensor
     _done: torch.cuda.Event | None = None
 
-    @property
-    def nbytes(self) -> int:
-        return self._tensor.nbytes
-
     def read(self) -> torch.Tensor:
         """The tensor, once it is complete. Not to be written to."""
         if self._done is not None:

@@ -116,6 +116,28 @@ def test_a_commit_comes_after_the_rows_of_its_time(tmp_path: Path, monkeypatch: 
     store.close()
 
 
+def test_rows_are_settled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stop of the walk back settles every place below it, again and again: only what is new is written."""
+    written: list[Path] = []
+    real = activations.files.write_tensors
+
+    def noted(path: Path, *args: object, **kwargs: object) -> None:
+        written.append(path)
+        real(path, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(activations.files, "write_tensors", noted)
+    store = Activations(tmp_path)
+    store.put(1, "a", 0, rows(0))
+    store.settle(0, 1)
+    store.put(1, "b", 0, rows(1))
+    store.settle(0, 1)
+    assert [path.name for path in written] == ["a-00000.safetensors", "b-00000.safetensors"]
+    store.put(1, "a", 0, rows(2))
+    store.settle(1)
+    assert torch.equal(Activations(tmp_path).get(1, "a", 0), rows(2))
+    assert torch.equal(Activations(tmp_path).get(1, "b", 0), rows(1))
+
+
 def test_a_disk_that_fails_behind_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: object, **kwargs: object) -> None:
         raise ResourceError("the disk is full")

@@ -1,6 +1,7 @@
 """The metrics of calibration/sensitivity.py against gradients of the whole model as transformers computes it."""
 
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from babies import changed_copy, edit_json
 from onecard.blocks import sensitivity as sensitivity_files
 from onecard.blocks.sensitivity import STOP, SensitivityFiles
 from onecard.calibration.sensitivity import NEAR_SHARE, RESIDUAL, near_ties, sensitivities, tie_metric
+from onecard.checkpoint import activations
 from onecard.checkpoint.activations import Activations
 from onecard.checkpoint.model import open_model
 from onecard.core.rows import Row, rows_at_once
@@ -259,6 +261,42 @@ def test_a_walk_back_goes_on_where_it_was_stopped(
                 made.measure(walk, rows)
         made.measure(walk, rows)
         assert contents(tmp_path / f"{stops}") == whole
+
+
+def test_a_slow_disk_does_not_stop_the_walk_back(
+    baby: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread still writes what a stop rests on while the walk lets go of those rows: a stretch of two blocks."""
+    method, walk = load_recipe("demo").quantizer, cpu_walk(open_model(str(baby("scout"))), 30)
+    ids = torch.randint(3, 240, (3, 21), generator=torch.Generator().manual_seed(5))
+    rows = [Row(f"row-{i}", "text", tokens) for i, tokens in enumerate(ids)]
+    monkeypatch.setattr("onecard.calibration.sensitivity.spacing", lambda _: 2)
+    real, let_go = activations.files.write_tensors, threading.Event()
+
+    def slowly(path: Path, *args: object, **kwargs: object) -> None:
+        assert path.parent.name != "0001" or let_go.wait(60)
+        real(path, *args, **kwargs)  # type: ignore[arg-type]
+
+    def told(name: str) -> Callable[..., None]:
+        method = getattr(Activations, name)
+
+        def tell(store: Activations, block: int, stream: str | None = None) -> None:
+            method(store, block, stream)
+            if block == 1:
+                let_go.set()
+
+        return tell
+
+    SensitivityFiles(tmp_path / "quick", method).measure(walk, rows)
+    monkeypatch.setattr(activations.files, "write_tensors", slowly)
+    for name in ("drop", "release"):
+        monkeypatch.setattr(Activations, name, told(name))
+    SensitivityFiles(tmp_path / "slow", method).measure(walk, rows)
+    names = sorted(path.name for path in (tmp_path / "quick").iterdir())
+    assert names == ["0000.safetensors", "0001.safetensors", STOP]
+    assert names == sorted(path.name for path in (tmp_path / "slow").iterdir())
+    for name in names:
+        assert (tmp_path / "quick" / name).read_bytes() == (tmp_path / "slow" / name).read_bytes()
 
 
 def test_the_two_halves_are_the_block(baby: Callable[..., Path]) -> None:
