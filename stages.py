@@ -93,8 +93,12 @@ class Run:
         end: then both models are walked once more."""
         return self.recipe.format in SHARD_FORMATS
 
+    @cached_property
+    def encoder(self) -> Encoder:
+        return Encoder(self.model.path, self.model.adapter, self.texts.date)
+
     def evaluation(self, rows: list[Row]) -> Evaluation:
-        return Evaluation(Encoder(self.model.path, self.model.adapter, self.texts.date), rows, self.tasks)
+        return Evaluation(self.encoder, rows, self.tasks)
 
     @property
     def files(self) -> list[str]:
@@ -331,8 +335,7 @@ def verify(job: StageJob) -> None:
     measured, documents = _measured(job, emitted, record)
     measured.put_into(record)
     record.checkpoint = CheckpointFacts(bytes=emitted_bytes)
-    encoder = Encoder(run.model.path, run.model.adapter, run.texts.date)
-    compare_sides(run.model, emitted, encoder, documents, run.tasks).put_into(record)
+    compare_sides(run.model, emitted, run.encoder, documents, run.tasks).put_into(record)
     record.gate = gate_of_run(record, RECORD_NAME, run.recipe)
     close_machine(record, job.progress, run.compute.device, run.began)
     files.write_json(job.workdir.path / RECORD, record.to_json())

@@ -6,7 +6,6 @@ its blocks, each as soon as its shard is on disk.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from .summary import summarize
 from .task_requests import requests_of
 from .tasks import Task, flip_summary, repeated_warnings
 from .token_table import write_tokens
-from .twin import Twin, TwinWalk, load_ahead
+from .twin import Twin, TwinWalk
 
 WITHOUT_VISION = "{name} has no vision tower: no text with a picture is evaluated"
 
@@ -127,8 +126,5 @@ def measure(
     store = Activations(folder, walk.device)
     other = walk.beside(quantized.adapter, quantized.source)
     measuring = Measuring(walk, other, evaluation, store)
-    measuring.twin.embed()
-    for index in range(walk.adapter.n_blocks):
-        measuring.twin.through(index, (partial(load_ahead, walk, index), partial(load_ahead, other, index)))
-        store.drop(index)
+    measuring.twin.through_all()
     return measuring.figures(other, calibration_rows, keep_tokens)

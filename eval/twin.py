@@ -88,7 +88,8 @@ class BlockSeen:
 
 
 class TwinWalk:
-    """The two models on their way. `embed` comes first, then `through` every block in order, then `finish`.
+    """The two models on their way. `embed` comes first, then `through` every block in order (`through_all` does both),
+    then `finish`.
 
     `asked`: rows of which only some predictions are wanted. `with_errors`: also measure where the divergence comes
     from. Both walks are over one model, on one device and with one size of batches.
@@ -104,7 +105,7 @@ class TwinWalk:
         asked: Sequence[Asked] = (),
         with_errors: bool = False,
     ) -> None:
-        self.step, self.adapter = reference.step, reference.adapter
+        self.step, self.adapter, self._store = reference.step, reference.adapter, store
         groups = batches(rows, reference.compute.batch_tokens)
         self._measured = len(groups)  # the batches of `rows` come first, those of `asked` follow
         more = batches([item.row for item in asked], reference.compute.batch_tokens)
@@ -129,6 +130,14 @@ class TwinWalk:
         for side in self._sides:
             self.step.begin("verify: embed")
             side.hidden.embed(side.name)
+
+    def through_all(self) -> None:
+        """The rows of both models, embedded, through all blocks, each as it lies on the disk."""
+        self.embed()
+        ours, theirs = (side.hidden.walk for side in self._sides)
+        for index in range(self.adapter.n_blocks):
+            self.through(index, (partial(_load_ahead, ours, index), partial(_load_ahead, theirs, index)))
+            self._store.drop(index)
 
     def through(self, index: int, load: tuple[Callable[[], Block], Callable[[], Block]]) -> BlockSeen:
         """Both models through their block `index`, which `load` gives for either. The rows that entered stay in the
@@ -174,7 +183,7 @@ class TwinWalk:
         )
 
 
-def load_ahead(walk: Walk, index: int) -> Block:
+def _load_ahead(walk: Walk, index: int) -> Block:
     """Block `index` from the disk, where the next one is read from now on."""
     block = walk.load(index)
     walk.expect(index + 1)
@@ -192,10 +201,7 @@ def twin_walk(
 ) -> Twin:
     """A whole TwinWalk over two checkpoints on disk. Leaves the store empty."""
     walk = TwinWalk(reference, quantized, rows, store, asked=asked, with_errors=with_errors)
-    walk.embed()
-    for index in range(reference.adapter.n_blocks):
-        walk.through(index, (partial(load_ahead, reference, index), partial(load_ahead, quantized, index)))
-        store.drop(index)
+    walk.through_all()
     twin = walk.finish(quantized)
     store.drop(reference.adapter.n_blocks)
     return twin
