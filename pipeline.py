@@ -350,8 +350,7 @@ def _through_stages(job: StageJob, stages: list[Stage]) -> None:
     done, workdir = job.workdir.done, job.workdir
     resting_on = max((stage.rows_enter for stage in stages[:done] if stage.rows_enter is not None), default=None)
     job.store.remove_files_but(resting_on)
-    keeper = Keeper(job.store, workdir, job.disk.wait)
-    keeper.begin(resting_on)
+    keeper = Keeper(job.store, workdir, resting_on, job.disk.wait)
     for number, stage in list(enumerate(stages, 1))[done:]:
         refuse_passed(finished_blocks(job, stages[: number - 1]), job.run.recipe.limits, workdir.path)
         stage.do(job)

@@ -7,8 +7,8 @@
     reference stream h  -> original block -> h of the next block
     quantized stream h' -> target block   -> h' of the next block
 
-Round-to-nearest, and formats that quantize by themselves, need no statistics: then no block is loaded, and weights are
-read expert by expert.
+Round-to-nearest, and formats that quantize by themselves, need no statistics. Where nobody wants the block afterwards,
+it is not loaded then, and weights are read expert by expert.
 
 Shape legend: B experts, O outputs, I inputs.
 """
@@ -345,8 +345,10 @@ def _hand_over(job: BlockJob, site: Site, block: Block | None, output: _Output) 
     dtype, exact = job.walk.scale_dtype(site), _exact(job, site, block)
     for member in site.members:
         before, after = [], []
-        held = {} if exact is None else {f"{name}.weight": exact.weight(name) for name in member}
-        found = held or dict(job.walk.read_each([f"{name}.weight" for name in member]))
+        if exact is None:
+            found = dict(job.walk.read_each([f"{name}.weight" for name in member]))
+        else:
+            found = {f"{name}.weight": exact.weight(name) for name in member}
         for name in member:
             weight = found[f"{name}.weight"]
             parts, stored = job.format.quantize(weight.cpu().to(dtype), job.plan.schemes[name])

@@ -21,28 +21,25 @@ AT_ONCE_SECONDS = 1.0
 
 
 class Keeper:
-    """Commits to `workdir` with the rows of `store`. `written` returns when all else that the finished stages have to
-    write is on the disk. `clock`: seconds."""
+    """Commits to `workdir` with the rows of `store`. `resting_on`: the block whose rows the state of a resumed run
+    rests on. `written` returns when all else that the finished stages have to write is on the disk. `clock`: seconds.
+    """
 
     def __init__(
         self,
         store: Activations,
         workdir: WorkDir,
+        resting_on: int | None,
         written: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.store, self.workdir, self.written, self.clock = store, workdir, written, clock
         # The block whose rows lie in files that the state rests on, and the one whose rows are being written.
-        self._durable: int | None = None
+        self._durable = resting_on
         self._pending: tuple[int, Future[None]] | None = None
         # The last finished stage that is neither committed nor about to be, and the block that its rows enter.
         self._waiting: tuple[int, int] | None = None
         self._last = self._stage_began = clock()
-
-    def begin(self, block: int | None) -> None:
-        """`block`: the one whose rows the state rests on, in a resumed run."""
-        self._durable = block
-        self._last = self._stage_began = self.clock()
 
     def finished(self, number: int, block: int | None) -> None:
         """Stage `number` has ended, and the rows that enter `block` lie in the store; None where it leaves no rows.

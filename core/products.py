@@ -17,7 +17,8 @@ import torch
 
 from .device import on_cuda
 
-# With two parts the error on real rows is below that of an fp32 sum; see docs/benchmarks.md.
+# With two parts the error on real rows is a few times that of an fp32 sum, and far below what bf16 rows lose; see
+# docs/benchmarks.md.
 PARTS = 2
 
 

@@ -101,8 +101,7 @@ def most_lost(stages: list[float], nbytes: int) -> tuple[float, Commits]:
     store = Store(clock, nbytes)
     enters = [None, *range(len(stages) - 3), None, None]
     workdir = Commits(clock, store, dict(enumerate(enters, 1)))
-    keeper = Keeper(store, workdir, clock=clock)  # type: ignore[arg-type]
-    keeper.begin(None)
+    keeper = Keeper(store, workdir, None, clock=clock)  # type: ignore[arg-type]
     ended: dict[int, float] = {0: 0.0}
     for number, (seconds, block) in enumerate(zip(stages, enters, strict=True), 1):
         clock.now += seconds

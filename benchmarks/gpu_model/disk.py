@@ -69,17 +69,15 @@ def stand_ins(ledger: Ledger) -> list[tuple[Any, str, Any]]:
         if path not in in_ram:
             ledger.file(nbytes, "read")
         in_ram.add(path)
+        return digest(nbytes)
+
+    def digest(nbytes: int) -> str:
         ledger.add("CPU seconds" if ledger.is_main else "CPU seconds behind", nbytes / rates.DIGEST)
         ledger.wait(nbytes / rates.DIGEST)
         return "0" * 64
 
-    def digest(rows: torch.Tensor) -> str:
-        ledger.add("CPU seconds" if ledger.is_main else "CPU seconds behind", rows.nbytes / rates.DIGEST)
-        ledger.wait(rows.nbytes / rates.DIGEST)
-        return "0" * 64
-
     return [
-        (activations, "_digest", digest),
+        (activations, "_digest", lambda rows: digest(rows.nbytes)),
         (files, "save_file", save_file),
         (files, "sync_file", sync),
         (files, "sync_folder", sync),
