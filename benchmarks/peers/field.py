@@ -6,7 +6,13 @@ from typing import Any
 # onecard's own rows: values of the recipe's `method`.
 OWN = ("best", "balanced", "fast")
 OWN_GROUPS = (128, 64, 32)
-ROLES = {"llama4": ["expert", "shared_expert", "attention"], "qwen3_moe": ["expert", "mlp", "attention"]}
+# Family -> the roles that become int4. Ours knows no dense Llama; other tools have that form of real.py's model.
+ROLES = {
+    "llama4": ["expert", "shared_expert", "attention"],
+    "qwen3_moe": ["expert", "mlp", "attention"],
+    "mixtral": ["expert", "attention"],
+    "llama": [],
+}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""Measure a program as a whole process: wall time, and the largest resident set of it or of a child."""
+"""Measure a program as a whole process: wall and CPU time, and the largest resident set of it or of a child."""
 
 import os
 import re
+import resource
 import subprocess
 import threading
 import time
@@ -17,6 +18,8 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 class Measured:
     code: int
     seconds: float
+    # Of the program and of its children.
+    cpu_seconds: float
     peak_rss_bytes: int
 
 
@@ -56,7 +59,7 @@ def measure(command: list[str], env: dict[str, str], log: Path, timeout_seconds:
     """Run a command. VmHWM only grows, so polling misses only what the last POLL_SECONDS add.
 
     A peer's script also writes its own VmHWM at its end. ru_maxrss would include this process's own peak."""
-    began = time.monotonic()
+    began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     peak = 0
     over = threading.Event()
     with log.open("wb") as out:
@@ -78,4 +81,6 @@ def measure(command: list[str], env: dict[str, str], log: Path, timeout_seconds:
         seconds = time.monotonic() - began
         over.set()
         watcher.join()
-    return Measured(code, seconds, peak)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Measured(code, seconds, cpu_seconds, peak)

@@ -20,10 +20,10 @@ ROOT = HERE.parent.parent
 sys.path.insert(0, str(HERE))
 
 import judge  # noqa: E402
+import prepared  # noqa: E402
 from run import MODELS  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
-import inputs  # noqa: E402
 from onecard.checkpoint.loading import load_with_transformers  # noqa: E402
 from onecard.checkpoint.model import open_model  # noqa: E402
 from onecard.core.rows import Row  # noqa: E402
@@ -47,7 +47,7 @@ def main() -> int:
     failed = 0
     for name, own in MODELS.items():
         folder = own or given.build / "models" / name
-        rows = inputs.evaluation_rows(folder, "choice", given.build / "inputs" / name)[: given.rows]
+        rows = prepared.evaluation_rows(folder, "choice", given.build / "inputs" / name)[: given.rows]
         original = load_with_transformers(folder, torch.float32)
         wanted = [log_probabilities(original, row) for row in rows]
         for done in sorted((given.build / "jobs" / name).glob("onecard-*/done.json")):

@@ -23,15 +23,15 @@ ROOT = HERE.parent.parent
 sys.path.insert(0, str(HERE))
 
 import judge  # noqa: E402
+import prepared  # noqa: E402
 import process  # noqa: E402
 import rows as kept  # noqa: E402
 import table  # noqa: E402
 from field import PEERS, ROLES, Peer  # noqa: E402
 
-import inputs  # noqa: E402
 from onecard.checkpoint.source import open_folder  # noqa: E402
 
-MODELS = {"demo": inputs.DEMO / "model", "qwen3-moe": None}
+MODELS = {"demo": prepared.DEMO / "model", "qwen3-moe": None}
 TRIAL_DOCUMENTS = 8
 TENSOR_FILES = (".safetensors", ".gguf", ".bin", ".pt")
 
@@ -89,7 +89,7 @@ def quantized(
     if not interpreter(build, peer).exists():
         return {"error": f"no environment {peer.environment}: `make peers-env` builds it"}
     took = phase("quantize", peer, job, build, given)
-    found: dict[str, Any] = {"seconds": round(took.seconds, 2)}
+    found: dict[str, Any] = {"seconds": round(took.seconds, 2), "cpu_seconds": round(took.cpu_seconds, 2)}
     written = job / "quantize.json"
     if written.exists():
         found |= json.loads(written.read_text())
@@ -121,7 +121,7 @@ def sizes(checkpoint: Path, facts: dict[str, Any], source: Path) -> dict[str, An
 def row(peer: Peer, name: str, group: int, build: Path, given: argparse.Namespace) -> dict[str, Any]:
     model = MODELS[name] or build / "models" / name
     folder = build / "inputs" / name
-    facts = inputs.prepare(model, folder)
+    facts = prepared.prepare(model, folder)
     job = build / ("trial" if given.rows else "jobs") / name / f"{peer.name}-g{group}"
     which = "choice" if given.choice or given.rows else "test"
     head = {"peer": peer.name, "model": name, "group": group, "set": which, "calibrated": peer.calibrated}
@@ -134,7 +134,7 @@ def row(peer: Peer, name: str, group: int, build: Path, given: argparse.Namespac
     wrong = found["weights"]["error_max"] > judge.MOST_ERROR or found["weights"]["not_finite"]
     found["status"] = "stored wrong" if wrong else "ok"
     if not found["weights"]["not_finite"]:
-        rows = inputs.evaluation_rows(model, which, folder)[: TRIAL_DOCUMENTS if given.rows else None]
+        rows = prepared.evaluation_rows(model, which, folder)[: TRIAL_DOCUMENTS if given.rows else None]
         found["kl"] = judge.kl(model, dense, rows)
     return found
 

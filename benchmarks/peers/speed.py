@@ -25,10 +25,10 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+import prepared  # noqa: E402
 import process  # noqa: E402
 from field import ROLES  # noqa: E402
 
-import inputs  # noqa: E402
 import synthetic  # noqa: E402
 from onecard.calibration.packing import pack_rows  # noqa: E402
 from onecard.calibration.sources import read_jsonl  # noqa: E402
@@ -50,7 +50,7 @@ def write_multimodal(folder: Path, blocks: int, hidden: int) -> Path:
     """Write a synthetic Llama 4 with vision tower: names and shapes from our adapter, one shard a block."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    demo = json.loads((inputs.DEMO / "model" / "config.json").read_text())
+    demo = json.loads((prepared.DEMO / "model" / "config.json").read_text())
     text = synthetic.text_config(blocks, hidden, hidden + hidden // 4, EXPERTS)
     vision = demo["vision_config"] | {"projector_output_dim": hidden}
     config = demo | {
@@ -63,7 +63,7 @@ def write_multimodal(folder: Path, blocks: int, hidden: int) -> Path:
     (folder / "config.json").write_text(json.dumps(config))
     synthetic.write_tokenizer(folder)
     for name in ("preprocessor_config.json", "processor_config.json"):
-        shutil.copy(inputs.DEMO / "model" / name, folder / name)
+        shutil.copy(prepared.DEMO / "model" / name, folder / name)
     adapter = load_adapter(folder)
     generator = torch.Generator().manual_seed(0)
     weight_map = {}
@@ -93,7 +93,7 @@ def synthetic_inputs(model: Path, folder: Path, rows: int) -> dict[str, Any]:
     synthetic.write_texts(folder / "calibration.jsonl", rows, ROW_TOKENS, seed=1)
     synthetic.write_texts(folder / "choice.jsonl", 4, ROW_TOKENS, seed=2)
     encoded = Encoder(model, load_adapter(model)).encode_all(read_jsonl(folder / "calibration.jsonl"))
-    packed = torch.stack([row.tokens for row in pack_rows(encoded, ROW_TOKENS, rows, inputs.SEED)])
+    packed = torch.stack([row.tokens for row in pack_rows(encoded, ROW_TOKENS, rows, prepared.SEED)])
     save_file({"rows": packed}, folder / "rows.safetensors")
     return {"family": "llama4", "rows": len(packed)}
 
@@ -121,7 +121,7 @@ def once(
     if took.code:
         raise SystemExit(f"{side} failed, see {job / 'quantize.log'}")
     peak = json.loads((job / "quantize.json").read_text())["peak_rss_bytes"]
-    return process.Measured(took.code, took.seconds, max(peak, took.peak_rss_bytes))
+    return process.Measured(took.code, took.seconds, took.cpu_seconds, max(peak, took.peak_rss_bytes))
 
 
 def main() -> int:
@@ -143,8 +143,8 @@ def main() -> int:
             folder = home / "inputs"
             facts = synthetic_inputs(model, folder, given.rows)
         else:
-            model, folder = inputs.DEMO / "model", build / "inputs" / "demo"
-            facts = inputs.prepare(model, folder)
+            model, folder = prepared.DEMO / "model", build / "inputs" / "demo"
+            facts = prepared.prepare(model, folder)
             facts["rows"] = min(given.rows, facts["rows"])
         runs: dict[str, list[process.Measured]] = {side: [] for side in SIDES}
         for pair in range(given.pairs):

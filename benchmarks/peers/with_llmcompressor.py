@@ -11,7 +11,7 @@ import json
 
 from contract import Job, canonical_modules, modules_of, run
 
-LAYERS = {"llama4": "Llama4TextDecoderLayer", "qwen3_moe": "Qwen3MoeDecoderLayer"}
+LAYERS = {"llama4": "Llama4TextDecoderLayer", "qwen3_moe": "Qwen3MoeDecoderLayer", "llama": "LlamaDecoderLayer"}
 IGNORE = ["re:.*lm_head$", "re:.*router$", "re:.*mlp.gate$", "re:.*vision_model.*", "re:.*multi_modal_projector.*"]
 
 

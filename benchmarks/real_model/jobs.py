@@ -1,0 +1,152 @@
+"""`real.py run`: one method or one other tool on the real model, and its KL by kind of text.
+
+Ours quantizes the mixture. Other tools quantize the dense form, in their own environments, through the drivers of
+benchmarks/peers. In both every linear weight of the blocks becomes int4. One judge reads both as mixtures.
+
+    build/real/jobs/NAME       what the job read and wrote; weights as read back are removed once they are judged
+    build/real/results-ROLE.json
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import judge
+import run as peers
+import torch
+from field import PEERS, Peer, own
+from safetensors.torch import save_file
+
+from onecard.checkpoint.source import Folder, open_folder
+from onecard.core.rows import Row
+from onecard.eval.kl import TokenResults
+from onecard.eval.summary import TokenGroup, summarize_groups
+
+from . import documents, made, mixture
+
+# 576, the hidden size, is no multiple of 128.
+GROUPS = (64, 32)
+HOME = "home"
+
+
+@dataclass(frozen=True)
+class Job:
+    """`changed`: values of the recipe that differ from the method's."""
+
+    peer: Peer
+    group: int
+    changed: dict[str, Any] = field(default_factory=dict)
+    rows: int | None = None
+
+    @property
+    def ours(self) -> bool:
+        return self.peer.environment == "onecard"
+
+    @property
+    def form(self) -> str:
+        return "mixture" if self.ours else "dense"
+
+    @property
+    def name(self) -> str:
+        parts = [f"{self.peer.name}-g{self.group}"]
+        if self.changed:
+            parts.append(hashlib.sha256(json.dumps(self.changed, sort_keys=True).encode()).hexdigest()[:8])
+        return "-".join([*parts, *([f"{self.rows}-rows"] if self.rows else [])])
+
+    def tool(self) -> Peer:
+        """The peer with this job's options."""
+        return replace(self.peer, options=self.peer.options | self.changed)
+
+
+def job_of(method: str | None, peer: str | None, group: int, changed: dict[str, Any], rows: int | None) -> Job:
+    if method is not None:
+        return Job(own(method), group, changed, rows)
+    known = {item.name: item for item in PEERS if item.environment != "onecard"}
+    if peer not in known:
+        raise ValueError(f"no such peer: {peer}; known: {', '.join(known)}")
+    return Job(known[peer], group, changed, rows)
+
+
+def carried_out(job: Job, build: Path, given: argparse.Namespace) -> dict[str, Any]:
+    """The job's facts, sizes and KL; with `error` if it failed. A job that is finished is only judged."""
+    folder, model, of_form = build / "jobs" / job.name, build / "model" / job.form, build / "inputs" / job.form
+    facts = made.make_inputs(build, job.form)
+    environments = build.parent / "peers"
+    role = "choice" if given.choice else "test"
+    head = {"name": job.name, "peer": job.peer.name, "group": job.group, "set": role, "changed": job.changed}
+    found = head | peers.quantized(job.tool(), model, of_form, facts, job.group, folder, environments, given)
+    if "error" in found:
+        return found
+    if not (folder / "dense").exists():
+        read = peers.phase("dense", job.tool(), folder, environments, given)
+        if read.code:
+            return found | {"error": f"reading back: {peers.last_words(folder, 'dense', read.code)}"}
+    found |= peers.sizes(folder / "checkpoint", facts, of_form / "canonical")
+    source, dense = open_folder(of_form / "canonical"), open_folder(folder / "dense")
+    found["weights"] = judge.check_weights(
+        source, dense, facts["weights"], facts["experts"], job.group, job.peer.rescales
+    )
+    with as_mixture(dense, job.form) as quantized:
+        found["kl"] = kl_by_kind(build / "model" / "mixture", quantized, made.evaluation_rows(build, role))
+    shutil.rmtree(folder / "dense")
+    return found
+
+
+@contextmanager
+def as_mixture(weights: Folder, form: str) -> Iterator[Folder]:
+    """A form's weights as the mixture's."""
+    if form == "mixture":
+        yield weights
+        return
+    with tempfile.TemporaryDirectory(prefix="real-") as name:
+        path = Path(name) / "model.safetensors"
+        save_file(mixture.mixture_tensors({name: weights.get(name) for name in weights.names}), path)
+        yield open_folder(Path(name))
+
+
+def kl_by_kind(model: Path, quantized: Folder, rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """Mean KL with its interval over rows, and same top-1, of each kind and of all home kinds together."""
+    tokens = judge.walked(model, quantized, list(rows)).tokens
+    assert tokens is not None
+    return {bucket.label: asdict(bucket) for bucket in summarize_groups(tokens, kinds_of(tokens, rows))}
+
+
+def kinds_of(tokens: TokenResults, rows: Sequence[Row]) -> list[TokenGroup]:
+    kinds = {kind: torch.tensor([row.kind == kind for row in rows]) for kind in (*documents.HOME, *documents.AWAY)}
+    kinds[HOME] = torch.stack([kinds[kind] for kind in documents.HOME]).any(0)
+    return [TokenGroup(kind, member[tokens.document]) for kind, member in kinds.items()]
+
+
+def keep(path: Path, found: dict[str, Any]) -> None:
+    """Put a result in place of an older one of the same job."""
+    rows = json.loads(path.read_text()) if path.exists() else []
+    rows = [row for row in rows if row["name"] != found["name"]] + [found]
+    path.write_text(json.dumps(sorted(rows, key=lambda row: (-row["group"], row["name"])), indent=1))
+
+
+def markdown(results: list[dict[str, Any]]) -> str:
+    """A table of all results: mean KL with its interval, by kind."""
+    kinds = (HOME, *documents.AWAY)
+    head = ("job", "group", *kinds, "same top-1, home", "stored bytes", "CPU seconds")
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in results:
+        cells = [row["peer"] + "".join(f" {key}={value}" for key, value in row["changed"].items()), str(row["group"])]
+        if "error" in row:
+            cells += [row["error"].replace("|", "/")[:200], *[""] * (len(head) - 3)]
+        else:
+            cells += [_kl(row["kl"][kind]) for kind in kinds]
+            cells += [f"{row['kl'][HOME]['same_top1']:.2%}", f"{row['stored_bytes']:,}", f"{row['cpu_seconds']:.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _kl(bucket: dict[str, Any]) -> str:
+    low, high = bucket["kl_low_nats"], bucket["kl_high_nats"]
+    return f"{bucket['kl_mean_nats']:.4f} ({low:.4f} to {high:.4f})"
