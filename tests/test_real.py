@@ -7,15 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 from gguf import GGUFReader, GGUFWriter
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path += [str(BENCHMARKS), str(BENCHMARKS / "peers")]
 
+import judge  # noqa: E402
+
+from onecard.checkpoint.source import open_folder  # noqa: E402
 from onecard.core.rows import Row  # noqa: E402
 from onecard.eval.kl import TokenResults  # noqa: E402
 from onecard.models.families import load_adapter  # noqa: E402
-from real_model import documents, jobs, llama_gguf, mixture, pages  # noqa: E402
+from real_model import documents, jobs, judging, llama_gguf, mixture, pages  # noqa: E402
 from real_model.documents import Text  # noqa: E402
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -232,10 +236,33 @@ def test_kinds_are_judged_apart_and_home_together() -> None:
     document = torch.tensor([0, 0, 1, 2])
     zeros = torch.zeros(4)
     tokens = TokenResults(*[zeros] * 8, document=document, position=document)
-    found = {group.label: group.member.tolist() for group in jobs.kinds_of(tokens, rows)}
+    found = {group.label: group.member.tolist() for group in judging.kinds_of(tokens, rows)}
     assert found["german"] == [False, False, False, True]
     assert found["python"] == [False, False, True, False]
-    assert found[jobs.HOME] == [True, True, True, False]
+    assert found[judging.HOME] == [True, True, True, False]
+
+
+def test_the_judge_says_what_the_twin_walk_does(folders: dict[str, Path], tmp_path: Path) -> None:
+    """The second time the original's rows are those that were kept."""
+    tensors = load_file(folders["mixture"] / "model.safetensors")
+    torch.manual_seed(1)
+    changed = {
+        name: tensor + 0.05 * torch.randn_like(tensor) if name in mixture.linear_weights(LlamaConfig()) else tensor
+        for name, tensor in tensors.items()
+    }
+    save_file(changed, tmp_path / "model.safetensors")
+    kinds = ("handbook", "python", "german", "german")
+    rows = [Row(str(number), kind, torch.arange(3, 83).roll(number)) for number, kind in enumerate(kinds)]
+    kept, other = tmp_path / "reference", open_folder(tmp_path)
+    found = judging.kl_by_kind(folders["mixture"], other, rows, kept)
+    whole = judge.kl(folders["mixture"], other, rows)
+    mean = sum(found[kind]["kl_mean_nats"] * found[kind]["tokens"] for kind in set(kinds)) / whole["tokens"]
+    assert mean == pytest.approx(whole["kl_mean_nats"], rel=1e-4)
+    assert whole["kl_mean_nats"] > 1e-3
+    written = [path.stat().st_mtime_ns for path in kept.iterdir()]
+    assert len(written) == 1
+    assert judging.kl_by_kind(folders["mixture"], other, rows, kept) == found
+    assert [path.stat().st_mtime_ns for path in kept.iterdir()] == written
 
 
 def test_a_job_has_a_name_of_its_own_and_one_result(tmp_path: Path) -> None:

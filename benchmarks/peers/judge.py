@@ -8,7 +8,6 @@ KL comes from our twin walk (eval/twin.py) in fp32, the same for all.
 """
 
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from onecard.core.device import Compute
 from onecard.core.rows import Row
 from onecard.core.tensors import TensorSource
 from onecard.eval.summary import summarize
-from onecard.eval.twin import Twin, twin_walk
+from onecard.eval.twin import twin_walk
 from onecard.models.families import load_adapter
 from onecard.models.walk import Walk
 
@@ -88,15 +87,10 @@ def check_weights(
     }
 
 
-def walked(model: Path, quantized: TensorSource, rows: list[Row]) -> Twin:
-    """The original and other weights for it, side by side in fp32."""
+def kl(model: Path, quantized: TensorSource, rows: list[Row]) -> dict[str, Any]:
     adapter = load_adapter(model)
     compute = Compute(device=torch.device("cpu"), dtype=torch.float32, batch_tokens=BATCH_TOKENS)
     reference = Walk.over(adapter, open_folder(model), compute)
     with tempfile.TemporaryDirectory(prefix="peers-judge-") as scratch:
-        return twin_walk(reference, reference.beside(adapter, quantized), rows, Activations(Path(scratch)))
-
-
-def kl(model: Path, quantized: TensorSource, rows: list[Row]) -> dict[str, Any]:
-    twin = walked(model, quantized, rows)
-    return asdict(summarize(twin.tokens)) | {"changed_routes": twin.mean_changed_routes}
+        twin = twin_walk(reference, reference.beside(adapter, quantized), rows, Activations(Path(scratch)))
+    return summarize(twin.tokens).model_dump() | {"changed_routes": twin.mean_changed_routes}

@@ -12,28 +12,23 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import judge
 import run as peers
-import torch
 from field import PEERS, Peer, own
 from safetensors.torch import save_file
 
 from onecard.checkpoint.source import Folder, open_folder
-from onecard.core.rows import Row
-from onecard.eval.kl import TokenResults
-from onecard.eval.summary import TokenGroup, summarize_groups
 
-from . import documents, made, mixture
+from . import documents, judging, made, mixture
 
 # 576, the hidden size, is no multiple of 128.
 GROUPS = (64, 32)
-HOME = "home"
 
 
 @dataclass(frozen=True)
@@ -94,7 +89,8 @@ def carried_out(job: Job, build: Path, given: argparse.Namespace) -> dict[str, A
         source, dense, facts["weights"], facts["experts"], job.group, job.peer.rescales
     )
     with as_mixture(dense, job.form) as quantized:
-        found["kl"] = kl_by_kind(build / "model" / "mixture", quantized, made.evaluation_rows(build, role))
+        rows = made.evaluation_rows(build, role)
+        found["kl"] = judging.kl_by_kind(build / "model" / "mixture", quantized, rows, build / "reference")
     shutil.rmtree(folder / "dense")
     return found
 
@@ -111,19 +107,6 @@ def as_mixture(weights: Folder, form: str) -> Iterator[Folder]:
         yield open_folder(Path(name))
 
 
-def kl_by_kind(model: Path, quantized: Folder, rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """Mean KL with its interval over rows, and same top-1, of each kind and of all home kinds together."""
-    tokens = judge.walked(model, quantized, list(rows)).tokens
-    assert tokens is not None
-    return {bucket.label: asdict(bucket) for bucket in summarize_groups(tokens, kinds_of(tokens, rows))}
-
-
-def kinds_of(tokens: TokenResults, rows: Sequence[Row]) -> list[TokenGroup]:
-    kinds = {kind: torch.tensor([row.kind == kind for row in rows]) for kind in (*documents.HOME, *documents.AWAY)}
-    kinds[HOME] = torch.stack([kinds[kind] for kind in documents.HOME]).any(0)
-    return [TokenGroup(kind, member[tokens.document]) for kind, member in kinds.items()]
-
-
 def keep(path: Path, found: dict[str, Any]) -> None:
     """Put a result in place of an older one of the same job."""
     rows = json.loads(path.read_text()) if path.exists() else []
@@ -133,7 +116,7 @@ def keep(path: Path, found: dict[str, Any]) -> None:
 
 def markdown(results: list[dict[str, Any]]) -> str:
     """A table of all results: mean KL with its interval, by kind."""
-    kinds = (HOME, *documents.AWAY)
+    kinds = (judging.HOME, *documents.AWAY)
     head = ("job", "group", *kinds, "same top-1, home", "stored bytes", "CPU seconds")
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in results:
@@ -142,7 +125,11 @@ def markdown(results: list[dict[str, Any]]) -> str:
             cells += [row["error"].replace("|", "/")[:200], *[""] * (len(head) - 3)]
         else:
             cells += [_kl(row["kl"][kind]) for kind in kinds]
-            cells += [f"{row['kl'][HOME]['same_top1']:.2%}", f"{row['stored_bytes']:,}", f"{row['cpu_seconds']:.0f}"]
+            cells += [
+                f"{row['kl'][judging.HOME]['same_top1']:.2%}",
+                f"{row['stored_bytes']:,}",
+                f"{row['cpu_seconds']:.0f}",
+            ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
