@@ -180,8 +180,12 @@ class StageJob:
         return self.workdir.folder("blocks") / f"{block:04d}.json"
 
     def seen_file(self, block: int) -> Path:
-        """What the verification has seen of a finished block, and the digests of its shards."""
+        """What the verification has seen of a finished block."""
         return self.workdir.folder("verified") / f"{block:04d}.json"
+
+    def digests_file(self, part: int) -> Path:
+        """The digests of the finished shards of a part, as they were read back."""
+        return self.workdir.folder("digests") / f"{part:04d}.json"
 
     @cached_property
     def parts(self) -> WrittenParts:
@@ -197,7 +201,7 @@ class StageJob:
         finished = {stage.shard_part for stage in stages_of(run.adapter.n_blocks)[: self.workdir.done]}
         for block in range(run.adapter.n_blocks):
             if block in finished:
-                made.twin.seen[block] = BlockSeen.of_json(read_json(self.seen_file(block))["seen"])
+                made.twin.seen[block] = BlockSeen.of_json(read_json(self.seen_file(block)))
         return made
 
 
@@ -215,8 +219,7 @@ class Stage:
 def stages_of(blocks: int) -> list[Stage]:
     """The stages of a run over so many blocks, in order."""
     return [
-        Stage("copy the rest", copy_rest, blocks),
-        Stage("embed", embed_rows, rows_enter=0),
+        Stage("embed", begin, shard_part=blocks, rows_enter=0),
         *(Stage(f"block {n + 1}", partial(quantize_one, n), shard_part=n, rows_enter=n + 1) for n in range(blocks)),
         Stage("move to OUT", move),
         Stage("verify", verify),
@@ -230,12 +233,17 @@ def finished_shards(plan: Plan, finished: list[Stage]) -> dict[str, int]:
 
 
 def known_digests(job: StageJob) -> dict[str, str]:
-    """Shard -> its digest, of the shards that were verified as they were read back and have moved to OUT unchanged."""
+    """Shard -> its digest, of the shards that were read back and have moved to OUT unchanged."""
     run = job.run
     if not run.verifies_on_the_way or run.plan.shards != run.plan.pieces:
         return {}
-    found = [read_json(job.seen_file(part))["digests"] for part in range(run.adapter.n_blocks)]
+    found = [read_json(job.digests_file(part)) for part in range(run.adapter.n_blocks + 1)]
     return {name: digest for digests in found for name, digest in digests.items()}
+
+
+def keep_digests(job: StageJob, part: int) -> None:
+    """Of the shards of a part, once the disk gives them back. Raises ResourceError where it does not."""
+    files.write_json(job.digests_file(part), {path.name: read_back_digest(path) for path in job.parts.pieces(part)})
 
 
 def finished_blocks(job: StageJob, finished: list[Stage]) -> list[BlockFacts]:
@@ -245,15 +253,32 @@ def finished_blocks(job: StageJob, finished: list[Stage]) -> list[BlockFacts]:
     return [validated(BlockFacts, read_json(path), str(path)) for path in paths]
 
 
-def embed_rows(job: StageJob) -> None:
-    """Token rows become the hidden rows that enter block 0, for both streams; and sensitivities are measured."""
+def begin(job: StageJob) -> None:
+    """What lies outside the blocks is copied. Token rows become the hidden rows that enter block 0, for both streams;
+    and sensitivities are measured."""
+    copied = copy_rest(job)
     if job.run.method.needs_statistics:
         job.progress.begin("embed")
         job.hidden.embed(REFERENCE, QUANTIZED)
     if job.run.method.walks_back:
         job.sensitivity.measure(job.walk, job.run.texts.calibration)
+    copied.wait()
     if job.run.verifies_on_the_way:
-        job.measuring.twin.embed()
+        job.measuring.twin.embed()  # the quantized model's rows, from its embedding as it was written
+
+
+def copy_rest(job: StageJob) -> ShardWriter:
+    """What lies outside the blocks is copied from the source: it is read now, and written and read back by the disk's
+    thread."""
+    job.progress.begin("copy the rest")
+    outside = [shard for shard in job.run.plan.pieces if shard.part == job.run.adapter.n_blocks]
+    writer = ShardWriter(outside, job.shards, job.disk.pool)
+    for name in writer.names():
+        writer.put(name, job.walk.read(name))
+    writer.check_complete()
+    if job.run.verifies_on_the_way:
+        job.disk.later(partial(keep_digests, job, job.run.adapter.n_blocks))
+    return writer
 
 
 def quantize_one(block: int, job: StageJob) -> None:
@@ -292,19 +317,10 @@ def verify_block(job: StageJob, made: QuantizedBlock) -> None:
     seen = job.measuring.twin.through(block, (lambda: original, as_written)).to_json()
 
     def keep() -> None:
-        digests = {path.name: read_back_digest(path) for path in job.parts.pieces(block)}
-        files.write_json(job.seen_file(block), {"seen": seen, "digests": digests})
+        keep_digests(job, block)
+        files.write_json(job.seen_file(block), seen)
 
     job.disk.later(keep)
-
-
-def copy_rest(job: StageJob) -> None:
-    """What lies outside the blocks is copied from the source."""
-    job.progress.begin("copy the rest")
-    outside = [shard for shard in job.run.plan.pieces if shard.part == job.run.adapter.n_blocks]
-    writer = ShardWriter(outside, job.shards)
-    for name in writer.names():
-        writer.put(name, job.walk.read(name))
 
 
 def move(job: StageJob) -> None:

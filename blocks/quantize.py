@@ -103,6 +103,12 @@ class _Output:
         }
     )
 
+    def take_the_rest(self, job: BlockJob) -> None:
+        """What is neither quantized nor aimed, as the source stores it. The shards are complete then: their thread
+        writes them while the rows go on to the next block."""
+        for name, tensor in job.walk.read_each([name for name in self.writer.names() if not self.writer.has(name)]):
+            self.writer.put(name, tensor)
+
     def add_errors(self, site: Site, errors: list[float]) -> None:
         self.facts["output_error"].setdefault(site.key, []).extend(errors)
 
@@ -123,7 +129,6 @@ def quantize_block(job: BlockJob) -> QuantizedBlock:
     """Quantize the block, and write its shards."""
     shards = [shard for shard in job.plan.pieces if shard.part == job.index]
     output, step = _Output(ShardWriter(shards, job.shard_folder, job.pool)), job.walk.step
-    writer = output.writer
     wanted = job.method.needs_statistics or job.loads_block
     job.walk.expect(job.index)
     original = job.walk.load(job.index) if wanted else None
@@ -139,12 +144,11 @@ def quantize_block(job: BlockJob) -> QuantizedBlock:
             else:
                 _quantize_site(job, site, original, None, output)
             step.advance(0)
+        output.take_the_rest(job)
     # The verification walks through this block, too.
     assert original is None or original.marks() == marks, "the original block was written to"
-    for name, tensor in job.walk.read_each([name for name in writer.names() if not writer.has(name)]):
-        writer.put(name, tensor)
-    writer.check_complete()
-    return QuantizedBlock({"block": job.index} | output.facts, original, writer.wait)
+    output.writer.check_complete()
+    return QuantizedBlock({"block": job.index} | output.facts, original, output.writer.wait)
 
 
 def _with_statistics(job: BlockJob, original: Block, output: _Output) -> None:
@@ -167,6 +171,8 @@ def _with_statistics(job: BlockJob, original: Block, output: _Output) -> None:
         known = Known()
         for present in _turns(sites, job.method.sequential == "sites"):
             known = _quantize_turn(job, half_job, present, sites, known, output)
+        if half is Half.FEED_FORWARD:
+            output.take_the_rest(job)
         if last and half is Half.FEED_FORWARD:
             job.hidden.store.drop(job.index + 1, REFERENCE)
         else:

@@ -22,7 +22,7 @@ from ..core.record.reading import read_file_names
 from ..core.tensors import DTYPE_NAMES
 from . import files
 from .checksums import SUMS_NAME
-from .files import let_go
+from .files import TensorFile, let_go
 from .safetensors_header import read_header
 from .side_files import left_behind, side_files
 from .source import INDEX_NAME
@@ -37,17 +37,20 @@ REPLACED = (*WRITTEN, INDEX_NAME, GPTQ_CONFIG, CARD_NAME)
 
 
 class ShardWriter:
-    """Takes the tensors of some shards in any order. A complete shard is written and its memory freed.
+    """Takes the tensors of some shards in any order.
 
-    With a `pool` a thread of it writes; `wait` then says that all is written. A tensor with another name, shape or
-    dtype than planned is a bug and fails an assertion.
+    A complete shard is written at once and its memory freed. With a `pool`, which has one thread, that thread writes
+    each tensor as it comes; `wait` then says that all is written. A tensor with another name, shape or dtype than
+    planned is a bug and fails an assertion.
     """
 
     def __init__(self, shards: Iterable[ShardPlan], folder: Path, pool: Executor | None = None) -> None:
         self.folder, self.pool = folder, pool
         self._writing: list[Future[None]] = []
         self._shards = list(shards)
+        self._files = [TensorFile(folder / shard.file, shard.tensors) for shard in self._shards if pool is not None]
         self._home = {t.name: (i, t) for i, s in enumerate(self._shards) for t in s.tensors}
+        self._left = [len(shard.tensors) for shard in self._shards]
         self._held: list[dict[str, torch.Tensor]] = [{} for _ in self._shards]
         self._seen: set[str] = set()
 
@@ -63,15 +66,17 @@ class ShardWriter:
         assert name not in self._seen, f"{name} was put twice"
         assert (tuple(tensor.shape), DTYPE_NAMES[tensor.dtype]) == (planned.shape, planned.dtype), (name, tensor.shape)
         self._seen.add(name)
+        self._left[index] -= 1
+        if self.pool is not None:
+            self._writing.append(self.pool.submit(self._files[index].write, name, tensor))
+            if not self._left[index]:
+                self._writing.append(self.pool.submit(self._files[index].close))
+            return
         self._held[index][name] = tensor.contiguous()
-        shard = self._shards[index]
-        if len(self._held[index]) == len(shard.tensors):
-            path, tensors = self.folder / shard.file, self._held[index]
+        if not self._left[index]:
+            path, tensors = self.folder / self._shards[index].file, self._held[index]
             self._held[index] = {}
-            if self.pool is None:
-                files.write_tensors(path, tensors)
-            else:
-                self._writing.append(self.pool.submit(files.write_tensors, path, tensors))
+            files.write_tensors(path, tensors)
 
     def wait(self) -> None:
         """Until every complete shard is on the disk. Raises ResourceError."""

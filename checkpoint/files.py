@@ -10,14 +10,14 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..core.errors import ResourceError
-from ..core.layout import METADATA, TEMPORARY, json_bytes
+from ..core.layout import METADATA, TEMPORARY, StoredTensor, file_header, in_file_order, json_bytes
 
 
 @contextmanager
@@ -82,6 +82,55 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], lasting: bool = 
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
         _commit(temporary, path, lasting)
+
+
+class TensorFile:
+    """A safetensors file into which tensors are written as they come, in any order. It appears complete or not at all,
+    with the bytes that `write_tensors` would write. One thread does all that is done with it. After an error nothing
+    more is written."""
+
+    def __init__(self, path: Path, tensors: Iterable[StoredTensor]) -> None:
+        self.path, self._temporary = path, path.with_name(path.name + TEMPORARY)
+        ordered = in_file_order(tensors)
+        self._header = file_header(ordered)
+        self._offsets, end = dict[str, int](), len(self._header)
+        for tensor in ordered:
+            self._offsets[tensor.name] = end
+            end += tensor.nbytes
+        self._file: BinaryIO | None = None
+        self._failed = False
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """`tensor`, on the CPU. Raises ResourceError."""
+        with self._guarded() as go_on:
+            if go_on:
+                if self._file is None:
+                    self._file = self._temporary.open("wb")
+                    self._file.write(self._header)
+                write_values(self._file, self._offsets[name], tensor)
+
+    def close(self) -> None:
+        """All tensors are written. Raises ResourceError."""
+        with self._guarded() as go_on:
+            if go_on:
+                assert self._file is not None
+                self._file.close()
+                _commit(self._temporary, self.path)
+
+    @contextmanager
+    def _guarded(self) -> Iterator[bool]:
+        try:
+            with disk_errors(self.path):
+                yield not self._failed
+        except BaseException:
+            self._failed = True
+            raise
+
+
+def write_values(file: BinaryIO, offset: int, tensor: torch.Tensor) -> None:
+    """The bytes of a CPU tensor to their place in a file."""
+    file.seek(offset)
+    file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

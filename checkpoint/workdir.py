@@ -7,7 +7,8 @@
     zeros.json                the matrices that are all zeros in the source
     shards/                   finished shards of the checkpoint
     blocks/NNNN.json          the record's entry for a finished block
-    verified/NNNN.json        what the verification has seen of it, and the digests of its shards
+    verified/NNNN.json        what the verification has seen of it
+    digests/NNNN.json         the digests of its shards; also of those that lie outside the blocks
     sensitivity/              metrics and token weights, and where their walk back can go on
 
 state.json is the only commit point: the files of a stage are written and fsynced first, then its number grows. A
@@ -32,7 +33,7 @@ from . import files
 
 STATE = "state.json"
 # What the numbers in the state mean: the stages of a run and their files. Another layout is not resumed.
-LAYOUT = 2
+LAYOUT = 3
 # Shown in place of a part of the identity that only one of two runs has.
 NONE = "not given"
 

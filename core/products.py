@@ -20,6 +20,8 @@ from .device import on_cuda
 # With two parts the error on real rows is a few times that of an fp32 sum, and far below what bf16 rows lose; see
 # docs/benchmarks.md.
 PARTS = 2
+# A solve amplifies what its products lose by the condition of the matrix.
+SOLVED_PARTS, SOLVED_COLUMNS = 3, 1024
 
 
 def product(a_MK: torch.Tensor, b_KN: torch.Tensor) -> torch.Tensor:
@@ -94,10 +96,47 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def solved_from_right(right_NI: torch.Tensor, lower_II: torch.Tensor) -> torch.Tensor:
+    """right (L L^T)^-1 [N, I], fp32 or fp64, for a Cholesky factor L.
+
+    A GPU takes two triangular solves block by block: solves within SOLVED_COLUMNS columns, and products of three bf16
+    parts for all else, which lose no more than fp32 products do.
+    """
+    if not on_cuda(right_NI):
+        return torch.cholesky_solve(right_NI.T, lower_II).T
+    of_lower = bf16_parts(lower_II, SOLVED_PARTS)
+    turned_NI = _solved_by_blocks(right_NI, lower_II.T, [part.T for part in of_lower], upper=True)
+    return _solved_by_blocks(turned_NI, lower_II, of_lower, upper=False)
+
+
+def _solved_by_blocks(
+    right_NI: torch.Tensor, triangle_II: torch.Tensor, parts: list[torch.Tensor], upper: bool
+) -> torch.Tensor:
+    """right T^-1 for a triangular T; `parts`: those of T."""
+    n = len(triangle_II)
+    blocks = [slice(begin, min(begin + SOLVED_COLUMNS, n)) for begin in range(0, n, SOLVED_COLUMNS)]
+    out_NI = torch.empty_like(right_NI)
+    of_out = [torch.empty_like(right_NI, dtype=torch.bfloat16) for _ in range(SOLVED_PARTS)]
+    for block in blocks if upper else blocks[::-1]:
+        before = slice(0, block.start) if upper else slice(block.stop, None)
+        due = right_NI[:, block]
+        if block is not blocks[0 if upper else -1]:
+            pairs = _paired([part[:, before] for part in of_out], [part[before, block] for part in parts])
+            due = due - _sum_of_pairs(pairs)
+        own = torch.linalg.solve_triangular(triangle_II[block, block], due, upper=upper, left=False)
+        out_NI[:, block] = own
+        for whole, part in zip(of_out, bf16_parts(own, SOLVED_PARTS), strict=True):
+            whole[:, block] = part
+    return out_NI
+
+
 def _pairs(a: torch.Tensor, b: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The parts of both that are multiplied, the smallest products first."""
     of_a = bf16_parts(a, PARTS)
-    of_b = of_a if b is a else bf16_parts(b, PARTS)
+    return _paired(of_a, of_a if b is a else bf16_parts(b, PARTS))
+
+
+def _paired(of_a: list[torch.Tensor], of_b: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The parts of both that are multiplied, the smallest products first."""
     most = max(len(of_a), len(of_b))
     places = [(i, j) for i in range(len(of_a)) for j in range(len(of_b)) if i + j < most]
     return [(of_a[i], of_b[j]) for i, j in sorted(places, key=sum, reverse=True)]
@@ -114,7 +153,11 @@ def _row_parts(a_RM: torch.Tensor, b_RN: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 def _sum_of_products(a_MK: torch.Tensor, b_KN: torch.Tensor) -> torch.Tensor:
-    (first, second), *others = _pairs(a_MK, b_KN)
+    return _sum_of_pairs(_pairs(a_MK, b_KN))
+
+
+def _sum_of_pairs(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    (first, second), *others = pairs
     total_MN = torch.mm(first, second, out_dtype=torch.float32) if first.is_cuda else first.float() @ second.float()
     for a, b in others:
         _add_product(total_MN, a, b)

@@ -17,7 +17,7 @@ from itertools import takewhile
 import torch
 from torch import nn
 
-from ..core.device import Compute
+from ..core.device import Compute, on_cuda
 from ..core.errors import InputError
 from ..core.finite import all_true, nonfinite_error, row_flags
 from ..core.rows import Row, RowStore, Step, Unwatched, batches
@@ -25,6 +25,7 @@ from ..core.tensors import CPU, TensorSource
 from .adapter import Adapter, Role, Site, read, scale_dtype, site_dtypes, stored_dtype
 from .block import Block, find_experts
 from .calls import Calls
+from .norms import fuse_norms
 from .prefetch import ReadAhead, pinned
 from .scan import Scan
 from .slabs import dense_bytes, slabs_of
@@ -178,7 +179,10 @@ class Walk:
                 block.weight(name.removesuffix(".weight")).copy_(value)
             else:
                 self._place(block, name, value)
-        assert not any(parameter.is_meta for parameter in block.layer.parameters()), index
+        parameters = list(block.layer.parameters())
+        assert not any(parameter.is_meta for parameter in parameters), index
+        if on_cuda(parameters[0]):
+            fuse_norms(block.layer)
         self._judge()
         block.refuse_nonfinite_weights()
         return block

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import flop_registry
 from ..core.device import Compute
 from ..models.adapter import Adapter, Half, Role
 from ..models.block import Block
+from ..models.norms import fuse_norms
 from ..models.short_row import OnMeta
 
 aten = torch.ops.aten
@@ -59,6 +60,7 @@ def layer_kernels(adapter: Adapter, index: int, rows: int, row_tokens: int) -> L
     router = adapter.router_site(index)
     if router is not None:
         block.module(router.first_module).to(torch.float32)
+    fuse_norms(block.layer)
     for parameter in block.layer.parameters():
         parameter.requires_grad_(False)
     hidden = torch.empty(rows, row_tokens, adapter.hidden_size, dtype=torch.bfloat16, device="meta")
@@ -91,7 +93,7 @@ def layer_kernels(adapter: Adapter, index: int, rows: int, row_tokens: int) -> L
 @contextmanager
 def _counted() -> Iterator[list[Kernel]]:
     counting = _Counting()
-    with _Attention(counting), counting:
+    with _AsOnCard(counting), counting:
         yield counting.found
 
 
@@ -117,14 +119,17 @@ class _Counting(TorchDispatchMode):
         return out
 
 
-class _Attention(TorchFunctionMode):
-    """Attention as one kernel, with its way back as another."""
+class _AsOnCard(TorchFunctionMode):
+    """Attention as one kernel, with its way back as another; and norms (models/norms.py), which torch takes apart on
+    other devices: on a card they are the kernel of layer_norm."""
 
     def __init__(self, counting: _Counting) -> None:
         super().__init__()
         self.counting = counting
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.rms_norm:
+            return aten.native_layer_norm(*args[:2], None, None, kwargs["eps"])[0]
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         return _Sdpa.apply(self.counting, *args[:3])

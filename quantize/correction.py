@@ -22,7 +22,7 @@ Shape legend: B experts, O outputs, I inputs.
 
 import torch
 
-from ..core.products import product
+from ..core.products import product, solved_from_right
 
 
 def corrected(
@@ -51,6 +51,6 @@ def _solved(
     ridged_BII = moment_BII.clone()
     ridged_BII.diagonal(dim1=-2, dim2=-1).add_((ridge_B * mean)[:, None])
     lower, info = torch.linalg.cholesky_ex(ridged_BII)
-    # By solving the transposed system.
-    step = torch.cholesky_solve(right_BNI.transpose(1, 2), lower).transpose(1, 2)
+    each = [solved_from_right(right_NI, lower_II) for right_NI, lower_II in zip(right_BNI, lower, strict=True)]
+    step = torch.stack(each)
     return step, (info == 0) & torch.isfinite(step).flatten(1).all(-1)

@@ -108,7 +108,7 @@ def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-STAGES = 6  # the rest, embed, two blocks, move, verify
+STAGES = 5  # the rest and embed, two blocks, move, verify
 
 
 @contextmanager

@@ -25,8 +25,8 @@ def no_room_for_a_folder(self: Path, *args: object, **kwargs: object) -> None:
 
 
 FULL = {
-    "a shard": ("onecard.checkpoint.files.save_file", no_space),
-    "a shard, said by the library": ("onecard.checkpoint.files.save_file", no_space_in_rust),
+    "a shard": ("onecard.checkpoint.files.write_values", no_space),
+    "rows, said by the library": ("onecard.checkpoint.files.save_file", no_space_in_rust),
     "state and index": ("pathlib.Path.write_bytes", over_quota),
     "fsync": ("os.fsync", no_space),
     "a folder": ("pathlib.Path.mkdir", no_room_for_a_folder),

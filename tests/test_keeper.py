@@ -96,10 +96,10 @@ class Commits:
 
 
 def most_lost(stages: list[float], nbytes: int) -> tuple[float, Commits]:
-    """(the most seconds of work that a kill loses, the commits). Stages: copy the rest, embed, blocks, move, verify."""
+    """(the most seconds of work that a kill loses, the commits). Stages: embed, blocks, move, verify."""
     clock = Clock()
     store = Store(clock, nbytes)
-    enters = [None, *range(len(stages) - 3), None, None]
+    enters = [*range(len(stages) - 2), None, None]
     workdir = Commits(clock, store, dict(enumerate(enters, 1)))
     keeper = Keeper(store, workdir, None, clock=clock)  # type: ignore[arg-type]
     ended: dict[int, float] = {0: 0.0}

@@ -15,6 +15,7 @@ from click.testing import Result
 
 from command_line import Refuse
 from onecard.checkpoint import files
+from onecard.core.layout import TEMPORARY
 from runs import FAMILY, Contents, Run, assert_whole_or_no_checkpoint, contents, differences, in_child, kill
 
 # --- killed and resumed
@@ -37,16 +38,23 @@ def kill_at_rename(number: int, after: bool) -> None:
 
 def kill_in_write(number: int) -> None:
     """From now on, SIGKILL this process when the given safetensors file is half written."""
-    real, seen = files.save_file, [0]
+    save, close, seen = files.save_file, files.TensorFile.close, [0]
 
-    def save_file(tensors: Any, path: Path, metadata: Any = None) -> None:
-        real(tensors, path, metadata=metadata)
+    def written(path: Path) -> None:
         seen[0] += 1
         if seen[0] == number:
             os.truncate(path, path.stat().st_size // 2)
             kill()
 
-    files.save_file = save_file
+    def save_file(tensors: Any, path: Path, metadata: Any = None) -> None:
+        save(tensors, path, metadata=metadata)
+        written(path)
+
+    def closed(file: files.TensorFile) -> None:
+        written(file.path.with_name(file.path.name + TEMPORARY))
+        close(file)
+
+    files.save_file, files.TensorFile.close = save_file, closed  # type: ignore[method-assign]
 
 
 def test_killed_with_sigkill_anywhere(run: Run, tmp_path: Path) -> None:

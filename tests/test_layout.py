@@ -1,5 +1,6 @@
 """Predicted bytes equal the bytes that safetensors writes (invariant 3), and shards keep order, limit and parts."""
 
+import errno
 import random
 from itertools import chain, zip_longest
 from math import prod
@@ -11,6 +12,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from onecard.checkpoint import files
+from onecard.checkpoint.files import TensorFile
+from onecard.core.errors import ResourceError
 from onecard.core.layout import METADATA, StoredTensor, file_bytes, file_header, shard_name, split_shards
 from onecard.core.tensors import TORCH_DTYPES
 
@@ -105,3 +109,43 @@ def test_a_whole_plan_of_scouts_size_is_summed_without_weights() -> None:
     headers = sum(file_bytes(tensors) for _, tensors in shards) - data
     assert 0 < headers < 400 * 48 * 16 * 3
     assert len(shards) == 48, "a block of 1.0 GB is one shard of its own"
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(TENSORS.filter(bool), st.randoms(use_true_random=False))
+def test_a_file_that_grows_has_the_librarys_bytes(
+    tmp_path: Path, tensors: list[StoredTensor], order: random.Random
+) -> None:
+    """Tensor by tensor, in any order; there is no file before the last."""
+    values = {
+        t.name: torch.tensor([order.randrange(256) for _ in range(t.nbytes)], dtype=torch.uint8)
+        .view(TORCH_DTYPES[t.dtype])
+        .reshape(t.shape)
+        if t.dtype != "BOOL"
+        else torch.ones(t.shape, dtype=torch.bool)
+        for t in tensors
+    }
+    save_file(values, tmp_path / "whole", metadata=METADATA)
+    (tmp_path / "grown").unlink(missing_ok=True)
+    grown = TensorFile(tmp_path / "grown", tensors)
+    for name in order.sample(list(values), len(values)):
+        grown.write(name, values[name])
+        assert not (tmp_path / "grown").exists()
+    grown.close()
+    assert (tmp_path / "grown").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["grown", "whole"]
+
+
+def test_nothing_more_is_written_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    tensors = [StoredTensor(name, "U8", (3,)) for name in "ab"]
+    grown, values = TensorFile(tmp_path / "grown", tensors), torch.ones(3, dtype=torch.uint8)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_values", full)
+        with pytest.raises(ResourceError, match="full"):
+            grown.write("a", values)
+    grown.write("b", values)
+    grown.close()
+    assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from onecard.calibration.moments import SiteMoments
 from onecard.core import device, products
-from onecard.core.products import add_outer, add_outers, bf16_parts, product, quadratic
+from onecard.core.products import add_outer, add_outers, bf16_parts, product, quadratic, solved_from_right
 from onecard.eval.kl import compare_rows
 from onecard.quantize.metric import swiglu_metric, swiglu_slopes
 
@@ -167,3 +167,20 @@ def test_totals_of_many_experts_are_each_ones_own(both_ways: Callable[[], Iterat
             add_outers(totals, a, b, rows)
             assert off(totals, exact) < 6e-6
             assert not totals[1].any()
+
+
+@pytest.mark.parametrize("columns", [1, 16, 37, 64, 1024])
+@pytest.mark.parametrize("width", [1, 7, 64])
+def test_a_solve_by_blocks_is_as_exact_as_one_in_fp32(
+    monkeypatch: pytest.MonkeyPatch, drawn: Drawn, columns: int, width: int
+) -> None:
+    """Rows that outweigh others a thousandfold, as a moment of real rows has them."""
+    rows = drawn(200, width) * torch.logspace(0, 3, width)
+    moment = rows.T @ rows
+    moment.diagonal().add_(0.01 * moment.diagonal().mean())
+    lower, right = torch.linalg.cholesky(moment), drawn(5, width)
+    exact = torch.linalg.solve(moment.double(), right.double(), left=False)
+    plain = solved_from_right(right, lower)
+    monkeypatch.setattr(device, "CUDA_WAY_TOO", True)
+    monkeypatch.setattr(products, "SOLVED_COLUMNS", columns)
+    assert off(solved_from_right(right, lower), exact) <= 3 * off(plain, exact) + 1e-6

@@ -56,14 +56,12 @@ def test_what_the_disk_gives_back_is_measured(
     run.recipe = recipe(method="rtn")
     assert run().exit_code == 0
     sound = json.loads((run.out / "onecard.json").read_text())["kl"]["kl_mean_nats"]
-    real = emit.files.write_tensors
+    real = emit.TensorFile.write
 
-    def spoiling(path: Path, tensors: dict[str, torch.Tensor], **more: Any) -> None:
-        scale = next((name for name in sorted(tensors) if name.endswith("experts.3.down_proj.weight_scale")), None)
-        spoilt = tensors if scale is None else tensors | {scale: tensors[scale] * 3}
-        real(path, spoilt, **more)
+    def spoiling(file: emit.TensorFile, name: str, tensor: torch.Tensor) -> None:
+        real(file, name, tensor * 3 if name.endswith("experts.3.down_proj.weight_scale") else tensor)
 
-    monkeypatch.setattr(emit.files, "write_tensors", spoiling)
+    monkeypatch.setattr(emit.TensorFile, "write", spoiling)
     assert run("--overwrite").exit_code == 0
     record = json.loads((run.out / "onecard.json").read_text())
     assert record["kl"]["kl_mean_nats"] > 1.05 * sound

@@ -103,7 +103,7 @@ class Counting(TorchDispatchMode):
         if on_card or said is CUDA:
             self._count(call, inner, out)
         elif not call.is_free:
-            self._count_host(inner, out)
+            self._count_host(call, inner, out)
         return self._wrapped(call, out)
 
     # --- what is computed
@@ -246,9 +246,9 @@ class Counting(TorchDispatchMode):
         asked = bool(call.kwargs.get("non_blocking") or (call.func is aten.copy_.default and args[2:3] == (True,)))
         self.ledger.copy(nbytes, "to card" if call.ends()[1] is CUDA else "from card", pinned and asked, call.where)
 
-    def _count_host(self, inner: Any, out: Any) -> None:
+    def _count_host(self, call: "_Call", inner: Any, out: Any) -> None:
         """A CPU's operation on much data, which the host computes meanwhile."""
-        nbytes = sum(map(cost.held, tensors_in((inner, out))))
+        nbytes = cost.moved(call.name, tensors_in(inner), tensors_in(out))
         if nbytes > MOST_VALUES:
             self.ledger.compute(nbytes)
 
@@ -363,6 +363,9 @@ class Asked(TorchFunctionMode):
             return Pretended(ours[0].inner, CPU, self.ledger, pinned=True)
         if func is torch.nn.functional.scaled_dot_product_attention and ours:
             return attention(*args, **kwargs)
+        if func is torch.nn.functional.rms_norm and ours:
+            # A card's kernel is the one of layer_norm (ATen's layer_norm_kernel.cu); others take it apart.
+            return aten.native_layer_norm(*args[:2], None, None, kwargs["eps"])[0]
         if func is torch.Tensor.numpy and ours:
             if ours[0].is_cuda:
                 self.ledger.add("flag numpy() of a card's tensor")

@@ -38,7 +38,7 @@ def of(func: Any, name: str, inner: Any, out: Any) -> Cost:
     outs = tensors_in(out)
     flops, solver = _flops(func, name, args, kwargs, ins, out)
     if not flops:
-        nbytes = _moved(name, ins, outs)
+        nbytes = moved(name, ins, outs)
         return Cost(rates.kernel_seconds(nbytes), nbytes)
     nbytes = sum(map(held, ins)) + sum(map(held, outs))
     factor = ins[1] if name.startswith(("addmm", "baddbmm")) else ins[0]
@@ -73,7 +73,7 @@ def _flops(func: Any, name: str, args: Any, kwargs: Any, ins: list[torch.Tensor]
     return float(flop_registry[packet](*args, **kwargs, out_val=out)), False
 
 
-def _moved(name: str, ins: list[torch.Tensor], outs: list[torch.Tensor]) -> float:
+def moved(name: str, ins: list[torch.Tensor], outs: list[torch.Tensor]) -> float:
     """Bytes read and written."""
     read, written = sum(map(held, ins)), sum(map(held, outs))
     match name.split(".")[0]:

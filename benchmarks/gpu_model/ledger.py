@@ -16,8 +16,10 @@ from onecard.core import units
 from . import rates
 
 ROOT = f"{Path(units.__file__).parent.parent}/"
-# Calls of torch go through it.
-SKIPPED = "models/watched.py"
+# Calls of torch go through the first. A virtual environment may lie in the project's folder.
+SKIPPED = ("models/watched.py", "/gpu_model/", "/site-packages/")
+# Seconds in which a thread has nothing to do until another has.
+WAITS = "waits"
 # (stage, block or None)
 Key = tuple[str, int | None]
 
@@ -27,7 +29,7 @@ def line() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
-        if name.startswith(ROOT) and not name.endswith(SKIPPED) and "gpu_model" not in name:
+        if name.startswith(ROOT) and not any(part in name for part in SKIPPED):
             return f"{name[len(ROOT) :]}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return "?"
@@ -115,7 +117,7 @@ class Ledger:
         """The thread needs what is there from then on."""
         if time > self.clock:
             if self.is_main:
-                self.add("waits", time - self.host)
+                self.add(WAITS, time - self.host)
             self.wait(time - self.clock)
 
     def view(self, where: str) -> None:

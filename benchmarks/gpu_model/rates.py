@@ -38,6 +38,8 @@ ISSUED_A_SECOND = ASSUMED.warp_instructions
 TRITON_PRODUCTS = ASSUMED.tiled_flops / ASSUMED.bf16_flops
 # RAM that is free when a run begins, in a machine with one such card.
 RAM_BYTES = H100_80GB.ram_bytes
+# Of it, what the system keeps of the bytes that it read last: a run leaves far more than that free.
+CACHED_BYTES = 16_000_000_000
 # The bar of the issue: the device peak that leaves room for the context and for fragments.
 MOST_DEVICE_BYTES = 74_000_000_000
 

@@ -20,13 +20,13 @@ from onecard.recipe import Recipe
 
 from . import rates
 from .job import ROW_TOKENS, WALK_FORWARD, WALK_STOPS, Gone, Size, go_through
-from .ledger import Key, Stage
+from .ledger import WAITS, Key, Stage
 
 EVALUATION_ROWS = 128
 # Blocks that are gone through: the first, one of each kind, and the last.
 BLOCKS = {"llama4-maverick": 4}
 MOST_BLOCKS = 3
-CHECK, OUTSIDE, BY_EMITTED = "check weights", "copy the rest", ("move to OUT", "checksums")
+CHECK, BY_EMITTED = "check weights", ("move to OUT", "checksums")
 # Batches of the two short runs.
 SHORT = (2, 4)
 # Stages of one block's own way.
@@ -110,7 +110,11 @@ def _line(key: Key, few: Gone, more: Gone, wanted: float) -> Cost:
     counts: Counter[tuple[str, str]] = Counter()
     for each in one.counts.keys() | other.counts.keys():
         counts[each] = at(one.counts[each], other.counts[each])  # type: ignore[assignment]
-    return Cost(at(one.seconds, other.seconds), round(at(one.peak_bytes, other.peak_bytes)), counts)
+        if each[0] == WAITS:  # what more batches hide can become nothing, and no less
+            counts[each] = max(0.0, counts[each])  # type: ignore[assignment]
+    busy, later = (stage.seconds - stage.total(WAITS) for stage in (one, other))
+    waits = sum(amount for (what, _), amount in counts.items() if what == WAITS)
+    return Cost(at(busy, later) + waits, round(at(one.peak_bytes, other.peak_bytes)), counts)
 
 
 def _joined(asked: Asked, gone: Gone, lines: dict[Key, Cost]) -> Whole:
@@ -119,7 +123,7 @@ def _joined(asked: Asked, gone: Gone, lines: dict[Key, Cost]) -> Whole:
         plan = plan_for(model, asked.recipe)
         hidden = model.adapter.hidden_size
         source, emitted, n_blocks = plan.source_bytes, plan.emitted_bytes, model.adapter.n_blocks
-        outside = sum(lines[OUTSIDE, None].counts[key] for key in lines[OUTSIDE, None].counts if key[0] == "read")
+        outside = sum(shard.data_bytes for shard in plan.pieces if shard.part == n_blocks)
         kinds = [gone.kinds[0] if block == 0 else _kind(model.adapter, block) for block in range(n_blocks)]
     stages: dict[str, Cost] = {}
     streams = 2 * asked.tokens * asked.recipe.quantizer.needs_statistics + 2 * EVALUATION_ROWS * ROW_TOKENS
