@@ -57,6 +57,7 @@ def results_of(build: Path, given: argparse.Namespace) -> Path:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", type=Path, default=HERE.parent / "build" / "real")
+    parser.add_argument("--peers", type=Path, default=HERE.parent / "build" / "peers", help="other tools' environments")
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("make", help="model and texts")
     running = verbs.add_parser("run", help="one job, judged")

@@ -73,14 +73,13 @@ def carried_out(job: Job, build: Path, given: argparse.Namespace) -> dict[str, A
     """The job's facts, sizes and KL; with `error` if it failed. A job that is finished is only judged."""
     folder, model, of_form = build / "jobs" / job.name, build / "model" / job.form, build / "inputs" / job.form
     facts = made.make_inputs(build, job.form)
-    environments = build.parent / "peers"
     role = "choice" if given.choice else "test"
     head = {"name": job.name, "peer": job.peer.name, "group": job.group, "set": role, "changed": job.changed}
-    found = head | peers.quantized(job.tool(), model, of_form, facts, job.group, folder, environments, given)
+    found = head | peers.quantized(job.tool(), model, of_form, facts, job.group, folder, given.peers.resolve(), given)
     if "error" in found:
         return found
     if not (folder / "dense").exists():
-        read = peers.phase("dense", job.tool(), folder, environments, given)
+        read = peers.phase("dense", job.tool(), folder, given.peers.resolve(), given)
         if read.code:
             return found | {"error": f"reading back: {peers.last_words(folder, 'dense', read.code)}"}
     found |= peers.sizes(folder / "checkpoint", facts, of_form / "canonical")
