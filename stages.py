@@ -199,6 +199,9 @@ class StageJob:
         emitted = self.walk.beside(self.parts.adapter, self.parts.source(run.adapter.n_blocks))
         made = Measuring(self.walk, emitted, run.evaluation(run.texts.evaluation), self.store)
         finished = {stage.shard_part for stage in stages_of(run.adapter.n_blocks)[: self.workdir.done]}
+        for part in range(run.adapter.n_blocks + 1):
+            if part in finished:
+                read_json(self.digests_file(part))  # damage is said before there is work to lose
         for block in range(run.adapter.n_blocks):
             if block in finished:
                 made.twin.seen[block] = BlockSeen.of_json(read_json(self.seen_file(block)))

@@ -28,8 +28,10 @@ import plot  # noqa: E402
 from rows import PeerRow, read_kept  # noqa: E402
 from table import markdown, table  # noqa: E402
 
+import counted  # noqa: E402
 from hollow import MAVERICK, QWEN3, SCOUT, published, write_hollow  # noqa: E402
 from onecard.checkpoint.engines.table import ENGINES  # noqa: E402
+from onecard.checkpoint.model import Model, open_headers  # noqa: E402
 from onecard.cli import main as onecard  # noqa: E402
 from onecard.core.method import PRESETS, UNCALIBRATED  # noqa: E402
 from onecard.core.shipped_recipes import recipe_names, recipe_text  # noqa: E402
@@ -316,8 +318,21 @@ def gpu_cost() -> str:
     return "\n".join(lines)
 
 
+def plan_beside_count() -> str:
+    """The planner's model of a card beside the count."""
+
+    @cache
+    def opened(name: str) -> Model:
+        with hollow(name) as folder:
+            return open_headers(str(folder))
+
+    head = ("model", "method", "tokens", "seconds, plan", "counted", "ratio", "peak, plan", "counted", "ratio")
+    return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *counted.lines(opened)])
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "GPU cost": gpu_cost,
+    "plan beside the count": plan_beside_count,
     "config keys": config_keys,
     "broken configs": broken_configs,
     "broken configs, counted": unchanged_configs,

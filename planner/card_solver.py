@@ -23,6 +23,7 @@ from ..core.card_rates import (
     TRY_ROUND,
 )
 from ..core.method import Method
+from ..core.products import SOLVED_COLUMNS
 from ..quantize import restarts, tabu
 from ..quantize.grid import SEARCH_STEPS
 from ..quantize.held import BLOCK_COLUMNS
@@ -31,6 +32,8 @@ from .layer_kernels import TILED
 
 # Products of two fp32 matrices in bf16 parts (core/products.py): two parts each, and the smallest product left out.
 FP32_PAIRS, MIXED_PAIRS = 3, 2
+# Of three parts each, in a solve.
+SOLVED_PAIRS = 6
 # Bytes of cutting an fp32 number into two parts: rounded (6), what is left (10), rounded (6).
 PARTS_BYTES = 22
 
@@ -67,7 +70,7 @@ def stacked(card: Card, site: SolvedSite) -> Busy:
 
 def aimed(card: Card, site: SolvedSite) -> Busy:
     """The mean moments of a batch, and quantize/correction.py for each matrix: the factor of the moment with its ridge,
-    two triangular solves, and for inner matrices the weights times the solution."""
+    a solve, and for inner matrices the weights times the solution."""
     b, o, i, n = site.matrices, site.outputs, site.inputs, site.miss
     # SiteMoments.shrunk: sums over weights, where, times rows, plus the pooled moment, over rows: six passes.
     busy = card.moved(b * 56.0 * i * i, 8)
@@ -75,11 +78,21 @@ def aimed(card: Card, site: SolvedSite) -> Busy:
         return busy
     # The mean miss is three passes, the ridged moment a copy, and the new weights two.
     busy += card.moved(b * (24.0 * n * i + 8.0 * i * i + 16.0 * o * i), 20.0 * b)
-    busy += card.factored(i**3 / 3, b) + card.factored(2.0 * n * i * i, b)
+    busy += card.factored(i**3 / 3, b) + _solved(card, b, n, i)
     if site.miss_at_inputs:
         busy += card.moved(b * PARTS_BYTES * (1.0 * o * i + i * i), 12.0 * b)
         busy += card.product(o, i, i, b, parts=FP32_PAIRS)
     return busy
+
+
+def _solved(card: Card, b: int, n: int, i: int) -> Busy:
+    """products.solved_from_right: two triangular solves by blocks of columns, and products for the rest. What is
+    solved and the factor are cut into three parts (26 bytes), of which the former's are put together (12)."""
+    blocks, c = -(-i // SOLVED_COLUMNS), min(i, SOLVED_COLUMNS)
+    busy = card.factored(1.0 * n * c * c, 2 * b * blocks)
+    for begin in range(c, i, c):
+        busy += card.product(n, begin, min(c, i - begin), 2 * b, parts=SOLVED_PAIRS)
+    return busy + card.moved(b * (26.0 * i * i + 2 * 50.0 * n * i), 40.0 * b * blocks)
 
 
 def _prepared(card: Card, site: SolvedSite, method: Method) -> Busy:

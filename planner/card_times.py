@@ -2,14 +2,15 @@
 
 Kernels are counted from what the code launches (card_passes.py, card_solver.py, layer_kernels.py). A batch takes as
 long as the card or as its host, whichever is longer, since the host waits at the end of each pass. Disk and computation
-overlap: the next block is read while one computes, and a shard is read back while the original's rows pass. So a block
-takes as long as its computation with the writing of its shard, or as the disk has work for, whichever is longer.
+overlap: the next block is read, and a shard written and read back, while one computes. So a block takes as long as its
+computation, or as the disk has work for, whichever is longer.
 """
 
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ..core.card_rates import CardRates
+from ..core.rows import spacing
 from ..models.adapter import Half, Role, Site
 from .busy import Busy, Card
 from .card_passes import BatchCosts, head
@@ -37,7 +38,7 @@ def card_times(work: RunWork, rates: CardRates, batch_tokens: int, in_files: flo
     read = {"disk": outside / rates.read_bytes}
     return StageTimes(
         check=read,
-        copy={"disk": outside / rates.read_bytes + outside / rates.write_bytes},
+        copy={"disk": outside / rates.write_bytes},  # what was checked lies in RAM
         embed={},
         walk=model.walk() if work.method.statistics and work.method.walk_back is not None else None,
         blocks=tuple(model.block(index) for index in blocks),
@@ -92,16 +93,16 @@ class _Model:
     # --- a block's own way
 
     def block(self, index: int) -> Parts:
-        """Computing, and what the disk still works for when all else is done."""
+        """Computing, and what the disk still works for when all else is done. A shard is written while its tensors are
+        quantized."""
         parts = self._computed(index)
         written, rates = self._written_bytes(index), self._rates
-        parts["disk"] = written / rates.write_bytes
         on_disk = self._block_bytes(index) / rates.read_bytes + written / rates.write_bytes + self._commit_seconds()
         on_disk += written / rates.read_bytes  # read back
         if self.work.method.statistics:
             on_disk += self._file_seconds(*self._streams(index))
         busy = sum(parts.values()) + sum(self.verified(index).values())
-        parts["disk"] += max(0.0, on_disk - busy)
+        parts["disk"] = max(0.0, on_disk - busy)
         return parts
 
     def _streams(self, index: int) -> tuple[float, float]:
@@ -184,41 +185,41 @@ class _Model:
 
     def walk(self) -> WalkTimes:
         batches, adapter, tokens = self._batches(self.work.tokens.calibration), self.work.adapter, self.work.tokens
-        forward, back = [], []
-        for index in range(adapter.n_blocks):
+        forward, back, n = [], [], adapter.n_blocks
+        # What a resumed walk goes on from: the rows between its stretches, and where each begins the gradient.
+        kept = 2 * -(-n // spacing(n)) / n * self.work.stream_bytes / self._rates.write_bytes
+        for index in range(n):
             at, loaded = self._at(index), self._block_bytes(index)
             read = loaded / self._rates.read_bytes
             load = loaded / self._rates.pinned_bytes
             there = load + max(batches * self.card.seconds(at.whole()), self._moved_rows(2))
             again = load + max(batches * self.card.seconds(at.walked_back()), self._moved_rows(3))
-            back_read = read + self._file_seconds(1, 2)
+            back_read = read + kept + self._file_seconds(1, 2)
             forward.append({"walk back": there, "disk": max(0.0, read - there)})
             back.append({"walk back": again, "disk": max(0.0, back_read - again)})
         drawn = head(self.card, adapter, tokens.calibration, 3, DRAWN_BYTES)
         return WalkTimes(tuple(forward), {"walk back": self.card.seconds(drawn)}, tuple(back))
 
     def verified(self, index: int) -> Parts:
-        """Both models' rows; the shard is read back and its digest taken while the original's pass."""
+        """Both models' rows; the shard is read back and its digest taken behind them."""
         at, rates = self._at(index), self._rates
         batches = self._batches(self.work.tokens.evaluation)
         written, loaded = self._written_bytes(index), self._block_bytes(index)
         passed = batches * self.card.seconds(at.whole())
-        read = written / rates.read_bytes + written / rates.digest_bytes
         unpacked = written / rates.pageable_bytes + 30.0 * self.work.blocks[index].parameters / rates.card_bytes
         errors = batches * self.card.seconds(self.card.moved(26.0 * at.tokens * at.hidden, 12))
         errors += self.card.seconds(
             self.card.moved(ERRORS_BYTES * loaded / STORED_BYTES, 60.0 * self.work.adapter.n_experts)
         )
-        return {"verify": max(passed, read) + unpacked + passed + errors}
+        return {"verify": passed + unpacked + passed + errors}
 
     def head(self) -> Parts:
         adapter, tokens = self.work.adapter, self.work.tokens.evaluation
         heads = 2 * STORED_BYTES * adapter.vocab_size * adapter.hidden_size
         compared = head(self.card, adapter, tokens, 2, COMPARED_BYTES)
         plan, rates = self.work.plan, self._rates
-        # Blocks have the digests of their reading back; what lies outside them, and shards that are joined, have none.
-        outside = plan.source_bytes - sum(block.parameters for block in self.work.blocks) * STORED_BYTES
-        again = outside if plan.shards == plan.pieces else plan.emitted_bytes
+        # Shards have the digests of their reading back, but where they are joined.
+        again = 0 if plan.shards == plan.pieces else plan.emitted_bytes
         digests = again / rates.read_bytes + again / rates.digest_bytes
         return {
             "checksums": digests,

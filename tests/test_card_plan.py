@@ -16,15 +16,13 @@ import torch
 from click.testing import Result
 
 from command_line import refused
-from hollow import MAVERICK, QWEN3, SCOUT, published, write_hollow
+from counted import ENTRIES, EVALUATED, MODELS, beside, recipe_of, work_of
+from hollow import SCOUT, published, write_hollow
 from onecard.checkpoint.activations import Room
-from onecard.checkpoint.assign import plan_for
 from onecard.checkpoint.keeper import MOST_LOST_SECONDS
 from onecard.checkpoint.model import Model, open_headers
 from onecard.core.card_rates import H100_80GB, CardRates
 from onecard.core.rates import DISK_BYTES_PER_SECOND
-from onecard.core.shipped_recipes import recipe_text
-from onecard.core.yaml_file import parse_yaml
 from onecard.eval import card_rates, machine_rates
 from onecard.forecast import machine_of
 from onecard.planner import card_times
@@ -33,26 +31,8 @@ from onecard.planner.layer_kernels import layer_kernels
 from onecard.planner.memory import compute_bytes, read_ahead_bytes
 from onecard.planner.rows import CARD_SHARE, RowPlaces, rows_on_device
 from onecard.planner.schedule import run_stages
-from onecard.planner.work import MethodCosts, RunWork, Tokens
-from onecard.recipe import Recipe
+from onecard.planner.work import Tokens
 
-COUNTED = json.loads((Path(__file__).parents[1] / "benchmarks" / "gpu_cost.json").read_text())
-# As benchmarks/gpu_cost.py counts them: a published model, and the shipped recipe whose method is exchanged.
-MODELS = {
-    "scout": (SCOUT, "llama4-scout-h100"),
-    "qwen3-30b-a3b": (QWEN3, "qwen3-30b-a3b-24gb"),
-    "maverick": (MAVERICK, "llama4-scout-h100"),
-}
-ENTRIES = [
-    (model, method, int(tokens))
-    for model in MODELS
-    for method, by_tokens in COUNTED.get(model, {}).items()
-    for tokens in by_tokens
-]
-# Counts whose whole time is held. That of `balanced` is not: the count scales the stops of its walk back up from runs
-# of three blocks. Its peak and the solver's seconds are held as well.
-WHOLE = {("scout", "rtn", 2**20), ("scout", "fast", 2**19), ("scout", "fast", 2**20), ("scout", "best", 2**20)}
-EVALUATED = 128 * 2048
 BOUND = 0.15
 TOKENS = Tokens(2**20, EVALUATED)
 Opened = Callable[[str], Model]
@@ -74,37 +54,17 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Opened:
     return found
 
 
-def recipe_of(model: str, method: str) -> Recipe:
-    shipped = MODELS[model][1]
-    given = parse_yaml(shipped, recipe_text(shipped), "")
-    given = {key: value for key, value in given.items() if key not in ("tasks", "gpu", "context")}
-    return Recipe.model_validate(given | {"method": method, "tasks": []})
-
-
-def work_of(opened: Opened, model: str, method: str, tokens: Tokens) -> RunWork:
-    recipe = recipe_of(model, method)
-    read = tokens if recipe.quantizer.needs_statistics else replace(tokens, calibration=0)
-    source = opened(MODELS[model][0])
-    return RunWork.of(source.adapter, plan_for(source, recipe), MethodCosts.of(recipe), read, 2)
-
-
 @pytest.mark.parametrize(("model", "method", "tokens"), ENTRIES)
 def test_time_and_peak_agree_with_the_counted_model(opened: Opened, model: str, method: str, tokens: int) -> None:
-    counted = COUNTED[model][method][str(tokens)]
-    asked = Tokens(tokens, EVALUATED)
-    work, machine = work_of(opened, model, method, asked), machine_of(H100_80GB, recipe_of(model, method))
-    by_kind = times_of(work, H100_80GB.rates, machine.batch_tokens).by_kind()
-    peak = compute_bytes(work, machine.site_budget_bytes)
-    rows = counted.get("rows_on_device_bytes", 0)
-    assert peak == pytest.approx(counted["device_peak_bytes"] - rows, rel=BOUND)
+    found = beside(opened(MODELS[model][0]), model, method, tokens)
+    assert found.peak_bytes == pytest.approx(found.counted_peak_bytes, rel=BOUND)
     if method != "rtn":
-        assert by_kind["quantize"] == pytest.approx(counted["stages"]["quantize"], rel=BOUND)
-    if (model, method, tokens) in WHOLE:
-        assert sum(by_kind.values()) == pytest.approx(counted["seconds"], rel=BOUND)
+        assert found.seconds["quantize"] == pytest.approx(found.counted["stages"]["quantize"], rel=BOUND)
+    assert sum(found.seconds.values()) == pytest.approx(found.counted["seconds"], rel=BOUND)
 
 
 def test_a_faster_card_takes_no_longer(opened: Opened) -> None:
-    work, rates = work_of(opened, "scout", "best", TOKENS), H100_80GB.rates
+    work, rates = work_of(opened(SCOUT), "scout", "best", TOKENS), H100_80GB.rates
     before = times_of(work, rates, 32768)
     for field in fields(CardRates):
         faster = replace(rates, **{field.name: 2 * getattr(rates, field.name)})
@@ -118,14 +78,16 @@ def test_a_faster_card_takes_no_longer(opened: Opened) -> None:
 
 def test_more_tokens_take_proportionally_longer(opened: Opened) -> None:
     def computed(tokens: int) -> float:
-        parts = times_of(work_of(opened, "scout", "fast", Tokens(tokens, EVALUATED)), H100_80GB.rates, 32768).by_kind()
+        parts = times_of(
+            work_of(opened(SCOUT), "scout", "fast", Tokens(tokens, EVALUATED)), H100_80GB.rates, 32768
+        ).by_kind()
         return parts["statistics"] + parts["propagate"]
 
     assert computed(2**19) == pytest.approx(computed(2**18) * 2)
 
 
 def test_rows_lie_on_the_card_then_in_ram_then_in_files(opened: Opened) -> None:
-    work = work_of(opened, "scout", "balanced", TOKENS)
+    work = work_of(opened(SCOUT), "scout", "balanced", TOKENS)
     budget = machine_of(H100_80GB, recipe_of("scout", "balanced")).site_budget_bytes
     room = rows_on_device(work, H100_80GB.card_bytes, budget)
     assert room + compute_bytes(work, budget) == int(H100_80GB.card_bytes * CARD_SHARE)
@@ -144,7 +106,7 @@ def test_rows_lie_on_the_card_then_in_ram_then_in_files(opened: Opened) -> None:
 
 def test_pinned_rows_take_powers_of_two(opened: Opened) -> None:
     """A batch of 32,768 rows of 5,120 bf16 numbers, 1.25 times 2^28 bytes, takes 2^29."""
-    work = work_of(opened, "scout", "fast", TOKENS)
+    work = work_of(opened(SCOUT), "scout", "fast", TOKENS)
     places = RowPlaces.of(work, Room(0, 16 * 2**29), batch_tokens=32768)
     assert (places.ram_bytes, places.ram_taken_bytes) == (16 * 5 * 2**26, 16 * 2**29)
 

@@ -4,7 +4,6 @@
 otherwise than a card: attention's kernels, values as Python numbers.
 """
 
-import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +92,7 @@ class Counting(TorchDispatchMode):
             said = CUDA if on_card else CPU
         else:
             said = CUDA if torch.device(wanted).type == "cuda" else CPU
-        where = line() if on_card or said is CUDA or threading.get_ident() != self.ledger.main else "?"
+        where = line() if on_card or said is CUDA or not self.ledger.is_main else "?"
         call = _Call(func, args, kwargs, ours, said, where)
         special = self._answered(call)
         if special is not NotImplemented:

@@ -5,7 +5,6 @@ for the card. So a stretch of code takes the longer of both where they overlap, 
 """
 
 import sys
-import threading
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +46,13 @@ class Stage:
         return sum(amount for (kind, _), amount in self.counts.items() if kind == what)
 
 
+@dataclass
+class Worker:
+    """A thread beside the main one."""
+
+    clock: float = 0.0
+
+
 class Ledger:
     """Counts into the stage that is open. The host's clock is that of the main thread; other threads have their own,
     and what they do costs the main thread nothing until it asks for it (threads.py)."""
@@ -59,9 +65,7 @@ class Ledger:
         self.syncs = 0
         self.live: dict[int, list[int]] = {}  # storage -> [tensors, bytes]
         self.live_bytes = self.peak = 0
-        self.thread = threading.local()  # has a clock where it is not the main thread
-        self.main = threading.get_ident()
-        self.lock = threading.RLock()
+        self.worker: Worker | None = None  # the thread whose work is being done; None: the main thread's own
         self.lane: Any = None  # the stream of streams.py that copies go to, if it is not the card's own
         self.counts: Counter[tuple[str, str]] = Counter()
         self.key: Key = ("start", None)
@@ -70,7 +74,7 @@ class Ledger:
 
     @property
     def is_main(self) -> bool:
-        return threading.get_ident() == self.main
+        return self.worker is None
 
     @property
     def now(self) -> float:
@@ -79,7 +83,7 @@ class Ledger:
     @property
     def clock(self) -> float:
         """Of the thread that asks."""
-        return self.host if self.is_main else float(getattr(self.thread, "clock", 0.0))
+        return self.host if self.worker is None else self.worker.clock
 
     def begin(self, name: str, block: int | None = None) -> None:
         """Close the stage that is open, and open another; a stage may be opened again."""
@@ -99,19 +103,17 @@ class Ledger:
         return {key: stage for key, stage in self.stages.items() if stage.counts}
 
     def add(self, what: str, amount: float = 1.0, where: str | None = None) -> None:
-        place = where or line()
-        with self.lock:
-            # What is remembered of a call (memory.py) must not hold what other threads did meanwhile.
-            counts = self.counts if self.is_main else self.stages[self.key].counts
-            counts[what, place] += amount  # type: ignore[assignment]
+        # What is remembered of a call (memory.py) must not hold what other threads did meanwhile.
+        counts = self.counts if self.is_main else self.stages[self.key].counts
+        counts[what, where or line()] += amount  # type: ignore[assignment]
 
     def wait(self, seconds: float) -> None:
         """The thread is busy."""
-        if self.is_main:
+        if self.worker is None:
             self.host += seconds
             self.host_busy += seconds
         else:
-            self.thread.clock = self.clock + seconds
+            self.worker.clock += seconds
 
     def wait_until(self, time: float) -> None:
         """The thread needs what is there from then on."""
@@ -176,18 +178,16 @@ class Ledger:
     # --- device memory
 
     def hold(self, storage: int, nbytes: int) -> None:
-        with self.lock:
-            entry = self.live.setdefault(storage, [0, nbytes])
-            if not entry[0]:
-                self.live_bytes += nbytes
-                self.peak = max(self.peak, self.live_bytes)
-            entry[0] += 1
+        entry = self.live.setdefault(storage, [0, nbytes])
+        if not entry[0]:
+            self.live_bytes += nbytes
+            self.peak = max(self.peak, self.live_bytes)
+        entry[0] += 1
 
     def release(self, storage: int) -> None:
-        with self.lock:
-            entry = self.live.get(storage)
-            if entry is not None:
-                entry[0] -= 1
-                if not entry[0]:
-                    self.live_bytes -= entry[1]
-                    del self.live[storage]
+        entry = self.live.get(storage)
+        if entry is not None:
+            entry[0] -= 1
+            if not entry[0]:
+                self.live_bytes -= entry[1]
+                del self.live[storage]

@@ -1,6 +1,7 @@
 """Stand-ins for threads and for a card's streams: each has a clock of its own.
 
-What a thread does is counted, and takes that thread's time. Whoever asks for its result goes on when it is there.
+What a thread is given to do is done at once, so that a count comes out alike whatever else the machine does. It takes
+that thread's time, which begins when the thread is free. Whoever asks for its result goes on when it is there.
 Copies on a stream of their own take that stream's time; an event says who waits for whom.
 """
 
@@ -10,11 +11,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
-from .card import Asked, Counting
-from .ledger import Ledger
+from .ledger import Ledger, Worker
 
 
 @dataclass
@@ -80,29 +81,40 @@ def stand_ins(ledger: Ledger) -> list[tuple[Any, str, Any]]:
         finally:
             ledger.lane = before
 
-    run, submit, result = threading.Thread.run, ThreadPoolExecutor.submit, Future.result
+    workers: WeakKeyDictionary[ThreadPoolExecutor, Worker] = WeakKeyDictionary()
+    running: list[threading.Thread] = []
+    current_thread, result = threading.current_thread, Future.result
 
-    def counted_run(thread: threading.Thread) -> None:
-        with Asked(ledger), Counting(ledger):
-            run(thread)
+    @contextmanager
+    def of(worker: Worker) -> Iterator[None]:
+        worker.clock, before = max(worker.clock, ledger.clock), ledger.worker
+        ledger.worker = worker
+        try:
+            yield
+        finally:
+            ledger.worker = before
 
-    def counted_submit(pool: ThreadPoolExecutor, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        asked, done = ledger.clock, [0.0]
+    def start(thread: threading.Thread) -> None:
+        running.append(thread)
+        try:
+            with of(Worker()):
+                thread.run()
+        finally:
+            running.pop()
 
-        def work() -> Any:
-            ledger.thread.clock = max(ledger.clock, asked)
+    def submit(pool: ThreadPoolExecutor, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        worker, future = workers.setdefault(pool, Worker()), Future[Any]()
+        with of(worker):
             try:
-                return function(*args, **kwargs)
-            finally:
-                done[0] = ledger.clock
-
-        future = submit(pool, work)
-        future.done_at = done  # type: ignore[attr-defined]
+                future.set_result(function(*args, **kwargs))
+            except BaseException as error:
+                future.set_exception(error)
+        future.done_at = worker.clock  # type: ignore[attr-defined]
         return future
 
-    def counted_result(future: Any, timeout: float | None = None) -> Any:
+    def waited_result(future: Any, timeout: float | None = None) -> Any:
         found = result(future, timeout)
-        ledger.wait_until(getattr(future, "done_at", [0.0])[0])
+        ledger.wait_until(getattr(future, "done_at", 0.0))
         return found
 
     return [
@@ -110,7 +122,8 @@ def stand_ins(ledger: Ledger) -> list[tuple[Any, str, Any]]:
         (torch.cuda, "Event", lambda *_, **__: _Event(ledger)),
         (torch.cuda, "stream", stream),
         (torch.cuda, "current_stream", lambda *_: _Computing(ledger)),
-        (threading.Thread, "run", counted_run),
-        (ThreadPoolExecutor, "submit", counted_submit),
-        (Future, "result", counted_result),
+        (threading.Thread, "start", start),
+        (threading, "current_thread", lambda: running[-1] if running else current_thread()),
+        (ThreadPoolExecutor, "submit", submit),
+        (Future, "result", waited_result),
     ]

@@ -19,7 +19,7 @@ from onecard.core.rows import spacing
 from onecard.recipe import Recipe
 
 from . import rates
-from .job import ROW_TOKENS, WALK_FORWARD, WALK_STOPS, Gone, Size, go_through
+from .job import ROW_TOKENS, WALK_BACK, WALK_FORWARD, WALK_STOPS, Gone, Size, go_through
 from .ledger import WAITS, Key, Stage
 
 EVALUATION_ROWS = 128
@@ -127,14 +127,17 @@ def _joined(asked: Asked, gone: Gone, lines: dict[Key, Cost]) -> Whole:
         kinds = [gone.kinds[0] if block == 0 else _kind(model.adapter, block) for block in range(n_blocks)]
     stages: dict[str, Cost] = {}
     streams = 2 * asked.tokens * asked.recipe.quantizer.needs_statistics + 2 * EVALUATION_ROWS * ROW_TOKENS
-    lines = lines | _waits(lines, streams * hidden * 2, asked.disk)
+    # A walk back keeps at its first stop the rows between its stretches and the gradient, and later the gradient.
+    kept = 2 * _stretches(n_blocks) * asked.tokens * hidden * 2 / n_blocks
+    lines = lines | _waits(lines, streams * hidden * 2, kept, asked.disk)
     for (name, block), cost in lines.items():
         if block is None or block >= gone.size.blocks:
             # Some stages read what lies outside the blocks, and some read the blocks as well.
             whole, part = (source, gone.source_bytes) if name == CHECK else (emitted, gone.emitted_bytes)
             of_blocks = max(0.0, cost.total("read") - outside) if name in (CHECK, *BY_EMITTED) else 0.0
             times = 1.0
-            if name == WALK_STOPS:
+            if name == WALK_STOPS:  # how long it waits for the disk is said by `_waits`
+                cost = Cost(cost.seconds - cost.total(WAITS), cost.peak_bytes, cost.counts)
                 times = _stretches(n_blocks) / _stretches(gone.size.blocks)
             if of_blocks:
                 times += of_blocks / cost.total("read") * ((whole - outside) / (part - outside) - 1)
@@ -159,10 +162,10 @@ def _phase(name: str) -> str | None:
     return f"files, {name}" if name.startswith("walk") else None
 
 
-def _waits(lines: dict[Key, Cost], rows_bytes: float, disk_rate: float) -> dict[Key, Cost]:
+def _waits(lines: dict[Key, Cost], rows_bytes: float, kept_bytes: float, disk_rate: float) -> dict[Key, Cost]:
     """How long the disk still works for a block when all else is done. What threads read and write is behind the
     computation, but no more than one block behind. `rows_bytes`: of the rows that enter a block. They are written every
-    MOST_LOST_SECONDS (checkpoint/keeper.py)."""
+    MOST_LOST_SECONDS (checkpoint/keeper.py). `kept_bytes`: what the walk back keeps, shared out among the blocks."""
     phases: dict[Key, list[Cost]] = {}
     for (name, block), cost in lines.items():
         phase = _phase(name)
@@ -174,6 +177,8 @@ def _waits(lines: dict[Key, Cost], rows_bytes: float, disk_rate: float) -> dict[
         disk = sum(cost.total("disk seconds behind") + cost.total("disk seconds") for cost in parts)
         if key[0] == "files":
             disk += rows_bytes / disk_rate * seconds / MOST_LOST_SECONDS
+        if key[0] == f"files, {WALK_BACK}":
+            disk += kept_bytes / disk_rate
         late = disk - seconds
         if late > 0:
             found[key] = Cost(seconds=late)
