@@ -13,7 +13,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -321,13 +321,14 @@ def gpu_cost() -> str:
 def plan_beside_count() -> str:
     """The planner's model of a card beside the count."""
 
-    @cache
-    def opened(name: str) -> Model:
-        with hollow(name) as folder:
-            return open_headers(str(folder))
-
     head = ("model", "method", "tokens", "seconds, plan", "counted", "ratio", "peak, plan", "counted", "ratio")
-    return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *counted.lines(opened)])
+    with ExitStack() as stack:
+
+        @cache
+        def opened(name: str) -> Model:
+            return open_headers(str(stack.enter_context(hollow(name))))
+
+        return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *counted.lines(opened)])
 
 
 PARTS: dict[str, Callable[[], str]] = {

@@ -37,9 +37,10 @@ class _Cached:
     _in_blocks: bool = False
 
     def at(self, key: Key) -> None:
-        """A whole run reads far more than is held between its beginning and what comes after its blocks."""
+        """A whole run reads far more than is held between its beginning and what comes after its blocks, and before a
+        walk comes to a block once more."""
         in_blocks = key[1] is not None
-        if self._in_blocks and not in_blocks:
+        if (self._in_blocks and not in_blocks) or key[0].startswith("walk"):
             self.ranges.clear()
         self._in_blocks = in_blocks
 

@@ -237,6 +237,7 @@ def _gone_through(
         wanted={ROW_TOKENS: size.batches * rows_a_batch},
     )
     plan = plan_for(model, recipe)
+    plan = replace(plan, shards=plan.pieces)  # few blocks would fit into one file; the whole model does not
     run = Run(
         model=model,
         plan=plan,

@@ -177,8 +177,9 @@ def _waits(lines: dict[Key, Cost], rows_bytes: float, kept_bytes: float, disk_ra
         disk = sum(cost.total("disk seconds behind") + cost.total("disk seconds") for cost in parts)
         if key[0] == "files":
             disk += rows_bytes / disk_rate * seconds / MOST_LOST_SECONDS
-        if key[0] == f"files, {WALK_BACK}":
-            disk += kept_bytes / disk_rate
+        if key[0] == f"files, {WALK_BACK}":  # each block is read on the way back as on the way there
+            there = phases.get((f"files, {WALK_FORWARD}", key[1]), [])
+            disk = max(disk, sum(cost.total("disk seconds behind") for cost in there)) + kept_bytes / disk_rate
         late = disk - seconds
         if late > 0:
             found[key] = Cost(seconds=late)
