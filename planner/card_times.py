@@ -76,7 +76,7 @@ class _Model:
         return tokens / next(iter(self._layers.values())).tokens
 
     def _moved_rows(self, streams: float) -> float:
-        """Seconds of the copies between card and RAM of so many streams of rows, beside the computation."""
+        """Seconds of the copies between card and RAM of so many streams of rows, as if none lay on the card."""
         return streams * self.work.stream_bytes / self._rates.pinned_bytes
 
     def _file_seconds(self, written: float, read: float) -> float:
@@ -128,8 +128,9 @@ class _Model:
         last = index + 1 == self.work.adapter.n_blocks
         if quantizer.tune_epochs:
             parts["tune"] = batches * quantizer.tune_epochs * passes.tuning()
-        parts["statistics"] = max(batches * passes.statistics(), self._moved_rows(10))
-        parts["propagate"] = max(batches * passes.propagated(last), self._moved_rows(4))
+        # A batch is fetched when the one before has been put back, so that copies do not overlap with computing.
+        parts["statistics"] = batches * passes.statistics() + self._moved_rows(1 + 2 * passes.turns)
+        parts["propagate"] = batches * passes.propagated(last) + self._moved_rows(4)
         parts["quantize"] = self._solved(index)
         return parts
 
