@@ -1,9 +1,9 @@
 """Time and memory of a run in this tree beside those in a commit's, on a CPU, as ratios.
 
-    python benchmarks/against.py --against COMMIT [--pairs 2] [--jobs demo fast rtn]
+    python benchmarks/against.py --against COMMIT [--pairs 2] [--jobs demo fast rtn] [--blocks 8]
 
     demo   `make demo`'s second job: the embedded model by the recipe `demo`
-    fast   8 synthetic blocks at hidden 1024 (16 experts of 2048, 32 rows of 512 tokens) by `fast`
+    fast   `--blocks` synthetic blocks at hidden 1024 (16 experts of 2048, 32 rows of 512 tokens) by `fast`
     rtn    the same blocks by round-to-nearest
 
 Both trees run the same command by turns, so that what else the machine does strikes both. One line a job: the medians
@@ -38,13 +38,13 @@ class Taken:
     peak_bytes: int
 
 
-def arguments(job: str, folder: Path) -> list[str]:
+def arguments(job: str, folder: Path, blocks: int) -> list[str]:
     """The command's arguments apart from OUT; makes what they name."""
     if job == "demo":
         return ["demo", "--recipe", "demo"]
     model, recipe = folder / "model", folder / f"{job}.yaml"
     if not model.exists():
-        write_model(model, blocks=8, hidden=1024, intermediate=2048, experts=16)
+        write_model(model, blocks=blocks, hidden=1024, intermediate=2048, experts=16)
         write_texts(folder / "calibration.jsonl", 32, 512, seed=1)
         write_texts(folder / "evaluation.jsonl", 24, 256, seed=2)
     keys = {
@@ -87,13 +87,14 @@ def main() -> None:
     parser.add_argument("--against", required=True)
     parser.add_argument("--pairs", type=int, default=2)
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=JOBS)
+    parser.add_argument("--blocks", type=int, default=8, help="of the synthetic model")
     asked = parser.parse_args()
     print(f"| job | seconds, {asked.against} | this tree | ratio | CPU s | this tree | ratio | peak RSS ratio |")
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name, checked_out(asked.against, Path(name)) as tree:
         folder = Path(name)
         for job in asked.jobs:
-            given = arguments(job, folder)
+            given = arguments(job, folder, asked.blocks)
             taken: dict[Path, list[Taken]] = {tree: [], ROOT: []}
             for pair in range(asked.pairs):
                 for where in (tree, ROOT) if pair % 2 == 0 else (ROOT, tree):
