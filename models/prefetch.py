@@ -22,6 +22,8 @@ from .slabs import Key
 # A second thread reads while the first waits for its disk, or copies. More threads, or advice to the system's cache,
 # gave nothing more.
 THREADS = 2
+# How often a walk that waits for a read looks about: a Ctrl-C whose signal went to another thread does not wake it.
+LOOK_SECONDS = 1.0
 # At the end, how long a thread may take for its last read.
 PATIENCE_SECONDS = 5.0
 
@@ -89,7 +91,8 @@ class _State:
                     keys.remove(key)
                     self._taken(block)
                     return None
-            self.changed.wait_for(lambda: key not in self.begun)
+            while not self.changed.wait_for(lambda: key not in self.begun, LOOK_SECONDS):
+                pass
             if key not in self.done:
                 return None
             block, found = self.done.pop(key)

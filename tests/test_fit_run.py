@@ -121,9 +121,7 @@ def test_prices_of_pareto_serve_quantize(
     assert differences(contents(out), contents(whole)) == []
 
 
-@pytest.mark.parametrize(
-    "where", ["onecard.models.walk.Walk.head", "onecard.pipeline.fit_to", "onecard.stages.embed_rows"]
-)
+@pytest.mark.parametrize("where", ["onecard.models.walk.Walk.head", "onecard.pipeline.fit_to", "onecard.stages.begin"])
 def test_stopped_between_pricing_and_quantizing(
     whole: Path, baby: Callable[..., Path], texts: list[str], use: Path, tmp_path: Path, where: str
 ) -> None:

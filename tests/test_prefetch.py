@@ -146,6 +146,7 @@ ahead = prefetch.ReadAhead(Slow())
 ahead.expect(0, [("a", ()), ("b", ())], 1)
 time.sleep(0.1)
 threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
 try:
     ahead.take(("a", ()))
 except KeyboardInterrupt:
@@ -153,6 +154,8 @@ except KeyboardInterrupt:
 """
 
 
-def test_a_process_can_be_stopped_and_ends_although_a_disk_hangs() -> None:
-    done = subprocess.run([sys.executable, "-c", SLOW], capture_output=True, text=True, timeout=300)
+@pytest.mark.parametrize("blocked", ["[]", "[signal.SIGINT]"], ids=["", "the signal goes to another thread"])
+def test_a_process_can_be_stopped_and_ends_although_a_disk_hangs(blocked: str) -> None:
+    program = SLOW.replace("BLOCKED", blocked)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout, done.stderr) == (0, "stopped\n", "")
