@@ -13,7 +13,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from table import markdown, table  # noqa: E402
 import counted  # noqa: E402
 from hollow import MAVERICK, QWEN3, SCOUT, published, write_hollow  # noqa: E402
 from onecard.checkpoint.engines.table import ENGINES  # noqa: E402
-from onecard.checkpoint.model import Model, open_headers  # noqa: E402
+from onecard.checkpoint.model import open_headers  # noqa: E402
 from onecard.cli import main as onecard  # noqa: E402
 from onecard.core.method import PRESETS, UNCALIBRATED  # noqa: E402
 from onecard.core.shipped_recipes import recipe_names, recipe_text  # noqa: E402
@@ -320,15 +320,17 @@ def gpu_cost() -> str:
 
 def plan_beside_count() -> str:
     """The planner's model of a card beside the count."""
-
     head = ("model", "method", "tokens", "seconds, plan", "counted", "ratio", "peak, plan", "counted", "ratio")
-    with ExitStack() as stack:
-
-        @cache
-        def opened(name: str) -> Model:
-            return open_headers(str(stack.enter_context(hollow(name))))
-
-        return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *counted.lines(opened)])
+    body = []
+    for model, method, tokens in counted.ENTRIES:
+        with hollow(counted.MODELS[model][0]) as folder:
+            found = counted.beside(open_headers(str(folder)), model, method, tokens)
+        seconds, whole = sum(found.seconds.values()), found.counted["seconds"]
+        peak, own = found.peak_bytes, found.counted_peak_bytes
+        read = "" if method == "rtn" else f"{tokens:,}"
+        row = [model, f"`{method}`", read, f"{seconds:,.0f}", f"{whole:,.0f}", f"{seconds / whole:.2f}"]
+        body.append([*row, f"{peak / 1e9:.1f} GB", f"{own / 1e9:.1f} GB", f"{peak / own:.2f}"])
+    return table(head, body)
 
 
 PARTS: dict[str, Callable[[], str]] = {

@@ -1,7 +1,6 @@
 """What benchmarks/gpu_cost.py counted in the real code, and the planner's model of the same runs."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -63,25 +62,10 @@ class Beside:
 
 
 def beside(source: Model, model: str, method: str, tokens: int) -> Beside:
-    work, machine = (
-        work_of(source, model, method, Tokens(tokens, EVALUATED)),
-        machine_of(H100_80GB, recipe_of(model, method)),
-    )
+    work = work_of(source, model, method, Tokens(tokens, EVALUATED))
+    machine = machine_of(H100_80GB, recipe_of(model, method))
     return Beside(
         counted=COUNTED[model][method][str(tokens)],
         seconds=times_of(work, H100_80GB.rates, machine.batch_tokens).by_kind(),
         peak_bytes=compute_bytes(work, machine.site_budget_bytes),
     )
-
-
-def lines(sources: Any) -> Iterator[str]:
-    """A table's rows. `sources`: the published model's name -> its Model."""
-    for model, method, tokens in ENTRIES:
-        found = beside(sources(MODELS[model][0]), model, method, tokens)
-        seconds, counted = sum(found.seconds.values()), found.counted["seconds"]
-        peak, own = found.peak_bytes, found.counted_peak_bytes
-        read = "" if method == "rtn" else f"{tokens:,}"
-        yield (
-            f"| {model} | `{method}` | {read} | {seconds:,.0f} | {counted:,.0f} | {seconds / counted:.2f} | "
-            f"{peak / 1e9:.1f} GB | {own / 1e9:.1f} GB | {peak / own:.2f} |"
-        )

@@ -16,16 +16,15 @@ from . import rates
 from .ledger import Key, Ledger, line
 from .tensors import CPU, Pretended
 
+# The project's own, which the stand-ins call.
+read_bytes, write_bytes = source.read_into, files.write_values
 
-def _write_values(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Those that there are: the shapes of packed weights."""
-    offsets = {name: offset for name, (_, offset) in read_header(path).items()}
-    with path.open("r+b") as file:
-        for name, tensor in tensors.items():
-            values = tensor.inner if isinstance(tensor, Pretended) else tensor
-            if values.device.type == "cpu" and tensor.dtype in (torch.int64, torch.int32):
-                file.seek(offsets[name])
-                file.write(values.contiguous().numpy().tobytes())
+
+def _keep_values(file: BinaryIO, offset: int, tensor: torch.Tensor) -> None:
+    """Writes the values that there are: the shapes of packed weights."""
+    values = tensor.inner if isinstance(tensor, Pretended) else tensor
+    if values.device.type == "cpu" and tensor.dtype in (torch.int64, torch.int32):
+        write_bytes(file, offset, values)
 
 
 @dataclass
@@ -55,76 +54,82 @@ class _Cached:
         return found
 
 
-def stand_ins(ledger: Ledger) -> list[tuple[Any, str, Any]]:
-    """(module, attribute, what takes its place)."""
+class _Disk:
+    """Takes the place of what reads and writes files."""
 
-    real_read, real_write, in_ram = source.read_into, files.write_values, set[Path]()
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger, self.lately = ledger, _Cached()
+        # The system holds a written file until it is let go, under the name that it gets when it is complete.
+        self.in_ram: set[Path] = set()
 
-    def save_file(tensors: dict[str, torch.Tensor], path: Path, metadata: Any = None) -> None:
+    def written(self, path: Path, nbytes: int) -> None:
+        self.ledger.file(nbytes, "written")
+        self.in_ram.add(path.with_name(path.name.removesuffix(TEMPORARY)))
+
+    def save_file(self, tensors: dict[str, torch.Tensor], path: Path, metadata: Any = None) -> None:
         for tensor in tensors.values():
             if isinstance(tensor, Pretended) and tensor.is_cuda:
-                ledger.copy(tensor.nbytes, "from card", False, line())
+                self.ledger.copy(tensor.nbytes, "from card", False, line())
         infos = {name: TensorInfo(tuple(t.shape), DTYPE_NAMES[t.dtype]) for name, t in tensors.items()}
         write_hole(path, infos)
-        _write_values(path, tensors)
-        ledger.file(sum(info.nbytes for info in infos.values()), "written")
-        # The system holds a written file until it is let go, under the name that it gets next.
-        in_ram.add(path.with_name(path.name.removesuffix(TEMPORARY)))
+        with path.open("r+b") as file:
+            for name, (_, offset) in read_header(path).items():
+                _keep_values(file, offset, tensors[name])
+        self.written(path, sum(info.nbytes for info in infos.values()))
 
-    def write_values(file: BinaryIO, offset: int, tensor: torch.Tensor) -> None:
+    def write_values(self, file: BinaryIO, offset: int, tensor: torch.Tensor) -> None:
         file.truncate(max(file.seek(0, 2), offset + tensor.nbytes))
-        values = tensor.inner if isinstance(tensor, Pretended) else tensor
-        if values.device.type == "cpu" and tensor.dtype in (torch.int64, torch.int32):
-            real_write(file, offset, values)
-        ledger.file(tensor.nbytes, "written")
-        in_ram.add(Path(file.name.removesuffix(TEMPORARY)))
+        _keep_values(file, offset, tensor)
+        self.written(Path(file.name), tensor.nbytes)
 
-    def load_file(path: Path) -> dict[str, torch.Tensor]:
+    def load_file(self, path: Path) -> dict[str, torch.Tensor]:
         found: dict[str, torch.Tensor] = {}
         for name, (info, _) in read_header(Path(path)).items():
             empty = torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype], device="meta")
-            found[name] = Pretended(empty, CPU, ledger)
-            ledger.file(info.nbytes, "read")
+            found[name] = Pretended(empty, CPU, self.ledger)
+            self.ledger.file(info.nbytes, "read")
         return found
 
-    def sync(*_: Any) -> None:
-        ledger.add("fsyncs")
-        ledger.wait(rates.FSYNC_SECONDS)
+    def sync(self, *_: Any) -> None:
+        self.ledger.add("fsyncs")
+        self.ledger.wait(rates.FSYNC_SECONDS)
 
-    lately = _Cached()
-
-    def read_into(file: Path, offset: int, buffer: torch.Tensor) -> None:
+    def read_into(self, file: Path, offset: int, buffer: torch.Tensor) -> None:
         nbytes = buffer.numel()
-        lately.at(ledger.key)
-        there = nbytes if file in in_ram else lately.read(file, offset, nbytes)
+        self.lately.at(self.ledger.key)
+        there = nbytes if file in self.in_ram else self.lately.read(file, offset, nbytes)
         if there:
-            ledger.compute(there)
+            self.ledger.compute(there)
         if there < nbytes:
-            ledger.file(nbytes - there, "read")
+            self.ledger.file(nbytes - there, "read")
         held = buffer.inner if isinstance(buffer, Pretended) else buffer
         if held.device.type == "cpu":
-            real_read(file, offset, held)
+            read_bytes(file, offset, held)
 
-    def sha256_file(path: Path) -> str:
+    def sha256_file(self, path: Path) -> str:
         nbytes = path.stat().st_size
-        if path not in in_ram:
-            ledger.file(nbytes, "read")
-        in_ram.add(path)
-        return digest(nbytes)
+        if path not in self.in_ram:
+            self.ledger.file(nbytes, "read")
+        self.in_ram.add(path)
+        return self.digest(nbytes)
 
-    def digest(nbytes: int) -> str:
-        ledger.add("CPU seconds" if ledger.is_main else "CPU seconds behind", nbytes / rates.DIGEST)
-        ledger.wait(nbytes / rates.DIGEST)
+    def digest(self, nbytes: int) -> str:
+        self.ledger.add("CPU seconds" if self.ledger.is_main else "CPU seconds behind", nbytes / rates.DIGEST)
+        self.ledger.wait(nbytes / rates.DIGEST)
         return "0" * 64
 
+
+def stand_ins(ledger: Ledger) -> list[tuple[Any, str, Any]]:
+    """(module, attribute, what takes its place)."""
+    disk = _Disk(ledger)
     return [
-        (activations, "_digest", lambda rows: digest(rows.nbytes)),
-        (files, "save_file", save_file),
-        (files, "write_values", write_values),
-        (files, "sync_file", sync),
-        (files, "sync_folder", sync),
-        (files, "let_go", in_ram.discard),
-        (workdir, "load_file", load_file),
-        (source, "read_into", read_into),
-        (checksums, "sha256_file", sha256_file),
+        (activations, "_digest", lambda rows: disk.digest(rows.nbytes)),
+        (files, "save_file", disk.save_file),
+        (files, "write_values", disk.write_values),
+        (files, "sync_file", disk.sync),
+        (files, "sync_folder", disk.sync),
+        (files, "let_go", disk.in_ram.discard),
+        (workdir, "load_file", disk.load_file),
+        (source, "read_into", disk.read_into),
+        (checksums, "sha256_file", disk.sha256_file),
     ]

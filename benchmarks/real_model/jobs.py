@@ -22,6 +22,7 @@ import judge
 import run as peers
 from field import PEERS, Peer, own
 from safetensors.torch import save_file
+from table import table
 
 from onecard.checkpoint.source import Folder, open_folder
 
@@ -117,7 +118,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
     """A table of all results: mean KL with its interval, by kind."""
     kinds = (judging.HOME, *documents.AWAY)
     head = ("job", "group", *kinds, "same top-1, home", "stored bytes", "CPU seconds")
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    body = []
     for row in results:
         cells = [row["peer"] + "".join(f" {key}={value}" for key, value in row["changed"].items()), str(row["group"])]
         if "error" in row:
@@ -129,8 +130,8 @@ def markdown(results: list[dict[str, Any]]) -> str:
                 f"{row['stored_bytes']:,}",
                 f"{row['cpu_seconds']:.0f}",
             ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        body.append(cells)
+    return table(head, body)
 
 
 def _kl(bucket: dict[str, Any]) -> str:

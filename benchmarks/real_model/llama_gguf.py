@@ -19,18 +19,12 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig
 
-TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-IN_BLOCK = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+from onecard.models import gguf
+
+# llama.cpp's name -> transformers'.
+TOP = {theirs: ours if ours == "lm_head" else f"model.{ours}" for ours, theirs in gguf.TOP.items()}
+IN_BLOCK = {theirs: ours for ours, theirs in gguf.ATTENTION.items()}
+IN_BLOCK |= {f"ffn_{p}": f"mlp.{p}_proj" for p in ("gate", "up", "down")}
 # Of llama.cpp's types of a token: those that no text spells by accident.
 CONTROL, USER_DEFINED = 3, 4
 # llama.cpp's name of a pre-tokenizer -> whether digits are split one by one.
