@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from reads import watch_reads
 
 from command_line import Refuse, run_onecard
@@ -16,6 +18,7 @@ from onecard.checkpoint import checksums, emit
 from onecard.checkpoint.checksums import SUMS_NAME, read_sums, sha256_file
 from onecard.checkpoint.model import open_model
 from onecard.checkpoint.source import open_folder
+from onecard.models.block import Block
 from runs import Contents, Run, contents, differences
 from walking import cpu_walk
 
@@ -120,6 +123,24 @@ def test_marks_see_every_change(baby: Callable[..., Path]) -> None:
             assert block.marks() != marks, name
         parameter.data.copy_(kept)
     assert block.marks() == marks
+
+
+@settings(deadline=None)
+@given(
+    width=st.integers(1, 17),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn]),
+    place=st.integers(0, 50),
+    skipped=st.integers(0, 3),
+)
+def test_marks_see_a_change_at_every_width(width: int, dtype: torch.dtype, place: int, skipped: int) -> None:
+    """Rows are read as wide integers where they fit; the last values of a row that they do not fit count, too."""
+    held = torch.zeros(3 * width + skipped, dtype=dtype)
+    layer = torch.nn.Module()
+    layer.register_buffer("weight", held[skipped:].view(3, width))
+    block = Block(None, 0, layer, None)  # type: ignore[arg-type]
+    marks = block.marks()
+    held[skipped + place % (3 * width)] = 1
+    assert block.marks() != marks
 
 
 def test_a_run_that_was_stopped_keeps_what_was_seen(run: Run, whole: Contents) -> None:

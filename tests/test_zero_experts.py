@@ -2,17 +2,21 @@
 
 import json
 import struct
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import Result
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from babies import edit_json
 from damage import damaged, edit
 from onecard.checkpoint.model import open_model
+from onecard.checkpoint.source import open_folder
 from onecard.checkpoint.source_checks import refuse_nonfinite, zero_matrices
 from papers import resum
 
@@ -111,3 +115,36 @@ def test_half_of_a_fused_expert_is_found_too(copied: Callable[..., Path], half: 
     model = open_model(str(path))
     found = zero_matrices(model.adapter, model.source, refuse_nonfinite(model.folder, "m"))
     assert found == ([f"{stem}.4.{half}.weight"] if half else [])
+
+
+@settings(deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(1, 6)),
+    half=st.sampled_from(
+        ["first rows", "last rows", "first columns", "last columns", "even rows", "odd columns", "all"]
+    ),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.float8_e4m3fn]),
+    seed=st.integers(0, 99),
+)
+def test_no_half_of_zeros_escapes(shape: tuple[int, int, int], half: str, dtype: torch.dtype, seed: int) -> None:
+    """However a fused tensor holds its two matrices, one that is zeros makes the tensor a suspect."""
+    experts, rows, columns = shape[0], 2 * shape[1], 2 * shape[2]
+    fused = torch.randn(experts, rows, columns, generator=torch.Generator().manual_seed(seed)).clamp(-9, 9).to(dtype)
+    cuts = {
+        "first rows": (slice(shape[1]), slice(None)),
+        "last rows": (slice(shape[1], None), slice(None)),
+        "first columns": (slice(None), slice(shape[2])),
+        "last columns": (slice(None), slice(shape[2], None)),
+        "even rows": (slice(0, None, 2), slice(None)),
+        "odd columns": (slice(None), slice(1, None, 2)),
+        "all": (slice(None), slice(None)),
+    }
+    fused[(seed % experts, *cuts[half])] = 0
+    with tempfile.TemporaryDirectory() as folder:
+        save_file({"fused": fused}, Path(folder) / "model.safetensors")
+        assert refuse_nonfinite(open_folder(Path(folder)), "m") == {"fused"}
+
+
+def test_a_tensor_without_values_passes(tmp_path: Path) -> None:
+    save_file({"none": torch.ones(0, 4), "narrow": torch.ones(3, 2, 0)}, tmp_path / "model.safetensors")
+    refuse_nonfinite(open_folder(tmp_path), "m")
