@@ -4,6 +4,7 @@
     python benchmarks/real.py run --method fast --group 64 --choice     # judged on the choice rows
     python benchmarks/real.py run --method balanced --group 64 --set token_weighting=none --choice
     python benchmarks/real.py run --peer auto-round --group 64          # judged on the test rows, for final runs alone
+    python benchmarks/real.py run --method fast --group 64 --set damping=0.05 --choice --every 4    # a quick look
     python benchmarks/real.py table --choice
 
 The model is SmolLM2-135M-Instruct, from a package on PyPI, read as a mixture of four experts that are all chosen, which
@@ -51,7 +52,7 @@ def run(build: Path, given: argparse.Namespace) -> int:
 
 
 def results_of(build: Path, given: argparse.Namespace) -> Path:
-    return build / f"results-{'choice' if given.choice else 'test'}.json"
+    return build / f"results-{'choice' if given.choice else 'test'}{f'-{given.every}' if given.every > 1 else ''}.json"
 
 
 def main() -> int:
@@ -73,6 +74,7 @@ def main() -> int:
     table = verbs.add_parser("table", help="all results as markdown")
     for verb in (running, table):
         verb.add_argument("--choice", action="store_true", help="the choice rows, not the test rows")
+        verb.add_argument("--every", type=int, default=1, metavar="N", help="judge every N-th row of each kind alone")
     given = parser.parse_args()
     logging.set_verbosity_error()
     build = given.build.resolve()

@@ -89,7 +89,7 @@ def carried_out(job: Job, build: Path, given: argparse.Namespace) -> dict[str, A
         source, dense, facts["weights"], facts["experts"], job.group, job.peer.rescales
     )
     with as_mixture(dense, job.form) as quantized:
-        rows = made.evaluation_rows(build, role)
+        rows = made.evaluation_rows(build, role, given.every)
         found["kl"] = judging.kl_by_kind(build / "model" / "mixture", quantized, rows, build / "reference")
     shutil.rmtree(folder / "dense")
     return found

@@ -119,10 +119,13 @@ def encoder_of(build: Path) -> Encoder:
     return Encoder(model, load_adapter(model))
 
 
-def evaluation_rows(build: Path, role: str) -> list[Row]:
-    """A row a piece, cut at ROW_TOKENS, of the choice or of the test set; each row knows its kind."""
+def evaluation_rows(build: Path, role: str, every: int = 1) -> list[Row]:
+    """A row a piece, cut at ROW_TOKENS, of the choice or of the test set; each row knows its kind. `every`: of each
+    kind only every n-th."""
     encoded = encoder_of(build).encode_all(read_jsonl(build / "texts" / f"{role}.jsonl"))
-    return document_rows(encoded, documents.ROW_TOKENS, len(encoded))
+    rows = document_rows(encoded, documents.ROW_TOKENS, len(encoded))
+    of_kind = {kind: [row for row in rows if row.kind == kind] for kind in dict.fromkeys(row.kind for row in rows)}
+    return [row for those in of_kind.values() for row in those[::every]]
 
 
 def check(build: Path) -> dict[str, float]:
