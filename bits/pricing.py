@@ -176,6 +176,7 @@ def pricing_method(recipe: Recipe) -> Method:
         signed_scales=own.signed_scales,
         activation_order=own.activation_order,
         damping=own.damping,
+        correlation_damping=own.correlation_damping,
         refine_rounds=1,
         output_blocks=0,
     )

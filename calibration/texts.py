@@ -75,7 +75,8 @@ def calibration_rows(recipe: Recipe, adapter: Adapter) -> int:
     sites = [site for block in range(adapter.n_blocks) for site in adapter.sites(block)]
     inputs = max(site.in_features for site in sites if site.role is Role.EXPERT)
     tokens = recipe.texts.calibration_rows_per_input * inputs * adapter.n_experts / adapter.top_k
-    return min(recipe.texts.calibration_rows, math.ceil(tokens / recipe.texts.calibration_row_tokens))
+    wanted = max(tokens, recipe.texts.calibration_least_tokens) / recipe.texts.calibration_row_tokens
+    return min(recipe.texts.calibration_rows, math.ceil(wanted))
 
 
 def layout_of(recipe: Recipe, adapter: Adapter) -> RowLayout:

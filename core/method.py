@@ -28,6 +28,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "tabu_moves": 50,
         "output_blocks": 0,
         "calibration_rows_per_input": 8.0,
+        "calibration_least_tokens": 20_480,
     },
     # Statistics site by site, more refinement, and a Fisher metric for the cost of output errors.
     "balanced": {"refine_rounds": 2, "output_blocks": 8, "token_weighting": "gradient", "tabu_moves": 100},
@@ -57,7 +58,9 @@ class Method(BaseModel):
     # Quantize the columns with the largest second moment first.
     activation_order: bool = True
     # What is added to the diagonal of the second moment, as a share of the diagonal's mean.
-    damping: float = Field(default=0.01, gt=0, le=1)
+    damping: float = Field(default=0.1, gt=0, le=1)
+    # What is added to each entry of that diagonal, as a share of the entry: correlations count less (quantize/gptq.py).
+    correlation_damping: float = Field(default=0.1, ge=0, le=1)
     # Each expert's second moment is blended with the layer's pooled one, which counts as shrinkage * inputs rows
     # (calibration/moments.py).
     shrinkage: float = Field(default=0.3, gt=0)

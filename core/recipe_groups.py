@@ -111,6 +111,8 @@ class TextKeys(Group):
     calibration_row_tokens: int = Field(default=2048, ge=2)
     # Stop after this many calibration rows per input dimension, counted for an evenly loaded expert. 0: never.
     calibration_rows_per_input: float = Field(default=0.0, ge=0)
+    # But not before rows hold this many tokens: fewer are too few documents, however small the model.
+    calibration_least_tokens: int = Field(default=0, ge=0)
     # What a chat template that asks for today's date is told. None: the day on which the run begins.
     template_date: date | None = None
     # Seeds the order of documents and the choice among them.

@@ -39,7 +39,7 @@ class Factor:
 
     # R [B, I, I], upper triangular.
     root: torch.Tensor
-    # What D has on its diagonal beyond the moment's own [B].
+    # What D has on its diagonal [B] beyond the moment's own and its share (`own_share`).
     damping: torch.Tensor
     # Which matrices could not be factored and are their own diagonal [B], damped.
     diagonal: torch.Tensor
@@ -49,9 +49,11 @@ class Factor:
     diagonal_fallbacks: int
 
 
-def factor(moment_BII: torch.Tensor, damping: float, order_BI: torch.Tensor | None = None) -> Factor:
-    """Add `damping` x mean diagonal to each moment and factor it, its columns in the given order; with tenfold damping
-    for experts where that fails.
+def factor(
+    moment_BII: torch.Tensor, damping: float, order_BI: torch.Tensor | None = None, own_share: float = 0.0
+) -> Factor:
+    """Add `damping` x mean diagonal, and `own_share` of each entry of the diagonal, to each moment and factor it, its
+    columns in the given order; with tenfold damping for experts where that fails.
 
     With J the matrix that reverses an order, J D J = L L^T gives D = (J L J) (J L J)^T, and J L J is upper triangular.
     """
@@ -68,10 +70,11 @@ def factor(moment_BII: torch.Tensor, damping: float, order_BI: torch.Tensor | No
     for step in range(MAX_DAMPING_STEPS + 1):
         added[todo] = mean[todo] * damping * 10.0**step
         if n <= FACTORED_TOGETHER:
-            found, good = _factored(permuted(moment_BII, backwards[todo], todo), added[todo])
+            found, good = _factored(permuted(moment_BII, backwards[todo], todo), added[todo], own_share)
             root[todo] = found
         else:
-            good = torch.cat([_factor_one(moment_BII[b], backwards[b], added[b], root[b]) for b in todo.tolist()])
+            each = [_factor_one(moment_BII[b], backwards[b], added[b], own_share, root[b]) for b in todo.tolist()]
+            good = torch.cat(each)
         todo = todo[~good]
         if not len(todo):
             break
@@ -85,18 +88,18 @@ def factor(moment_BII: torch.Tensor, damping: float, order_BI: torch.Tensor | No
 
 
 def _factor_one(
-    moment_II: torch.Tensor, backwards_I: torch.Tensor, damping: torch.Tensor, root_II: torch.Tensor
+    moment_II: torch.Tensor, backwards_I: torch.Tensor, damping: torch.Tensor, own_share: float, root_II: torch.Tensor
 ) -> torch.Tensor:
     """Puts R of one matrix into `root_II`; whether it is sound [1]."""
     turned_II = moment_II.index_select(0, backwards_I).index_select(1, backwards_I)
-    found_BII, good = _factored(turned_II[None], damping[None])
+    found_BII, good = _factored(turned_II[None], damping[None], own_share)
     root_II.copy_(found_BII[0])
     return good
 
 
-def _factored(turned_BII: torch.Tensor, damping_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _factored(turned_BII: torch.Tensor, damping_B: torch.Tensor, own_share: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(R, whether it is sound [B]) of moments in reverse order, which are lost."""
-    turned_BII.diagonal(dim1=-2, dim2=-1).add_(damping_B[:, None])
+    turned_BII.diagonal(dim1=-2, dim2=-1).mul_(1 + own_share).add_(damping_B[:, None])
     lower, info = torch.linalg.cholesky_ex(turned_BII)
     return lower.flip((-2, -1)), (info == 0) & torch.isfinite(lower.sum((-2, -1)))
 
@@ -139,16 +142,23 @@ def column_order(moment_BII: torch.Tensor) -> torch.Tensor:
     return torch.argsort(moment_BII.diagonal(dim1=-2, dim2=-1), dim=-1, descending=True, stable=True)
 
 
-def prepare(moment_BII: torch.Tensor, damping: float, activation_order: bool = True) -> Prepared:
-    """Order the columns by falling second moment, or not at all, and factor."""
+def prepare(
+    moment_BII: torch.Tensor, damping: float, activation_order: bool = True, own_share: float = 0.0
+) -> Prepared:
+    """Order the columns by falling second moment, or not at all, and factor.
+
+    `damping` x the diagonal's mean alone spares inputs of large scale, and overwhelms all others where such inputs make
+    up the mean. `own_share` of an entry itself draws its correlations towards zero, whatever its scale: few rows
+    overstate them, and texts that calibration does not resemble have others.
+    """
     batch, inputs = moment_BII.shape[:2]
     if activation_order:
         order_BI = column_order(moment_BII)
     else:
         order_BI = torch.arange(inputs, device=moment_BII.device).expand(batch, inputs)
-    factored = factor(moment_BII, damping, order_BI)
+    factored = factor(moment_BII, damping, order_BI, own_share)
     damped = moment_BII.clone()
-    damped.diagonal(dim1=-2, dim2=-1).add_(factored.damping[:, None])
+    damped.diagonal(dim1=-2, dim2=-1).mul_(1 + own_share).add_(factored.damping[:, None])
     for b in factored.diagonal.nonzero()[:, 0].tolist() if factored.diagonal_fallbacks else ():
         damped[b] = torch.diag(own_diagonal(moment_BII[b]) + factored.damping[b])
     return Prepared(order_BI, factored, damped)

@@ -165,7 +165,7 @@ def quantize_batch(
     raised = diagonal = 0
     if method.needs_statistics:
         assert moment_BII is not None
-        prepared = prepare(moment_BII, method.damping, method.activation_order)
+        prepared = prepare(moment_BII, method.damping, method.activation_order, method.correlation_damping)
         # Both searches work on stretches of whole groups, and a very wide group has no such stretch.
         wide = scheme.width(w_BOI.shape[-1]) > WIDEST_SEARCHED
         method = method.model_copy(update={"restarts": 0, "tabu_moves": 0}) if wide else method

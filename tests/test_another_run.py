@@ -106,7 +106,7 @@ def test_every_change_is_named(own: Run, refused: Refuse, recipe: Callable[..., 
     own.stopped_at(2)
     for kind in ("recipe", "a value of config.json", "evaluation texts"):
         CHANGES[kind][0](own, recipe)
-    refused(own("--resume"), "recipe's damping was 0.01 and is 0.02", "source was", "evaluation texts was")
+    refused(own("--resume"), "recipe's damping was 0.1 and is 0.02", "source was", "evaluation texts was")
 
 
 @pytest.mark.parametrize("stage", [STAGES - 1, STAGES])

@@ -19,7 +19,7 @@ INPUTS_OF_ALL = {"scout": 96 * 8, "maverick": 96 * 8, "qwen3": 64 * 8 // 2}
 
 def recipe(**fields: object) -> Recipe:
     base = {"name": "enough", "description": "test", "method": "fast", "group_size": 32, "calibration_row_tokens": 16}
-    return Recipe.model_validate(base | fields)
+    return Recipe.model_validate(base | {"calibration_least_tokens": 0} | fields)
 
 
 @pytest.mark.parametrize("family", INPUTS_OF_ALL)
@@ -32,6 +32,17 @@ def test_an_even_share_gives_each_expert_so_many_rows_an_input(baby: Callable[..
     )
     assert calibration_rows(recipe(calibration_rows_per_input=0.5, calibration_rows=5), adapter) == 5
     assert calibration_rows(recipe(calibration_rows_per_input=0), adapter) == 512
+    assert calibration_rows(recipe(calibration_rows_per_input=0.5, calibration_least_tokens=tokens - 16), adapter) == (
+        tokens // 16
+    )
+    assert calibration_rows(recipe(calibration_rows_per_input=0.5, calibration_least_tokens=1600), adapter) == 100
+    assert calibration_rows(recipe(calibration_rows_per_input=0, calibration_least_tokens=1600), adapter) == 512
+
+
+def test_few_tokens_are_not_enough_for_a_small_model() -> None:
+    assert PRESETS["fast"]["calibration_least_tokens"] > 0
+    given = {"name": "enough", "description": "test", "method": "fast"}
+    assert Recipe.model_validate(given).texts.calibration_least_tokens == PRESETS["fast"]["calibration_least_tokens"]
 
 
 def test_fast_alone_limits_its_rows() -> None:

@@ -93,6 +93,31 @@ def test_damping_rises_where_the_factorisation_fails_and_is_counted() -> None:
 
 
 @settings(max_examples=10, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    share=st.floats(0, 1),
+    damping=st.floats(0.001, 1),
+    together=st.booleans(),
+    ordered=st.booleans(),
+)
+def test_both_dampings_are_in_the_factor_and_in_the_objective(
+    seed: int, share: float, damping: float, together: bool, ordered: bool
+) -> None:
+    moments = correlated(2, 90, 30, seed)[1]
+    moments[1] *= torch.logspace(-3, 3, 30)[:, None] * torch.logspace(-3, 3, 30)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "FACTORED_TOGETHER", 512 if together else 0)
+        prepared = prepare(moments, damping, ordered, share)
+    for b, moment in enumerate(moments):
+        wanted = moment.clone()
+        for i in range(30):
+            wanted[i, i] += share * moment[i, i] + damping * moment.trace() / 30
+        torch.testing.assert_close(prepared.objective[b], wanted, rtol=1e-12, atol=0)
+        order, root = prepared.order_BI[b], prepared.factor.root[b]
+        torch.testing.assert_close(root @ root.T, wanted[order][:, order], rtol=1e-9, atol=1e-9 * float(wanted.max()))
+
+
+@settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 10_000), inputs=st.sampled_from([24, 96, 160]), together=st.booleans())
 def test_a_factor_in_fp32_is_as_exact_as_by_way_of_the_inverse(seed: int, inputs: int, together: bool) -> None:
     """The paper's factor is the inverse of R. Both are held against fp64, in the rule that GPTQ takes from them: the
@@ -116,6 +141,7 @@ def test_a_factor_in_fp32_is_as_exact_as_by_way_of_the_inverse(seed: int, inputs
 @pytest.mark.parametrize("least", [-0.001, -0.05, -5.0])
 def test_weights_stay_sound_where_damping_had_to_rise(least: float, method: Method) -> None:
     """No step after the factorisation may assume that the moment is positive definite."""
+    method = method.model_copy(update={"damping": 0.01, "correlation_damping": 0.0})
     w = correlated(2, 10, 64, seed=10)[0].float()
     moment = torch.stack([with_eigenvalue(least, 64), with_eigenvalue(0.5, 64)]).float()
     result = quantize_batch(w, moment, SCHEMES[0], method, torch.bfloat16)
