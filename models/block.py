@@ -284,5 +284,5 @@ class Block:
 def _as_integers(rows: torch.Tensor) -> torch.Tensor:
     """The bits of rows [R, B], read as the widest integers that fit into a row: a CPU adds int64 sixty times as fast as
     int16, which it has to widen one by one."""
-    spare = rows.shape[1] * rows.dtype.itemsize | rows.storage_offset() * rows.dtype.itemsize
+    spare = (rows.shape[1] | int(rows.storage_offset())) * rows.dtype.itemsize
     return rows.view(next(dtype for dtype in _INTEGERS if spare % dtype.itemsize == 0))
