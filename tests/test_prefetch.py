@@ -141,6 +141,8 @@ class Slow:
     def stored(self, *_):
         time.sleep(600)
 
+# A shell's job in the background inherits that Ctrl-C is ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 prefetch.PATIENCE_SECONDS = 0.1
 ahead = prefetch.ReadAhead(Slow())
 ahead.expect(0, [("a", ()), ("b", ())], 1)
