@@ -44,14 +44,12 @@ SITES = {
     "down": ("mlp.down_proj",),
 }
 ENDS = {"o": "middle", "down": "out"}
-# What `fast` would take at eight rows an input, and the rows after those.
+# The first rows: as many as `fast` would take at eight rows an input, and more.
 FEW, MANY = "9 rows", "40 rows"
 CALIBRATION = {FEW: slice(0, 9), MANY: slice(0, 40)}
 LAYERS = (1, 5, 10, 16, 22)
 EVERY = 4
 GROUP = 64
-# Inputs of a matrix of the mixture; the dense down has four times as many.
-INPUTS = 576
 Moments = dict[tuple[str, int, str, str], torch.Tensor]
 
 
@@ -67,8 +65,7 @@ class Streams:
         held = self.models["job"].state_dict()
         for name in mixture.linear_weights(self.models["job"].config):
             parts = [checkpoint.source.dense(part, torch.float32) for part in mixture.mixture_names(name)]
-            down = "down_proj" in name
-            held[name].copy_(torch.cat(parts, int(down)) / (len(parts) if down else 1))
+            held[name].copy_(mixture.dense_weight(name, parts))
         self.seen: dict[tuple[str, int, str], torch.Tensor] = {}
         for which, model in self.models.items():
             model.model.layers = model.model.layers[: max(LAYERS) + 1]
@@ -99,8 +96,10 @@ class Streams:
                     missed = self.seen["published", layer, ENDS[site]] - self.seen["job", layer, ENDS[site]]
                     pairs |= {"M": (missed, ours), "E": (missed, missed)}
                 for what, (left, right) in pairs.items():
-                    found = sums.setdefault((kind, layer, site, what), torch.zeros(left.shape[1], right.shape[1]))
-                    found.addmm_(left.T, right, alpha=share)
+                    key = (kind, layer, site, what)
+                    if key not in sums:
+                        sums[key] = torch.zeros(left.shape[1], right.shape[1])
+                    sums[key].addmm_(left.T, right, alpha=share)
 
     def weights(self, which: str) -> dict[tuple[int, str], torch.Tensor]:
         """[O, I] of each site."""
@@ -164,7 +163,8 @@ class Kept:
         w, s = self.published[layer, site], self.moments[rows, layer, site, "S"].double()
         if not strength:
             return w
-        ridge = strength * min(INPUTS, len(s) // (4 if site == "down" else 1)) / (512 * CALIBRATION[rows].stop)
+        inputs = len(s) // (mixture.EXPERTS if site == "down" else 1)  # of a matrix of the mixture
+        ridge = strength * inputs / (documents.ROW_TOKENS * CALIBRATION[rows].stop)
         if site in ENDS:  # the miss that the half would have with the published weights
             right = self.moments[rows, layer, site, "M"].double() + (self.job[layer, site] - w).double() @ s
         else:

@@ -145,6 +145,15 @@ def test_the_mixture_computes_what_the_dense_form_does(folders: dict[str, Path])
     torch.testing.assert_close(logits(folders["mixture"]), dense, rtol=0, atol=1e-4)
 
 
+def test_a_dense_weight_comes_back_from_its_parts() -> None:
+    dense = {f"model.layers.0.{name}.weight": torch.randn(8, 8) for name in ("self_attn.o_proj", "mlp.down_proj")}
+    dense |= {f"model.layers.0.mlp.{name}.weight": torch.randn(16, 8) for name in ("gate_proj", "up_proj")}
+    parts = mixture.mixture_tensors(dense)
+    for name, weight in dense.items():
+        given = [parts[part] for part in mixture.mixture_names(name)]
+        assert torch.equal(mixture.dense_weight(name, given), weight), name
+
+
 def test_onecard_reads_the_mixture_whole(folders: dict[str, Path]) -> None:
     """Names and shapes are what its adapter expects, and the names of parts are those that a job quantizes."""
     adapter = load_adapter(folders["mixture"])

@@ -51,6 +51,16 @@ def mixture_tensors(dense: dict[str, torch.Tensor], experts: int = EXPERTS) -> d
     return out
 
 
+def dense_weight(name: str, parts: list[torch.Tensor]) -> torch.Tensor:
+    """The dense weight `name` from its parts in the mixture, in the order of `mixture_names`."""
+    found = MLP.fullmatch(name)
+    if found is None:
+        return parts[0]
+    projection, axis = PROJECTIONS[found[2]]
+    whole = torch.cat(parts, axis)
+    return whole / len(parts) if projection == "w2" else whole
+
+
 def mixture_names(name: str, experts: int = EXPERTS) -> list[str]:
     """What a dense weight's parts are called in the mixture."""
     found = MLP.fullmatch(name)
