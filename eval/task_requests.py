@@ -48,11 +48,8 @@ def _chat(task: Task, item: Item, encoder: Encoder) -> list[OptionRequest]:
             raise InputError(f"the item {item.id} {error}") from None
         return tuple(encoder.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    found = []
-    for option in options:
-        whole = ids([*asked, {"role": "assistant", "content": option}], False)
-        found.append(_split(ids(asked, True), whole))
-    return found
+    context = ids(asked, True)
+    return [_split(context, ids([*asked, {"role": "assistant", "content": option}], False)) for option in options]
 
 
 def _split(context: tuple[int, ...], whole: tuple[int, ...]) -> OptionRequest:
