@@ -43,11 +43,11 @@ from .core.record.schema import CheckpointFacts, ExportFacts, ModelFacts, PlanSu
 from .core.record.sizes import Allocation, FitSummary
 from .core.rows import Row
 from .eval.gate import gate_of_run
-from .eval.measuring import WITHOUT_VISION, Evaluation, Measured, Measuring, measure
+from .eval.measuring import WITHOUT_VISION, Calibrated, Evaluation, Measured, Measuring, measure
 from .eval.sides import compare_sides
 from .eval.tasks import Task
 from .eval.twin import BlockSeen
-from .eval.verify import close_machine, rows_of_experts
+from .eval.verify import close_machine
 from .models.adapter import Adapter
 from .models.block import Block
 from .models.walk import HiddenRows, Walk
@@ -363,10 +363,10 @@ def verify(job: StageJob) -> None:
 def _measured(job: StageJob, emitted: Model, record: Record) -> tuple[Measured, tuple[Document, ...]]:
     """The figures, and the evaluation documents that they are of. A format that exists only now is walked now."""
     run, rows, documents = job.run, job.run.texts.evaluation, job.run.texts.documents
-    calibration_rows = rows_of_experts(record.blocks)
+    calibrated = Calibrated.of(record)
     if run.verifies_on_the_way:
         other = job.walk.beside(emitted.adapter, emitted.source)
-        measured = job.measuring.figures(other, calibration_rows)
+        measured = job.measuring.figures(other, calibrated)
         return measured, documents
     if run.adapter.has_vision and not emitted.adapter.has_vision:
         rows = [row for row in rows if row.pixels is None]
@@ -374,5 +374,5 @@ def _measured(job: StageJob, emitted: Model, record: Record) -> tuple[Measured, 
         record.warnings.append(WITHOUT_VISION.format(name=run.recipe.format))
     folder = job.workdir.folder("verify")
     shutil.rmtree(folder)
-    measured = measure(job.walk, emitted, run.evaluation(rows), folder=folder, calibration_rows=calibration_rows)
+    measured = measure(job.walk, emitted, run.evaluation(rows), folder=folder, calibrated=calibrated)
     return measured, documents

@@ -5,11 +5,11 @@ People read them on the page, and the gate compares two runs document by documen
 Shape legend: T tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 
-from ..core.record.kl import DocumentKl, KlSummary, WorstToken
+from ..core.record.kl import LIKE_CALIBRATION, OTHERS, DocumentKl, KlSummary, WorstToken
 from ..core.rows import Row
 from .kl import TokenResults
 from .summary import by_confidence, by_label, by_position, histogram, summarize_groups
@@ -36,11 +36,25 @@ def kinds(results: TokenResults, rows: list[Row], placeholder: int | None) -> li
     return found
 
 
+def likenesses(results: TokenResults, rows: list[Row], calibrated: Collection[str]) -> list[str]:
+    """For every token whether calibration had texts of its row's kind. Empty where that is one answer for all, or where
+    `calibrated`, the kinds that calibration had, names none."""
+    of_row = [LIKE_CALIBRATION if row.kind in calibrated else OTHERS for row in rows]
+    found = [of_row[number] for number in results.document.tolist()]
+    return found if calibrated and len(set(found)) > 1 else []
+
+
 def break_down(
-    summary: KlSummary, results: TokenResults, rows: list[Row], placeholder: int | None, decode: Decode
+    summary: KlSummary,
+    results: TokenResults,
+    rows: list[Row],
+    placeholder: int | None,
+    decode: Decode,
+    calibrated: Collection[str] = (),
 ) -> KlSummary:
     """`summary` with its lists: groups of tokens, documents, worst tokens, histogram. `placeholder`: the token id that
-    stands for a picture, None for a model without vision."""
+    stands for a picture, None for a model without vision. `calibrated`: the kinds of the calibration texts."""
+    likeness = likenesses(results, rows, calibrated)
     return summary.model_copy(
         update={
             "histogram": histogram(results.kl_nats),
@@ -50,6 +64,7 @@ def break_down(
             "by_document": documents(results, rows),
             "worst_tokens": worst_tokens(results, rows, decode),
         }
+        | ({"by_likeness": summarize_groups(results, by_label(likeness))} if likeness else {})
     )
 
 

@@ -19,7 +19,7 @@ next normalises each token. Otherwise a few tokens of huge norm would hide all o
 Shape legend: N rows, T tokens of a row, K top-k, H hidden size, R tokens of one expert, M inputs of its down matrix.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import isfinite
@@ -86,7 +86,7 @@ class ErrorSample:
             yield
             return
 
-        def observe(matrix: str, expert: int, tokens_R: torch.Tensor, rows_RM: torch.Tensor) -> None:
+        def observe(matrix: str, expert: int, tokens_R: torch.Tensor, rows_RM: torch.Tensor, *_: object) -> None:
             if matrix == "down":
                 wanted = torch.isin(tokens_R.cpu() // row_tokens, sampled)
                 shown.down_rows[batch, expert] = tokens_R.cpu()[wanted], rows_RM[wanted.to(rows_RM.device)]
@@ -123,7 +123,7 @@ class WalkErrors:
     blocks: list[dict[str, Any]]
     experts: list[dict[str, Any]]
 
-    def facts(self, calibration_rows: dict[int, list[int]]) -> dict[str, Any]:
+    def facts(self, calibration_rows: Mapping[int, list[int]]) -> dict[str, Any]:
         """The record's `errors`. `calibration_rows`: the experts' rows by block, from the run's own record."""
         for entry in self.experts:
             counts = calibration_rows.get(entry["block"])
@@ -154,7 +154,7 @@ def _compare(pair: Pair, shown: tuple[Shown, Shown], expert: int, dtype: torch.d
         gains.append(float((v * w).sum()) / size)
         missed += float((v - w).square().sum())
         whole += size
-    (down,) = next(site for site in sites if site.reaches_residual).members[expert]
+    (down,) = next(site for site in sites if site.adds_to_residual).members[expert]
     error = _output_error(shown, expert, reference.weight(down).to(dtype), other.weight(down).to(dtype))
     weight_error = (missed / whole) ** 0.5
     if all(map(isfinite, (*gains, weight_error, error or 0.0))):

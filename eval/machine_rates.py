@@ -163,7 +163,7 @@ class _Bench:
         adapter, plan, method = self.adapter, self.plan, self.recipe.quantizer
 
         def with_metric(site: Site) -> bool:
-            return method.output_metric and (bool(site.feeds) or site.reaches_residual)
+            return method.output_metric and (bool(site.feeds) or site.adds_to_residual)
 
         def flops(site: Site) -> float:
             return len(site.members) * matrix_flops(sum(site.out_features), site.in_features, with_metric(site), method)

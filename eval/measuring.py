@@ -4,8 +4,8 @@
 its blocks, each as soon as its shard is on disk.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -58,6 +58,23 @@ class Evaluation:
     tasks: Sequence[Task]
 
 
+@dataclass(frozen=True)
+class Calibrated:
+    """What is known of the calibration of the checkpoint that is measured; nothing, where its record does not say."""
+
+    # By block, the rows of each expert.
+    rows: Mapping[int, list[int]] = field(default_factory=dict)
+    # The kinds of the texts.
+    kinds: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, record: Record) -> "Calibrated":
+        """From the record of the run that made the checkpoint."""
+        texts = record.texts.get("calibration")
+        rows = {block.block: list(block.expert_rows) for block in record.blocks if block.expert_rows}
+        return cls(rows, frozenset() if texts is None else frozenset(texts.tokens_by_kind))
+
+
 class Measuring:
     """A twin walk over what is asked, and its figures. Both walks are over one model, on one device; `store` holds the
     hidden rows of both meanwhile."""
@@ -70,9 +87,9 @@ class Measuring:
         rows, asking = evaluation.rows, self._asking
         self.twin = TwinWalk(walk, other, rows, store, asked=asking.asked, with_errors=bool(rows))
 
-    def figures(self, other: Walk, calibration_rows: dict[int, list[int]], keep_tokens: Path | None = None) -> Measured:
-        """Once all blocks are walked. `other`: for its norm and head. `calibration_rows`: of every block's experts, for
-        the record. `keep_tokens`: a Parquet file for the results of every token."""
+    def figures(self, other: Walk, calibrated: Calibrated, keep_tokens: Path | None = None) -> Measured:
+        """Once all blocks are walked. `other`: for its norm and head. `keep_tokens`: a Parquet file for the results of
+        every token."""
         twin = self.twin.finish(other)
         self._step.begin("verify: figures")
         evaluation, tasks = self._evaluation, self._evaluation.tasks
@@ -81,8 +98,8 @@ class Measuring:
         flips: FlipSummary | None = None
         warnings = []
         if twin.tokens is not None and twin.errors is not None:
-            kl = _kl(twin, evaluation)
-            errors = ErrorSummary.model_validate(twin.errors.facts(calibration_rows))
+            kl = _kl(twin, evaluation, calibrated)
+            errors = ErrorSummary.model_validate(twin.errors.facts(calibrated.rows))
             if keep_tokens is not None:
                 with disk_errors(keep_tokens):
                     write_tokens(keep_tokens, twin.tokens, evaluation.rows)
@@ -98,7 +115,7 @@ class Measuring:
         return Measured(self._dtype_name, kl, errors, flips, warnings)
 
 
-def _kl(twin: Twin, evaluation: Evaluation) -> KlSummary:
+def _kl(twin: Twin, evaluation: Evaluation, calibrated: Calibrated) -> KlSummary:
     assert twin.tokens is not None
     encoder = evaluation.encoder
 
@@ -109,7 +126,8 @@ def _kl(twin: Twin, evaluation: Evaluation) -> KlSummary:
     summary = summarize(twin.tokens).model_copy(
         update={"changed_routes": twin.mean_changed_routes, "changed_routes_by_block": by_block}
     )
-    return break_down(summary, twin.tokens, evaluation.rows, encoder.adapter.image_token_id, decode)
+    placeholder = encoder.adapter.image_token_id
+    return break_down(summary, twin.tokens, evaluation.rows, placeholder, decode, calibrated.kinds)
 
 
 def measure(
@@ -118,7 +136,7 @@ def measure(
     evaluation: Evaluation,
     *,
     folder: Path,
-    calibration_rows: dict[int, list[int]],
+    calibrated: Calibrated,
     keep_tokens: Path | None = None,
 ) -> Measured:
     """Walk both models once. `walk` is the original's. Hidden rows live in `folder` meanwhile, if RAM cannot hold them.
@@ -127,4 +145,4 @@ def measure(
     other = walk.beside(quantized.adapter, quantized.source)
     measuring = Measuring(walk, other, evaluation, store)
     measuring.twin.through_all()
-    return measuring.figures(other, calibration_rows, keep_tokens)
+    return measuring.figures(other, calibrated, keep_tokens)

@@ -25,7 +25,6 @@ from ..core.device import Compute, choose_compute
 from ..core.errors import InputError
 from ..core.file_names import RECORD_NAME
 from ..core.rates import first_guess
-from ..core.record.blocks import BlockFacts
 from ..core.record.reading import read_record
 from ..core.record.schema import CheckpointFacts, Machine, ModelFacts, PlanSummary, Record, TextFacts
 from ..core.rows import Row
@@ -37,7 +36,7 @@ from ..recipe import Recipe
 from ..report.progress import Progress
 from ..report.resources import describe_machine, package_versions, peak_device_bytes, peak_rss_bytes
 from .floor import measure_floor, refuse_without_floor
-from .measuring import WITHOUT_VISION, Evaluation, measure
+from .measuring import WITHOUT_VISION, Calibrated, Evaluation, measure
 from .sides import compare_sides
 from .tasks import Task, load_tasks
 
@@ -45,11 +44,6 @@ SAME_FOLDER = (
     "source and checkpoint are the same folder: nothing can differ (`demo` is the embedded model, a folder of that "
     "name ./demo)"
 )
-
-
-def rows_of_experts(blocks: list[BlockFacts]) -> dict[int, list[int]]:
-    """By block, the calibration rows of its experts, from a record's `blocks`."""
-    return {block.block: list(block.expert_rows) for block in blocks if block.expert_rows}
 
 
 def _own_record(checkpoint: Model) -> Record | None:
@@ -69,12 +63,13 @@ def recorded_date(checkpoint: Model) -> dates.date | None:
         return None
 
 
-def recorded_rows(checkpoint: Model) -> dict[int, list[int]]:
-    """By block, the calibration rows of its experts, from the checkpoint's own record; nothing where there is no sound
-    record, or one with another number of experts."""
+def recorded_calibration(checkpoint: Model) -> Calibrated:
+    """From the checkpoint's own record; nothing where there is no sound record, and no rows of experts where it has
+    another number of them."""
     record = _own_record(checkpoint)
-    found = {} if record is None else rows_of_experts(record.blocks)
-    return {block: rows for block, rows in found.items() if len(rows) == checkpoint.adapter.n_experts}
+    found = Calibrated() if record is None else Calibrated.of(record)
+    rows = {block: rows for block, rows in found.rows.items() if len(rows) == checkpoint.adapter.n_experts}
+    return replace(found, rows=rows)
 
 
 def close_machine(record: Record, progress: Progress, device: torch.device, began: float) -> None:
@@ -265,7 +260,7 @@ def _measured_pair(asked: _Asked, device_name: str, console: Console | None, qui
             quantized,
             Evaluation(encoder, rows, asked.tasks),
             folder=Path(folder) / "acts",
-            calibration_rows=recorded_rows(quantized),
+            calibrated=recorded_calibration(quantized),
             keep_tokens=asked.options.keep_tokens,
         )
         measured.put_into(record)

@@ -68,7 +68,7 @@ def measured(kl: KlSummary) -> list[tuple[str, str, str]]:
 
 
 def kinds(kl: KlSummary) -> list[tuple[str, ...]]:
-    """Rows of (kind, tokens, mean KL, interval, same top-1)."""
+    """Rows of (kind, tokens, mean KL, interval, same top-1): texts like calibration and others, and then each kind."""
     return [
         (
             k.label,
@@ -77,7 +77,7 @@ def kinds(kl: KlSummary) -> list[tuple[str, ...]]:
             _between(k.kl_low_nats, k.kl_high_nats),
             _percent(k.same_top1),
         )
-        for k in kl.by_kind
+        for k in (*kl.by_likeness, *kl.by_kind)
     ]
 
 

@@ -111,6 +111,10 @@ def kl_facts(rng: random.Random, by_document: list[dict[str, Any]], blocks: int,
                 ("256 on", 0.9),
             )
         ],
+        "by_likeness": [
+            bucket(rng, "texts like calibration", mean, tokens // 2),
+            bucket(rng, "others", mean * 1.2, tokens // 2),
+        ],
         "by_kind": [
             bucket(rng, kind, mean * f, tokens // 6)
             for kind, f in zip(KINDS, (1, 0.7, 1.05, 1.3, 1.5, 1.1), strict=True)

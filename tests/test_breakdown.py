@@ -204,6 +204,26 @@ def test_what_is_told_is_json_and_each_list_holds_every_token(results: TokenResu
     assert all(set(entry) == keys for key in ("by_position", "by_confidence", "by_kind") for entry in told[key])
 
 
+def test_texts_like_calibration_stand_apart_from_others(results: TokenResults, rows: list[Row]) -> None:
+    summary = summarize(results)
+    found = break_down(summary, results, rows, None, decode, {"prose", "poetry"}).by_likeness
+    prose = torch.tensor([rows[n].kind == "prose" for n in results.document.tolist()])
+    assert {bucket.label: bucket.tokens for bucket in found} == {
+        "texts like calibration": int(prose.sum()),
+        "others": int((~prose).sum()),
+    }
+    for bucket in found:
+        mine = prose if bucket.label == "texts like calibration" else ~prose
+        assert bucket.kl_mean_nats == pytest.approx(float(results.kl_nats[mine].mean()), rel=1e-6)
+
+
+@pytest.mark.parametrize("calibrated", [(), ("prose", "code", "image"), ("poetry",)])
+def test_nothing_stands_apart_where_all_texts_are_of_one_sort(
+    calibrated: tuple[str, ...], results: TokenResults, rows: list[Row]
+) -> None:
+    assert break_down(summarize(results), results, rows, None, decode, calibrated).by_likeness == ()
+
+
 # Every token
 
 

@@ -26,7 +26,7 @@ def test_a_full_record_gives_every_section_and_every_figure_has_its_table() -> N
     made = html.sections(check_record(full_record(), "record"))
     assert {section.key for section in made} == {*html.SECTIONS, "provenance"}
     drawn = [figure for section in made for figure in section.figures]
-    assert len(drawn) == 13
+    assert len(drawn) == 14
     for figure in drawn:
         assert figure.tables, figure.title
         assert all(table.rows for table in figure.tables), figure.title

@@ -96,6 +96,10 @@ class Floor(RecordPart):
     changed_routes: float | None = None
 
 
+# The labels of `by_likeness`: texts of kinds that calibration had, and others.
+LIKE_CALIBRATION, OTHERS = "texts like calibration", "others"
+
+
 class KlSummary(RecordPart):
     """All that was measured on evaluation texts. `delta_p`: the true token's probability, quantized minus reference."""
 
@@ -130,6 +134,8 @@ class KlSummary(RecordPart):
     by_position: Many[Bucket] = ()
     by_confidence: Many[Bucket] = ()
     by_kind: Many[Bucket] = ()
+    # LIKE_CALIBRATION and OTHERS; nothing where all texts are of one sort.
+    by_likeness: Many[Bucket] = ()
     by_document: Many[DocumentKl] = ()
     worst_tokens: Many[WorstToken] = ()
     # Share of tokens whose set of experts changed, averaged over the layers that route.

@@ -138,8 +138,12 @@ def _buckets(kl: KlSummary) -> list[Section]:
     if kl.by_kind:
         worst = max(kl.by_kind, key=lambda bucket: bucket.kl_mean_nats)
         lede = f"It is largest for {worst.label}: {nats(worst.kl_mean_nats)} nats."
-        figure = _figure("KL by kind of text", "kind", kl.by_kind, False, mean)
-        out.append(Section("kind", "By kind", lede, (figure,)))
+        drawn = [_figure("KL by kind of text", "kind", kl.by_kind, False, mean)]
+        if kl.by_likeness:
+            means = ", ".join(f"{bucket.label} {nats(bucket.kl_mean_nats)} nats" for bucket in kl.by_likeness)
+            lede += f" Of kinds that calibration had, and of others: {means}."
+            drawn.append(_figure("KL of texts like calibration and of others", "texts", kl.by_likeness, False, mean))
+        out.append(Section("kind", "By kind", lede, tuple(drawn)))
     if kl.by_confidence:
         lede = (
             "How sure the original was of its first choice, and what became of it. Where it was nearly certain, even a "
