@@ -189,6 +189,28 @@ def test_quantize_and_verify_record_the_same(proof: Proof) -> None:
         assert expert["calibration_rows"] == made["blocks"][expert["block"]]["expert_rows"][expert["expert"]]
 
 
+def test_kinds_that_calibration_lacked_stand_apart(
+    proof: Proof, onecard: Callable[..., Result], tmp_path: Path
+) -> None:
+    """The checkpoint's record tells which kinds calibration had: here "text" alone."""
+    made = strict((proof.checkpoint / "onecard.json").read_text())
+    assert made["texts"]["calibration"]["tokens_by_kind"].keys() == {"text"}
+    lines = [
+        {"text": f"{word} {kind} " * 10, "kind": kind} for word in ["one", "two", "three"] for kind in ("text", "verse")
+    ]
+    write_jsonl(tmp_path / "both.jsonl", lines)
+    asked = ("--evaluation", tmp_path / "both.jsonl", "--record", tmp_path / "record.json")
+    result = onecard("verify", proof.source, proof.checkpoint, *asked)
+    assert result.exit_code == 0, result.output
+    kl = strict((tmp_path / "record.json").read_text())["kl"]
+    apart, by_kind = ({bucket["label"]: bucket for bucket in kl[key]} for key in ("by_likeness", "by_kind"))
+    assert {label: bucket["tokens"] for label, bucket in apart.items()} == {
+        "texts like calibration": by_kind["text"]["tokens"],
+        "others": by_kind["verse"]["tokens"],
+    }
+    assert apart["others"]["kl_mean_nats"] == by_kind["verse"]["kl_mean_nats"]
+
+
 def test_the_lists_and_the_kept_tokens_agree(proof: Proof) -> None:
     kl, tokens = proof.record["kl"], proof.tokens
     assert len(tokens) == kl["tokens"] == sum(kl["histogram"]["tokens"])
