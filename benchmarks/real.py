@@ -5,6 +5,7 @@
     python benchmarks/real.py run --method balanced --group 64 --set token_weighting=none --choice
     python benchmarks/real.py run --peer auto-round --group 64          # judged on the test rows, for final runs alone
     python benchmarks/real.py run --method fast --group 64 --set damping=0.05 --choice --every 4    # a quick look
+    python benchmarks/real.py run --method fast --group 64 --texts broad --choice    # other texts calibrate, too
     python benchmarks/real.py table --choice
 
 The model is SmolLM2-135M-Instruct, from a package on PyPI, read as a mixture of four experts that are all chosen, which
@@ -27,7 +28,7 @@ from transformers.utils import logging
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE / "peers")]
 
-from real_model import jobs, made  # noqa: E402
+from real_model import documents, jobs, made  # noqa: E402
 
 
 def make(build: Path) -> None:
@@ -43,7 +44,7 @@ def run(build: Path, given: argparse.Namespace) -> int:
     for item in given.set or ():
         key, _, value = item.partition("=")
         changed[key] = yaml.safe_load(value)
-    job = jobs.job_of(given.method, given.peer, given.group, changed, given.rows)
+    job = jobs.job_of(given.method, given.peer, given.group, changed, given.rows, given.texts)
     found = jobs.carried_out(job, build, given)
     found["machine"] = {"platform": platform.platform(), "cores": os.cpu_count(), "threads": given.threads}
     jobs.keep(results_of(build, given), found)
@@ -68,6 +69,7 @@ def main() -> int:
     running.add_argument("--group", type=int, choices=jobs.GROUPS, default=jobs.GROUPS[0])
     running.add_argument("--set", action="append", metavar="KEY=VALUE", help="another value of the recipe or the tool")
     running.add_argument("--rows", type=int, help="this many calibration rows, the first ones")
+    running.add_argument("--texts", choices=documents.MIXTURES, default="home", help="what calibrates")
     running.add_argument("--again", action="store_true", help="run a job that is finished once more")
     running.add_argument("--threads", type=int, default=1)
     running.add_argument("--timeout", type=float, default=6 * 3600, help="seconds that the job may take")

@@ -278,7 +278,8 @@ def test_a_job_has_a_name_of_its_own_and_one_result(tmp_path: Path) -> None:
     plain = jobs.job_of("fast", None, 64, {}, None)
     other = jobs.job_of("fast", None, 64, {"token_weighting": "none"}, None)
     few = jobs.job_of(None, "auto-round", 64, {}, 8)
-    assert len({job.name for job in (plain, other, few)}) == 3
+    broad = jobs.job_of("fast", None, 64, {}, None, "broad")
+    assert len({job.name for job in (plain, other, few, broad)}) == 4
     assert (plain.form, few.form) == ("mixture", "dense")
     assert other.tool().options == {"method": "fast", "token_weighting": "none"}
     with pytest.raises(ValueError, match="no such peer: onecard-fast"):
@@ -288,3 +289,25 @@ def test_a_job_has_a_name_of_its_own_and_one_result(tmp_path: Path) -> None:
         jobs.keep(results, {"name": plain.name, "peer": "onecard-fast", "group": 64, "changed": {}, "error": error})
     assert [row["error"] for row in json.loads(results.read_text())] == ["second"]
     assert "second" in jobs.markdown(json.loads(results.read_text()))
+
+
+@pytest.mark.parametrize("which", documents.MIXTURES)
+def test_a_broader_mixture_halves_the_home_kinds_and_adds_as_many_tokens(which: str) -> None:
+    def line(kind: str, number: int) -> dict[str, object]:
+        words = " ".join([kind] * 100)
+        whole = {"messages": [{"role": "user", "content": words}]} if kind == "chat" else {"text": words}
+        return {"id": f"{kind}/{number}", "kind": kind, **whole}
+
+    calibration = [line(kind, n) for kind in documents.HOME for n in range(400)]
+    pool = [line(kind, n) for kind in documents.AWAY for n in range(400)]
+    found = documents.mixed(calibration, pool, documents.MIXTURES[which], lambda text: len(text.split()))
+    tokens = {kind: 100 * sum(each["kind"] == kind for each in found) for kind in (*documents.HOME, *documents.AWAY)}
+    home = sum(tokens[kind] for kind in documents.HOME)
+    if which == "home":
+        assert found == calibration
+        return
+    wanted = documents.CALIBRATION_ROWS * documents.ROW_TOKENS / 2
+    assert home == pytest.approx(wanted, abs=300)
+    assert {kind for kind in documents.AWAY if tokens[kind]} == set(documents.MIXTURES[which])
+    for kind in documents.MIXTURES[which]:
+        assert tokens[kind] == pytest.approx(wanted / len(documents.MIXTURES[which]), abs=100)

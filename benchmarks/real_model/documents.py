@@ -13,7 +13,7 @@ the model's conversations are given out in turn. A long document gives several r
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -27,6 +27,10 @@ HOME = ("handbook", "fortunes", "python")
 LANGUAGES = {"handbook": "en-US", "german": "de-DE", "french": "fr-FR", "chinese": "zh-CN"}
 AWAY = ("german", "french", "chinese", "mathematics", "licences", "chat")
 ROLES = ("calibration", "choice", "test")
+# What calibrates: the home kinds alone; or, for half of the tokens, the pool's texts of these kinds in equal parts.
+# `some` leaves two kinds out that nothing resembles, so that it shows what breadth is worth beyond its own kinds.
+MIXTURES = {"home": (), "some": ("german", "french", "mathematics", "licences"), "broad": AWAY}
+BREADTH = 0.5
 # Of ten documents, six calibrate, two are chosen on, and two test.
 ROLE_OF_TEN = ("calibration",) * 6 + ("choice",) * 2 + ("test",) * 2
 ROW_TOKENS = 512
@@ -181,6 +185,33 @@ def roles(texts: list[Text], count: Count) -> dict[str, list[Text]]:
         found[role] += [text for kind in AWAY for text in _taken(texts, kind, AWAY_ROWS, role)]
     found["pool"] = [text for text in texts if text.kind in AWAY and text.role == "calibration"]
     return found
+
+
+def mixed(
+    calibration: Sequence[dict[str, Any]], pool: Sequence[dict[str, Any]], kinds: Collection[str], count: Count
+) -> list[dict[str, Any]]:
+    """The lines that calibrate: those of `calibration`, or of each of its kinds the first half, and as many tokens of
+    the pool's, in equal parts. A kind of which the pool has too little gives what there is."""
+    if not kinds:
+        return list(calibration)
+
+    def first(lines: Sequence[dict[str, Any]], kind: str, tokens: float) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        for line in (line for line in lines if line["kind"] == kind):
+            if tokens <= 0:
+                break
+            found.append(line)
+            tokens -= count(said(line))
+        return found
+
+    wanted = CALIBRATION_ROWS * ROW_TOKENS
+    kept = [line for kind in HOME for line in first(calibration, kind, (1 - BREADTH) * SHARES[kind] * wanted)]
+    return kept + [line for kind in kinds for line in first(pool, kind, BREADTH * wanted / len(kinds))]
+
+
+def said(line: dict[str, Any]) -> str:
+    """The words of a text or of a conversation."""
+    return line["text"] if "text" in line else "\n".join(message["content"] for message in line["messages"])
 
 
 def facts(found: dict[str, list[Text]]) -> dict[str, dict[str, int]]:

@@ -34,12 +34,13 @@ GROUPS = (64, 32)
 
 @dataclass(frozen=True)
 class Job:
-    """`changed`: values of the recipe that differ from the method's."""
+    """`changed`: values of the recipe that differ from the method's; `texts`: a key of documents.MIXTURES."""
 
     peer: Peer
     group: int
     changed: dict[str, Any] = field(default_factory=dict)
     rows: int | None = None
+    texts: str = "home"
 
     @property
     def ours(self) -> bool:
@@ -54,28 +55,47 @@ class Job:
         parts = [f"{self.peer.name}-g{self.group}"]
         if self.changed:
             parts.append(hashlib.sha256(json.dumps(self.changed, sort_keys=True).encode()).hexdigest()[:8])
-        return "-".join([*parts, *([f"{self.rows}-rows"] if self.rows else [])])
+        parts += [f"{self.rows}-rows"] if self.rows else []
+        return "-".join([*parts, *([self.texts] if self.texts != "home" else [])])
 
     def tool(self) -> Peer:
         """The peer with this job's options."""
         return replace(self.peer, options=self.peer.options | self.changed)
 
 
-def job_of(method: str | None, peer: str | None, group: int, changed: dict[str, Any], rows: int | None) -> Job:
+def job_of(
+    method: str | None,
+    peer: str | None,
+    group: int,
+    changed: dict[str, Any],
+    rows: int | None = None,
+    texts: str = "home",
+) -> Job:
     if method is not None:
-        return Job(own(method), group, changed, rows)
+        return Job(own(method), group, changed, rows, texts)
     known = {item.name: item for item in PEERS if item.environment != "onecard"}
     if peer not in known:
         raise ValueError(f"no such peer: {peer}; known: {', '.join(known)}")
-    return Job(known[peer], group, changed, rows)
+    return Job(known[peer], group, changed, rows, texts)
 
 
 def carried_out(job: Job, build: Path, given: argparse.Namespace) -> dict[str, Any]:
     """The job's facts, sizes and KL; with `error` if it failed. A job that is finished is only judged."""
-    folder, model, of_form = build / "jobs" / job.name, build / "model" / job.form, build / "inputs" / job.form
-    facts = made.make_inputs(build, job.form)
+    folder, model, of_form = (
+        build / "jobs" / job.name,
+        build / "model" / job.form,
+        made.inputs_of(build, job.form, job.texts),
+    )
+    facts = made.make_inputs(build, job.form, job.texts)
     role = "choice" if given.choice else "test"
-    head = {"name": job.name, "peer": job.peer.name, "group": job.group, "set": role, "changed": job.changed}
+    head = {
+        "name": job.name,
+        "peer": job.peer.name,
+        "group": job.group,
+        "set": role,
+        "changed": job.changed,
+        "texts": job.texts,
+    }
     found = head | peers.quantized(job.tool(), model, of_form, facts, job.group, folder, given.peers.resolve(), given)
     if "error" in found:
         return found
@@ -120,7 +140,8 @@ def markdown(results: list[dict[str, Any]]) -> str:
     head = ("job", "group", *kinds, "same top-1, home", "stored bytes", "CPU seconds")
     body = []
     for row in results:
-        cells = [row["peer"] + "".join(f" {key}={value}" for key, value in row["changed"].items()), str(row["group"])]
+        given = row["changed"] | ({"texts": row["texts"]} if row.get("texts", "home") != "home" else {})
+        cells = [row["peer"] + "".join(f" {key}={value}" for key, value in given.items()), str(row["group"])]
         if "error" in row:
             cells += [row["error"].replace("|", "/")[:200], *[""] * (len(head) - 3)]
         else:

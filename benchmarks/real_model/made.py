@@ -2,7 +2,7 @@
 
     build/real/model/FORM        mixture (Mixtral, four experts, all chosen) and dense (Llama): the same function
     build/real/texts/ROLE.jsonl  calibration, choice, test, pool (documents.py)
-    build/real/inputs/FORM       what benchmarks/peers/contract.py describes
+    build/real/inputs/FORM       what benchmarks/peers/contract.py describes; FORM-MIXTURE where calibration is broader
 
 What is there is not made again.
 """
@@ -79,17 +79,25 @@ def make_texts(build: Path) -> dict[str, Any]:
     return facts
 
 
-def make_inputs(build: Path, form: str) -> dict[str, Any]:
-    """The inputs of a form's jobs. Both forms have the same rows."""
-    model, folder, texts = build / "model" / form, build / "inputs" / form, build / "texts"
+def inputs_of(build: Path, form: str, mixture: str) -> Path:
+    return build / "inputs" / (form if mixture == "home" else f"{form}-{mixture}")
+
+
+def make_inputs(build: Path, form: str, of_texts: str = "home") -> dict[str, Any]:
+    """The inputs of a form's jobs. Both forms have the same rows. `of_texts`: a key of documents.MIXTURES."""
+    model, folder, texts = build / "model" / form, inputs_of(build, form, of_texts), build / "texts"
     facts = folder / "inputs.json"
     source = open_folder(model)
-    read = b"".join((texts / f"{role}.jsonl").read_bytes() for role in documents.ROLES)
+    kinds = documents.MIXTURES[of_texts]
+    read = b"".join((texts / f"{role}.jsonl").read_bytes() for role in (*documents.ROLES, *(["pool"] if kinds else [])))
     identity = hashlib.sha256(source.digest.encode() + read).hexdigest()
     if facts.exists() and json.loads(facts.read_text())["identity"] == identity:
         return dict(json.loads(facts.read_text()))
     folder.mkdir(parents=True, exist_ok=True)
-    corpus.write_jsonl(folder / "calibration.jsonl", corpus.read_jsonl(texts / "calibration.jsonl"))
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    calibration, pool = (corpus.read_jsonl(texts / f"{role}.jsonl") for role in ("calibration", "pool"))
+    lines = documents.mixed(calibration, pool, kinds, lambda text: len(tokenizer.encode(text).ids))
+    corpus.write_jsonl(folder / "calibration.jsonl", lines)
     corpus.write_jsonl(folder / "choice.jsonl", corpus.read_jsonl(texts / "choice.jsonl")[:VERIFIED_DOCUMENTS])
     encoder = encoder_of(build)
     encoded = encoder.encode_all(read_jsonl(folder / "calibration.jsonl"))
