@@ -191,7 +191,8 @@ def _quantize_turn(
     if tuned:
         step.begin("tune", job.index)
         known = pass_reference(half_job, known)
-        losses = tune(half_job, tuned, job.sensitivity.metrics.get(RESIDUAL), job.method.tune_epochs)
+        parts = job.method.tuned_parts(len(job.hidden.groups))
+        losses = tune(half_job, tuned, job.sensitivity.metrics.get(RESIDUAL), job.method.tune_epochs, parts)
         output.facts["tuning"].append({"sites": [site.key for site in tuned], "losses": losses})
     step.begin("statistics", job.index)
     moments, known = take_statistics(half_job, present, known)
@@ -248,14 +249,17 @@ def _aim(
 ) -> None:
     """Aims the weights at the reference stream, in place, or leaves them where the misses were not taken. One matrix at
     a time: the solve holds several copies."""
-    solved = corrected if site.adds_to_residual else corrected_for_inputs
     for i in range(len(w_BOI)):
         expert, one = cut.start + i, slice(i, i + 1)
         miss = moments.miss(job.method.shrinkage, slice(expert, expert + 1))
         if miss is None:
             return
         ridge = job.method.correction_strength * site.in_features / max(1, moments.rows[expert])
-        w_BOI[one] = solved(w_BOI[one], moment_BII[one], miss, torch.full((1,), ridge, device=w_BOI.device))
+        ridge_B = torch.full((1,), ridge, device=w_BOI.device)
+        if site.adds_to_residual:
+            w_BOI[one] = corrected(w_BOI[one], moment_BII[one], miss, ridge_B, site.entries_per_token)
+        else:
+            w_BOI[one] = corrected_for_inputs(w_BOI[one], moment_BII[one], miss, ridge_B)
 
 
 def _exact(job: BlockJob, site: Site, block: Block | None) -> Block | None:
@@ -287,7 +291,7 @@ def _output_metric(job: BlockJob, site: Site, block: Block, moments: SiteMoments
         for slopes, name in zip(found.split(1), site.feeds[cut], strict=True):
             swiglu_metric(slopes, block.joined((name,))[None], residual_HH)
         return found
-    if site.reaches_residual:
+    if site.adds_to_residual:
         return residual_HH.expand(len(site.members[cut]), -1, -1)
     return None
 

@@ -25,7 +25,7 @@ from ..core.quantized_weight import QuantizedWeight
 from ..models.adapter import Half, Role, Site
 from ..models.block import Block
 from ..models.walk import HiddenRows
-from .sums import Beside, SiteRows, add_batch
+from .sums import Beside, Read, SiteRows, add_batch
 
 REFERENCE, QUANTIZED = "reference", "quantized"
 MIDDLE = "-middle"
@@ -78,11 +78,13 @@ class HalfJob:
     def _place(self, stream: str) -> tuple[int, str]:
         return (self.index, stream + MIDDLE) if self.half is Half.ATTENTION else (self.index + 1, stream)
 
-    def weight(self, key: str, batch: int, out_TH: torch.Tensor) -> torch.Tensor:
+    def weight(self, key: str, batch: int, out_TH: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
         """How much each token counts in a site's statistics, fp32 [T]; `out_TH` leaves the half. A site without
-        gradients of its own takes those of the residual stream, which it reaches."""
+        gradients of its own takes those of the residual stream, which it reaches. `rows`: of these rows of the batch
+        alone, as `out_TH` is."""
         if self.weighting == "gradient":
             weights = self.token_weights.get(key, self.token_weights[RESIDUAL])[batch]
+            weights = weights.view(len(self.hidden.groups[batch]), -1)[rows].flatten()
             return weights.to(self.hidden.walk.device)
         return token_weights(None, out_TH, self.weighting)
 
@@ -123,23 +125,25 @@ def _pass(job: HalfJob, stream: str, batch: int, sites: Collection[Site], run: b
     hidden = job.rows_in(stream, batch)
     tokens = hidden.shape[0] * hidden.shape[1]
     everywhere = torch.arange(tokens, device=hidden.device)
-    rows: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
+    rows: dict[tuple[str, int], Read] = {}
     normed: dict[str, torch.Tensor] = {}
     for site in sites:
         if site.reads_norm is not None:
             if site.reads_norm not in normed:
                 with torch.inference_mode():
                     normed[site.reads_norm] = block.norm(site.reads_norm)(hidden).reshape(tokens, -1)
-            rows[site.key, 0] = (everywhere, normed[site.reads_norm])
+            rows[site.key, 0] = Read(everywhere, normed[site.reads_norm])
     inner = {site.key for site in sites if site.reads_norm is None}
     # Without experts all tokens take the same route.
     alike = torch.zeros(tokens, 1, device=hidden.device)
     if not (inner or run):
         return Seen(tokens=tokens, rows=rows, routes=alike, hidden=None)
 
-    def observe(site: Site, expert: int, of_tokens: torch.Tensor, read: torch.Tensor) -> None:
+    def observe(
+        site: Site, expert: int, of_tokens: torch.Tensor, read: torch.Tensor, scale: torch.Tensor | None
+    ) -> None:
         if site.key in inner:
-            rows[site.key, expert] = (of_tokens, read)
+            rows[site.key, expert] = Read.by(site, of_tokens, read, scale)
 
     with block.observed(observe):
         passed = block.routed(hidden, job.half)
@@ -179,7 +183,7 @@ def take_statistics(job: HalfJob, sites: Sequence[Site], known: Known) -> tuple[
     # With `correct` and only inner sites, all that misses and weights need lies in the store, and no run is needed.
     run = not job.correct or len(inner) < len(own)
     # Once o is quantized, attention is not computed again: o's inputs are kept, and only o differs.
-    last = next((site for site in own if site.half is Half.ATTENTION and site.reaches_residual), None)
+    last = next((site for site in own if site.half is Half.ATTENTION and site.adds_to_residual), None)
     keep = last if last is not None and all(site.turn >= last.turn for site in own) else None
     routes = []
     for k in range(len(job.hidden.groups)):
@@ -190,7 +194,7 @@ def take_statistics(job: HalfJob, sites: Sequence[Site], known: Known) -> tuple[
         seen = _pass(job, QUANTIZED, k, own, run)
         job.hidden.walk.step.advance(seen.tokens)
         if keep is not None:
-            job.hidden.store.put(job.index, BEFORE_O, k, seen.rows[keep.key, 0][1])
+            job.hidden.store.put(job.index, BEFORE_O, k, seen.rows[keep.key, 0].rows)
         against = job.rows_out(REFERENCE, k).flatten(0, 1).float() if job.correct else seen.out
         weights = {key: job.weight(key, k, against) for key in moments}
         beside = None

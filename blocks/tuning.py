@@ -39,9 +39,8 @@ class _Leaf:
     scalar that grows."""
 
     def __init__(self, held: torch.Tensor, original: torch.Tensor, rate: float, rows: torch.Tensor) -> None:
-        self.held, self.rate, self.rows = held, rate, rows
-        # The original block holds what was there before, but for a matrix that has been tuned or aimed once already.
-        self.before = original.detach() if torch.equal(original, held) else held.detach().clone()
+        # The original block holds what the matrix was before.
+        self.held, self.before, self.rate, self.rows = held, original.detach(), rate, rows
         self.master = nn.Parameter(held.detach().to(torch.float32, copy=True))
         self.adam: Adam | None = Adam([self.master], betas=BETAS, fused=True if held.is_cuda else None)
         held.requires_grad_(True)
@@ -79,7 +78,7 @@ class _Leaves:
         self.experts = job.target.experts
         for site in sites:
             if site.role is Role.EXPERT:
-                self._add_experts(job, "down" if site.reaches_residual else "gate_up")
+                self._add_experts(job, "down" if site.adds_to_residual else "gate_up")
             else:
                 for name in site.members[0]:
                     held = job.target.weight(name)
@@ -125,10 +124,20 @@ def _share(done: int, steps: int) -> float:
     return min(1.0, (done + 1) / WARM_UP_STEPS) * (1 - done / steps)
 
 
-def tune(job: HalfJob, sites: list[Site], metric_HH: torch.Tensor | None, epochs: int) -> list[float]:
+def _steps(job: HalfJob, parts: int) -> list[tuple[int, slice]]:
+    """(batch, rows of it) of each step of an epoch. `parts`: into how many a batch is cut, as far as it has rows."""
+    found = []
+    for k, numbers in enumerate(job.hidden.groups):
+        rows = -(-len(numbers) // parts)
+        found += [(k, slice(start, start + rows)) for start in range(0, len(numbers), rows)]
+    return found
+
+
+def tune(job: HalfJob, sites: list[Site], metric_HH: torch.Tensor | None, epochs: int, parts: int = 1) -> list[float]:
     """Tune the matrices of `sites` in the target block, in place and in their own dtype. The output of the original
-    half must lie in the store. Returns the mean loss of each epoch, every batch measured before its step."""
-    leaves, batches = _Leaves(job, sites), len(job.hidden.groups)
+    half must lie in the store. `parts`: steps for each batch. Returns the mean loss of each epoch, every step's
+    measured before it."""
+    leaves, steps = _Leaves(job, sites), _steps(job, parts)
     if metric_HH is not None:
         metric_HH = metric_HH.clone()
         metric_HH.diagonal().add_(METRIC_DAMPING * metric_HH.diagonal().mean())
@@ -137,18 +146,19 @@ def tune(job: HalfJob, sites: list[Site], metric_HH: torch.Tensor | None, epochs
     for epoch in range(epochs):
         # Summed where the losses are: a look at one would make the host wait for every step.
         summed, tokens = torch.zeros((), dtype=torch.float64, device=job.hidden.walk.device), 0
-        for step, k in enumerate(torch.randperm(batches, generator=order).tolist()):
-            hidden = job.rows_in(QUANTIZED, k)
-            wanted_TH = job.rows_out(REFERENCE, k).flatten(0, 1).float()
+        for done, number in enumerate(torch.randperm(len(steps), generator=order).tolist()):
+            k, rows = steps[number]
+            hidden = job.rows_in(QUANTIZED, k)[rows]
+            wanted_TH = job.rows_out(REFERENCE, k)[rows].flatten(0, 1).float()
             passed = job.target.differentiable(hidden, job.half)
             with torch.enable_grad():
                 error_TH = passed.hidden.flatten(0, 1).float() - wanted_TH
                 cost_T = (error_TH * error_TH).sum(-1) if metric_HH is None else quadratic(error_TH, metric_HH)
-                total = (cost_T * job.weight(RESIDUAL, k, wanted_TH)).sum()
+                total = (cost_T * job.weight(RESIDUAL, k, wanted_TH, rows)).sum()
                 loss = total / len(wanted_TH)
             if epoch == 0:
                 leaves.count(passed.routes_TK, len(wanted_TH))
-            leaves.step(loss, _share(epoch * batches + step, epochs * batches))
+            leaves.step(loss, _share(epoch * len(steps) + done, epochs * len(steps)))
             summed, tokens = summed + total.detach(), tokens + len(wanted_TH)
             job.hidden.walk.step.advance(len(wanted_TH))
         cost = float(summed)

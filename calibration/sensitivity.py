@@ -184,7 +184,7 @@ def _back_through(
     metrics[RESIDUAL] += later.mean(metrics[RESIDUAL])
     if ties:
         later.add(tie_metric(block, ties))
-    writes = next(site.key for site in block.sites if site.role is Role.ATTENTION and site.reaches_residual)
+    writes = next(site.key for site in block.sites if site.role is Role.ATTENTION and site.adds_to_residual)
     metrics[writes] += later.mean(metrics[writes])
     weights = found.token_weights()
     for site_key in metrics:

@@ -3,6 +3,7 @@
 The fields have the names of the recipe's keys.
 """
 
+from math import ceil
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -83,11 +84,17 @@ class Method(BaseModel):
     # Epochs of gradient descent in which a feed-forward half learns the original's output before it is quantized
     # (blocks/tuning.py). 0: none.
     tune_epochs: int = Field(default=0, ge=0, le=64)
+    # The least number of steps that its epochs have together: where texts are few, a step takes a part of a batch.
+    tune_least_steps: int = Field(default=256, ge=1, le=100_000)
     # Solve the weights that stay in the source's dtype too: routers, and attention that is kept. It costs nothing at
     # run time.
     aim_kept: bool = True
     # When statistics are taken. sites: again for every site whose inputs changed. halves: once for each half block.
     sequential: Literal["sites", "halves"] = "sites"
+
+    def tuned_parts(self, batches: float) -> int:
+        """Into how many steps tuning cuts a batch, given how many batches an epoch has."""
+        return max(1, ceil(self.tune_least_steps / max(1, self.tune_epochs) / max(1.0, batches)))
 
     @property
     def needs_statistics(self) -> bool:

@@ -74,10 +74,10 @@ class Site:
     in_features: int
     # Sites of one turn are quantized together, after those of lower turns.
     turn: int
-    # Whether the outputs are added to the residual stream unscaled, once for each token.
+    # Whether the outputs are added to the residual stream: as they are, or multiplied by a routing weight.
     adds_to_residual: bool = False
-    # Whether the outputs are added to the residual stream, unscaled or multiplied by a routing weight.
-    reaches_residual: bool = False
+    # How many entries each token meets.
+    entries_per_token: int = 1
     # For gates and ups: the module that reads silu(gate) * up, for each entry.
     feeds: tuple[str, ...] = ()
     # The norm whose output every row of the site is, by its name in the block. Only a norm that begins a half counts.
@@ -121,8 +121,6 @@ class Adapter(ABC):
     router_name: ClassVar[str]
     # The leaf names of gate, up and down.
     projections: ClassVar = ("gate_proj", "up_proj", "down_proj")
-    # Whether the routing weight multiplies an expert's input, not its output.
-    routing_scales_input: ClassVar = False
     # Leaf name -> the module into which engines fuse it with others. Any other module is a unit of its own.
     fused_leaves: ClassVar[dict[str, str]] = FUSED_QKV | FUSED_GATE_UP
     # Leaf name -> how tensor parallelism splits it. Any other leaf is copied to every card.
@@ -193,19 +191,17 @@ class Adapter(ABC):
 
         return [
             *(site(n, width, hidden, 0, reads_norm=self.first_norm) for n, width in (("q", q), ("k", kv), ("v", kv))),
-            site("o", hidden, q, 1, adds_to_residual=True, reaches_residual=True),
+            site("o", hidden, q, 1, adds_to_residual=True),
         ]
 
     def swiglu_sites(self, key: str, role: Role, prefixes: Sequence[str], width: int) -> list[Site]:
         """Two sites, gates with ups and downs, of one SwiGLU or of all experts. `prefixes`: the module prefix of each;
         `width`: the intermediate size of each.
 
-        A shared expert's down projection takes the last turn: it sees every token and mends the errors of the others.
-        The downs of experts count as `adds_to_residual` only where no routing weight multiplies them and each token has
-        one expert: several experts would each correct the whole error of the block."""
+        A shared expert's down projection takes the last turn: it sees every token and mends the others' errors."""
         gate, up, down = self.projections
         downs = tuple(f"{prefix}{down}" for prefix in prefixes)
-        unscaled = role is not Role.EXPERT or (self.routing_scales_input and self.top_k == 1)
+        at_once = self.top_k if role is Role.EXPERT else 1
         return [
             Site(
                 key=f"{key}gate_up",
@@ -215,6 +211,7 @@ class Adapter(ABC):
                 in_features=self.hidden_size,
                 turn=3,
                 feeds=downs,
+                entries_per_token=at_once,
             ),
             Site(
                 key=f"{key}down",
@@ -223,8 +220,8 @@ class Adapter(ABC):
                 out_features=(self.hidden_size,),
                 in_features=width,
                 turn=5 if role is Role.SHARED else 4,
-                adds_to_residual=unscaled,
-                reaches_residual=True,
+                adds_to_residual=True,
+                entries_per_token=at_once,
             ),
         ]
 

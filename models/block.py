@@ -30,8 +30,9 @@ from .calls import Calls
 from .experts import RoutedExperts
 from .watched import Watched
 
-# (site, expert, token numbers [R] rising, rows [R, in]); the expert is 0 for a site without experts.
-Observe = Callable[[Site, int, torch.Tensor, torch.Tensor], None]
+# (site, expert, token numbers [R] rising, rows [R, in], what multiplies the expert's outputs [R, 1] or None); a site
+# without experts has the expert 0 and None.
+Observe = Callable[[Site, int, torch.Tensor, torch.Tensor, torch.Tensor | None], None]
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
@@ -187,7 +188,7 @@ class Block:
             return
         known, sound = experts.observer, set[int]()
 
-        def look(matrix: str, expert: int, _tokens: torch.Tensor, rows: torch.Tensor) -> None:
+        def look(matrix: str, expert: int, _tokens: torch.Tensor, rows: torch.Tensor, *_: object) -> None:
             if matrix == "gate_up":
                 sound.update({expert} if all_finite(rows) else ())
             elif expert in sound:
@@ -256,7 +257,7 @@ class Block:
 
     @contextmanager
     def observed(self, observe: Observe) -> Iterator[None]:
-        """While open, `observe(site, expert, tokens [R], rows [R, in])` gets the inputs of every site that runs."""
+        """While open, `observe` gets the inputs of every site that runs."""
         sites = {site.key: site for site in self.sites}
         handles = []
         for site in sites.values():
@@ -265,13 +266,13 @@ class Block:
 
             def hook(_module: nn.Module, args: tuple[Any, ...], site: Site = site) -> None:
                 rows = args[0].reshape(-1, args[0].shape[-1])
-                observe(site, 0, torch.arange(len(rows), device=rows.device), rows)
+                observe(site, 0, torch.arange(len(rows), device=rows.device), rows, None)
 
             handles.append(self.module(site.first_module).register_forward_pre_hook(hook))
         experts = self.experts
         if experts is not None:
             by_input = {key.rpartition(".")[2]: site for key, site in sites.items() if ".experts." in key}
-            experts.observer = lambda name, expert, tokens, rows: observe(by_input[name], expert, tokens, rows)
+            experts.observer = lambda name, *seen: observe(by_input[name], *seen)
         try:
             yield
         finally:

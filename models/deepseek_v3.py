@@ -119,7 +119,7 @@ class DeepseekV3Adapter(UnfusedAdapter):
         first: dict[str, Any] = {"turn": 0, "reads_norm": self.first_norm}
         kv_a = site("kv_a", "kv_a_proj_with_mqa", latent, c.hidden_size, **first)
         kv_b = site("kv_b", "kv_b_proj", kv, c.kv_lora_rank, 1)
-        o = site("o", "o_proj", c.hidden_size, values, 2, adds_to_residual=True, reaches_residual=True)
+        o = site("o", "o_proj", c.hidden_size, values, 2, adds_to_residual=True)
         if c.q_lora_rank is None:
             return [site("q", "q_proj", q, c.hidden_size, **first), kv_a, kv_b, o]
         q_a = site("q_a", "q_a_proj", c.q_lora_rank, c.hidden_size, **first)

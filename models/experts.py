@@ -21,8 +21,9 @@ from torch import nn
 
 from ..core.device import on_cuda
 
-# Gets the input of an expert's matrix: ('gate_up' or 'down', expert, token numbers [R] rising, rows [R, in]).
-Observer = Callable[[str, int, torch.Tensor, torch.Tensor], None]
+# Gets the input of an expert's matrix: ('gate_up' or 'down', expert, token numbers [R] rising, rows [R, in], and what
+# multiplies the expert's outputs, [R, 1]; None where the routing weights multiply its inputs).
+Observer = Callable[[str, int, torch.Tensor, torch.Tensor, torch.Tensor | None], None]
 
 
 def _sum_slots(slots_SH: torch.Tensor, place_TK: torch.Tensor, falling: bool) -> torch.Tensor:
@@ -135,12 +136,13 @@ class RoutedExperts(nn.Module):
         """What one expert makes of its rows, [R, H]."""
         if self.scale_input:
             x_RH = x_RH * weight_R1
+        after = None if self.scale_input else weight_R1
         if self.observer is not None:
-            self.observer("gate_up", expert, token_R, x_RH)
+            self.observer("gate_up", expert, token_R, x_RH, after)
         gate_RM, up_RM = F.linear(x_RH, self.matrix("gate_up", expert).to(x_RH.dtype)).chunk(2, dim=-1)
         h_RM = F.silu(gate_RM) * up_RM
         if self.observer is not None:
-            self.observer("down", expert, token_R, h_RM)
+            self.observer("down", expert, token_R, h_RM, after)
         y_RH = F.linear(h_RM, self.matrix("down", expert).to(h_RM.dtype))
         # Some families have fp32 routing weights, whatever the rows are.
-        return y_RH if self.scale_input else (y_RH * weight_R1).to(y_RH.dtype)
+        return y_RH if after is None else (y_RH * after).to(y_RH.dtype)

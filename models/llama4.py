@@ -55,7 +55,6 @@ class Llama4Adapter(Adapter):
     image_tiles = 17  # sixteen, and the whole image once more (transformers' Llama4ImageProcessor, max_patches)
     half_modules: ClassVar = {Half.ATTENTION: "self_attn", Half.FEED_FORWARD: "feed_forward"}
     router_name: ClassVar = "feed_forward.router"
-    routing_scales_input: ClassVar = True
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)

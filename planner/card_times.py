@@ -68,6 +68,13 @@ class _Model:
     def _at(self, index: int) -> BatchCosts:
         return self._layers[self.work.adapter.is_moe(index)]
 
+    def _part(self, index: int, parts: int) -> BatchCosts:
+        """A part of a batch at a block."""
+        whole, row = self._at(index), self.work.tokens.row
+        rows = max(1, -(-whole.tokens // row // parts))
+        layer = layer_kernels(self.work.adapter, index, rows, row)
+        return replace(whole, tokens=rows * row, layer=layer)
+
     @property
     def _rates(self) -> CardRates:
         return self.card.rates
@@ -127,7 +134,8 @@ class _Model:
         batches = self._batches(self.work.tokens.calibration)
         last = index + 1 == self.work.adapter.n_blocks
         if quantizer.tune_epochs:
-            parts["tune"] = batches * quantizer.tune_epochs * passes.tuning()
+            cut = quantizer.tuned_parts(batches)
+            parts["tune"] = batches * cut * quantizer.tune_epochs * replace(passes, at=self._part(index, cut)).tuning()
         # A batch is fetched when the one before has been put back, so that copies do not overlap with computing.
         parts["statistics"] = batches * passes.statistics() + self._moved_rows(1 + 2 * passes.turns)
         parts["propagate"] = batches * passes.propagated(last) + self._moved_rows(4)
@@ -164,7 +172,7 @@ class _Model:
     def _solved(self, index: int) -> float:
         method, hidden, busy = self.work.method.quantizer, self.work.adapter.hidden_size, Busy()
         for site in self._aimed_sites(index):
-            metric = method.output_metric and (bool(site.feeds) or site.reaches_residual)
+            metric = method.output_metric and (bool(site.feeds) or site.adds_to_residual)
             solved = SolvedSite(
                 matrices=len(site.members),
                 outputs=sum(site.out_features),
@@ -280,7 +288,7 @@ class _Passes:
     def propagated(self, last: bool) -> float:
         """Seconds of one batch: o alone once it is quantized, and the quantized stream through the other half."""
         at, card = self.at, self.at.card
-        writes = next((s for s in self.sites if s.half is Half.ATTENTION and s.reaches_residual), None)
+        writes = next((s for s in self.sites if s.half is Half.ATTENTION and s.adds_to_residual), None)
         if writes is None:
             seconds = card.seconds(at.forward(Half.ATTENTION))
         else:

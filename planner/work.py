@@ -233,7 +233,7 @@ def count_block(adapter: Adapter, plan: Plan, method: MethodCosts, block: int) -
 
 def _count_site(adapter: Adapter, method: MethodCosts, site: Site, shares_moments: bool) -> QuantizedSite:
     outputs, inputs, count = sum(site.out_features), site.in_features, len(site.members)
-    metric = method.output_metric and (bool(site.feeds) or site.reaches_residual)
+    metric = method.output_metric and (bool(site.feeds) or site.adds_to_residual)
     slopes = outputs if method.output_metric and site.feeds else 0
     miss = outputs if site.adds_to_residual else inputs  # width of the gap between the two streams
     a_token = (4.0 * inputs**2 + 2.0 * slopes**2 + 2.0 * slopes * inputs) * _share(adapter, site)

@@ -10,9 +10,13 @@ Two targets are used:
 - Inner matrices (q, k, v, gate, up): the output in the original model, t = W x_ref. Then M = W D with
   D = E[(x_ref - x) x^T], and W' = W + W (D (S + r I)^-1): the solve is one of I rows, not of O.
   GPTAQ (Li et al., arXiv 2504.02692) has this asymmetric objective; here it is solved before GPTQ, not inside it.
-- Matrices whose output is added to the residual stream (down projections): the output of the whole block, so
-  M = E[(h_ref - h) x^T], where h are the hidden rows that leave the block. As far as a linear map of x can, they
-  correct all earlier errors: those of earlier blocks, and of this block's attention, gate and up projections.
+- Matrices whose output is added to the residual stream (o and the downs): the output of the whole half, so
+  M = E[(h_ref - h) x^T], where h are the hidden rows that leave the half. As far as a linear map of x can, they
+  correct all earlier errors: those of earlier blocks, and of this half's other matrices. x is what multiplies W there:
+  a routing weight that multiplies the expert's output is part of it.
+
+Where a token meets k experts, each would make good the whole miss. So each takes a k-th of its step: the loss is convex
+in all steps together, and a mean of points that are each no worse than W is no worse than W.
 
 The ridge of an expert is `strength * inputs / rows`. M is estimated from the expert's rows; the fewer rows there are
 per input dimension, the more of M is noise.
@@ -26,12 +30,12 @@ from ..core.products import product, solved_from_right
 
 
 def corrected(
-    w_BOI: torch.Tensor, moment_BII: torch.Tensor, miss_BOI: torch.Tensor, ridge_B: torch.Tensor
+    w_BOI: torch.Tensor, moment_BII: torch.Tensor, miss_BOI: torch.Tensor, ridge_B: torch.Tensor, at_once: int = 1
 ) -> torch.Tensor:
-    """W' [B, O, I] from the moment S and the miss M. `ridge_B` is relative to the mean diagonal of each S. A matrix
-    whose solve fails keeps W."""
+    """W' [B, O, I] from the moment S and the miss M. `ridge_B` is relative to the mean diagonal of each S. `at_once`:
+    how many of the matrices each token meets. A matrix whose solve fails keeps W."""
     step_BOI, good_B = _solved(moment_BII, miss_BOI, ridge_B)
-    return torch.where(good_B[:, None, None], w_BOI + step_BOI, w_BOI)
+    return torch.where(good_B[:, None, None], w_BOI + step_BOI / at_once, w_BOI)
 
 
 def corrected_for_inputs(

@@ -74,9 +74,11 @@ def test_each_expert_sees_its_own_rows_as_they_enter_its_weights(scale_input: bo
     experts, (x, chosen, weights) = make_experts(scale_input), route(50, 2)
     seen: dict[tuple[str, int], torch.Tensor] = {}
 
-    def observe(name: str, expert: int, tokens: torch.Tensor, rows: torch.Tensor) -> None:
+    def observe(name: str, expert: int, tokens: torch.Tensor, rows: torch.Tensor, after: torch.Tensor | None) -> None:
         assert (name, expert) not in seen, "one call an expert"
         assert tokens.tolist() == [t for t in range(50) if expert in chosen[t]], "token numbers, rising"
+        slots = [weights[t, k] for t in range(50) for k in range(2) if chosen[t, k] == expert]
+        assert after is None if scale_input else torch.equal(after[:, 0], torch.stack(slots)), "what the router gave"
         seen[name, expert] = rows.clone()
 
     experts.observer = observe
@@ -103,7 +105,7 @@ def test_work_is_tokens_times_top_k(top_k: int) -> None:
 def test_experts_without_tokens_do_nothing(scale_input: bool) -> None:
     experts, (x, _, weights) = make_experts(scale_input), route(9, 1)
     called: list[int] = []
-    experts.observer = lambda name, expert, tokens, rows: called.append(expert)
+    experts.observer = lambda name, expert, *_: called.append(expert)
     chosen = torch.full((9, 1), EXPERTS - 2)
     experts.gate_up.data[: EXPERTS - 2] = torch.nan  # reading any other expert gives NaN
     torch.testing.assert_close(

@@ -251,7 +251,7 @@ def test_a_site_reads_the_norm_that_it_names_and_no_other_does(family: str, baby
         for half, norm in ((Half.ATTENTION, adapter.first_norm), (Half.FEED_FORWARD, adapter.middle_norm)):
             normed = block.norm(norm)(hidden).flatten(0, 1)
             seen: dict[str, torch.Tensor] = {}
-            with block.observed(lambda site, e, t, rows: seen.update({site.key: rows})):  # noqa: B023
+            with block.observed(lambda site, e, t, rows, _: seen.update({site.key: rows})):  # noqa: B023
                 block.forward(hidden, half)
             for site in adapter.sites(index):
                 if site.half is not half or site.role is Role.EXPERT:

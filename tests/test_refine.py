@@ -145,6 +145,23 @@ def test_correction_is_the_ridge_least_squares_solution() -> None:
     assert after < 0.5 * before
 
 
+@given(st.integers(1, 5), st.integers(0, 2**31 - 1), st.floats(0, 1), st.floats(1e-4, 1e3))
+def test_experts_that_act_together_never_make_the_miss_larger(k: int, seed: int, alike: float, ridge: float) -> None:
+    """Each token meets all k. From inputs that are unrelated (alike 0) to inputs that are one (alike 1), where k whole
+    steps would overshoot k times."""
+    generator = torch.Generator().manual_seed(seed)
+    common = torch.randn(60, 8, generator=generator, dtype=torch.float64)
+    own = torch.randn(k, 60, 8, generator=generator, dtype=torch.float64)
+    x_kRI = alike * common + (1 - alike) * own
+    miss_RO = common @ torch.randn(8, 3, generator=generator, dtype=torch.float64) + 0.1
+    w_kOI = torch.randn(k, 3, 8, generator=generator, dtype=torch.float64)
+    moment = x_kRI.transpose(1, 2) @ x_kRI / 60
+    missed = miss_RO.T @ x_kRI / 60
+    found = corrected(w_kOI, moment, missed, torch.full((k,), ridge, dtype=torch.float64), k)
+    left = miss_RO - ((found - w_kOI) @ x_kRI.transpose(1, 2)).sum(0).T
+    assert float(left.square().sum()) <= float(miss_RO.square().sum()) * (1 + 1e-9)
+
+
 def test_equal_streams_and_hopeless_moments_leave_the_weights_alone() -> None:
     w = torch.randn(2, 5, 24)
     moment = torch.eye(24).expand(2, 24, 24).clone()

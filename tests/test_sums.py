@@ -12,7 +12,8 @@ from onecard.calibration.moments import SiteMoments
 from onecard.checkpoint.activations import Activations
 from onecard.checkpoint.model import open_model
 from onecard.core import device
-from onecard.models.adapter import Half
+from onecard.models.adapter import Half, Role
+from onecard.models.experts import RoutedExperts
 from onecard.models.walk import HiddenRows
 from walking import cpu_walk
 
@@ -79,6 +80,49 @@ def test_both_ways_take_the_same_statistics(
         for ours, theirs in pairs:
             assert float(theirs.norm()) > 0
             assert off(ours, theirs) < (2e-5 if dtype is torch.float32 else 4e-3)
+
+
+@pytest.mark.parametrize(("family", "index"), [("qwen3", 0), ("mixtral", 0), ("deepseek", 1)])
+def test_a_routing_weight_is_part_of_what_the_down_reads_and_counts_squared_before_it(
+    family: str, index: int, baby: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W (g x) is added to the residual stream, where the routing weight g multiplies an expert's output. The twin gets
+    rows and routing weights from the call of the experts."""
+    taken = Taken(baby(family), tmp_path, index, torch.float32)
+    job = taken.jobs[1]
+    called: list[tuple[torch.Tensor, ...]] = []
+    experts = taken.target.experts
+    assert experts is not None
+    run = type(experts).forward
+
+    def forward(self: RoutedExperts, *args: torch.Tensor) -> torch.Tensor:
+        if self is experts:
+            called.append(args)
+        return run(self, *args)
+
+    monkeypatch.setattr(RoutedExperts, "forward", forward)
+    moments = taken.moments()
+    gate_up, down = (moments[site.key] for site in taken.target.sites if site.role is Role.EXPERT)
+    expected = torch.zeros_like(gate_up.sum_EII), torch.zeros_like(down.sum_EII), torch.zeros_like(down.miss_EXI)
+    for k, (x_TH, chosen_TK, weight_TK) in enumerate(tuple(called)):
+        ends = [job.rows_out("reference", k), taken.target.routed(job.rows_in("quantized", k), job.half).hidden]
+        missed_TH = ends[0].flatten(0, 1) - ends[1].flatten(0, 1)
+        count_T = 1 / ends[0].flatten(0, 1).square().mean(-1)
+        routes = [
+            block.routed(job.rows_in(stream, k), job.half).routes_TK
+            for block, stream in ((taken.original, "reference"), (taken.target, "quantized"))
+        ]
+        for t, each in enumerate(chosen_TK.tolist()):
+            for expert, g in zip(each, weight_TK[t].tolist(), strict=True):
+                gate, up = (experts.gate_up[expert].float() @ x_TH[t]).chunk(2)
+                read = g * torch.nn.functional.silu(gate) * up
+                expected[0][expert] += count_T[t] * g * g * torch.outer(x_TH[t], x_TH[t])
+                expected[1][expert] += count_T[t] * torch.outer(read, read)
+                if torch.equal(routes[0][t], routes[1][t]):
+                    expected[2][expert] += count_T[t] * torch.outer(missed_TH[t], read)
+    assert float(expected[2].norm()) > 0
+    for got, twin in zip((gate_up.sum_EII, down.sum_EII, down.miss_EXI), expected, strict=True):
+        assert off(got, twin) < 1e-4
 
 
 def test_the_streams_routes_do_part(baby: Callable[..., Path], tmp_path: Path) -> None:

@@ -223,7 +223,9 @@ def observe_all(pair: Pair, row: Row) -> dict[tuple[int, str, int], Seen]:
     for index in range(pair.adapter.n_blocks):
         block = walk.load(index)
 
-        def observe(site: Site, expert: int, tokens: torch.Tensor, rows: torch.Tensor, index: int = index) -> None:
+        def observe(
+            site: Site, expert: int, tokens: torch.Tensor, rows: torch.Tensor, _: object, index: int = index
+        ) -> None:
             assert (index, site.key, expert) not in seen
             seen[index, site.key, expert] = tokens, rows
 
@@ -293,7 +295,7 @@ def test_nothing_is_left_hooked_even_after_a_failure(pair: Pair) -> None:
     block = walk_over(pair).load(0)
     hidden = torch.randn(2, 9, pair.adapter.hidden_size)
 
-    def fail(site: Site, expert: int, tokens: torch.Tensor, rows: torch.Tensor) -> None:
+    def fail(site: Site, *_: object) -> None:
         raise RuntimeError(site.key)
 
     with pytest.raises(RuntimeError, match=r"^self_attn\.q(_a)?$"), block.observed(fail):
