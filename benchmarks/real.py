@@ -7,6 +7,7 @@
     python benchmarks/real.py run --method fast --group 64 --set damping=0.05 --choice --every 4    # a quick look
     python benchmarks/real.py run --method fast --group 64 --texts broad --choice    # other texts calibrate, too
     python benchmarks/real.py table --choice
+    python benchmarks/real.py keep                                      # test rows into docs/results/real.json
 
 The model is SmolLM2-135M-Instruct, from a package on PyPI, read as a mixture of four experts that are all chosen, which
 computes the same function (real_model/mixture.py). Texts are Debian's (`make` needs apt-get and dpkg-deb), the standard
@@ -28,7 +29,7 @@ from transformers.utils import logging
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE / "peers")]
 
-from real_model import documents, jobs, made  # noqa: E402
+from real_model import documents, jobs, kept, made  # noqa: E402
 
 
 def make(build: Path) -> None:
@@ -74,6 +75,7 @@ def main() -> int:
     running.add_argument("--threads", type=int, default=1)
     running.add_argument("--timeout", type=float, default=6 * 3600, help="seconds that the job may take")
     table = verbs.add_parser("table", help="all results as markdown")
+    verbs.add_parser("keep", help="put the results on test rows where the documents' tables come from")
     for verb in (running, table):
         verb.add_argument("--choice", action="store_true", help="the choice rows, not the test rows")
         verb.add_argument("--every", type=int, default=1, metavar="N", help="judge every N-th row of each kind alone")
@@ -84,6 +86,8 @@ def main() -> int:
         make(build)
     elif given.verb == "run":
         return run(build, given)
+    elif given.verb == "keep":
+        kept.keep(build / "results-test.json")
     else:
         print(jobs.markdown(json.loads(results_of(build, given).read_text())))
     return 0

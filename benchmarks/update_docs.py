@@ -1,7 +1,8 @@
 """Write the generated parts of the documents: `python benchmarks/update_docs.py`, or `--check` to change nothing.
 
 A part stands between `<!-- generated: NAME -->` and `<!-- end of generated -->`, and NAME is a key of PARTS. Figures of
-the comparison come from docs/results/peers.json; exact sizes from a plan of the published shapes, without weights
+the comparison come from docs/results/peers.json and real.json; exact sizes from a plan of the published shapes, without
+weights
 (tests/hollow.py); methods, recipes and rules from the code. PICTURES are drawn, too.
 tests/test_documents.py fails when a document differs from what this would write.
 """
@@ -39,6 +40,7 @@ from onecard.core.yaml_file import parse_yaml  # noqa: E402
 from onecard.forecast import plan  # noqa: E402
 from onecard.models.config_keys import COMMON, KEYS  # noqa: E402
 from onecard.recipe import Recipe, load_recipe  # noqa: E402
+from real_model import kept  # noqa: E402
 
 # Pictures, and what draws them.
 PICTURES: dict[str, Callable[[], str]] = {
@@ -342,6 +344,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "peers, all rows": peers_all,
     "peers, groups of 128": peers_short,
     "peers, beside the best other tool": peers_best,
+    "real model, groups of 64": lambda: kept.short(64),
+    "real model, all rows": kept.whole,
     "Scout": scout,
     "Scout's time": scout_time,
     "sizes": sizes,

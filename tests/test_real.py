@@ -19,7 +19,7 @@ from onecard.checkpoint.source import open_folder  # noqa: E402
 from onecard.core.rows import Row  # noqa: E402
 from onecard.eval.kl import TokenResults  # noqa: E402
 from onecard.models.families import load_adapter  # noqa: E402
-from real_model import documents, jobs, judging, llama_gguf, mixture, pages  # noqa: E402
+from real_model import documents, jobs, judging, kept, llama_gguf, mixture, pages  # noqa: E402
 from real_model.documents import Text  # noqa: E402
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -311,3 +311,30 @@ def test_a_broader_mixture_halves_the_home_kinds_and_adds_as_many_tokens(which: 
     assert {kind for kind in documents.AWAY if tokens[kind]} == set(documents.MIXTURES[which])
     for kind in documents.MIXTURES[which]:
         assert tokens[kind] == pytest.approx(wanted / len(documents.MIXTURES[which]), abs=100)
+
+
+def test_kept_figures_are_those_of_jobs_with_default_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A newer result takes an older one's place; one with other options or texts, or a failed one, is not shown."""
+
+    def result(peer: str, mean: float, **more: object) -> dict[str, object]:
+        bucket = {"kl_mean_nats": mean, "kl_low_nats": mean / 2, "kl_high_nats": mean * 2, "same_top1": 0.9}
+        found = {"peer": peer, "group": 64, "changed": {}, "stored_bytes": 10, "cpu_seconds": 2.0}
+        return found | {"kl": dict.fromkeys(kept.KINDS, bucket)} | more
+
+    monkeypatch.setattr(kept, "KEPT", tmp_path / "real.json")
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps([result("onecard-fast", 0.3), result("auto-round", 0.2)]))
+    kept.keep(results)
+    others = [
+        result("onecard-best", 0.01, changed={"damping": 0.5}),
+        result("onecard-balanced", 0.01, texts="broad"),
+        result("llmcompressor-gptq", 0.01, error="exit code 1"),
+    ]
+    results.write_text(json.dumps([result("onecard-fast", 0.1), *others]))
+    kept.keep(results)
+    assert [(row.peer, row.kl["german"], row.low) for row in kept.read_kept()] == [
+        ("onecard-fast", 0.1, 0.05),
+        ("auto-round", 0.2, 0.1),
+    ]
+    assert "| onecard `fast` | **0.1000** |" in kept.short(64)
+    assert "| over auto-round, 200 steps | 64 | 0.50 |" in kept.whole()
