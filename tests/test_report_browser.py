@@ -20,7 +20,7 @@ from command_line import run_onecard
 from pages import HOSTILE, poisoned
 from records import full_record
 
-CHARTS = 13
+CHARTS = 14
 BINARIES = ("chromium", "chromium-browser", "google-chrome")
 
 

@@ -27,9 +27,9 @@ def test_the_command_writes_a_page_and_one_line(onecard: Callable[..., Result], 
     result = onecard("report", run, "-o", out)
     line = json.loads(result.stdout)
     assert line["bytes"] == out.stat().st_size
-    assert line["figures"] == 13
+    assert line["figures"] == 14
     assert line["report"] == str(out)
-    assert "13 charts" in result.stderr
+    assert "14 charts" in result.stderr
     first = out.read_bytes()
     assert onecard("report", run, "-o", out).exit_code == 0, "a report is replaced by a report"
     assert out.read_bytes() == first
