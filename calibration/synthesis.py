@@ -32,7 +32,7 @@ from ..core.rates import DISK_BYTES_PER_SECOND, measure_flops
 from ..core.rows import Row
 from ..core.schedule import Expected, Schedule
 from ..core.units import clock, size
-from ..models.adapter import Adapter, Role
+from ..models.adapter import Adapter
 from ..models.walk import Walk
 from ..recipe import Recipe
 from ..report.progress import Progress
@@ -224,8 +224,7 @@ class Writer:
 def flops_per_token(adapter: Adapter) -> float:
     """Multiplications and additions of all blocks for one token, which visits its routed experts only."""
     sites = [site for block in range(adapter.n_blocks) for site in adapter.sites(block)]
-    share = {Role.EXPERT: adapter.top_k}
-    return sum(2.0 * sum(s.out_features) * s.in_features * (share.get(s.role) or len(s.members)) for s in sites)
+    return sum(2.0 * sum(site.out_features) * site.in_features * site.entries_per_token for site in sites)
 
 
 def synthesize(

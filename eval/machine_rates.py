@@ -31,7 +31,7 @@ from ..core.products import add_outer, product
 from ..core.rates import Rates
 from ..core.scheme import Scheme
 from ..core.slices import COLUMNS_PER_SLICE, TOKENS_PER_SLICE
-from ..models.adapter import Adapter, Role, Site
+from ..models.adapter import Adapter, Site
 from ..models.block import Block
 from ..models.calls import Calls
 from ..quantize.site import batch_slices, matrix_flops, quantize_batch
@@ -131,8 +131,7 @@ class _Bench:
             return 2.0 * w_IO.numel() * each / self.timed(lambda: x_TI @ w_IO)
         block = self._random_block()
         hidden_NTH = self.random(rows, length, adapter.hidden_size).to(self.compute.dtype)
-        shares = [(site, adapter.top_k if site.role is Role.EXPERT else 1) for site in sites]
-        a_token = sum(2.0 * sum(site.out_features) * site.in_features * share for site, share in shares)
+        a_token = sum(2.0 * sum(site.out_features) * site.in_features * site.entries_per_token for site in sites)
         return a_token * rows * length / self.timed(lambda: block.forward(hidden_NTH))
 
     def _random_block(self) -> Block:

@@ -43,7 +43,7 @@ class BatchCosts:
 
     def rows(self, site: Site) -> int:
         """S, or T for a site without experts."""
-        return self.tokens * (self.adapter.top_k if site.role is Role.EXPERT else 1)
+        return self.tokens * site.entries_per_token
 
     @cached_property
     def _expert_width(self) -> int:

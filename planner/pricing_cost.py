@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..core.rates import Rates
-from ..models.adapter import Adapter, Role
+from ..models.adapter import Adapter
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,8 @@ def pricing_cost(
     for block in range(adapter.n_blocks):
         for site in adapter.sites(block):
             outputs, inputs, count = sum(site.out_features), site.in_features, len(site.members)
-            share = adapter.top_k if site.role is Role.EXPERT else 1
-            forward += 2.0 * outputs * inputs * share
-            statistics += 2.0 * inputs**2 * share
+            forward += 2.0 * outputs * inputs * site.entries_per_token
+            statistics += 2.0 * inputs**2 * site.entries_per_token
             rounding += count * (4.0 * outputs * inputs**2 + 3.0 * inputs**3)
     streams = stream_count(len(units), widths)
     forward_flops = forward * (tokens * (streams / 2 + 1) + 2 * other_tokens)

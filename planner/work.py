@@ -27,7 +27,7 @@ from ..checkpoint.plan import Plan
 from ..core.method import Method
 from ..core.rates import Rates
 from ..core.rows import rows_at_once
-from ..models.adapter import Adapter, Half, Role, Site
+from ..models.adapter import Adapter, Half, Site
 from ..quantize.site import batch_slices, matrix_flops, working_bytes
 from ..recipe import Recipe
 
@@ -207,16 +207,11 @@ def _parameters(site: Site) -> int:
     return sum(site.out_features) * site.in_features * len(site.members)
 
 
-def _share(adapter: Adapter, site: Site) -> int:
-    """How many of the site's members a token passes: top-k for experts, otherwise one."""
-    return adapter.top_k if site.role is Role.EXPERT else 1
-
-
 def pass_work(adapter: Adapter, block: int) -> BlockWork:
     """Work of a block's forward passes, without quantized sites."""
     forward = dict.fromkeys(Half, 0.0)
     for site in adapter.sites(block):
-        forward[site.half] += 2.0 * sum(site.out_features) * site.in_features * _share(adapter, site)
+        forward[site.half] += 2.0 * sum(site.out_features) * site.in_features * site.entries_per_token
     return BlockWork(parameters=sum(map(_parameters, adapter.sites(block))), forward_flops=forward, sites=())
 
 
@@ -226,17 +221,17 @@ def count_block(adapter: Adapter, plan: Plan, method: MethodCosts, block: int) -
     for site in adapter.sites(block):
         if site.first_module in plan.schemes:
             shares_moments = site.reads_norm in norms and not method.token_gradients
-            quantized.append(_count_site(adapter, method, site, shares_moments))
+            quantized.append(_count_site(method, site, shares_moments))
             norms |= {site.reads_norm} if site.reads_norm else set()
     return replace(pass_work(adapter, block), sites=tuple(quantized))
 
 
-def _count_site(adapter: Adapter, method: MethodCosts, site: Site, shares_moments: bool) -> QuantizedSite:
+def _count_site(method: MethodCosts, site: Site, shares_moments: bool) -> QuantizedSite:
     outputs, inputs, count = sum(site.out_features), site.in_features, len(site.members)
     metric = method.output_metric and (bool(site.feeds) or site.adds_to_residual)
     slopes = outputs if method.output_metric and site.feeds else 0
     miss = outputs if site.adds_to_residual else inputs  # width of the gap between the two streams
-    a_token = (4.0 * inputs**2 + 2.0 * slopes**2 + 2.0 * slopes * inputs) * _share(adapter, site)
+    a_token = (4.0 * inputs**2 + 2.0 * slopes**2 + 2.0 * slopes * inputs) * site.entries_per_token
     return QuantizedSite(
         site=site,
         turn=site.turn if method.by_turn else 0,
