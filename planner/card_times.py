@@ -57,9 +57,22 @@ class _Model:
     @cached_property
     def _layers(self) -> dict[bool, BatchCosts]:
         """By whether a block has experts: a batch at the last of its kind."""
+        return self._costs_of(max(1, self.batch_tokens // self.work.tokens.row))
+
+    @cached_property
+    def _tuned_layers(self) -> dict[bool, BatchCosts]:
+        """As `_layers`: the part of a batch that one step of tuning takes."""
+        rows = max(1, self.batch_tokens // self.work.tokens.row)
+        return self._costs_of(-(-rows // self._tuned_parts))
+
+    @property
+    def _tuned_parts(self) -> int:
+        return self.work.method.quantizer.tuned_parts(self._batches(self.work.tokens.calibration))
+
+    def _costs_of(self, rows: int) -> dict[bool, BatchCosts]:
+        """So many rows at the last block of each kind. Its kernels are counted anew, which takes a while."""
         adapter, row = self.work.adapter, self.work.tokens.row
         kinds = {adapter.is_moe(index): index for index in range(adapter.n_blocks)}
-        rows = max(1, self.batch_tokens // row)
         return {
             moe: BatchCosts(self.card, adapter, index, rows * row, layer_kernels(adapter, index, rows, row))
             for moe, index in kinds.items()
@@ -67,13 +80,6 @@ class _Model:
 
     def _at(self, index: int) -> BatchCosts:
         return self._layers[self.work.adapter.is_moe(index)]
-
-    def _part(self, index: int, parts: int) -> BatchCosts:
-        """A part of a batch at a block."""
-        whole, row = self._at(index), self.work.tokens.row
-        rows = max(1, -(-whole.tokens // row // parts))
-        layer = layer_kernels(self.work.adapter, index, rows, row)
-        return replace(whole, tokens=rows * row, layer=layer)
 
     @property
     def _rates(self) -> CardRates:
@@ -134,8 +140,8 @@ class _Model:
         batches = self._batches(self.work.tokens.calibration)
         last = index + 1 == self.work.adapter.n_blocks
         if quantizer.tune_epochs:
-            cut = quantizer.tuned_parts(batches)
-            parts["tune"] = batches * cut * quantizer.tune_epochs * replace(passes, at=self._part(index, cut)).tuning()
+            step = replace(passes, at=self._tuned_layers[self.work.adapter.is_moe(index)])
+            parts["tune"] = batches * self._tuned_parts * quantizer.tune_epochs * step.tuning()
         # A batch is fetched when the one before has been put back, so that copies do not overlap with computing.
         parts["statistics"] = batches * passes.statistics() + self._moved_rows(1 + 2 * passes.turns)
         parts["propagate"] = batches * passes.propagated(last) + self._moved_rows(4)
