@@ -2,8 +2,7 @@
 
 A part stands between `<!-- generated: NAME -->` and `<!-- end of generated -->`, and NAME is a key of PARTS. Figures of
 the comparison come from docs/results/peers.json and real.json; exact sizes from a plan of the published shapes, without
-weights
-(tests/hollow.py); methods, recipes and rules from the code. PICTURES are drawn, too.
+weights (tests/hollow.py); methods, recipes and rules from the code. PICTURES are drawn, too.
 tests/test_documents.py fails when a document differs from what this would write.
 """
 
@@ -27,7 +26,7 @@ import click  # noqa: E402
 import plan_svg  # noqa: E402
 import plot  # noqa: E402
 from rows import PeerRow, read_kept  # noqa: E402
-from table import markdown, table  # noqa: E402
+from table import least_in_bold, markdown, table  # noqa: E402
 
 import counted  # noqa: E402
 from hollow import MAVERICK, QWEN3, SCOUT, published, write_hollow  # noqa: E402
@@ -85,10 +84,8 @@ def peers_all() -> str:
 def peers_short() -> str:
     """README.md: mean KL of a few tools at groups of 128, the best in bold."""
     body = [[found(peer, model, 128).kl for model in MODELS] for peer in SHOWN]
-    least = [min(column) for column in zip(*body, strict=True)]
-    cells = [[f"**{x:.5f}**" if x == low else f"{x:.5f}" for x, low in zip(kl, least, strict=True)] for kl in body]
-    names = [[name] for name in SHOWN.values()]
-    return table(("mean KL, nats", "embedded Llama 4", "Qwen3-MoE"), [n + c for n, c in zip(names, cells, strict=True)])
+    cells = zip(SHOWN.values(), least_in_bold(body, 5), strict=True)
+    return table(("mean KL, nats", "embedded Llama 4", "Qwen3-MoE"), [[name, *figures] for name, figures in cells])
 
 
 def peers_best() -> str:

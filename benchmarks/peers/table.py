@@ -79,6 +79,16 @@ def table(head: tuple[str, ...], body: list[list[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in body)])
 
 
+def least_in_bold(body: list[list[float]], digits: int) -> list[list[str]]:
+    """Figures in words, the least of each column in bold."""
+    least = [min(column) for column in zip(*body, strict=True)]
+    said = [[f"{x:.{digits}f}" for x in row] for row in body]
+    return [
+        [f"**{words}**" if x == low else words for words, x, low in zip(cells, row, least, strict=True)]
+        for cells, row in zip(said, body, strict=True)
+    ]
+
+
 def markdown(rows: list[PeerRow]) -> str:
     """Every row, a table a model."""
     out = []

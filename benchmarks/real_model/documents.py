@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from onecard.demo import corpus
 
@@ -57,6 +57,7 @@ COMMON = {
 LEAST_COMMON, LEAST_CHINESE = 0.15, 0.3
 
 Count = Callable[[str], int]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -169,17 +170,24 @@ def _taken(texts: list[Text], kind: str, rows: int, role: str) -> list[Text]:
     return found[:rows]
 
 
+def _filled(items: Iterable[Item], tokens: float, count: Callable[[Item], int]) -> list[Item]:
+    """The first items, until they have so many tokens."""
+    found: list[Item] = []
+    for item in items:
+        if tokens <= 0:
+            break
+        found.append(item)
+        tokens -= count(item)
+    return found
+
+
 def roles(texts: list[Text], count: Count) -> dict[str, list[Text]]:
     """The texts of each role, and those left over as the pool."""
     wanted = CALIBRATION_ROWS * ROW_TOKENS
     found: dict[str, list[Text]] = {"calibration": []}
     for kind in HOME:
-        left = round(SHARES[kind] * wanted)
-        for text in spread([text for text in texts if (text.kind, text.role) == (kind, "calibration")]):
-            if left <= 0:
-                break
-            found["calibration"].append(text)
-            left -= count(text.text or "")
+        those = spread([text for text in texts if (text.kind, text.role) == (kind, "calibration")])
+        found["calibration"] += _filled(those, round(SHARES[kind] * wanted), lambda text: count(text.text or ""))
     for role in ("choice", "test"):
         found[role] = [text for kind in HOME for text in _taken(texts, kind, round(SHARES[kind] * HOME_ROWS), role)]
         found[role] += [text for kind in AWAY for text in _taken(texts, kind, AWAY_ROWS, role)]
@@ -196,13 +204,7 @@ def mixed(
         return list(calibration)
 
     def first(lines: Sequence[dict[str, Any]], kind: str, tokens: float) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = []
-        for line in (line for line in lines if line["kind"] == kind):
-            if tokens <= 0:
-                break
-            found.append(line)
-            tokens -= count(said(line))
-        return found
+        return _filled((line for line in lines if line["kind"] == kind), tokens, lambda line: count(said(line)))
 
     wanted = CALIBRATION_ROWS * ROW_TOKENS
     kept = [line for kind in HOME for line in first(calibration, kind, (1 - BREADTH) * SHARES[kind] * wanted)]

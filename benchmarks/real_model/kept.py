@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from table import table
+from table import least_in_bold, table
 
 from . import documents, judging
 
@@ -78,11 +78,8 @@ def keep(results: Path) -> None:
 def short(group: int) -> str:
     """README.md: mean KL by kind, the least of each in bold."""
     rows = [row for row in read_kept() if row.group == group and row.peer in SHOWN]
-    least = {kind: min(row.kl[kind] for row in rows) for kind in KINDS}
-    body = [
-        [SHOWN[row.peer], *(f"**{x:.4f}**" if x == least[kind] else f"{x:.4f}" for kind, x in row.kl.items())]
-        for row in rows
-    ]
+    cells = zip(rows, least_in_bold([[row.kl[kind] for kind in KINDS] for row in rows], 4), strict=True)
+    body = [[SHOWN[row.peer], *figures] for row, figures in cells]
     return table(("mean KL, nats", "texts like calibration", *documents.AWAY), body)
 
 

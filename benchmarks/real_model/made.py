@@ -79,8 +79,8 @@ def make_texts(build: Path) -> dict[str, Any]:
     return facts
 
 
-def inputs_of(build: Path, form: str, mixture: str) -> Path:
-    return build / "inputs" / (form if mixture == "home" else f"{form}-{mixture}")
+def inputs_of(build: Path, form: str, of_texts: str) -> Path:
+    return build / "inputs" / (form if of_texts == "home" else f"{form}-{of_texts}")
 
 
 def make_inputs(build: Path, form: str, of_texts: str = "home") -> dict[str, Any]:
